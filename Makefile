@@ -1,0 +1,30 @@
+VENV   ?= .venv
+PYTHON ?= python3
+BIN     = $(VENV)/bin
+CONFIG  = tardis/pyproject.toml
+# On Linux, PyPI's torch is the CUDA build, several gigabytes with what it needs. For the CPU build say
+#   make venv TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+# Threads that spin while they wait make small operations many times slower when another program wants the cores.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: venv demo test lint
+venv: $(VENV)/.complete
+
+# torch comes first, and the constraint keeps whatever pip installs afterwards from replacing it.
+$(VENV)/.complete: $(CONFIG) tardis/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	$(BIN)/pip install -c tardis/constraints.txt -e 'tardis[dev]'
+	touch $@
+
+demo: venv
+	$(BIN)/tardis demo
+
+test: venv
+	$(BIN)/python -m pytest -q tardis/tests
+
+lint: venv
+	$(BIN)/ruff check --config $(CONFIG) tardis benchmarks
+	$(BIN)/ruff format --check --config $(CONFIG) tardis benchmarks
+	$(BIN)/mypy --config-file $(CONFIG) tardis/tardis_llm benchmarks

@@ -1,0 +1,1 @@
+"""What `train_sample.py` is made of, from the recipe to the saved model."""

@@ -1,0 +1,35 @@
+"""Hidden states of one boundary between layers, in memory or, above a limit, in a scratch file."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def hidden_buffer(shape: tuple[int, ...], dtype: torch.dtype, scratch: Path, memory_limit: float) -> Tensor:
+    """An uninitialised tensor, on disk where it is larger than the limit.
+
+    Args:
+        shape, dtype: of the tensor.
+        scratch: existing folder for the file, which has no name there and goes with the tensor.
+        memory_limit: bytes.
+
+    Raises:
+        OSError: the disk is full. The space is reserved at once: a sparse file would end the process later.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size <= memory_limit:
+        return torch.empty(shape, dtype=dtype)
+    handle, name = tempfile.mkstemp(dir=scratch, prefix="hidden-", suffix=".bin")
+    try:
+        os.posix_fallocate(handle, 0, size)
+        mapped = torch.from_file(name, shared=True, size=math.prod(shape), dtype=dtype)
+    finally:
+        os.close(handle)
+        os.unlink(name)
+    return mapped.view(shape)

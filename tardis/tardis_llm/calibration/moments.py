@@ -1,0 +1,131 @@
+"""Streamed statistics of an FFN's inputs: second moments, and moments of its neurons binned by pre-activation.
+
+Everything is accumulated chunk by chunk in fp64, so memory does not grow with the number of tokens. Chunks are
+kept small: temporaries that fit the cache are several times faster here than fewer, larger ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+#: bins per neuron, and how many standard deviations they span to each side; the outermost bins are open
+BINS, SPAN = 96, 5.0
+#: elements of a [tokens, h] temporary in the binning
+_CHUNK_ELEMENTS = 2**19
+
+
+def chunks(x: Tensor, width: int) -> Iterator[Tensor]:
+    """Split x [tokens, ...] so that a [chunk, width] temporary stays in the cache."""
+    return iter(x.split(max(1, _CHUNK_ELEMENTS // width)))
+
+
+@dataclass
+class SecondMoments:
+    """Count, sum and `X^T Y` of streamed rows: `X` beside itself for a Gram matrix, or beside targets.
+
+    Attributes:
+        count: tokens seen.
+        x_sum: [d] sum of x.
+        y_sum: [k] sum of y.
+        cross: [d, k] sum of x y^T.
+        y_square: sum of |y|^2.
+    """
+
+    count: int
+    x_sum: Tensor
+    y_sum: Tensor
+    cross: Tensor
+    y_square: float = 0.0
+
+    @classmethod
+    def zeros(cls, d: int, k: int) -> SecondMoments:
+        """Nothing seen yet; d inputs, k targets."""
+        return cls(0, *(torch.zeros(shape, dtype=torch.float64) for shape in ((d,), (k,), (d, k))))
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add rows x [tokens, d] and y [tokens, k], both fp32."""
+        self.count += len(x)
+        self.x_sum += x.sum(0, dtype=torch.float64)
+        self.y_sum += y.sum(0, dtype=torch.float64)
+        self.cross += x.T @ y
+        self.y_square += float((y * y).sum(dtype=torch.float64))
+
+    @property
+    def centred(self) -> Tensor:
+        """[d, k] covariance times count: `sum (x - mean x)(y - mean y)^T`."""
+        return self.cross - torch.outer(self.x_sum, self.y_sum) / max(self.count, 1)
+
+    @property
+    def y_variance(self) -> float:
+        """Mean of `|y - mean y|^2`, never quite zero."""
+        spread = self.y_square - float(self.y_sum.square().sum()) / self.count
+        return max(spread / self.count, 1e-30)
+
+
+@dataclass
+class BinnedMoments:
+    """Per neuron and bin of `u`, the moments from which any line's error in any interval follows exactly.
+
+    `u` is what a range is tested on: the predicted pre-activation `zhat`. Inside a bin, with `a = act(z)`,
+    `sum (a - s z - o)^2` for every line (s, o) is a combination of the six sums below, so lines and ranges are
+    fitted without another pass over the tokens, and the noise of the predictor is part of the statistics.
+
+    Attributes:
+        edge: [h] lower edge of the first bin.
+        width: [h] width of a bin.
+        sums: [6, h, BINS] fp64: count, z, z^2, a, a z, a^2.
+        tokens: tokens seen.
+    """
+
+    edge: Tensor
+    width: Tensor
+    sums: Tensor
+    tokens: int = 0
+    _rows: Tensor = field(init=False, repr=False)
+
+    @classmethod
+    def around(cls, mean: Tensor, deviation: Tensor) -> BinnedMoments:
+        """Empty bins over mean +- SPAN deviations, both [h] fp32."""
+        deviation = deviation.clamp_min(1e-6 * (1 + mean.abs()))
+        sums = torch.zeros(6, len(mean), BINS, dtype=torch.float64)
+        return cls(mean - SPAN * deviation, 2 * SPAN / BINS * deviation, sums)
+
+    def add(self, u: Tensor, z: Tensor, act: Callable[[Tensor], Tensor]) -> None:
+        """Add tokens: u and z are [tokens, h] fp32."""
+        u, z = u.T.contiguous(), z.T.contiguous()
+        bins = ((u - self.edge[:, None]) / self.width[:, None]).clamp_(0, BINS - 1).long()
+        a = act(z)
+        one = torch.ones_like(z)
+        for total, value in zip(self.sums, (one, z, z * z, a, a * z, a * a), strict=True):
+            total += torch.zeros(total.shape).scatter_add_(1, bins, value)
+        self.tokens += u.shape[1]
+
+    @property
+    def count(self) -> Tensor:
+        """[h, BINS] tokens per bin."""
+        return self.sums[0]
+
+    def edges(self) -> Tensor:
+        """[h, BINS + 1] fp32: the bins' edges; the first is -inf and the last inf, as the outer bins are open."""
+        steps = torch.arange(BINS + 1, dtype=torch.float32)
+        edges = self.edge[:, None] + self.width[:, None] * steps
+        edges[:, 0], edges[:, -1] = -torch.inf, torch.inf
+        return edges
+
+
+def pre_activation_moments(x: SecondMoments, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, both [h] fp32, of `x w^T + b` from the Gram moments of x alone.
+
+    Args:
+        x: moments of x beside itself.
+        w: [h, d] fp32.
+        b: [h] fp32.
+    """
+    mean = (x.x_sum / x.count).float()
+    covariance = (x.centred / x.count).float()
+    variance = ((w @ covariance) * w).sum(1).clamp_min(0)
+    return w @ mean + b, variance.sqrt()

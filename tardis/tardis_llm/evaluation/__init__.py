@@ -1,0 +1,1 @@
+"""Measuring models: perplexity, fix rates, plots."""

@@ -1,0 +1,1 @@
+"""The mathematics of folding: pure functions, tensors in, tensors out."""

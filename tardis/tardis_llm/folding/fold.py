@@ -1,0 +1,246 @@
+"""Fold one FFN: from its weights and the inputs it sees to everything that the folded FFN stores.
+
+    y = x C^T + c + sum over fixed neurons i of r_i(z_i) W2[:, i],   r_i(z) = act(z) - slope_i z - offset_i
+
+The inputs are streamed three times: second moments (for the predictor's rounding), moments of the neurons binned by
+predicted pre-activation (for lines and ranges), and moments against what fixing leaves (for the refit).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..activations import ACTIVATIONS
+from ..calibration.moments import BinnedMoments, SecondMoments, chunks, pre_activation_moments
+from ..config import FoldConfig
+from .predictor import PackedMatrix, quantise
+from .ranges import Ranges, coverage_ranges_at, error_ranges, error_ranges_at, highest_price
+from .refit import Spectrum, affine_error, refit
+
+
+@dataclass(frozen=True)
+class DenseFFN:
+    """The weights of one FFN in fp32, biases zero where the model has none, and its activation.
+
+    Attributes:
+        w1: [h, d]; b1: [h]; w2: [d, h]; b2: [d].
+        activation: a name in `ACTIVATIONS`.
+    """
+
+    w1: Tensor
+    b1: Tensor
+    w2: Tensor
+    b2: Tensor
+    activation: str
+
+    @property
+    def act(self) -> Callable[[Tensor], Tensor]:
+        """The activation function."""
+        return ACTIVATIONS[self.activation]
+
+    @property
+    def gain(self) -> Tensor:
+        """[h] fp64, |W2[:, i]|^2: how much of a neuron's squared error reaches the output."""
+        return self.w2.square().sum(0, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Inputs of one FFN [tokens, d], in any float dtype: those to fit on and those kept apart.
+
+    Their second moments are taken once, when first asked for.
+    """
+
+    fit: Tensor
+    heldout: Tensor
+
+    @cached_property
+    def fit_moments(self) -> SecondMoments:
+        """Second moments of `fit`."""
+        return input_moments(self.fit)
+
+    @cached_property
+    def heldout_moments(self) -> SecondMoments:
+        """Second moments of `heldout`."""
+        return input_moments(self.heldout)
+
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        """Eigenvalues and eigenvectors of the centred `fit_moments`, for every ridge regression on them."""
+        return Spectrum.of(self.fit_moments)
+
+
+@dataclass(frozen=True)
+class FoldedWeights:
+    """What a folded FFN stores beside its dense weights, as stored.
+
+    Attributes:
+        weight: [d, d] fold weight C, in the model's dtype.
+        bias: [d] fold bias c, in the model's dtype.
+        predictor: low-bit copy of W1.
+        low, high, slope, offset: [h] ranges and lines, fp16 where the values fit it and fp32 where not.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    predictor: PackedMatrix
+    low: Tensor
+    high: Tensor
+    slope: Tensor
+    offset: Tensor
+
+
+@dataclass(frozen=True)
+class FoldQuality:
+    """How well one FFN folded.
+
+    Attributes:
+        fix_rate: mean share of neurons fixed per token, held-out tokens.
+        error: squared output error over the output's variance, held-out tokens.
+        linearity: the same for the best affine map alone, no neuron fixed.
+        damping: of the refit; None without refit.
+    """
+
+    fix_rate: float
+    error: float
+    linearity: float
+    damping: float | None
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """A predictor with the statistics of the neurons, binned by what it predicts.
+
+    Attributes:
+        predictor: as stored.
+        fit, heldout: binned moments with the same bins.
+    """
+
+    predictor: PackedMatrix
+    fit: BinnedMoments
+    heldout: BinnedMoments
+
+
+def input_moments(x: Tensor) -> SecondMoments:
+    """Second moments of inputs x [tokens, d]."""
+    moments = SecondMoments.zeros(x.shape[1], x.shape[1])
+    for chunk in chunks(x, x.shape[1]):
+        chunk = chunk.float()
+        moments.add(chunk, chunk)
+    return moments
+
+
+def predict(ffn: DenseFFN, inputs: Inputs, bits: int, config: FoldConfig) -> Predicted:
+    """Round W1 to `bits`, and bin the neurons by what the rounded copy predicts."""
+    x = inputs.fit_moments
+    covariance = (x.cross / x.count).float() if config.rounding == "gptq" else None
+    predictor = quantise(ffn.w1, bits, config.group_size, covariance)
+    w_hat = predictor.dequantise()
+    mean, deviation = pre_activation_moments(x, w_hat, ffn.b1)
+    fit, heldout = (BinnedMoments.around(mean, deviation) for _ in range(2))
+    for moments, tokens in ((fit, inputs.fit), (heldout, inputs.heldout)):
+        for chunk in chunks(tokens, len(ffn.w1)):
+            chunk = chunk.float()
+            moments.add(F.linear(chunk, w_hat, ffn.b1), F.linear(chunk, ffn.w1, ffn.b1), ffn.act)
+    return Predicted(predictor, fit, heldout)
+
+
+def choose_ranges(ffn: DenseFFN, predicted: Predicted, fix_rate: float, config: FoldConfig) -> Ranges:
+    """Ranges and lines by the configured policy, at a fix rate met on the held-out tokens."""
+    choose = error_ranges_at if config.policy == "error" else coverage_ranges_at
+    return choose(predicted.fit, predicted.heldout, ffn.gain, fix_rate)
+
+
+def error_curve(ffn: DenseFFN, predicted: Predicted, points: int) -> list[tuple[float, float]]:
+    """(fix rate, squared output error left in range) on held-out tokens, at prices from fixing none to nearly all."""
+    curve = []
+    top = 1.05 * highest_price(predicted.fit, ffn.gain)
+    for price in (top * torch.logspace(0, -7, points, dtype=torch.float64)).tolist():
+        ranges = error_ranges(predicted.fit, ffn.gain, price)
+        curve.append((ranges.fix_rate(predicted.heldout), ranges.error(predicted.heldout, ffn.gain)))
+    return curve
+
+
+def finish(
+    ffn: DenseFFN, inputs: Inputs, predicted: Predicted, ranges: Ranges, refitted: bool, dtype: torch.dtype
+) -> tuple[FoldedWeights, FoldQuality]:
+    """The fold for given predictor and ranges, and its quality on held-out tokens.
+
+    Args:
+        refitted: solve (C, c) by ridge regression on what fixing leaves; otherwise use the lines, as the paper.
+        dtype: dtype of the stored fold.
+    """
+    low, high, slope, offset = store_ranges(ranges)
+    stored = Ranges(low.float(), high.float(), slope.float(), offset.float(), ranges.inside)
+    w_hat = predicted.predictor.dequantise()
+    fit = target_moments(ffn, inputs.fit, w_hat, stored)
+    heldout = target_moments(ffn, inputs.heldout, w_hat, stored)
+    x, x_held = inputs.fit_moments, inputs.heldout_moments
+    affine = refit(inputs.spectrum, x, fit.output, x_held, heldout.output)
+    damping = None
+    if refitted:
+        solved = refit(inputs.spectrum, x, fit.left, x_held, heldout.left)
+        weight, damping = solved.weight.to(dtype), solved.damping
+        bias = ((fit.left.y_sum - weight.double() @ x.x_sum) / x.count).to(dtype)
+    else:
+        weight = ((ffn.w2 * stored.slope) @ ffn.w1).to(dtype)
+        bias = (ffn.w2 @ (stored.slope * ffn.b1 + stored.offset) + ffn.b2).to(dtype)
+    variance = heldout.output.y_variance
+    quality = FoldQuality(
+        fix_rate=heldout.fix_rate,
+        error=affine_error(weight, bias, x_held, heldout.left) / variance,
+        linearity=affine_error(affine.weight, affine.bias, x_held, heldout.output) / variance,
+        damping=damping,
+    )
+    return FoldedWeights(weight, bias, predicted.predictor, low, high, slope, offset), quality
+
+
+def store_ranges(ranges: Ranges) -> list[Tensor]:
+    """low, high, slope, offset in fp16, or all in fp32 if a finite value overflows fp16."""
+    values = [ranges.low, ranges.high, ranges.slope, ranges.offset]
+    fits = all(torch.equal(torch.isfinite(v.half()), torch.isfinite(v)) for v in values)
+    return [v.half() if fits else v for v in values]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the fold has to explain, beside the inputs.
+
+    Attributes:
+        left: moments of x beside what fixing leaves, `y - fix(x)`.
+        output: moments of x beside the dense output y.
+        fix_rate: share of the neurons fixed.
+    """
+
+    left: SecondMoments
+    output: SecondMoments
+    fix_rate: float
+
+
+def target_moments(ffn: DenseFFN, x: Tensor, w_hat: Tensor, ranges: Ranges) -> Targets:
+    """Stream inputs x [tokens, d] through the dense FFN and the fixing.
+
+    Args:
+        w_hat: [h, d] fp32, the dequantised predictor.
+        ranges: as stored.
+    """
+    d, h = x.shape[1], len(ffn.w1)
+    left, output = SecondMoments.zeros(d, d), SecondMoments.zeros(d, d)
+    fixed = 0
+    for chunk in chunks(x, h):
+        chunk = chunk.float()
+        z = F.linear(chunk, ffn.w1, ffn.b1)
+        zhat = F.linear(chunk, w_hat, ffn.b1)
+        outside = ~((zhat >= ranges.low) & (zhat <= ranges.high))
+        a = ffn.act(z)
+        y = F.linear(a, ffn.w2, ffn.b2)
+        output.add(chunk, y)
+        left.add(chunk, y - F.linear((a - ranges.slope * z - ranges.offset) * outside, ffn.w2))
+        fixed += int(outside.sum())
+    return Targets(left, output, fixed / (len(x) * h))

@@ -1,0 +1,33 @@
+"""Least-squares lines: for each neuron the `slope * z + offset` nearest to `act(z)` where its range holds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..calibration.moments import BinnedMoments
+
+
+def fit_lines(moments: BinnedMoments, inside: Tensor) -> tuple[Tensor, Tensor]:
+    """Slope and offset, both [h] fp64, of the least-squares line of each neuron over the bins inside its range.
+
+    Where the inside holds no spread of z, the line is constant.
+
+    Args:
+        moments: of the neurons.
+        inside: [h, BINS] bool.
+    """
+    n, z, zz, a, az, _ = (moments.sums * inside).sum(-1)
+    n = n.clamp_min(1)
+    variance = zz / n - (z / n) ** 2
+    covariance = az / n - a * z / n**2
+    flat = variance <= 1e-12 * (zz / n)
+    slope = torch.where(flat, 0.0, covariance / variance.clamp_min(1e-300))
+    return slope, (a - slope * z) / n
+
+
+def squared_residuals(moments: BinnedMoments, slope: Tensor, offset: Tensor) -> Tensor:
+    """[h, BINS] fp64: in each bin the sum of `(act(z) - slope z - offset)^2` over its tokens."""
+    n, z, zz, a, az, aa = moments.sums
+    s, o = slope[:, None].double(), offset[:, None].double()
+    return (aa - 2 * s * az - 2 * o * a + s * s * zz + 2 * s * o * z + o * o * n).clamp_min(0)

@@ -1,0 +1,146 @@
+"""The predictor: a low-bit copy of W1 whose product with x tells which neurons leave their hot range.
+
+A weight is `(code - (2^bits - 1) / 2) * scale` with an unsigned code, so the grid is symmetric and needs no zero
+point. Codes are stored as bit-planes, the highest first, eight weights to a byte: every width packs without waste, and
+the first planes of a wider copy are a coarser copy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import InvalidInputError
+
+_SCALE_CANDIDATES = 40  # scales tried per group, between a fifth of the largest weight and all of it
+_DAMPING = 0.01  # of the mean diagonal, as in GPTQ (arXiv 2210.17323)
+_BLOCK = 128  # columns rounded before the rest of the matrix is updated
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """A low-bit matrix [h, d] as it is stored.
+
+    Attributes:
+        planes: [bits, h, ceil(d / 8)] uint8, highest bit first; in a byte the first weight is the highest bit.
+        scale: [h, ceil(d / group_size)] fp16.
+        columns: d.
+        group_size: columns that share a scale; the last group may be shorter.
+    """
+
+    planes: Tensor
+    scale: Tensor
+    columns: int
+    group_size: int
+
+    @property
+    def bits(self) -> int:
+        """Bits per weight."""
+        return len(self.planes)
+
+    def dequantise(self) -> Tensor:
+        """The matrix [h, d] fp32 that the codes stand for."""
+        level = unpack(self.planes, self.columns).float() - _midpoint(self.bits)
+        return level * expand_scale(self.scale.float(), self.group_size, self.columns)
+
+
+def quantise(w: Tensor, bits: int, group_size: int, covariance: Tensor | None = None) -> PackedMatrix:
+    """Round w to `bits` per weight.
+
+    Args:
+        w: [h, d] fp32.
+        bits: 1, 2, 3, 4 or 8.
+        group_size: columns per scale; d or more means one scale per row.
+        covariance: [d, d] second moments of the inputs. With it each column's rounding error is spread over the columns
+            not yet rounded so as to keep the output (GPTQ, arXiv 2210.17323); None rounds to the nearest.
+
+    Raises:
+        InvalidInputError: w is not finite, or too large for fp16 scales.
+    """
+    if not bool(torch.isfinite(w).all()):
+        raise InvalidInputError("the up weight of an FFN has NaN or infinite entries; reload a sound checkpoint.")
+    group_size = min(group_size, w.shape[1])
+    scale = best_scale(w, bits, group_size)
+    columns = expand_scale(scale.float(), group_size, w.shape[1])
+    codes = _nearest(w, columns, bits) if covariance is None else _gptq(w, columns, bits, covariance)
+    return PackedMatrix(pack(codes, bits), scale, w.shape[1], group_size)
+
+
+def best_scale(w: Tensor, bits: int, group_size: int) -> Tensor:
+    """[h, groups] fp16: per row and group, the scale whose nearest rounding has the least squared error."""
+    h, d = w.shape
+    groups = F.pad(w, (0, -d % group_size)).view(h, -1, group_size)
+    valid = F.pad(torch.ones(d), (0, -d % group_size)).view(-1, group_size)
+    largest = groups.abs().amax(-1).clamp_min(1e-6)
+    best, least = largest, torch.full_like(largest, torch.inf)
+    top = _midpoint(bits)
+    for share in torch.linspace(0.2, 1.0, _SCALE_CANDIDATES):
+        scale = largest * share / top
+        column = scale[..., None]
+        level = _nearest(groups, column, bits).float() - top
+        error = ((level * column - groups).square() * valid).sum(-1)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    if bool((best > torch.finfo(torch.float16).max).any()):
+        raise InvalidInputError("the up weight of an FFN is too large for fp16 scales; check the checkpoint's weights.")
+    return best.half().clamp_min(torch.finfo(torch.float16).tiny)
+
+
+def expand_scale(scale: Tensor, group_size: int, columns: int) -> Tensor:
+    """[h, groups] to one scale per column, [h, columns]."""
+    return scale.repeat_interleave(group_size, 1)[:, :columns]
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes [h, d] (integers below 2^bits) as bit-planes [bits, h, ceil(d / 8)] uint8."""
+    padded = F.pad(codes.to(torch.uint8), (0, -codes.shape[1] % 8)).view(len(codes), -1, 8)
+    weights = 2 ** torch.arange(7, -1, -1)
+    planes = [(((padded >> bit) & 1) * weights).sum(-1) for bit in reversed(range(bits))]
+    return torch.stack(planes).to(torch.uint8)
+
+
+def unpack(planes: Tensor, columns: int) -> Tensor:
+    """The inverse of `pack`: codes [h, columns] uint8."""
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=planes.device)
+    codes = torch.zeros(planes.shape[1], planes.shape[2] * 8, dtype=torch.uint8, device=planes.device)
+    for plane in planes:
+        codes = codes * 2 + ((plane[..., None] >> shifts) & 1).flatten(1)
+    return codes[:, :columns]
+
+
+def _midpoint(bits: int) -> float:
+    return (2**bits - 1) / 2
+
+
+def _nearest(w: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Codes whose levels are nearest to w, for scales that broadcast against it."""
+    return (w / scale + _midpoint(bits)).round().clamp(0, 2**bits - 1).to(torch.uint8)
+
+
+def _gptq(w: Tensor, scale: Tensor, bits: int, covariance: Tensor) -> Tensor:
+    """Codes [h, d] uint8, column by column, each error carried to the columns after it."""
+    inverse = _inverse_cholesky(covariance)
+    rest = w.clone()
+    codes = torch.empty_like(w, dtype=torch.uint8)
+    for columns in torch.arange(w.shape[1]).split(_BLOCK):
+        first, end = int(columns[0]), int(columns[-1]) + 1
+        errors = torch.empty(len(w), end - first)
+        for j in range(first, end):
+            codes[:, j] = _nearest(rest[:, j], scale[:, j], bits)
+            level = codes[:, j].float() - _midpoint(bits)
+            error = (rest[:, j] - level * scale[:, j]) / inverse[j, j]
+            rest[:, j:end] -= torch.outer(error, inverse[j, j:end])
+            errors[:, j - first] = error
+        rest[:, end:] -= errors @ inverse[first:end, end:]
+    return codes
+
+
+def _inverse_cholesky(covariance: Tensor) -> Tensor:
+    """Upper Cholesky factor [d, d] fp32 of the inverse of the damped covariance."""
+    damped = covariance.double().clone()
+    diagonal = damped.diagonal()
+    diagonal += _DAMPING * diagonal.mean() + 1e-12
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True).float()

@@ -1,0 +1,202 @@
+"""Hot ranges: for each neuron the interval of predicted pre-activations in which its line stands for it.
+
+Both policies choose whole bins of the calibration statistics, `start <= bin < stop`, and fit the line inside.
+
+`error` fixes a neuron where the squared output error that its line would leave, `E[r_i^2 | zhat] |W2[:, i]|^2`,
+exceeds a price. That is the rule `|r_i(zhat)| |W2[:, i]| > tau` with tau^2 = price, except that the residual is
+the measured one: a coarse predictor's noise is counted, not assumed away.
+
+`coverage` is the published method (arXiv 2501.10054, section 4): start at the peak of the density, estimated with a
+Gaussian kernel, and grow greedily towards the denser side until the range covers the neuron's threshold.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..calibration.moments import BINS, BinnedMoments
+from .lines import fit_lines, squared_residuals
+
+_ROUNDS = 8  # of fitting line and range in turn; each lowers the same objective, and few are needed
+_BISECTIONS = 40
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Hot ranges and lines of an FFN's neurons; a neuron is fixed where zhat < low or zhat > high.
+
+    Attributes:
+        low, high: [h] fp32 bounds on zhat, infinite where a side is open.
+        slope, offset: [h] fp32 line inside.
+        inside: [h, BINS] bool, the bins in range.
+    """
+
+    low: Tensor
+    high: Tensor
+    slope: Tensor
+    offset: Tensor
+    inside: Tensor
+
+    def fix_rate(self, moments: BinnedMoments) -> float:
+        """Mean share of neurons fixed per token, on the tokens of `moments` (which has the same bins)."""
+        return 1 - float((moments.count * self.inside).sum() / moments.count.sum())
+
+    def error(self, moments: BinnedMoments, gain: Tensor) -> float:
+        """Mean squared output error per token that is left inside the ranges, neurons taken as uncorrelated.
+
+        Args:
+            moments: with the same bins.
+            gain: [h] |W2[:, i]|^2.
+        """
+        left = squared_residuals(moments, self.slope, self.offset) * self.inside
+        return float((left.sum(1) * gain).sum() / moments.tokens)
+
+
+def error_ranges(moments: BinnedMoments, gain: Tensor, price: float) -> Ranges:
+    """Ranges and lines that minimise output error + price x fixed neurons, line and range in turn.
+
+    Args:
+        moments: of the calibration tokens.
+        gain: [h] fp64, |W2[:, i]|^2.
+        price: squared output error that one fixed neuron must save.
+    """
+    inside = torch.ones_like(moments.count, dtype=torch.bool)
+    for _ in range(_ROUNDS):
+        cost = squared_residuals(moments, *fit_lines(moments, inside)) * gain[:, None]
+        updated = _bins_between(*cheapest_interval(cost - price * moments.count))
+        if torch.equal(updated, inside):
+            break
+        inside = updated
+    return _ranges(moments, inside)
+
+
+def error_ranges_at(moments: BinnedMoments, counts: BinnedMoments, gain: Tensor, fix_rate: float) -> Ranges:
+    """`error_ranges` at the price for which `fix_rate` of the neurons are fixed on the tokens of `counts`.
+
+    The rate is met from below as closely as bins allow, so that a byte budget is kept.
+
+    Args:
+        moments: calibration tokens on which lines and ranges are fitted.
+        counts: same bins, tokens on which the rate is met.
+        gain: [h] fp64.
+        fix_rate: in [0, 1].
+    """
+    if fix_rate >= 1:
+        return _fix_all(moments)
+    high = math.log(highest_price(moments, gain))
+    low = high - 60
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        if error_ranges(moments, gain, math.exp(middle)).fix_rate(counts) > fix_rate:
+            low = middle
+        else:
+            high = middle
+    return error_ranges(moments, gain, math.exp(high))
+
+
+def highest_price(moments: BinnedMoments, gain: Tensor) -> float:
+    """A price at which no neuron is worth fixing."""
+    residual = squared_residuals(moments, *fit_lines(moments, torch.ones_like(moments.count, dtype=torch.bool)))
+    return 2 * float((residual / moments.count.clamp_min(1) * gain[:, None]).max()) + 1e-30
+
+
+def coverage_ranges(moments: BinnedMoments, threshold: Tensor) -> Ranges:
+    """Ranges that cover at least `threshold` [h] of each neuron's inputs, grown greedily from the density's peak."""
+    density = kernel_density(moments.count)
+    share = moments.count / moments.tokens
+    rows = torch.arange(len(density))
+    start = density.argmax(1)
+    stop = start + 1
+    covered = share[rows, start]
+    closed = F.pad(density, (1, 1), value=-1.0)  # a side that reached the end is never the denser one
+    for _ in range(BINS - 1):
+        growing = covered < threshold - 1e-12
+        left, right = closed[rows, start], closed[rows, stop + 1]
+        go_left = growing & (left > right)
+        go_right = growing & ~go_left & (stop < BINS)
+        start = start - go_left.long()
+        covered = covered + torch.where(go_left, share[rows, start], 0.0)
+        covered = covered + torch.where(go_right, share[rows, stop.clamp_max(BINS - 1)], 0.0)
+        stop = stop + go_right.long()
+    return _ranges(moments, _bins_between(start, stop))
+
+
+def coverage_ranges_at(moments: BinnedMoments, counts: BinnedMoments, gain: Tensor, fix_rate: float) -> Ranges:
+    """`coverage_ranges` with thresholds adapted to each neuron's error, at a mean `fix_rate` on `counts`.
+
+    A neuron whose line is worse gets the larger share of the tokens outside (the paper's error-aware thresholds).
+    """
+    if fix_rate >= 1:
+        return _fix_all(moments)
+    everywhere = torch.ones_like(moments.count, dtype=torch.bool)
+    error = squared_residuals(moments, *fit_lines(moments, everywhere)).sum(1) * gain
+    low, high = 0.0, 1.0
+    for _ in range(_BISECTIONS // 2):
+        middle = (low + high) / 2
+        ranges = coverage_ranges(moments, 1 - share_by_error(error, middle))
+        low, high = (low, middle) if ranges.fix_rate(counts) > fix_rate else (middle, high)
+    return coverage_ranges(moments, 1 - share_by_error(error, low))
+
+
+def share_by_error(error: Tensor, mean: float) -> Tensor:
+    """Shares in [0, 1], proportional to `error` [k] until one is full, whose mean is `mean` in [0, 1]."""
+    if mean >= 1 or not bool((error > 0).any()):
+        return torch.full_like(error, min(mean, 1.0))
+    low, high = 0.0, float(1 / error[error > 0].min())
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float((error * middle).clamp_max(1).mean()) < mean else (low, middle)
+    return (error * high).clamp_max(1)
+
+
+def kernel_density(count: Tensor) -> Tensor:
+    """[h, BINS] Gaussian kernel density of histograms [h, BINS], bandwidth by Silverman's rule per neuron."""
+    position = torch.arange(BINS, dtype=torch.float64)
+    total = count.sum(1, keepdim=True).clamp_min(1)
+    mean = (count * position).sum(1, keepdim=True) / total
+    deviation = ((count * (position - mean) ** 2).sum(1, keepdim=True) / total).sqrt()
+    bandwidth = (1.06 * deviation * total**-0.2).clamp_min(0.5)  # bins; below half a bin nothing is smoothed
+    distance = position[:, None] - position[None, :]
+    density = torch.empty_like(count)
+    for rows in torch.arange(len(count)).split(256):
+        kernel = torch.exp(-0.5 * (distance / bandwidth[rows, :, None]) ** 2)  # [rows, BINS, BINS]
+        density[rows] = (kernel / kernel.sum(1, keepdim=True) @ count[rows, :, None])[..., 0]
+    return density
+
+
+def cheapest_interval(cost: Tensor) -> tuple[Tensor, Tensor]:
+    """Per row of cost [h, BINS], the non-empty interval `start <= bin < stop` of least sum; both [h].
+
+    The sum is a difference of two prefix sums: for every stop the best start is where the prefix was highest.
+    """
+    prefix = F.pad(cost.cumsum(1), (1, 0))
+    highest, where = prefix[:, :-1].cummax(1)
+    stop = (prefix[:, 1:] - highest).argmin(1)
+    start = where.gather(1, stop[:, None])[:, 0]
+    return start, stop + 1
+
+
+def _bins_between(start: Tensor, stop: Tensor) -> Tensor:
+    position = torch.arange(BINS)
+    return (position >= start[:, None]) & (position < stop[:, None])
+
+
+def _ranges(moments: BinnedMoments, inside: Tensor) -> Ranges:
+    slope, offset = fit_lines(moments, inside)
+    edges = moments.edges()
+    start = inside.int().argmax(1)
+    stop = start + inside.sum(1)
+    low, high = (edges.gather(1, end[:, None])[:, 0] for end in (start, stop))
+    return Ranges(low, high, slope.float(), offset.float(), inside)
+
+
+def _fix_all(moments: BinnedMoments) -> Ranges:
+    """Empty ranges: every neuron is fixed for every token."""
+    slope, offset = fit_lines(moments, torch.ones_like(moments.count, dtype=torch.bool))
+    nothing = torch.full((len(slope),), torch.inf)
+    return Ranges(nothing, -nothing, slope.float(), offset.float(), torch.zeros_like(moments.count, dtype=torch.bool))

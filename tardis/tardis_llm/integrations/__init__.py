@@ -1,0 +1,1 @@
+"""Folded models in other libraries."""

@@ -1,0 +1,84 @@
+"""What a fold did: the figures of every layer and of the whole, as plain values for tables and files."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One folded FFN; bytes are those of its tensors as stored.
+
+    Attributes:
+        prefix: full name of the FFN in the model.
+        bits: of the predictor.
+        fix_rate: share of neurons fixed per token, held-out calibration tokens.
+        error: squared output error over the output's variance, held-out calibration tokens.
+        linearity: the same for the best affine map with no neuron fixed.
+        damping: of the refit; None without.
+        loss_increase: measured when this layer alone was folded, at the uniform budget; None if not measured.
+        dense, touched, resident: bytes.
+    """
+
+    prefix: str
+    bits: int
+    fix_rate: float
+    error: float
+    linearity: float
+    damping: float | None
+    loss_increase: float | None
+    dense: int
+    touched: float
+    resident: int
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """A whole fold.
+
+    Attributes:
+        layers: in the model's order.
+        config: the settings, as `FoldConfig.as_dict`.
+        calibration: tokens, window length and fingerprints.
+    """
+
+    layers: list[LayerReport]
+    config: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def dense(self) -> int:
+        """FFN bytes of the dense model, folded layers only."""
+        return sum(layer.dense for layer in self.layers)
+
+    @property
+    def touched(self) -> float:
+        """FFN bytes read for a token at batch 1, on average."""
+        return sum(layer.touched for layer in self.layers)
+
+    @property
+    def resident(self) -> int:
+        """FFN bytes kept in memory, fallback weights included."""
+        return sum(layer.resident for layer in self.layers)
+
+    @property
+    def fix_rate(self) -> float:
+        """Mean share of neurons fixed per token."""
+        return sum(layer.fix_rate for layer in self.layers) / len(self.layers)
+
+    @property
+    def reduction(self) -> float:
+        """`1 - touched / dense`."""
+        return 1 - self.touched / self.dense
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, totals included."""
+        totals = {name: getattr(self, name) for name in ("dense", "touched", "resident", "fix_rate", "reduction")}
+        return {**asdict(self), "totals": totals}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> FoldReport:
+        """The inverse of `as_dict`."""
+        layers = [LayerReport(**layer) for layer in values["layers"]]
+        return cls(layers, values["config"], values["calibration"])

@@ -1,0 +1,1 @@
+"""The folded FFN at run time: readable reference now, kernels behind the same functions later."""

@@ -1,0 +1,151 @@
+"""The folded FFN in plain torch: the specification that every kernel is tested against.
+
+    y = x C^T + c + sum over i in S(x) of r_i(z_i) W2[:, i]
+    S(x) = neurons whose predicted pre-activation zhat is not within [low_i, high_i]
+    r_i(z) = act(z) - slope_i z - offset_i
+
+In a model, a folded FFN sits in the places of the three parts that it stands for: the up projection keeps its weights and
+passes its input on, the activation does nothing, and the down projection, which keeps its weights too, returns y. So each
+family's residuals, dropout and return types stay its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..activations import ACTIVATIONS
+from ..architectures import FFNSite, FFNWeights, set_module
+from ..folding.fold import FoldedWeights
+from ..folding.predictor import PackedMatrix
+
+
+def folded_ffn(
+    x: Tensor,
+    folded: FoldedWeights,
+    dense: FFNWeights,
+    act: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Output [tokens, d] of a folded FFN for inputs x [tokens, d], in the dtype of x.
+
+    Rows of W1 and columns of W2 are gathered for the union of the tokens' fixed neurons, and each token adds the residuals of
+    its own. Predictions, residuals and the sum are in fp32; the matrix products in the dtype of x.
+
+    Args:
+        x: [tokens, d].
+        folded: fold, predictor, ranges and lines.
+        dense: the fallback weights, in the dtype of x.
+        act: the activation.
+    """
+    fixed = fixed_neurons(x, folded, dense.b1)  # [tokens, h]
+    union = fixed.any(0).nonzero()[:, 0]
+    z = F.linear(x, dense.w1[union], None if dense.b1 is None else dense.b1[union]).float()
+    residual = act(z) - folded.slope[union].float() * z - folded.offset[union].float()
+    residual = torch.where(fixed[:, union], residual, 0.0)
+    affine = F.linear(x, folded.weight, folded.bias)
+    correction = F.linear(residual.to(x.dtype), dense.w2[:, union])
+    return (affine.float() + correction.float()).to(x.dtype)
+
+
+def fixed_neurons(x: Tensor, folded: FoldedWeights, b1: Tensor | None) -> Tensor:
+    """[tokens, h] bool: the neurons S(x) predicted to be out of their hot range. NaN counts as out of it."""
+    zhat = F.linear(x.float(), folded.predictor.dequantise(), None if b1 is None else b1.float())
+    return ~((zhat >= folded.low.float()) & (zhat <= folded.high.float()))
+
+
+class FoldedFFN(nn.Module):
+    """Holds what a folded FFN stores beside the dense weights; the child `tardis` of an FFN.
+
+    State: `fold.weight`, `fold.bias`, `predictor.planes`, `predictor.scale`, `low`, `high`, `slope`, `offset`.
+
+    Args:
+        weights: what to store.
+        activation: a name in `ACTIVATIONS`.
+    """
+
+    def __init__(self, weights: FoldedWeights, activation: str) -> None:
+        super().__init__()
+        self.activation = activation
+        self.columns, self.group_size = weights.predictor.columns, weights.predictor.group_size
+        self.fold = _holder(weight=weights.weight, bias=weights.bias)
+        self.predictor = _holder(planes=weights.predictor.planes, scale=weights.predictor.scale)
+        for name in ("low", "high", "slope", "offset"):
+            self.register_buffer(name, getattr(weights, name))
+
+    @property
+    def weights(self) -> FoldedWeights:
+        """The stored tensors."""
+        planes, scale = self.predictor.planes, self.predictor.scale
+        packed = PackedMatrix(planes, scale, self.columns, self.group_size)
+        return FoldedWeights(self.fold.weight, self.fold.bias, packed, self.low, self.high, self.slope, self.offset)
+
+    def forward(self, x: Tensor, dense: FFNWeights) -> Tensor:
+        """Output [..., d] for inputs x [..., d]; see `folded_ffn`."""
+        y = folded_ffn(x.reshape(-1, x.shape[-1]), self.weights, dense, ACTIVATIONS[self.activation])
+        return y.view(x.shape)
+
+
+class KeptLinear(nn.Module):
+    """The up projection of a folded FFN: keeps weights under their own names and passes its input on."""
+
+    def __init__(self, linear: nn.Module, transposed: bool) -> None:
+        super().__init__()
+        self.weight, self.bias, self.transposed = linear.weight, linear.bias, transposed
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as [out, in]."""
+        return self.weight.T if self.transposed else self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x itself."""
+        return x
+
+
+class FoldedDown(KeptLinear):
+    """The down projection of a folded FFN: gets the FFN's input x and returns its output."""
+
+    def __init__(self, linear: nn.Module, transposed: bool, up: KeptLinear, ffn: FoldedFFN) -> None:
+        super().__init__(linear, transposed)
+        self._others = (up, ffn)  # in a tuple, so that they are not registered, and saved, twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Output [..., d] of the folded FFN for x [..., d]."""
+        up, ffn = self._others
+        return ffn(x, FFNWeights(up.matrix, up.bias, self.matrix, self.bias))
+
+
+def install(model: nn.Module, site: FFNSite, ffn: FoldedFFN) -> None:
+    """Put a folded FFN into the model at `site`. Dense weights are shared, not copied."""
+    transposed = not isinstance(site.up, nn.Linear)  # transformers' Conv1D
+    up = KeptLinear(site.up, transposed)
+    set_module(model, site.up_name, up)
+    set_module(model, site.activation_name, nn.Identity())
+    set_module(model, site.down_name, FoldedDown(site.down, transposed, up, ffn))
+    site.parent.add_module("tardis", ffn)
+
+
+def uninstall(model: nn.Module, site: FFNSite) -> None:
+    """Put the dense FFN back at `site`."""
+    for name, part in ((site.up_name, site.up), (site.activation_name, site.activation), (site.down_name, site.down)):
+        set_module(model, name, part)
+    del site.parent.tardis
+
+
+def folded_ffns(model: nn.Module) -> dict[str, FoldedFFN]:
+    """Every folded FFN of a model by the prefix of its FFN, in order; the prefix is "" for none but the root."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, FoldedFFN)}
+    return {name.removesuffix("tardis").removesuffix("."): module for name, module in found.items()}
+
+
+def _holder(**tensors: Tensor) -> nn.Module:
+    module = nn.Module()
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and name in ("weight", "bias"):
+            module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        else:
+            module.register_buffer(name, tensor)
+    return module

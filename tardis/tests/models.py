@@ -1,0 +1,157 @@
+"""Small random models of the real transformers classes, one per family and layout, and a byte tokenizer.
+
+Every weight is drawn at random, biases and norms too, so that no term of an FFN can be lost unnoticed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+HIDDEN, INTERMEDIATE, LAYERS, HEADS, VOCAB, POSITIONS = 64, 256, 3, 4, 320, 128
+END = 256  # id of <|endoftext|>: the byte tokenizer has the 256 bytes before it
+
+_GPT = {
+    "n_embd": HIDDEN,
+    "n_head": HEADS,
+    "n_layer": LAYERS,
+    "n_inner": INTERMEDIATE,
+    "n_positions": POSITIONS,
+}
+_COMMON = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": INTERMEDIATE,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "max_position_embeddings": POSITIONS,
+}
+_BLOOM = {"hidden_size": HIDDEN, "n_layer": LAYERS, "n_head": HEADS}
+_FALCON = {
+    "hidden_size": HIDDEN,
+    "ffn_hidden_size": INTERMEDIATE,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+}
+_OPT = {
+    "hidden_size": HIDDEN,
+    "ffn_dim": INTERMEDIATE,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "max_position_embeddings": POSITIONS,
+    "word_embed_proj_dim": HIDDEN,
+    "pad_token_id": END,
+}
+
+# name -> (model_type, config fields). Names beyond the model type are other layouts of the same family.
+_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("gpt2", _GPT),
+    "gpt_bigcode": ("gpt_bigcode", _GPT),
+    "gptj": ("gptj", {**_GPT, "rotary_dim": 8}),
+    "codegen": ("codegen", {**_GPT, "rotary_dim": 8}),
+    "starcoder2": ("starcoder2", {**_COMMON, "num_key_value_heads": 2}),
+    "phi": ("phi", _COMMON),
+    "gpt_neox": ("gpt_neox", _COMMON),
+    "gpt_neox_sequential": ("gpt_neox", {**_COMMON, "use_parallel_residual": False}),
+    "bloom": ("bloom", _BLOOM),
+    "mpt": ("mpt", {"d_model": HIDDEN, "n_heads": HEADS, "n_layers": LAYERS, "max_seq_len": POSITIONS}),
+    # Falcon 7B (rotary, one key head, attention beside FFN), 40B and 180B, RW (ALiBi, FFN after attention)
+    "falcon": ("falcon", {**_FALCON, "bias": False}),
+    "falcon_new_decoder": ("falcon", {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon_alibi": (
+        "falcon",
+        {**_FALCON, "alibi": True, "parallel_attn": False, "multi_query": False, "bias": True},
+    ),
+    # OPT has ReLU; like OPT-350m, opt_post_norm normalises after each part and embeds in fewer dimensions
+    "opt": ("opt", _OPT),
+    "opt_post_norm": ("opt", {**_OPT, "do_layer_norm_before": False, "word_embed_proj_dim": HIDDEN // 2}),
+    "bert": ("bert", _COMMON),
+    # RoBERTa counts positions from pad_token_id + 1 = 2
+    "roberta": ("roberta", {**_COMMON, "max_position_embeddings": POSITIONS + 2}),
+}
+
+ENCODER_NAMES = ["bert", "roberta"]
+FAMILY_NAMES = list(_MODELS)
+CAUSAL_NAMES = [name for name in FAMILY_NAMES if name not in ENCODER_NAMES]
+
+
+def tiny_model(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
+    """A random model in eval mode: 3 blocks, d = 64, h = 256, 320 tokens, 128 positions.
+
+    Args:
+        name: one of `FAMILY_NAMES`: a model type, or a variant of one such as "falcon_new_decoder".
+        seed: the same seed gives the same weights; the global generator is left alone.
+        dtype: dtype of the parameters.
+        **overrides: fields of the family's config.
+
+    Returns:
+        The family's causal LM class, or its masked LM class for `ENCODER_NAMES`.
+    """
+    model_type, fields = _MODELS[name]
+    fixed = {"vocab_size": VOCAB, "bos_token_id": END, "eos_token_id": END}
+    config = AutoConfig.for_model(model_type, **{**fixed, **fields, **overrides})
+    auto = AutoModelForMaskedLM if name in ENCODER_NAMES else AutoModelForCausalLM
+    with torch.random.fork_rng(devices=[]):
+        model = auto.from_config(config, dtype=dtype)
+    randomise(model, seed)
+    return model.eval()
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, seed: int) -> None:
+    """Draw every parameter anew: N(0, 0.1), around one for the weights of norms."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            noise = 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise + 1 if isinstance(module, nn.LayerNorm) and name == "weight" else noise)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer without merges: one token per byte of UTF-8, and <|endoftext|> with id 256."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    end = "<|endoftext|>"
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end, model_max_length=POSITIONS
+    )
+
+
+def tokens(batch: int = 2, length: int = 12) -> Tensor:
+    """Token ids [batch, tokens] of random bytes, the same on every call."""
+    return torch.randint(2, 256, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def record(
+    model: PreTrainedModel, modules: list[nn.Module], **inputs: Tensor | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """First input and output of each module in one forward of the whole model.
+
+    They are cloned, because Falcon adds the attention to its FFN's output in place.
+    """
+    into: dict[nn.Module, Tensor] = {}
+    out: dict[nn.Module, Tensor] = {}
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        into[module], out[module] = (
+            args[0].clone(),
+            (output[0] if isinstance(output, tuple) else output).clone(),
+        )
+
+    hooks = [module.register_forward_hook(hook) for module in modules]
+    model(**inputs, use_cache=False)
+    for handle in hooks:
+        handle.remove()
+    return [into[m] for m in modules], [out[m] for m in modules]

@@ -1,0 +1,196 @@
+"""Every family of the table: its FFNs are found, checked, and computed from their weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from models import (
+    CAUSAL_NAMES,
+    FAMILY_NAMES,
+    INTERMEDIATE,
+    LAYERS,
+    record,
+    tiny_model,
+    tiny_tokenizer,
+    tokens,
+)
+from models import HIDDEN as D
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from tardis_llm.activations import ACTIVATIONS, identify
+from tardis_llm.architectures import (
+    FAMILIES,
+    GATED_MODEL_TYPES,
+    family_of,
+    find_ffns,
+    layer_list,
+    set_module,
+)
+from tardis_llm.errors import InvalidInputError, UnsupportedModelError
+
+every_family = pytest.mark.parametrize("name", FAMILY_NAMES)
+
+
+def test_the_tiny_models_cover_every_family_of_the_table() -> None:
+    assert {tiny_model(name).config.model_type for name in FAMILY_NAMES} == set(FAMILIES)
+
+
+@every_family
+def test_each_block_has_one_ffn_site_named_as_in_the_model(name: str) -> None:
+    model = tiny_model(name)
+    sites = find_ffns(model)
+    assert [site.index for site in sites] == list(range(LAYERS))
+    for site, block in zip(sites, layer_list(model), strict=True):
+        assert site.block is block
+        assert model.get_submodule(site.prefix) is site.parent
+        assert model.get_submodule(site.up_name) is site.up
+        assert model.get_submodule(site.activation_name) is site.activation
+        assert model.get_submodule(site.down_name) is site.down
+        assert (site.hidden_size, site.intermediate_size) == (D, INTERMEDIATE)
+        assert f"{site.up_name}.weight" in model.state_dict()
+
+
+@every_family
+def test_the_weights_reproduce_what_the_modules_compute(name: str) -> None:
+    model = tiny_model(name)
+    for site in find_ffns(model):
+        (x, z, a), (z_out, a_out, y) = record(model, [site.up, site.activation, site.down], input_ids=tokens())
+        w1, b1, w2, b2 = site.weights()
+        act = ACTIVATIONS[identify(site.activation)]
+        torch.testing.assert_close(F.linear(act(F.linear(x, w1, b1)), w2, b2), y, rtol=1e-4, atol=1e-5)
+        assert torch.equal(z, z_out), "something stands between up and activation"
+        assert torch.equal(a, a_out), "something stands between activation and down"
+        assert y.std() > 0.1, "the FFN of a tiny model must matter"
+
+
+@every_family
+def test_weights_are_views_of_the_model(name: str) -> None:
+    model = tiny_model(name)
+    site, stored = find_ffns(model)[0], model.state_dict()
+    names = [f"{part}.{kind}" for part in (site.up_name, site.down_name) for kind in ("weight", "bias")]
+    for view, key in zip(site.weights(), names, strict=True):
+        assert (view is None) == (key not in stored)
+        assert view is None or (view.data_ptr() == stored[key].data_ptr() and not view.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"), [("gpt2", "h.0.mlp"), ("opt", "decoder.layers.0"), ("bert", "encoder.layer.0")]
+)
+def test_a_model_without_head_is_named_without_the_base_prefix(name: str, prefix: str) -> None:
+    assert find_ffns(AutoModel.from_config(tiny_model(name).config))[0].prefix == prefix
+
+
+@every_family
+def test_sites_are_found_and_identified_on_meta(name: str) -> None:
+    config = tiny_model(name).config
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+        sites = find_ffns(model)
+        assert [identify(site.activation) for site in sites] == [identify(sites[0].activation)] * LAYERS
+    assert sites[0].weights().w1.device.type == "meta"
+
+
+def test_encoders_are_the_families_that_are_not_causal() -> None:
+    assert {tiny_model(name).config.model_type for name in CAUSAL_NAMES} == {
+        model_type for model_type, family in FAMILIES.items() if family.causal
+    }
+
+
+def test_a_gated_model_is_refused_as_not_supported_yet() -> None:
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, vocab_size=320
+    )
+    with pytest.raises(UnsupportedModelError, match=r"'llama' has a gated FFN.*not supported yet.*bert, bloom"):
+        find_ffns(LlamaForCausalLM(config))
+
+
+def test_an_unknown_family_is_refused_with_the_supported_list() -> None:
+    config = T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=320)
+    with pytest.raises(UnsupportedModelError, match=r"unknown model family 't5'.*bert, bloom.*add a row"):
+        find_ffns(T5ForConditionalGeneration(config))
+
+
+def test_gated_model_types_exist_in_transformers_and_are_not_in_the_table() -> None:
+    assert set(CONFIG_MAPPING_NAMES) >= GATED_MODEL_TYPES
+    assert not GATED_MODEL_TYPES & set(FAMILIES)
+
+
+def test_a_config_flag_that_changes_the_ffn_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="slow_but_exact=False"):
+        family_of(AutoConfig.for_model("bloom", slow_but_exact=True, pretraining_tp=2))
+
+
+def test_parts_of_different_width_are_refused_by_name() -> None:
+    model = tiny_model("opt")
+    set_module(model, "model.decoder.layers.1.fc2", nn.Linear(INTERMEDIATE + 1, D))
+    with pytest.raises(InvalidInputError, match=r"layers\.1\.fc1 is \[256, 64\].*layers\.1\.fc2 is \[64, 257\]"):
+        find_ffns(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "message"),
+    [
+        ("transformer.h.0.mlp.c_fc", nn.Identity(), "c_fc is a Identity, not a linear layer"),
+        ("transformer.h.0.mlp", nn.Identity(), "no module 'mlp.c_fc'"),
+        ("transformer.h", nn.Sequential(), "not a ModuleList"),
+    ],
+)
+def test_a_model_that_was_modified_is_refused(name: str, part: nn.Module, message: str) -> None:
+    model = tiny_model("gpt2")
+    set_module(model, name, part)
+    with pytest.raises(InvalidInputError, match=message):
+        find_ffns(model)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("weight", torch.zeros(8, 1, dtype=torch.uint8)), ("bias", torch.zeros(3))]
+)
+def test_packed_weights_and_wrong_biases_are_refused(field: str, value: Tensor) -> None:
+    model = tiny_model("phi")
+    setattr(model.model.layers[0].mlp.fc1, field, nn.Parameter(value, requires_grad=False))
+    with pytest.raises(InvalidInputError, match=f"fc1.{field}"):
+        find_ffns(model)
+
+
+def test_set_module_replaces_a_module_adds_a_child_and_refuses_a_missing_parent() -> None:
+    model, new = tiny_model("gpt2"), nn.Identity()
+    set_module(model, "transformer.h.1.mlp.act", new)
+    set_module(model, "transformer.h.1.mlp.tardis", new)
+    assert model.transformer.h[1].mlp.act is model.transformer.h[1].mlp.tardis is new
+    with pytest.raises(InvalidInputError, match=r"no module 'transformer\.h\.9\.mlp'"):
+        set_module(model, "transformer.h.9.mlp.tardis", new)
+
+
+def test_the_seed_alone_decides_the_weights_of_a_tiny_model() -> None:
+    state = torch.get_rng_state()
+    same, other = tiny_model("mpt").state_dict(), tiny_model("mpt", seed=1).state_dict()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, same[key]) for key, value in tiny_model("mpt").state_dict().items())
+    assert not torch.equal(same["transformer.wte.weight"], other["transformer.wte.weight"])
+
+
+def test_the_tiny_tokenizer_is_one_token_per_byte_and_survives_saving(tmp_path: Path) -> None:
+    text = "Hé, two\n  lines\t"
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer(text)["input_ids"]
+    assert len(tokenizer) == 257
+    assert len(ids) == len(text.encode())
+    tiny_model("gpt2").config.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded(text)["input_ids"] == ids
+    assert loaded.decode(ids) == text
+    assert loaded.eos_token_id == 256
