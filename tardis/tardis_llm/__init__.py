@@ -1,8 +1,13 @@
-"""TARDIS: faster language models by constant folding of their feed-forward networks, with exact correction."""
+"""TARDIS: faster language models by constant folding of their feed-forward networks, with exact correction.
 
+Importing the package teaches transformers to load folded checkpoints.
+"""
+
+from .checkpoint import save_folded
 from .config import FoldConfig
+from .integrations import transformers as _transformers  # noqa: F401 - registers the quantiser
 from .pipeline import fold
 from .report import FoldReport
 
-__all__ = ["FoldConfig", "FoldReport", "fold"]
+__all__ = ["FoldConfig", "FoldReport", "fold", "save_folded"]
 __version__ = "0.1.0"

@@ -98,10 +98,10 @@ class BinnedMoments:
         """Add tokens: u and z are [tokens, h] fp32."""
         u, z = u.T.contiguous(), z.T.contiguous()
         bins = ((u - self.edge[:, None]) / self.width[:, None]).clamp_(0, BINS - 1).long()
-        a = act(z)
+        a, z = act(z).double(), z.double()
         one = torch.ones_like(z)
         for total, value in zip(self.sums, (one, z, z * z, a, a * z, a * a), strict=True):
-            total += torch.zeros(total.shape).scatter_add_(1, bins, value)
+            total.scatter_add_(1, bins, value)
         self.tokens += u.shape[1]
 
     @property

@@ -25,7 +25,7 @@ class Tokenizer(Protocol):
 
     model_max_length: int
 
-    def encode(self, text: str, add_special_tokens: bool = ...) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = ..., verbose: bool = ...) -> list[int]:
         """Token ids of a text."""
         ...
 
@@ -110,7 +110,7 @@ def check_enough(windows: Windows, d: int) -> None:
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    return tokenizer.encode(text, add_special_tokens=False)
+    return tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
 
 def _texts(source: str | Path) -> Iterator[str]:

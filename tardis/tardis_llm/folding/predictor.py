@@ -17,6 +17,7 @@ from ..errors import InvalidInputError
 
 _SCALE_CANDIDATES = 40  # scales tried per group, between a fifth of the largest weight and all of it
 _DAMPING = 0.01  # of the mean diagonal, as in GPTQ (arXiv 2210.17323)
+_LEAST_SCALE = 2.0**-24  # the least positive fp16, so that nothing is divided by zero
 _BLOCK = 128  # columns rounded before the rest of the matrix is updated
 
 
@@ -85,7 +86,7 @@ def best_scale(w: Tensor, bits: int, group_size: int) -> Tensor:
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
     if bool((best > torch.finfo(torch.float16).max).any()):
         raise InvalidInputError("the up weight of an FFN is too large for fp16 scales; check the checkpoint's weights.")
-    return best.half().clamp_min(torch.finfo(torch.float16).tiny)
+    return best.half().clamp_min(_LEAST_SCALE)
 
 
 def expand_scale(scale: Tensor, group_size: int, columns: int) -> Tensor:

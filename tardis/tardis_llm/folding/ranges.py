@@ -147,11 +147,12 @@ def share_by_error(error: Tensor, mean: float) -> Tensor:
     """Shares in [0, 1], proportional to `error` [k] until one is full, whose mean is `mean` in [0, 1]."""
     if mean >= 1 or not bool((error > 0).any()):
         return torch.full_like(error, min(mean, 1.0))
-    low, high = 0.0, float(1 / error[error > 0].min())
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if float((error * middle).clamp_max(1).mean()) < mean else (low, middle)
-    return (error * high).clamp_max(1)
+    ordered = error.sort(descending=True).values
+    rest = ordered.flip(0).cumsum(0).flip(0)  # [k] error not yet full, if the first 0, 1, ... shares are
+    left = mean * len(error) - torch.arange(len(error))
+    # the first number of full shares that leaves the next one at most full
+    full = int((left * ordered <= rest).int().argmax())
+    return (error / rest[full] * left[full]).clamp(0, 1)
 
 
 def kernel_density(count: Tensor) -> Tensor:

@@ -1,0 +1,245 @@
+"""The folded checkpoint, format version 1: a Hugging Face directory with `tardis.*` tensors beside the dense weights.
+
+    config.json     the family's own fields; `quantization_config` is a `CheckpointConfig`; `architectures` a Tardis class
+    *.safetensors   every dense tensor under its own name, and `<ffn>.tardis.*` per folded FFN
+    tardis.json     the report of the fold, versions, and the SHA-256 of every tensor
+
+W1 and W2 stay under their own names, so a loader that does not know TARDIS gets the exact dense model.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .config import FORMAT_VERSION
+from .errors import CheckpointError, InvalidInputError
+from .folding.fold import FoldedWeights
+from .folding.predictor import PackedMatrix
+from .report import FoldReport
+from .runtime.ffn import FoldedFFN, folded_ffns
+from .workspace import digest, read_json, write_json
+
+METHOD = "tardis"
+RECORD = "tardis.json"
+#: what precedes the stock class name in `architectures`
+PREFIX = "Tardis"
+_CONFIG = "config.json"
+_STAGING = ".tardis-staging"
+_READABLE = 0o644  # transformers leaves weights readable by their owner alone
+
+
+@dataclass
+class CheckpointConfig(QuantizationConfigMixin):
+    """What a folded model records about itself; `quantization_config` in config.json.
+
+    Attributes:
+        layers: per folded FFN, by its full name in the model, the fields of `LayerFormat`.
+        format_version: of the checkpoint.
+        calibration: what the fold was calibrated on.
+        quant_method: always "tardis".
+    """
+
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+    calibration: dict[str, Any] = field(default_factory=dict)
+    quant_method: str = METHOD
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.format_version, int) or not 1 <= self.format_version <= FORMAT_VERSION:
+            raise CheckpointError(
+                f"this checkpoint has format version {self.format_version!r}, and this TARDIS reads 1 to {FORMAT_VERSION}. "
+                "Update it (pip install -U tardis-llm), or fold the model again."
+            )
+        if not self.layers:
+            raise CheckpointError("config.json names no folded layers; copy the checkpoint anew, or fold again.")
+
+
+@dataclass(frozen=True)
+class LayerFormat:
+    """How one folded FFN is stored.
+
+    Attributes:
+        activation: a name in `ACTIVATIONS`.
+        bits: of the predictor.
+        group_size: input weights per scale of the predictor.
+        range_dtype: "float16" or "float32", of ranges and lines.
+    """
+
+    activation: str
+    bits: int
+    group_size: int
+    range_dtype: str
+
+    @classmethod
+    def of(cls, ffn: FoldedFFN) -> LayerFormat:
+        """The format of a folded FFN in memory."""
+        weights = ffn.weights
+        dtype = str(weights.low.dtype).removeprefix("torch.")
+        return cls(ffn.activation, weights.predictor.bits, weights.predictor.group_size, dtype)
+
+    def empty(self, d: int, h: int, dtype: torch.dtype, device: torch.device) -> FoldedFFN:
+        """A folded FFN of this format without content.
+
+        Args:
+            d, h: width and neurons.
+            dtype: of the fold.
+            device: such as meta.
+        """
+        ranges = getattr(torch, self.range_dtype)
+        planes = torch.empty(self.bits, h, -(-d // 8), dtype=torch.uint8, device=device)
+        scale = torch.empty(h, -(-d // self.group_size), dtype=torch.float16, device=device)
+        low, high, slope, offset = (torch.empty(h, dtype=ranges, device=device) for _ in range(4))
+        weight, bias = (torch.empty(shape, dtype=dtype, device=device) for shape in ((d, d), (d,)))
+        packed = PackedMatrix(planes, scale, d, self.group_size)
+        return FoldedFFN(FoldedWeights(weight, bias, packed, low, high, slope, offset), self.activation)
+
+
+def save_folded(
+    model: PreTrainedModel,
+    report: FoldReport,
+    directory: Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Write a folded model. What is in `directory` under the same names is replaced, config.json last.
+
+    Args:
+        model: folded by `tardis_llm.fold`; it gets the quantiser that a loaded one has.
+        report: of the fold.
+        directory: made if missing.
+        tokenizer: saved beside the model.
+        max_shard_size: of one file, as transformers spells it.
+
+    Raises:
+        InvalidInputError: the model has no folded FFN.
+        OSError, SafetensorError: the disk is full or cannot be written; `directory` keeps what it had.
+    """
+    mark_folded(model, report.calibration)
+    staging = directory / _STAGING
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        model.save_pretrained(staging, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+        _rename_architecture(staging)
+        _write_record(staging, report)
+        _publish(staging, directory)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def mark_folded(model: PreTrainedModel, calibration: dict[str, Any]) -> None:
+    """Give a model folded in memory what transformers needs to save it and recognise it later."""
+    formats = {name: vars(LayerFormat.of(ffn)) for name, ffn in folded_ffns(model).items()}
+    if not formats:
+        raise InvalidInputError("the model has no folded FFN to save; fold it first with tardis_llm.fold.")
+    config = CheckpointConfig(layers=formats, calibration=calibration)
+    model.config.quantization_config = config
+    model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
+
+
+def is_folded(directory: Path) -> bool:
+    """Whether a directory holds a folded checkpoint."""
+    path = directory / _CONFIG
+    return path.is_file() and (read_json(path).get("quantization_config") or {}).get("quant_method") == METHOD
+
+
+def read_report(directory: Path) -> FoldReport:
+    """The report of the fold that made a checkpoint.
+
+    Raises:
+        CheckpointError: tardis.json is missing or damaged.
+    """
+    record = read_json(directory / RECORD)
+    try:
+        return FoldReport.from_dict(record["report"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{directory / RECORD} is damaged ({error!r}); copy the checkpoint anew.") from error
+
+
+def verify(files: Sequence[Path], expected: Sequence[str]) -> None:
+    """Check the weight files of a checkpoint: whole, complete, and as they were written.
+
+    Contents are compared where tardis.json lies beside the files.
+
+    Args:
+        files: all of them.
+        expected: names of tensors that must be there.
+
+    Raises:
+        CheckpointError: names the file and what to do.
+    """
+    record = files[0].parent / RECORD
+    digests = read_json(record).get("tensors", {}) if record.exists() else {}
+    seen = set()
+    for file in files:
+        for name, tensor in _tensors(file):
+            seen.add(name)
+            if digests and digests.get(name) != digest([tensor]):
+                raise CheckpointError(
+                    f"{file}: the tensor {name} is not the one that was written (its SHA-256 differs from {record}). Copy the "
+                    f"file anew or fold again; if you changed it on purpose, delete {record}."
+                )
+    missing = sorted((set(expected) | set(digests)) - seen)
+    if missing:
+        raise CheckpointError(
+            f"{files[0].parent} lacks {len(missing)} tensors of the folded model, the first is {missing[0]}. A weight file is "
+            "missing or from another model: copy the checkpoint anew, or fold again."
+        )
+
+
+def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of a safetensors file."""
+    try:
+        with safe_open(file, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118 - not a dict
+                yield name, handle.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file} is truncated or damaged ({error}). Copy it anew, or fold the model again."
+        ) from error
+
+
+def _rename_architecture(staging: Path) -> None:
+    """Call the model `Tardis<Stock>` in config.json: who goes by that name and does not know TARDIS refuses it."""
+    config = read_json(staging / _CONFIG)
+    config["architectures"] = [f"{PREFIX}{name}" for name in config["architectures"]]
+    write_json(staging / _CONFIG, config)
+
+
+def _write_record(staging: Path, report: FoldReport) -> None:
+    files = sorted(staging.glob("*.safetensors"))
+    for file in files:
+        file.chmod(_READABLE)
+    record = {
+        "format_version": FORMAT_VERSION,
+        "software": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "report": report.as_dict(),
+        "tensors": {name: digest([tensor]) for file in files for name, tensor in _tensors(file)},
+    }
+    write_json(staging / RECORD, record)
+
+
+def _publish(staging: Path, directory: Path) -> None:
+    """Move finished files into place; a folded model that was there is replaced whole."""
+    new = sorted(path.name for path in staging.iterdir())
+    if is_folded(directory):
+        for stale in [*directory.glob("*.safetensors"), *directory.glob("*.safetensors.index.json")]:
+            if stale.name not in new:
+                stale.unlink()
+    for name in sorted(new, key=lambda name: name == _CONFIG):
+        os.replace(staging / name, directory / name)
