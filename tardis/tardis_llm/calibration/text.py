@@ -68,7 +68,7 @@ def read_windows(
     characters = tokens * _CHARACTERS_PER_TOKEN
     spans = _spread(texts, characters, seed) if total > characters else texts
     ids = [token for span in spans for token in _encode(tokenizer, span)]
-    return split_windows(torch.tensor(ids[:tokens]), length, heldout)
+    return split_windows(_spread_windows(torch.tensor(ids), tokens, length), length, heldout)
 
 
 def split_windows(ids: Tensor, length: int, heldout: float) -> Windows:
@@ -155,7 +155,16 @@ def _spread(texts: list[str], characters: int, seed: int) -> list[str]:
     joined = "\n\n".join(texts)
     size, stride = characters // _SPANS + 1, len(joined) // _SPANS
     shift = int(torch.randint(max(1, stride - size), (1,), generator=torch.Generator().manual_seed(seed)))
-    return [_whole_words(joined[i * stride + shift :][: size + 1]) for i in range(_SPANS)]
+    starts = [shift + i * stride for i in range(_SPANS)]
+    return [_whole_words(joined[start : start + size + 1]) for start in starts]
+
+
+def _spread_windows(ids: Tensor, tokens: int, length: int) -> Tensor:
+    """Windows [count, length] evenly spread over flat ids, `tokens` in all; flat as they are if there are no more."""
+    have, wanted = len(ids) // length, tokens // length
+    if have <= wanted or wanted < 2:
+        return ids[:tokens]
+    return ids[: have * length].view(have, length)[torch.arange(wanted) * have // wanted]
 
 
 def _whole_words(span: str) -> str:

@@ -202,10 +202,21 @@ def finish(
 
 
 def store_ranges(ranges: Ranges) -> list[Tensor]:
-    """low, high, slope, offset in fp16, or all in fp32 if a finite value overflows fp16."""
+    """low, high, slope, offset in fp16, or all in fp32 if a finite value overflows fp16.
+
+    Ranges are rounded outwards: they keep what they contain, so that rounding fixes no more than the budget allows.
+    """
     values = [ranges.low, ranges.high, ranges.slope, ranges.offset]
-    fits = all(torch.equal(torch.isfinite(v.half()), torch.isfinite(v)) for v in values)
-    return [v.half() if fits else v for v in values]
+    halves = [_half(ranges.low, -torch.inf), _half(ranges.high, torch.inf), ranges.slope.half(), ranges.offset.half()]
+    fits = all(torch.equal(torch.isfinite(h), torch.isfinite(v)) for h, v in zip(halves, values, strict=True))
+    return halves if fits else values
+
+
+def _half(value: Tensor, towards: float) -> Tensor:
+    """fp16 nearest to value on the side of `towards`, which is -inf or inf."""
+    half = value.half()
+    inside = half.float() > value if towards < 0 else half.float() < value
+    return torch.where(inside, torch.nextafter(half, torch.full_like(half, towards)), half)
 
 
 @dataclass(frozen=True)

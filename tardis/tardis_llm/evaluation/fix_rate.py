@@ -1,0 +1,88 @@
+"""How many neurons a folded model fixes on the text that runs through it, and what it touches there."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+from torch import Tensor, nn
+
+from ..architectures import FFNWeights
+from ..errors import InvalidInputError
+from ..report import FoldReport, LayerReport
+from ..runtime.ffn import FoldedFFN, fixed_neurons, folded_ffns
+
+
+@dataclass
+class FixCounts:
+    """Neurons fixed, and neurons that could have been, per folded FFN by its prefix."""
+
+    fixed: dict[str, int] = field(default_factory=dict)
+    neurons: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Mean share of neurons fixed per token.
+
+        Raises:
+            InvalidInputError: no token has run yet.
+        """
+        if not self.neurons or not all(self.neurons.values()):
+            raise InvalidInputError("no token has run through a folded FFN; run the folded model inside count_fixes.")
+        return {name: self.fixed[name] / total for name, total in self.neurons.items()}
+
+    def add(self, name: str, fixed: Tensor) -> None:
+        """Count fixed neurons [tokens, h] of one FFN."""
+        self.fixed[name] += int(fixed.sum())
+        self.neurons[name] += fixed.numel()
+
+
+@contextmanager
+def count_fixes(model: nn.Module) -> Iterator[FixCounts]:
+    """Within the context, count the neurons that the model's folded FFNs fix, whatever runs.
+
+    Every FFN predicts twice then, so it is for measuring, not for timing.
+    """
+    ffns = folded_ffns(model)
+    counts = FixCounts(dict.fromkeys(ffns, 0), dict.fromkeys(ffns, 0))
+
+    def count(name: str, ffn: FoldedFFN, args: tuple[Tensor, FFNWeights]) -> None:
+        x, dense = args
+        counts.add(name, fixed_neurons(x.reshape(-1, x.shape[-1]), ffn.weights, dense.b1))
+
+    with ExitStack() as stack:
+        for name, ffn in ffns.items():
+            stack.callback(ffn.register_forward_pre_hook(partial(count, name)).remove)
+        yield counts
+
+
+def measured(report: FoldReport, model: nn.Module, rates: dict[str, float]) -> FoldReport:
+    """The report with `fix_rate` and `touched` as measured by `count_fixes`; everything else as it was.
+
+    Args:
+        report: of the fold that made the model.
+        model: the folded model.
+        rates: fix rate by the prefix of the FFN.
+
+    Raises:
+        InvalidInputError: the report is not that of the model.
+    """
+    ffns = folded_ffns(model)
+    if set(ffns) != {layer.prefix for layer in report.layers} or set(ffns) != set(rates):
+        raise InvalidInputError("report and rates are not those of this model; use those of its own checkpoint.")
+    layers = [_measured_layer(layer, ffns[layer.prefix], rates[layer.prefix]) for layer in report.layers]
+    return dataclasses.replace(report, layers=layers)
+
+
+def fallback_bytes(layer: LayerReport, ffn: FoldedFFN) -> int:
+    """Bytes of W1 and W2 as stored: what fixing every neuron would read."""
+    numbers = 2 * len(ffn.low) * ffn.columns
+    return layer.dense // numbers * numbers  # the division leaves out the biases, far less than a byte a weight
+
+
+def _measured_layer(layer: LayerReport, ffn: FoldedFFN, rate: float) -> LayerReport:
+    touched = layer.touched + (rate - layer.fix_rate) * fallback_bytes(layer, ffn)
+    return dataclasses.replace(layer, fix_rate=rate, touched=touched)

@@ -1,0 +1,95 @@
+"""Token perplexity of a causal model on windows of text, with its standard error."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..architectures import family_of
+from ..calibration.text import Tokenizer
+from ..errors import InvalidInputError
+from ..pipeline import Progress
+
+_LOGITS_AT_ONCE = 2**24  # elements of the largest tensor
+_STAGE = "measuring perplexity"
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Token perplexity: `exp` of the mean negative log-likelihood per token.
+
+    Attributes:
+        value: the perplexity; NaN or infinite where the model's output is.
+        standard_error: of `value`, from the variation between windows.
+        tokens: tokens predicted; the first of each window is context only.
+        windows: how many.
+        length: tokens per window.
+    """
+
+    value: float
+    standard_error: float
+    tokens: int
+    windows: int
+    length: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def windows_of(text: str, tokenizer: Tokenizer, length: int) -> Tensor:
+    """Cut a text into windows [n, length] of token ids, one after the other; the tail is dropped.
+
+    Raises:
+        InvalidInputError: there is less than two windows of text, too little for a standard error.
+    """
+    ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False, verbose=False), dtype=torch.long)
+    count = len(ids) // length
+    if count < 2:
+        raise InvalidInputError(
+            f"the text has {len(ids)} tokens, less than two windows of {length}; give more text or shorter windows."
+        )
+    return ids[: count * length].view(count, length)
+
+
+@torch.no_grad()
+def token_perplexity(model: PreTrainedModel, windows: Tensor, progress: Progress | None = None) -> Perplexity:
+    """Perplexity of a causal model on windows [n, length] of token ids, n >= 2.
+
+    Each window is a text of its own. The standard error treats windows as independent: that of the mean
+    negative log-likelihood over windows, times the perplexity (delta method).
+
+    Raises:
+        InvalidInputError: the model is an encoder, or there is less than two windows.
+    """
+    if not family_of(model.config).causal:
+        raise InvalidInputError(
+            f"{type(model).__name__} is an encoder, which has no token perplexity; give a causal language model."
+        )
+    count, length = windows.shape
+    if count < 2:
+        raise InvalidInputError("a standard error needs two windows at least; give more text or shorter windows.")
+    losses = torch.cat(list(_losses(model, windows, progress)))  # [n]
+    mean = losses.mean()
+    value = float(mean.exp())
+    error = float(losses.std() / count**0.5) * value
+    return Perplexity(value, error, count * (length - 1), count, length)
+
+
+def _losses(model: PreTrainedModel, windows: Tensor, progress: Progress | None):  # type: ignore[no-untyped-def]
+    """Mean negative log-likelihood per token of each window, batch by batch, [batch] fp64."""
+    vocabulary = model.config.get_text_config().vocab_size
+    batch = max(1, _LOGITS_AT_ONCE // (windows.shape[1] * vocabulary))
+    for done in range(0, len(windows), batch):
+        ids = windows[done : done + batch]
+        logits = model(input_ids=ids, use_cache=False).logits
+        # one window at a time in fp32, so that the copy stays small
+        means = [F.cross_entropy(one[:-1].float(), target[1:]) for one, target in zip(logits, ids, strict=True)]
+        if progress:
+            progress(_STAGE, done + len(ids), len(windows))
+        yield torch.stack(means).double()

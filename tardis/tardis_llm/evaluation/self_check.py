@@ -1,0 +1,97 @@
+"""The self-check after a fold: does the folded model still do what the dense one did, on held-out calibration text?"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..architectures import family_of
+from ..calibration.stream import Stream
+from ..pipeline import Progress
+from .perplexity import token_perplexity
+
+#: a fold is refused when perplexity grows by more than this factor ...
+LARGEST_RATIO = 2.0
+#: ... or, for an encoder, when its output changes by more than this share of its squared size
+LARGEST_CHANGE = 0.5
+_TOKENS, _ENCODER_TOKENS = 16_384, 2_048
+_BATCH_TOKENS = 4_096
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the self-check found.
+
+    Attributes:
+        measure: "perplexity", or "output change" for an encoder.
+        dense: the measure before the fold; None for an encoder.
+        folded: the measure after it.
+        growth: what is compared with `limit`: the ratio of perplexities, or the change itself.
+        limit: the largest growth that passes.
+        tokens: held-out calibration tokens measured.
+    """
+
+    measure: str
+    dense: float | None
+    folded: float
+    growth: float
+    limit: float
+    tokens: int
+
+    @property
+    def passed(self) -> bool:
+        """Whether the growth is a number within the limit."""
+        return math.isfinite(self.growth) and self.growth <= self.limit
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "passed": self.passed}
+
+    def sentence(self) -> str:
+        """For people."""
+        if self.dense is None:
+            return f"squared output change {self.folded:.3g} of the output (limit {self.limit:g}), {self.tokens:,} tokens"
+        return (
+            f"held-out perplexity {self.folded:.2f}, {self.growth:.3f}x the dense {self.dense:.2f} "
+            f"(limit {self.limit:g}x), {self.tokens:,} tokens"
+        )
+
+
+class SelfCheck:
+    """Measures the dense model when made, and the same model again, folded by then, when asked for the verdict.
+
+    Args:
+        model: dense.
+        heldout: [windows, length] calibration tokens kept apart; a part is taken if there are many.
+    """
+
+    def __init__(self, model: PreTrainedModel, heldout: Tensor, progress: Progress | None = None) -> None:
+        self.model, self.progress = model, progress
+        self.causal = family_of(model.config).causal
+        count = max(2, (_TOKENS if self.causal else _ENCODER_TOKENS) // heldout.shape[1])
+        self.windows = heldout[torch.arange(min(count, len(heldout))) * len(heldout) // min(count, len(heldout))]
+        if len(self.windows) < 2:  # one window is no sample, but its two halves are
+            self.windows = self.windows[:, : self.windows.shape[1] // 2 * 2].reshape(2, -1)
+        self.perplexity = token_perplexity(model, self.windows, progress).value if self.causal else None
+        self.reference = None if self.causal else self._encoder(lambda stream: stream.reference())
+
+    def verdict(self) -> Verdict:
+        """Compare the model as it is now with the dense one."""
+        tokens = self.windows.numel()
+        if self.perplexity is not None:
+            folded = token_perplexity(self.model, self.windows, self.progress).value
+            return Verdict("perplexity", self.perplexity, folded, folded / self.perplexity, LARGEST_RATIO, tokens)
+        change = self._encoder(lambda stream: stream.loss(self.reference))
+        return Verdict("output change", None, change, change, LARGEST_CHANGE, tokens)
+
+    @torch.no_grad()
+    def _encoder(self, measure):  # type: ignore[no-untyped-def]
+        with tempfile.TemporaryDirectory() as scratch:
+            return measure(Stream(self.model, self.windows, Path(scratch), math.inf, _BATCH_TOKENS))

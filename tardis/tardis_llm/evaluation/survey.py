@@ -1,0 +1,142 @@
+"""Survey a dense model before folding: how linear its FFNs are, how narrow their neurons' inputs, and what they weigh."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .. import activations
+from ..architectures import FFNSite, find_ffns
+from ..calibration.moments import BinnedMoments, chunks, pre_activation_moments
+from ..calibration.stream import Stream
+from ..calibration.text import Windows, check_enough
+from ..folding.fold import DenseFFN, Inputs, target_moments
+from ..folding.ranges import Ranges, coverage_ranges
+from ..folding.refit import affine_error, refit
+from ..pipeline import Progress, dense_ffn
+
+#: share of a neuron's inputs that its hot range holds, for `width`
+COVERAGE = 0.8
+_BATCH_TOKENS = 4_096
+_MEMORY = 2.0**29  # bytes of hidden states above which they go to disk
+
+
+@dataclass(frozen=True)
+class LayerSurvey:
+    """One dense FFN; the measured fields are None without text.
+
+    Attributes:
+        prefix: full name of the FFN in the model.
+        d, h: width and neurons.
+        activation: a name in `ACTIVATIONS`.
+        dense: bytes.
+        linearity: squared error left by the best affine map of the input, over the output's variance, on held-out
+            tokens: 0 if the FFN is affine there, 1 if no affine map helps.
+        width: of the range that holds `COVERAGE` of a neuron's inputs, around the peak of their density, over the range
+            of all of them; mean of the neurons.
+    """
+
+    prefix: str
+    d: int
+    h: int
+    activation: str
+    dense: int
+    linearity: float | None = None
+    width: float | None = None
+
+
+@dataclass(frozen=True)
+class Survey:
+    """All FFNs of a dense model.
+
+    Attributes:
+        layers: in the model's order.
+        ranges: per layer, low and high [2, h] fp32 of each neuron's `COVERAGE` range; empty without text.
+        tokens: calibration tokens looked at.
+    """
+
+    layers: list[LayerSurvey]
+    ranges: list[Tensor]
+    tokens: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, without the ranges of single neurons."""
+        return {"layers": [asdict(layer) for layer in self.layers], "tokens": self.tokens}
+
+
+def survey(model: PreTrainedModel, windows: Windows | None = None, progress: Progress | None = None) -> Survey:
+    """Look at every FFN of a dense model.
+
+    Args:
+        model: of a supported family, in eval mode, on the CPU.
+        windows: text to measure on; without it only sizes are given.
+
+    Raises:
+        UnsupportedModelError, InvalidInputError: as `tardis_llm.fold`.
+    """
+    sites = find_ffns(model)
+    layers = [_sizes(site) for site in sites]
+    if windows is None:
+        return Survey(layers, [], 0)
+    check_enough(windows, sites[0].hidden_size)
+    found, ranges = [], []
+    with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
+        fit, heldout = (
+            Stream(model, ids, Path(scratch), _MEMORY, _BATCH_TOKENS) for ids in (windows.fit, windows.heldout)
+        )
+        for site, layer in zip(sites, layers, strict=True):
+            inputs = Inputs(fit.ffn_inputs(site), heldout.ffn_inputs(site))
+            measured, hot = _measure(layer, dense_ffn(site), inputs)
+            found.append(measured)
+            ranges.append(hot)
+            fit.advance()
+            heldout.advance()
+            if progress:
+                progress("surveying layers", len(found), len(sites))
+    return Survey(found, ranges, windows.fit.numel())
+
+
+def _sizes(site: FFNSite) -> LayerSurvey:
+    dense = sum(weight.nbytes for weight in site.weights() if weight is not None)
+    activation = activations.identify(site.activation)
+    return LayerSurvey(site.prefix, site.hidden_size, site.intermediate_size, activation, dense)
+
+
+def _measure(layer: LayerSurvey, ffn: DenseFFN, inputs: Inputs) -> tuple[LayerSurvey, Tensor]:
+    moments, span = _neurons(ffn, inputs)
+    hot = coverage_ranges(moments, torch.full((layer.h,), COVERAGE, dtype=torch.float64))
+    low, high = torch.maximum(hot.low, span[0]), torch.minimum(hot.high, span[1])  # the outer bins are open
+    width = ((high - low) / (span[1] - span[0]).clamp_min(1e-30)).mean()
+    measured = LayerSurvey(
+        layer.prefix, layer.d, layer.h, layer.activation, layer.dense, linearity(ffn, inputs), float(width)
+    )
+    return measured, torch.stack([low, high])
+
+
+def linearity(ffn: DenseFFN, inputs: Inputs) -> float:
+    """Squared error of the best affine map of x, over the variance of the output, on held-out tokens."""
+    everything = torch.full((len(ffn.w1),), torch.inf)
+    zero = torch.zeros(len(ffn.w1))
+    open_ranges = Ranges(-everything, everything, zero, zero, torch.empty(0))  # nothing fixed: the target is y itself
+    fit, heldout = (target_moments(ffn, x, ffn.w1, open_ranges).output for x in (inputs.fit, inputs.heldout))
+    affine = refit(inputs.spectrum, inputs.fit_moments, fit, inputs.heldout_moments, heldout)
+    return affine_error(affine.weight, affine.bias, inputs.heldout_moments, heldout) / heldout.y_variance
+
+
+def _neurons(ffn: DenseFFN, inputs: Inputs) -> tuple[BinnedMoments, Tensor]:
+    """Moments of the neurons binned by exact pre-activation, and their least and largest input, [2, h]."""
+    moments = BinnedMoments.around(*pre_activation_moments(inputs.fit_moments, ffn.w1, ffn.b1))
+    least = torch.full((len(ffn.w1),), torch.inf)
+    largest = -least
+    for chunk in chunks(inputs.fit, len(ffn.w1)):
+        z = F.linear(chunk.float(), ffn.w1, ffn.b1)
+        moments.add(z, z, ffn.act)
+        least, largest = torch.minimum(least, z.amin(0)), torch.maximum(largest, z.amax(0))
+    return moments, torch.stack([least, largest])

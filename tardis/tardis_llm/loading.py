@@ -1,0 +1,247 @@
+"""Load dense and folded models and their tokenizers, from directories or by hub name, with errors that say what to do.
+
+The family is checked on the config, before any weight is read; and weights that the files lack are an error, never random.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
+
+from .architectures import FAMILIES, family_of
+from .calibration.text import default_length
+from .checkpoint import METHOD, RECORD, read_report
+from .errors import CheckpointError, InvalidInputError, TardisError, UnsupportedModelError
+from .report import FoldReport
+
+#: what `dtype` may be; None keeps the checkpoint's own
+DTYPES = ("float32", "bfloat16", "float16")
+
+_INDEX = "model.safetensors.index.json"
+#: ends of the names of encoder classes whose output is one tensor, `logits` or `last_hidden_state`
+_ENCODER_CLASSES = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
+
+
+def load_dense(model: str, dtype: str | None = None) -> PreTrainedModel:
+    """A dense model of a supported family in eval mode, on the CPU.
+
+    Args:
+        model: directory or hub name.
+        dtype: one of `DTYPES`; None keeps the checkpoint's own.
+
+    Raises:
+        UnsupportedModelError: the family is gated or unknown.
+        InvalidInputError: there is no such model, or it is folded or quantised already.
+        CheckpointError: weights are missing or damaged.
+    """
+    config = load_config(model)
+    method = _quantisation(config)
+    if method == METHOD:
+        raise InvalidInputError(f"{model} is folded already; give the dense model that it was made from.")
+    if method:
+        raise InvalidInputError(f"{model} is quantised ({method}); give the model in float32, bfloat16 or float16.")
+    return _load(model, config, dtype)
+
+
+def load_model(model: str, dtype: str | None = None) -> PreTrainedModel:
+    """A dense or folded model in eval mode, on the CPU; arguments and errors as `load_dense`."""
+    config = load_config(model)
+    return _load(model, config, dtype) if _quantisation(config) == METHOD else load_dense(model, dtype)
+
+
+def load_config(model: str) -> PreTrainedConfig:
+    """The config of a model of a supported family.
+
+    Args:
+        model: directory or hub name.
+
+    Raises:
+        UnsupportedModelError: the family is gated or unknown.
+        InvalidInputError: no such directory, no usable config.json in it, or the hub cannot be reached.
+    """
+    if _is_local(model):
+        _check_directory(Path(model))
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(model)
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"{model}: transformers does not know this kind of model ({_first_line(error)}). TARDIS folds these families: "
+            f"{', '.join(sorted(FAMILIES))}; choose a model of one of them."
+        ) from error
+    except OSError as error:
+        raise _not_found(model, error) from error
+    family_of(config)
+    return config
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model.
+
+    Raises:
+        InvalidInputError: it is missing or cannot be read.
+    """
+    remedy = f"Put the model's tokenizer files (such as tokenizer.json and tokenizer_config.json) into {model}."
+    if not _is_local(model):
+        remedy = "Download the model, put a tokenizer beside it, and give that directory."
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # the library raises many kinds, all with the same remedy
+        raise InvalidInputError(f"{model} has no tokenizer that can be loaded ({_first_line(error)}). {remedy}") from error
+    if not tokenizer.encode("text", add_special_tokens=False):  # transformers makes up an empty one
+        raise InvalidInputError(f"{model} has no tokenizer. {remedy}")
+    return tokenizer
+
+
+def load_report(model: str) -> FoldReport | None:
+    """The report of the fold that made a checkpoint; None for a dense model.
+
+    Args:
+        model: directory or hub name.
+
+    Raises:
+        CheckpointError: the checkpoint is folded, and its report is missing or damaged.
+    """
+    if _quantisation(load_config(model)) != METHOD:
+        return None
+    if _is_local(model):
+        return read_report(Path(model))
+    try:
+        path = cached_file(model, RECORD)
+    except OSError as error:
+        raise CheckpointError(f"{model} has no {RECORD} ({_first_line(error)}); fold the model again.") from error
+    return read_report(Path(path).parent)
+
+
+def window_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, wanted: int | None) -> int:
+    """Tokens per window: as wanted, or else the most that model and tokenizer allow, 1024 at most.
+
+    Raises:
+        InvalidInputError: more is wanted than they allow.
+    """
+    limit = position_limit(model, tokenizer)
+    if wanted is None:
+        return default_length(tokenizer, limit)
+    if wanted < 2 or (limit and wanted > limit):
+        raise InvalidInputError(f"windows of {wanted} tokens do not fit this model; choose from 2 to {limit or 1024}.")
+    return wanted
+
+
+def position_limit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
+    """The most tokens that model and tokenizer allow in one text; None if neither sets a limit."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    limits = [limit for limit in (positions, tokenizer and tokenizer.model_max_length) if limit]
+    known = [int(limit) for limit in limits if limit < 2**31]  # "no limit" is 10^30 in a tokenizer
+    return min(known, default=None)
+
+
+def _load(model: str, config: PreTrainedConfig, dtype: str | None) -> PreTrainedModel:
+    if dtype is not None and dtype not in DTYPES:
+        raise InvalidInputError(f"dtype is {dtype!r}; give one of {', '.join(DTYPES)}.")
+    loader = AutoModelForCausalLM if family_of(config).causal else _encoder_class(model, config)
+    if _is_local(model):
+        _check_files(Path(model))
+    try:
+        loaded, info = loader.from_pretrained(
+            model, dtype=getattr(torch, dtype) if dtype else "auto", output_loading_info=True
+        )
+    except TardisError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"the weights of {model} cannot be read ({_first_line(error)}). Copy or download the model anew."
+        ) from error
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"the weights of {model} do not fit its config.json ({_first_line(error)}). Copy both from the same model."
+        ) from error
+    _check_complete(model, info)
+    ready: PreTrainedModel = loaded.eval()
+    return ready
+
+
+def _encoder_class(model: str, config: PreTrainedConfig) -> Any:
+    """The transformers class named in the config of an encoder."""
+    named = (config.architectures or [""])[0].removeprefix("Tardis")
+    found = getattr(transformers, named, None) if named.endswith(_ENCODER_CLASSES) else None
+    if found is None:
+        raise UnsupportedModelError(
+            f"config.json of {model} names the class {named or 'none'!r} under `architectures`, and TARDIS needs an encoder "
+            f"class that ends in {', '.join(_ENCODER_CLASSES)}; name one that fits the weights, such as BertModel."
+        )
+    return found
+
+
+def _check_complete(model: str, info: dict[str, Any]) -> None:
+    """Refuse weights that transformers drew at random because the files lack them."""
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"the weight files of {model} lack {len(missing)} tensors, the first is {missing[0]}; they would be random. Copy or "
+            "download the model anew, or correct `architectures` in its config.json."
+        )
+
+
+def _check_directory(directory: Path) -> None:
+    if not directory.is_dir():
+        raise InvalidInputError(f"there is no directory {directory}; give a model's directory, or its name on the hub.")
+    config = directory / "config.json"
+    if not config.is_file():
+        raise InvalidInputError(f"{directory} has no config.json; give the directory of a Hugging Face model.")
+    try:
+        json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{config} is no JSON ({error}); copy it anew.") from error
+
+
+def _check_files(directory: Path) -> None:
+    """Name the weight file that is missing or damaged, which transformers does not."""
+    index = directory / _INDEX
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+    files = sorted(directory / name for name in names) or sorted(directory.glob("*.safetensors"))
+    if not files and not list(directory.glob("*.bin")):
+        raise CheckpointError(f"{directory} has no weights (*.safetensors); copy or download the model anew.")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{file} is missing, truncated or damaged ({_first_line(error)}). Copy or download it anew."
+            ) from error
+
+
+def _quantisation(config: PreTrainedConfig) -> str | None:
+    """The method with which a model is compressed already, if any."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
+    return str(getattr(method, "value", method))
+
+
+def _is_local(model: str) -> bool:
+    """Whether it names a path; a hub name is `name` or `owner/name`, and a directory of that name comes first."""
+    path = Path(model)
+    return path.exists() or path.is_absolute() or model.startswith((".", "~")) or len(path.parts) > 2
+
+
+def _not_found(model: str, error: OSError) -> TardisError:
+    if _is_local(model):
+        return CheckpointError(f"the config of {model} cannot be read ({_first_line(error)}); copy it anew.")
+    return InvalidInputError(
+        f"{model!r} is no directory here, and on the Hugging Face hub it cannot be had ({_first_line(error)}). Give the path of "
+        "a downloaded model, or check the name, the network, and the access rights (`hf auth login`)."
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

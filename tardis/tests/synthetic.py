@@ -1,0 +1,131 @@
+"""Made-up statistics: correlated inputs, random FFNs, binned neurons, and folds of them with chosen ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from hypothesis import settings
+from torch import Tensor
+
+from tardis_llm.activations import ACTIVATIONS
+from tardis_llm.architectures import FFNWeights
+from tardis_llm.calibration.moments import BinnedMoments, SecondMoments
+from tardis_llm.config import FoldConfig
+from tardis_llm.folding.fold import DenseFFN, FoldedWeights, Inputs, choose_ranges, finish, predict
+from tardis_llm.folding.predictor import quantise
+
+Act = Callable[[Tensor], Tensor]
+
+#: the same examples on every run, and no time limit on a busy machine
+quick = settings(max_examples=25, deadline=None, derandomize=True)
+NORM = 1e-5  # relative error of fp32 sums
+
+
+def generator(seed: int) -> torch.Generator:
+    """A generator that starts at `seed`."""
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal numbers, fp32."""
+    return torch.randn(shape, generator=generator(seed))
+
+
+def correlated(tokens: int, d: int, seed: int = 0) -> Tensor:
+    """Inputs [tokens, d] with a decaying spectrum, rotated, and a mean that is not zero.
+
+    Rotation and mean are the same for every seed, so that seeds give different tokens of one distribution.
+    """
+    rotation = torch.linalg.qr(normal(d, d, seed=1000 + d)).Q
+    spread = torch.logspace(0.5, -1, d)
+    return (normal(tokens, d, seed=seed) * spread) @ rotation + 0.3 * normal(d, seed=2000 + d)
+
+
+def random_ffn(d: int, h: int, activation: str = "gelu", seed: int = 0) -> DenseFFN:
+    """An FFN whose neurons are mostly off, as trained ones are."""
+    return DenseFFN(
+        normal(h, d, seed=seed) / d**0.5,
+        0.3 * normal(h, seed=seed + 1) - 0.5,
+        normal(d, h, seed=seed + 2) / h**0.5,
+        0.1 * normal(d, seed=seed + 3),
+        activation,
+    )
+
+
+def forward(ffn: DenseFFN, x: Tensor) -> Tensor:
+    """The dense FFN in fp64."""
+    a = ffn.act(x.double() @ ffn.w1.double().T + ffn.b1.double())
+    return a @ ffn.w2.double().T + ffn.b2.double()
+
+
+def second_moments(x: Tensor, y: Tensor) -> SecondMoments:
+    """Moments of x beside y, taken at once."""
+    moments = SecondMoments.zeros(x.shape[1], y.shape[1])
+    moments.add(x, y)
+    return moments
+
+
+def binned(u: Tensor, z: Tensor, act: Act, like: BinnedMoments | None = None) -> BinnedMoments:
+    """Binned moments of neurons [tokens, h] in bins around u, or in those of `like`."""
+    if like is None:
+        moments = BinnedMoments.around(u.mean(0), u.std(0))
+    else:
+        moments = BinnedMoments(like.edge, like.width, torch.zeros_like(like.sums))
+    moments.add(u, z, act)
+    return moments
+
+
+def bin_of(moments: BinnedMoments, u: Tensor) -> Tensor:
+    """[tokens, h] number of the bin of each u, by comparing with the edges."""
+    inner = moments.edges()[:, 1:-1]
+    return (u[:, :, None] >= inner).sum(-1)
+
+
+def residuals(act: Act, z: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
+    """act(z) - slope z - offset in fp64, for z [tokens, h]."""
+    z = z.double()
+    return act(z) - slope.double() * z - offset.double()
+
+
+def folded_with(ffn: DenseFFN, low: Tensor, high: Tensor, dtype: torch.dtype = torch.float32) -> FoldedWeights:
+    """The fold of random lines, unfitted, with a 4-bit predictor and the given ranges [h]."""
+    slope, offset = 0.3 + 0.2 * normal(len(ffn.w1), seed=7), 0.1 * normal(len(ffn.w1), seed=8)
+    weight = (ffn.w2 * slope) @ ffn.w1
+    bias = ffn.w2 @ (slope * ffn.b1 + offset) + ffn.b2
+    return FoldedWeights(weight.to(dtype), bias.to(dtype), quantise(ffn.w1, 4, 16), low, high, slope, offset)
+
+
+def everything_fixed(ffn: DenseFFN, dtype: torch.dtype = torch.float32) -> FoldedWeights:
+    """A fold with empty ranges."""
+    nothing = torch.full((len(ffn.w1),), torch.inf)
+    return folded_with(ffn, nothing, -nothing, dtype)
+
+
+def nothing_fixed(ffn: DenseFFN, dtype: torch.dtype = torch.float32) -> FoldedWeights:
+    """A fold with unbounded ranges."""
+    everything = torch.full((len(ffn.w1),), torch.inf)
+    return folded_with(ffn, -everything, everything, dtype)
+
+
+def half_fixed(ffn: DenseFFN, dtype: torch.dtype = torch.float32) -> FoldedWeights:
+    """A fold with ranges that about half of the pre-activations leave."""
+    width = 0.2 + normal(len(ffn.w1), seed=9).abs()
+    return folded_with(ffn, ffn.b1 - width, ffn.b1 + width, dtype)
+
+
+def fitted(ffn: DenseFFN, inputs: Inputs, rate: float, refit: bool = True, bits: int = 2, policy: str = "error"):  # type: ignore[no-untyped-def]
+    """Fold and quality for calibrated ranges at a fix rate."""
+    config = FoldConfig(policy=policy, group_size=16)  # type: ignore[arg-type]
+    predicted = predict(ffn, inputs, bits, config)
+    return finish(ffn, inputs, predicted, choose_ranges(ffn, predicted, rate, config), refit, torch.float32)
+
+
+def fallback(ffn: DenseFFN, dtype: torch.dtype = torch.float32) -> FFNWeights:
+    """The dense weights as the runtime gets them."""
+    return FFNWeights(*(tensor.to(dtype) for tensor in (ffn.w1, ffn.b1, ffn.w2, ffn.b2)))
+
+
+def activation(name: str) -> Act:
+    """The function of that name."""
+    return ACTIVATIONS[name]

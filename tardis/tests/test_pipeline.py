@@ -1,0 +1,229 @@
+"""Folding whole models: quality, budget, memory of interrupted runs, and refusals."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import FAMILY_NAMES, tiny_model, tokens
+from transformers import PreTrainedModel
+
+from tardis_llm import FoldConfig, fold
+from tardis_llm.architectures import find_ffns
+from tardis_llm.errors import InfeasibleBudgetError, InvalidInputError, UnsupportedModelError
+from tardis_llm.pipeline import LayerPlan
+from tardis_llm.runtime.ffn import folded_ffns
+
+SETTINGS = FoldConfig(reduction=0.5, predictor_bits=1, probe_tokens=64, sequence_length=32)
+
+
+def text(windows: int = 40) -> torch.Tensor:
+    return tokens(windows, 32)
+
+
+@torch.no_grad()
+def output_error(model: PreTrainedModel, dense: PreTrainedModel) -> float:
+    """Squared error of the logits over their variance, on tokens that calibration has not seen."""
+    ids = torch.randint(2, 256, (4, 32), generator=torch.Generator().manual_seed(7))
+    target, output = dense(ids).logits, model(ids).logits
+    return float((output - target).square().mean() / target.var())
+
+
+def folded_error(name: str = "gpt2", **settings: object) -> float:
+    model = tiny_model(name)
+    fold(model, text(), dataclasses.replace(SETTINGS, **settings))
+    return output_error(model, tiny_model(name))
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_every_family_folds_to_the_reduction_and_stays_close_to_the_dense_model(name: str):
+    model = tiny_model(name)
+    report = fold(model, text(), SETTINGS)
+    assert report.reduction == pytest.approx(0.5, abs=0.02)
+    assert [layer.prefix for layer in report.layers] == list(folded_ffns(model))
+    assert output_error(model, tiny_model(name)) < 0.2
+
+
+def test_more_bytes_give_a_smaller_error():
+    assert folded_error(reduction=0.3) < folded_error(reduction=0.6) < folded_error(reduction=0.7)
+
+
+def test_refit_and_error_ranges_each_beat_the_published_recipe():
+    paper = folded_error(policy="coverage", refit=False)
+    assert folded_error(policy="coverage") < paper
+    assert folded_error(refit=False) < paper
+
+
+def test_the_budget_is_met_by_both_policies():
+    for policy in ("error", "coverage"):
+        report = fold(tiny_model("gpt2"), text(), dataclasses.replace(SETTINGS, policy=policy))
+        assert report.reduction == pytest.approx(0.5, abs=0.02), policy
+
+
+def test_free_predictor_widths_are_chosen_within_the_budget():
+    report = fold(tiny_model("gpt2"), text(), dataclasses.replace(SETTINGS, predictor_bits=None))
+    assert all(layer.bits in (1, 2, 3, 4) for layer in report.layers)
+    assert report.reduction == pytest.approx(0.5, abs=0.02)
+
+
+def test_only_the_chosen_layers_are_folded():
+    model = tiny_model("gpt2")
+    report = fold(model, text(), dataclasses.replace(SETTINGS, layers=(0, 2)))
+    assert [layer.prefix for layer in report.layers] == ["transformer.h.0.mlp", "transformer.h.2.mlp"]
+    assert list(folded_ffns(model)) == ["transformer.h.0.mlp", "transformer.h.2.mlp"]
+
+
+def test_each_layer_is_calibrated_behind_the_folded_layers_before_it(monkeypatch: pytest.MonkeyPatch):
+    from tardis_llm.calibration.stream import Stream
+
+    seen: list[int] = []
+    original = Stream.advance
+    monkeypatch.setattr(Stream, "advance", lambda self: (seen.append(len(folded_ffns(self.model))), original(self))[1])
+    fold(tiny_model("gpt2"), text(), SETTINGS)
+    assert seen == [0, 0, 0, 0, 1, 1, 2, 2]  # two boundaries, two streams: while measuring, then while folding
+
+
+def test_token_ids_may_come_flat():
+    report = fold(tiny_model("gpt2"), text().flatten(), SETTINGS)
+    assert report.calibration["sequence_length"] == 32
+    assert report.calibration["tokens"] + report.calibration["heldout_tokens"] == text().numel()
+
+
+def test_hidden_states_on_disk_give_the_same_fold(tmp_path: Path):
+    in_memory, on_disk = tiny_model("gpt2"), tiny_model("gpt2")
+    fold(in_memory, text(), SETTINGS)
+    fold(on_disk, text(), dataclasses.replace(SETTINGS, memory_limit_gib=1e-6), work=tmp_path)
+    state = on_disk.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in in_memory.state_dict().items())
+
+
+def test_the_size_of_a_batch_hardly_changes_the_fold():
+    one, many = tiny_model("gpt2"), tiny_model("gpt2")
+    first = fold(one, text(), dataclasses.replace(SETTINGS, batch_tokens=32))
+    second = fold(many, text(), dataclasses.replace(SETTINGS, batch_tokens=640))
+    assert first.layers[-1].error == pytest.approx(second.layers[-1].error, rel=0.05)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_pipeline import SETTINGS, text, tiny_model
+from tardis_llm import fold
+
+def progress(stage, done, total):
+    if (stage, done) == (sys.argv[3], int(sys.argv[4])):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+fold(tiny_model("gpt2"), text(), SETTINGS, work=Path(sys.argv[2]), progress=progress)
+"""
+
+
+@pytest.mark.parametrize(("stage", "done"), [("measuring layers", 2), ("folding layers", 2)])
+def test_a_killed_fold_resumes_to_the_same_bytes(stage: str, done: int, tmp_path: Path):
+    work = tmp_path / "work"
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(work), stage, str(done)]
+    result = subprocess.run(command, env=environment, capture_output=True)
+    assert result.returncode == -signal.SIGKILL, result.stderr.decode()
+    finished = len(list(work.glob("layer-*.safetensors")))
+    assert finished == (2 if stage == "folding layers" else 0)
+
+    resumed, whole = tiny_model("gpt2"), tiny_model("gpt2")
+    stages: list[str] = []
+    report = fold(resumed, text(), SETTINGS, work, resume=True, progress=lambda stage, *_: stages.append(stage))
+    expected = fold(whole, text(), SETTINGS)
+    assert ("measuring layers" in stages) == (stage == "measuring layers")
+    state = resumed.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in whole.state_dict().items())
+    assert report.layers == expected.layers
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"settings": {"reduction": 0.6}}, r"config\.reduction was 0\.5 and is now 0\.6"),
+        ({"model": {"seed": 1}}, r"model\.sha256 was .* and is now"),
+        ({"windows": 39}, r"text\.sha256 was .* and is now"),
+    ],
+)
+def test_a_wrong_resume_is_refused_and_the_difference_named(change: dict, message: str, tmp_path: Path):
+    fold(tiny_model("gpt2"), text(), SETTINGS, tmp_path)
+    settings = dataclasses.replace(SETTINGS, **change.get("settings", {}))
+    with pytest.raises(InvalidInputError, match=message):
+        fold(tiny_model("gpt2", **change.get("model", {})), text(change.get("windows", 40)), settings, tmp_path, resume=True)
+
+
+def test_an_unfinished_fold_is_not_overwritten_unasked(tmp_path: Path):
+    fold(tiny_model("gpt2"), text(), SETTINGS, tmp_path)
+    with pytest.raises(InvalidInputError, match="--resume"):
+        fold(tiny_model("gpt2"), text(), SETTINGS, tmp_path)
+
+
+def test_a_work_folder_that_cannot_be_made_is_refused_before_any_work(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidInputError, match="cannot write"):
+        fold(tiny_model("gpt2"), text(), SETTINGS, tmp_path / "file" / "work")
+
+
+@pytest.mark.parametrize("part", ["up", "down"])
+def test_nan_in_the_weights_is_named_before_any_work(part: str):
+    model = tiny_model("gpt2")
+    getattr(find_ffns(model)[1], part).weight.data[0, 0] = torch.nan
+    with pytest.raises(InvalidInputError, match=r"transformer\.h\.1\.mlp .*NaN"):
+        fold(model, text(), SETTINGS)
+
+
+def test_nan_in_the_hidden_states_is_named():
+    model = tiny_model("gpt2")
+    model.transformer.h[1].ln_1.weight.data[3] = torch.nan
+    with pytest.raises(InvalidInputError, match=r"inputs of transformer\.h\.1\.mlp are NaN"):
+        fold(model, text(), SETTINGS)
+
+
+def test_too_little_text_says_how_much_is_needed():
+    with pytest.raises(InvalidInputError, match="need 256 at least"):
+        fold(tiny_model("gpt2"), text(4), SETTINGS)
+
+
+def test_an_infeasible_reduction_says_what_is_feasible_and_what_limits_it():
+    with pytest.raises(InfeasibleBudgetError, match=r"largest is 0\.\d+.*fold takes .*predictor.*Lower --reduction"):
+        fold(tiny_model("gpt2"), text(), dataclasses.replace(SETTINGS, reduction=0.9))
+
+
+def test_a_folded_model_is_not_folded_again():
+    model = tiny_model("gpt2")
+    fold(model, text(), SETTINGS)
+    with pytest.raises(InvalidInputError, match="already folded"):
+        fold(model, text(), SETTINGS)
+
+
+def test_an_activation_that_is_not_known_is_refused():
+    with pytest.raises(UnsupportedModelError, match="gelu_tanh"):
+        fold(tiny_model("gpt2", activation_function="tanh"), text(), SETTINGS)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"reduction": 0.0}, {"reduction": 1.0}, {"policy": "best"}, {"predictor_bits": 5}, {"tokens": 0}]
+)
+def test_settings_out_of_range_name_the_setting(wrong: dict):
+    with pytest.raises(InvalidInputError, match=next(iter(wrong))):
+        FoldConfig(**wrong)
+
+
+def test_layers_out_of_range_are_refused():
+    with pytest.raises(InvalidInputError, match="choose from 0 to 2"):
+        fold(tiny_model("gpt2"), text(), dataclasses.replace(SETTINGS, layers=(5,)))
+
+
+def test_a_plan_survives_its_file(tmp_path: Path):
+    fold(tiny_model("gpt2"), text(), SETTINGS, tmp_path)
+    from tardis_llm.workspace import read_json
+
+    plan = [LayerPlan(**layer) for layer in read_json(tmp_path / "plan.json")["layers"]]
+    assert len(plan) == 3
+    assert all(0 < layer.fix_rate < 1 for layer in plan)
