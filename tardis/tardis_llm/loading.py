@@ -1,6 +1,6 @@
 """Load dense and folded models and their tokenizers, from directories or by hub name, with errors that say what to do.
 
-The family is checked on the config, before any weight is read; and weights that the files lack are an error, never random.
+The family is checked on the config, before any weight is read; weights that the files lack are an error, never random.
 """
 
 from __future__ import annotations
@@ -12,8 +12,14 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers import PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.hub import cached_file
 
 from .architectures import FAMILIES, family_of
@@ -73,8 +79,8 @@ def load_config(model: str) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(model)
     except ValueError as error:
         raise UnsupportedModelError(
-            f"{model}: transformers does not know this kind of model ({_first_line(error)}). TARDIS folds these families: "
-            f"{', '.join(sorted(FAMILIES))}; choose a model of one of them."
+            f"{model}: transformers does not know this kind of model ({_first_line(error)}). TARDIS folds these "
+            f"families: {', '.join(sorted(FAMILIES))}; choose a model of one of them."
         ) from error
     except OSError as error:
         raise _not_found(model, error) from error
@@ -94,7 +100,9 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model)
     except Exception as error:  # the library raises many kinds, all with the same remedy
-        raise InvalidInputError(f"{model} has no tokenizer that can be loaded ({_first_line(error)}). {remedy}") from error
+        raise InvalidInputError(
+            f"{model} has no tokenizer that can be loaded ({_first_line(error)}). {remedy}"
+        ) from error
     if not tokenizer.encode("text", add_special_tokens=False):  # transformers makes up an empty one
         raise InvalidInputError(f"{model} has no tokenizer. {remedy}")
     return tokenizer
@@ -173,8 +181,9 @@ def _encoder_class(model: str, config: PreTrainedConfig) -> Any:
     found = getattr(transformers, named, None) if named.endswith(_ENCODER_CLASSES) else None
     if found is None:
         raise UnsupportedModelError(
-            f"config.json of {model} names the class {named or 'none'!r} under `architectures`, and TARDIS needs an encoder "
-            f"class that ends in {', '.join(_ENCODER_CLASSES)}; name one that fits the weights, such as BertModel."
+            f"config.json of {model} names the class {named or 'none'!r} under `architectures`, and TARDIS needs an "
+            f"encoder class that ends in {', '.join(_ENCODER_CLASSES)}; name one that fits the weights, such as "
+            "BertModel."
         )
     return found
 
@@ -184,8 +193,8 @@ def _check_complete(model: str, info: dict[str, Any]) -> None:
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(
-            f"the weight files of {model} lack {len(missing)} tensors, the first is {missing[0]}; they would be random. Copy or "
-            "download the model anew, or correct `architectures` in its config.json."
+            f"the weight files of {model} lack {len(missing)} tensors, the first is {missing[0]}; they would be "
+            "random. Copy or download the model anew, or correct `architectures` in its config.json."
         )
 
 
@@ -237,8 +246,8 @@ def _not_found(model: str, error: OSError) -> TardisError:
     if _is_local(model):
         return CheckpointError(f"the config of {model} cannot be read ({_first_line(error)}); copy it anew.")
     return InvalidInputError(
-        f"{model!r} is no directory here, and on the Hugging Face hub it cannot be had ({_first_line(error)}). Give the path of "
-        "a downloaded model, or check the name, the network, and the access rights (`hf auth login`)."
+        f"{model!r} is no directory here, and on the Hugging Face hub it cannot be had ({_first_line(error)}). Give "
+        "the path of a downloaded model, or check the name, the network, and the access rights (`hf auth login`)."
     )
 
 

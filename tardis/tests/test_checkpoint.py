@@ -8,34 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import CAUSAL_NAMES, ENCODER_NAMES, FAMILY_NAMES, tiny_model, tiny_tokenizer, tokens
+from folds import SETTINGS, folded_tiny, logits, text
+from models import ENCODER_NAMES, FAMILY_NAMES, tiny_model, tiny_tokenizer, tokens
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from tardis_llm import FoldConfig, FoldReport, fold, save_folded
+from tardis_llm import FoldReport, fold, save_folded
 from tardis_llm.checkpoint import RECORD, is_folded, read_report
 from tardis_llm.errors import CheckpointError, InvalidInputError
 from tardis_llm.runtime.ffn import folded_ffns
 
-SETTINGS = FoldConfig(reduction=0.5, predictor_bits=1, probe_tokens=64, sequence_length=32)
-
-
-def text(windows: int = 40) -> torch.Tensor:
-    return tokens(windows, 32)
-
-
-def folded(name: str, **overrides: object) -> tuple[PreTrainedModel, FoldReport]:
-    model = tiny_model(name, **overrides)
-    return model, fold(model, text(), SETTINGS)
-
-
 def loader(name: str) -> type:
     return AutoModelForMaskedLM if name in ENCODER_NAMES else AutoModelForCausalLM
-
-
-@torch.no_grad()
-def logits(model: PreTrainedModel) -> torch.Tensor:
-    return model(tokens(2, 16)).logits
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +27,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor,
     """A folded GPT-2 on disk, its logits, and those of the dense model."""
     directory = tmp_path_factory.mktemp("gpt2")
     dense = logits(tiny_model("gpt2"))
-    model, report = folded("gpt2")
+    model, report = folded_tiny("gpt2")
     save_folded(model, report, directory, tiny_tokenizer())
     return directory, logits(model), dense
 
@@ -63,32 +47,34 @@ def edit_config(directory: Path, **changes: object) -> None:
     path.write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", FAMILY_NAMES)
-def test_every_family_folds_saves_loads_and_gives_bit_equal_logits(name: str, dtype: torch.dtype, tmp_path: Path):
-    # from disk, as a user has it: the tables of rotary positions differ in a bf16 model that was never saved
-    tiny_model(name, dtype=dtype).save_pretrained(tmp_path / "dense")
-    model = loader(name).from_pretrained(tmp_path / "dense")
-    report = fold(model, text(), SETTINGS)
+def test_every_family_saves_loads_with_bit_equal_logits_and_generates(name: str, tmp_path: Path):
+    model, report = folded_tiny(name)
     save_folded(model, report, tmp_path)
     loaded = loader(name).from_pretrained(tmp_path)
     assert len(folded_ffns(loaded)) == len(report.layers) == 3
     assert torch.equal(logits(loaded), logits(model))
+    if name not in ENCODER_NAMES:
+        settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        generated = loaded.generate(tokens(1, 8), **settings)
+        assert generated.shape == (1, 12)
+        assert torch.equal(generated, model.generate(tokens(1, 8), **settings))
 
 
-@pytest.mark.parametrize("name", CAUSAL_NAMES)
-def test_every_causal_family_generates_after_loading(name: str, tmp_path: Path):
-    model, report = folded(name)
-    save_folded(model, report, tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    prompt = tokens(1, 8)
-    text_ids = loaded.generate(prompt, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
-    assert text_ids.shape == (1, 12)
-    assert torch.equal(text_ids, model.generate(prompt, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "falcon", "gptj"])
+def test_half_precision_loads_with_bit_equal_logits(name: str, dtype: torch.dtype, tmp_path: Path):
+    # from disk, as a user has it: the tables of rotary positions differ in a half-precision model that was never saved
+    tiny_model(name, dtype=dtype).save_pretrained(tmp_path / "dense")
+    model = loader(name).from_pretrained(tmp_path / "dense")
+    save_folded(model, fold(model, text(), SETTINGS), tmp_path)
+    loaded = loader(name).from_pretrained(tmp_path)
+    assert loaded.dtype == dtype
+    assert torch.equal(logits(loaded), logits(model))
 
 
 def test_an_encoder_loads_without_its_head_as_an_embedding_model(tmp_path: Path):
-    model, report = folded("bert")
+    model, report = folded_tiny("bert")
     save_folded(model, report, tmp_path)
     embedder = AutoModel.from_pretrained(tmp_path, add_pooling_layer=False)
     with torch.no_grad():
@@ -96,7 +82,7 @@ def test_an_encoder_loads_without_its_head_as_an_embedding_model(tmp_path: Path)
 
 
 def test_sharded_files_load_to_the_same_logits(saved: tuple, tmp_path: Path):
-    model, report = folded("gpt2")
+    model, report = folded_tiny("gpt2")
     save_folded(model, report, tmp_path, max_shard_size="200KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), saved[1])
@@ -108,7 +94,7 @@ def test_saving_a_loaded_model_again_gives_the_same_model(saved: tuple, tmp_path
 
 
 def test_replacing_a_sharded_checkpoint_leaves_no_stale_shard(tmp_path: Path):
-    model, report = folded("gpt2")
+    model, report = folded_tiny("gpt2")
     save_folded(model, report, tmp_path, max_shard_size="200KB")
     save_folded(model, report, tmp_path)
     assert [file.name for file in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]

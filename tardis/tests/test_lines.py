@@ -35,7 +35,7 @@ def test_lines_equal_polyfit_on_the_points_inside(seed: int, name: str, start: i
 
 @pytest.mark.parametrize("value", [-100.3, -2.3, 0.0, 0.1, 3.7, 100.3])
 def test_a_constant_neuron_gets_slope_zero_and_its_value(value: float) -> None:
-    z = torch.full((5000, 1), value)
+    z = torch.full((60_000, 1), value)
     slope, offset = fit_lines(binned(z, z, gelu), everywhere)
     assert float(slope) == 0
     assert float(offset) == pytest.approx(float(gelu(z[0])), abs=1e-7)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import FAMILY_NAMES, tiny_model, tokens
+from folds import SETTINGS, folded_tiny, text
+from models import FAMILY_NAMES, tiny_model
 from transformers import PreTrainedModel
 
 from tardis_llm import FoldConfig, fold
@@ -17,13 +18,6 @@ from tardis_llm.architectures import find_ffns
 from tardis_llm.errors import InfeasibleBudgetError, InvalidInputError, UnsupportedModelError
 from tardis_llm.pipeline import LayerPlan
 from tardis_llm.runtime.ffn import folded_ffns
-
-SETTINGS = FoldConfig(reduction=0.5, predictor_bits=1, probe_tokens=64, sequence_length=32)
-
-
-def text(windows: int = 40) -> torch.Tensor:
-    return tokens(windows, 32)
-
 
 @torch.no_grad()
 def output_error(model: PreTrainedModel, dense: PreTrainedModel) -> float:
@@ -41,8 +35,7 @@ def folded_error(name: str = "gpt2", **settings: object) -> float:
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_every_family_folds_to_the_reduction_and_stays_close_to_the_dense_model(name: str):
-    model = tiny_model(name)
-    report = fold(model, text(), SETTINGS)
+    model, report = folded_tiny(name)
     assert report.reduction == pytest.approx(0.5, abs=0.02)
     assert [layer.prefix for layer in report.layers] == list(folded_ffns(model))
     assert output_error(model, tiny_model(name)) < 0.2
@@ -112,7 +105,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from test_pipeline import SETTINGS, text, tiny_model
+from folds import SETTINGS, text
+from models import tiny_model
 from tardis_llm import fold
 
 def progress(stage, done, total):

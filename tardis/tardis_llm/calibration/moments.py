@@ -1,7 +1,6 @@
 """Streamed statistics of an FFN's inputs: second moments, and moments of its neurons binned by pre-activation.
 
-Everything is accumulated chunk by chunk in fp64, so memory does not grow with the number of tokens. Chunks are
-kept small: temporaries that fit the cache are several times faster here than fewer, larger ones.
+Everything is accumulated chunk by chunk in fp64, so memory does not grow with the number of tokens.
 """
 
 from __future__ import annotations
@@ -14,13 +13,13 @@ from torch import Tensor
 
 #: bins per neuron, and how many standard deviations they span to each side; the outermost bins are open
 BINS, SPAN = 96, 5.0
-#: elements of a [tokens, h] temporary in the binning
-_CHUNK_ELEMENTS = 2**19
+#: tokens of a chunk: enough for efficient matrix products, few enough that temporaries stay below 16 MiB
+_CHUNK_TOKENS, _CHUNK_ELEMENTS = 512, 2**22
 
 
 def chunks(x: Tensor, width: int) -> Iterator[Tensor]:
-    """Split x [tokens, ...] so that a [chunk, width] temporary stays in the cache."""
-    return iter(x.split(max(1, _CHUNK_ELEMENTS // width)))
+    """Split x [tokens, ...] into chunks whose [chunk, width] temporaries stay small."""
+    return iter(x.split(min(_CHUNK_TOKENS, max(1, _CHUNK_ELEMENTS // width))))
 
 
 @dataclass

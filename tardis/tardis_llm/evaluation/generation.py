@@ -25,7 +25,9 @@ def prompt_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, promp
         raise InvalidInputError("the prompt is empty; give some words to go on from.")
     limit = position_limit(model, tokenizer)
     if limit and ids.shape[1] >= limit:
-        raise InvalidInputError(f"the prompt has {ids.shape[1]} tokens and this model takes {limit}; shorten the prompt.")
+        raise InvalidInputError(
+            f"the prompt has {ids.shape[1]} tokens and this model takes {limit}; shorten the prompt."
+        )
     return ids
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class Perplexity:
         tokens: tokens predicted; the first of each window is context only.
         windows: how many.
         length: tokens per window.
+        losses: [windows] fp64, mean negative log-likelihood of each window.
     """
 
     value: float
@@ -36,10 +37,25 @@ class Perplexity:
     tokens: int
     windows: int
     length: int
+    losses: Tensor = field(repr=False, compare=False)
+
+    @classmethod
+    def of(cls, losses: Tensor, length: int) -> Perplexity:
+        """From the mean negative log-likelihood of each window, [windows] fp64, two at least."""
+        value, error = _exp_mean(losses)
+        return cls(value, error, len(losses) * (length - 1), len(losses), length, losses)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
+        """Plain values, without those of single windows."""
+        return {key: value for key, value in vars(self).items() if key != "losses"}
+
+    def ratio(self, reference: Perplexity) -> tuple[float, float]:
+        """This perplexity over another on the same windows, and its standard error.
+
+        Pairing the windows takes out what makes a text hard for any model, so the error is far less than that of
+        either perplexity.
+        """
+        return _exp_mean(self.losses - reference.losses)
 
 
 def windows_of(text: str, tokenizer: Tokenizer, length: int) -> Tensor:
@@ -74,11 +90,13 @@ def token_perplexity(model: PreTrainedModel, windows: Tensor, progress: Progress
     count, length = windows.shape
     if count < 2:
         raise InvalidInputError("a standard error needs two windows at least; give more text or shorter windows.")
-    losses = torch.cat(list(_losses(model, windows, progress)))  # [n]
-    mean = losses.mean()
-    value = float(mean.exp())
-    error = float(losses.std() / count**0.5) * value
-    return Perplexity(value, error, count * (length - 1), count, length)
+    return Perplexity.of(torch.cat(list(_losses(model, windows, progress))), length)
+
+
+def _exp_mean(values: Tensor) -> tuple[float, float]:
+    """`exp` of the mean of independent values [n], and its standard error by the delta method."""
+    result = float(values.mean().exp())
+    return result, result * float(values.std()) / len(values) ** 0.5
 
 
 def _losses(model: PreTrainedModel, windows: Tensor, progress: Progress | None):  # type: ignore[no-untyped-def]

@@ -57,7 +57,9 @@ class Verdict:
     def sentence(self) -> str:
         """For people."""
         if self.dense is None:
-            return f"squared output change {self.folded:.3g} of the output (limit {self.limit:g}), {self.tokens:,} tokens"
+            return (
+                f"squared output change {self.folded:.3g} of the output (limit {self.limit:g}), {self.tokens:,} tokens"
+            )
         return (
             f"held-out perplexity {self.folded:.2f}, {self.growth:.3f}x the dense {self.dense:.2f} "
             f"(limit {self.limit:g}x), {self.tokens:,} tokens"

@@ -1,4 +1,4 @@
-"""Survey a dense model before folding: how linear its FFNs are, how narrow their neurons' inputs, and what they weigh."""
+"""Survey a dense model before folding: how linear its FFNs are, how narrow its neurons' inputs, what they weigh."""
 
 from __future__ import annotations
 

@@ -207,9 +207,9 @@ def store_ranges(ranges: Ranges) -> list[Tensor]:
     Ranges are rounded outwards: they keep what they contain, so that rounding fixes no more than the budget allows.
     """
     values = [ranges.low, ranges.high, ranges.slope, ranges.offset]
-    halves = [_half(ranges.low, -torch.inf), _half(ranges.high, torch.inf), ranges.slope.half(), ranges.offset.half()]
-    fits = all(torch.equal(torch.isfinite(h), torch.isfinite(v)) for h, v in zip(halves, values, strict=True))
-    return halves if fits else values
+    if not all(torch.equal(torch.isfinite(v.half()), torch.isfinite(v)) for v in values):
+        return values
+    return [_half(ranges.low, -torch.inf), _half(ranges.high, torch.inf), ranges.slope.half(), ranges.offset.half()]
 
 
 def _half(value: Tensor, towards: float) -> Tensor:

@@ -107,7 +107,11 @@ def highest_price(moments: BinnedMoments, gain: Tensor) -> float:
 
 def coverage_ranges(moments: BinnedMoments, threshold: Tensor) -> Ranges:
     """Ranges that cover at least `threshold` [h] of each neuron's inputs, grown greedily from the density's peak."""
-    density = kernel_density(moments.count)
+    return _grown(moments, kernel_density(moments.count), threshold)
+
+
+def _grown(moments: BinnedMoments, density: Tensor, threshold: Tensor) -> Ranges:
+    """`coverage_ranges` for a density [h, BINS] that is known."""
     share = moments.count / moments.tokens
     rows = torch.arange(len(density))
     start = density.argmax(1)
@@ -135,12 +139,13 @@ def coverage_ranges_at(moments: BinnedMoments, counts: BinnedMoments, gain: Tens
         return _fix_all(moments)
     everywhere = torch.ones_like(moments.count, dtype=torch.bool)
     error = squared_residuals(moments, *fit_lines(moments, everywhere)).sum(1) * gain
+    density = kernel_density(moments.count)
     low, high = 0.0, 1.0
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        ranges = coverage_ranges(moments, 1 - share_by_error(error, middle))
+        ranges = _grown(moments, density, 1 - share_by_error(error, middle))
         low, high = (low, middle) if ranges.fix_rate(counts) > fix_rate else (middle, high)
-    return coverage_ranges(moments, 1 - share_by_error(error, low))
+    return _grown(moments, density, 1 - share_by_error(error, low))
 
 
 def share_by_error(error: Tensor, mean: float) -> Tensor:

@@ -16,6 +16,8 @@ from ..calibration.moments import SecondMoments
 #: penalties tried, relative to the mean variance of the inputs
 DAMPINGS = (1e-6, 1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
+_NOISE = 1e-8  # of the inputs' mean square: a variance below it is the rounding of fp32 sums
+
 
 @dataclass(frozen=True)
 class Refit:
@@ -59,9 +61,10 @@ def refit(
     """
     rotated = spectrum.vectors.T @ y.centred
     scale = float(spectrum.values.mean())
+    floor = _NOISE * float(x.cross.diagonal().mean()) + 1e-30
     candidates = []
     for damping in DAMPINGS:
-        ridge = (spectrum.values + damping * scale + 1e-30)[:, None]
+        ridge = (spectrum.values + damping * scale + floor)[:, None]
         weight = (spectrum.vectors @ (rotated / ridge)).T
         bias = (y.y_sum - weight @ x.x_sum) / x.count
         candidates.append(Refit(weight, bias, damping))

@@ -1,0 +1,193 @@
+"""`tardis fold`: fold a model, check the result, and write it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..architectures import family_of
+from ..calibration.text import Windows, read_windows
+from ..checkpoint import save_folded
+from ..config import FoldConfig, Policy, Rounding
+from ..errors import InvalidInputError
+from ..evaluation.generation import generate
+from ..evaluation.self_check import SelfCheck, Verdict
+from ..loading import load_config, load_dense, load_tokenizer, window_length
+from ..pipeline import fold as fold_model
+from ..report import FoldReport
+from ..workspace import FOLDER
+from . import output as show
+from .options import AsJson, Dtype, ModelName, Texts
+from .place import check_output, check_space
+
+_REFUSED = 2  # exit code
+_PROMPT, _ANSWER = 24, 32  # tokens of the greedy sample
+_DEFAULT = FoldConfig()
+
+Output = Annotated[Path, typer.Option("-o", "--output", help="Directory of the folded checkpoint.")]
+Layers = Annotated[str | None, typer.Option(help="Blocks to fold, such as 0,1,5; all without.", show_default=False)]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on behind the last finished layer of an interrupted fold.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Write to a directory in use, and write even if the self-check fails.")
+]
+
+
+def fold(
+    model: ModelName,
+    directory: Output,
+    reduction: Annotated[float, typer.Option(help="Share of the FFN bytes that a token no longer reads.")] = 0.8,
+    text: Texts = None,
+    policy: Annotated[Policy, typer.Option(help="How hot ranges are chosen.")] = "error",
+    predictor_bits: Annotated[
+        int | None, typer.Option(help="1, 2, 3, 4 or 8; the best for each layer without.", show_default=False)
+    ] = None,
+    group_size: Annotated[int, typer.Option(help="Predictor weights per scale.")] = _DEFAULT.group_size,
+    rounding: Annotated[Rounding, typer.Option(help="Of the predictor.")] = "gptq",
+    refit: Annotated[bool, typer.Option(help="Solve the fold anew for what fixing leaves.")] = True,
+    tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = _DEFAULT.tokens,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens per window; what the model allows without.", show_default=False)
+    ] = None,
+    probe_tokens: Annotated[
+        int, typer.Option(help="Tokens on which each layer's effect on the loss is measured.")
+    ] = _DEFAULT.probe_tokens,
+    layers: Layers = None,
+    dtype: Dtype = None,
+    seed: Annotated[int, typer.Option(help="Picks the calibration windows.")] = 0,
+    resume: Resume = False,
+    force: Force = False,
+    max_shard_size: Annotated[str, typer.Option(help="Of one weight file.")] = "5GB",
+    memory_limit: Annotated[
+        float, typer.Option(help="GiB of hidden states beyond which they go to disk.")
+    ] = _DEFAULT.memory_limit_gib,
+    as_json: AsJson = False,
+) -> None:
+    """Fold a model's feed-forward networks and write a checkpoint that transformers loads."""
+    clock = show.Clock()
+    config = FoldConfig(
+        reduction=reduction,
+        policy=policy,
+        predictor_bits=predictor_bits,
+        group_size=group_size,
+        rounding=rounding,
+        refit=refit,
+        tokens=tokens,
+        sequence_length=sequence_length,
+        probe_tokens=probe_tokens,
+        memory_limit_gib=memory_limit,
+        layers=parse_layers(layers),
+        seed=seed,
+    )
+    check_output(directory, force, resume)
+    loaded, tokenizer, windows = _load(model, text, config, dtype)
+    check_space(directory, loaded)
+    report, verdict = _fold_and_check(loaded, windows, config, directory, resume)
+    sample = _sample(loaded, tokenizer, windows.heldout)
+    written = verdict.passed or force
+    if written:
+        save_folded(loaded, report, directory, tokenizer, max_shard_size)
+        shutil.rmtree(directory / FOLDER)
+    figures = {
+        "output": str(directory) if written else None,
+        "report": report.as_dict(),
+        "self_check": verdict.as_dict(),
+        "sample": sample,
+        **clock.as_dict(),
+    }
+    if as_json:
+        show.print_json(figures)
+    else:
+        _print(report, verdict, sample)
+    _conclude(verdict, directory, written, clock)
+
+
+def parse_layers(layers: str | None) -> tuple[int, ...] | None:
+    """Block numbers out of "0,1,5".
+
+    Raises:
+        InvalidInputError: it is something else.
+    """
+    if layers is None:
+        return None
+    try:
+        return tuple(int(part) for part in layers.split(","))
+    except ValueError as error:
+        raise InvalidInputError(f"--layers is {layers!r}; give block numbers such as 0,1,5.") from error
+
+
+def _load(
+    model: str, text: list[str] | None, config: FoldConfig, dtype: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Windows]:
+    """The dense model, its tokenizer and the calibration windows; what is quickest to check comes first."""
+    load_config(model)
+    if not text:
+        raise InvalidInputError(
+            "folding needs text of the kind that the model will see: give --text FILE (repeatable), about 300 kB or "
+            "more. For English prose, the text bundled with TARDIS will do to try it: "
+            "tardis_llm/sample/calibration.txt."
+        )
+    tokenizer = load_tokenizer(model)
+    loaded = load_dense(model, dtype)
+    length = window_length(loaded, tokenizer, config.sequence_length)
+    windows = read_windows(text, tokenizer, config.tokens, length, config.heldout, config.seed)
+    found = windows.fit.numel() + windows.heldout.numel()
+    show.say(f"calibration: {found:,} tokens in windows of {length}; {type(loaded).__name__} in {loaded.dtype}")
+    if found < config.tokens - length:
+        show.warn(f"the text has {found:,} tokens, fewer than the {config.tokens:,} asked for.")
+    return loaded, tokenizer, windows
+
+
+def _fold_and_check(
+    model: PreTrainedModel, windows: Windows, config: FoldConfig, directory: Path, resume: bool
+) -> tuple[FoldReport, Verdict]:
+    work = directory / FOLDER
+    if resume and not work.is_dir():
+        show.say(f"nothing to resume in {directory}: starting from the beginning")
+    try:
+        with show.progress_bars("dense model: ") as progress:
+            check = SelfCheck(model, windows.heldout, progress)
+        with show.progress_bars() as progress:
+            report = fold_model(model, windows, config, work, resume, progress)
+    except KeyboardInterrupt:
+        show.fail("interrupted. Finished layers are kept: run the same command with --resume to go on behind them.")
+        raise
+    with show.progress_bars("folded model: ") as progress:
+        check.progress = progress
+        return report, check.verdict()
+
+
+def _sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, heldout: Tensor) -> dict[str, str] | None:
+    """A held-out beginning and how the folded model goes on, greedily; None for an encoder."""
+    if not family_of(model.config).causal:
+        return None
+    ids = heldout[:1, : min(_PROMPT, heldout.shape[1] // 2)]
+    return {"prompt": tokenizer.decode(ids[0]), "text": generate(model, tokenizer, ids, _ANSWER)}
+
+
+def _print(report: FoldReport, verdict: Verdict, sample: dict[str, Any] | None) -> None:
+    show.out.print(show.layer_table(report, "Folded layers"))
+    show.out.print(show.legend())
+    show.out.print(show.totals(report))
+    if sample:
+        show.out.print(f"sample: [dim]{escape(sample['prompt'])}[/]{escape(sample['text'])}")
+    show.out.print(f"self-check: {verdict.sentence()}")
+
+
+def _conclude(verdict: Verdict, directory: Path, written: bool, clock: show.Clock) -> None:
+    if not written:
+        show.fail(
+            f"the self-check failed, so nothing was written: {verdict.sentence()}. Lower --reduction, or give more "
+            "--text of the model's kind. To write it all the same, run again with --resume --force (finished layers "
+            f"are in {directory / FOLDER})."
+        )
+        raise typer.Exit(_REFUSED)
+    if not verdict.passed:
+        show.warn("the self-check failed; written all the same because of --force.")
+    show.say(f"[green]written to {escape(str(directory))}[/] in {clock.sentence()}")
+    show.say(f"next: tardis eval {escape(str(directory))} --text FILE")

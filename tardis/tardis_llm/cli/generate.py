@@ -1,0 +1,43 @@
+"""`tardis generate`: go on from a prompt, tokens shown as they come."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from transformers import TextStreamer
+
+from ..errors import InvalidInputError
+from ..evaluation.generation import generate as generate_text
+from ..evaluation.generation import prompt_ids, room
+from ..loading import load_model, load_tokenizer
+from . import output as show
+from .options import AsJson, Dtype, ModelName
+
+
+def generate(
+    model: ModelName,
+    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Generate text with a dense or folded model."""
+    if not prompt.strip():
+        raise InvalidInputError("the prompt is empty; give some words to go on from.")
+    tokenizer = load_tokenizer(model)
+    loaded = load_model(model, dtype)
+    ids = prompt_ids(loaded, tokenizer, prompt)
+    space = room(loaded, tokenizer, ids)
+    if space is not None and space < max_new_tokens:
+        show.warn(f"only {space} tokens fit behind this prompt; the model takes {space + ids.shape[1]} in all.")
+    streamer = None
+    if not as_json:
+        show.out.print(f"[bold]{escape(prompt)}[/]", end="")
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    text = generate_text(loaded, tokenizer, ids, max_new_tokens, temperature, seed, streamer)
+    if as_json:
+        show.print_json({"model": model, "prompt": prompt, "text": text, "temperature": temperature, "seed": seed})

@@ -1,0 +1,68 @@
+"""The command `tardis`: one verb per module; errors become one red line on stderr and exit code 1."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from safetensors import SafetensorError
+
+from .. import __version__
+from ..errors import TardisError
+from .demo import demo
+from .eval import evaluate
+from .fold import fold
+from .generate import generate
+from .inspect import inspect
+from .output import explain, fail, quiet
+
+app = typer.Typer(
+    name="tardis",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for name, command in (
+    ("demo", demo),
+    ("fold", fold),
+    ("inspect", inspect),
+    ("eval", evaluate),
+    ("generate", generate),
+):
+    app.command(name)(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"tardis {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def tardis(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False,
+) -> None:
+    """Faster language models by constant folding of their feed-forward networks, with exact correction."""
+
+
+def main() -> None:
+    """Run the command line and exit: 0 done, 1 error, 2 refused or wrong usage, 130 interrupted."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(args: list[str]) -> int:
+    """Run the command line on `args`; returns the exit code."""
+    quiet()
+    try:
+        app(args, prog_name="tardis")
+    except SystemExit as done:
+        return int(done.code or 0)
+    except TardisError as error:
+        fail(str(error))
+    except (OSError, SafetensorError) as error:
+        message = explain(error)
+        if message is None:
+            raise
+        fail(message)
+    return 1

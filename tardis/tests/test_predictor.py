@@ -1,0 +1,225 @@
+"""Low-bit matrices: how they are stored, and how well they are rounded."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from synthetic import correlated, generator, normal, quick
+from torch import Tensor
+
+from tardis_llm.config import PREDICTOR_BITS
+from tardis_llm.errors import InvalidInputError
+from tardis_llm.folding.predictor import PackedMatrix, best_scale, expand_scale, pack, quantise, unpack
+
+widths = st.sampled_from(PREDICTOR_BITS)
+every_width = pytest.mark.parametrize("bits", PREDICTOR_BITS)
+
+
+def codes(bits: int, h: int, d: int, seed: int = 0) -> Tensor:
+    """Random codes [h, d] uint8 below 2^bits."""
+    return torch.randint(2**bits, (h, d), generator=generator(seed)).to(torch.uint8)
+
+
+def covariance_of(d: int, seed: int = 0) -> Tensor:
+    """Second moments [d, d] of correlated inputs."""
+    x = correlated(4 * d, d, seed)
+    return x.T @ x / len(x)
+
+
+def output_error(w: Tensor, rounded: PackedMatrix, covariance: Tensor) -> float:
+    """Mean over tokens of |(w - rounded) x|^2."""
+    error = (rounded.dequantise() - w).double()
+    return float(((error @ covariance.double()) * error).sum())
+
+
+@quick
+@given(widths, st.integers(1, 5), st.integers(1, 40))
+def test_packing_and_unpacking_gives_the_codes_back(bits: int, h: int, d: int) -> None:
+    original = codes(bits, h, d)
+    planes = pack(original, bits)
+    assert planes.shape == (bits, h, -(-d // 8))
+    assert planes.dtype == torch.uint8
+    assert torch.equal(unpack(planes, d), original)
+
+
+def test_the_layout_of_the_planes_is_the_documented_one() -> None:
+    # the first plane has the high bits; in a byte the first weight is the highest bit; the last byte is padded with 0
+    planes = pack(torch.tensor([[3, 0, 1, 2, 3, 3, 0, 0, 1], [0, 0, 0, 0, 0, 0, 0, 1, 2]]), 2)
+    assert planes.tolist() == [
+        [[0b10011100, 0b00000000], [0b00000000, 0b10000000]],
+        [[0b10101100, 0b10000000], [0b00000001, 0b00000000]],
+    ]
+
+
+@every_width
+def test_the_first_planes_are_a_coarser_copy(bits: int) -> None:
+    original = codes(bits, 4, 19)
+    for kept in range(1, bits + 1):
+        assert torch.equal(unpack(pack(original, bits)[:kept], 19), original >> (bits - kept))
+
+
+@every_width
+def test_levels_are_symmetric_and_evenly_spaced(bits: int) -> None:
+    every_code = torch.arange(2**bits)[None]
+    stored = PackedMatrix(pack(every_code, bits), torch.tensor([[0.5]]).half(), 2**bits, 2**bits)
+    levels = stored.dequantise()[0]
+    assert torch.equal(levels, -levels.flip(0))
+    assert levels.diff().unique().tolist() == [0.5]
+    assert stored.bits == bits
+
+
+def test_every_group_of_columns_has_its_own_scale() -> None:
+    scale = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]]).half()
+    stored = PackedMatrix(pack(torch.ones(2, 8, dtype=torch.uint8), 1), scale, 8, 3)
+    assert stored.dequantise().tolist() == [[0.5, 0.5, 0.5, 1, 1, 1, 2, 2], [4, 4, 4, 8, 8, 8, 16, 16]]
+
+
+def test_scales_expand_to_columns() -> None:
+    assert expand_scale(torch.tensor([[1.0, 2.0]]), 3, 5).tolist() == [[1, 1, 1, 2, 2]]
+
+
+@quick
+@given(widths, st.integers(1, 40), st.integers(1, 50), st.booleans())
+def test_shapes_and_types_are_the_stored_ones(bits: int, d: int, group_size: int, gptq: bool) -> None:
+    stored = quantise(normal(3, d), bits, group_size, covariance_of(d) if gptq else None)
+    group = min(group_size, d)
+    assert (stored.columns, stored.group_size, stored.bits) == (d, group, bits)
+    assert stored.planes.shape == (bits, 3, -(-d // 8))
+    assert stored.scale.shape == (3, -(-d // group))
+    assert stored.scale.dtype == torch.float16
+    assert stored.dequantise().shape == (3, d)
+
+
+@quick
+@given(widths, st.integers(0, 1000))
+def test_nearest_rounding_takes_the_nearest_level(bits: int, seed: int) -> None:
+    w = normal(4, 20, seed=seed)
+    stored = quantise(w, bits, 8)
+    scale = expand_scale(stored.scale.float(), 8, 20)
+    levels = (torch.arange(2**bits) - (2**bits - 1) / 2) * scale[..., None]
+    least = (levels - w[..., None]).abs().amin(-1)
+    torch.testing.assert_close((stored.dequantise() - w).abs(), least, rtol=0, atol=1e-5)
+
+
+@quick
+@given(widths, st.integers(0, 1000), st.integers(3, 30))
+def test_the_best_scale_is_no_worse_than_the_largest_weight_as_the_outer_level(
+    bits: int, seed: int, group_size: int
+) -> None:
+    w = normal(6, 20, seed=seed) * torch.logspace(-1, 1, 20)
+    group = min(group_size, 20)
+    top = (2**bits - 1) / 2
+    for first in range(0, 20, group):
+        part = w[:, first : first + group]
+        widest = part.abs().amax(1, keepdim=True) / top
+
+        def error(scale: Tensor, part: Tensor = part) -> Tensor:
+            level = (part / scale + top).round().clamp(0, 2**bits - 1) - top
+            return (level * scale - part).square().sum(1)
+
+        best = best_scale(w, bits, group_size)[:, first // group, None].float()
+        rounding = 5e-4 * part.norm(dim=1)  # of the scale to fp16
+        assert (error(best).sqrt() <= error(widest).sqrt() + rounding).all()
+
+
+@pytest.mark.parametrize("bits", [1, 2])
+def test_the_best_scale_is_well_below_the_largest_weight_for_few_bits(bits: int) -> None:
+    w = normal(50, 256)
+    outer = best_scale(w, bits, 256)[:, 0].float() * (2**bits - 1) / 2
+    ideal = {1: 0.798, 2: 1.494}[bits]  # outer levels of the least squared error for a normal distribution
+    assert float(outer.mean()) == pytest.approx(ideal, rel=0.05)
+
+
+def test_a_short_last_group_is_rounded_by_itself() -> None:
+    w = normal(5, 20)
+    whole, last = quantise(w, 2, 8), quantise(w[:, 16:].contiguous(), 2, 8)
+    assert torch.equal(whole.dequantise()[:, 16:], last.dequantise())
+
+
+@quick
+@given(widths, st.integers(0, 100))
+def test_gptq_on_uncorrelated_inputs_rounds_to_nearest(bits: int, seed: int) -> None:
+    w = normal(8, 30, seed=seed)
+    diagonal = torch.diag(0.1 + normal(30, seed=seed + 1).square())
+    gptq, nearest = quantise(w, bits, 16, diagonal), quantise(w, bits, 16)
+    assert torch.equal(gptq.planes, nearest.planes)
+    assert torch.equal(gptq.scale, nearest.scale)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("group_size", [16, 1000])
+def test_gptq_keeps_the_output_better_than_nearest(bits: int, group_size: int) -> None:
+    gptq = nearest = 0.0
+    for seed in range(4):
+        w, covariance = normal(32, 150, seed=seed), covariance_of(150, seed)  # more columns than a block of GPTQ
+        gptq += output_error(w, quantise(w, bits, group_size, covariance), covariance)
+        nearest += output_error(w, quantise(w, bits, group_size), covariance)
+    assert gptq < 0.8 * nearest
+
+
+def test_gptq_equals_the_optimal_correction_of_the_columns_left() -> None:
+    w, covariance = normal(16, 140), covariance_of(140)
+    stored = quantise(w, 2, 1000, covariance)
+    damped = covariance.double() + torch.eye(140) * 0.01 * covariance.diagonal().mean()
+    scale, chosen = stored.scale.double(), torch.zeros(16, 140, dtype=torch.float64)
+    for j in range(140):
+        target = w.double()[:, j:]
+        if j:  # where the error so far is least felt: minimise it over the columns left, in closed form
+            felt = (w.double() - chosen)[:, :j] @ damped[:j, j:]
+            target = target + torch.linalg.solve(damped[j:, j:], felt.T).T
+        chosen[:, j] = ((target[:, 0:1] / scale + 1.5).round().clamp(0, 3) - 1.5)[:, 0] * scale[:, 0]
+    same = (stored.dequantise() - chosen.float()).abs() < 1e-3
+    assert float(same.float().mean()) > 0.99
+
+
+def test_inputs_that_are_always_zero_do_no_harm() -> None:
+    covariance = covariance_of(20)
+    covariance[3], covariance[:, 3] = 0, 0
+    w = normal(8, 20)
+    assert torch.isfinite(quantise(w, 2, 8, covariance).dequantise()).all()
+    assert torch.isfinite(quantise(w, 2, 8, torch.zeros(20, 20)).dequantise()).all()
+
+
+@pytest.mark.parametrize("gptq", [False, True])
+def test_more_bits_give_less_error(gptq: bool) -> None:
+    w, covariance = normal(40, 48), covariance_of(48)
+    errors = [output_error(w, quantise(w, b, 16, covariance if gptq else None), covariance) for b in PREDICTOR_BITS]
+    for coarse, fine in pairwise(errors):
+        assert fine < 0.6 * coarse
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-2, 1e-4])
+def test_eight_bits_are_accurate_for_weights_of_any_usual_size(size: float) -> None:
+    w = size * normal(20, 100)
+    assert float((quantise(w, 8, 64).dequantise() - w).norm() / w.norm()) < 0.02
+
+
+def test_a_row_of_zeros_stays_next_to_zero() -> None:
+    w = normal(3, 20)
+    w[1] = 0
+    rounded = quantise(w, 2, 8, covariance_of(20)).dequantise()
+    assert rounded[1].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_not_finite_are_refused(value: float) -> None:
+    w = normal(3, 20)
+    w[1, 7] = value
+    with pytest.raises(InvalidInputError, match="NaN or infinite"):
+        quantise(w, 2, 8)
+
+
+def test_weights_too_large_for_the_scales_are_refused() -> None:
+    with pytest.raises(InvalidInputError, match="too large"):
+        quantise(1e7 * normal(3, 20), 2, 8)
+
+
+def test_rounding_leaves_the_weights_alone() -> None:
+    w = normal(3, 20)
+    before = w.clone()
+    quantise(w, 2, 8, covariance_of(20))
+    assert torch.equal(w, before)
