@@ -18,6 +18,7 @@ from tardis_llm.checkpoint import RECORD, is_folded, read_report
 from tardis_llm.errors import CheckpointError, InvalidInputError
 from tardis_llm.runtime.ffn import folded_ffns
 
+
 def loader(name: str) -> type:
     return AutoModelForMaskedLM if name in ENCODER_NAMES else AutoModelForCausalLM
 

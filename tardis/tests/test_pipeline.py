@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from tardis_llm import FoldConfig, fold
 from tardis_llm.architectures import find_ffns
 from tardis_llm.errors import InfeasibleBudgetError, InvalidInputError, UnsupportedModelError
-from tardis_llm.pipeline import LayerPlan
+from tardis_llm.planning import LayerPlan
 from tardis_llm.runtime.ffn import folded_ffns
+
 
 @torch.no_grad()
 def output_error(model: PreTrainedModel, dense: PreTrainedModel) -> float:

@@ -27,8 +27,8 @@ from tardis_llm.activations import ACTIVATIONS
 from tardis_llm.architectures import FFNSite, FFNWeights, find_ffns
 from tardis_llm.errors import InvalidInputError
 from tardis_llm.folding.fold import DenseFFN
-from tardis_llm.pipeline import dense_ffn
 from tardis_llm.runtime.ffn import FoldedFFN, fixed_neurons, folded_ffn, folded_ffns, install, uninstall
+from tardis_llm.session import dense_ffn
 
 D, H = 24, 96
 FFN = random_ffn(D, H)

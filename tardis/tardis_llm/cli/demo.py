@@ -156,7 +156,7 @@ def _print(rows: list[Row], texts: dict[str, str]) -> None:
     show.out.print(
         f"[dim]token perplexity and ratio with standard errors; {first.tokens:,} tokens in windows of {first.length}. "
         "touched: FFN bytes read per token at batch 1; resident: FFN bytes in memory; both of the dense FFN bytes. "
-        "fixed: neurons corrected per token. coverage, no refit: the published method; error, refit: the default here.[/]\n"
+        "fixed: neurons corrected per token. coverage, no refit: the published method; error, refit: ours.[/]\n"
     )
     for name, text in texts.items():
         show.out.print(f"[dim]{name}:[/] [bold]{escape(_PROMPT)}[/]{escape(text)}\n")

@@ -84,7 +84,7 @@ def fold(
         layers=parse_layers(layers),
         seed=seed,
     )
-    check_output(directory, force, resume)
+    check_output(directory, model, force, resume)
     loaded, tokenizer, windows = _load(model, text, config, dtype)
     check_space(directory, loaded)
     report, verdict = _fold_and_check(loaded, windows, config, directory, resume)

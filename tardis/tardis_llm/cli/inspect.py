@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from ..calibration.text import Windows, read_windows
 from ..config import FoldConfig
@@ -139,4 +140,4 @@ def _rate(rate: float | None) -> str:
 
 def _say_where(plot: Path | None) -> None:
     if plot:
-        show.say(f"[green]drawn to {plot}[/]")
+        show.say(f"[green]drawn to {escape(str(plot))}[/]")

@@ -23,7 +23,7 @@ from rich.table import Table
 from safetensors import SafetensorError
 
 from ..evaluation.perplexity import Perplexity
-from ..pipeline import Progress
+from ..session import Progress
 from ..report import FoldReport
 
 #: results go to stdout; progress, messages and errors to stderr, so that --json stays clean
@@ -135,7 +135,9 @@ class Clock:
 
 def table(title: str, *columns: str) -> Table:
     """A table whose columns, but for the first, are numbers."""
-    made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    made = Table(
+        title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     for index, column in enumerate(columns):
         made.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     return made

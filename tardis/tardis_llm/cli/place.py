@@ -16,10 +16,11 @@ from .output import size
 _FOLD_SHARE = 0.25  # of the FFN bytes: what a fold adds, fold weight, predictor and ranges
 
 
-def check_output(directory: Path, force: bool, resume: bool) -> None:
+def check_output(directory: Path, model: str, force: bool, resume: bool) -> None:
     """Check that a checkpoint may be written to `directory`.
 
     Args:
+        model: what is folded; its own directory is never written to.
         force: it may hold something already.
         resume: it may hold what an interrupted fold left.
 
@@ -27,6 +28,8 @@ def check_output(directory: Path, force: bool, resume: bool) -> None:
         InvalidInputError: it cannot be written, or holds something else.
     """
     check_writable(directory)
+    if directory.exists() and Path(model).exists() and directory.samefile(model):
+        raise InvalidInputError(f"{directory} holds the model to fold itself; choose another -o.")
     if force or not directory.exists() or (resume and (directory / FOLDER).is_dir()):
         return
     others = sorted(path.name for path in directory.iterdir() if path.name != FOLDER)

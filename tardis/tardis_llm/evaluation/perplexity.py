@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..architectures import family_of
 from ..calibration.text import Tokenizer
 from ..errors import InvalidInputError
-from ..pipeline import Progress
+from ..session import Progress
 
 _LOGITS_AT_ONCE = 2**24  # elements of the largest tensor
 _STAGE = "measuring perplexity"

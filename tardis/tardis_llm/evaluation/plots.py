@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 from torch import Tensor, nn
 
 from ..errors import InvalidInputError
@@ -162,13 +163,13 @@ def _errors(axes: Axes, layers: list[LayerReport], names: list[str]) -> None:
     axes.bar(position + 0.2, [layer.error for layer in layers], 0.4, color=_BLUE, label="fold with fixing")
     _error_axis(axes, names)
     axes.set_title("Error of the FFN output, held-out tokens")
-    axes.legend(loc="upper right")
+    axes.set_ylim(0, 1.15 * axes.get_ylim()[1])  # room for the legend above the bars
+    axes.legend(loc="upper right", ncols=2)
 
 
 def _error_axis(axes: Axes, names: list[str]) -> None:
     axes.set_ylabel("squared error / variance of the output")
     axes.set_ylim(0, None)
-    axes.margins(y=0.18)
     _layer_axis(axes, names)
 
 
@@ -217,10 +218,8 @@ def _layer_axis(axes: Axes, names: list[str]) -> None:
     axes.set_xlim(-0.6, len(names) - 0.4)
     axes.set_xlabel("layer")
     axes.grid(False, axis="x")
-    if len(names) <= _MOST_LABELS:
-        axes.set_xticks(range(len(names)), names)
-    else:
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=_MOST_LABELS, integer=True))
+    step = math.ceil(len(names) / _MOST_LABELS)
+    axes.set_xticks(range(0, len(names), step), names[::step])
 
 
 def _layer_names(prefixes: list[str]) -> list[str]:

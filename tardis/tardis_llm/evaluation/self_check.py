@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..architectures import family_of
 from ..calibration.stream import Stream
-from ..pipeline import Progress
+from ..session import Progress
 from .perplexity import token_perplexity
 
 #: a fold is refused when perplexity grows by more than this factor ...

@@ -20,7 +20,7 @@ from ..calibration.text import Windows, check_enough
 from ..folding.fold import DenseFFN, Inputs, target_moments
 from ..folding.ranges import Ranges, coverage_ranges
 from ..folding.refit import affine_error, refit
-from ..pipeline import Progress, dense_ffn
+from ..session import Progress, dense_ffn
 
 #: share of a neuron's inputs that its hot range holds, for `width`
 COVERAGE = 0.8

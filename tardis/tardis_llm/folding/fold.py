@@ -167,10 +167,26 @@ def error_curve(ffn: DenseFFN, predicted: Predicted, points: int) -> list[tuple[
     return curve
 
 
-def finish(
+@dataclass(frozen=True)
+class Solved:
+    """A folded FFN with what its quality follows from.
+
+    Attributes:
+        weights: what to store.
+        fit, heldout: what the fold had to explain.
+        damping: of the refit; None without.
+    """
+
+    weights: FoldedWeights
+    fit: Targets
+    heldout: Targets
+    damping: float | None
+
+
+def solve(
     ffn: DenseFFN, inputs: Inputs, predicted: Predicted, ranges: Ranges, refitted: bool, dtype: torch.dtype
-) -> tuple[FoldedWeights, FoldQuality]:
-    """The fold for given predictor and ranges, and its quality on held-out tokens.
+) -> Solved:
+    """The fold for given predictor and ranges.
 
     Args:
         refitted: solve (C, c) by ridge regression on what fixing leaves; otherwise use the lines, as the paper.
@@ -181,24 +197,34 @@ def finish(
     w_hat = predicted.predictor.dequantise()
     fit = target_moments(ffn, inputs.fit, w_hat, stored)
     heldout = target_moments(ffn, inputs.heldout, w_hat, stored)
-    x, x_held = inputs.fit_moments, inputs.heldout_moments
-    affine = refit(inputs.spectrum, x, fit.output, x_held, heldout.output)
     damping = None
     if refitted:
-        solved = refit(inputs.spectrum, x, fit.left, x_held, heldout.left)
+        x = inputs.fit_moments
+        solved = refit(inputs.spectrum, x, fit.left, inputs.heldout_moments, heldout.left)
         weight, damping = solved.weight.to(dtype), solved.damping
         bias = ((fit.left.y_sum - weight.double() @ x.x_sum) / x.count).to(dtype)
     else:
         weight = ((ffn.w2 * stored.slope) @ ffn.w1).to(dtype)
         bias = (ffn.w2 @ (stored.slope * ffn.b1 + stored.offset) + ffn.b2).to(dtype)
+    weights = FoldedWeights(weight, bias, predicted.predictor, low, high, slope, offset)
+    return Solved(weights, fit, heldout, damping)
+
+
+def finish(
+    ffn: DenseFFN, inputs: Inputs, predicted: Predicted, ranges: Ranges, refitted: bool, dtype: torch.dtype
+) -> tuple[FoldedWeights, FoldQuality]:
+    """`solve`, and the quality of the result on held-out tokens."""
+    solved = solve(ffn, inputs, predicted, ranges, refitted, dtype)
+    x, heldout = inputs.heldout_moments, solved.heldout
+    affine = refit(inputs.spectrum, inputs.fit_moments, solved.fit.output, x, heldout.output)
     variance = heldout.output.y_variance
     quality = FoldQuality(
         fix_rate=heldout.fix_rate,
-        error=affine_error(weight, bias, x_held, heldout.left) / variance,
-        linearity=affine_error(affine.weight, affine.bias, x_held, heldout.output) / variance,
-        damping=damping,
+        error=affine_error(solved.weights.weight, solved.weights.bias, x, heldout.left) / variance,
+        linearity=affine_error(affine.weight, affine.bias, x, heldout.output) / variance,
+        damping=solved.damping,
     )
-    return FoldedWeights(weight, bias, predicted.predictor, low, high, slope, offset), quality
+    return solved.weights, quality
 
 
 def store_ranges(ranges: Ranges) -> list[Tensor]:

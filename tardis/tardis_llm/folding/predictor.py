@@ -19,6 +19,7 @@ _SCALE_CANDIDATES = 40  # scales tried per group, between a fifth of the largest
 _DAMPING = 0.01  # of the mean diagonal, as in GPTQ (arXiv 2210.17323)
 _LEAST_SCALE = 2.0**-24  # the least positive fp16, so that nothing is divided by zero
 _BLOCK = 128  # columns rounded before the rest of the matrix is updated
+_ROWS = 256  # rows handled at once where temporaries as large as the matrix would be slow
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,11 @@ class PackedMatrix:
 
     def dequantise(self) -> Tensor:
         """The matrix [h, d] fp32 that the codes stand for."""
-        level = unpack(self.planes, self.columns).float() - _midpoint(self.bits)
-        return level * expand_scale(self.scale.float(), self.group_size, self.columns)
+        parts = []
+        for planes, scale in zip(self.planes.split(_ROWS, 1), self.scale.split(_ROWS), strict=True):
+            level = unpack(planes, self.columns).float() - _midpoint(self.bits)
+            parts.append(level * expand_scale(scale.float(), self.group_size, self.columns))
+        return torch.cat(parts)
 
 
 def quantise(w: Tensor, bits: int, group_size: int, covariance: Tensor | None = None) -> PackedMatrix:
@@ -72,6 +76,14 @@ def quantise(w: Tensor, bits: int, group_size: int, covariance: Tensor | None = 
 
 def best_scale(w: Tensor, bits: int, group_size: int) -> Tensor:
     """[h, groups] fp16: per row and group, the scale whose nearest rounding has the least squared error."""
+    best = torch.cat([_best_scale(rows, bits, group_size) for rows in w.split(_ROWS)])
+    if bool((best > torch.finfo(torch.float16).max).any()):
+        raise InvalidInputError("the up weight of an FFN is too large for fp16 scales; check the checkpoint's weights.")
+    return best.half().clamp_min(_LEAST_SCALE)
+
+
+def _best_scale(w: Tensor, bits: int, group_size: int) -> Tensor:
+    """`best_scale` in fp32, for a few rows at a time."""
     h, d = w.shape
     groups = F.pad(w, (0, -d % group_size)).view(h, -1, group_size)
     valid = F.pad(torch.ones(d), (0, -d % group_size)).view(-1, group_size)
@@ -84,9 +96,7 @@ def best_scale(w: Tensor, bits: int, group_size: int) -> Tensor:
         level = _nearest(groups, column, bits).float() - top
         error = ((level * column - groups).square() * valid).sum(-1)
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
-    if bool((best > torch.finfo(torch.float16).max).any()):
-        raise InvalidInputError("the up weight of an FFN is too large for fp16 scales; check the checkpoint's weights.")
-    return best.half().clamp_min(_LEAST_SCALE)
+    return best
 
 
 def expand_scale(scale: Tensor, group_size: int, columns: int) -> Tensor:
@@ -123,19 +133,19 @@ def _nearest(w: Tensor, scale: Tensor, bits: int) -> Tensor:
 def _gptq(w: Tensor, scale: Tensor, bits: int, covariance: Tensor) -> Tensor:
     """Codes [h, d] uint8, column by column, each error carried to the columns after it."""
     inverse = _inverse_cholesky(covariance)
-    rest = w.clone()
-    codes = torch.empty_like(w, dtype=torch.uint8)
-    for columns in torch.arange(w.shape[1]).split(_BLOCK):
+    rest, scale = w.T.contiguous(), scale.T.contiguous()  # [d, h]: what is a column of w lies together
+    codes = torch.empty_like(rest, dtype=torch.uint8)
+    for columns in torch.arange(len(rest)).split(_BLOCK):
         first, end = int(columns[0]), int(columns[-1]) + 1
-        errors = torch.empty(len(w), end - first)
+        errors = torch.empty(end - first, rest.shape[1])
         for j in range(first, end):
-            codes[:, j] = _nearest(rest[:, j], scale[:, j], bits)
-            level = codes[:, j].float() - _midpoint(bits)
-            error = (rest[:, j] - level * scale[:, j]) / inverse[j, j]
-            rest[:, j:end] -= torch.outer(error, inverse[j, j:end])
-            errors[:, j - first] = error
-        rest[:, end:] -= errors @ inverse[first:end, end:]
-    return codes
+            codes[j] = _nearest(rest[j], scale[j], bits)
+            level = codes[j].float() - _midpoint(bits)
+            error = (rest[j] - level * scale[j]) / inverse[j, j]
+            rest[j:end].addr_(inverse[j, j:end], error, alpha=-1)
+            errors[j - first] = error
+        rest[end:].addmm_(inverse[first:end, end:].T, errors, alpha=-1)
+    return codes.T.contiguous()
 
 
 def _inverse_cholesky(covariance: Tensor) -> Tensor:

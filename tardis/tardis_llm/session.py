@@ -1,0 +1,113 @@
+"""What the steps of one fold share: the model, its FFNs, the calibration windows and the settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from . import activations
+from .architectures import FFNSite, find_ffns
+from .calibration.stream import Stream
+from .calibration.text import Windows
+from .config import FoldConfig
+from .errors import InvalidInputError
+from .folding.budget import FFNShape
+from .folding.fold import DenseFFN, Inputs
+
+#: called with the stage, the steps done and the steps in all
+Progress = Callable[[str, int, int], None]
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Session:
+    """One fold under way.
+
+    Attributes:
+        model: to fold, in eval mode.
+        sites: the FFNs to fold.
+        windows: calibration tokens.
+        config: settings.
+        scratch: folder for hidden states that exceed the memory limit.
+        progress: told of each step.
+    """
+
+    model: PreTrainedModel
+    sites: list[FFNSite]
+    windows: Windows
+    config: FoldConfig
+    scratch: Path
+    progress: Progress
+
+    @property
+    def shapes(self) -> list[FFNShape]:
+        """Of `sites`."""
+        return [ffn_shape(site) for site in self.sites]
+
+    def stream(self, ids: Tensor) -> Stream:
+        """Windows of token ids [windows, length] at the start of the model."""
+        # two buffers share the limit: hidden states, and the inputs of one FFN
+        limit = self.config.memory_limit_gib * _GIB / 2
+        return Stream(self.model, ids, self.scratch, limit, self.config.batch_tokens)
+
+
+def inputs_at(site: FFNSite, fit: Stream, heldout: Stream) -> Inputs:
+    """Move both streams in front of the site's block, and take the inputs of its FFN."""
+    for stream in (fit, heldout):
+        while stream.position < site.index:
+            stream.advance()
+    return Inputs(fit.ffn_inputs(site), heldout.ffn_inputs(site))
+
+
+def dense_ffn(site: FFNSite) -> DenseFFN:
+    """The weights at `site` in fp32.
+
+    Raises:
+        InvalidInputError: they are not finite.
+    """
+    w1, b1, w2, b2 = site.weights()
+    h, d = w1.shape
+    zero = {"b1": torch.zeros(h), "b2": torch.zeros(d)}
+    ffn = DenseFFN(
+        w1.float().contiguous(),
+        zero["b1"] if b1 is None else b1.float(),
+        w2.float().contiguous(),
+        zero["b2"] if b2 is None else b2.float(),
+        activations.identify(site.activation),
+    )
+    for name, value in (("up", ffn.w1), ("up bias", ffn.b1), ("down", ffn.w2), ("down bias", ffn.b2)):
+        if not bool(torch.isfinite(value).all()):
+            raise InvalidInputError(
+                f"the {name} weight of {site.prefix} has NaN or infinite entries; reload a sound checkpoint."
+            )
+    return ffn
+
+
+def choose_sites(model: PreTrainedModel, config: FoldConfig) -> list[FFNSite]:
+    """The FFNs to fold, checked before any long work starts."""
+    sites = find_ffns(model)
+    if config.layers is not None:
+        wrong = sorted(set(config.layers) - set(range(len(sites))))
+        if wrong or not config.layers:
+            raise InvalidInputError(f"layers is {config.layers}; choose from 0 to {len(sites) - 1}.")
+        sites = [site for site in sites if site.index in config.layers]
+    for site in sites:
+        activations.identify(site.activation)
+        for part in (w for w in site.weights() if w is not None):
+            if not bool(torch.isfinite(part).all()):
+                raise InvalidInputError(
+                    f"the weights of {site.prefix} have NaN or infinite entries; reload a sound checkpoint."
+                )
+    return sites
+
+
+def ffn_shape(site: FFNSite) -> FFNShape:
+    """The sizes of the FFN at `site` that its bytes depend on."""
+    w1, b1, _, _ = site.weights()
+    return FFNShape(w1.shape[1], w1.shape[0], w1.element_size(), b1 is not None)

@@ -1,0 +1,86 @@
+"""Models on disk that several tests read; none may change them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from models import tiny_model, tiny_tokenizer
+
+from tardis_llm import sample
+from tardis_llm.cli.main import run
+
+#: the sample folded coarsely, but for real, in seconds
+QUICK_SAMPLE = ("--tokens", "6144", "--probe-tokens", "1024", "--predictor-bits", "1", "--reduction", "0.78")
+#: the tiny model folds in a second
+QUICK_TINY = (
+    *("--tokens", "4096", "--probe-tokens", "256", "--sequence-length", "32"),
+    *("--predictor-bits", "1", "--reduction", "0.5"),
+)
+
+
+class Result(NamedTuple):
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+def refused(result: Result, message: str, code: int = 1) -> None:
+    """One error on stderr that says `message`, nothing on stdout, no traceback."""
+    assert result.code == code
+    assert message in result.err
+    assert "error:" in result.err
+    assert "Traceback" not in result.err
+    assert not result.out
+
+
+@pytest.fixture
+def tardis(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Run the command line in this process."""
+
+    def call(*args: object) -> Result:
+        capsys.readouterr()
+        code = run([str(arg) for arg in args])
+        return Result(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense random GPT-2 with a byte tokenizer: 3 blocks, d = 64."""
+    directory = tmp_path_factory.mktemp("tiny")
+    tiny_model("gpt2").save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """8 kB of English, which is 8,000 tokens of the byte tokenizer."""
+    path = tmp_path_factory.mktemp("text") / "tiny.txt"
+    path.write_text(sample.calibration_text().read_text(encoding="utf-8")[:8_000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def sample_folded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled sample, folded by the command line."""
+    directory = tmp_path_factory.mktemp("sample") / "folded"
+    text = sample.calibration_text()
+    assert run(["fold", str(sample.model_dir()), "-o", str(directory), "--text", str(text), *QUICK_SAMPLE]) == 0
+    return directory
+
+
+@pytest.fixture
+def fold(tardis: Callable[..., Result], tiny_dir: Path, tiny_text: Path, tmp_path: Path) -> Callable[..., Result]:
+    """Fold the tiny model into tmp_path/out, or as the arguments say."""
+
+    def call(*args: object, model: Path = tiny_dir, text: Path = tiny_text, out: Path = tmp_path / "out") -> Result:
+        return tardis("fold", model, "-o", out, "--text", text, *QUICK_TINY, *args)
+
+    return call
