@@ -11,8 +11,8 @@ _MIB = 2**20
 def keep_freed_memory() -> bool:
     """Let glibc reuse blocks of up to 32 MiB, and keep up to 256 MiB of them; for a whole process, at its start.
 
-    By default each large temporary is mapped, faulted in page by page and unmapped again. On virtual machines, where a fault
-    is dear, that was nine tenths of the time of calibration.
+    By default each large temporary is mapped, faulted in page by page and unmapped again. On virtual machines, where a
+    fault is dear, that can be most of the time of calibration.
 
     Returns:
         Whether the C library took the settings; other libraries than glibc have their own ways, and need none.

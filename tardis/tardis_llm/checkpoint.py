@@ -1,6 +1,6 @@
 """The folded checkpoint, format version 1: a Hugging Face directory with `tardis.*` tensors beside the dense weights.
 
-    config.json     the family's own fields; `quantization_config` is a `CheckpointConfig`; `architectures` a Tardis class
+    config.json     the family's own fields; `quantization_config`: a `CheckpointConfig`; `architectures`: Tardis<Stock>
     *.safetensors   every dense tensor under its own name, and `<ffn>.tardis.*` per folded FFN
     tardis.json     the report of the fold, versions, and the SHA-256 of every tensor
 
@@ -60,8 +60,8 @@ class CheckpointConfig(QuantizationConfigMixin):
     def __post_init__(self) -> None:
         if not isinstance(self.format_version, int) or not 1 <= self.format_version <= FORMAT_VERSION:
             raise CheckpointError(
-                f"this checkpoint has format version {self.format_version!r}, and this TARDIS reads 1 to {FORMAT_VERSION}. "
-                "Update it (pip install -U tardis-llm), or fold the model again."
+                f"this checkpoint has format version {self.format_version!r}, and this TARDIS reads 1 to "
+                f"{FORMAT_VERSION}. Update it (pip install -U tardis-llm), or fold the model again."
             )
         if not self.layers:
             raise CheckpointError("config.json names no folded layers; copy the checkpoint anew, or fold again.")
@@ -191,14 +191,14 @@ def verify(files: Sequence[Path], expected: Sequence[str]) -> None:
             seen.add(name)
             if digests and digests.get(name) != digest([tensor]):
                 raise CheckpointError(
-                    f"{file}: the tensor {name} is not the one that was written (its SHA-256 differs from {record}). Copy the "
-                    f"file anew or fold again; if you changed it on purpose, delete {record}."
+                    f"{file}: the tensor {name} is not the one that was written (its SHA-256 differs from {record}). "
+                    f"Copy the file anew or fold again; if you changed it on purpose, delete {record}."
                 )
     missing = sorted((set(expected) | set(digests)) - seen)
     if missing:
         raise CheckpointError(
-            f"{files[0].parent} lacks {len(missing)} tensors of the folded model, the first is {missing[0]}. A weight file is "
-            "missing or from another model: copy the checkpoint anew, or fold again."
+            f"{files[0].parent} lacks {len(missing)} tensors of the folded model, the first is {missing[0]}. A weight "
+            "file is missing or from another model: copy the checkpoint anew, or fold again."
         )
 
 

@@ -1,8 +1,8 @@
 """Plan a fold: measure what folding each layer alone costs the model, and split the byte budget accordingly.
 
-Each layer is folded alone at the uniform budget, with every predictor width allowed, and the increase of the model's loss
-taken on held-out windows. That one point scales the layer's error curve, known for every fix rate from its statistics, to
-losses. The layers then share the bytes so that the sum of the losses is least.
+Each layer is folded alone at the uniform budget, with every predictor width allowed, and the increase of the model's
+loss taken on held-out windows. That one point scales the layer's error curve, known for every fix rate from its
+statistics, to losses. The layers then share the bytes so that the sum of the losses is least.
 """
 
 from __future__ import annotations
@@ -59,9 +59,7 @@ class Probe:
 
     def options(self, shape: FFNShape, group_size: int) -> list[Option]:
         """The points of the curve with their bytes."""
-        return [
-            Option(self.bits, rate, shape.touched(self.bits, group_size, rate), loss) for rate, loss in self.curve
-        ]
+        return [Option(self.bits, rate, shape.touched(self.bits, group_size, rate), loss) for rate, loss in self.curve]
 
 
 def plan(session: Session, bits: tuple[int, ...]) -> list[LayerPlan]:
@@ -136,9 +134,7 @@ class _LossMeter:
         return max(self.stream.loss(self.reference) - self.baseline, _LEAST_INCREASE)
 
 
-def _probe(
-    session: Session, site: FFNSite, ffn: DenseFFN, inputs: Inputs, bits: int, meter: _LossMeter
-) -> Probe:
+def _probe(session: Session, site: FFNSite, ffn: DenseFFN, inputs: Inputs, bits: int, meter: _LossMeter) -> Probe:
     """Fold one layer alone at the uniform budget, and measure the loss."""
     config = session.config
     uniform = ffn_shape(site).affordable_fix_rate(bits, config.group_size, config.reduction)

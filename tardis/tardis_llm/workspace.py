@@ -25,7 +25,7 @@ def digest(tensors: Iterable[Tensor]) -> str:
     """SHA-256 of the tensors' bytes, in order."""
     sha = hashlib.sha256()
     for tensor in tensors:
-        sha.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+        sha.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 
@@ -63,8 +63,8 @@ class Workspace:
         differences = list(_differences(found, fingerprint))
         if differences:
             raise InvalidInputError(
-                f"cannot resume: {self.root} holds a different fold. {'; '.join(differences)}. Use the same settings, or "
-                "delete that folder to start again."
+                f"cannot resume: {self.root} holds a different fold. {'; '.join(differences)}. Use the same settings, "
+                "or delete that folder to start again."
             )
 
     def load(self, name: str) -> dict[str, Any] | None:

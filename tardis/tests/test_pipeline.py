@@ -150,7 +150,13 @@ def test_a_wrong_resume_is_refused_and_the_difference_named(change: dict, messag
     fold(tiny_model("gpt2"), text(), SETTINGS, tmp_path)
     settings = dataclasses.replace(SETTINGS, **change.get("settings", {}))
     with pytest.raises(InvalidInputError, match=message):
-        fold(tiny_model("gpt2", **change.get("model", {})), text(change.get("windows", 40)), settings, tmp_path, resume=True)
+        fold(
+            tiny_model("gpt2", **change.get("model", {})),
+            text(change.get("windows", 40)),
+            settings,
+            tmp_path,
+            resume=True,
+        )
 
 
 def test_an_unfinished_fold_is_not_overwritten_unasked(tmp_path: Path):

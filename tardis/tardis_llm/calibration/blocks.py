@@ -91,8 +91,8 @@ def ffn_input(
     _run_until_done(model, site.index, input_ids, attention_mask, hidden, hook)
     if len(captured[0]) != input_ids.numel():
         raise InvalidInputError(
-            f"{site.up_name} got {len(captured[0])} of {input_ids.numel()} tokens; set chunk_size_feed_forward = 0 in the "
-            "model's config."
+            f"{site.up_name} got {len(captured[0])} of {input_ids.numel()} tokens; set chunk_size_feed_forward = 0 in "
+            "the model's config."
         )
     return captured[0]
 

@@ -43,7 +43,8 @@ class SecondMoments:
     @classmethod
     def zeros(cls, d: int, k: int) -> SecondMoments:
         """Nothing seen yet; d inputs, k targets."""
-        return cls(0, *(torch.zeros(shape, dtype=torch.float64) for shape in ((d,), (k,), (d, k))))
+        x_sum, y_sum, cross = (torch.zeros(shape, dtype=torch.float64) for shape in ((d,), (k,), (d, k)))
+        return cls(0, x_sum, y_sum, cross)
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add rows x [tokens, d] and y [tokens, k], both fp32."""

@@ -1,7 +1,8 @@
-"""Walk a model layer by layer: the hidden states of the calibration windows at one boundary, moved on block by block."""
+"""Walk a model layer by layer: the hidden states of the windows at one boundary, moved on block by block."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,8 +61,8 @@ class Stream:
             x = ffn_input(self.model, site, self.ids[at], hidden=self._at(at))
             if not bool(torch.isfinite(x).all()):
                 raise InvalidInputError(
-                    f"the inputs of {site.prefix} are NaN or infinite on the calibration text. Check the weights of the "
-                    "blocks up to it, and load the model in bfloat16 or float32 if it overflows float16."
+                    f"the inputs of {site.prefix} are NaN or infinite on the calibration text. Check the weights of "
+                    "the blocks up to it, and load the model in bfloat16 or float32 if it overflows float16."
                 )
             if buffer is None:
                 shape = (*self.ids.shape, x.shape[-1])
@@ -73,8 +74,8 @@ class Stream:
     def loss(self, reference: Tensor | None = None) -> float:
         """The model's loss on the windows from here on; the stream stays where it is.
 
-        Next-token cross-entropy in nats for a causal model. An encoder has no such loss here: for it, the squared change of
-        its output against `reference`, relative to the reference.
+        Next-token cross-entropy in nats for a causal model. An encoder has no such loss here: for it, the squared
+        change of its output against `reference`, relative to the reference.
         """
         total, weight = 0.0, 0.0
         done = 0
@@ -95,7 +96,7 @@ class Stream:
             return None
         return torch.cat([output.half() for output, _ in self._outputs()])
 
-    def _outputs(self):  # type: ignore[no-untyped-def]
+    def _outputs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Per batch, the model's output (logits or last hidden state) in fp32, and its tokens."""
         vocabulary = self.model.config.get_text_config().vocab_size
         windows = max(1, _LOGITS_AT_ONCE // (self.ids.shape[1] * vocabulary))
@@ -103,6 +104,7 @@ class Stream:
             hidden = self._at(at)
             for index in range(self.position, len(layer_list(self.model))):
                 hidden = run_block(self.model, index, self.ids[at], hidden=hidden)
+            assert hidden is not None, "a model has at least one block"
             output = run_head(self.model, self.ids[at], hidden)
             yield (output.logits if "logits" in output else output.last_hidden_state).float(), self.ids[at]
 

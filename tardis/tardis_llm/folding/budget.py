@@ -94,8 +94,8 @@ def split_budget(options: list[list[Option]], budget: float) -> list[Option]:
     left = budget - sum(hull[0].touched for hull in hulls)
     if left < 0:
         raise InfeasibleBudgetError(
-            f"the cheapest fold of these layers reads {budget - left:,.0f} bytes a token, {-left:,.0f} more than allowed; "
-            "lower the reduction."
+            f"the cheapest fold of these layers reads {budget - left:,.0f} bytes a token, {-left:,.0f} more than "
+            "allowed; lower the reduction."
         )
     steps = [
         ((hull[k].loss - hull[k + 1].loss) / (hull[k + 1].touched - hull[k].touched), layer, k + 1)

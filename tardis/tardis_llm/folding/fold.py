@@ -201,7 +201,7 @@ def solve(
     if refitted:
         x = inputs.fit_moments
         solved = refit(inputs.spectrum, x, fit.left, inputs.heldout_moments, heldout.left)
-        weight, damping = solved.weight.to(dtype), solved.damping
+        weight, damping = solved.weight.to(dtype).contiguous(), solved.damping  # strides choose the kernel, and so bits
         bias = ((fit.left.y_sum - weight.double() @ x.x_sum) / x.count).to(dtype)
     else:
         weight = ((ffn.w2 * stored.slope) @ ffn.w1).to(dtype)

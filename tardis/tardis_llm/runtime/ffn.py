@@ -4,9 +4,9 @@
     S(x) = neurons whose predicted pre-activation zhat is not within [low_i, high_i]
     r_i(z) = act(z) - slope_i z - offset_i
 
-In a model, a folded FFN sits in the places of the three parts that it stands for: the up projection keeps its weights and
-passes its input on, the activation does nothing, and the down projection, which keeps its weights too, returns y. So each
-family's residuals, dropout and return types stay its own.
+In a model, a folded FFN sits in the places of the three parts that it stands for: the up projection keeps its weights
+and passes its input on, the activation does nothing, and the down projection, which keeps its weights too, returns y.
+So each family's residuals, dropout and return types stay its own.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def folded_ffn(
 ) -> Tensor:
     """Output [tokens, d] of a folded FFN for inputs x [tokens, d], in the dtype of x.
 
-    Rows of W1 and columns of W2 are gathered for the union of the tokens' fixed neurons, and each token adds the residuals of
-    its own. Predictions, residuals and the sum are in fp32; the matrix products in the dtype of x.
+    Rows of W1 and columns of W2 are gathered for the union of the tokens' fixed neurons, and each token adds the
+    residuals of its own. Predictions, residuals and the sum are in fp32; the matrix products in the dtype of x.
 
     Args:
         x: [tokens, d].
@@ -56,6 +56,33 @@ def fixed_neurons(x: Tensor, folded: FoldedWeights, b1: Tensor | None) -> Tensor
     return ~((zhat >= folded.low.float()) & (zhat <= folded.high.float()))
 
 
+class Fold(nn.Module):
+    """The affine part: `weight` [d, d] and `bias` [d]."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = nn.Parameter(bias, requires_grad=False)
+
+
+class Predictor(nn.Module):
+    """The low-bit copy of W1: `planes` [bits, h, ceil(d / 8)] uint8 and `scale` [h, groups] fp16."""
+
+    planes: Tensor
+    scale: Tensor
+
+    def __init__(self, matrix: PackedMatrix) -> None:
+        super().__init__()
+        self.columns, self.group_size = matrix.columns, matrix.group_size
+        self.register_buffer("planes", matrix.planes)
+        self.register_buffer("scale", matrix.scale)
+
+    @property
+    def matrix(self) -> PackedMatrix:
+        """The stored matrix."""
+        return PackedMatrix(self.planes, self.scale, self.columns, self.group_size)
+
+
 class FoldedFFN(nn.Module):
     """Holds what a folded FFN stores beside the dense weights; the child `tardis` of an FFN.
 
@@ -66,34 +93,41 @@ class FoldedFFN(nn.Module):
         activation: a name in `ACTIVATIONS`.
     """
 
+    low: Tensor
+    high: Tensor
+    slope: Tensor
+    offset: Tensor
+
     def __init__(self, weights: FoldedWeights, activation: str) -> None:
         super().__init__()
         self.activation = activation
-        self.columns, self.group_size = weights.predictor.columns, weights.predictor.group_size
-        self.fold = _holder(weight=weights.weight, bias=weights.bias)
-        self.predictor = _holder(planes=weights.predictor.planes, scale=weights.predictor.scale)
+        self.fold = Fold(weights.weight, weights.bias)
+        self.predictor = Predictor(weights.predictor)
         for name in ("low", "high", "slope", "offset"):
             self.register_buffer(name, getattr(weights, name))
 
     @property
     def weights(self) -> FoldedWeights:
         """The stored tensors."""
-        planes, scale = self.predictor.planes, self.predictor.scale
-        packed = PackedMatrix(planes, scale, self.columns, self.group_size)
-        return FoldedWeights(self.fold.weight, self.fold.bias, packed, self.low, self.high, self.slope, self.offset)
+        ranges = self.low, self.high, self.slope, self.offset
+        return FoldedWeights(self.fold.weight, self.fold.bias, self.predictor.matrix, *ranges)
 
     def forward(self, x: Tensor, dense: FFNWeights) -> Tensor:
         """Output [..., d] for inputs x [..., d]; see `folded_ffn`."""
-        y = folded_ffn(x.reshape(-1, x.shape[-1]), self.weights, dense, ACTIVATIONS[self.activation])
-        return y.view(x.shape)
+        return folded_ffn(x.reshape(-1, x.shape[-1]), self.weights, dense, ACTIVATIONS[self.activation]).view(x.shape)
 
 
 class KeptLinear(nn.Module):
     """The up projection of a folded FFN: keeps weights under their own names and passes its input on."""
 
+    weight: Tensor
+    bias: Tensor | None
+
     def __init__(self, linear: nn.Module, transposed: bool) -> None:
         super().__init__()
-        self.weight, self.bias, self.transposed = linear.weight, linear.bias, transposed
+        self.transposed = transposed
+        for name in ("weight", "bias"):
+            self.register_parameter(name, getattr(linear, name))
 
     @property
     def matrix(self) -> Tensor:
@@ -115,7 +149,8 @@ class FoldedDown(KeptLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Output [..., d] of the folded FFN for x [..., d]."""
         up, ffn = self._others
-        return ffn(x, FFNWeights(up.matrix, up.bias, self.matrix, self.bias))
+        y: Tensor = ffn(x, FFNWeights(up.matrix, up.bias, self.matrix, self.bias))
+        return y
 
 
 def install(model: nn.Module, site: FFNSite, ffn: FoldedFFN) -> None:
@@ -139,13 +174,3 @@ def folded_ffns(model: nn.Module) -> dict[str, FoldedFFN]:
     """Every folded FFN of a model by the prefix of its FFN, in order; the prefix is "" for none but the root."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, FoldedFFN)}
     return {name.removesuffix("tardis").removesuffix("."): module for name, module in found.items()}
-
-
-def _holder(**tensors: Tensor) -> nn.Module:
-    module = nn.Module()
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and name in ("weight", "bias"):
-            module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-        else:
-            module.register_buffer(name, tensor)
-    return module
