@@ -18,12 +18,18 @@ from tardis_llm.allocator import keep_freed_memory
 
 GIB = 2**30
 ALLOWED = 2.5  # GiB beyond the model's own size
+VOCABULARY = 50_272
 
 
 def random_model(layers: int) -> torch.nn.Module:
     """OPT-1.3B's shape with random weights in bf16; built in bf16, so that building it is not what peaks."""
     config = OPTConfig(
-        hidden_size=2048, ffn_dim=8192, num_hidden_layers=layers, num_attention_heads=32, word_embed_proj_dim=2048
+        vocab_size=VOCABULARY,
+        hidden_size=2048,
+        ffn_dim=8192,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        word_embed_proj_dim=2048,
     )
     return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
@@ -48,7 +54,7 @@ def main(
     model = random_model(24)
     size = sum(p.nbytes for p in model.parameters()) / GIB
     console.print(f"model {size:.2f} GiB, peak after building it {peak():.2f} GiB")
-    ids = torch.randint(4, model.config.vocab_size, (windows, length))
+    ids = torch.randint(4, VOCABULARY, (windows, length))
     config = FoldConfig(
         reduction=reduction,
         predictor_bits=2,

@@ -154,6 +154,12 @@ def test_a_step_that_does_not_fit_is_passed_over_for_a_smaller_one() -> None:
     assert split_budget([large, small], 10) == [large[0], small[1]]
 
 
+def test_a_step_behind_one_that_does_not_fit_is_not_taken_for_its_own_price() -> None:
+    layer = [Option(2, 0, 1, 100), Option(2, 0, 50, 10), Option(2, 0, 51, 9)]
+    assert split_budget([layer], 10) == [layer[0]]
+    assert split_budget([layer], 50) == [layer[1]]
+
+
 def test_bits_are_chosen_layer_by_layer() -> None:
     needs_bits = [Option(1, 0.1, 10, 50), Option(4, 0.1, 20, 1)]
     does_not = [Option(1, 0.1, 10, 1.1), Option(4, 0.1, 20, 1)]

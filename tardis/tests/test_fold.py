@@ -12,6 +12,7 @@ from synthetic import activation, correlated, fallback, fitted, forward, normal,
 from torch import Tensor
 
 from tardis_llm.activations import ACTIVATIONS
+from tardis_llm.calibration.moments import BINS, SPAN
 from tardis_llm.config import FoldConfig
 from tardis_llm.folding.fold import (
     DenseFFN,
@@ -209,6 +210,9 @@ def test_predictions_are_binned_by_the_rounded_weights() -> None:
     torch.testing.assert_close(predicted.heldout.count[:, :48].sum(1), (zhat < inner).double().sum(0), rtol=0, atol=1)
     torch.testing.assert_close(predicted.heldout.sums[1].sum(1), z.double().sum(0), rtol=1e-4, atol=1e-2)
     assert torch.equal(predicted.fit.edges(), predicted.heldout.edges())
+    zhat = inputs.fit @ predicted.predictor.dequantise().T + ffn.b1
+    torch.testing.assert_close(predicted.fit.width * BINS / (2 * SPAN), zhat.std(0), rtol=1e-2, atol=0)
+    torch.testing.assert_close(predicted.fit.edge + SPAN * zhat.std(0), zhat.mean(0), rtol=0, atol=2e-2)
 
 
 def test_gptq_follows_the_inputs_and_nearest_does_not() -> None:

@@ -21,10 +21,11 @@ BYTES = 5 * 100 * 30 * 4
 
 
 def mapped(scratch: Path) -> int:
-    """How many files in `scratch`, nameless ones too, this process has mapped."""
+    """How many files in `scratch`, nameless ones too, this process has mapped, so that writing goes to the file."""
     folder = f"{scratch.resolve()}/"
-    lines = Path("/proc/self/maps").read_text().splitlines()
-    return len({line.split()[4] for line in lines if folder in line})
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if folder in line]
+    assert all("s" in permissions for _, permissions, *_ in lines), "a private mapping is in memory"
+    return len({inode for _, _, _, _, inode, *_ in lines})
 
 
 def opened(scratch: Path) -> int:

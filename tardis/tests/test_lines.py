@@ -68,6 +68,6 @@ def test_squared_residuals_of_any_line_equal_brute_force(seed: int, name: str, s
 
 def test_squared_residuals_of_an_exact_line_are_not_below_zero() -> None:
     z = 1e3 * normal(1000, 4)
-    residual = squared_residuals(binned(z, z, lambda z: z), torch.ones(4), torch.zeros(4))
+    residual = squared_residuals(binned(z, z, lambda z: 0.3 * z), torch.full((4,), 0.3), torch.zeros(4))
     assert (residual >= 0).all()
-    assert residual.max() == 0
+    assert residual.max() < 1e-3  # of sums of about 1e6

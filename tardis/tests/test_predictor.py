@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tardis_llm.config import PREDICTOR_BITS
 from tardis_llm.errors import InvalidInputError
+from tardis_llm.folding import predictor as module
 from tardis_llm.folding.predictor import PackedMatrix, best_scale, expand_scale, pack, quantise, unpack
 
 widths = st.sampled_from(PREDICTOR_BITS)
@@ -124,6 +125,13 @@ def test_the_best_scale_is_no_worse_than_the_largest_weight_as_the_outer_level(
         best = best_scale(w, bits, group_size)[:, first // group, None].float()
         rounding = 5e-4 * part.norm(dim=1)  # of the scale to fp16
         assert (error(best).sqrt() <= error(widest).sqrt() + rounding).all()
+
+
+def test_scales_do_not_depend_on_how_many_rows_are_rounded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = normal(10, 20)
+    scale = best_scale(w, 2, 8)
+    monkeypatch.setattr(module, "_ROWS", 3)
+    assert torch.equal(best_scale(w, 2, 8), scale)
 
 
 @pytest.mark.parametrize("bits", [1, 2])

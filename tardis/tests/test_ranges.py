@@ -187,15 +187,6 @@ def test_relu_becomes_contextual_sparsity() -> None:
     assert ((ranges.high <= 1e-6) & (ranges.high > -1.01 * fit.width)).all()
 
 
-def test_error_ranges_spend_where_the_gain_is() -> None:
-    u, z = neurons(4000, 10)
-    same_u, same_z = u[:, :1].expand(-1, 2).contiguous(), z[:, :1].expand(-1, 2).contiguous()
-    fit = binned(same_u, same_z, gelu)
-    ranges = error_ranges(fit, torch.tensor([1.0, 10.0], dtype=torch.float64), 1e-2)
-    kept = (fit.count * ranges.inside).sum(1)
-    assert kept[0] > kept[1]
-
-
 @quick
 @given(st.lists(st.integers(0, 50), min_size=BINS, max_size=BINS).filter(any))
 def test_kernel_density_keeps_the_mass(counts: list[int]) -> None:
@@ -211,6 +202,19 @@ def test_kernel_density_finds_the_peak_between_outliers() -> None:
     spike = torch.where(position == 70, 1200.0, 0.0)  # the highest bin, but no mass around it
     density = kernel_density((bell + spike).double()[None])
     assert abs(int(density.argmax()) - 30) <= 1
+
+
+def test_the_bandwidth_of_the_kernel_follows_silvermans_rule() -> None:
+    position = torch.arange(BINS, dtype=torch.float64)
+    count = 500 * torch.exp(-0.5 * ((position - 48) / 7) ** 2)[None]
+
+    def variance(histogram: Tensor) -> float:
+        mean = (histogram * position).sum() / histogram.sum()
+        return float((histogram * (position - mean) ** 2).sum() / histogram.sum())
+
+    bandwidth = 1.06 * variance(count) ** 0.5 * float(count.sum()) ** -0.2
+    smoothed = kernel_density(count)
+    assert variance(smoothed) == pytest.approx(variance(count) + bandwidth**2, rel=1e-3)
 
 
 def test_kernel_density_of_one_bin_stays_there() -> None:
@@ -264,6 +268,15 @@ def test_adaptive_coverage_fixes_more_of_the_neurons_with_more_error() -> None:
     fixed = 1 - (fit.count * ranges.inside).sum(1) / fit.tokens
     order = error.argsort()
     assert fixed[order[-6:]].mean() > 2 * fixed[order[:6]].mean()
+
+
+@both_policies
+def test_of_two_equal_neurons_the_one_of_more_gain_is_fixed_more(at_rate) -> None:  # type: ignore[no-untyped-def]
+    u, z = neurons(4000, 10)
+    fit = binned(u[:, [0, 0]], z[:, [0, 0]], gelu)
+    ranges = at_rate(fit, fit, torch.tensor([1.0, 10.0], dtype=torch.float64), 0.1)
+    kept = (fit.count * ranges.inside).sum(1)
+    assert kept[1] < kept[0]
 
 
 errors = st.lists(

@@ -135,6 +135,7 @@ def test_nan_comes_out_where_it_came_in_and_nowhere_else(make) -> None:  # type:
     folded = make(FFN)
     x = X.clone()
     x[1, 5] = torch.nan
+    assert fixed_neurons(x, folded, FFN.b1)[1].all()
     y = run(x, folded)
     assert y[1].isnan().all()
     others = torch.arange(len(X)) != 1

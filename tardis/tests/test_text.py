@@ -153,10 +153,11 @@ def test_text_that_is_not_utf_8_names_the_file_and_the_remedy(tmp_path: Path) ->
         read_windows([path], Numbers(), 1024, 32, 0.125)
 
 
-@pytest.mark.parametrize("name", ["missing.txt", "a/b/missing", "."])
-def test_a_missing_file_names_the_remedy(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["missing.txt", "a/b/missing", "/missing.txt", "."])
+def test_a_missing_file_names_the_remedy(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(InvalidInputError, match=r"no text file .*give a path that exists"):
-        read_windows([tmp_path / name], Numbers(), 1024, 32, 0.125)
+        read_windows([name], Numbers(), 1024, 32, 0.125)
 
 
 def test_a_dataset_without_the_package_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import typer
 from safetensors import SafetensorError
 
 from .. import __version__
+from ..allocator import keep_freed_memory
 from ..errors import TardisError
 from .demo import demo
 from .eval import evaluate
@@ -48,6 +49,7 @@ def tardis(
 
 def main() -> None:
     """Run the command line and exit: 0 done, 1 error, 2 refused or wrong usage, 130 interrupted."""
+    keep_freed_memory()
     sys.exit(run(sys.argv[1:]))
 
 
