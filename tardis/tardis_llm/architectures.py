@@ -252,6 +252,18 @@ def layer_list(model: PreTrainedModel) -> nn.ModuleList:
     return layers
 
 
+def block_at(model: PreTrainedModel, index: int) -> nn.Module:
+    """Block `index` of the model.
+
+    Raises:
+        InvalidInputError: there is no such block.
+    """
+    layers = layer_list(model)
+    if not 0 <= index < len(layers):
+        raise InvalidInputError(f"no block {index}: choose one from 0 to {len(layers) - 1}.")
+    return layers[index]
+
+
 @contextmanager
 def only_layer(model: PreTrainedModel, index: int) -> Iterator[nn.Module]:
     """Within the context, the model consists of its embeddings, block `index` and its head; yields the block.
@@ -263,12 +275,10 @@ def only_layer(model: PreTrainedModel, index: int) -> Iterator[nn.Module]:
     Raises:
         InvalidInputError: there is no block `index`.
     """
-    layers, name = layer_list(model), layer_list_name(model)
-    if not 0 <= index < len(layers):
-        raise InvalidInputError(f"no block {index}: choose one from 0 to {len(layers) - 1}.")
-    set_module(model, name, nn.ModuleList([layers[index]]))
+    layers, name, block = layer_list(model), layer_list_name(model), block_at(model, index)
+    set_module(model, name, nn.ModuleList([block]))
     try:
-        yield layers[index]
+        yield block
     finally:
         set_module(model, name, layers)
 

@@ -104,3 +104,17 @@ def test_the_spectrum_decomposes_the_covariance() -> None:
     rebuilt = spectrum.vectors * spectrum.values @ spectrum.vectors.T
     torch.testing.assert_close(rebuilt, gram.centred, rtol=1e-5, atol=1e-4)
     assert (spectrum.values >= 0).all()
+
+
+def test_with_a_prior_the_penalty_draws_towards_it_and_not_towards_zero():
+    generator = torch.Generator().manual_seed(3)
+    x, held = (torch.randn(n, 12, generator=generator) for n in (16, 400))
+    weight = torch.randn(5, 12, generator=generator)
+    target, held_target = x @ weight.T + torch.randn(16, 5, generator=generator), held @ weight.T
+    gram, gram_held = second_moments(x, x), second_moments(held, held)
+    moments = gram, second_moments(x, target), gram_held, second_moments(held, held_target)
+    plain = refit(Spectrum.of(gram), *moments)
+    told = refit(Spectrum.of(gram), *moments, prior=weight)
+    error = [affine_error(fit.weight, fit.bias, gram_held, moments[3]) for fit in (plain, told)]
+    assert error[1] < 0.5 * error[0]
+    torch.testing.assert_close(refit(Spectrum.of(gram), *moments, prior=torch.zeros(5, 12)).weight, plain.weight)

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..architectures import FFNSite, layer_list, only_layer
+from ..architectures import FFNSite, block_at, layer_list, only_layer
 from ..errors import InvalidInputError, UnsupportedModelError
 
 
@@ -56,7 +56,7 @@ def run_block(
         captured.append(_hidden_of(output))
         raise _BlockDone
 
-    hook = layer_list(model)[index].register_forward_hook(leave)
+    hook = block_at(model, index).register_forward_hook(leave)
     _run_until_done(model, index, input_ids, attention_mask, hidden, hook)
     return captured[0]
 

@@ -197,14 +197,15 @@ def solve(
     w_hat = predicted.predictor.dequantise()
     fit = target_moments(ffn, inputs.fit, w_hat, stored)
     heldout = target_moments(ffn, inputs.heldout, w_hat, stored)
+    lines = (ffn.w2 * stored.slope) @ ffn.w1
     damping = None
     if refitted:
         x = inputs.fit_moments
-        solved = refit(inputs.spectrum, x, fit.left, inputs.heldout_moments, heldout.left)
+        solved = refit(inputs.spectrum, x, fit.left, inputs.heldout_moments, heldout.left, prior=lines)
         weight, damping = solved.weight.to(dtype).contiguous(), solved.damping  # strides choose the kernel, and so bits
         bias = ((fit.left.y_sum - weight.double() @ x.x_sum) / x.count).to(dtype)
     else:
-        weight = ((ffn.w2 * stored.slope) @ ffn.w1).to(dtype)
+        weight = lines.to(dtype)
         bias = (ffn.w2 @ (stored.slope * ffn.b1 + stored.offset) + ffn.b2).to(dtype)
     weights = FoldedWeights(weight, bias, predicted.predictor, low, high, slope, offset)
     return Solved(weights, fit, heldout, damping)

@@ -1,7 +1,8 @@
 """Refit: the fold (C, c) that fits best what fixing leaves, by ridge regression in closed form.
 
-With `target = y - fix(x)` the fold minimises `|x C^T + c - target|^2` plus a penalty on C, from streamed second
-moments alone. The damping is chosen on tokens that the regression has not seen.
+With `target = y - fix(x)` the fold minimises `|x C^T + c - target|^2` plus a penalty on how far C is from the product of
+the lines, `W2 diag(slope) W1`, from streamed second moments alone. The damping is chosen on tokens that the regression
+has not seen.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 from ..calibration.moments import SecondMoments
 
 #: penalties tried, relative to the mean variance of the inputs
-DAMPINGS = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
+DAMPINGS = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 _NOISE = 1e-8  # of the inputs' mean square: a variance below it is the rounding of fp32 sums
 
@@ -49,7 +50,12 @@ class Spectrum:
 
 
 def refit(
-    spectrum: Spectrum, x: SecondMoments, y: SecondMoments, x_held: SecondMoments, y_held: SecondMoments
+    spectrum: Spectrum,
+    x: SecondMoments,
+    y: SecondMoments,
+    x_held: SecondMoments,
+    y_held: SecondMoments,
+    prior: Tensor | None = None,
 ) -> Refit:
     """Ridge regression of the target on x, its damping chosen on held-out tokens.
 
@@ -58,22 +64,28 @@ def refit(
         x: moments of the inputs beside themselves.
         y: moments of the inputs beside the target.
         x_held, y_held: the same on held-out tokens.
+        prior: [k, d] weight that the penalty draws towards, which tells where little text leaves much open; zero
+            without.
     """
     V = spectrum.vectors
-    rotated = V.T @ y.centred
-    floor = _NOISE * float(x.cross.diagonal().mean()) + 1e-30
-    ridges = {damping: (damping * float(spectrum.values.mean()) + floor) for damping in DAMPINGS}
-    # The error on held-out tokens in the eigenvectors' coordinates, where each candidate costs one product.
+    prior = torch.zeros_like(y.cross.T) if prior is None else prior.double()
     mean_x, mean_y = x.x_sum / x.count, y.y_sum / x.count
-    gram = V.T @ _about(x_held, mean_x, mean_x) @ V
-    cross = V.T @ _about(y_held, mean_x, mean_y)
+    rotated = V.T @ (y.centred - x.centred @ prior.T)
+    floor = _NOISE * float(x.cross.diagonal().mean()) + 1e-30
+    ridges = {damping: damping * float(spectrum.values.mean()) + floor for damping in DAMPINGS}
+    # The error on held-out tokens in the eigenvectors' coordinates, where each candidate costs one product.
+    x_around = _about(x_held, mean_x, mean_x)
+    gram, cross = V.T @ x_around @ V, V.T @ (_about(y_held, mean_x, mean_y) - x_around @ prior.T)
+
+    def change(damping: float) -> Tensor:
+        return rotated / (spectrum.values + ridges[damping])[:, None]
 
     def held_out_error(damping: float) -> float:
-        weight = rotated / (spectrum.values + ridges[damping])[:, None]
-        return float((weight * (gram @ weight - 2 * cross)).sum())
+        delta = change(damping)
+        return float((delta * (gram @ delta - 2 * cross)).sum())
 
     best = min(DAMPINGS, key=held_out_error)
-    weight = (V @ (rotated / (spectrum.values + ridges[best])[:, None])).T
+    weight = prior + (V @ change(best)).T
     return Refit(weight.float(), (mean_y - weight @ mean_x).float(), best)
 
 
