@@ -23,8 +23,8 @@ from rich.table import Table
 from safetensors import SafetensorError
 
 from ..evaluation.perplexity import Perplexity
-from ..session import Progress
 from ..report import FoldReport
+from ..session import Progress
 
 #: results go to stdout; progress, messages and errors to stderr, so that --json stays clean
 out = Console(highlight=False)
