@@ -28,7 +28,19 @@ from tardis_llm.evaluation.perplexity import Perplexity, token_perplexity, windo
 EVALUATION = sample.evaluation_text()
 RESULTS = Path(__file__).parent / "results" / "fold_table.json"
 
-COLUMNS = ("policy", "refit", "bits", "reduction", "perplexity", "/ dense", "touched", "fix_rate", "by layer", "s")
+COLUMNS = (
+    "policy", "refit", "bits", "reduction", "perplexity", "/ dense", "touched", "resident", "fix_rate", "by layer", "s",
+)  # fmt: skip
+PAGE = """# Results
+
+Written by `benchmarks/fold_table.py`; no figure here is typed by hand.
+
+{title}
+
+Every row is a fold of its own: bf16 weights, one byte budget for the model, everything counted. Perplexity and its
+ratio to dense (standard error paired by window), bytes touched and fix rate are measured on the evaluation text.
+`coverage` without refit is nearest to the published method; `bits` "auto" lets the budget choose 1 to 4 for each layer;
+"by layer" gives predictor bits and fix rate; `s` is seconds to fold on one thread of a shared two-core machine."""
 #: (policy, refit, predictor bits or None for the budget's choice, reductions)
 CELLS: tuple[tuple[str, bool, int | None, tuple[float, ...]], ...] = (
     ("error", True, None, (0.78, 0.75, 0.8, 0.7, 0.5)),
@@ -83,26 +95,52 @@ def measure(
     }
 
 
+def together(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Results of several parts of the same table as one."""
+    cells: dict[str, Any] = {}
+    for part in parts:
+        cells |= part["cells"]
+    return {"title": parts[0]["title"], "cells": cells}
+
+
+def rows(results: dict[str, Any]) -> list[list[str]]:
+    """The cells as text, in the order of `settings`, whichever were measured."""
+    cells = (results["cells"].get(json.dumps(setting)) for setting in settings())
+    return [row(cell) for cell in cells if cell]
+
+
+def row(cell: dict[str, Any]) -> list[str]:
+    """One cell as text, in the order of `COLUMNS`."""
+    setting = cell["setting"]
+    layers = zip(cell["bits"], cell["layer_fix_rates"], strict=True)
+    return [
+        setting["policy"],
+        "yes" if setting["refit"] else "no",
+        "auto" if setting["predictor_bits"] is None else str(setting["predictor_bits"]),
+        f"{setting['reduction']:.2f}",
+        f"{cell['perplexity']:.2f}",
+        f"{cell['ratio']:.4f} ± {cell['ratio_error']:.4f}",
+        f"{cell['touched']:.2%}",
+        f"{cell['resident']:.1%}",
+        f"{cell['fix_rate']:.2%}",
+        " ".join(f"{bits}b:{rate:.1%}" for bits, rate in layers),
+        f"{cell['seconds']:.0f}",
+    ]
+
+
 def show(console: Console, results: dict[str, Any]) -> None:
     """The cells as a table."""
-    table = Table(title=results["title"])
-    for column in COLUMNS:
-        table.add_column(column, justify="right")
-    for cell in results["cells"].values():
-        setting = cell["setting"]
-        table.add_row(
-            setting["policy"],
-            "yes" if setting["refit"] else "no",
-            "auto" if setting["predictor_bits"] is None else str(setting["predictor_bits"]),
-            f"{setting['reduction']:.2f}",
-            f"{cell['perplexity']:.2f}",
-            f"{cell['ratio']:.4f} ± {cell['ratio_error']:.4f}",
-            f"{cell['touched']:.2%}",
-            f"{cell['fix_rate']:.2%}",
-            " ".join(f"{bits}b:{rate:.1%}" for bits, rate in zip(cell["bits"], cell["layer_fix_rates"], strict=True)),
-            f"{cell['seconds']:.0f}",
-        )
+    table = Table(*COLUMNS, title=results["title"])
+    for line in rows(results):
+        table.add_row(*line)
     console.print(table)
+
+
+def as_markdown(results: dict[str, Any]) -> str:
+    """The cells as a page of the documentation."""
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows(results)]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{PAGE.format(title=results['title'])}\n\n{table}\n"
 
 
 def main(
@@ -112,15 +150,19 @@ def main(
     tokens: int = 65_536,
     output: Path = RESULTS,
     part: Annotated[str, typer.Option(help="k/n: only every n-th cell from the k-th, to share the work")] = "1/1",
-    show_only: bool = False,
+    show_only: Annotated[list[Path] | None, typer.Option(help="only show these result files together")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="with --show-only: page to write")] = None,
 ) -> None:
     """Measure the cells that are missing, then print the table."""
     keep_freed_memory()
     console = Console(width=160)
-    results: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {"cells": {}}
     if show_only:
+        results = together([json.loads(path.read_text()) for path in show_only])
         show(console, results)
+        if markdown:
+            markdown.write_text(as_markdown(results), encoding="utf-8")
         return
+    results = json.loads(output.read_text()) if output.exists() else {"cells": {}}
     tokenizer = AutoTokenizer.from_pretrained(model)
     length = default_length(tokenizer, None)
     calibration = read_windows(text or [sample.calibration_text()], tokenizer, tokens, length, 0.125)

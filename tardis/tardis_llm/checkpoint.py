@@ -210,7 +210,7 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, handle.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{file} is truncated or damaged ({error}). Copy it anew, or fold the model again."
+            f"{file} is missing, truncated or damaged ({error}). Copy it anew, or fold the model again."
         ) from error
 
 

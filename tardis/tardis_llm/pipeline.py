@@ -24,7 +24,7 @@ from .planning import LayerPlan, plan
 from .report import FoldReport, LayerReport
 from .runtime.ffn import FoldedFFN, install
 from .session import Progress, Session, choose_sites, dense_ffn, ffn_shape, inputs_at
-from .workspace import Workspace, digest
+from .workspace import SCRATCH, Workspace, digest
 
 _AUTO_BITS = {"error": (1, 2, 3, 4), "coverage": (2,)}  # the paper has 2
 _AUTO_LENGTH = 256
@@ -65,7 +65,7 @@ def fold(
     bits = check_feasible([ffn_shape(site) for site in sites], allowed, config.group_size, config.reduction)
     fingerprint = _fingerprint(model, calibration, config)
     workspace = Workspace(work, fingerprint, resume) if work else None
-    with tempfile.TemporaryDirectory(dir=work, prefix="scratch-") as scratch, torch.no_grad():
+    with tempfile.TemporaryDirectory(dir=work, prefix=SCRATCH) as scratch, torch.no_grad():
         session = Session(model, sites, calibration, config, Path(scratch), progress or _silent)
         layers = _fold_layers(session, _plan(session, bits, workspace), workspace)
     return FoldReport(layers, config.as_dict(), _describe(calibration, fingerprint))

@@ -18,6 +18,8 @@ from torch import Tensor
 from .errors import CheckpointError, InvalidInputError
 
 FOLDER = ".tardis-fold"
+#: beginning of the names of folders in it that a run needs for itself
+SCRATCH = "scratch-"
 _STATE = "state.json"
 
 
@@ -54,6 +56,8 @@ class Workspace:
         if state.exists():
             self._check(read_json(state), fingerprint, resume)
         write_json(state, fingerprint)
+        for stale in root.glob(f"{SCRATCH}*"):  # of a run that was killed
+            shutil.rmtree(stale)
 
     def _check(self, found: dict[str, Any], fingerprint: dict[str, Any], resume: bool) -> None:
         if not resume:

@@ -157,8 +157,16 @@ def test_without_tardis_going_by_the_architecture_name_fails(saved: tuple):
 def test_a_truncated_file_is_named(copy: Path):
     file = copy / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated.*[Cc]opy it anew"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is missing, truncated or damaged.*Copy it anew"):
         AutoModelForCausalLM.from_pretrained(copy)
+
+
+def test_a_missing_shard_is_named(tmp_path: Path):
+    model, report = folded_tiny("gpt2")
+    save_folded(model, report, tmp_path, max_shard_size="200KB")
+    next(tmp_path.glob("model-00002-*")).unlink()
+    with pytest.raises(CheckpointError, match=r"model-00002-.*is missing"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_a_flipped_bit_is_found_and_its_tensor_named(copy: Path):

@@ -136,6 +136,7 @@ def test_a_killed_fold_resumes_to_the_same_bytes(stage: str, done: int, tmp_path
     state = resumed.state_dict()
     assert all(torch.equal(state[name], value) for name, value in whole.state_dict().items())
     assert report.layers == expected.layers
+    assert not list(work.glob("scratch-*"))
 
 
 @pytest.mark.parametrize(

@@ -83,8 +83,8 @@ def split_windows(ids: Tensor, length: int, heldout: float) -> Windows:
     count = len(flat) // length
     if count < 2:
         raise InvalidInputError(
-            f"the calibration text has {len(flat)} tokens, less than two windows of {length}; give more text or a "
-            "shorter --sequence-length."
+            f"the calibration text has {len(flat)} tokens, less than two windows of {length}; give more text, raise "
+            "--tokens, or give a shorter --sequence-length."
         )
     windows = flat[: count * length].view(count, length).long()
     kept = max(1, round(count * heldout))

@@ -1,8 +1,8 @@
 """Refit: the fold (C, c) that fits best what fixing leaves, by ridge regression in closed form.
 
-With `target = y - fix(x)` the fold minimises `|x C^T + c - target|^2` plus a penalty on how far C is from what the lines
-give, `W2 diag(slope) W1`, from streamed second moments alone. The damping is chosen on tokens that the regression has
-not seen.
+With `target = y - fix(x)` the fold minimises `|x C^T + c - target|^2` plus a penalty on how far C is from what the
+lines give, `W2 diag(slope) W1`, from streamed second moments alone. The damping is chosen on tokens that the regression
+has not seen.
 """
 
 from __future__ import annotations
