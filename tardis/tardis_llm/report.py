@@ -17,7 +17,7 @@ class LayerReport:
         error: squared output error over the output's variance, held-out calibration tokens.
         linearity: the same for the best affine map with no neuron fixed.
         damping: of the refit; None without.
-        loss_increase: measured when this layer alone was folded, at the uniform budget; None if not measured.
+        loss_increase: measured when this layer alone was folded, coarsely; None if not measured.
         dense, touched, resident: bytes.
     """
 
