@@ -29,7 +29,7 @@ EVALUATION = sample.evaluation_text()
 RESULTS = Path(__file__).parent / "results" / "fold_table.json"
 
 COLUMNS = (
-    "policy", "refit", "bits", "reduction", "perplexity", "/ dense", "touched", "resident", "fix_rate", "by layer", "s",
+    "policy", "refit", "bits", "reduction", "perplexity", "/ dense", "touched", "resident", "fix_rate", "by layer",
 )  # fmt: skip
 PAGE = """# Results
 
@@ -40,7 +40,7 @@ Written by `benchmarks/fold_table.py`; no figure here is typed by hand.
 Every row is a fold of its own: bf16 weights, one byte budget for the model, everything counted. Perplexity and its
 ratio to dense (standard error paired by window), bytes touched and fix rate are measured on the evaluation text.
 `coverage` without refit is nearest to the published method; `bits` "auto" lets the budget choose 1 to 4 for each layer;
-"by layer" gives predictor bits and fix rate; `s` is seconds to fold on one thread of a shared two-core machine."""
+"by layer" gives predictor bits and fix rate."""
 #: (policy, refit, predictor bits or None for the budget's choice, reductions)
 CELLS: tuple[tuple[str, bool, int | None, tuple[float, ...]], ...] = (
     ("error", True, None, (0.78, 0.75, 0.8, 0.7, 0.5)),
@@ -124,7 +124,6 @@ def row(cell: dict[str, Any]) -> list[str]:
         f"{cell['resident']:.1%}",
         f"{cell['fix_rate']:.2%}",
         " ".join(f"{bits}b:{rate:.1%}" for bits, rate in layers),
-        f"{cell['seconds']:.0f}",
     ]
 
 
