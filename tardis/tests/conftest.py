@@ -29,7 +29,7 @@ class Result(NamedTuple):
     err: str
 
 
-def refused(result: Result, message: str, code: int = 1) -> None:
+def assert_refused(result: Result, message: str, code: int = 1) -> None:
     """One error on stderr that says `message`, nothing on stdout, no traceback."""
     assert result.code == code
     assert message in result.err

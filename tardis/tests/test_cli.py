@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Result, refused
+from conftest import Result, assert_refused
 from models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -194,8 +194,8 @@ def test_an_interrupted_fold_resumes_to_the_same_bytes(
         result = fold()
     assert result.code == 130
     assert "run the same command with --resume" in result.err
-    refused(fold(), "holds an unfinished fold. Go on with --resume")
-    refused(fold("--resume", "--seed", 1, "--reduction", "0.4"), "config.reduction was 0.5 and is now 0.4")
+    assert_refused(fold(), "holds an unfinished fold. Go on with --resume")
+    assert_refused(fold("--resume", "--seed", 1, "--reduction", "0.4"), "config.reduction was 0.5 and is now 0.4")
     assert fold("--resume").code == 0
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Result, refused
+from conftest import Result, assert_refused
 from models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -23,11 +23,11 @@ Tardis = Callable[..., Result]
 def test_a_gated_model_is_refused_with_the_families_that_work(fold: Callable[..., Result], tmp_path: Path):
     config = LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
-    refused(fold(model=tmp_path / "llama"), "'llama' has a gated FFN")
+    assert_refused(fold(model=tmp_path / "llama"), "'llama' has a gated FFN")
 
 
 def test_folding_without_text_says_what_text_to_give(tardis: Tardis, tiny_dir: Path, tmp_path: Path):
-    refused(tardis("fold", tiny_dir, "-o", tmp_path / "out"), "give --text FILE")
+    assert_refused(tardis("fold", tiny_dir, "-o", tmp_path / "out"), "give --text FILE")
     assert not (tmp_path / "out").exists()
 
 
@@ -44,16 +44,16 @@ def test_text_that_is_empty_short_or_no_text_is_refused(
     fold: Callable[..., Result], tmp_path: Path, content: bytes, message: str
 ):
     (tmp_path / "text.txt").write_bytes(content)
-    refused(fold(text=tmp_path / "text.txt"), message)
+    assert_refused(fold(text=tmp_path / "text.txt"), message)
 
 
 def test_text_that_is_not_there_is_refused(fold: Callable[..., Result], tmp_path: Path):
-    refused(fold(text=tmp_path / "nothing.txt"), "no text file")
+    assert_refused(fold(text=tmp_path / "nothing.txt"), "no text file")
 
 
 def test_a_missing_tokenizer_is_refused(fold: Callable[..., Result], tiny_dir: Path, tmp_path: Path):
     bare = shutil.copytree(tiny_dir, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
-    refused(fold(model=bare), "has no tokenizer")
+    assert_refused(fold(model=bare), "has no tokenizer")
 
 
 def test_weights_with_nan_are_refused(fold: Callable[..., Result], tiny_dir: Path, tmp_path: Path):
@@ -61,7 +61,7 @@ def test_weights_with_nan_are_refused(fold: Callable[..., Result], tiny_dir: Pat
     model.transformer.h[1].mlp.c_fc.weight.data[3, 5] = torch.nan
     broken = shutil.copytree(tiny_dir, tmp_path / "broken")
     model.save_pretrained(broken)
-    refused(fold(model=broken), "NaN or infinite")
+    assert_refused(fold(model=broken), "NaN or infinite")
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_weights_with_nan_are_refused(fold: Callable[..., Result], tiny_dir: Pat
 def test_settings_out_of_range_are_refused(
     fold: Callable[..., Result], tmp_path: Path, arguments: tuple[str, ...], message: str
 ):
-    refused(fold(*arguments), message)
+    assert_refused(fold(*arguments), message)
     assert not (tmp_path / "out").exists()
 
 
@@ -90,60 +90,60 @@ def test_wrong_usage_is_refused(tardis: Tardis, tiny_dir: Path, tmp_path: Path):
 
 
 def test_a_folded_model_is_not_folded_again(fold: Callable[..., Result], sample_folded: Path):
-    refused(fold(model=sample_folded), "is folded already")
+    assert_refused(fold(model=sample_folded), "is folded already")
 
 
 def test_an_output_below_a_file_is_refused(fold: Callable[..., Result], tmp_path: Path):
     (tmp_path / "file").write_text("mine")
-    refused(fold(out=tmp_path / "file" / "out"), "is no directory. Choose another -o")
-    refused(fold(out=tmp_path / "file"), "is no directory. Choose another -o")
+    assert_refused(fold(out=tmp_path / "file" / "out"), "is no directory. Choose another -o")
+    assert_refused(fold(out=tmp_path / "file"), "is no directory. Choose another -o")
     assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_an_output_without_permission_is_refused(fold: Callable[..., Result], tmp_path: Path):
     (tmp_path / "locked").mkdir(mode=0o500)
-    refused(fold(out=tmp_path / "locked" / "out"), "no permission")
+    assert_refused(fold(out=tmp_path / "locked" / "out"), "no permission")
 
 
 def test_an_output_in_use_is_refused_and_forcing_deletes_nothing(fold: Callable[..., Result], tmp_path: Path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    refused(fold(), "is not empty (it holds notes.txt)")
+    assert_refused(fold(), "is not empty (it holds notes.txt)")
     assert fold("--force").code == 0
     assert (out / "notes.txt").read_text() == "mine"
     assert is_folded(out)
 
 
 def test_the_model_is_never_overwritten_by_its_fold(fold: Callable[..., Result], tiny_dir: Path):
-    refused(fold("--force", out=tiny_dir), "holds the model to fold itself")
+    assert_refused(fold("--force", out=tiny_dir), "holds the model to fold itself")
 
 
 def test_the_demo_leaves_a_directory_of_others_alone(tardis: Tardis, tmp_path: Path):
     (tmp_path / "notes.txt").write_text("mine")
-    refused(tardis("demo", "-o", tmp_path), "not from a demo; choose another directory")
+    assert_refused(tardis("demo", "-o", tmp_path), "not from a demo; choose another directory")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_eval_refuses_text_that_is_missing_or_short(tardis: Tardis, tiny_dir: Path, tmp_path: Path):
-    refused(tardis("eval", tiny_dir, "--text", tmp_path / "nothing.txt"), "cannot be read")
+    assert_refused(tardis("eval", tiny_dir, "--text", tmp_path / "nothing.txt"), "cannot be read")
     (tmp_path / "short.txt").write_text("Hello")
-    refused(tardis("eval", tiny_dir, "--text", tmp_path / "short.txt"), "less than two windows of 128")
+    assert_refused(tardis("eval", tiny_dir, "--text", tmp_path / "short.txt"), "less than two windows of 128")
 
 
 def test_inspect_refuses_what_it_cannot_draw(tardis: Tardis, tiny_dir: Path, sample_folded: Path, tmp_path: Path):
-    refused(tardis("inspect", tiny_dir, "--plot", tmp_path / "a.png"), "needs text to measure on")
-    refused(tardis("inspect", sample_folded, "--text", "a.txt"), "to measure on a text: tardis eval")
+    assert_refused(tardis("inspect", tiny_dir, "--plot", tmp_path / "a.png"), "needs text to measure on")
+    assert_refused(tardis("inspect", sample_folded, "--text", "a.txt"), "to measure on a text: tardis eval")
     (tmp_path / "file").write_text("mine")
-    refused(tardis("inspect", sample_folded, "--plot", tmp_path / "file" / "a.png"), "is no directory")
+    assert_refused(tardis("inspect", sample_folded, "--plot", tmp_path / "file" / "a.png"), "is no directory")
 
 
 def test_generate_refuses_an_empty_prompt_and_an_encoder(tardis: Tardis, tiny_dir: Path, tmp_path: Path):
-    refused(tardis("generate", tiny_dir, " "), "the prompt is empty")
+    assert_refused(tardis("generate", tiny_dir, " "), "the prompt is empty")
     tiny_model("bert").save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    refused(tardis("generate", tmp_path, "Hello"), "is an encoder")
+    assert_refused(tardis("generate", tmp_path, "Hello"), "is an encoder")
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def test_too_little_space_is_found_before_the_work_starts(
     fold: Callable[..., Result], small_disk: Callable[[str], Path]
 ):
     result = fold(out=small_disk("512k") / "out")
-    refused(result, "512.00 KiB free, and this fold needs about")
+    assert_refused(result, "512.00 KiB free, and this fold needs about")
     assert "Free space, or choose another -o" in result.err
 
 
@@ -182,7 +182,7 @@ def test_a_disk_that_fills_up_is_named_and_the_fold_resumes_when_there_is_space(
     with monkeypatch.context() as patch:
         patch.setattr("tardis_llm.cli.fold.check_space", lambda *_: None)  # something else filled it meanwhile
         result = fold(out=out)
-    refused(result, "the disk is full")
+    assert_refused(result, "the disk is full")
     assert "Free space and run again with --resume" in result.err
     assert not is_folded(out)
     small_disk("8m")

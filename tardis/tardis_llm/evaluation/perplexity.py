@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,7 +100,7 @@ def _exp_mean(values: Tensor) -> tuple[float, float]:
     return result, result * float(values.std()) / len(values) ** 0.5
 
 
-def _losses(model: PreTrainedModel, windows: Tensor, progress: Progress | None):  # type: ignore[no-untyped-def]
+def _losses(model: PreTrainedModel, windows: Tensor, progress: Progress | None) -> Iterator[Tensor]:
     """Mean negative log-likelihood per token of each window, batch by batch, [batch] fp64."""
     vocabulary = model.config.get_text_config().vocab_size
     batch = max(1, _LOGITS_AT_ONCE // (windows.shape[1] * vocabulary))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ LARGEST_RATIO = 2.0
 LARGEST_CHANGE = 0.5
 _TOKENS, _ENCODER_TOKENS = 16_384, 2_048
 _BATCH_TOKENS = 4_096
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class SelfCheck:
         if len(self.windows) < 2:  # one window is no sample, but its two halves are
             self.windows = self.windows[:, : self.windows.shape[1] // 2 * 2].reshape(2, -1)
         self.perplexity = token_perplexity(model, self.windows, progress).value if self.causal else None
-        self.reference = None if self.causal else self._encoder(lambda stream: stream.reference())
+        self.reference = None if self.causal else self._measured(Stream.reference)
 
     def verdict(self) -> Verdict:
         """Compare the model as it is now with the dense one."""
@@ -90,10 +93,11 @@ class SelfCheck:
         if self.perplexity is not None:
             folded = token_perplexity(self.model, self.windows, self.progress).value
             return Verdict("perplexity", self.perplexity, folded, folded / self.perplexity, LARGEST_RATIO, tokens)
-        change = self._encoder(lambda stream: stream.loss(self.reference))
+        change = self._measured(lambda stream: stream.loss(self.reference))
         return Verdict("output change", None, change, change, LARGEST_CHANGE, tokens)
 
     @torch.no_grad()
-    def _encoder(self, measure):  # type: ignore[no-untyped-def]
+    def _measured(self, measure: Callable[[Stream], Result]) -> Result:
+        """What `measure` makes of a stream of the windows at the start of the model."""
         with tempfile.TemporaryDirectory() as scratch:
             return measure(Stream(self.model, self.windows, Path(scratch), math.inf, _BATCH_TOKENS))
