@@ -33,7 +33,10 @@ COLUMNS = (
 )  # fmt: skip
 PAGE = """# Results
 
-Written by `benchmarks/fold_table.py`; no figure here is typed by hand.
+No figure here is typed by hand; this page comes from
+
+    python benchmarks/fold_table.py --model MODEL --text FILE [--text FILE ...] --evaluation FILE
+    python benchmarks/fold_table.py --show-only benchmarks/results/fold_table.json --markdown docs/results.md
 
 {title}
 
