@@ -24,7 +24,7 @@ from transformers.utils.hub import cached_file
 
 from .architectures import FAMILIES, family_of
 from .calibration.text import default_length
-from .checkpoint import METHOD, RECORD, read_report
+from .checkpoint import METHOD, PREFIX, RECORD, read_report
 from .errors import CheckpointError, InvalidInputError, TardisError, UnsupportedModelError
 from .report import FoldReport
 
@@ -177,7 +177,7 @@ def _load(model: str, config: PreTrainedConfig, dtype: str | None) -> PreTrained
 
 def _encoder_class(model: str, config: PreTrainedConfig) -> Any:
     """The transformers class named in the config of an encoder."""
-    named = (config.architectures or [""])[0].removeprefix("Tardis")
+    named = (config.architectures or [""])[0].removeprefix(PREFIX)
     found = getattr(transformers, named, None) if named.endswith(_ENCODER_CLASSES) else None
     if found is None:
         raise UnsupportedModelError(
