@@ -1,0 +1,122 @@
+"""The best affine map in place of every FFN: `y ~ x C^T + c`, what folding without any fixing could reach at best.
+
+C is found by ridge regression on the inputs and outputs of the FFN behind the maps already in place, the damping
+chosen on held-out tokens.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..architectures import FFNSite, find_ffns, set_module
+from ..calibration.moments import SecondMoments, chunks
+from ..calibration.text import Windows
+from ..errors import InvalidInputError
+from ..folding.refit import Spectrum, refit
+from ..session import Progress
+from .inputs import Walk, finite_rows
+from .matrices import find_matrices
+from .report import BaselineReport, MatrixReport
+
+NAME = "affine"
+_STAGE = f"compressing with {NAME}"
+
+
+@dataclass(frozen=True)
+class FFNMoments:
+    """Second moments of the inputs of an FFN beside themselves (x) and beside its outputs (y)."""
+
+    x: SecondMoments
+    y: SecondMoments
+
+    @classmethod
+    def zeros(cls, d: int) -> FFNMoments:
+        """Nothing seen yet, d inputs and outputs."""
+        return cls(SecondMoments.zeros(d, d), SecondMoments.zeros(d, d))
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add inputs and outputs [tokens, d] of any float dtype."""
+        for inputs, outputs in zip(chunks(x, x.shape[1]), chunks(y, y.shape[1]), strict=True):
+            inputs = inputs.float()
+            self.x.add(inputs, inputs)
+            self.y.add(inputs, outputs.float())
+
+
+def best_affine(fit: FFNMoments, heldout: FFNMoments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """C [d, d] and c [d] in `dtype`; c makes up for the rounding of C at the mean input."""
+    C = refit(Spectrum.of(fit.x), fit.x, fit.y, heldout.x, heldout.y).weight.to(dtype).contiguous()
+    c = (fit.y.y_sum - C.double() @ fit.x.x_sum) / fit.x.count
+    return C, c.to(dtype)
+
+
+@torch.no_grad()
+def replace_by_affine(model: PreTrainedModel, windows: Windows, progress: Progress | None = None) -> BaselineReport:
+    """Put the best affine map in the place of every FFN of a model.
+
+    Args:
+        model: of a supported family, in eval mode, on the CPU; its dtype is that of the maps.
+        windows: calibration tokens, to fit on and to choose the damping with.
+        progress: told of each block.
+
+    Raises:
+        UnsupportedModelError: the family is not supported.
+        InvalidInputError: weights or inputs that are not finite, or a model in training mode.
+    """
+    find_matrices(model, "ffn")  # checks the weights of all before any is replaced
+    sites, rows = find_ffns(model), []
+    with tempfile.TemporaryDirectory() as scratch:
+        walks = [Walk.start(model, ids, scratch) for ids in (windows.fit, windows.heldout)]
+        for done, site in enumerate(sites):
+            if progress:
+                progress(_STAGE, done, len(sites))
+            fit, heldout = (_moments(site, walk) for walk in walks)
+            rows.append(install(model, site, *best_affine(fit, heldout, site.weights().w1.dtype)))
+            if done + 1 < len(sites):
+                for walk in walks:
+                    walk.advance()
+    if progress:
+        progress(_STAGE, len(sites), len(sites))
+    return BaselineReport(NAME, "ffn", None, windows.fit.numel(), rows)
+
+
+def install(model: nn.Module, site: FFNSite, weight: Tensor, bias: Tensor) -> MatrixReport:
+    """Put `x weight^T + bias` into the model in place of the FFN at `site`: it becomes the down projection."""
+    linear = torch.nn.utils.skip_init(nn.Linear, *weight.T.shape, dtype=weight.dtype)
+    linear.weight, linear.bias = (nn.Parameter(value, requires_grad=False) for value in (weight, bias))
+    set_module(model, site.up_name, nn.Identity())
+    set_module(model, site.activation_name, nn.Identity())
+    set_module(model, site.down_name, linear.eval())
+    before = [part for part in site.weights() if part is not None]
+    dense, weights = sum(part.nbytes for part in before), sum(part.numel() for part in before if part.ndim == 2)
+    stored = weight.nbytes + bias.nbytes
+    return MatrixReport(site.prefix, weights, int(weight.count_nonzero()), dense, stored, stored)
+
+
+def _moments(site: FFNSite, walk: Walk) -> FFNMoments:
+    """Moments of the FFN at `site`, in the next block, over all the windows of the walk."""
+    moments, inputs = FFNMoments.zeros(site.hidden_size), []
+
+    def enter(up: nn.Module, args: tuple[Any, ...]) -> None:
+        inputs.append(finite_rows(args[0], site.up_name))
+
+    def leave(down: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        y = output.reshape(-1, output.shape[-1])
+        if not bool(torch.isfinite(y).all()):
+            raise InvalidInputError(
+                f"the outputs of {site.down_name} are NaN or infinite on the calibration text. Load the model in "
+                "bfloat16 or float32 if it overflows float16."
+            )
+        moments.add(inputs.pop(), y)
+
+    with ExitStack() as hooks:
+        hooks.callback(site.up.register_forward_pre_hook(enter).remove)
+        hooks.callback(site.down.register_forward_hook(leave).remove)
+        walk.visit()
+    return moments

@@ -1,0 +1,42 @@
+"""GPTQ (Frantar et al. 2022, arXiv 2210.17323): rounding that makes up for its errors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .rtn import fit_grid, round_to_nearest
+from .sweep import Replace, sweep
+
+
+def quantise_gptq(w: Tensor, hessian: Tensor, bits: int, group: int) -> Tensor:
+    """w [out, in] fp32 rounded column by column on the grids of `rtn`, each error carried to the columns after it.
+
+    The grid of a group is fitted when the sweep reaches it, to the weights as updated by then. A greedy sweep can end
+    above plain rounding; rows do not depend on each other, so the rows where it does are rounded to the nearest. On
+    the inputs behind `hessian` the result is thus never worse than `round_to_nearest`, but for the rounding of fp32.
+
+    Args:
+        w: [out, in] fp32.
+        hessian: [in, in] `(2 / N) X^T X` of the inputs.
+        bits: 2, 3, 4 or 8.
+        group: columns of a row that share scale and zero point; the last group may be shorter.
+
+    Raises:
+        InvalidInputError: the weights are too large for fp16 scales.
+    """
+
+    def rule(columns: Tensor, diagonal: Tensor) -> Replace:
+        grid = fit_grid(columns.T.contiguous(), bits)
+        return lambda j, column: grid.nearest(column)
+
+    swept, nearest = sweep(w, hessian, group, rule), round_to_nearest(w, bits, group)
+    return torch.where(_worse(swept - w, nearest - w, hessian)[:, None], nearest, swept)
+
+
+def _worse(change: Tensor, other: Tensor, hessian: Tensor) -> Tensor:
+    """[out] bool: rows of a change [out, in] whose output error `dW_i H dW_i^T` is above that of another change.
+
+    As H is symmetric, the difference of the two is `(a - b) H (a + b)^T`, which needs but one product.
+    """
+    return (((change - other) @ hessian.to(change.dtype)) * (change + other)).sum(1) > 0

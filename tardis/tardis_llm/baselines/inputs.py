@@ -1,0 +1,153 @@
+"""What the methods know of the inputs of a matrix, streamed through the model block by block."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from ..calibration.blocks import run_block
+from ..calibration.moments import SecondMoments, chunks
+from ..calibration.stream import Stream
+from ..errors import InvalidInputError
+from .matrices import Matrix
+
+_BATCH_TOKENS = 4_096  # that run through a block at once
+_MEMORY_LIMIT = 2**30  # bytes of hidden states, beyond which they are on disk
+
+
+class Need(Enum):
+    """What a method has to know of the inputs of a matrix."""
+
+    NOTHING = 0
+    NORMS = 1
+    GRAM = 2
+
+
+@dataclass
+class InputStatistics:
+    """Streamed statistics of the inputs X [tokens, in] of one matrix.
+
+    Attributes:
+        squares: [in] fp64, sum of squares of each input.
+        moments: X beside itself; None if only norms are needed.
+        count: tokens seen.
+    """
+
+    squares: Tensor
+    moments: SecondMoments | None
+    count: int = 0
+
+    @classmethod
+    def zeros(cls, width: int, need: Need) -> InputStatistics:
+        """Nothing seen yet, `width` inputs."""
+        moments = SecondMoments.zeros(width, width) if need is Need.GRAM else None
+        return cls(torch.zeros(width, dtype=torch.float64), moments)
+
+    def add(self, x: Tensor) -> None:
+        """Add inputs x [tokens, in] of any float dtype."""
+        for chunk in chunks(x, x.shape[1]):
+            chunk = chunk.float()
+            self.count += len(chunk)
+            self.squares += chunk.square().sum(0, dtype=torch.float64)
+            if self.moments is not None:
+                self.moments.add(chunk, chunk)
+
+    @property
+    def norms(self) -> Tensor:
+        """[in] fp32 `|X_j|`."""
+        return self.squares.sqrt().float()
+
+    @property
+    def hessian(self) -> Tensor:
+        """[in, in] fp64 `(2 / N) X^T X`."""
+        assert self.moments is not None, "the method that asks for it says that it needs the Gram matrix"
+        return self.moments.cross * (2 / self.count)
+
+
+class Walk(Stream):
+    """A stream that can run the next block for the hooks inside it, and stay in front of it."""
+
+    @classmethod
+    def start(cls, model: PreTrainedModel, ids: Tensor, scratch: str) -> Walk:
+        """Windows of token ids [windows, length] at the start of the model; `scratch` is a folder."""
+        return cls(model, ids, Path(scratch), _MEMORY_LIMIT, _BATCH_TOKENS)
+
+    def visit(self) -> None:
+        """Run the next block on all the windows."""
+        for at in self._batches():
+            run_block(self.model, self.position, self.ids[at], hidden=self._at(at))
+
+
+def statistics_by_block(
+    model: PreTrainedModel, ids: Tensor, blocks: Sequence[Sequence[Matrix]], need: Need
+) -> Iterator[list[InputStatistics | None]]:
+    """Per block, statistics of the inputs of its matrices, from one pass of the block over all the windows.
+
+    What the caller does to a block before asking for the next is in what the blocks after it get.
+
+    Args:
+        model: in eval mode.
+        ids: [windows, length].
+        blocks: the matrices of every block.
+        need: what to gather; without any need nothing runs.
+
+    Raises:
+        InvalidInputError: inputs are not finite, or a matrix got none.
+    """
+    if need is Need.NOTHING:
+        for block in blocks:
+            yield [None] * len(block)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        walk = Walk.start(model, ids, scratch)
+        for index, block in enumerate(blocks):
+            gathered: list[InputStatistics | None] = []
+            with ExitStack() as hooks:
+                for matrix in block:
+                    statistics = InputStatistics.zeros(matrix.weight.shape[1], need)
+                    hooks.callback(_gather(matrix, statistics).remove)
+                    gathered.append(statistics)
+                walk.visit()
+            for matrix, seen in zip(block, gathered, strict=True):
+                _check_used(matrix, seen)
+            yield gathered
+            if index + 1 < len(blocks):
+                walk.advance()
+
+
+def _gather(matrix: Matrix, statistics: InputStatistics) -> RemovableHandle:
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        statistics.add(finite_rows(args[0], matrix.name))
+
+    return matrix.module.register_forward_pre_hook(enter)
+
+
+def finite_rows(x: Tensor, name: str) -> Tensor:
+    """Inputs x [..., in] of the module `name` as [tokens, in].
+
+    Raises:
+        InvalidInputError: they are not finite.
+    """
+    if not bool(torch.isfinite(x).all()):
+        raise InvalidInputError(
+            f"the inputs of {name} are NaN or infinite on the calibration text. Check the weights of the blocks up to "
+            "it, and load the model in bfloat16 or float32 if it overflows float16."
+        )
+    return x.reshape(-1, x.shape[-1])
+
+
+def _check_used(matrix: Matrix, statistics: InputStatistics | None) -> None:
+    if statistics is None or not statistics.count:
+        raise InvalidInputError(
+            f"{matrix.name} got no input when its block ran; compress with scope='ffn', which leaves it out."
+        )

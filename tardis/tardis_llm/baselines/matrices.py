@@ -1,0 +1,87 @@
+"""The matrices of a model that the baselines compress, block by block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..architectures import find_ffns, layer_list, layer_list_name
+from ..errors import InvalidInputError
+
+#: "ffn": the two matrices of every FFN; "all": every linear layer in the blocks, those of attention too
+Scope = Literal["ffn", "all"]
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """A linear layer in a model.
+
+    Attributes:
+        name: full name of the module in the model.
+        module: an `nn.Linear`, or a transformers `Conv1D`, which stores [in, out].
+    """
+
+    name: str
+    module: nn.Linear | Conv1D = field(repr=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """[out, in], a detached view of the stored weight: writing to it writes to the model."""
+        stored: Tensor = self.module.weight.detach()
+        return stored.T if isinstance(self.module, Conv1D) else stored
+
+    @property
+    def bias_bytes(self) -> int:
+        """Bytes of the bias; 0 without one."""
+        bias: Tensor | None = self.module.bias
+        return 0 if bias is None else bias.nbytes
+
+    def write(self, weight: Tensor) -> None:
+        """Put `weight` [out, in] into the model, in the model's dtype.
+
+        Raises:
+            InvalidInputError: it is not finite there.
+        """
+        stored = weight.to(self.weight.dtype)
+        if not bool(torch.isfinite(stored).all()):
+            raise InvalidInputError(
+                f"its new weight is NaN or infinite in {stored.dtype}; load the model in bfloat16 or float32 if it "
+                "overflows float16, or give more calibration text."
+            )
+        self.weight.copy_(stored)
+
+
+def find_matrices(model: PreTrainedModel, scope: Scope) -> list[list[Matrix]]:
+    """Per block, the matrices in scope, in the order in which the model lists them.
+
+    Raises:
+        UnsupportedModelError: the model's family is not supported.
+        InvalidInputError: no such scope, or a weight that is no finite floating-point matrix.
+    """
+    if scope not in get_args(Scope):
+        raise InvalidInputError(f"scope is {scope!r}; give one of {', '.join(get_args(Scope))}.")
+    ffn = {name for site in find_ffns(model) for name in (site.up_name, site.down_name)}
+    blocks = []
+    for index, block in enumerate(layer_list(model)):
+        prefix = f"{layer_list_name(model)}.{index}"
+        linear = [(name, m) for name, m in block.named_modules(prefix=prefix) if isinstance(m, nn.Linear | Conv1D)]
+        blocks.append([Matrix(name, module) for name, module in linear if scope == "all" or name in ffn])
+    for matrix in (matrix for block in blocks for matrix in block):
+        _check(matrix)
+    return blocks
+
+
+def _check(matrix: Matrix) -> None:
+    weight = matrix.weight
+    if weight.ndim != 2 or not weight.is_floating_point():
+        raise InvalidInputError(
+            f"{matrix.name}.weight is {weight.dtype} of shape {list(weight.shape)}, not a floating matrix. Load the "
+            "model without quantisation, in float32, bfloat16 or float16."
+        )
+    if not bool(torch.isfinite(weight).all()):
+        raise InvalidInputError(f"the weight of {matrix.name} has NaN or infinite entries; reload a sound checkpoint.")

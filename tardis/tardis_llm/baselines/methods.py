@@ -1,0 +1,139 @@
+"""The baselines by name, and the one function that runs any of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..calibration.text import Windows
+from ..errors import InvalidInputError
+from ..session import Progress
+from . import affine
+from .gptq import quantise_gptq
+from .inputs import InputStatistics, Need
+from .layerwise import Method, compress, outlier_shares
+from .magnitude import prune_magnitude
+from .matrices import Scope
+from .owl import block_sparsities
+from .report import BaselineReport, masked_bytes, quantised_bytes
+from .ria import prune_ria
+from .rtn import round_to_nearest
+from .sparsegpt import prune_sparsegpt
+from .wanda import prune_wanda
+
+_BITS, _GROUPS = (2, 3, 4, 8), (128, 64)
+_QUANTISED = re.compile(rf"(rtn|gptq)([{''.join(map(str, _BITS))}])(?:-g({'|'.join(map(str, _GROUPS))}))?")
+_OWL = "owl-"
+
+#: from w, statistics and sparsity to the pruned w
+_Prune = Callable[[Tensor, InputStatistics, float], Tensor]
+
+_PRUNERS: dict[str, tuple[Need, _Prune]] = {
+    "magnitude": (Need.NOTHING, lambda w, x, s: prune_magnitude(w, s)),
+    "wanda": (Need.NORMS, lambda w, x, s: prune_wanda(w, x.norms, s)),
+    "ria": (Need.NORMS, lambda w, x, s: prune_ria(w, x.norms, s)),
+    "sparsegpt": (Need.GRAM, lambda w, x, s: prune_sparsegpt(w, x.hessian, s)),
+}
+_SPARSE = (*_PRUNERS, "owl-wanda", "owl-sparsegpt")
+
+#: every baseline by its full name; `rtn4` and the like are short for `rtn4-g128`
+NAMES = (
+    *_SPARSE,
+    *(f"{kind}{bits}-g{group}" for kind in ("rtn", "gptq") for bits in _BITS for group in _GROUPS),
+    affine.NAME,
+)
+
+
+def full_name(name: str) -> str:
+    """The full name of a baseline: `gptq4` is `gptq4-g128`.
+
+    Raises:
+        InvalidInputError: there is no such baseline; says which there are.
+    """
+    quantised = _QUANTISED.fullmatch(name)
+    if quantised:
+        kind, bits, group = quantised.groups()
+        return f"{kind}{bits}-g{group or _GROUPS[0]}"
+    if name not in NAMES:
+        raise InvalidInputError(f"there is no baseline {name!r}; choose from {', '.join(NAMES)}.")
+    return name
+
+
+def takes_reduction(name: str) -> bool:
+    """Whether a baseline needs to be told how much to remove.
+
+    Raises:
+        InvalidInputError: there is no such baseline.
+    """
+    return full_name(name) in _SPARSE
+
+
+def apply_baseline(
+    name: str,
+    model: PreTrainedModel,
+    windows: Windows,
+    reduction: float | None = None,
+    scope: Scope = "ffn",
+    progress: Progress | None = None,
+) -> BaselineReport:
+    """Compress a model in place by the baseline `name`.
+
+    Args:
+        name: one of `NAMES`, or short for one.
+        model: of a supported family, in eval mode, on the CPU.
+        windows: calibration tokens.
+        reduction: for methods that remove weights, the share of weights to remove; None for those of fixed size. What
+            it saves in bytes, once the index is counted, is less, and in the report.
+        scope: "ffn" for the two matrices of every FFN, "all" for every linear layer in the blocks.
+        progress: told of each step.
+
+    Raises:
+        UnsupportedModelError: the model's family is not supported.
+        InvalidInputError: no such baseline, a reduction that does not suit it, or weights or inputs that are not
+            finite.
+    """
+    name = full_name(name)
+    sparsity = _checked_reduction(name, reduction)
+    if name == affine.NAME:
+        if scope != "ffn":
+            raise InvalidInputError(f"{name} replaces FFNs and nothing else, but scope is {scope!r}; give 'ffn'.")
+        return affine.replace_by_affine(model, windows, progress)
+    if sparsity is None:
+        return compress(model, windows, _quantiser(name), scope, progress)
+    if not name.startswith(_OWL):
+        return compress(model, windows, _pruner(name, sparsity, sparsity), scope, progress)
+    sparsities = block_sparsities(outlier_shares(model, windows, scope, progress), sparsity)
+    return compress(model, windows, [_pruner(name, each, sparsity) for each in sparsities], scope, progress)
+
+
+def _pruner(name: str, sparsity: float, asked: float) -> Method:
+    """Pruning to `sparsity`, which with OWL differs from what was asked for on average."""
+    need, prune = _PRUNERS[name.removeprefix(_OWL)]
+    return Method(name, need, lambda w, x: prune(w, x, sparsity), masked_bytes, asked)  # type: ignore[arg-type]
+
+
+def _quantiser(name: str) -> Method:
+    match = _QUANTISED.fullmatch(name)
+    assert match, "a full name that is neither sparse nor affine is a quantiser's"
+    kind, bits, group = match[1], int(match[2]), int(match[3])
+
+    def apply(w: Tensor, x: InputStatistics | None) -> Tensor:
+        return round_to_nearest(w, bits, group) if x is None else quantise_gptq(w, x.hessian, bits, group)
+
+    need = Need.NOTHING if kind == "rtn" else Need.GRAM
+    return Method(name, need, apply, lambda weight: quantised_bytes(weight, bits, group))
+
+
+def _checked_reduction(name: str, reduction: float | None) -> float | None:
+    if not takes_reduction(name):
+        if reduction is not None:
+            raise InvalidInputError(f"{name} has a fixed size, but reduction is {reduction!r}; leave it out.")
+        return None
+    if reduction is None or not 0 < reduction < 1:
+        raise InvalidInputError(
+            f"reduction is {reduction!r}; for {name} give the share of weights to remove, between 0 and 1, such as 0.7."
+        )
+    return float(reduction)

@@ -1,0 +1,75 @@
+"""The column sweep of SparseGPT (arXiv 2301.00774) and GPTQ (arXiv 2210.17323).
+
+The columns of W are replaced from left to right, and what each replacement changes in the output is made up for, as
+well as it can be, by the columns not yet replaced:
+
+    H = (2 / N) X^T X, damped        U = upper Cholesky factor of H^-1
+    err = (w_j - q_j) / U_jj         W[:, j:] -= err U[j, j:]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_DAMPING = 0.01  # of the mean diagonal
+
+#: what stands for column `j` of a block, given the column [out] as updated by then
+Replace = Callable[[int, Tensor], Tensor]
+#: looks at a block [width, out] of W^T, as updated by then, and at its part [width] of the diagonal of U
+Rule = Callable[[Tensor, Tensor], Replace]
+
+
+def dead_inputs(hessian: Tensor) -> Tensor:
+    """[in] bool: inputs that were zero for every token."""
+    return hessian.diagonal() == 0
+
+
+def inverse_factor(hessian: Tensor) -> Tensor:
+    """U [in, in] fp32, the upper Cholesky factor of the inverse of the damped H [in, in].
+
+    Dead inputs count as if `H_jj = 1`. The factor is made in fp64, because H may be close to singular.
+    """
+    damped = hessian.double().clone()
+    diagonal = damped.diagonal()
+    diagonal[dead_inputs(damped)] = 1
+    diagonal += _DAMPING * diagonal.mean()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True).float()
+
+
+def sweep(w: Tensor, hessian: Tensor, width: int, rule: Rule) -> Tensor:
+    """Replace the columns of w from left to right, each error carried to the columns after it.
+
+    Args:
+        w: [out, in] fp32; it stays as it is.
+        hessian: [in, in], H before damping.
+        width: columns of a block; `rule` is asked when the sweep reaches one, and the rest of the matrix is updated
+            when it leaves it.
+        rule: what to put for the columns of a block.
+
+    Returns:
+        [out, in] fp32, what was put.
+    """
+    factor = inverse_factor(hessian)
+    # transposed, so that a column lies together
+    rest = w.T.masked_fill(dead_inputs(hessian)[:, None], 0).contiguous()  # [in, out]
+    for start in range(0, len(rest), width):
+        end = min(start + width, len(rest))
+        block, within = rest[start:end], factor[start:end, start:end]
+        errors = _sweep_block(block, within, rule(block, within.diagonal()))
+        rest[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+    return rest.T.contiguous()
+
+
+def _sweep_block(block: Tensor, factor: Tensor, replace: Replace) -> Tensor:
+    """Replace the rows of a block [width, out] in place; returns their scaled errors [width, out]."""
+    errors = torch.empty_like(block)
+    for j, column in enumerate(block):
+        put = replace(j, column)
+        errors[j] = (column - put) / factor[j, j]
+        column.copy_(put)
+        block[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
+    return errors
