@@ -27,7 +27,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .config import FORMAT_VERSION
 from .errors import CheckpointError, InvalidInputError
 from .folding.fold import FoldedWeights
-from .folding.predictor import PackedMatrix
+from .folding.lowbit import PackedMatrix
+from .folding.stack import Fallback
 from .report import FoldReport
 from .runtime.ffn import FoldedFFN, folded_ffns
 from .workspace import digest, read_json, write_json
@@ -74,21 +75,36 @@ class LayerFormat:
     Attributes:
         activation: a name in `ACTIVATIONS`.
         bits: of the predictor.
-        group_size: input weights per scale of the predictor.
+        group_size: input weights per scale, in every low-bit matrix.
         range_dtype: "float16" or "float32", of ranges and lines.
+        fold_bits, fallback_bits: as in `Storage`.
     """
 
     activation: str
     bits: int
     group_size: int
     range_dtype: str
+    fold_bits: int | None = None
+    fallback_bits: int | None = None
 
     @classmethod
     def of(cls, ffn: FoldedFFN) -> LayerFormat:
         """The format of a folded FFN in memory."""
-        weights = ffn.weights
-        dtype = str(weights.low.dtype).removeprefix("torch.")
-        return cls(ffn.activation, weights.predictor.bits, weights.predictor.group_size, dtype)
+        weights, fallback = ffn.weights, ffn.fallback
+        fold_bits = weights.weight.bits if isinstance(weights.weight, PackedMatrix) else None
+        return cls(
+            activation=ffn.activation,
+            bits=weights.predictor.bits,
+            group_size=weights.predictor.group_size,
+            range_dtype=str(weights.low.dtype).removeprefix("torch."),
+            fold_bits=fold_bits,
+            fallback_bits=fallback.down.bits if fallback else None,
+        )
+
+    @property
+    def stacked(self) -> bool:
+        """Whether more than the predictor is stored in few bits."""
+        return bool(self.fold_bits or self.fallback_bits)
 
     def empty(self, d: int, h: int, dtype: torch.dtype, device: torch.device) -> FoldedFFN:
         """A folded FFN of this format without content.
@@ -98,13 +114,23 @@ class LayerFormat:
             dtype: of the fold.
             device: such as meta.
         """
-        ranges = getattr(torch, self.range_dtype)
-        planes = torch.empty(self.bits, h, -(-d // 8), dtype=torch.uint8, device=device)
-        scale = torch.empty(h, -(-d // self.group_size), dtype=torch.float16, device=device)
-        low, high, slope, offset = (torch.empty(h, dtype=ranges, device=device) for _ in range(4))
-        weight, bias = (torch.empty(shape, dtype=dtype, device=device) for shape in ((d, d), (d,)))
-        packed = PackedMatrix(planes, scale, d, self.group_size)
-        return FoldedFFN(FoldedWeights(weight, bias, packed, low, high, slope, offset), self.activation)
+
+        def low_bit(rows: int, bits: int) -> PackedMatrix:
+            planes = torch.empty(bits, rows, -(-d // 8), dtype=torch.uint8, device=device)
+            scale = torch.empty(rows, -(-d // self.group_size), dtype=torch.float16, device=device)
+            return PackedMatrix(planes, scale, d, self.group_size)
+
+        def values(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        fallback = None
+        if self.fallback_bits:
+            left = self.fallback_bits - self.bits
+            fallback = Fallback(low_bit(h, left) if left else None, low_bit(h, self.fallback_bits))
+        fold = low_bit(d, self.fold_bits) if self.fold_bits else values(d, d)
+        low, high, slope, offset = (values(h, dtype=getattr(torch, self.range_dtype)) for _ in range(4))
+        weights = FoldedWeights(fold, values(d), low_bit(h, self.bits), low, high, slope, offset, fallback)
+        return FoldedFFN(weights, self.activation)
 
 
 def save_folded(
@@ -124,7 +150,7 @@ def save_folded(
         max_shard_size: of one file, as transformers spells it.
 
     Raises:
-        InvalidInputError: the model has no folded FFN.
+        InvalidInputError: the model has no folded FFN, or low-bit folds or fallback weights.
         OSError, SafetensorError: the disk is full or cannot be written; `directory` keeps what it had.
     """
     mark_folded(model, report.calibration)
@@ -147,6 +173,11 @@ def mark_folded(model: PreTrainedModel, calibration: dict[str, Any]) -> None:
     formats = {name: vars(LayerFormat.of(ffn)) for name, ffn in folded_ffns(model).items()}
     if not formats:
         raise InvalidInputError("the model has no folded FFN to save; fold it first with tardis_llm.fold.")
+    if any(LayerFormat(**values).stacked for values in formats.values()):
+        raise InvalidInputError(
+            "folds with low-bit parts can be measured, but this version cannot save them; fold with fold_bits=None and "
+            "fallback_bits=None."
+        )
     config = CheckpointConfig(layers=formats, calibration=calibration)
     model.config.quantization_config = config
     model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)

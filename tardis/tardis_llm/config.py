@@ -14,6 +14,24 @@ Rounding = Literal["gptq", "nearest"]
 FORMAT_VERSION = 1
 #: widths of a predictor's codes that the format stores
 PREDICTOR_BITS = (1, 2, 3, 4, 8)
+#: widths of a fold, and of fallback weights, that is stored in few bits
+STACKED_BITS = (4, 8)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How the parts of a folded FFN are stored.
+
+    Attributes:
+        group_size: input weights that share one scale, in every low-bit matrix.
+        fold_bits: bits per weight of the fold; None for the model's dtype.
+        fallback_bits: bits per weight of W1 and W2 as fixing reads them; None for the dense weights. Those of W1
+            include the predictor's, which serve both.
+    """
+
+    group_size: int = 256
+    fold_bits: int | None = None
+    fallback_bits: int | None = None
 
 
 @dataclass(frozen=True)
@@ -26,7 +44,9 @@ class FoldConfig:
             share of its inputs, as in the paper.
         predictor_bits: bits per weight of the predictor, one of `PREDICTOR_BITS`; None tries several and lets the
             budget choose for each layer.
-        group_size: input weights that share one scale of the predictor.
+        group_size: input weights that share one scale of the predictor, and of what else is stored in few bits.
+        fold_bits: bits per weight of the fold, one of `STACKED_BITS`; None stores it in the model's dtype.
+        fallback_bits: bits per weight of the weights that fixing reads, one of `STACKED_BITS`; None keeps them dense.
         rounding: "gptq" spreads each rounding error over the weights not yet rounded; "nearest" does not.
         refit: solve the fold anew by ridge regression on what fixing leaves.
         tokens: calibration tokens.
@@ -43,6 +63,8 @@ class FoldConfig:
     policy: Policy = "error"
     predictor_bits: int | None = None
     group_size: int = 256
+    fold_bits: int | None = None
+    fallback_bits: int | None = None
     rounding: Rounding = "gptq"
     refit: bool = True
     tokens: int = 65_536
@@ -61,12 +83,22 @@ class FoldConfig:
             _require(getattr(self, name) in choices, name, getattr(self, name), f"one of {', '.join(choices)}")
         allowed = (None, *PREDICTOR_BITS)
         _require(self.predictor_bits in allowed, "predictor_bits", self.predictor_bits, f"one of {allowed}")
+        for name in ("fold_bits", "fallback_bits"):
+            _require(getattr(self, name) in (None, *STACKED_BITS), name, getattr(self, name), "4, 8 or None")
+        if self.predictor_bits and self.fallback_bits:
+            remedy = f"at most the {self.fallback_bits} bits of the fallback weights, which include it"
+            _require(self.predictor_bits <= self.fallback_bits, "predictor_bits", self.predictor_bits, remedy)
         _require(self.group_size > 0, "group_size", self.group_size, "a positive number of weights, such as 256")
         _require(0 < self.heldout <= 0.5, "heldout", self.heldout, "a share between 0 and 0.5")
         for name in ("tokens", "probe_tokens", "batch_tokens"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number of tokens")
         length = self.sequence_length
         _require(length is None or length >= 2, "sequence_length", length, "at least 2 tokens")
+
+    @property
+    def storage(self) -> Storage:
+        """How the parts of each folded FFN are stored."""
+        return Storage(self.group_size, self.fold_bits, self.fallback_bits)
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values, for records and fingerprints."""

@@ -12,14 +12,13 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from . import activations
 from .architectures import FFNSite, family_of
 from .calibration.stream import Stream
 from .calibration.text import Windows, check_enough, split_windows
-from .config import FORMAT_VERSION, FoldConfig
+from .checkpoint import LayerFormat
+from .config import FORMAT_VERSION, FoldConfig, Storage
 from .folding.budget import check_feasible
-from .folding.fold import FoldedWeights, FoldQuality, choose_ranges, finish, predict
-from .folding.predictor import PackedMatrix
+from .folding.fold import FoldQuality, choose_ranges, finish, predict
 from .planning import LayerPlan, plan
 from .report import FoldReport, LayerReport
 from .runtime.ffn import FoldedFFN, install
@@ -62,7 +61,7 @@ def fold(
     sites = choose_sites(model, config)
     check_enough(calibration, sites[0].hidden_size)
     allowed = (config.predictor_bits,) if config.predictor_bits else _AUTO_BITS[config.policy]
-    bits = check_feasible([ffn_shape(site) for site in sites], allowed, config.group_size, config.reduction)
+    bits = check_feasible([ffn_shape(site) for site in sites], allowed, config.storage, config.reduction)
     fingerprint = _fingerprint(model, calibration, config)
     workspace = Workspace(work, fingerprint, resume) if work else None
     with tempfile.TemporaryDirectory(dir=work, prefix=SCRATCH) as scratch, torch.no_grad():
@@ -89,50 +88,56 @@ def _fold_layers(session: Session, plans: list[LayerPlan], workspace: Workspace 
     for done, (site, layer) in enumerate(zip(session.sites, plans, strict=True)):
         session.progress("folding layers", done, len(plans))
         name = f"layer-{site.index:04d}"
-        weights, quality = _load_layer(workspace, name, site) or _fold_layer(session, site, layer, fit, heldout)
+        ffn, quality = _load_layer(workspace, name, session, site) or _fold_layer(session, site, layer, fit, heldout)
         if workspace:
-            _save_layer(workspace, name, weights, quality)
-        ffn = FoldedFFN(weights, activations.identify(site.activation))
+            _save_layer(workspace, name, ffn, quality)
         install(session.model, site, ffn)
-        reports.append(_layer_report(site, layer, ffn, quality))
+        reports.append(_layer_report(site, layer, ffn, quality, session.config.storage))
     session.progress("folding layers", len(plans), len(plans))
     return reports
 
 
 def _fold_layer(
     session: Session, site: FFNSite, layer: LayerPlan, fit: Stream, heldout: Stream
-) -> tuple[FoldedWeights, FoldQuality]:
+) -> tuple[FoldedFFN, FoldQuality]:
     config, ffn = session.config, dense_ffn(site)
     inputs = inputs_at(site, fit, heldout)
     predicted = predict(ffn, inputs, layer.bits, config)
     ranges = choose_ranges(ffn, predicted, layer.fix_rate, config)
-    return finish(ffn, inputs, predicted, ranges, config.refit, session.model.dtype)
+    weights, quality = finish(ffn, inputs, predicted, ranges, config, session.model.dtype)
+    return FoldedFFN(weights, ffn.activation), quality
 
 
-def _save_layer(workspace: Workspace, name: str, weights: FoldedWeights, quality: FoldQuality) -> None:
-    tensors = {key: value for key, value in vars(weights).items() if isinstance(value, Tensor)}
-    tensors |= {"planes": weights.predictor.planes, "scale": weights.predictor.scale}
-    values = {"group_size": weights.predictor.group_size, "quality": dataclasses.asdict(quality)}
-    workspace.save(name, values)
-    workspace.save_tensors(name, tensors)  # last: it says that the layer is finished
+def _save_layer(workspace: Workspace, name: str, ffn: FoldedFFN, quality: FoldQuality) -> None:
+    workspace.save(name, {"format": vars(LayerFormat.of(ffn)), "quality": dataclasses.asdict(quality)})
+    workspace.save_tensors(name, ffn.state_dict())  # last: it says that the layer is finished
 
 
-def _load_layer(workspace: Workspace | None, name: str, site: FFNSite) -> tuple[FoldedWeights, FoldQuality] | None:
+def _load_layer(
+    workspace: Workspace | None, name: str, session: Session, site: FFNSite
+) -> tuple[FoldedFFN, FoldQuality] | None:
     """A layer that is finished already, if it is."""
     tensors = workspace and workspace.load_tensors(name)
     values = workspace and workspace.load(name)
     if not tensors or not values:
         return None
-    packed = PackedMatrix(tensors.pop("planes"), tensors.pop("scale"), site.hidden_size, values["group_size"])
-    return FoldedWeights(predictor=packed, **tensors), FoldQuality(**values["quality"])
+    sizes = site.hidden_size, site.intermediate_size
+    ffn = LayerFormat(**values["format"]).empty(*sizes, session.model.dtype, torch.device("meta"))
+    ffn.load_state_dict(tensors, assign=True)
+    return ffn, FoldQuality(**values["quality"])
 
 
-def _layer_report(site: FFNSite, layer: LayerPlan, ffn: FoldedFFN, quality: FoldQuality) -> LayerReport:
+def _layer_report(
+    site: FFNSite, layer: LayerPlan, ffn: FoldedFFN, quality: FoldQuality, storage: Storage
+) -> LayerReport:
     """Figures of a folded layer, bytes from the tensors themselves."""
     shape, weights = ffn_shape(site), site.weights()
     dense = sum(w.nbytes for w in weights if w is not None)
-    added = sum(tensor.nbytes for tensor in ffn.state_dict().values())
-    always = added + (weights.b1.nbytes if weights.b1 is not None else 0)
+    stored = sum(tensor.nbytes for tensor in ffn.state_dict().values())
+    bias = weights.b1.nbytes if weights.b1 is not None else 0
+    always, per_neuron = stored + bias, shape.per_neuron(layer.bits, storage)
+    if ffn.fallback:
+        always -= ffn.fallback.nbytes
     return LayerReport(
         prefix=site.prefix,
         bits=layer.bits,
@@ -142,8 +147,8 @@ def _layer_report(site: FFNSite, layer: LayerPlan, ffn: FoldedFFN, quality: Fold
         damping=quality.damping,
         loss_increase=layer.loss_increase,
         dense=dense,
-        touched=always + quality.fix_rate * shape.h * shape.per_neuron,
-        resident=dense + added,
+        touched=always + quality.fix_rate * shape.h * per_neuron,
+        resident=stored + (bias if ffn.fallback else dense),
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .architectures import FFNSite
 from .calibration.stream import Stream
+from .config import Storage
 from .folding.budget import FFNShape, Option, split_budget
 from .folding.fold import DenseFFN, Inputs, Predicted, choose_ranges, error_curve, predict, solve
 from .folding.ranges import share_by_error
@@ -57,11 +58,11 @@ class Probe:
     error: float
     curves: dict[int, list[tuple[float, float]]]
 
-    def options(self, shape: FFNShape, group_size: int) -> list[Option]:
+    def options(self, shape: FFNShape, storage: Storage) -> list[Option]:
         """The points of the curves with their bytes, and the loss in proportion to the error."""
         loss_per_error = self.loss_increase / max(self.error, 1e-30)
         return [
-            Option(bits, rate, shape.touched(bits, group_size, rate), error * loss_per_error)
+            Option(bits, rate, shape.touched(bits, storage, rate), error * loss_per_error)
             for bits, curve in self.curves.items()
             for rate, error in curve
         ]
@@ -88,11 +89,11 @@ def _above_noise(probes: list[Probe]) -> list[Probe]:
 
 def _split_by_loss(session: Session, probes: list[Probe]) -> list[LayerPlan]:
     """The split of least total loss; what bytes are left over then go to fixing, in proportion."""
-    shapes, group_size = session.shapes, session.config.group_size
+    shapes, storage = session.shapes, session.config.storage
     budget = (1 - session.config.reduction) * sum(shape.dense for shape in shapes)
-    chosen = split_budget([p.options(s, group_size) for p, s in zip(probes, shapes, strict=True)], budget)
+    chosen = split_budget([p.options(s, storage) for p, s in zip(probes, shapes, strict=True)], budget)
     spare = budget - sum(option.touched for option in chosen)
-    fixing = sum(o.fix_rate * s.h * s.per_neuron for o, s in zip(chosen, shapes, strict=True))
+    fixing = sum(o.fix_rate * s.h * s.per_neuron(o.bits, storage) for o, s in zip(chosen, shapes, strict=True))
     stretch = 1 + spare / max(fixing, 1.0)
     return [
         LayerPlan(option.bits, min(1.0, option.fix_rate * stretch), probe.loss_increase)
@@ -103,7 +104,7 @@ def _split_by_loss(session: Session, probes: list[Probe]) -> list[LayerPlan]:
 def _split_by_error(session: Session, bits: int, probes: list[Probe]) -> list[LayerPlan]:
     """The published adaptive thresholds, first step: layers get tokens out of range in proportion to their error."""
     config = session.config
-    rates = [shape.affordable_fix_rate(bits, config.group_size, config.reduction) for shape in session.shapes]
+    rates = [shape.affordable_fix_rate(bits, config.storage, config.reduction) for shape in session.shapes]
     errors = torch.tensor([probe.loss_increase for probe in probes], dtype=torch.float64)
     shares = share_by_error(errors, sum(rates) / len(rates)).tolist()
     return [LayerPlan(bits, share, probe.loss_increase) for share, probe in zip(shares, probes, strict=True)]
@@ -148,10 +149,10 @@ def _measure(
 ) -> tuple[float, float]:
     """Increase of the model's loss with one layer folded, and the squared error left within that layer's ranges."""
     config = session.config
-    uniform = ffn_shape(site).affordable_fix_rate(predicted.predictor.bits, config.group_size, config.reduction)
+    uniform = ffn_shape(site).affordable_fix_rate(predicted.predictor.bits, config.storage, config.reduction)
     rate = min(max(uniform, _LEAST_RATE), _LARGEST_RATE)
     ranges = choose_ranges(ffn, predicted, rate, config)
-    solved = solve(ffn, inputs, predicted, ranges, config.refit, session.model.dtype)
+    solved = solve(ffn, inputs, predicted, ranges, config, session.model.dtype)
     install(session.model, site, FoldedFFN(solved.weights, ffn.activation))
     try:
         return meter.increase(), ranges.error(predicted.heldout, ffn.gain)

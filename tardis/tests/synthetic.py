@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from hypothesis import settings
@@ -12,8 +13,8 @@ from tardis_llm.activations import ACTIVATIONS
 from tardis_llm.architectures import FFNWeights
 from tardis_llm.calibration.moments import BinnedMoments, SecondMoments
 from tardis_llm.config import FoldConfig
-from tardis_llm.folding.fold import DenseFFN, FoldedWeights, Inputs, choose_ranges, finish, predict
-from tardis_llm.folding.predictor import quantise
+from tardis_llm.folding.fold import DenseFFN, FoldedWeights, FoldQuality, Inputs, choose_ranges, finish, predict
+from tardis_llm.folding.lowbit import quantise
 
 Act = Callable[[Tensor], Tensor]
 
@@ -115,11 +116,13 @@ def half_fixed(ffn: DenseFFN, dtype: torch.dtype = torch.float32) -> FoldedWeigh
     return folded_with(ffn, ffn.b1 - width, ffn.b1 + width, dtype)
 
 
-def fitted(ffn: DenseFFN, inputs: Inputs, rate: float, refit: bool = True, bits: int = 2, policy: str = "error"):  # type: ignore[no-untyped-def]
-    """Fold and quality for calibrated ranges at a fix rate."""
-    config = FoldConfig(policy=policy, group_size=16)  # type: ignore[arg-type]
+def fitted(
+    ffn: DenseFFN, inputs: Inputs, rate: float, bits: int = 2, **settings: Any
+) -> tuple[FoldedWeights, FoldQuality]:
+    """Fold and quality for calibrated ranges at a fix rate; `settings` are those of `FoldConfig`."""
+    config = FoldConfig(group_size=16, **settings)
     predicted = predict(ffn, inputs, bits, config)
-    return finish(ffn, inputs, predicted, choose_ranges(ffn, predicted, rate, config), refit, torch.float32)
+    return finish(ffn, inputs, predicted, choose_ranges(ffn, predicted, rate, config), config, torch.float32)
 
 
 def fallback(ffn: DenseFFN, dtype: torch.dtype = torch.float32) -> FFNWeights:

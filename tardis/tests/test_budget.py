@@ -6,15 +6,17 @@ import itertools
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import correlated, fitted, quick, random_ffn
 
-from tardis_llm.config import PREDICTOR_BITS
+from tardis_llm.checkpoint import LayerFormat
+from tardis_llm.config import PREDICTOR_BITS, Storage
 from tardis_llm.errors import InfeasibleBudgetError
 from tardis_llm.folding.budget import FFNShape, Option, check_feasible, convex_hull, split_budget
 from tardis_llm.folding.fold import Inputs
-from tardis_llm.folding.predictor import quantise
+from tardis_llm.folding.lowbit import quantise
 from tardis_llm.runtime.ffn import FoldedFFN
 
 LARGE = FFNShape(4096, 4 * 4096, 2, True)
@@ -40,31 +42,61 @@ def test_bytes_equal_those_of_the_stored_tensors(bits: int, group_size: int, d: 
     weights = replace(weights, predictor=quantise(ffn.w1, bits, group_size))
     stored = sum(tensor.nbytes for tensor in FoldedFFN(weights, "gelu").state_dict().values())
     with_biases, without = FFNShape(d, 48, 4, True), FFNShape(d, 48, 4, False)
-    assert without.always(bits, group_size) == stored
-    assert with_biases.always(bits, group_size) == stored + ffn.b1.nbytes
-    assert without.always(bits, group_size, range_bytes=4) == stored + 4 * 2 * 48
+    storage = Storage(group_size)
+    assert without.always(bits, storage) == stored
+    assert with_biases.always(bits, storage) == stored + ffn.b1.nbytes
+    assert without.always(bits, storage, range_bytes=4) == stored + 4 * 2 * 48
     assert without.dense == ffn.w1.nbytes + ffn.w2.nbytes
     assert with_biases.dense == without.dense + ffn.b1.nbytes + ffn.b2.nbytes
-    assert with_biases.per_neuron == ffn.w1[0].nbytes + ffn.w2[:, 0].nbytes
+    assert with_biases.per_neuron(bits, storage) == ffn.w1[0].nbytes + ffn.w2[:, 0].nbytes
 
 
 def test_bytes_of_an_example_by_hand() -> None:
     shape = FFNShape(d=4, h=8, weight_bytes=2, biases=True)
     assert shape.dense == 2 * (4 * 8 + 8 + 8 * 4 + 4)  # 152
-    assert shape.per_neuron == 2 * (4 + 4)
+    assert shape.per_neuron(2, Storage(2)) == 2 * (4 + 4)
     # fold 4 x 4 + 4; 2 planes of 1 byte a row; 2 groups of 2 columns; 4 ranges and lines; up bias
-    assert shape.always(2, 2) == 2 * 20 + 8 * 2 + 8 * 2 * 2 + 8 * 4 * 2 + 8 * 2 == 168
-    assert shape.touched(2, 2, 0.25) == 168 + 0.25 * 8 * 16 == 200
+    assert shape.always(2, Storage(2)) == 2 * 20 + 8 * 2 + 8 * 2 * 2 + 8 * 4 * 2 + 8 * 2 == 168
+    assert shape.touched(2, Storage(2), 0.25) == 168 + 0.25 * 8 * 16 == 200
+
+
+def test_bytes_of_a_stacked_example_by_hand() -> None:
+    shape, storage = FFNShape(d=16, h=8, weight_bytes=2, biases=True), Storage(8, fold_bits=4, fallback_bits=4)
+    # fold: 16 rows of 4 planes of 2 bytes and 2 scales, and its bias; predictor: 8 rows of 1 plane and 2 scales
+    assert shape.fold(storage) == 16 * (8 + 4) + 2 * 16
+    assert shape.always(1, storage) == 224 + 8 * (2 + 4) + 8 * 4 * 2 + 8 * 2 == 352
+    # what the predictor lacks of W1's row: 3 planes and scales; the column of W2: 4 planes and scales
+    assert shape.per_neuron(1, storage) == (6 + 4) + (8 + 4) == 22
+    assert shape.per_neuron(4, storage) == 8 + 4
+    assert shape.touched(1, storage, 0.5) == 352 + 4 * 22
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("fallback_bits", [4, 8])
+@pytest.mark.parametrize("fold_bits", [None, 4, 8])
+def test_stacked_bytes_equal_those_of_the_stored_tensors(bits: int, fallback_bits: int, fold_bits: int | None) -> None:
+    layer = LayerFormat("gelu", bits, 24, "float16", fold_bits, fallback_bits)
+    ffn = layer.empty(40, 48, torch.bfloat16, torch.device("meta"))
+    shape, storage = FFNShape(40, 48, 2, False), Storage(24, fold_bits, fallback_bits)
+    stored = sum(tensor.nbytes for tensor in ffn.state_dict().values())
+    assert LayerFormat.of(ffn) == layer
+    assert ffn.fallback is not None
+    assert shape.always(bits, storage) == stored - ffn.fallback.nbytes
+    assert shape.per_neuron(bits, storage) * 48 == ffn.fallback.nbytes
+
+
+def test_a_predictor_wider_than_the_fallback_weights_is_not_considered() -> None:
+    assert check_feasible([LARGE], (1, 4, 8), Storage(256, 4, 4), 0.5) == (1, 4)
 
 
 def test_the_shares_of_the_design_come_out() -> None:
-    whole_row = LARGE.d
+    whole_row = Storage(LARGE.d)
     planes = 2 * (LARGE.always(2, whole_row) - LARGE.always(1, whole_row))
     scales, ranges, bias = 2 * LARGE.h, 8 * LARGE.h, 2 * LARGE.h
     fold = LARGE.always(2, whole_row) - planes - scales - ranges - bias
     assert fold / LARGE.dense == pytest.approx(0.125, rel=1e-3)
     assert planes / LARGE.dense == pytest.approx(0.0625, rel=1e-3)
-    assert LARGE.always(2, 256) - LARGE.always(2, whole_row) == (LARGE.d // 256 - 1) * scales
+    assert LARGE.always(2, Storage(256)) - LARGE.always(2, whole_row) == (LARGE.d // 256 - 1) * scales
 
 
 @pytest.mark.parametrize("biases", [False, True])
@@ -74,8 +106,8 @@ def test_at_a_reduction_of_80_percent_there_is_room_for_fixing(
     d: int, group_size: int, least: float, biases: bool
 ) -> None:
     shape = FFNShape(d, 4 * d, 2, biases)
-    assert check_feasible([shape], PREDICTOR_BITS, group_size, 0.8) == (1, 2)
-    assert shape.affordable_fix_rate(2, group_size, 0.8) >= least
+    assert check_feasible([shape], PREDICTOR_BITS, Storage(group_size), 0.8) == (1, 2)
+    assert shape.affordable_fix_rate(2, Storage(group_size), 0.8) >= least
 
 
 @quick
@@ -88,13 +120,14 @@ def test_at_a_reduction_of_80_percent_there_is_room_for_fixing(
 def test_the_affordable_fix_rate_reads_just_what_the_reduction_leaves(
     bits: int, group_size: int, reduction: float, shape: FFNShape
 ) -> None:
-    rate = shape.affordable_fix_rate(bits, group_size, reduction)
+    storage = Storage(group_size)
+    rate = shape.affordable_fix_rate(bits, storage, reduction)
     allowed = (1 - reduction) * shape.dense
     if rate < 1:
-        assert shape.touched(bits, group_size, rate) == pytest.approx(allowed)
+        assert shape.touched(bits, storage, rate) == pytest.approx(allowed)
     else:
-        assert shape.touched(bits, group_size, 1.0) <= allowed * (1 + 1e-9)
-    assert (rate < 0) == (shape.always(bits, group_size) > allowed)
+        assert shape.touched(bits, storage, 1.0) <= allowed * (1 + 1e-9)
+    assert (rate < 0) == (shape.always(bits, storage) > allowed)
 
 
 @quick
@@ -172,9 +205,9 @@ def test_a_budget_below_the_cheapest_options_is_refused() -> None:
 
 
 def test_widths_that_leave_no_room_are_dropped() -> None:
-    assert check_feasible([LARGE], PREDICTOR_BITS, 256, 0.5) == PREDICTOR_BITS
-    assert check_feasible([LARGE, LARGE], PREDICTOR_BITS, 256, 0.8) == (1, 2)
-    assert check_feasible([LARGE], (2,), 256, 0.8) == (2,)
+    assert check_feasible([LARGE], PREDICTOR_BITS, Storage(), 0.5) == PREDICTOR_BITS
+    assert check_feasible([LARGE, LARGE], PREDICTOR_BITS, Storage(), 0.8) == (1, 2)
+    assert check_feasible([LARGE], (2,), Storage(), 0.8) == (2,)
 
 
 @pytest.mark.parametrize("bits", [PREDICTOR_BITS, (2,), (4, 8)])
@@ -183,12 +216,12 @@ def test_an_infeasible_reduction_is_refused_with_the_largest_feasible_one(
     bits: tuple[int, ...], shape: FFNShape
 ) -> None:
     with pytest.raises(InfeasibleBudgetError) as raised:
-        check_feasible([shape, shape], bits, 256, 0.97)
+        check_feasible([shape, shape], bits, Storage(), 0.97)
     message = str(raised.value)
     largest = float(message.split("the largest is ")[1].split(". The limit")[0])
-    assert check_feasible([shape, shape], bits, 256, largest)
+    assert check_feasible([shape, shape], bits, Storage(), largest)
     with pytest.raises(InfeasibleBudgetError):
-        check_feasible([shape, shape], bits, 256, largest + 2e-4)
+        check_feasible([shape, shape], bits, Storage(), largest + 2e-4)
     for part in ("0.97", "the fold takes", f"the {min(bits)}-bit predictor", "ranges and lines", "Lower --reduction"):
         assert part in message
     shares = [float(word.rstrip("%,.")) for word in message.split() if word.rstrip(",.").endswith("%")]
@@ -198,5 +231,5 @@ def test_an_infeasible_reduction_is_refused_with_the_largest_feasible_one(
 def test_the_model_counts_as_a_whole() -> None:
     small, large = FFNShape(64, 256, 2, True), FFNShape(2048, 8192, 2, True)
     with pytest.raises(InfeasibleBudgetError):
-        check_feasible([small], (2,), 256, 0.8)
-    assert check_feasible([small, large], (2,), 256, 0.8) == (2,)
+        check_feasible([small], (2,), Storage(), 0.8)
+    assert check_feasible([small, large], (2,), Storage(), 0.8) == (2,)

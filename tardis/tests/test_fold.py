@@ -58,7 +58,7 @@ def ranges_of(**values: Tensor) -> Ranges:
 @cache
 def calibrated(name: str, rate: float, refit: bool, policy: str) -> tuple[FoldedWeights, FoldQuality]:
     """A fold that several tests look at."""
-    return fitted(random_ffn(D, H, name), inputs_for(), rate, refit, policy=policy)
+    return fitted(random_ffn(D, H, name), inputs_for(), rate, refit=refit, policy=policy)
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_a_linear_activation_folds_exactly_without_fixing(linear: str, refit: bo
     ffn, inputs = random_ffn(D, H, linear), inputs_for()
     predicted = predict(ffn, inputs, 2, FoldConfig(group_size=16))
     ranges = ranges_of(slope=torch.full((H,), 2.0), offset=torch.ones(H))
-    folded, quality = finish(ffn, inputs, predicted, ranges, refit, torch.float32)
+    folded, quality = finish(ffn, inputs, predicted, ranges, FoldConfig(refit=refit), torch.float32)
     assert quality.fix_rate == 0
     assert quality.error < 1e-6
     assert quality.linearity < 1e-6
@@ -164,7 +164,7 @@ def test_the_fold_is_rounded_to_the_dtype_of_the_model_and_its_error_counted() -
     predicted = predict(ffn, inputs, 2, FoldConfig(group_size=16))
     nothing = torch.full((H,), torch.inf)
     ranges = ranges_of(low=nothing, high=-nothing, slope=torch.full((H,), 0.5))
-    folded, quality = finish(ffn, inputs, predicted, ranges, True, torch.bfloat16)
+    folded, quality = finish(ffn, inputs, predicted, ranges, FoldConfig(), torch.bfloat16)
     assert folded.weight.dtype == folded.bias.dtype == torch.bfloat16
     assert folded.low.dtype == torch.float16
     assert quality.fix_rate == 1
@@ -175,7 +175,7 @@ def test_targets_are_the_output_and_what_fixing_leaves_of_it() -> None:
     ffn, x = random_ffn(D, H), correlated(200, D, 4)
     ranges = ranges_of(low=ffn.b1 - 0.3, high=ffn.b1 + 0.5, slope=0.4 + 0 * ffn.b1, offset=0.1 + 0 * ffn.b1)
     w_hat = ffn.w1 + 0.1 * normal(H, D, seed=5)
-    found = target_moments(ffn, x, w_hat, ranges)
+    found = target_moments(ffn, x, w_hat, ranges, ffn.w1, ffn.w2)
     zhat, z = x @ w_hat.T + ffn.b1, x @ ffn.w1.T + ffn.b1
     fixed = (zhat < ranges.low) | (zhat > ranges.high)
     y = forward(ffn, x)
@@ -291,7 +291,7 @@ def test_an_ffn_of_a_relu_model_folds_to_contextual_sparsity() -> None:
     ffn, inputs = random_ffn(D, H, "relu"), inputs_for()
     predicted = predict(ffn, inputs, 8, FoldConfig(group_size=16))
     ranges = error_ranges(predicted.fit, ffn.gain, 1e-6 * highest_price(predicted.fit, ffn.gain))
-    folded, quality = finish(ffn, inputs, predicted, ranges, False, torch.float32)
+    folded, quality = finish(ffn, inputs, predicted, ranges, FoldConfig(refit=False), torch.float32)
     assert folded.weight.abs().max() < 0.01
     assert quality.error < 1e-3
     z = inputs.heldout @ ffn.w1.T + ffn.b1

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tardis_llm.config import PREDICTOR_BITS
 from tardis_llm.errors import InvalidInputError
-from tardis_llm.folding import predictor as module
-from tardis_llm.folding.predictor import PackedMatrix, best_scale, expand_scale, pack, quantise, unpack
+from tardis_llm.folding import lowbit as module
+from tardis_llm.folding.lowbit import PackedMatrix, best_scale, expand_scale, pack, quantise, unpack
 
 widths = st.sampled_from(PREDICTOR_BITS)
 every_width = pytest.mark.parametrize("bits", PREDICTOR_BITS)

@@ -118,9 +118,9 @@ def _feasible(found: Survey, bits: int) -> dict[str, Any]:
     """The largest reduction with a predictor of `bits`, and the neurons fixed at others; None where none fits."""
     shapes = [_shape(layer.d, layer.h, layer.dense) for layer in found.layers]
     dense = sum(shape.dense for shape in shapes)
-    group = FoldConfig().group_size
-    always = sum(shape.always(bits, group) for shape in shapes)
-    every = sum(shape.h * shape.per_neuron for shape in shapes)
+    storage = FoldConfig().storage
+    always = sum(shape.always(bits, storage) for shape in shapes)
+    every = sum(shape.h * shape.per_neuron(bits, storage) for shape in shapes)
     rates = {str(r): ((1 - r) * dense - always) / every for r in _REDUCTIONS}
     return {
         "bits": bits,

@@ -78,7 +78,9 @@ def measured(report: FoldReport, model: nn.Module, rates: dict[str, float]) -> F
 
 
 def fallback_bytes(layer: LayerReport, ffn: FoldedFFN) -> int:
-    """Bytes of W1 and W2 as stored: what fixing every neuron would read."""
+    """Bytes of W1 and W2 as stored, less what the predictor has of them: what fixing every neuron would read."""
+    if ffn.fallback is not None:
+        return ffn.fallback.nbytes
     numbers = 2 * len(ffn.weights.low) * ffn.predictor.columns
     return layer.dense // numbers * numbers  # the division leaves out the biases, far less than a byte a weight
 

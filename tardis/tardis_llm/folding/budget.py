@@ -1,8 +1,9 @@
 """Bytes: what an FFN costs dense and folded, and how one model-wide budget is split over its layers.
 
 `touched` is what one token reads at batch 1: the fold, the predictor with its scales, the ranges and lines, the up bias
-(the range test needs all of it), and the W1 row and W2 column of each fixed neuron. `resident` is what stays in
-memory, fallback weights included. Everything is counted as stored.
+(the range test needs all of it), and the W1 row and W2 column of each fixed neuron; where these are stored in few bits,
+what the predictor has of the row is read already. `resident` is what stays in memory, fallback weights included.
+Everything is counted as stored.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ..config import Storage
 from ..errors import InfeasibleBudgetError
 
 _SCALE_BYTES = 2
@@ -37,26 +39,44 @@ class FFNShape:
         """Bytes of the dense FFN."""
         return self.weight_bytes * (2 * self.d * self.h + (self.d + self.h if self.biases else 0))
 
-    @property
-    def per_neuron(self) -> int:
-        """Bytes that fixing one neuron reads: its W1 row and its W2 column."""
-        return 2 * self.d * self.weight_bytes
+    def fold(self, storage: Storage) -> int:
+        """Bytes of the fold and its bias."""
+        weight = self._rows(self.d, storage.fold_bits, storage.group_size)
+        return weight + self.weight_bytes * self.d
 
-    def always(self, bits: int, group_size: int, range_bytes: int = _RANGE_BYTES) -> int:
+    def per_neuron(self, bits: int, storage: Storage) -> int:
+        """Bytes that fixing one neuron reads: W1 row, without the predictor's bits if it shares them, and W2 column.
+
+        Args:
+            bits: of the predictor.
+        """
+        column = self._rows(1, storage.fallback_bits, storage.group_size)
+        if storage.fallback_bits is None:
+            return 2 * column
+        return column + self._rows(1, storage.fallback_bits - bits, storage.group_size)
+
+    def always(self, bits: int, storage: Storage, range_bytes: int = _RANGE_BYTES) -> int:
         """Bytes that every token reads: fold, predictor, ranges and lines, up bias."""
-        fold = self.weight_bytes * (self.d * self.d + self.d)
-        groups = math.ceil(self.d / min(group_size, self.d))
-        predictor = self.h * (bits * math.ceil(self.d / 8) + groups * _SCALE_BYTES)
-        return fold + predictor + 4 * range_bytes * self.h + (self.weight_bytes * self.h if self.biases else 0)
+        predictor = self._rows(self.h, bits, storage.group_size)
+        bias = self.weight_bytes * self.h if self.biases else 0
+        return self.fold(storage) + predictor + 4 * range_bytes * self.h + bias
 
-    def touched(self, bits: int, group_size: int, fix_rate: float) -> float:
+    def touched(self, bits: int, storage: Storage, fix_rate: float) -> float:
         """Bytes that a token reads on average."""
-        return self.always(bits, group_size) + fix_rate * self.h * self.per_neuron
+        return self.always(bits, storage) + fix_rate * self.h * self.per_neuron(bits, storage)
 
-    def affordable_fix_rate(self, bits: int, group_size: int, reduction: float) -> float:
+    def affordable_fix_rate(self, bits: int, storage: Storage, reduction: float) -> float:
         """The fix rate at which this FFN reads `1 - reduction` of its dense bytes; negative if there is none."""
-        left = (1 - reduction) * self.dense - self.always(bits, group_size)
-        return min(1.0, left / (self.h * self.per_neuron))
+        left = (1 - reduction) * self.dense - self.always(bits, storage)
+        return min(1.0, left / (self.h * self.per_neuron(bits, storage)))
+
+    def _rows(self, count: int, bits: int | None, group_size: int) -> int:
+        """Bytes of rows of d weights: dense for no bits given, nothing for zero bits."""
+        if bits is None:
+            return count * self.d * self.weight_bytes
+        if not bits:
+            return 0
+        return count * (bits * math.ceil(self.d / 8) + math.ceil(self.d / min(group_size, self.d)) * _SCALE_BYTES)
 
 
 @dataclass(frozen=True)
@@ -126,19 +146,22 @@ def _slope(a: Option, b: Option) -> float:
     return (b.loss - a.loss) / max(b.touched - a.touched, 1e-9)
 
 
-def check_feasible(shapes: list[FFNShape], bits: tuple[int, ...], group_size: int, reduction: float) -> tuple[int, ...]:
+def check_feasible(
+    shapes: list[FFNShape], bits: tuple[int, ...], storage: Storage, reduction: float
+) -> tuple[int, ...]:
     """The predictor widths, of those allowed, that leave room for fixing at this reduction.
 
     Raises:
         InfeasibleBudgetError: none does; says the largest feasible reduction and what uses the bytes.
     """
     dense = sum(shape.dense for shape in shapes)
-    feasible = tuple(b for b in bits if sum(s.always(b, group_size) for s in shapes) <= (1 - reduction) * dense)
+    bits = tuple(b for b in bits if b <= (storage.fallback_bits or b))
+    feasible = tuple(b for b in bits if sum(s.always(b, storage) for s in shapes) <= (1 - reduction) * dense)
     if feasible:
         return feasible
     least = min(bits)
-    always = sum(shape.always(least, group_size) for shape in shapes)
-    fold = sum(shape.weight_bytes * (shape.d * shape.d + shape.d) for shape in shapes)
+    always = sum(shape.always(least, storage) for shape in shapes)
+    fold = sum(shape.fold(storage) for shape in shapes)
     ranges = sum(4 * _RANGE_BYTES * shape.h for shape in shapes)
     raise InfeasibleBudgetError(
         f"a reduction of {reduction:.4g} is not feasible: with nothing fixed at all the largest is "

@@ -19,9 +19,10 @@ from torch import Tensor
 from ..activations import ACTIVATIONS
 from ..calibration.moments import BinnedMoments, SecondMoments, chunks, pre_activation_moments
 from ..config import FoldConfig
-from .predictor import PackedMatrix, quantise
+from .lowbit import PackedMatrix, quantise
 from .ranges import Ranges, coverage_ranges_at, error_ranges, error_ranges_at, highest_price
 from .refit import Spectrum, affine_error, refit
+from .stack import Fallback, dense_fold, quantise_fallback, store_fold
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,11 @@ class Inputs:
         return input_moments(self.fit)
 
     @cached_property
+    def covariance(self) -> Tensor:
+        """[d, d] fp32, mean of x x^T over `fit`."""
+        return (self.fit_moments.cross / self.fit_moments.count).float()
+
+    @cached_property
     def heldout_moments(self) -> SecondMoments:
         """Second moments of `heldout`."""
         return input_moments(self.heldout)
@@ -78,22 +84,24 @@ class Inputs:
 
 @dataclass(frozen=True)
 class FoldedWeights:
-    """What a folded FFN stores beside its dense weights, as stored.
+    """What a folded FFN stores, as stored.
 
     Attributes:
-        weight: [d, d] fold weight C, in the model's dtype.
+        weight: [d, d] fold weight C, in the model's dtype or in few bits.
         bias: [d] fold bias c, in the model's dtype.
         predictor: low-bit copy of W1.
         low, high, slope, offset: [h] ranges and lines, fp16 where the values fit it and fp32 where not.
+        fallback: what fixing reads in place of the dense weights; None where it reads these.
     """
 
-    weight: Tensor
+    weight: Tensor | PackedMatrix
     bias: Tensor
     predictor: PackedMatrix
     low: Tensor
     high: Tensor
     slope: Tensor
     offset: Tensor
+    fallback: Fallback | None = None
 
 
 @dataclass(frozen=True)
@@ -138,17 +146,20 @@ def input_moments(x: Tensor) -> SecondMoments:
 
 def predict(ffn: DenseFFN, inputs: Inputs, bits: int, config: FoldConfig) -> Predicted:
     """Round W1 to `bits`, and bin the neurons by what the rounded copy predicts."""
-    x = inputs.fit_moments
-    covariance = (x.cross / x.count).float() if config.rounding == "gptq" else None
-    predictor = quantise(ffn.w1, bits, config.group_size, covariance)
+    predictor = quantise(ffn.w1, bits, config.group_size, _spread_errors(inputs, config))
     w_hat = predictor.dequantise()
-    mean, deviation = pre_activation_moments(x, w_hat, ffn.b1)
+    mean, deviation = pre_activation_moments(inputs.fit_moments, w_hat, ffn.b1)
     fit, heldout = (BinnedMoments.around(mean, deviation) for _ in range(2))
     for moments, tokens in ((fit, inputs.fit), (heldout, inputs.heldout)):
         for chunk in chunks(tokens, len(ffn.w1)):
             chunk = chunk.float()
             moments.add(F.linear(chunk, w_hat, ffn.b1), F.linear(chunk, ffn.w1, ffn.b1), ffn.act)
     return Predicted(predictor, fit, heldout)
+
+
+def _spread_errors(inputs: Inputs, config: FoldConfig) -> Tensor | None:
+    """The covariance by which rounding errors are spread, if they are."""
+    return inputs.covariance if config.rounding == "gptq" else None
 
 
 def choose_ranges(ffn: DenseFFN, predicted: Predicted, fix_rate: float, config: FoldConfig) -> Ranges:
@@ -184,44 +195,50 @@ class Solved:
 
 
 def solve(
-    ffn: DenseFFN, inputs: Inputs, predicted: Predicted, ranges: Ranges, refitted: bool, dtype: torch.dtype
+    ffn: DenseFFN, inputs: Inputs, predicted: Predicted, ranges: Ranges, config: FoldConfig, dtype: torch.dtype
 ) -> Solved:
     """The fold for given predictor and ranges.
 
+    With `config.refit`, (C, c) is solved by ridge regression on what fixing leaves; otherwise it is that of the lines,
+    as in the paper.
+
     Args:
-        refitted: solve (C, c) by ridge regression on what fixing leaves; otherwise use the lines, as the paper.
-        dtype: dtype of the stored fold.
+        config: settings.
+        dtype: of the model, in which the fold is stored unless `config` says otherwise.
     """
     low, high, slope, offset = store_ranges(ranges)
     stored = Ranges(low.float(), high.float(), slope.float(), offset.float(), ranges.inside)
-    w_hat = predicted.predictor.dequantise()
-    fit = target_moments(ffn, inputs.fit, w_hat, stored)
-    heldout = target_moments(ffn, inputs.heldout, w_hat, stored)
-    lines = (ffn.w2 * stored.slope) @ ffn.w1
-    damping = None
-    if refitted:
+    spread = _spread_errors(inputs, config)
+    predictor, w_hat = predicted.predictor, predicted.predictor.dequantise()
+    fallback = quantise_fallback(ffn.w1, ffn.w2, predictor, config.storage, spread)
+    fixing = (ffn.w1, ffn.w2) if fallback is None else fallback.matrices(predictor, dtype)
+    fit = target_moments(ffn, inputs.fit, w_hat, stored, *fixing)
+    heldout = target_moments(ffn, inputs.heldout, w_hat, stored, *fixing)
+    weight, damping = (ffn.w2 * stored.slope) @ ffn.w1, None
+    if config.refit:
         x = inputs.fit_moments
-        solved = refit(inputs.spectrum, x, fit.left, inputs.heldout_moments, heldout.left, prior=lines)
-        weight, damping = solved.weight.to(dtype).contiguous(), solved.damping  # strides choose the kernel, and so bits
-        bias = ((fit.left.y_sum - weight.double() @ x.x_sum) / x.count).to(dtype)
+        solved = refit(inputs.spectrum, x, fit.left, inputs.heldout_moments, heldout.left, prior=weight)
+        weight, damping = solved.weight, solved.damping
+    fold = store_fold(weight, config.storage, dtype, spread)
+    if config.refit:
+        bias = (fit.left.y_sum - dense_fold(fold, dtype).double() @ x.x_sum) / x.count
     else:
-        weight = lines.to(dtype)
-        bias = (ffn.w2 @ (stored.slope * ffn.b1 + stored.offset) + ffn.b2).to(dtype)
-    weights = FoldedWeights(weight, bias, predicted.predictor, low, high, slope, offset)
+        bias = ffn.w2 @ (stored.slope * ffn.b1 + stored.offset) + ffn.b2
+    weights = FoldedWeights(fold, bias.to(dtype), predictor, low, high, slope, offset, fallback)
     return Solved(weights, fit, heldout, damping)
 
 
 def finish(
-    ffn: DenseFFN, inputs: Inputs, predicted: Predicted, ranges: Ranges, refitted: bool, dtype: torch.dtype
+    ffn: DenseFFN, inputs: Inputs, predicted: Predicted, ranges: Ranges, config: FoldConfig, dtype: torch.dtype
 ) -> tuple[FoldedWeights, FoldQuality]:
     """`solve`, and the quality of the result on held-out tokens."""
-    solved = solve(ffn, inputs, predicted, ranges, refitted, dtype)
+    solved = solve(ffn, inputs, predicted, ranges, config, dtype)
     x, heldout = inputs.heldout_moments, solved.heldout
     affine = refit(inputs.spectrum, inputs.fit_moments, solved.fit.output, x, heldout.output)
     variance = heldout.output.y_variance
     quality = FoldQuality(
         fix_rate=heldout.fix_rate,
-        error=affine_error(solved.weights.weight, solved.weights.bias, x, heldout.left) / variance,
+        error=affine_error(dense_fold(solved.weights.weight, dtype), solved.weights.bias, x, heldout.left) / variance,
         linearity=affine_error(affine.weight, affine.bias, x, heldout.output) / variance,
         damping=solved.damping,
     )
@@ -261,14 +278,16 @@ class Targets:
     fix_rate: float
 
 
-def target_moments(ffn: DenseFFN, x: Tensor, w_hat: Tensor, ranges: Ranges) -> Targets:
+def target_moments(ffn: DenseFFN, x: Tensor, w_hat: Tensor, ranges: Ranges, w1: Tensor, w2: Tensor) -> Targets:
     """Stream inputs x [tokens, d] through the dense FFN and the fixing.
 
     Args:
         w_hat: [h, d] fp32, the dequantised predictor.
         ranges: as stored.
+        w1, w2: [h, d] and [d, h], the weights that fixing reads: those of `ffn`, or what stands for them.
     """
     d, h = x.shape[1], len(ffn.w1)
+    exact, w1, w2 = w1 is ffn.w1, w1.float(), w2.float()
     left, output = SecondMoments.zeros(d, d), SecondMoments.zeros(d, d)
     fixed = 0
     for chunk in chunks(x, h):
@@ -279,6 +298,9 @@ def target_moments(ffn: DenseFFN, x: Tensor, w_hat: Tensor, ranges: Ranges) -> T
         a = ffn.act(z)
         y = F.linear(a, ffn.w2, ffn.b2)
         output.add(chunk, y)
-        left.add(chunk, y - F.linear((a - ranges.slope * z - ranges.offset) * outside, ffn.w2))
+        if not exact:
+            z = F.linear(chunk, w1, ffn.b1)
+            a = ffn.act(z)
+        left.add(chunk, y - F.linear((a - ranges.slope * z - ranges.offset) * outside, w2))
         fixed += int(outside.sum())
     return Targets(left, output, fixed / (len(x) * h))

@@ -1,4 +1,5 @@
-"""The predictor: a low-bit copy of W1 whose product with x tells which neurons leave their hot range.
+"""Low-bit matrices: the predictor, a copy of W1 whose product with x tells which neurons leave their hot range, and,
+where folding is stacked with quantisation, the fold and the fallback weights too.
 
 A weight is `(code - (2^bits - 1) / 2) * scale` with an unsigned code, so the grid is symmetric and needs no zero
 point. Codes are stored as bit-planes, the highest first, eight weights to a byte: every width packs without waste, and
@@ -43,6 +44,11 @@ class PackedMatrix:
         """Bits per weight."""
         return len(self.planes)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored, scales included."""
+        return self.planes.nbytes + self.scale.nbytes
+
     def dequantise(self) -> Tensor:
         """The matrix [h, d] fp32 that the codes stand for."""
         parts = []
@@ -57,7 +63,7 @@ def quantise(w: Tensor, bits: int, group_size: int, covariance: Tensor | None = 
 
     Args:
         w: [h, d] fp32.
-        bits: 1, 2, 3, 4 or 8.
+        bits: 1 to 8.
         group_size: columns per scale; d or more means one scale per row.
         covariance: [d, d] second moments of the inputs. With it each column's rounding error is spread over the columns
             not yet rounded so as to keep the output (GPTQ, arXiv 2210.17323); None rounds to the nearest.
@@ -66,7 +72,7 @@ def quantise(w: Tensor, bits: int, group_size: int, covariance: Tensor | None = 
         InvalidInputError: w is not finite, or too large for fp16 scales.
     """
     if not bool(torch.isfinite(w).all()):
-        raise InvalidInputError("the up weight of an FFN has NaN or infinite entries; reload a sound checkpoint.")
+        raise InvalidInputError("a weight of an FFN has NaN or infinite entries; reload a sound checkpoint.")
     group_size = min(group_size, w.shape[1])
     scale = best_scale(w, bits, group_size)
     columns = expand_scale(scale.float(), group_size, w.shape[1])
@@ -78,7 +84,7 @@ def best_scale(w: Tensor, bits: int, group_size: int) -> Tensor:
     """[h, groups] fp16: per row and group, the scale whose nearest rounding has the least squared error."""
     best = torch.cat([_best_scale(rows, bits, group_size) for rows in w.split(_ROWS)])
     if bool((best > torch.finfo(torch.float16).max).any()):
-        raise InvalidInputError("the up weight of an FFN is too large for fp16 scales; check the checkpoint's weights.")
+        raise InvalidInputError("a weight of an FFN is too large for fp16 scales; check the checkpoint's weights.")
     return best.half().clamp_min(_LEAST_SCALE)
 
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from ..activations import ACTIVATIONS
 from ..architectures import FFNSite, FFNWeights, set_module
 from ..folding.fold import FoldedWeights
-from ..folding.predictor import PackedMatrix
+from ..folding.lowbit import PackedMatrix
+from ..folding.stack import Fallback, dense_fold
 
 
 def folded_ffn(
@@ -37,7 +38,7 @@ def folded_ffn(
     Args:
         x: [tokens, d].
         folded: fold, predictor, ranges and lines.
-        dense: the fallback weights, in the dtype of x.
+        dense: the weights that fixing reads, in the dtype of x.
         act: the activation.
     """
     fixed = fixed_neurons(x, folded, dense.b1)  # [tokens, h]
@@ -45,7 +46,7 @@ def folded_ffn(
     z = F.linear(x, dense.w1[union], None if dense.b1 is None else dense.b1[union]).float()
     residual = act(z) - folded.slope[union].float() * z - folded.offset[union].float()
     residual = torch.where(fixed[:, union], residual, 0.0)
-    affine = F.linear(x, folded.weight, folded.bias)
+    affine = F.linear(x, dense_fold(folded.weight, x.dtype), folded.bias)
     correction = F.linear(residual.to(x.dtype), dense.w2[:, union])
     return (affine.float() + correction.float()).to(x.dtype)
 
@@ -56,17 +57,8 @@ def fixed_neurons(x: Tensor, folded: FoldedWeights, b1: Tensor | None) -> Tensor
     return ~((zhat >= folded.low.float()) & (zhat <= folded.high.float()))
 
 
-class Fold(nn.Module):
-    """The affine part: `weight` [d, d] and `bias` [d]."""
-
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = nn.Parameter(bias, requires_grad=False)
-
-
-class Predictor(nn.Module):
-    """The low-bit copy of W1: `planes` [bits, h, ceil(d / 8)] uint8 and `scale` [h, groups] fp16."""
+class LowBit(nn.Module):
+    """A `PackedMatrix` in a model: `planes` [bits, rows, ceil(columns / 8)] uint8, `scale` [rows, groups] fp16."""
 
     planes: Tensor
     scale: Tensor
@@ -83,10 +75,38 @@ class Predictor(nn.Module):
         return PackedMatrix(self.planes, self.scale, self.columns, self.group_size)
 
 
+class Fold(nn.Module):
+    """The affine part in the model's dtype: `weight` [d, d] and `bias` [d]."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = nn.Parameter(bias, requires_grad=False)
+
+    @property
+    def stored(self) -> Tensor:
+        """The weight as stored."""
+        return self.weight
+
+
+class LowBitFold(LowBit):
+    """The affine part in few bits: `planes`, `scale`, and `bias` [d] in the model's dtype."""
+
+    def __init__(self, matrix: PackedMatrix, bias: Tensor) -> None:
+        super().__init__(matrix)
+        self.bias = nn.Parameter(bias, requires_grad=False)
+
+    @property
+    def stored(self) -> PackedMatrix:
+        """The weight as stored."""
+        return self.matrix
+
+
 class FoldedFFN(nn.Module):
     """Holds what a folded FFN stores beside the dense weights; the child `tardis` of an FFN.
 
-    State: `fold.weight`, `fold.bias`, `predictor.planes`, `predictor.scale`, `low`, `high`, `slope`, `offset`.
+    State: `fold.weight` (or `fold.planes`, `fold.scale`), `fold.bias`, `predictor.planes`, `predictor.scale`, `low`,
+    `high`, `slope`, `offset`; stacked, `remainder.*` and `down.*` as `predictor.*`, in place of the dense weights.
 
     Args:
         weights: what to store.
@@ -101,8 +121,12 @@ class FoldedFFN(nn.Module):
     def __init__(self, weights: FoldedWeights, activation: str) -> None:
         super().__init__()
         self.activation = activation
-        self.fold = Fold(weights.weight, weights.bias)
-        self.predictor = Predictor(weights.predictor)
+        fold = weights.weight
+        self.fold = LowBitFold(fold, weights.bias) if isinstance(fold, PackedMatrix) else Fold(fold, weights.bias)
+        self.predictor = LowBit(weights.predictor)
+        fallback = weights.fallback
+        self.remainder = LowBit(fallback.remainder) if fallback and fallback.remainder else None
+        self.down = LowBit(fallback.down) if fallback else None
         for name in ("low", "high", "slope", "offset"):
             self.register_buffer(name, getattr(weights, name))
 
@@ -110,7 +134,14 @@ class FoldedFFN(nn.Module):
     def weights(self) -> FoldedWeights:
         """The stored tensors."""
         ranges = self.low, self.high, self.slope, self.offset
-        return FoldedWeights(self.fold.weight, self.fold.bias, self.predictor.matrix, *ranges)
+        return FoldedWeights(self.fold.stored, self.fold.bias, self.predictor.matrix, *ranges, self.fallback)
+
+    @property
+    def fallback(self) -> Fallback | None:
+        """The low-bit weights that fixing reads; None where it reads the dense ones."""
+        if self.down is None:
+            return None
+        return Fallback(self.remainder.matrix if self.remainder else None, self.down.matrix)
 
     def forward(self, x: Tensor, dense: FFNWeights) -> Tensor:
         """Output [..., d] for inputs x [..., d]; see `folded_ffn`."""
@@ -118,16 +149,23 @@ class FoldedFFN(nn.Module):
 
 
 class KeptLinear(nn.Module):
-    """The up projection of a folded FFN: keeps weights under their own names and passes its input on."""
+    """The up projection of a folded FFN: keeps weights under their own names and passes its input on.
+
+    Args:
+        linear: whose weights to keep.
+        transposed: whether it stores its weight as [in, out].
+        stacked: whether low-bit weights stand for the weight, so that only the bias is kept.
+    """
 
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, linear: nn.Module, transposed: bool) -> None:
+    def __init__(self, linear: nn.Module, transposed: bool, stacked: bool) -> None:
         super().__init__()
         self.transposed = transposed
         for name in ("weight", "bias"):
-            self.register_parameter(name, getattr(linear, name))
+            kept = None if stacked and name == "weight" else getattr(linear, name)
+            self.register_parameter(name, kept)
 
     @property
     def matrix(self) -> Tensor:
@@ -143,20 +181,24 @@ class FoldedDown(KeptLinear):
     """The down projection of a folded FFN: gets the FFN's input x and returns its output."""
 
     def __init__(self, linear: nn.Module, transposed: bool, up: KeptLinear, ffn: FoldedFFN) -> None:
-        super().__init__(linear, transposed)
+        super().__init__(linear, transposed, stacked=ffn.fallback is not None)
         self._others = (up, ffn)  # in a tuple, so that they are not registered, and saved, twice
 
     def forward(self, x: Tensor) -> Tensor:
         """Output [..., d] of the folded FFN for x [..., d]."""
         up, ffn = self._others
-        y: Tensor = ffn(x, FFNWeights(up.matrix, up.bias, self.matrix, self.bias))
+        if ffn.fallback is None:
+            w1, w2 = up.matrix, self.matrix
+        else:
+            w1, w2 = ffn.fallback.matrices(ffn.predictor.matrix, x.dtype)
+        y: Tensor = ffn(x, FFNWeights(w1, up.bias, w2, self.bias))
         return y
 
 
 def install(model: nn.Module, site: FFNSite, ffn: FoldedFFN) -> None:
-    """Put a folded FFN into the model at `site`. Dense weights are shared, not copied."""
+    """Put a folded FFN into the model at `site`. Dense weights are shared, not copied; stacked, they are left out."""
     transposed = not isinstance(site.up, nn.Linear)  # transformers' Conv1D
-    up = KeptLinear(site.up, transposed)
+    up = KeptLinear(site.up, transposed, stacked=ffn.fallback is not None)
     set_module(model, site.up_name, up)
     set_module(model, site.activation_name, nn.Identity())
     set_module(model, site.down_name, FoldedDown(site.down, transposed, up, ffn))

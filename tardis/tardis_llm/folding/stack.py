@@ -1,0 +1,75 @@
+"""Stacking with quantisation: the fold, and the weights that fixing reads, in few bits.
+
+Fixing reads W1 as `predictor + remainder`: the predictor's bits serve twice, and a fixed neuron's pre-activation is
+what was predicted plus the remainder's product. W2 is stored neuron by neuron, as its transpose. The refit comes after
+both, so the fold takes up what their rounding leaves of a linear map.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import Storage
+from .lowbit import PackedMatrix, quantise
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """Low-bit copies of the dense weights, for fixing.
+
+    Attributes:
+        remainder: [h, d], what the predictor leaves of W1; None where the predictor has all the bits.
+        down: [h, d], W2 transposed: one row per neuron.
+    """
+
+    remainder: PackedMatrix | None
+    down: PackedMatrix
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that fixing every neuron would read, beside the predictor."""
+        return self.down.nbytes + (self.remainder.nbytes if self.remainder else 0)
+
+    def matrices(self, predictor: PackedMatrix, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """W1 [h, d] and W2 [d, h] that these bits stand for, in `dtype`."""
+        w1 = predictor.dequantise()
+        if self.remainder:
+            w1 = w1 + self.remainder.dequantise()
+        return w1.to(dtype), self.down.dequantise().T.to(dtype)
+
+
+def quantise_fallback(
+    w1: Tensor, w2: Tensor, predictor: PackedMatrix, storage: Storage, covariance: Tensor | None
+) -> Fallback | None:
+    """The fallback weights in few bits; None where they stay dense.
+
+    Args:
+        w1: [h, d] fp32.
+        w2: [d, h] fp32, rounded to the nearest: spreading its errors by the residuals' covariance made no difference.
+        predictor: of w1.
+        covariance: as for `lowbit.quantise`.
+    """
+    bits, group_size = storage.fallback_bits, storage.group_size
+    if bits is None:
+        return None
+    remainder = None
+    if bits > predictor.bits:
+        remainder = quantise(w1 - predictor.dequantise(), bits - predictor.bits, group_size, covariance)
+    return Fallback(remainder, quantise(w2.T.contiguous(), bits, group_size))
+
+
+def store_fold(
+    weight: Tensor, storage: Storage, dtype: torch.dtype, covariance: Tensor | None
+) -> Tensor | PackedMatrix:
+    """The fold C [d, d] fp32 as it is stored: in `dtype`, or in few bits."""
+    if storage.fold_bits is None:
+        return weight.to(dtype).contiguous()  # strides choose the kernel, and so bits
+    return quantise(weight, storage.fold_bits, storage.group_size, covariance)
+
+
+def dense_fold(stored: Tensor | PackedMatrix, dtype: torch.dtype) -> Tensor:
+    """The fold [d, d] that is stored, in `dtype`."""
+    return stored.dequantise().to(dtype) if isinstance(stored, PackedMatrix) else stored.to(dtype)

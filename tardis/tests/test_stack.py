@@ -1,0 +1,175 @@
+"""Folding stacked with quantisation: what is stored in few bits, and that fixing and refitting see it as stored."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from folds import SETTINGS, logits, text
+from models import tiny_model
+from synthetic import correlated, fallback, fitted, forward, normal, random_ffn
+from torch import Tensor
+
+from tardis_llm import FoldConfig, fold
+from tardis_llm.architectures import FFNWeights
+from tardis_llm.checkpoint import save_folded
+from tardis_llm.config import Storage
+from tardis_llm.errors import InvalidInputError
+from tardis_llm.evaluation.fix_rate import count_fixes, measured
+from tardis_llm.folding.fold import DenseFFN, FoldedWeights, Inputs
+from tardis_llm.folding.lowbit import PackedMatrix, quantise
+from tardis_llm.folding.stack import dense_fold, quantise_fallback, store_fold
+from tardis_llm.runtime.ffn import folded_ffn, folded_ffns
+
+D, H = 24, 96
+STACKED = replace(SETTINGS, fold_bits=8, fallback_bits=4)
+
+
+def inputs() -> Inputs:
+    return Inputs(correlated(3000, D, 1), correlated(1000, D, 2))
+
+
+def relative(error: Tensor, reference: Tensor) -> float:
+    """Squared error over the squared reference."""
+    return float(error.square().sum() / reference.square().sum())
+
+
+def runtime_error(folded: FoldedWeights, ffn: DenseFFN, x: Tensor) -> float:
+    """As the runtime computes it, over the output's variance."""
+    dense = fallback(ffn)
+    if folded.fallback:
+        w1, w2 = folded.fallback.matrices(folded.predictor, torch.float32)
+        dense = FFNWeights(w1, dense.b1, w2, dense.b2)
+    y = forward(ffn, x)
+    error = (folded_ffn(x, folded, dense, ffn.act) - y).square().sum(1).mean()
+    return float(error / y.var(0, correction=0).sum())
+
+
+def test_the_remainder_holds_what_the_predictor_leaves() -> None:
+    w1, w2 = normal(H, D), normal(D, H, seed=3)
+    predictor = quantise(w1, 2, 16)
+    stored = quantise_fallback(w1, w2, predictor, Storage(16, None, 8), None)
+    assert stored is not None
+    assert stored.remainder is not None
+    assert (stored.remainder.bits, stored.down.bits) == (6, 8)
+    assert stored.down.planes.shape[1:] == (H, D // 8)
+    up, down = stored.matrices(predictor, torch.float32)
+    torch.testing.assert_close(up, predictor.dequantise() + stored.remainder.dequantise())
+    assert relative(up - w1, w1) < 1e-3
+    assert relative(down - w2, w2) < 1e-3
+
+
+def test_a_predictor_with_all_the_bits_leaves_no_remainder() -> None:
+    w1 = normal(H, D)
+    predictor = quantise(w1, 4, 16)
+    stored = quantise_fallback(w1, normal(D, H), predictor, Storage(16, None, 4), None)
+    assert stored is not None
+    assert stored.remainder is None
+    assert torch.equal(stored.matrices(predictor, torch.float32)[0], predictor.dequantise())
+
+
+def test_dense_storage_keeps_the_dense_weights() -> None:
+    weight = normal(D, D)
+    assert quantise_fallback(normal(H, D), normal(D, H), quantise(normal(H, D), 2, 16), Storage(), None) is None
+    assert torch.equal(store_fold(weight, Storage(), torch.bfloat16, None), weight.bfloat16())
+
+
+@pytest.mark.parametrize(("bits", "most"), [(4, 0.02), (8, 1e-4)])
+def test_a_low_bit_fold_is_near_the_fold(bits: int, most: float) -> None:
+    weight = normal(D, D)
+    stored = store_fold(weight, Storage(16, bits), torch.float32, None)
+    assert isinstance(stored, PackedMatrix)
+    assert stored.bits == bits
+    assert relative(dense_fold(stored, torch.float32) - weight, weight) < most
+
+
+@pytest.mark.parametrize("refit", [False, True])
+@pytest.mark.parametrize(("fold_bits", "fallback_bits"), [(None, 4), (4, None), (8, 8), (4, 4)])
+def test_quality_is_that_of_the_runtime(fold_bits: int | None, fallback_bits: int | None, refit: bool) -> None:
+    ffn, data = random_ffn(D, H), inputs()
+    folded, quality = fitted(ffn, data, 0.2, fold_bits=fold_bits, fallback_bits=fallback_bits, refit=refit)
+    assert isinstance(folded.weight, PackedMatrix) == (fold_bits is not None)
+    assert (folded.fallback is not None) == (fallback_bits is not None)
+    assert quality.error == pytest.approx(runtime_error(folded, ffn, data.heldout), rel=1e-2)
+
+
+def test_the_refit_takes_up_what_rounding_leaves() -> None:
+    ffn, data = random_ffn(D, H), inputs()
+    settings = {"fold_bits": 8, "fallback_bits": 4}
+    stacked, refitted = fitted(ffn, data, 0.4, **settings)
+    _, plain = fitted(ffn, data, 0.4, **settings, refit=False)
+    _, dense = fitted(ffn, data, 0.4)
+    assert dense.error < refitted.error < plain.error
+    # a fold solved for dense fallback weights does worse with these
+    exact, _ = fitted(ffn, data, 0.4)
+    mixed = replace(exact, fallback=stacked.fallback)
+    assert runtime_error(stacked, ffn, data.heldout) < runtime_error(mixed, ffn, data.heldout)
+
+
+def test_more_bits_leave_less_error() -> None:
+    ffn, data = random_ffn(D, H), inputs()
+    errors = [fitted(ffn, data, 0.4, fold_bits=bits, fallback_bits=bits)[1].error for bits in (4, 8, None)]
+    assert sorted(errors, reverse=True) == errors
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "falcon"])
+def test_a_stacked_model_reads_and_keeps_what_it_reports(name: str) -> None:
+    model = tiny_model(name)
+    dense = sum(tensor.nbytes for key, tensor in model.state_dict().items() if "fc" in key or "mlp" in key)
+    before = logits(model)
+    report = fold(model, text(), STACKED)
+    assert (logits(model) - before).abs().max() > 0
+    assert bool(torch.isfinite(logits(model)).all())
+    ffns = folded_ffns(model)
+    for layer in report.layers:
+        ffn = ffns[layer.prefix]
+        stored = sum(tensor.nbytes for tensor in ffn.state_dict().values())
+        assert 0 <= layer.resident - stored <= 4 * len(ffn.low)  # the up bias
+        assert ffn.fallback is not None
+        always = layer.resident - ffn.fallback.nbytes
+        assert layer.touched == pytest.approx(always + layer.fix_rate * ffn.fallback.nbytes)
+    assert report.dense == dense
+    assert report.resident < 0.5 * report.dense
+    with count_fixes(model) as counts:
+        logits(model)
+    there = measured(report, model, counts.rates)
+    for layer, found in zip(report.layers, there.layers, strict=True):
+        assert found.touched == pytest.approx(
+            layer.touched + (found.fix_rate - layer.fix_rate) * _all(ffns, layer.prefix)
+        )
+
+
+def _all(ffns: dict, prefix: str) -> int:  # type: ignore[type-arg]
+    return ffns[prefix].fallback.nbytes
+
+
+def test_an_interrupted_stacked_fold_resumes_to_the_same_bytes(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    whole, resumed = tiny_model("gpt2"), tiny_model("gpt2")
+    fold(whole, text(), STACKED)
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "folding layers" and done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fold(tiny_model("gpt2"), text(), STACKED, work=tmp_path / "work", progress=stop)
+    fold(resumed, text(), STACKED, work=tmp_path / "work", resume=True)
+    for (key, one), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(one, other), key
+
+
+def test_stacked_folds_are_not_saved_as_something_else(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    model = tiny_model("gpt2")
+    report = fold(model, text(), STACKED)
+    with pytest.raises(InvalidInputError, match="cannot save"):
+        save_folded(model, report, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"fold_bits": 3}, {"fallback_bits": 16}, {"predictor_bits": 8, "fallback_bits": 4}]
+)
+def test_storage_that_does_not_exist_is_refused(settings: dict[str, int]) -> None:
+    with pytest.raises(InvalidInputError, match=next(iter(settings))):
+        FoldConfig(**settings)  # type: ignore[arg-type]
