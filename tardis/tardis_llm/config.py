@@ -49,6 +49,8 @@ class FoldConfig:
         fallback_bits: bits per weight of the weights that fixing reads, one of `STACKED_BITS`; None keeps them dense.
         rounding: "gptq" spreads each rounding error over the weights not yet rounded; "nearest" does not.
         refit: solve the fold anew by ridge regression on what fixing leaves.
+        damping: penalty of the refit, relative to the inputs' mean variance; None chooses it on held-out tokens.
+        sequential: calibrate each layer behind the folded layers before it; otherwise behind dense ones, "one-shot".
         tokens: calibration tokens.
         sequence_length: tokens per calibration window; None takes what model and tokenizer allow, 1024 at most.
         heldout: share of the calibration windows kept apart, to choose damping and ranges' rates and to check.
@@ -67,6 +69,8 @@ class FoldConfig:
     fallback_bits: int | None = None
     rounding: Rounding = "gptq"
     refit: bool = True
+    damping: float | None = None
+    sequential: bool = True
     tokens: int = 65_536
     sequence_length: int | None = None
     heldout: float = 0.125
@@ -89,6 +93,7 @@ class FoldConfig:
             remedy = f"at most the {self.fallback_bits} bits of the fallback weights, which include it"
             _require(self.predictor_bits <= self.fallback_bits, "predictor_bits", self.predictor_bits, remedy)
         _require(self.group_size > 0, "group_size", self.group_size, "a positive number of weights, such as 256")
+        _require(self.damping is None or self.damping >= 0, "damping", self.damping, "a number from 0, such as 0.01")
         _require(0 < self.heldout <= 0.5, "heldout", self.heldout, "a share between 0 and 0.5")
         for name in ("tokens", "probe_tokens", "batch_tokens"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number of tokens")

@@ -22,7 +22,7 @@ from .folding.fold import FoldQuality, choose_ranges, finish, predict
 from .planning import LayerPlan, plan
 from .report import FoldReport, LayerReport
 from .runtime.ffn import FoldedFFN, install
-from .session import Progress, Session, choose_sites, dense_ffn, ffn_shape, inputs_at
+from .session import Progress, Session, advance_to, choose_sites, dense_ffn, ffn_shape, inputs_at
 from .workspace import SCRATCH, Workspace, digest
 
 _AUTO_BITS = {"error": (1, 2, 3, 4), "coverage": (2,)}  # the paper has 2
@@ -91,6 +91,8 @@ def _fold_layers(session: Session, plans: list[LayerPlan], workspace: Workspace 
         ffn, quality = _load_layer(workspace, name, session, site) or _fold_layer(session, site, layer, fit, heldout)
         if workspace:
             _save_layer(workspace, name, ffn, quality)
+        if not session.config.sequential:
+            advance_to(site.index + 1, fit, heldout)  # while the block is still dense
         install(session.model, site, ffn)
         reports.append(_layer_report(site, layer, ffn, quality, session.config.storage))
     session.progress("folding layers", len(plans), len(plans))

@@ -59,10 +59,15 @@ class Session:
 
 def inputs_at(site: FFNSite, fit: Stream, heldout: Stream) -> Inputs:
     """Move both streams in front of the site's block, and take the inputs of its FFN."""
-    for stream in (fit, heldout):
-        while stream.position < site.index:
-            stream.advance()
+    advance_to(site.index, fit, heldout)
     return Inputs(fit.ffn_inputs(site), heldout.ffn_inputs(site))
+
+
+def advance_to(index: int, *streams: Stream) -> None:
+    """Move streams that are not there yet in front of block `index`."""
+    for stream in streams:
+        while stream.position < index:
+            stream.advance()
 
 
 def dense_ffn(site: FFNSite) -> DenseFFN:

@@ -64,10 +64,10 @@ class Workspace:
             raise InvalidInputError(
                 f"{self.root} holds an unfinished fold. Go on with --resume, or delete that folder to start again."
             )
-        differences = list(_differences(found, fingerprint))
-        if differences:
+        changed = list(differences(found, fingerprint))
+        if changed:
             raise InvalidInputError(
-                f"cannot resume: {self.root} holds a different fold. {'; '.join(differences)}. Use the same settings, "
+                f"cannot resume: {self.root} holds a different fold. {'; '.join(changed)}. Use the same settings, "
                 "or delete that folder to start again."
             )
 
@@ -127,11 +127,11 @@ def _commit(partial: Path, path: Path) -> None:
     os.replace(partial, path)
 
 
-def _differences(old: Any, new: Any, name: str = "") -> Iterable[str]:
+def differences(old: Any, new: Any, name: str = "") -> Iterable[str]:
     """What differs between two nested dicts, as sentences."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
-            yield from _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+            yield from differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
     elif old != new:
         yield f"{name} was {_short(old)} and is now {_short(new)}"
 

@@ -1,6 +1,16 @@
 """The methods that folding is compared with, written from the formulas of their papers."""
 
+from .matrices import Scope, find_matrices
 from .methods import NAMES, apply_baseline, full_name, takes_reduction
 from .report import BaselineReport, MatrixReport
 
-__all__ = ["NAMES", "BaselineReport", "MatrixReport", "apply_baseline", "full_name", "takes_reduction"]
+__all__ = [
+    "NAMES",
+    "BaselineReport",
+    "MatrixReport",
+    "Scope",
+    "apply_baseline",
+    "find_matrices",
+    "full_name",
+    "takes_reduction",
+]

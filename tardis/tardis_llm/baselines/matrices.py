@@ -41,6 +41,11 @@ class Matrix:
         bias: Tensor | None = self.module.bias
         return 0 if bias is None else bias.nbytes
 
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of weight and bias."""
+        return self.weight.nbytes + self.bias_bytes
+
     def write(self, weight: Tensor) -> None:
         """Put `weight` [out, in] into the model, in the model's dtype.
 

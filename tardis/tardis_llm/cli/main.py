@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from .. import __version__
 from ..allocator import keep_freed_memory
 from ..errors import TardisError
+from .compare import compare
 from .demo import demo
 from .eval import evaluate
 from .fold import fold
@@ -29,6 +30,7 @@ for name, command in (
     ("fold", fold),
     ("inspect", inspect),
     ("eval", evaluate),
+    ("compare", compare),
     ("generate", generate),
 ):
     app.command(name)(command)

@@ -16,4 +16,4 @@ Texts = Annotated[
     list[str] | None,
     typer.Option("--text", help="Text file in UTF-8, or dataset as name:config:split:column. Repeatable."),
 ]
-TextFile = Annotated[Path, typer.Option("--text", help="Text file in UTF-8.")]
+TextFile = Annotated[Path | None, typer.Option("--text", help="Text file in UTF-8.", show_default=False)]

@@ -24,7 +24,7 @@ matplotlib.use("Agg")  # a file is all that is wanted; no display is needed
 
 # Okabe and Ito's colours, which people with any kind of colour vision can tell apart
 _BLUE, _ORANGE, _GREEN, _YELLOW, _VERMILION, _GREY = "#0072B2", "#E69F00", "#009E73", "#F0E442", "#D55E00", "#D9D9D9"
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
@@ -61,7 +61,7 @@ def plot_fold(model: nn.Module, report: FoldReport, path: Path, title: str = "")
         raise InvalidInputError("the report is not that of this model; use the one of its own checkpoint.")
     hot = [torch.stack([ffn.weights.low.float(), ffn.weights.high.float()]) for ffn in ffns.values()]
     names = _layer_names(list(ffns))
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, (top, left, right) = _page()
         _hot_ranges(top, hot, names)
         top.set_title("Hot ranges: where a line stands for the activation")
@@ -87,7 +87,7 @@ def plot_survey(survey: Survey, path: Path, title: str = "") -> None:
         raise InvalidInputError("a plot of a dense model needs text to measure on; give --text FILE.")
     names = _layer_names([layer.prefix for layer in survey.layers])
     position = range(len(names))
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, (top, left, right) = _page()
         _hot_ranges(top, survey.ranges, names)
         top.set_title(f"Where {COVERAGE:.0%} of each neuron's inputs fall")

@@ -125,7 +125,9 @@ def linearity(ffn: DenseFFN, inputs: Inputs) -> float:
     everything = torch.full((len(ffn.w1),), torch.inf)
     zero = torch.zeros(len(ffn.w1))
     open_ranges = Ranges(-everything, everything, zero, zero, torch.empty(0))  # nothing fixed: the target is y itself
-    fit, heldout = (target_moments(ffn, x, ffn.w1, open_ranges, ffn.w1, ffn.w2).output for x in (inputs.fit, inputs.heldout))
+    fit, heldout = (
+        target_moments(ffn, x, ffn.w1, open_ranges, ffn.w1, ffn.w2).output for x in (inputs.fit, inputs.heldout)
+    )
     affine = refit(inputs.spectrum, inputs.fit_moments, fit, inputs.heldout_moments, heldout)
     return affine_error(affine.weight, affine.bias, inputs.heldout_moments, heldout) / heldout.y_variance
 

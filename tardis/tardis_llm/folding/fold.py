@@ -21,7 +21,7 @@ from ..calibration.moments import BinnedMoments, SecondMoments, chunks, pre_acti
 from ..config import FoldConfig
 from .lowbit import PackedMatrix, quantise
 from .ranges import Ranges, coverage_ranges_at, error_ranges, error_ranges_at, highest_price
-from .refit import Spectrum, affine_error, refit
+from .refit import DAMPINGS, Spectrum, affine_error, refit
 from .stack import Fallback, dense_fold, quantise_fallback, store_fold
 
 
@@ -217,7 +217,8 @@ def solve(
     weight, damping = (ffn.w2 * stored.slope) @ ffn.w1, None
     if config.refit:
         x = inputs.fit_moments
-        solved = refit(inputs.spectrum, x, fit.left, inputs.heldout_moments, heldout.left, prior=weight)
+        dampings = DAMPINGS if config.damping is None else (config.damping,)
+        solved = refit(inputs.spectrum, x, fit.left, inputs.heldout_moments, heldout.left, weight, dampings)
         weight, damping = solved.weight, solved.damping
     fold = store_fold(weight, config.storage, dtype, spread)
     if config.refit:

@@ -7,6 +7,7 @@ has not seen.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,7 @@ def refit(
     x_held: SecondMoments,
     y_held: SecondMoments,
     prior: Tensor | None = None,
+    dampings: Sequence[float] = DAMPINGS,
 ) -> Refit:
     """Ridge regression of the target on x, its damping chosen on held-out tokens.
 
@@ -66,13 +68,14 @@ def refit(
         x_held, y_held: the same on held-out tokens.
         prior: [k, d] weight that the penalty draws towards, which tells where little text leaves much open; zero
             without.
+        dampings: to choose from.
     """
     V = spectrum.vectors
     prior = torch.zeros_like(y.cross.T) if prior is None else prior.double()
     mean_x, mean_y = x.x_sum / x.count, y.y_sum / x.count
     rotated = V.T @ (y.centred - x.centred @ prior.T)
     floor = _NOISE * float(x.cross.diagonal().mean()) + 1e-30
-    ridges = {damping: damping * float(spectrum.values.mean()) + floor for damping in DAMPINGS}
+    ridges = {damping: damping * float(spectrum.values.mean()) + floor for damping in dampings}
     # The error on held-out tokens in the eigenvectors' coordinates, where each candidate costs one product.
     x_around = _about(x_held, mean_x, mean_x)
     gram, cross = V.T @ x_around @ V, V.T @ (_about(y_held, mean_x, mean_y) - x_around @ prior.T)
@@ -84,7 +87,7 @@ def refit(
         delta = change(damping)
         return float((delta * (gram @ delta - 2 * cross)).sum())
 
-    best = min(DAMPINGS, key=held_out_error)
+    best = min(dampings, key=held_out_error)
     weight = prior + (V @ change(best)).T
     return Refit(weight.float(), (mean_y - weight @ mean_x).float(), best)
 
