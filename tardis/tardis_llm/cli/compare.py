@@ -51,7 +51,8 @@ Evaluation = Annotated[
     Path, typer.Option("--eval-text", help="Text to judge perplexity on, none of it calibrated on.", show_default=False)
 ]
 TaskNames = Annotated[
-    str, typer.Option("--tasks", help="Zero-shot tasks, such as blimp,lambada,hellaswag; none if empty.")
+    str,
+    typer.Option("--tasks", help="Zero-shot tasks as name or name:items, such as blimp:2010,lambada; none if empty."),
 ]
 TaskData = Annotated[
     Path | None, typer.Option(help="Folder of the tasks' files; the hub's data without.", show_default=False)
@@ -85,9 +86,7 @@ def compare(
     """
     clock = show.Clock()
     chosen = [Method(DENSE), *parse(methods, _numbers(reductions))]
-    wanted = Tasks(tuple(filter(None, tasks.split(","))), task_data, limit or None)
-    if wanted.names:
-        check_tasks(wanted.names, wanted.data, wanted.limit)
+    wanted = _tasks(tasks, task_data, limit)
     config = FoldConfig(tokens=tokens, sequence_length=window, seed=seed)
     check_writable(directory)
     comparison = _prepare(model, text, eval_text, eval_tokens, wanted, config, scope, dtype, directory)
@@ -109,6 +108,18 @@ def _numbers(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
         raise InvalidInputError(f"--reductions is {text!r}; give numbers such as 0.5,0.7,0.8.") from error
+
+
+def _tasks(names: str, data: Path | None, limit: int) -> Tasks:
+    """Tasks out of "blimp:2010,lambada", checked."""
+    limits: dict[str, int | None] = {}
+    for part in filter(None, names.split(",")):
+        name, _, items = part.partition(":")
+        if items and not items.isdigit():
+            raise InvalidInputError(f"--tasks has {part!r}; write for example blimp:2010.")
+        limits[name] = int(items or limit) or None
+        check_tasks([name], data, limits[name])
+    return Tasks(limits, data)
 
 
 def _prepare(
@@ -145,7 +156,7 @@ def _prepare(
             "window": length,
             "sha256": digest([evaluation]),
         },
-        "tasks": {"names": list(tasks.names), "local": tasks.data is not None, "limit": tasks.limit},
+        "tasks": {"items": tasks.limits, "local": tasks.data is not None},
         "fold": {name: value for name, value in config.as_dict().items() if name != "reduction"},
         "scope": scope,
         "software": {"tardis": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
@@ -172,9 +183,9 @@ def _title(comparison: Comparison) -> str:
         f"{evaluation['file']}: token perplexity, {evaluation['tokens']:,} tokens in windows of {evaluation['window']}",
         f"{calibration['tokens']:,} + {calibration['heldout_tokens']:,} calibration tokens",
     ]
-    if tasks["names"]:
-        items = f"up to {tasks['limit']:,}" if tasks["limit"] else "all"
-        parts.append(f"zero-shot {', '.join(tasks['names'])}, {items} items each")
+    if tasks["items"]:
+        items = (f"{name} ({count:,} items)" if count else name for name, count in tasks["items"].items())
+        parts.append(f"zero-shot {', '.join(items)}")
     return "; ".join(parts)
 
 

@@ -40,14 +40,21 @@ class Tasks:
     """Zero-shot tasks and how much of them.
 
     Attributes:
-        names: of `tasks.TASKS`; none runs no tasks.
+        limits: items of each task, by its name in `tasks.TASKS`; None for all of them.
         data: folder of local files, or None for the hub's.
-        limit: items per task.
     """
 
-    names: tuple[str, ...] = ()
+    limits: dict[str, int | None] = field(default_factory=dict)
     data: Path | None = None
-    limit: int | None = None
+
+    def run(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int, progress: Progress
+    ) -> tuple[TaskScore, ...]:
+        """The scores of every task; see `run_tasks`."""
+        return tuple(
+            run_tasks(model, tokenizer, [name], self.data, limit, length, progress)[0]
+            for name, limit in self.limits.items()
+        )
 
 
 @dataclass(frozen=True)
@@ -194,11 +201,7 @@ class Comparison:
         """The cell with perplexity, if it has none yet, and the tasks' scores."""
         values = dict(vars(cell))
         values["perplexity"] = cell.perplexity or token_perplexity(model, self.evaluation, progress)
-        tasks = self.tasks
-        if tasks.names:
-            length = self.evaluation.shape[1]
-            scores = run_tasks(model, self.tokenizer, tasks.names, tasks.data, tasks.limit, length, progress)
-            values["scores"] = tuple(scores)
+        values["scores"] = self.tasks.run(model, self.tokenizer, self.evaluation.shape[1], progress)
         return Cell(**values)
 
 
