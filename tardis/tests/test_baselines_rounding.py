@@ -15,9 +15,9 @@ from tardis_llm.baselines.magnitude import prune_magnitude
 from tardis_llm.baselines.masks import removed
 from tardis_llm.baselines.rtn import Grid, fit_grid, round_to_nearest
 from tardis_llm.baselines.sparsegpt import prune_sparsegpt
-from tardis_llm.baselines.sweep import inverse_factor, sweep
 from tardis_llm.baselines.wanda import prune_wanda
 from tardis_llm.errors import InvalidInputError
+from tardis_llm.folding.sweep import inverse_factor, sweep
 
 widths = st.sampled_from((2, 3, 4, 8))
 seeds = st.integers(0, 1000)
@@ -60,7 +60,7 @@ def test_the_width_of_a_block_does_not_change_the_sweep(width: int):
     mask = normal(6, 23, seed=5) > 0
 
     def given_mask(at: list[int]):  # type: ignore[no-untyped-def]
-        def rule(columns: Tensor, diagonal: Tensor):  # type: ignore[no-untyped-def]
+        def rule(start: int, columns: Tensor, diagonal: Tensor):  # type: ignore[no-untyped-def]
             start = at[0]
             at[0] += len(columns)
             return lambda j, column: column * mask[:, start + j]
@@ -75,7 +75,7 @@ def test_the_width_of_a_block_does_not_change_the_sweep(width: int):
 def test_a_sweep_that_changes_nothing_gives_the_matrix_back_and_leaves_it_alone():
     w = normal(9, 4).T  # not contiguous, and its transpose is
     before = w.clone()
-    assert torch.equal(sweep(w, hessian_of(9), 4, lambda columns, diagonal: lambda j, column: column), before)
+    assert torch.equal(sweep(w, hessian_of(9), 4, lambda start, columns, diagonal: lambda j, column: column), before)
     prune_sparsegpt(w, hessian_of(9), 0.5)
     assert torch.equal(w, before)
 
@@ -223,7 +223,7 @@ def test_rows_are_compared_by_their_error_on_the_outputs():
 
 
 def test_the_sweep_alone_can_be_worse_than_plain_rounding_and_then_is_not_taken():
-    def rule(columns: Tensor, diagonal: Tensor):  # type: ignore[no-untyped-def]
+    def rule(start: int, columns: Tensor, diagonal: Tensor):  # type: ignore[no-untyped-def]
         grid = fit_grid(columns.T, 3)
         return lambda j, column: grid.nearest(column)
 

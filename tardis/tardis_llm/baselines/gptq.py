@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..folding.sweep import Replace, sweep
 from .rtn import fit_grid, round_to_nearest
-from .sweep import Replace, sweep
 
 
 def quantise_gptq(w: Tensor, hessian: Tensor, bits: int, group: int) -> Tensor:
@@ -26,7 +26,7 @@ def quantise_gptq(w: Tensor, hessian: Tensor, bits: int, group: int) -> Tensor:
         InvalidInputError: the weights are too large for fp16 scales.
     """
 
-    def rule(columns: Tensor, diagonal: Tensor) -> Replace:
+    def rule(start: int, columns: Tensor, diagonal: Tensor) -> Replace:
         grid = fit_grid(columns.T.contiguous(), bits)
         return lambda j, column: grid.nearest(column)
 

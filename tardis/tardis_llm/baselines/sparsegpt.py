@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..folding.sweep import Replace, sweep
 from .masks import removed, smallest
-from .sweep import Replace, sweep
 
 _BLOCK = 128  # columns whose mask is chosen together
 
@@ -23,7 +23,7 @@ def prune_sparsegpt(w: Tensor, hessian: Tensor, sparsity: float, block: int = _B
         block: columns whose mask is chosen together.
     """
 
-    def rule(columns: Tensor, diagonal: Tensor) -> Replace:
+    def rule(start: int, columns: Tensor, diagonal: Tensor) -> Replace:
         mask = smallest((columns / diagonal[:, None]).square(), removed(columns.numel(), sparsity))
         return lambda j, column: column.masked_fill(mask[j], 0)
 

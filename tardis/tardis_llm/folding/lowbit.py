@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InvalidInputError
+from .sweep import Replace, dead_inputs, sweep
 
 _SCALE_CANDIDATES = 40  # scales tried per group, between a fifth of the largest weight and all of it
-_DAMPING = 0.01  # of the mean diagonal, as in GPTQ (arXiv 2210.17323)
 _LEAST_SCALE = 2.0**-24  # the least positive fp16, so that nothing is divided by zero
 _BLOCK = 128  # columns rounded before the rest of the matrix is updated
 _ROWS = 256  # rows handled at once where temporaries as large as the matrix would be slow
@@ -138,26 +138,15 @@ def _nearest(w: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 def _gptq(w: Tensor, scale: Tensor, bits: int, covariance: Tensor) -> Tensor:
     """Codes [h, d] uint8, column by column, each error carried to the columns after it."""
-    inverse = _inverse_cholesky(covariance)
-    rest, scale = w.T.contiguous(), scale.T.contiguous()  # [d, h]: what is a column of w lies together
-    codes = torch.empty_like(rest, dtype=torch.uint8)
-    for columns in torch.arange(len(rest)).split(_BLOCK):
-        first, end = int(columns[0]), int(columns[-1]) + 1
-        errors = torch.empty(end - first, rest.shape[1])
-        for j in range(first, end):
-            codes[j] = _nearest(rest[j], scale[j], bits)
-            level = codes[j].float() - _midpoint(bits)
-            error = (rest[j] - level * scale[j]) / inverse[j, j]
-            rest[j:end].addr_(inverse[j, j:end], error, alpha=-1)
-            errors[j - first] = error
-        rest[end:].addmm_(inverse[first:end, end:].T, errors, alpha=-1)
-    return codes.T.contiguous()
+    rows = scale.T.contiguous()  # [d, h], as the sweep has its columns
 
+    def rule(start: int, block: Tensor, diagonal: Tensor) -> Replace:
+        def replace(j: int, column: Tensor) -> Tensor:
+            at = rows[start + j]
+            return (_nearest(column, at, bits).float() - _midpoint(bits)) * at
 
-def _inverse_cholesky(covariance: Tensor) -> Tensor:
-    """Upper Cholesky factor [d, d] fp32 of the inverse of the damped covariance."""
-    damped = covariance.double().clone()
-    diagonal = damped.diagonal()
-    diagonal += _DAMPING * diagonal.mean() + 1e-12
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+        return replace
+
+    put = sweep(w, covariance, _BLOCK, rule)
+    # what no token of the calibration text had, another text may have
+    return _nearest(torch.where(dead_inputs(covariance), w, put), scale, bits)

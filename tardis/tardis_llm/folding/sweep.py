@@ -1,4 +1,4 @@
-"""The column sweep of SparseGPT (arXiv 2301.00774) and GPTQ (arXiv 2210.17323).
+"""The column sweep of GPTQ (arXiv 2210.17323) and SparseGPT (arXiv 2301.00774).
 
 The columns of W are replaced from left to right, and what each replacement changes in the output is made up for, as
 well as it can be, by the columns not yet replaced:
@@ -18,8 +18,8 @@ _DAMPING = 0.01  # of the mean diagonal
 
 #: what stands for column `j` of a block, given the column [out] as updated by then
 Replace = Callable[[int, Tensor], Tensor]
-#: looks at a block [width, out] of W^T, as updated by then, and at its part [width] of the diagonal of U
-Rule = Callable[[Tensor, Tensor], Replace]
+#: looks at the block that starts at a column: W^T [width, out] as updated by then, and its part [width] of U's diagonal
+Rule = Callable[[int, Tensor, Tensor], Replace]
 
 
 def dead_inputs(hessian: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def sweep(w: Tensor, hessian: Tensor, width: int, rule: Rule) -> Tensor:
     for start in range(0, len(rest), width):
         end = min(start + width, len(rest))
         block, within = rest[start:end], factor[start:end, start:end]
-        errors = _sweep_block(block, within, rule(block, within.diagonal()))
+        errors = _sweep_block(block, within, rule(start, block, within.diagonal()))
         rest[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
     return rest.T.contiguous()
 
