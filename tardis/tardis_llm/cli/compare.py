@@ -24,7 +24,7 @@ from ..evaluation.compare import Cell, Comparison, Row, Tasks, as_records, row
 from ..evaluation.curves import plot_curves
 from ..evaluation.methods import DENSE, Method, parse
 from ..evaluation.perplexity import windows_of
-from ..evaluation.tasks import Metric, check_tasks
+from ..evaluation.tasks import ACCURACIES, TASKS, Metric, check_tasks
 from ..loading import load_config, load_dense, load_tokenizer, window_length
 from ..workspace import digest
 from . import output as show
@@ -119,6 +119,8 @@ def _tasks(names: str, data: Path | None, limit: int) -> Tasks:
             raise InvalidInputError(f"--tasks has {part!r}; write for example blimp:2010.")
         limits[name] = int(items or limit) or None
         check_tasks([name], data, limits[name])
+        if TASKS[name].headline not in ACCURACIES:
+            raise InvalidInputError(f"{name} has no accuracy to compare; give its text as --eval-text.")
     return Tasks(limits, data)
 
 

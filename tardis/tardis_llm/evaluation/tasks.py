@@ -20,7 +20,8 @@ from ..integrations.lm_eval import check_available, harness_model, quiet
 from ..session import Progress
 
 _FOLDER = Path(__file__).parent / "harness_tasks"
-_MEANS = ("acc", "acc_norm")  # metrics that are the mean of one value per item
+#: metrics that are the mean of one value per item
+ACCURACIES = ("acc", "acc_norm")
 
 
 class Task(NamedTuple):
@@ -227,14 +228,14 @@ def _score(name: str, samples: list[dict[str, Any]]) -> TaskScore:
     headline = TASKS[name].headline
     metrics = {metric: _metric(metric, [sample[metric] for sample in samples]) for metric in samples[0]["metrics"]}
     first = metrics.pop(headline)
-    correct = tuple(float(sample[headline]) for sample in samples) if headline in _MEANS else ()
+    correct = tuple(float(sample[headline]) for sample in samples) if headline in ACCURACIES else ()
     return TaskScore(name, headline, *first, len(samples), metrics, correct)
 
 
 def _metric(name: str, values: list[Any]) -> Metric:
     """A metric of all items and its standard error. For accuracies both are lm-eval's; for perplexities, which lm-eval
     resamples, the error is that of the mean logarithm by the delta method."""
-    if name in _MEANS:
+    if name in ACCURACIES:
         return _mean(values)
     losses, counts = zip(*(value if isinstance(value, tuple) else (value, 1) for value in values), strict=True)
     mean = sum(losses) / sum(counts)

@@ -1,0 +1,344 @@
+"""Make docs/results.md, its pictures and the README's table out of measured results. No figure is typed by hand.
+
+    python benchmarks/results.py [--compare DIR] [--ablation-file FILE]
+
+`DIR` is the output of `tardis compare`, of which compare.json and table.csv are read; `FILE` that of
+`benchmarks/ablation.py`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import typer
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+import ablation
+from tardis_llm.evaluation.compare import Row, from_records
+from tardis_llm.evaluation.curves import plot_curves
+from tardis_llm.evaluation.plots import STYLE
+from tardis_llm.evaluation.tasks import Metric
+
+ROOT = Path(__file__).parent.parent
+COMPARE, ABLATION = ROOT / "benchmarks/results/compare", ROOT / "benchmarks/results/ablation.json"
+PAGE, README, IMAGES = ROOT / "docs/results.md", ROOT / "README.md", ROOT / "docs/images"
+BEGIN, END = "<!-- results: made by benchmarks/results.py -->", "<!-- end of results -->"
+
+HEAD = """# Results
+
+Every figure on this page is measured, and the page is made by a script:
+
+    tardis compare MODEL -o benchmarks/results/compare --text FILE... --eval-text FILE --tasks {tasks} --task-data DIR
+    python benchmarks/ablation.py MODEL --wikipedia FILE... --novels FILE... --evaluation FILE --lambada FILE
+    python benchmarks/results.py
+
+The model is small and undertrained: these figures compare methods with each other, on one model, and say nothing of
+what a model of billions of parameters would lose.
+
+## Methods side by side
+
+{title}
+
+`touched`: bytes read for a token at batch 1; `resident`: bytes kept in memory; both of the weights in scope ({scope}),
+with mask indices (a bitmap), scales, zero points, ranges, lines and biases counted, as shares of the dense model's in
+{dtype}. A reduction behind @ is for folds the share of bytes no longer read, and for masks the share of weights that
+are zero. `/ dense`: the ratio of perplexities, with its standard error paired by window. `fixed`: share of neurons
+corrected per token. All measured on the evaluation text. `tardis-paper` is nearest to the published method: coverage
+ranges, no refit, 2-bit predictor; `tardis-int8` and `tardis-int4` are stacked with quantisation: fold and fallback
+weights in 8 or 4 bits, with the predictor's bits serving as the fallback's highest. They are packed as they would be
+stored, and unpacked before each product.
+
+![Perplexity and accuracy against bytes](images/compare.png)
+"""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A comparison as its directory has it.
+
+    Attributes:
+        record: compare.json.
+        rows: of table.csv, the dense model first.
+    """
+
+    record: dict[str, Any]
+    rows: list[Row]
+
+    @classmethod
+    def read(cls, directory: Path) -> Compared:
+        """From the directory."""
+        record = json.loads((directory / "compare.json").read_text())
+        with (directory / "table.csv").open(newline="", encoding="utf-8") as file:
+            return cls(record, from_records(list(csv.DictReader(file)), list(record["tasks"]["items"])))
+
+    @property
+    def title(self) -> str:
+        """Model, data and versions."""
+        record, software = self.record, self.record["software"]
+        evaluation, calibration = record["evaluation"], record["calibration"]
+        items = (f"{name} ({'all' if n is None else f'{n:,}'} items)" for name, n in record["tasks"]["items"].items())
+        return (
+            f"{record['model']['name']} in {record['model']['dtype']}; token perplexity on {evaluation['file']}, "
+            f"{evaluation['tokens']:,} tokens in windows of {evaluation['window']}, evenly spread; zero-shot "
+            f"{', '.join(items)} by lm-eval; {calibration['tokens']:,} + {calibration['heldout_tokens']:,} calibration "
+            f"tokens of {', '.join(calibration['files'])}; torch {software['torch']}, transformers "
+            f"{software['transformers']}, {record['threads']} thread{'s' * (record['threads'] > 1)}."
+        )
+
+    def find(self, label: str) -> Row:
+        """The row of a method."""
+        return next(row for row in self.rows if row.method.label == label)
+
+    def of(self, *names: str) -> list[Row]:
+        """The rows of methods whose names begin so, by rising bytes touched."""
+        found = (row for row in self.rows if row.method.name.startswith(names) and not row.infeasible)
+        return sorted(found, key=lambda row: row.touched)
+
+
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Markdown."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines])
+
+
+def ratio(row: Row) -> str:
+    """Of perplexities, with its standard error."""
+    return f"{row.ratio:.4f} ± {row.ratio_error:.4f}" if row.ratio < 10 else f"{row.ratio:.1f} ± {row.ratio_error:.1f}"
+
+
+def percent(metric: Metric) -> str:
+    """An accuracy in percent, with its standard error."""
+    return f"{100 * metric.value:.1f} ± {100 * metric.standard_error:.1f}"
+
+
+def compared_table(compared: Compared) -> str:
+    """Every method."""
+    tasks = list(compared.record["tasks"]["items"])
+    head = ["method", "perplexity", "/ dense", "touched", "resident", "fixed", "seconds", *(f"{t}, %" for t in tasks)]
+    lines = []
+    for row in compared.rows:
+        if row.infeasible:
+            lines.append([row.method.label, "does not fit", *[""] * (len(head) - 2)])
+            continue
+        fixed = "" if row.fix_rate is None else f"{row.fix_rate:.1%}"
+        sizes = f"{row.touched:.1%}", f"{row.resident:.1%}"
+        scores = (percent(row.scores[task]) for task in tasks)
+        lines.append(
+            [row.method.label, f"{row.perplexity:.2f}", ratio(row), *sizes, fixed, f"{row.seconds:.0f}", *scores]
+        )
+    return table(head, lines)
+
+
+def against_masks(compared: Compared) -> str:
+    """What folding in the model's dtype loses, beside masks at the same reduction."""
+    names = ("sparsegpt", "owl-sparsegpt", "wanda", "owl-wanda", "ria", "magnitude")
+    lines = []
+    for fold in compared.of("tardis"):
+        if fold.method.name != "tardis":
+            continue
+        masks = [compared.find(f"{name}@{fold.method.reduction:g}") for name in names]
+        losses = (f"{(mask.ratio - 1) / (fold.ratio - 1):.1f}x ({mask.touched:.0%})" for mask in masks)
+        lines.append([f"{fold.method.reduction:g}", ratio(fold), f"{fold.touched:.1%}", *losses])
+    head = ["reduction", "TARDIS, / dense", "touched", *names]
+    return "\n\n".join(
+        [
+            "How many times more than TARDIS in bf16 each mask adds to the perplexity at the same reduction; in "
+            "brackets the bytes that the mask touches, which are more, as its index is read too.",
+            table(head, lines),
+        ]
+    )
+
+
+def against_quantisers(compared: Compared) -> str:
+    """At the bytes of each quantiser, the best fold that touches no more."""
+    folds = [row for row in compared.of("tardis") if row.method.name != "tardis-paper"]
+    lines = []
+    wins = 0
+    rivals = compared.of("gptq", "rtn", "affine")
+    for rival in rivals:
+        within = [fold for fold in folds if fold.touched <= rival.touched + 1e-4]
+        if not within:
+            lines.append([rival.method.label, f"{rival.touched:.1%}", ratio(rival), "no fold so small", "", "", ""])
+            continue
+        best = min(within, key=lambda fold: fold.ratio)
+        below = best.ratio < rival.ratio
+        wins += below
+        own = [best.method.label, f"{best.touched:.1%}", ratio(best), "yes" if below else "**no**"]
+        lines.append([rival.method.label, f"{rival.touched:.1%}", ratio(rival), *own])
+    head = [
+        "method",
+        "touched",
+        "/ dense",
+        "best fold in no more bytes",
+        "its touched",
+        "its / dense",
+        "fold is better",
+    ]
+    return "\n\n".join(
+        [
+            "Quantisation is the rival that people would pick. For each quantiser the best fold that touches no more "
+            f"bytes: it is better in {wins} of {len(rivals)}. Resident, a stacked fold is larger than a quantised FFN "
+            "of the same bytes touched: it keeps what it does not read.",
+            table(head, lines),
+        ]
+    )
+
+
+def zero_shot(compared: Compared) -> str:
+    """Paired changes of accuracy against the dense model."""
+    tasks = list(compared.record["tasks"]["items"])
+    labels = [row for row in compared.rows if row.changes and row.method.reduction in (0.7, 0.8)]
+    labels += [row for row in compared.rows if row.changes and row.method.reduction is None and row.ratio != 1]
+    dense = compared.rows[0]
+    lines = []
+    for row in labels:
+        changes = []
+        for task in tasks:
+            change, error = 100 * row.changes[task].value, 100 * row.changes[task].standard_error
+            within = abs(row.changes[task].value) <= dense.scores[task].standard_error
+            changes.append(f"{change:+.1f} ± {error:.1f}{'' if within else ' (!)'}")
+        lines.append([row.method.label, *changes])
+    errors = ", ".join(f"{task} {percent(dense.scores[task])}" for task in tasks)
+    return "\n\n".join(
+        [
+            f"Zero-shot accuracy less the dense model's, in points, with the standard error paired by item; (!) where "
+            f"the change is more than one standard error of the dense model's own accuracy. Dense: {errors}.",
+            table(["method", *tasks], lines),
+        ]
+    )
+
+
+def ablation_tables(results: dict[str, Any]) -> Iterator[str]:
+    """One table per group."""
+    groups: dict[str, list[ablation.Cell]] = {}
+    for cell in ablation.cells():
+        groups.setdefault(cell.group, []).append(cell)
+    names = results["evaluations"]
+    head = ["", *(f"/ dense on {name}" for name in names), "touched", "resident", "fixed", "predictor bits", "seconds"]
+    for group, cells in groups.items():
+        lines = []
+        for cell in cells:
+            found = results["cells"].get(cell.key)
+            if found is None:
+                continue
+            ratios = (f"{found['ratio'][name]:.4f} ± {found['ratio_error'][name]:.4f}" for name in names)
+            sizes = f"{found['touched']:.2%}", f"{found['resident']:.1%}", f"{found['fix_rate']:.2%}"
+            bits = " ".join(map(str, found["bits"]))
+            lines.append([cell.name, *ratios, *sizes, bits, f"{found['seconds']:.0f}"])
+        if lines:
+            yield f"### {group}\n\n{table(head, lines)}"
+
+
+def plot_calibration(results: dict[str, Any], path: Path) -> None:
+    """What more calibration text is worth."""
+    cells = [cell for cell in ablation.cells() if cell.group.startswith("Calibration tokens")]
+    found = [(cell.tokens, results["cells"][cell.key]) for cell in cells if cell.key in results["cells"]]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        for name, colour in zip(results["evaluations"], ("#0072B2", "#D55E00"), strict=True):
+            y, errors = [f["ratio"][name] for _, f in found], [f["ratio_error"][name] for _, f in found]
+            axes.errorbar([t for t, _ in found], y, yerr=errors, label=name, color=colour, marker="o")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([t for t, _ in found])
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1024:.0f}k"))
+        axes.set_xlabel("calibration tokens")
+        axes.set_ylabel("perplexity / dense")
+        axes.set_title("bf16, reduction 0.78")
+        axes.legend()
+        figure.savefig(path, dpi=110)
+
+
+def readme_part(compared: Compared) -> str:
+    """The README's table, plot and command."""
+    wanted = [
+        ("dense", "dense bf16"),
+        ("gptq4-g128", "GPTQ, 4 bits, groups of 128"),
+        ("tardis-int8@0.75", "TARDIS, int8 fold and fallback"),
+        ("gptq3-g128", "GPTQ, 3 bits, groups of 128"),
+        ("tardis-int4@0.83", "TARDIS, int4 fold and fallback"),
+        ("gptq2-g128", "GPTQ, 2 bits, groups of 128"),
+        ("tardis-int4@0.875", "TARDIS, int4 fold and fallback"),
+        ("tardis-int4@0.915", "TARDIS, int4 fold and fallback"),
+        ("tardis@0.8", "TARDIS, bf16"),
+        ("tardis@0.78", "TARDIS, bf16"),
+        ("tardis-paper@0.78", "fold as published, bf16"),
+        ("sparsegpt@0.8", "SparseGPT, 80 % of the weights"),
+        ("ria@0.8", "RIA, 80 % of the weights"),
+        ("wanda@0.8", "Wanda, 80 % of the weights"),
+    ]
+    lines = []
+    for label, name in wanted:
+        row = compared.find(label)
+        accuracy = percent(row.accuracy) if row.accuracy else ""
+        lines.append([name, f"{row.perplexity:.2f}", ratio(row), accuracy, f"{row.touched:.1%}", f"{row.resident:.1%}"])
+    head = ["FFNs", "perplexity", "/ dense", "zero-shot, %", "bytes touched", "bytes resident"]
+    return "\n\n".join(
+        [
+            f"{compared.title} Zero-shot is the mean of the tasks. Bytes are those of the FFNs, everything counted.",
+            table(head, lines),
+            "![Perplexity and accuracy against bytes](docs/images/compare.png)",
+            "All methods, the ablation of every default, and the commands that remake them are in "
+            "[docs/results.md](docs/results.md).",
+        ]
+    )
+
+
+def replace_part(text: str, part: str) -> str:
+    """The text with what is between `BEGIN` and `END` replaced."""
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n\n{part}\n\n{END}{after}"
+
+
+def page(compared: Compared, results: dict[str, Any]) -> str:
+    """docs/results.md."""
+    record = compared.record
+    scope = {"ffn": "the FFNs", "all": "all linear layers of the blocks"}[record["scope"]]
+    tasks = ",".join(f"{name}:{n}" if n else name for name, n in record["tasks"]["items"].items())
+    head = HEAD.format(tasks=tasks, title=compared.title, scope=scope, dtype=record["model"]["dtype"])
+    return (
+        "\n\n".join(
+            [
+                head.rstrip(),
+                compared_table(compared),
+                "## Against masks",
+                against_masks(compared),
+                "## Against quantisation",
+                against_quantisers(compared),
+                "## Zero-shot",
+                zero_shot(compared),
+                "## What each choice is worth",
+                f"{results['title']}. One setting changed at a time; every row a fold of its own, its ratio to dense "
+                "with a standard error paired by window. Where nothing else is said: error ranges, refit, predictor "
+                "bits chosen for each layer, 65,536 calibration tokens of both texts. `FoldConfig`'s defaults are the "
+                "winners.",
+                "![Perplexity against calibration tokens](images/calibration.png)",
+                *ablation_tables(results),
+            ]
+        )
+        + "\n"
+    )
+
+
+def main(compare: Path = COMPARE, ablation_file: Path = ABLATION) -> None:
+    """Write the page, the pictures and the README's part."""
+    compared, results = Compared.read(compare), json.loads(ablation_file.read_text())
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    model, evaluation = compared.record["model"]["name"], compared.record["evaluation"]
+    plot_curves(
+        compared.rows, IMAGES / "compare.png", f"{model}, {evaluation['tokens']:,} tokens of {evaluation['file']}"
+    )
+    plot_calibration(results, IMAGES / "calibration.png")
+    PAGE.write_text(page(compared, results), encoding="utf-8")
+    README.write_text(replace_part(README.read_text(encoding="utf-8"), readme_part(compared)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)
