@@ -4,7 +4,8 @@
     *.safetensors   every dense tensor under its own name, and `<ffn>.tardis.*` per folded FFN
     tardis.json     the report of the fold, versions, and the SHA-256 of every tensor
 
-W1 and W2 stay under their own names, so a loader that does not know TARDIS gets the exact dense model.
+W1 and W2 stay under their own names, so a loader that does not know TARDIS gets the exact dense model. Where low-bit
+fallback weights stand for them, they are empty tensors, at whose shape such a loader stops.
 """
 
 from __future__ import annotations
@@ -101,11 +102,6 @@ class LayerFormat:
             fallback_bits=fallback.down.bits if fallback else None,
         )
 
-    @property
-    def stacked(self) -> bool:
-        """Whether more than the predictor is stored in few bits."""
-        return bool(self.fold_bits or self.fallback_bits)
-
     def empty(self, d: int, h: int, dtype: torch.dtype, device: torch.device) -> FoldedFFN:
         """A folded FFN of this format without content.
 
@@ -150,7 +146,7 @@ def save_folded(
         max_shard_size: of one file, as transformers spells it.
 
     Raises:
-        InvalidInputError: the model has no folded FFN, or low-bit folds or fallback weights.
+        InvalidInputError: the model has no folded FFN.
         OSError, SafetensorError: the disk is full or cannot be written; `directory` keeps what it had.
     """
     mark_folded(model, report.calibration)
@@ -173,11 +169,6 @@ def mark_folded(model: PreTrainedModel, calibration: dict[str, Any]) -> None:
     formats = {name: vars(LayerFormat.of(ffn)) for name, ffn in folded_ffns(model).items()}
     if not formats:
         raise InvalidInputError("the model has no folded FFN to save; fold it first with tardis_llm.fold.")
-    if any(LayerFormat(**values).stacked for values in formats.values()):
-        raise InvalidInputError(
-            "folds with low-bit parts can be measured, but this version cannot save them; fold with fold_bits=None and "
-            "fallback_bits=None."
-        )
     config = CheckpointConfig(layers=formats, calibration=calibration)
     model.config.quantization_config = config
     model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)

@@ -9,6 +9,8 @@ from .errors import InvalidInputError
 
 Policy = Literal["error", "coverage"]
 Rounding = Literal["gptq", "nearest"]
+#: of a stored part, as the command line has it
+Precision = Literal["bf16", "int8", "int4"]
 
 #: version of the checkpoint format that this package writes, and the newest that it reads
 FORMAT_VERSION = 1

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import Result, assert_refused
 from folds import SETTINGS, logits, text
 from models import tiny_model
+from safetensors.torch import load_file
 from synthetic import correlated, fallback, fitted, forward, normal, random_ffn
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from tardis_llm import FoldConfig, fold
 from tardis_llm.architectures import FFNWeights
@@ -144,7 +152,7 @@ def _all(ffns: dict, prefix: str) -> int:  # type: ignore[type-arg]
     return ffns[prefix].fallback.nbytes
 
 
-def test_an_interrupted_stacked_fold_resumes_to_the_same_bytes(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_an_interrupted_stacked_fold_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     whole, resumed = tiny_model("gpt2"), tiny_model("gpt2")
     fold(whole, text(), STACKED)
 
@@ -159,12 +167,48 @@ def test_an_interrupted_stacked_fold_resumes_to_the_same_bytes(tmp_path) -> None
         assert torch.equal(one, other), key
 
 
-def test_stacked_folds_are_not_saved_as_something_else(tmp_path) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("settings", [STACKED, replace(SETTINGS, fold_bits=4), replace(SETTINGS, fallback_bits=8)])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "falcon", "gpt_neox"])
+def test_stacked_folds_load_as_they_were_saved(name: str, settings: FoldConfig, tmp_path: Path) -> None:
+    model = tiny_model(name)
+    report = fold(model, text(), settings)
+    save_folded(model, report, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    stored = {key: tensor for file in tmp_path.glob("*.safetensors") for key, tensor in load_file(file).items()}
+    ffn = sum(tensor.nbytes for key, tensor in stored.items() if ".tardis." in key or ".mlp." in key or ".fc" in key)
+    down_biases = sum(tensor.nbytes for key, tensor in stored.items() if "fc2.bias" in key or "proj.bias" in key)
+    assert settings.fallback_bits is None or 0 <= ffn - report.resident <= max(down_biases, 3 * 64 * 4)
+
+
+def test_without_tardis_a_stacked_checkpoint_does_not_load(tmp_path: Path) -> None:
     model = tiny_model("gpt2")
-    report = fold(model, text(), STACKED)
-    with pytest.raises(InvalidInputError, match="cannot save"):
-        save_folded(model, report, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    save_folded(model, fold(model, text(), STACKED), tmp_path)
+    code = f"from transformers import AutoModelForCausalLM as M; M.from_pretrained({str(tmp_path)!r}); print('loaded')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode != 0
+    assert "loaded" not in done.stdout
+    assert "size" in done.stderr
+    assert "c_fc.weight" in done.stderr
+
+
+def test_the_command_line_makes_stacked_checkpoints(
+    tardis: Callable[..., Result], fold: Callable[..., Result], tiny_text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    result = fold("--fold-dtype", "int8", "--fallback", "int4", "--dtype", "bfloat16", "--json", out=out)
+    assert result.code == 0
+    report = json.loads(result.out)["report"]
+    assert (report["config"]["fold_bits"], report["config"]["fallback_bits"]) == (8, 4)
+    assert report["totals"]["resident"] < 0.6 * report["totals"]["dense"]
+    evaluated = json.loads(tardis("eval", out, "--text", tiny_text, "--json").out)
+    assert evaluated["ffn"]["resident"] == report["totals"]["resident"]
+    assert tardis("inspect", out, "--plot", tmp_path / "plot.png").code == 0
+    assert tardis("generate", out, "abc", "--max-new-tokens", 4).code == 0
+
+
+def test_parts_in_bf16_of_a_model_in_another_dtype_are_refused(fold: Callable[..., Result]) -> None:
+    assert_refused(fold("--fold-dtype", "bf16"), "the model is in float32; add --dtype bfloat16")
 
 
 @pytest.mark.parametrize(

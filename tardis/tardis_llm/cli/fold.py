@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.markup import escape
 from torch import Tensor
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..architectures import family_of
 from ..calibration.text import Windows, read_windows
 from ..checkpoint import save_folded
-from ..config import FoldConfig, Policy, Rounding
+from ..config import FoldConfig, Policy, Precision, Rounding
 from ..errors import InvalidInputError
 from ..evaluation.generation import generate
 from ..evaluation.self_check import SelfCheck, Verdict
@@ -27,6 +28,8 @@ from .options import AsJson, Dtype, ModelName, Texts
 from .place import check_output, check_space
 
 _REFUSED = 2  # exit code
+#: bits per weight; None is the model's dtype
+BITS: dict[Precision | None, int | None] = {None: None, "bf16": None, "int8": 8, "int4": 4}
 _PROMPT, _ANSWER = 24, 32  # tokens of the greedy sample
 _DEFAULT = FoldConfig()
 
@@ -48,7 +51,14 @@ def fold(
         int | None, typer.Option(help="1, 2, 3, 4 or 8; the best for each layer without.", show_default=False)
     ] = None,
     group_size: Annotated[int, typer.Option(help="Predictor weights per scale.")] = _DEFAULT.group_size,
-    rounding: Annotated[Rounding, typer.Option(help="Of the predictor.")] = "gptq",
+    rounding: Annotated[Rounding, typer.Option(help="Of the predictor, and of what else is rounded.")] = "gptq",
+    fold_dtype: Annotated[
+        Precision | None, typer.Option(help="Of the stored fold; as the model without.", show_default=False)
+    ] = None,
+    fallback: Annotated[
+        Precision | None,
+        typer.Option(help="Of what fixing reads; as the model without.", show_default=False),
+    ] = None,
     refit: Annotated[bool, typer.Option(help="Solve the fold anew for what fixing leaves.")] = True,
     tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = _DEFAULT.tokens,
     sequence_length: Annotated[
@@ -76,6 +86,8 @@ def fold(
         predictor_bits=predictor_bits,
         group_size=group_size,
         rounding=rounding,
+        fold_bits=BITS[fold_dtype],
+        fallback_bits=BITS[fallback],
         refit=refit,
         tokens=tokens,
         sequence_length=sequence_length,
@@ -86,6 +98,7 @@ def fold(
     )
     check_output(directory, model, force, resume)
     loaded, tokenizer, windows = _load(model, text, config, dtype)
+    _check_precision(loaded, fold_dtype, fallback)
     check_space(directory, loaded)
     report, verdict = _fold_and_check(loaded, windows, config, directory, resume)
     sample = _sample(loaded, tokenizer, windows.heldout)
@@ -141,6 +154,15 @@ def _load(
     if found < config.tokens - length:
         show.warn(f"the text has {found:,} tokens, fewer than the {config.tokens:,} asked for.")
     return loaded, tokenizer, windows
+
+
+def _check_precision(model: PreTrainedModel, *wanted: Precision | None) -> None:
+    """Raise InvalidInputError where bf16 is asked for and the model is something else."""
+    if "bf16" in wanted and model.dtype != torch.bfloat16:
+        raise InvalidInputError(
+            f"parts in bf16 are asked for, but the model is in {str(model.dtype).removeprefix('torch.')}; add --dtype "
+            "bfloat16."
+        )
 
 
 def _fold_and_check(

@@ -176,7 +176,7 @@ def legend() -> str:
     return (
         "[dim]fixed: share of neurons corrected per token. error: squared error of the FFN output over its variance; "
         "linearity: the same for the best affine map with no fixing. touched: FFN bytes read per token at batch 1, "
-        "everything counted. resident: FFN bytes kept in memory, dense fallback weights included. Shares are of the "
+        "everything counted. resident: FFN bytes kept in memory, fallback weights included. Shares are of the "
         "dense FFN bytes.[/]"
     )
 

@@ -38,10 +38,9 @@ class TardisQuantizer(HfQuantizer):
             raise CheckpointError(
                 f"config.json folds {unknown[0]}, which this model does not have; copy config.json anew, or fold again."
             )
+        expected = [key for name, values in layers.items() for key in _install_empty(model, name, sites[name], values)]
         if checkpoint_files:
-            verify([Path(file) for file in checkpoint_files], _expected(layers, sites))
-        for name, values in layers.items():
-            _install_empty(model, sites[name], values)
+            verify([Path(file) for file in checkpoint_files], expected)
         return model
 
     def is_serializable(self, safe_serialization: Any = None) -> bool:
@@ -61,7 +60,8 @@ def _name_in(layers: dict[str, Any], model: PreTrainedModel, site: FFNSite) -> s
     return next((name for name in names if name in layers), site.prefix)
 
 
-def _install_empty(model: PreTrainedModel, site: FFNSite, values: dict[str, Any]) -> None:
+def _install_empty(model: PreTrainedModel, name: str, site: FFNSite, values: dict[str, Any]) -> list[str]:
+    """Put an empty folded FFN at `site`; returns what its tensors, kept weights included, are called in the files."""
     try:
         layer = LayerFormat(**values)
     except TypeError as error:
@@ -70,16 +70,11 @@ def _install_empty(model: PreTrainedModel, site: FFNSite, values: dict[str, Any]
             "(pip install -U tardis-llm), or fold again."
         ) from error
     weight = site.weights().w1
-    install(model, site, layer.empty(site.hidden_size, site.intermediate_size, weight.dtype, weight.device))
-
-
-def _expected(layers: dict[str, Any], sites: dict[str, FFNSite]) -> list[str]:
-    """Names in the files of every tensor of the folded FFNs, fallback weights included."""
-    added = ("fold.weight", "fold.bias", "predictor.planes", "predictor.scale", "low", "high", "slope", "offset")
-    names = [f"{name}.tardis.{part}" for name in layers for part in added]
-    for name in layers:
-        site = sites[name]
-        for part_name, part in ((site.up_name, site.up), (site.down_name, site.down)):
-            in_file = name + part_name.removeprefix(site.prefix)
-            names += [f"{in_file}.{key}" for key, _ in part.named_parameters()]
-    return names
+    ffn = layer.empty(site.hidden_size, site.intermediate_size, weight.dtype, weight.device)
+    install(model, site, ffn)
+    kept = (
+        f"{name}{part_name.removeprefix(site.prefix)}.{key}"
+        for part_name, part in ((site.up_name, site.up), (site.down_name, site.down))
+        for key, _ in part.named_parameters()
+    )
+    return [*(f"{name}.tardis.{key}" for key in ffn.state_dict()), *kept]

@@ -154,7 +154,8 @@ class KeptLinear(nn.Module):
     Args:
         linear: whose weights to keep.
         transposed: whether it stores its weight as [in, out].
-        stacked: whether low-bit weights stand for the weight, so that only the bias is kept.
+        stacked: whether low-bit weights stand for the weight. It is then empty, but there: a loader that does not know
+            TARDIS stops at its shape, where it would draw a missing one at random.
     """
 
     weight: Tensor
@@ -164,8 +165,9 @@ class KeptLinear(nn.Module):
         super().__init__()
         self.transposed = transposed
         for name in ("weight", "bias"):
-            kept = None if stacked and name == "weight" else getattr(linear, name)
-            self.register_parameter(name, kept)
+            self.register_parameter(name, getattr(linear, name))
+        if stacked:
+            self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
 
     @property
     def matrix(self) -> Tensor:
