@@ -81,7 +81,7 @@ class Compared:
     @property
     def title(self) -> str:
         """Model, data and versions."""
-        record, software = self.record, self.record["software"]
+        record, software, machine = self.record, self.record["software"], self.record["machine"]
         evaluation, calibration = record["evaluation"], record["calibration"]
         items = (f"{name} ({'all' if n is None else f'{n:,}'} items)" for name, n in record["tasks"]["items"].items())
         return (
@@ -89,7 +89,7 @@ class Compared:
             f"{evaluation['tokens']:,} tokens in windows of {evaluation['window']}, evenly spread; zero-shot "
             f"{', '.join(items)} by lm-eval; {calibration['tokens']:,} + {calibration['heldout_tokens']:,} calibration "
             f"tokens of {', '.join(calibration['files'])}; torch {software['torch']}, transformers "
-            f"{software['transformers']}, {record['threads']} thread{'s' * (record['threads'] > 1)}."
+            f"{software['transformers']}; {machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}."
         )
 
     def find(self, label: str) -> Row:

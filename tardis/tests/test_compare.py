@@ -178,7 +178,7 @@ def test_an_interrupted_comparison_keeps_its_cells_and_goes_on_with_the_fold(
 
 def test_another_comparison_does_not_go_into_the_same_directory(tmp_path: Path):
     comparison(tmp_path)
-    comparison(tmp_path)
+    comparison(tmp_path, record={"what": {"is": "compared"}, "machine": {"threads": 2}})
     with pytest.raises(InvalidInputError, match=r"different comparison: what\.is was .compared. and is now .other."):
         comparison(tmp_path, record={"what": {"is": "other"}})
 

@@ -27,7 +27,7 @@ RECORD = {
     "tasks": {"items": {"blimp": 2010, "lambada": None}, "local": True},
     "scope": "ffn",
     "software": {"tardis": "0", "torch": "2", "transformers": "5"},
-    "threads": 2,
+    "machine": {"cpu": "a processor", "threads": 2},
 }
 #: perplexity over dense, and bytes touched
 MEASURED = {

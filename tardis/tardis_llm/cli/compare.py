@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -162,13 +163,21 @@ def _prepare(
         "fold": {name: value for name, value in config.as_dict().items() if name != "reduction"},
         "scope": scope,
         "software": {"tardis": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        "threads": torch.get_num_threads(),
+        "machine": {"cpu": _cpu(), "threads": torch.get_num_threads()},
     }
 
     def load() -> PreTrainedModel:
         return load_dense(model, dtype)
 
     return Comparison(load, tokenizer, calibration, evaluation, tasks, config, scope, directory, record)
+
+
+def _cpu() -> str:
+    """Name of the processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def _spread(windows: Tensor, tokens: int) -> Tensor:

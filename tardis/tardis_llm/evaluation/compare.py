@@ -119,7 +119,8 @@ class Comparison:
         config: settings of folds.
         scope: "ffn", or "all" for baselines that compress every linear layer of the blocks.
         directory: of the results.
-        record: what the comparison is of, in plain values: a directory is only gone on with if it agrees.
+        record: what the comparison is of, in plain values: a directory is only gone on with if it agrees, but for
+            "machine", which may change.
     """
 
     load: Callable[[], PreTrainedModel]
@@ -140,7 +141,8 @@ class Comparison:
         """
         path = self.directory / RECORD
         if path.exists():
-            changed = list(differences(read_json(path), self.record))
+            found = {**read_json(path), "machine": self.record.get("machine")}
+            changed = list(differences(found, self.record))
             if changed:
                 raise InvalidInputError(
                     f"{self.directory} holds a different comparison: {'; '.join(changed)}. Use the same settings, or "
