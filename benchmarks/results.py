@@ -89,7 +89,7 @@ class Compared:
             f"{evaluation['tokens']:,} tokens in windows of {evaluation['window']}, evenly spread; zero-shot "
             f"{', '.join(items)} by lm-eval; {calibration['tokens']:,} + {calibration['heldout_tokens']:,} calibration "
             f"tokens of {', '.join(calibration['files'])}; torch {software['torch']}, transformers "
-            f"{software['transformers']}; {machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}."
+            f"{software['transformers']}; {machine['cpu']}, threads: {machine['threads']}."
         )
 
     def find(self, label: str) -> Row:
