@@ -104,7 +104,7 @@ def _accuracy(axes: Axes, rows: list[Row], share: str) -> None:
     for row in rows:
         if row.method.name == DENSE and row.accuracy:
             axes.axhline(row.accuracy.value, color="#808080", linewidth=0.8, linestyle=(0, (4, 3)))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
     axes.set_ylabel("accuracy, mean of the tasks")
     axes.set_title(f"Zero-shot accuracy against bytes {share}")
     _bytes_axis(axes, share)
