@@ -17,11 +17,12 @@ from transformers import PreTrainedModel
 
 from ..architectures import FFNSite, find_ffns, set_module
 from ..calibration.moments import SecondMoments, chunks
+from ..calibration.stream import Stream
 from ..calibration.text import Windows
 from ..errors import InvalidInputError
 from ..folding.refit import Spectrum, refit
 from ..session import Progress
-from .inputs import Walk, finite_rows
+from .inputs import finite_rows, stream_of
 from .matrices import find_matrices
 from .report import BaselineReport, MatrixReport
 
@@ -72,15 +73,15 @@ def replace_by_affine(model: PreTrainedModel, windows: Windows, progress: Progre
     find_matrices(model, "ffn")  # checks the weights of all before any is replaced
     sites, rows = find_ffns(model), []
     with tempfile.TemporaryDirectory() as scratch:
-        walks = [Walk.start(model, ids, scratch) for ids in (windows.fit, windows.heldout)]
+        streams = [stream_of(model, ids, scratch) for ids in (windows.fit, windows.heldout)]
         for done, site in enumerate(sites):
             if progress:
                 progress(_STAGE, done, len(sites))
-            fit, heldout = (_moments(site, walk) for walk in walks)
+            fit, heldout = (_moments(site, stream) for stream in streams)
             rows.append(install(model, site, *best_affine(fit, heldout, site.weights().w1.dtype)))
             if done + 1 < len(sites):
-                for walk in walks:
-                    walk.advance()
+                for stream in streams:
+                    stream.advance()
     if progress:
         progress(_STAGE, len(sites), len(sites))
     return BaselineReport(NAME, "ffn", None, windows.fit.numel(), rows)
@@ -99,8 +100,8 @@ def install(model: nn.Module, site: FFNSite, weight: Tensor, bias: Tensor) -> Ma
     return MatrixReport(site.prefix, weights, int(weight.count_nonzero()), dense, stored, stored)
 
 
-def _moments(site: FFNSite, walk: Walk) -> FFNMoments:
-    """Moments of the FFN at `site`, in the next block, over all the windows of the walk."""
+def _moments(site: FFNSite, stream: Stream) -> FFNMoments:
+    """Moments of the FFN at `site`, in the next block, over all the windows of the stream."""
     moments, inputs = FFNMoments.zeros(site.hidden_size), []
 
     def enter(up: nn.Module, args: tuple[Any, ...]) -> None:
@@ -118,5 +119,5 @@ def _moments(site: FFNSite, walk: Walk) -> FFNMoments:
     with ExitStack() as hooks:
         hooks.callback(site.up.register_forward_pre_hook(enter).remove)
         hooks.callback(site.down.register_forward_hook(leave).remove)
-        walk.visit()
+        stream.visit()
     return moments

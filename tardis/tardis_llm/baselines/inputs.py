@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from ..calibration.blocks import run_block
 from ..calibration.moments import SecondMoments, chunks
 from ..calibration.stream import Stream
 from ..errors import InvalidInputError
@@ -74,18 +73,9 @@ class InputStatistics:
         return self.moments.cross * (2 / self.count)
 
 
-class Walk(Stream):
-    """A stream that can run the next block for the hooks inside it, and stay in front of it."""
-
-    @classmethod
-    def start(cls, model: PreTrainedModel, ids: Tensor, scratch: str) -> Walk:
-        """Windows of token ids [windows, length] at the start of the model; `scratch` is a folder."""
-        return cls(model, ids, Path(scratch), _MEMORY_LIMIT, _BATCH_TOKENS)
-
-    def visit(self) -> None:
-        """Run the next block on all the windows."""
-        for at in self._batches():
-            run_block(self.model, self.position, self.ids[at], hidden=self._at(at))
+def stream_of(model: PreTrainedModel, ids: Tensor, scratch: str) -> Stream:
+    """Windows of token ids [windows, length] at the start of the model; `scratch` is a folder."""
+    return Stream(model, ids, Path(scratch), _MEMORY_LIMIT, _BATCH_TOKENS)
 
 
 def statistics_by_block(
@@ -109,7 +99,7 @@ def statistics_by_block(
             yield [None] * len(block)
         return
     with tempfile.TemporaryDirectory() as scratch:
-        walk = Walk.start(model, ids, scratch)
+        stream = stream_of(model, ids, scratch)
         for index, block in enumerate(blocks):
             gathered: list[InputStatistics | None] = []
             with ExitStack() as hooks:
@@ -117,12 +107,12 @@ def statistics_by_block(
                     statistics = InputStatistics.zeros(matrix.weight.shape[1], need)
                     hooks.callback(_gather(matrix, statistics).remove)
                     gathered.append(statistics)
-                walk.visit()
+                stream.visit()
             for matrix, seen in zip(block, gathered, strict=True):
                 _check_used(matrix, seen)
             yield gathered
             if index + 1 < len(blocks):
-                walk.advance()
+                stream.advance()
 
 
 def _gather(matrix: Matrix, statistics: InputStatistics) -> RemovableHandle:

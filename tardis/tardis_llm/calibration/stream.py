@@ -50,6 +50,11 @@ class Stream:
             self._hidden[at] = out  # nothing reads this part of the boundary behind it any more
         self.position += 1
 
+    def visit(self) -> None:
+        """Run the next block for the hooks inside it; the stream stays where it is."""
+        for at in self._batches():
+            run_block(self.model, self.position, self.ids[at], hidden=self._at(at))
+
     def ffn_inputs(self, site: FFNSite) -> Tensor:
         """[windows * length, d] inputs of the FFN in the next block.
 
