@@ -183,7 +183,7 @@ def test_a_disk_that_fills_up_is_named_and_the_fold_resumes_when_there_is_space(
         patch.setattr("tardis_llm.cli.fold.check_space", lambda *_: None)  # something else filled it meanwhile
         result = fold(out=out)
     assert_refused(result, "the disk is full")
-    assert "Free space and run again with --resume" in result.err
+    assert "Free space and run again: `tardis fold` with --resume" in " ".join(result.err.split())
     assert not is_folded(out)
     small_disk("8m")
     assert fold("--resume", out=out).code == 0
