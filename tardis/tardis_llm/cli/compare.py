@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -25,6 +24,7 @@ from ..evaluation.compare import Cell, Comparison, Row, Tasks, as_records, row
 from ..evaluation.curves import plot_curves
 from ..evaluation.methods import DENSE, Method, parse
 from ..evaluation.perplexity import windows_of
+from ..evaluation.speed import cpu_name
 from ..evaluation.tasks import ACCURACIES, TASKS, Metric, check_tasks
 from ..loading import load_config, load_dense, load_tokenizer, window_length
 from ..workspace import digest
@@ -163,21 +163,13 @@ def _prepare(
         "fold": {name: value for name, value in config.as_dict().items() if name != "reduction"},
         "scope": scope,
         "software": {"tardis": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        "machine": {"cpu": _cpu(), "threads": torch.get_num_threads()},
+        "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads()},
     }
 
     def load() -> PreTrainedModel:
         return load_dense(model, dtype)
 
     return Comparison(load, tokenizer, calibration, evaluation, tasks, config, scope, directory, record)
-
-
-def _cpu() -> str:
-    """Name of the processor."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def _spread(windows: Tensor, tokens: int) -> Tensor:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from .. import __version__
 from ..allocator import keep_freed_memory
 from ..errors import TardisError
+from .bench import bench
 from .compare import compare
 from .demo import demo
 from .eval import evaluate
@@ -31,6 +32,7 @@ for name, command in (
     ("inspect", inspect),
     ("eval", evaluate),
     ("compare", compare),
+    ("bench", bench),
     ("generate", generate),
 ):
     app.command(name)(command)

@@ -99,8 +99,8 @@ def explain(error: BaseException) -> str | None:
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or (isinstance(error, OSError | SafetensorError) and "No space left on device" in str(error)):
         return (
-            f"the disk is full ({error}). Free space and run again: `tardis fold` with --resume goes on behind the last "
-            "finished layer, `tardis compare` behind the last finished method."
+            f"the disk is full ({error}). Free space and run again: `tardis fold` with --resume goes on behind the "
+            "last finished layer, `tardis compare` behind the last finished method."
         )
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}. Check the path and its permissions."

@@ -1,0 +1,186 @@
+"""Models of well-known shapes with random weights, to measure speed without a download.
+
+A shape is what speed depends on: family, width, neurons, layers, heads, vocabulary. The fold of such a model is random
+too, with ranges set so that a stated share of the neurons is fixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from .. import activations
+from ..architectures import FFNSite, find_ffns
+from ..checkpoint import LayerFormat
+from ..config import Storage
+from ..errors import InvalidInputError
+from ..runtime.ffn import FoldedFFN
+
+#: model type and the fields of its config, as published
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("gpt2", {}),
+    "gpt2-xl": ("gpt2", {"n_embd": 1600, "n_layer": 48, "n_head": 25}),
+    "opt-1.3b": (
+        "opt",
+        {"hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "num_attention_heads": 32}
+        | {"word_embed_proj_dim": 2048},
+    ),
+    "opt-6.7b": (
+        "opt",
+        {"hidden_size": 4096, "ffn_dim": 16384, "num_hidden_layers": 32, "num_attention_heads": 32}
+        | {"word_embed_proj_dim": 4096},
+    ),
+    "falcon-7b": (
+        "falcon",
+        {"hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71, "vocab_size": 65024, "bias": False},
+    ),
+    "pythia-6.9b": (
+        "gpt_neox",
+        {"hidden_size": 4096, "intermediate_size": 16384, "num_hidden_layers": 32, "num_attention_heads": 32},
+    ),
+    "phi-2": ("phi", {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32}),
+    "starcoder2-7b": (
+        "starcoder2",
+        {"hidden_size": 4608, "intermediate_size": 18432, "num_hidden_layers": 32, "num_attention_heads": 36}
+        | {"num_key_value_heads": 4},
+    ),
+}
+_DEVIATION = 0.02  # of the weights
+_PROBE = 64  # tokens on which the ranges are set
+
+
+@torch.no_grad()
+def shaped_model(name: str, layers: int | None = None, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    """A causal model of a shape with random weights, in eval mode.
+
+    Args:
+        name: in `SHAPES`.
+        layers: so many instead of all, where time or memory is short.
+        dtype: of the weights.
+
+    Raises:
+        InvalidInputError: there is no such shape, or it has fewer layers.
+    """
+    if name not in SHAPES:
+        raise InvalidInputError(f"there is no shape {name!r}; choose from {', '.join(SHAPES)}.")
+    model_type, fields = SHAPES[name]
+    config = AutoConfig.for_model(model_type, **{"bos_token_id": 0, "eos_token_id": 0, **fields})
+    if layers is not None:
+        if not 1 <= layers <= config.num_hidden_layers:
+            raise InvalidInputError(f"{name} has {config.num_hidden_layers} layers; give 1 to as many.")
+        config.num_hidden_layers = layers
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return _fill(model).eval()
+
+
+def _fill(model: PreTrainedModel) -> PreTrainedModel:
+    """Give a model on meta memory and random content: small weights, norms of one, biases of zero."""
+    buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.is_meta}
+    model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if name == "bias":
+                parameter.zero_()
+            elif parameter.ndim == 1:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, _DEVIATION, generator=generator)
+    if buffers:
+        _fill_buffers(model)
+    model.tie_weights()
+    return model
+
+
+def _fill_buffers(model: PreTrainedModel) -> None:
+    """Rotary tables and the like, which a model makes when it is made, from one of a single layer and few tokens."""
+    few = {"num_hidden_layers": 1, "vocab_size": 8, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    small = type(model.config)(**{**model.config.to_dict(), **few})
+    made = dict(AutoModelForCausalLM.from_config(small).named_buffers())
+    for name, buffer in model.named_buffers():
+        source = made.get(name) if name in made else made.get(_of_first_layer(name))
+        if source is None:
+            raise InvalidInputError(f"{type(model).__name__} has a buffer {name} that only a checkpoint can fill.")
+        buffer.copy_(source)
+
+
+def _of_first_layer(name: str) -> str:
+    return ".".join("0" if part.isdigit() else part for part in name.split("."))
+
+
+@torch.no_grad()
+def random_folds(
+    model: PreTrainedModel, bits: int, storage: Storage, fix_rate: float
+) -> Iterator[tuple[FFNSite, FoldedFFN]]:
+    """A fold for every FFN of a model, random but for its ranges, which leave `fix_rate` of the neurons outside.
+
+    The predictor's output is spread like the inputs of the FFN on random tokens, so that every token fixes other
+    neurons, about as many as stated.
+
+    Args:
+        model: dense.
+        bits: of the predictors.
+        storage: of fold and fallback weights.
+        fix_rate: share of the neurons.
+    """
+    sites = find_ffns(model)
+    generator = torch.Generator().manual_seed(1)
+    for site, x in zip(sites, _inputs(model, sites), strict=True):
+        layer = LayerFormat(
+            activations.identify(site.activation),
+            bits,
+            min(storage.group_size, site.hidden_size),
+            "float16",
+            storage.fold_bits,
+            storage.fallback_bits,
+        )
+        ffn = layer.empty(site.hidden_size, site.intermediate_size, model.dtype, torch.device("cpu"))
+        for name, tensor in ffn.state_dict().items():
+            _randomise(name, tensor, generator)
+        _set_ranges(ffn, site, x, fix_rate)
+        yield site, ffn
+
+
+def _randomise(name: str, tensor: Tensor, generator: torch.Generator) -> None:
+    if tensor.dtype == torch.uint8:
+        tensor.random_(0, 256, generator=generator)
+    elif name.endswith("scale"):
+        tensor.fill_(_DEVIATION / 4)
+    elif name.endswith("fold.weight"):
+        tensor.normal_(0.0, _DEVIATION, generator=generator)
+    else:
+        tensor.zero_()
+
+
+def _set_ranges(ffn: FoldedFFN, site: FFNSite, x: Tensor, fix_rate: float) -> None:
+    """Bounds around zero with `fix_rate` of the predictions for inputs x [tokens, d] outside."""
+    zhat = F.linear(x.float(), ffn.predictor.matrix.dequantise()).abs()
+    b1 = site.weights().b1
+    assert b1 is None or not bool(b1.any()), "a shaped model has biases of zero"
+    bound = zhat.flatten().kthvalue(max(1, round((1 - fix_rate) * zhat.numel()))).values
+    ffn.low.fill_(-float(bound))
+    ffn.high.fill_(float(bound))
+
+
+def _inputs(model: PreTrainedModel, sites: list[FFNSite]) -> list[Tensor]:
+    """Inputs [tokens, d] of every FFN for random tokens."""
+    found: list[Tensor] = []
+
+    def enter(up: nn.Module, args: tuple[Any, ...]) -> None:
+        found.append(args[0].reshape(-1, args[0].shape[-1]))
+
+    hooks = [site.up.register_forward_pre_hook(enter) for site in sites]
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (1, _PROBE), generator=torch.Generator().manual_seed(2))
+    try:
+        model(input_ids=ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found

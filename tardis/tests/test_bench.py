@@ -1,0 +1,194 @@
+"""Speed: shapes are those published, folds fix what is stated, and ratios are of runs that took turns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Result, assert_refused
+from models import tiny_model, tokens
+from transformers import AutoConfig
+
+from tardis_llm.architectures import find_ffns
+from tardis_llm.config import Storage
+from tardis_llm.errors import InvalidInputError
+from tardis_llm.evaluation.fix_rate import count_fixes
+from tardis_llm.evaluation.shapes import SHAPES, random_folds, shaped_model
+from tardis_llm.evaluation.speed import (
+    Decoder,
+    Ratio,
+    count_union,
+    cpu_name,
+    folded,
+    read_bandwidth,
+    step_bytes,
+    take_turns,
+    weight_bytes,
+)
+from tardis_llm.runtime.ffn import folded_ffns
+
+
+def quiet(stage: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_are_of_models_that_fold(name: str):
+    model_type, fields = SHAPES[name]
+    config = AutoConfig.for_model(model_type, **{"bos_token_id": 0, "eos_token_id": 0, **fields})
+    with torch.device("meta"):
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    sites = find_ffns(model)
+    assert len(sites) == config.num_hidden_layers
+    assert sites[0].intermediate_size == 4 * sites[0].hidden_size
+    billions = {"gpt2": 0.124, "gpt2-xl": 1.56, "opt-1.3b": 1.32, "opt-6.7b": 6.66, "falcon-7b": 6.92}
+    billions |= {"pythia-6.9b": 6.86, "phi-2": 2.78, "starcoder2-7b": 7.17}
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions[name], rel=0.02)
+
+
+def test_a_shaped_model_computes_and_its_fold_fixes_what_is_stated():
+    model = shaped_model("gpt2", layers=2)
+    ids = torch.randint(50_000, (1, 64), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        before = model(ids).logits
+    assert bool(torch.isfinite(before).all())
+    assert before.float().std() > 0.01
+    folds = list(random_folds(model, 2, Storage(256, 8, 4), 0.05))
+    with folded(model, folds), count_fixes(model) as counts, torch.no_grad():
+        assert len(folded_ffns(model)) == 2
+        model(ids)
+    assert all(rate == pytest.approx(0.05, abs=0.01) for rate in counts.rates.values())
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, before)
+
+
+def test_shapes_and_layers_that_do_not_exist_are_refused():
+    with pytest.raises(InvalidInputError, match="no shape 'gpt9'; choose from gpt2, "):
+        shaped_model("gpt9")
+    with pytest.raises(InvalidInputError, match="12 layers"):
+        shaped_model("gpt2", layers=13)
+
+
+def test_a_ratio_is_of_neighbours():
+    # the machine gets three times slower half-way: the ratio does not notice
+    found = Ratio.of([2.0, 2.0, 6.0, 6.0, 6.0], [1.0, 1.0, 3.0, 3.0, 2.0])
+    assert (found.value, found.low, found.high) == (2, 2, 2)
+    assert Ratio.of([1.0, 2.0, 3.0], [1.0, 1.0, 1.0]).value == 2
+
+
+def test_runs_take_turns_and_the_first_round_does_not_count():
+    order: list[str] = []
+
+    def run(name: str) -> float:
+        order.append(name)
+        return float(len(order))
+
+    seconds = take_turns({"a": lambda: run("a"), "b": lambda: run("b")}, 2, quiet, "stage")
+    assert order == ["a", "b"] * 3
+    assert seconds == {"a": [3, 5], "b": [4, 6]}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "falcon", "gpt_neox"])
+def test_a_decoder_starts_again_where_the_prompt_ended(name: str):
+    model = tiny_model(name)
+    decoder = Decoder(model, tokens(2, 12))
+    chosen: list[torch.Tensor] = []
+    forward = model.forward
+
+    def watch(*args, **kwargs):  # type: ignore[no-untyped-def]
+        chosen.append(kwargs["input_ids"])
+        return forward(*args, **kwargs)
+
+    model.forward = watch  # type: ignore[method-assign]
+    assert decoder.seconds(3) > 0
+    assert decoder.seconds(3) > 0
+    assert [ids.tolist() for ids in chosen[:3]] == [ids.tolist() for ids in chosen[3:]]
+    model.forward = forward  # type: ignore[method-assign]
+    expected = tokens(2, 12)
+    for _ in range(3):
+        with torch.no_grad():
+            expected = torch.cat([expected, model(expected).logits[:, -1:].argmax(-1)], 1)
+    assert [ids[:, 0].tolist() for ids in chosen[:3]] == expected[:, 12:].T.tolist()
+
+
+def test_bytes_of_a_step_are_those_of_the_weights_read():
+    model = tiny_model("gpt2")
+    sites = find_ffns(model)
+    ffn, other = weight_bytes(model, sites)
+    assert ffn == 3 * 4 * (2 * 64 * 256 + 64 + 256)
+    everything = sum(p.nbytes for p in {p.data_ptr(): p for p in model.parameters()}.values())
+    positions = model.transformer.wpe.weight.nbytes
+    assert ffn + other == everything - positions  # the head shares its weight with the tokens' embedding
+    weights = [site.weights() for site in sites]
+    for storage in (Storage(64), Storage(64, 8, 4)):
+        folds = [fold for _, fold in random_folds_of(model, storage)]
+        none, every = (step_bytes(folds, weights, share) for share in (0.0, 1.0))
+        stored = sum(t.nbytes for fold in folds for t in fold.state_dict().values())
+        biases = 3 * 4 * 256
+        if storage.fallback_bits:
+            assert every == stored + biases
+        else:
+            assert none == stored + biases
+            assert every == none + 3 * 4 * 2 * 64 * 256
+
+
+def random_folds_of(model, storage: Storage):  # type: ignore[no-untyped-def]
+    """Folds of a tiny model whose biases are set to zero."""
+    for site in find_ffns(model):
+        site.up.bias.data.zero_()
+    return list(random_folds(model, 1, storage, 0.1))
+
+
+def test_the_union_of_a_batch_is_at_least_what_one_token_fixes():
+    model = tiny_model("gpt2")
+    with folded(model, random_folds_of(model, Storage(64))), torch.no_grad():
+        with count_union(model) as one:
+            model(tokens(1, 1))
+        with count_union(model) as many, count_fixes(model) as counts:
+            model(tokens(4, 8))
+    mean = sum(counts.rates.values()) / 3
+    assert 0 < one.mean < many.mean <= 1
+    assert many.mean > mean
+
+
+def test_the_machine_is_named_and_measured():
+    assert cpu_name()
+    assert 1e8 < read_bandwidth() < 1e13
+
+
+def test_the_command_prints_both_variants_and_json(tardis: Callable[..., Result], tiny_dir: Path):
+    arguments = ("bench", "--shape", "gpt2", "--layers", 1, "--batch", "1,2", "--rounds", 2, "--steps", 2)
+    arguments += ("--prompt", 8, "--fold-dtype", "int8", "--fallback", "int4", "--fix-rate", "0.1")
+    result = tardis(*arguments)
+    assert result.code == 0
+    for part in ("dense", "folded", "tokens/s", "speed-up", "GB/s"):
+        assert part in result.out
+    figures = json.loads(tardis(*arguments, "--json").out)
+    assert [(row["batch"], row["variant"]) for row in figures["rows"]] == [
+        (1, "dense"), (1, "folded"), (2, "dense"), (2, "folded"),
+    ]  # fmt: skip
+    dense, fold = figures["rows"][:2]
+    assert dense["speed_up"] == {"value": 1, "low": 1, "high": 1}
+    assert fold["step_bytes"] < dense["step_bytes"]
+    assert fold["union_fix_rate"] == pytest.approx(0.1, abs=0.05)
+    assert dense["bytes_per_second"] == pytest.approx(dense["step_bytes"] / dense["step_seconds"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--shape NAME"),
+        (("--shape", "gpt2", "--model", "x"), "--shape NAME"),
+        (("--shape", "gpt9"), "no shape"),
+        (("--shape", "gpt2", "--batch", "one"), "give sizes"),
+        (("--shape", "gpt2", "--batch", "0"), "at least"),
+        (("--shape", "gpt2", "--fix-rate", "1"), "below 1"),
+    ],
+)
+def test_wrong_arguments_are_refused(tardis: Callable[..., Result], arguments: tuple[str, ...], message: str):
+    assert_refused(tardis("bench", *arguments), message)
