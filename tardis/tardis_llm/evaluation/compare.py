@@ -162,11 +162,14 @@ class Comparison:
         if found is None:
             found = self._measure(method, progress)
             write_json(self._path(method), found.as_dict())
-            shutil.rmtree(self.directory / _WORK, ignore_errors=True)
+            shutil.rmtree(self._work(method), ignore_errors=True)
         return found
 
     def _path(self, method: Method) -> Path:
         return self.directory / _CELLS / f"{re.sub('[^a-z0-9.-]', '_', method.label)}.json"
+
+    def _work(self, method: Method) -> Path:
+        return self.directory / _WORK / self._path(method).stem
 
     def _measure(self, method: Method, progress: Progress) -> Cell:
         model = self.load()
@@ -183,7 +186,7 @@ class Comparison:
                 self.calibration,
                 self.config,
                 self.scope,
-                self.directory / _WORK / method.label,
+                self._work(method),
                 progress,
             )
         except InfeasibleBudgetError as error:
