@@ -5,7 +5,7 @@
     tardis::fixed_neurons   which neurons the predictor finds out of their range
     tardis::folded_ffn      a whole folded FFN
 
-Each takes up to 64 tokens x [tokens, d] in bf16 or fp32, contiguous. What they compute is specified by `ffn.folded_ffn`;
+Each takes up to 64 tokens x [tokens, d] in bf16 or fp32, contiguous. `ffn.folded_ffn` specifies what they compute;
 sums are in fp32 throughout, and where x meets a low-bit matrix it is rounded to 16 bits (or 8, where asked for), with
 one scale per token and group of columns.
 """

@@ -159,7 +159,11 @@ void add_dense(const TardisMatrix& m, const Layout*, const Terms& terms, Range r
 
 float widen_half(uint16_t value) { return _cvtsh_ss(value); }
 
-__mmask64 load_mask(const uint8_t* p) { return _load_mask64(reinterpret_cast<__mmask64*>(const_cast<uint8_t*>(p))); }
+__mmask64 load_mask(const uint8_t* p) {
+    uint64_t word;
+    memcpy(&word, p, sizeof word);
+    return _cvtu64_mask64(word);
+}
 
 // 64 codes in the order in which bits lie in bytes: each plane is a mask over bytes as it is.
 template <int B, typename Load>
