@@ -237,7 +237,8 @@ def uninstall(model: nn.Module, site: FFNSite) -> None:
     for name, part in ((site.up_name, site.up), (site.activation_name, site.activation), (site.down_name, site.down)):
         set_module(model, name, part)
     for part in (site.up, site.down):  # strides choose the kernel, and so bits
-        part.weight.data = part.weight.data.contiguous()
+        weight = part.get_parameter("weight")
+        weight.data = weight.data.contiguous()
     del site.parent.tardis
 
 

@@ -157,21 +157,18 @@ void add_dense(const TardisMatrix& m, const Layout*, const Terms& terms, Range r
 
 // ---- low-bit rows --------------------------------------------------------------------------------------------------
 
-float widen_half(uint16_t value) { return _cvtsh_ss(value); }
+// Not aligned, and not through a general register.
+typedef __mmask64 __attribute__((aligned(1), may_alias)) UnalignedMask;
 
-__mmask64 load_mask(const uint8_t* p) {
-    uint64_t word;
-    memcpy(&word, p, sizeof word);
-    return _cvtu64_mask64(word);
-}
+__mmask64 load_mask(const uint8_t* p) { return *reinterpret_cast<const UnalignedMask*>(p); }
 
 // 64 codes in the order in which bits lie in bytes: each plane is a mask over bytes as it is.
-template <int B, typename Load>
-__m512i codes(const uint8_t* p, int64_t plane, Load load) {
-    __m512i code = _mm512_maskz_set1_epi8(load(p), static_cast<char>(1 << (B - 1)));
+template <int B>
+__m512i codes(const uint8_t* p, int64_t plane) {
+    __m512i code = _mm512_maskz_mov_epi8(load_mask(p), _mm512_set1_epi8(static_cast<char>(1 << (B - 1))));
     for (int b = 1; b < B; ++b) {
         const __m512i value = _mm512_set1_epi8(static_cast<char>(1 << (B - 1 - b)));
-        code = _mm512_mask_add_epi8(code, load(p + b * plane), code, value);
+        code = _mm512_mask_add_epi8(code, load_mask(p + b * plane), code, value);
     }
     return code;
 }
@@ -180,8 +177,8 @@ __m512i codes(const uint8_t* p, int64_t plane, Load load) {
 template <int B, int H, int R, int T>
 void block_low_bit(const TardisMatrix& m, const Rows& rows, int64_t i, const Input& x, int64_t token, float* out) {
     const Quantised& q = x.quantised;
-    const Layout& layout = *q.layout;
-    const int64_t plane = m.rows * layout.row_bytes;
+    const Layout layout = *q.layout;
+    const int64_t plane = m.rows * layout.row_bytes, stride = q.stride;
     const __m512 middle = _mm512_set1_ps(static_cast<float>((1 << B) - 1) / 2);
     const uint8_t *w[R], *ahead[R];
     const uint16_t* scale[R];
@@ -190,43 +187,36 @@ void block_low_bit(const TardisMatrix& m, const Rows& rows, int64_t i, const Inp
         ahead[r] = static_cast<const uint8_t*>(m.data) + rows.at(i + r + 2 * R) * layout.row_bytes;
         scale[r] = m.scale + rows.at(i + r) * layout.groups;
     }
-    const int8_t* values = q.values + token * H * q.stride;
+    if (token == 0)
+        for (int64_t byte = 0; byte < layout.row_bytes; byte += 64)
+            for (int r = 0; r < R; ++r)
+                for (int b = 0; b < B; ++b) prefetch(ahead[r] + b * plane + byte);
     __m512 total[R][T] = {};
     for (int64_t g = 0; g < layout.segment_count; ++g) {
-        const Segment& s = layout.segments[g];
+        const Segment s = layout.segments[g];
         __m512i sum[R][T][H] = {};
-        const auto add = [&](int64_t c, auto load) {
-            const int64_t byte = s.byte + 8 * c;
-            const int8_t* v = values + (s.chunk + c) * 64;
+        for (int64_t c = s.chunk; c < s.chunk + s.chunks; ++c) {
+            const int64_t byte = layout.chunks[c].byte;
+            const int8_t* values = q.values + token * H * stride + 64 * c;
             for (int r = 0; r < R; ++r) {
-                const __m512i code = codes<B>(w[r] + byte, plane, load);
+                const __m512i code = codes<B>(w[r] + byte, plane);
                 for (int t = 0; t < T; ++t)
                     for (int h = 0; h < H; ++h)
-                        sum[r][t][h] =
-                            _mm512_dpbusd_epi32(sum[r][t][h], code, _mm512_loadu_si512(v + (t * H + h) * q.stride));
+                        sum[r][t][h] = _mm512_dpbusd_epi32(
+                            sum[r][t][h], code, _mm512_loadu_si512(values + (t * H + h) * stride)
+                        );
             }
-        };
-        if (token == 0)
-            for (int64_t byte = s.byte; byte < s.byte + 8 * s.chunks; byte += 64)
-                for (int r = 0; r < R; ++r)
-                    for (int b = 0; b < B; ++b) prefetch(ahead[r] + b * plane + byte);
-        for (int64_t c = 0; c + 1 < s.chunks; ++c) add(c, load_mask);
-        const int64_t last = s.chunks - 1;
-        if (s.tail == 8) {
-            add(last, load_mask);
-        } else {
-            const int64_t before = s.byte + 8 * last;
-            add(last, [&](const uint8_t* p) -> __mmask64 { return load_tail(p, s.tail, before); });
         }
         for (int t = 0; t < T; ++t) {
             const int64_t at = (token + t) * layout.segment_count + g;
             const __m512 all = _mm512_zextps128_ps512(_mm_load_ss(q.sum + at));  // in one lane, for all of them
+            const __m128 unit = _mm_load_ss(q.scale + at);
             for (int r = 0; r < R; ++r) {
-                __m512i whole = sum[r][t][0];
-                if (H == 2) whole = _mm512_add_epi32(_mm512_slli_epi32(whole, 8), sum[r][t][H - 1]);
-                const __m512 level = _mm512_fnmadd_ps(middle, all, _mm512_cvtepi32_ps(whole));
-                const __m512 factor = _mm512_set1_ps(widen_half(scale[r][s.group]) * q.scale[at]);
-                total[r][t] = _mm512_fmadd_ps(level, factor, total[r][t]);
+                __m512i dot = sum[r][t][0];
+                if (H == 2) dot = _mm512_add_epi32(_mm512_slli_epi32(dot, 8), sum[r][t][H - 1]);
+                const __m512 level = _mm512_fnmadd_ps(middle, all, _mm512_cvtepi32_ps(dot));
+                const __m128 factor = _mm_mul_ss(_mm_cvtph_ps(_mm_cvtsi32_si128(scale[r][s.group])), unit);
+                total[r][t] = _mm512_fmadd_ps(level, _mm512_broadcastss_ps(factor), total[r][t]);
             }
         }
     }
@@ -258,7 +248,9 @@ const Product kSixteenBitInputs[] = {
     product_bits<5, 2>, product_bits<6, 2>, product_bits<7, 2>, product_bits<8, 2>,
 };
 
+// Rows of less than 8 bytes are for the plain kernels: masks are read 8 bytes at a time.
 void product_low_bit(const TardisMatrix& m, const Rows& rows, const Input& x, float* out) {
+    if (x.quantised.layout->row_bytes < 8) return portable_table()->low_bit(m, rows, x, out);
     const Product* products = x.quantised.halves == 1 ? kEightBitInputs : kSixteenBitInputs;
     products[m.bits - 1](m, rows, x, out);
 }
@@ -297,14 +289,9 @@ void add_bits(
         const uint16_t* scale = m.scale + static_cast<int64_t>(terms.index[e]) * layout->groups;
         for (int64_t c = range.begin; c < range.end; ++c) {
             const Chunk chunk = layout->chunks[c];
-            const int64_t left = layout->row_bytes - chunk.byte;
-            const auto tail = [&](const uint8_t* p) -> __mmask64 {
-                return load_tail(p, static_cast<int>(left), chunk.byte);
-            };
             if ((c & 7) == 0)
                 for (int b = 0; b < B; ++b) prefetch(ahead + b * plane + chunk.byte);
-            const uint8_t* p = w + chunk.byte;
-            const __m512i all = in_column_order(left >= 8 ? codes<B>(p, plane, load_mask) : codes<B>(p, plane, tail));
+            const __m512i all = in_column_order(codes<B>(w + chunk.byte, plane));
             const __m512i code[4] = {
                 _mm512_cvtepu8_epi32(_mm512_castsi512_si128(all)),
                 _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(all, 1)),
@@ -312,7 +299,7 @@ void add_bits(
                 _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(all, 3)),
             };
             const __mmask64 lanes = (~0ull >> (64 - chunk.count)) << chunk.shift;
-            const float unit = widen_half(scale[chunk.group]);
+            const float unit = _cvtsh_ss(scale[chunk.group]);
             for (int64_t t = 0; t < terms.tokens; ++t) {
                 const float r = terms.r[e * terms.tokens + t] * unit;
                 if (r != 0) add_chunk(y + t * stride + 8 * chunk.byte, code, _mm512_set1_ps(r), middle, lanes);
@@ -328,6 +315,7 @@ const Accumulate kAddBits[] = {
 void add_low_bit(
     const TardisMatrix& m, const Layout* layout, const Terms& terms, Range range, float* y, int64_t stride
 ) {
+    if (layout->row_bytes < 8) return portable_table()->add_low_bit(m, layout, terms, range, y, stride);
     kAddBits[m.bits - 1](m, layout, terms, range, y, stride);
 }
 

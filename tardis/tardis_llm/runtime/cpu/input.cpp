@@ -22,28 +22,20 @@ GroupLayout::GroupLayout(int64_t columns, int64_t group_size) : columns_(columns
     int32_t group = 0;
     for (int64_t begin = 0; begin < columns; begin += group_size)
         add_group(group++, begin, std::min(begin + group_size, columns));
-    const int64_t row_bytes = (columns + 7) / 8;
-    for (Segment& s : segments_) {
-        const int64_t left = row_bytes - s.byte - 8 * (s.chunks - 1);
-        s.tail = static_cast<int32_t>(std::min<int64_t>(left, 8));
-    }
     const auto count = [](const auto& list) { return static_cast<int64_t>(list.size()); };
-    layout_ = {chunks_.data(), segments_.data(), count(chunks_), count(segments_), row_bytes, group};
+    layout_ = {chunks_.data(), segments_.data(), count(chunks_), count(segments_), (columns + 7) / 8, group};
 }
 
 // Chunks begin at bytes: the first of a group may share its byte with the group before.
 void GroupLayout::add_group(int32_t group, int64_t begin, int64_t end) {
-    int32_t chunk = 0;
-    for (int64_t first = begin; first < end; ++chunk) {
-        const int64_t byte = begin / 8 + 8 * chunk;
-        const int64_t stop = std::min(8 * byte + 64, end);
-        const int32_t shift = static_cast<int32_t>(first - 8 * byte);
-        if (chunk % kSegmentChunks == 0)
-            segments_.push_back({static_cast<int32_t>(byte), static_cast<int32_t>(chunks_.size()), 0, 8, group});
+    const int64_t last_byte = std::max<int64_t>((columns_ + 7) / 8 - 8, 0);
+    int64_t first = begin, byte = begin / 8;
+    for (int32_t chunk = 0; first < end; ++chunk, byte += 8) {
+        const int64_t from = std::min(byte, last_byte), stop = std::min(8 * from + 64, end);
+        if (chunk % kSegmentChunks == 0) segments_.push_back({static_cast<int32_t>(chunks_.size()), 0, group});
         ++segments_.back().chunks;
-        chunks_.push_back(
-            {static_cast<int32_t>(byte), shift, static_cast<int32_t>(first), static_cast<int32_t>(stop - first), group}
-        );
+        const auto small = [](int64_t value) { return static_cast<int32_t>(value); };
+        chunks_.push_back({small(from), small(first - 8 * from), small(first), small(stop - first), group});
         first = stop;
     }
 }

@@ -13,14 +13,15 @@ constexpr int64_t kMaxTokens = 64;
 constexpr int64_t kPad = 64;  // rows of inputs and outputs are padded with zeros to a multiple of this, and one more
 constexpr int64_t kSegmentChunks = 32;  // sums of 8-bit codes x 16-bit activations over so many fit in int32
 
-// 64 columns or fewer, all of one group: they begin `shift` bits into byte `byte` of a row of a plane.
+// 64 columns or fewer, all of one group: they begin `shift` bits into the 8 bytes at `byte` of a row of a plane. These
+// lie within the row, so at its end they overlap those of the chunk before; only a row of less than 8 bytes has fewer.
 struct Chunk {
     int32_t byte, shift, first, count, group;
 };
 
-// Consecutive chunks of one group. `tail` is the number of bytes that the last of them has left in its row, at most 8.
+// Consecutive chunks of one group.
 struct Segment {
-    int32_t byte, chunk, chunks, tail, group;
+    int32_t chunk, chunks, group;
 };
 
 // How groups of columns lie in the rows of a plane; the same for all matrices of as many columns and group size.
@@ -117,16 +118,11 @@ static inline float from_fp16(uint16_t value) {
     return result;
 }
 
-// The `bytes` (1 to 8) at p as the low bytes of a word, without reading past them. `before` of those in front of p may
-// be read too.
-static inline uint64_t load_tail(const uint8_t* p, int bytes, int64_t before) {
+// The `bytes` (1 to 8) at p as the low bytes of a word.
+static inline uint64_t load_bytes(const uint8_t* p, int64_t bytes) {
     uint64_t word = 0;
-    if (bytes == 8 || before + bytes < 8) {
-        memcpy(&word, p, static_cast<size_t>(bytes));
-        return word;
-    }
-    memcpy(&word, p + bytes - 8, 8);
-    return word >> (8 * (8 - bytes));
+    memcpy(&word, p, static_cast<size_t>(bytes));
+    return word;
 }
 
 }  // namespace tardis
