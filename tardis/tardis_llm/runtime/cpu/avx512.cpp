@@ -1,10 +1,10 @@
-// The kernels for processors with AVX-512 F, BW, DQ, VL, VNNI and BF16.
+// The kernels for processors with AVX-512 F, BW, DQ, VL, VBMI, VNNI and BF16.
 //
 // Decoding is bound by memory: every weight is read once, rows ahead are prefetched, and where there are several tokens
 // a weight in a register serves up to four of them.
 #include "kernels.h"
 
-#if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512VBMI__) && defined(__AVX512BW__)
 #include <immintrin.h>
 
 namespace tardis {
@@ -157,20 +157,29 @@ void add_dense(const TardisMatrix& m, const Layout*, const Terms& terms, Range r
 
 // ---- low-bit rows --------------------------------------------------------------------------------------------------
 
-// Not aligned, and not through a general register.
-typedef __mmask64 __attribute__((aligned(1), may_alias)) UnalignedMask;
+// For bytes 0..63: where in a word of 64 bits the byte begins whose bit `position` is the bit of that number.
+__m512i shifts(int position) {
+    const __m512i number = _mm512_set_epi8(
+        63, 62, 61, 60, 59, 58, 57, 56, 55, 54, 53, 52, 51, 50, 49, 48, 47, 46, 45, 44, 43, 42, 41, 40, 39, 38, 37, 36,
+        35, 34, 33, 32, 31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13, 12, 11, 10, 9, 8, 7,
+        6, 5, 4, 3, 2, 1, 0
+    );
+    return _mm512_sub_epi8(number, _mm512_set1_epi8(static_cast<char>(position)));
+}
 
-__mmask64 load_mask(const uint8_t* p) { return *reinterpret_cast<const UnalignedMask*>(p); }
-
-// 64 codes in the order in which bits lie in bytes: each plane is a mask over bytes as it is.
+// 64 codes in the order in which bits lie in bytes, from the 8 bytes at p of each plane.
 template <int B>
 __m512i codes(const uint8_t* p, int64_t plane) {
-    __m512i code = _mm512_maskz_mov_epi8(load_mask(p), _mm512_set1_epi8(static_cast<char>(1 << (B - 1))));
-    for (int b = 1; b < B; ++b) {
-        const __m512i value = _mm512_set1_epi8(static_cast<char>(1 << (B - 1 - b)));
-        code = _mm512_mask_add_epi8(code, load_mask(p + b * plane), code, value);
+    __m512i code = _mm512_setzero_si512();
+    for (int b = 0; b < B; ++b) {
+        const int position = B - 1 - b;
+        int64_t word;
+        memcpy(&word, p + b * plane, sizeof word);
+        const __m512i bits = _mm512_multishift_epi64_epi8(shifts(position), _mm512_set1_epi64(word));
+        const __m512i own = _mm512_set1_epi8(static_cast<char>(1 << position));
+        code = b == 0 ? bits : _mm512_ternarylogic_epi64(own, bits, code, 0xca);  // own ? bits : code
     }
-    return code;
+    return B == 8 ? code : _mm512_and_si512(code, _mm512_set1_epi8(static_cast<char>((1 << B) - 1)));
 }
 
 // R rows and T tokens from number `token`, with H halves of the inputs' values.
@@ -248,7 +257,7 @@ const Product kSixteenBitInputs[] = {
     product_bits<5, 2>, product_bits<6, 2>, product_bits<7, 2>, product_bits<8, 2>,
 };
 
-// Rows of less than 8 bytes are for the plain kernels: masks are read 8 bytes at a time.
+// Rows of less than 8 bytes are for the plain kernels.
 void product_low_bit(const TardisMatrix& m, const Rows& rows, const Input& x, float* out) {
     if (x.quantised.layout->row_bytes < 8) return portable_table()->low_bit(m, rows, x, out);
     const Product* products = x.quantised.halves == 1 ? kEightBitInputs : kSixteenBitInputs;
