@@ -66,7 +66,7 @@ public:
     }
 
 private:
-    std::vector<T> values_;
+    Numbers<T> values_;
 };
 
 // The neurons that some token fixes, in order.

@@ -3,9 +3,27 @@
 #include "kernels.h"
 
 #include <memory>
+#include <new>
 #include <vector>
 
 namespace tardis {
+
+// Numbers that begin on a line of memory: a load of 64 bytes across two lines costs twice as much.
+template <typename T>
+struct LineAllocator {
+    using value_type = T;
+    static constexpr std::align_val_t kLine{64};
+    LineAllocator() = default;
+    template <typename U>
+    LineAllocator(const LineAllocator<U>&) {}
+    T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), kLine)); }
+    void deallocate(T* p, size_t) { ::operator delete(p, kLine); }
+    bool operator==(const LineAllocator&) const { return true; }
+    bool operator!=(const LineAllocator&) const { return false; }
+};
+
+template <typename T>
+using Numbers = std::vector<T, LineAllocator<T>>;
 
 // Owns what a `Layout` points to.
 class GroupLayout {
@@ -39,8 +57,8 @@ private:
     struct Variant {
         Variant(int64_t columns, int64_t group_size) : layout(columns, group_size) {}
         GroupLayout layout;
-        std::vector<int8_t> values;
-        std::vector<float> scale, sum;
+        Numbers<int8_t> values;
+        Numbers<float> scale, sum;
         Input input;
         bool quantised = false;
     };
@@ -50,8 +68,8 @@ private:
 
     Input plain_;
     int32_t halves_, threads_;
-    std::vector<float> f32_;
-    std::vector<uint16_t> bf16_;
+    Numbers<float> f32_;
+    Numbers<uint16_t> bf16_;
     std::vector<std::unique_ptr<Variant>> variants_;
 };
 
