@@ -196,10 +196,6 @@ void block_low_bit(const TardisMatrix& m, const Rows& rows, int64_t i, const Inp
         ahead[r] = static_cast<const uint8_t*>(m.data) + rows.at(i + r + 2 * R) * layout.row_bytes;
         scale[r] = m.scale + rows.at(i + r) * layout.groups;
     }
-    if (token == 0)
-        for (int64_t byte = 0; byte < layout.row_bytes; byte += 64)
-            for (int r = 0; r < R; ++r)
-                for (int b = 0; b < B; ++b) prefetch(ahead[r] + b * plane + byte);
     __m512 total[R][T] = {};
     for (int64_t g = 0; g < layout.segment_count; ++g) {
         const Segment s = layout.segments[g];
@@ -207,6 +203,8 @@ void block_low_bit(const TardisMatrix& m, const Rows& rows, int64_t i, const Inp
         for (int64_t c = s.chunk; c < s.chunk + s.chunks; ++c) {
             const int64_t byte = layout.chunks[c].byte;
             const int8_t* values = q.values + token * H * stride + 64 * c;
+            // a little at a time, each row's lines in turn: many at once would hold up the loads
+            for (int b = 0; b < B && token == 0; ++b) prefetch(ahead[c % R] + b * plane + byte);
             for (int r = 0; r < R; ++r) {
                 const __m512i code = codes<B>(w[r] + byte, plane);
                 for (int t = 0; t < T; ++t)
@@ -273,13 +271,17 @@ __m512i in_column_order(__m512i code) {
     return _mm512_shuffle_epi8(code, reversed);
 }
 
-// y[0..63] += factor * (code - middle), in the lanes of a mask.
+// y[0..63] += factor * (code - middle), in the lanes of a mask. Whole chunks are stored as such, which is faster.
 void add_chunk(float* y, const __m512i* code, __m512 factor, __m512 middle, __mmask64 lanes) {
     for (int j = 0; j < 4; ++j) {
-        const __mmask16 k = static_cast<__mmask16>(lanes >> (16 * j));
         const __m512 level = _mm512_sub_ps(_mm512_cvtepi32_ps(code[j]), middle);
-        const __m512 before = _mm512_maskz_loadu_ps(k, y + 16 * j);
-        _mm512_mask_storeu_ps(y + 16 * j, k, _mm512_fmadd_ps(factor, level, before));
+        if (lanes == ~0ull) {
+            _mm512_storeu_ps(y + 16 * j, _mm512_fmadd_ps(factor, level, _mm512_loadu_ps(y + 16 * j)));
+        } else {
+            const __mmask16 k = static_cast<__mmask16>(lanes >> (16 * j));
+            const __m512 before = _mm512_maskz_loadu_ps(k, y + 16 * j);
+            _mm512_mask_storeu_ps(y + 16 * j, k, _mm512_fmadd_ps(factor, level, before));
+        }
     }
 }
 

@@ -18,6 +18,7 @@ namespace tardis {
 namespace {
 
 constexpr int64_t kBlockRows = 64;  // of a task
+constexpr int64_t kAddColumns = 1024;  // of a task that adds dense rows: some rows and those ahead fit the first cache
 constexpr int64_t kBytesPerThread = 1 << 16;  // waking a thread for less costs more than it brings
 
 float number(const TardisVector& v, int64_t i) {
@@ -194,8 +195,8 @@ private:
         const int64_t unit = low_bit ? 8 : 64;  // a line of memory or two, so that no two threads read the same one
         const int64_t width = low_bit ? layout->chunk_count : d_;
         const int threads = threads_for(fixed_.count * row_bytes(ffn_.down), batch_.threads);
-        const int64_t parts = threads == 1 ? 1 : 2 * threads;
-        const int64_t step = std::max<int64_t>((width / parts + unit - 1) / unit, 1) * unit;
+        const int64_t share = std::min(width / (threads == 1 ? 1 : 2 * threads), low_bit ? width : kAddColumns);
+        const int64_t step = std::max<int64_t>((share + unit - 1) / unit, 1) * unit;
         const Terms terms = {fixed_.index, fixed_.z, fixed_.count, tokens_};
         parallel(threads, blocks(width, step), [&](int64_t task) {
             const Range range = {task * step, std::min((task + 1) * step, width)};
