@@ -182,6 +182,16 @@ __m512i codes(const uint8_t* p, int64_t plane) {
     return B == 8 ? code : _mm512_and_si512(code, _mm512_set1_epi8(static_cast<char>((1 << B) - 1)));
 }
 
+// In every lane of 32 bits, sum += the products of four codes with four values. As an instruction by hand because GCC
+// copies every sum to another register and back around the intrinsic.
+inline void add_products(__m512i& sum, __m512i code, __m512i values) {
+#if defined(__GNUC__) && !defined(__clang__)
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(code), "v"(values));
+#else
+    sum = _mm512_dpbusd_epi32(sum, code, values);
+#endif
+}
+
 // R rows and T tokens from number `token`, with H halves of the inputs' values.
 template <int B, int H, int R, int T>
 void block_low_bit(const TardisMatrix& m, const Rows& rows, int64_t i, const Input& x, int64_t token, float* out) {
@@ -205,13 +215,13 @@ void block_low_bit(const TardisMatrix& m, const Rows& rows, int64_t i, const Inp
             const int8_t* values = q.values + token * H * stride + 64 * c;
             // a little at a time, each row's lines in turn: many at once would hold up the loads
             for (int b = 0; b < B && token == 0; ++b) prefetch(ahead[c % R] + b * plane + byte);
+            __m512i v[T][H];
+            for (int t = 0; t < T; ++t)
+                for (int h = 0; h < H; ++h) v[t][h] = _mm512_loadu_si512(values + (t * H + h) * stride);
             for (int r = 0; r < R; ++r) {
                 const __m512i code = codes<B>(w[r] + byte, plane);
                 for (int t = 0; t < T; ++t)
-                    for (int h = 0; h < H; ++h)
-                        sum[r][t][h] = _mm512_dpbusd_epi32(
-                            sum[r][t][h], code, _mm512_loadu_si512(values + (t * H + h) * stride)
-                        );
+                    for (int h = 0; h < H; ++h) add_products(sum[r][t][h], code, v[t][h]);
             }
         }
         for (int t = 0; t < T; ++t) {
