@@ -192,6 +192,18 @@ inline void add_products(__m512i& sum, __m512i code, __m512i values) {
 #endif
 }
 
+// out[0..15]: scales of a row, [groups] fp16, times those of an input, [segments], for the segments from number g.
+inline void factors(const Layout& layout, const uint16_t* weights, const float* input, int64_t g, float* out) {
+    const __mmask16 some = first16(layout.segment_count - g);
+    uint16_t own[16] = {};
+    if (layout.segment_count != layout.groups)
+        for (int j = 0; j < 16 && g + j < layout.segment_count; ++j) own[j] = weights[layout.segments[g + j].group];
+    else
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(own), _mm256_maskz_loadu_epi16(some, weights + g));
+    const __m512 wide = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(own)));
+    _mm512_store_ps(out, _mm512_mul_ps(wide, _mm512_maskz_loadu_ps(some, input + g)));
+}
+
 // R rows and T tokens from number `token`, with H halves of the inputs' values.
 template <int B, int H, int R, int T>
 void block_low_bit(const TardisMatrix& m, const Rows& rows, int64_t i, const Input& x, int64_t token, float* out) {
@@ -207,8 +219,13 @@ void block_low_bit(const TardisMatrix& m, const Rows& rows, int64_t i, const Inp
         scale[r] = m.scale + rows.at(i + r) * layout.groups;
     }
     __m512 total[R][T] = {};
+    alignas(64) float factor[R][T][16];  // of weights and inputs together, for 16 segments
     for (int64_t g = 0; g < layout.segment_count; ++g) {
         const Segment s = layout.segments[g];
+        if (g % 16 == 0)
+            for (int r = 0; r < R; ++r)
+                for (int t = 0; t < T; ++t)
+                    factors(layout, scale[r], q.scale + (token + t) * layout.segment_count, g, factor[r][t]);
         __m512i sum[R][T][H] = {};
         for (int64_t c = s.chunk; c < s.chunk + s.chunks; ++c) {
             const int64_t byte = layout.chunks[c].byte;
@@ -227,13 +244,11 @@ void block_low_bit(const TardisMatrix& m, const Rows& rows, int64_t i, const Inp
         for (int t = 0; t < T; ++t) {
             const int64_t at = (token + t) * layout.segment_count + g;
             const __m512 all = _mm512_zextps128_ps512(_mm_load_ss(q.sum + at));  // in one lane, for all of them
-            const __m128 unit = _mm_load_ss(q.scale + at);
             for (int r = 0; r < R; ++r) {
                 __m512i dot = sum[r][t][0];
                 if (H == 2) dot = _mm512_add_epi32(_mm512_slli_epi32(dot, 8), sum[r][t][H - 1]);
                 const __m512 level = _mm512_fnmadd_ps(middle, all, _mm512_cvtepi32_ps(dot));
-                const __m128 factor = _mm_mul_ss(_mm_cvtph_ps(_mm_cvtsi32_si128(scale[r][s.group])), unit);
-                total[r][t] = _mm512_fmadd_ps(level, _mm512_broadcastss_ps(factor), total[r][t]);
+                total[r][t] = _mm512_fmadd_ps(level, _mm512_set1_ps(factor[r][t][g % 16]), total[r][t]);
             }
         }
     }
