@@ -2,6 +2,7 @@ VENV   ?= .venv
 PYTHON ?= python3
 BIN     = $(VENV)/bin
 CONFIG  = tardis/pyproject.toml
+KERNELS = $(wildcard tardis/tardis_llm/runtime/cpu/*.cpp tardis/tardis_llm/runtime/cpu/*.h tardis/tardis_llm/runtime/cpu/*.inc)
 # On Linux, PyPI's torch is the CUDA build, several gigabytes with what it needs. For the CPU build say
 #   make venv TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
@@ -11,8 +12,9 @@ export OMP_WAIT_POLICY ?= PASSIVE
 .PHONY: venv demo test lint
 venv: $(VENV)/.complete
 
+# A change of the kernels' sources builds them anew; without a C++ compiler they are left out.
 # torch comes first, and the constraint keeps whatever pip installs afterwards from replacing it.
-$(VENV)/.complete: $(CONFIG) tardis/constraints.txt
+$(VENV)/.complete: $(CONFIG) tardis/constraints.txt tardis/CMakeLists.txt $(KERNELS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
 	$(BIN)/pip install -c tardis/constraints.txt -e 'tardis[dev]'

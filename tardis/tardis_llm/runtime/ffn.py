@@ -1,5 +1,7 @@
 """The folded FFN in plain torch: the specification that every kernel is tested against.
 
+Where the kernels of `ops` can, they do the same for up to 64 tokens, as in decoding; everything else runs here.
+
     y = x C^T + c + sum over i in S(x) of r_i(z_i) W2[:, i]
     S(x) = neurons whose predicted pre-activation zhat is not within [low_i, high_i]
     r_i(z) = act(z) - slope_i z - offset_i
@@ -22,6 +24,7 @@ from ..architectures import FFNSite, FFNWeights, set_module
 from ..folding.fold import FoldedWeights
 from ..folding.lowbit import PackedMatrix
 from ..folding.stack import Fallback, dense_fold
+from . import ops
 
 
 def folded_ffn(
@@ -144,8 +147,19 @@ class FoldedFFN(nn.Module):
         return Fallback(self.remainder.matrix if self.remainder else None, self.down.matrix)
 
     def forward(self, x: Tensor, dense: FFNWeights) -> Tensor:
-        """Output [..., d] for inputs x [..., d]; see `folded_ffn`."""
-        return folded_ffn(x.reshape(-1, x.shape[-1]), self.weights, dense, ACTIVATIONS[self.activation]).view(x.shape)
+        """Output [..., d] for inputs x [..., d]; see `folded_ffn`.
+
+        Args:
+            x: inputs.
+            dense: its w1 and w2 are not read where low-bit weights stand for them.
+        """
+        weights, tokens = self.weights, x.reshape(-1, x.shape[-1])
+        if ops.runs(tokens, weights, dense):
+            return ops.folded_ffn(tokens, weights, dense, self.activation).view(x.shape)
+        if weights.fallback is not None:
+            w1, w2 = weights.fallback.matrices(weights.predictor, x.dtype)
+            dense = dense._replace(w1=w1, w2=w2)
+        return folded_ffn(tokens, weights, dense, ACTIVATIONS[self.activation]).view(x.shape)
 
 
 class KeptLinear(nn.Module):
@@ -171,8 +185,20 @@ class KeptLinear(nn.Module):
 
     @property
     def matrix(self) -> Tensor:
-        """The weight as [out, in]."""
-        return self.weight.T if self.transposed else self.weight
+        """The weight as [out, in]; empty where low-bit weights stand for it."""
+        return self.weight.T if self.transposed and self.weight.dim() == 2 else self.weight
+
+    def lay_out(self, neurons: int) -> None:
+        """Lay the weight out anew in memory so that each neuron's numbers are consecutive; values and shape stay.
+
+        Args:
+            neurons: the dimension of `matrix` that counts them.
+        """
+        if self.matrix.transpose(0, neurons).is_contiguous():
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            matrix = self.matrix.transpose(0, neurons).contiguous().transpose(0, neurons)
+            self.weight.data = matrix.T if self.transposed else matrix
 
     def forward(self, x: Tensor) -> Tensor:
         """x itself."""
@@ -189,11 +215,10 @@ class FoldedDown(KeptLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Output [..., d] of the folded FFN for x [..., d]."""
         up, ffn = self._others
-        if ffn.fallback is None:
-            w1, w2 = up.matrix, self.matrix
-        else:
-            w1, w2 = ffn.fallback.matrices(ffn.predictor.matrix, x.dtype)
-        y: Tensor = ffn(x, FFNWeights(w1, up.bias, w2, self.bias))
+        if ffn.down is None and not torch.compiler.is_compiling() and ops.takes(x):
+            up.lay_out(neurons=0)
+            self.lay_out(neurons=1)
+        y: Tensor = ffn(x, FFNWeights(up.matrix, up.bias, self.matrix, self.bias))
         return y
 
 
@@ -211,6 +236,9 @@ def uninstall(model: nn.Module, site: FFNSite) -> None:
     """Put the dense FFN back at `site`."""
     for name, part in ((site.up_name, site.up), (site.activation_name, site.activation), (site.down_name, site.down)):
         set_module(model, name, part)
+    for part in (site.up, site.down):  # strides choose the kernel, and so bits
+        weight = part.get_parameter("weight")
+        weight.data = weight.data.contiguous()
     del site.parent.tardis
 
 

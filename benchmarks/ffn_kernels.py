@@ -1,0 +1,245 @@
+"""One folded FFN against the dense one, by the CPU kernels and by torch, measured in turns in one process.
+
+    python benchmarks/ffn_kernels.py [--d 4544 --h 18176] [--bits 2] [--fix-rate 0.05] [--batch 1,4,8] [--output FILE]
+
+Weights are random, and the ranges are set so that the wanted share of the neurons is fixed. Every round runs each
+variant once, so that what else the machine does falls on all of them; ratios are taken within rounds. Before each run
+the variant's weights are out of the caches where all of them together are larger than these, as in a whole model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tardis_llm.activations import ACTIVATIONS
+from tardis_llm.architectures import FFNWeights
+from tardis_llm.folding.fold import FoldedWeights
+from tardis_llm.folding.lowbit import PackedMatrix
+from tardis_llm.folding.stack import Fallback
+from tardis_llm.runtime import ops
+from tardis_llm.runtime.cpu.library import Kernels, open_library
+
+_ACTIVATION = "gelu"
+_GROUP = 256
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Something to time.
+
+    Attributes:
+        name: as printed.
+        run: from x [tokens, d] to the FFN's output.
+        read: bytes of weights that one call of x reads.
+    """
+
+    name: str
+    run: Callable[[Tensor], Tensor]
+    read: Callable[[Tensor], int]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is measured.
+
+    Attributes:
+        d, h: width and neurons.
+        bits: of the predictor.
+        fix_rate: wanted share of fixed neurons.
+    """
+
+    d: int
+    h: int
+    bits: int
+    fix_rate: float
+
+
+def random_packed(rows: int, d: int, bits: int) -> PackedMatrix:
+    """A low-bit matrix of random codes, whose products with normal inputs are of order one."""
+    planes = torch.randint(256, (bits, rows, -(-d // 8)), dtype=torch.uint8)
+    if d % 8:
+        planes[..., -1] &= 256 - 2 ** (8 - d % 8)
+    scale = torch.full((rows, -(-d // _GROUP)), 3.5 / 2**bits / d**0.5, dtype=torch.float16)
+    return PackedMatrix(planes, scale, d, _GROUP)
+
+
+def random_matrix(rows: int, d: int) -> Tensor:
+    """bf16, rows of length one on average."""
+    return torch.empty(rows, d, dtype=torch.bfloat16).normal_().mul_(d**-0.5)
+
+
+def predictions(x: Tensor, predictor: PackedMatrix) -> Tensor:
+    """[tokens, h] by the kernels."""
+    y: Tensor = torch.ops.tardis.lowbit_linear(x, predictor.planes, predictor.scale, predictor.group_size, None)
+    return y.float()
+
+
+def folded_weights(shape: Shape, predictor: PackedMatrix, stacked: bool) -> FoldedWeights:
+    """A random fold with ranges that a share `fix_rate` of the predictions of normal inputs leaves."""
+    d, h = shape.d, shape.h
+    x = torch.randn(16, d).bfloat16()
+    top = predictions(x, predictor).flatten().sort().values[int(16 * h * (1 - shape.fix_rate))]
+    high = torch.full((h,), float(top)).half()
+    low, slope, offset = torch.full((h,), -torch.inf).half(), torch.full((h,), 0.5).half(), torch.zeros(h).half()
+    fallback = Fallback(random_packed(h, d, 4 - shape.bits), random_packed(h, d, 4)) if stacked else None
+    fold = random_packed(d, d, 8) if stacked else random_matrix(d, d)
+    return FoldedWeights(fold, torch.zeros(d).bfloat16(), predictor, low, high, slope, offset, fallback)
+
+
+def fixed(x: Tensor, folded: FoldedWeights) -> Tensor:
+    """[tokens, h] bool."""
+    p = folded.predictor
+    out: Tensor = torch.ops.tardis.fixed_neurons(x, p.planes, p.scale, p.group_size, None, folded.low, folded.high)
+    return out
+
+
+def folded_variant(name: str, folded: FoldedWeights, dense: FFNWeights) -> Variant:
+    """A folded FFN by the kernels."""
+    fold = folded.weight
+    always = folded.predictor.nbytes + fold.nbytes + 4 * folded.low.nbytes
+    neuron = (folded.fallback.nbytes if folded.fallback else dense.w1.nbytes + dense.w2.nbytes) / len(dense.w1)
+    return Variant(
+        name,
+        lambda x: ops.folded_ffn(x, folded, dense, _ACTIVATION),
+        lambda x: always + round(int(fixed(x, folded).any(0).sum()) * neuron),
+    )
+
+
+def variants(shape: Shape) -> list[Variant]:
+    """Dense and folded FFNs of a shape; the first is what the others are compared with."""
+    dense = FFNWeights(random_matrix(shape.h, shape.d), None, random_matrix(shape.h, shape.d).T, None)
+    down, act, linear = random_matrix(shape.d, shape.h), ACTIVATIONS[_ACTIVATION], torch.ops.tardis.bf16_linear
+    size = dense.w1.nbytes + down.nbytes
+    predictor = random_packed(shape.h, shape.d, shape.bits)
+    return [
+        Variant("dense, our bf16 kernel", lambda x: linear(act(linear(x, dense.w1, None)), down, None), lambda x: size),
+        Variant("dense, F.linear", lambda x: F.linear(act(F.linear(x, dense.w1)), down), lambda x: size),
+        folded_variant("folded, bf16", folded_weights(shape, predictor, False), dense),
+        folded_variant("folded, int8 fold + int4 fallback", folded_weights(shape, predictor, True), dense),
+    ]
+
+
+def read_bandwidth(kernels: Kernels, repeats: int = 7) -> float:
+    """Bytes per second at which torch's threads read 512 MiB; the best of some tries."""
+    data = torch.ones(2**26, dtype=torch.int64)
+    best = 0.0
+    for _ in range(repeats):
+        start = time.perf_counter()
+        kernels.read(data)
+        best = max(best, data.nbytes / (time.perf_counter() - start))
+    return best
+
+
+def measure(todo: list[Variant], x: Tensor, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each variant in each round, after one round that is not counted."""
+    times: dict[str, list[float]] = {variant.name: [] for variant in todo}
+    for number in range(rounds + 1):
+        for variant in todo:
+            start = time.perf_counter()
+            variant.run(x)
+            if number:
+                times[variant.name].append(time.perf_counter() - start)
+    return times
+
+
+def summary(todo: list[Variant], times: dict[str, list[float]], x: Tensor, bandwidth: float) -> list[dict[str, Any]]:
+    """One row per variant: median time, ratio to the first with its quartiles, bytes and rate."""
+    rows = []
+    base = times[todo[0].name]
+    for variant in todo:
+        own = times[variant.name]
+        low, middle, high = statistics.quantiles([b / t for b, t in zip(base, own, strict=True)], n=4)
+        seconds, size = statistics.median(own), variant.read(x)
+        rows.append(
+            {
+                "variant": variant.name,
+                "batch": len(x),
+                "ms": 1e3 * seconds,
+                "ratio": middle,
+                "ratio_quartiles": [low, high],
+                "bytes": size,
+                "gb_per_s": size / seconds / 1e9,
+                "of_bandwidth": size / seconds / bandwidth,
+            }
+        )
+    return rows
+
+
+def processor() -> str:
+    """Its name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def show(row: dict[str, Any]) -> None:
+    """Print a row."""
+    low, high = row["ratio_quartiles"]
+    print(
+        f"batch {row['batch']:2d}  {row['variant']:34s} {row['ms']:8.2f} ms  {row['ratio']:5.2f}x "
+        f"[{low:.2f}-{high:.2f}]  {row['bytes'] / 1e6:7.1f} MB  {row['gb_per_s']:5.1f} GB/s = "
+        f"{row['of_bandwidth']:4.0%} of the read bandwidth"
+    )
+
+
+def arguments() -> argparse.Namespace:
+    """The command line; the default is an FFN of Falcon-7B."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--d", type=int, default=4544)
+    parser.add_argument("--h", type=int, default=18176)
+    parser.add_argument("--bits", type=int, default=2, help="of the predictor, below 4")
+    parser.add_argument("--fix-rate", type=float, default=0.05)
+    parser.add_argument("--batch", default="1")
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    return parser.parse_args()
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Measure and print."""
+    args = arguments()
+    kernels = open_library()
+    if kernels is None:
+        raise SystemExit("the CPU kernels are not built; install a C++ compiler and reinstall tardis-llm.")
+    torch.manual_seed(0)
+    todo = variants(Shape(args.d, args.h, args.bits, args.fix_rate))
+    machine = {
+        "cpu": processor(),
+        "threads": torch.get_num_threads(),
+        "isa": kernels.isa,
+        "read_gb_per_s": read_bandwidth(kernels) / 1e9,
+    }
+    print(
+        ", ".join(
+            f"{key} {value:.1f}" if isinstance(value, float) else f"{key} {value}" for key, value in machine.items()
+        )
+    )
+    rows = []
+    for batch in map(int, args.batch.split(",")):
+        x = torch.randn(batch, args.d).bfloat16()
+        times = measure(todo, x, args.rounds)
+        for row in summary(todo, times, x, 1e9 * float(str(machine["read_gb_per_s"]))):
+            rows.append(row)
+            show(row)
+    if args.output:
+        args.output.write_text(
+            json.dumps({"machine": machine, "settings": vars(args), "rows": rows}, indent=1, default=str)
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,10 @@
+// The plain kernels, vectorised by the compiler for AVX2, FMA and F16C.
+#include "kernels.h"
+
+#ifdef __AVX2__
+#include "generic.inc"
+
+const tardis::Table* tardis::avx2_table() { return &kTable; }
+#else
+const tardis::Table* tardis::avx2_table() { return nullptr; }
+#endif

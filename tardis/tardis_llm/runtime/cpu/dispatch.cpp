@@ -1,0 +1,65 @@
+#include "dispatch.h"
+
+#include <atomic>
+
+namespace tardis {
+namespace {
+
+bool has_avx2() {
+#if defined(__x86_64__) || defined(__i386__)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+    return false;
+#endif
+}
+
+bool has_avx512() {
+#if defined(__x86_64__)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") &&
+           __builtin_cpu_supports("avx512bf16");
+#else
+    return false;
+#endif
+}
+
+// Null where the processor or this build lacks it.
+const Table* table_of(int32_t isa) {
+    switch (isa) {
+        case TARDIS_AVX512: return has_avx512() ? avx512_table() : nullptr;
+        case TARDIS_AVX2: return has_avx2() ? avx2_table() : nullptr;
+        case TARDIS_PORTABLE: return portable_table();
+        default: return nullptr;
+    }
+}
+
+int32_t best() {
+    for (int32_t isa = TARDIS_AVX512; isa > TARDIS_PORTABLE; --isa)
+        if (table_of(isa)) return isa;
+    return TARDIS_PORTABLE;
+}
+
+std::atomic<int32_t>& in_use() {
+    static std::atomic<int32_t> isa{best()};
+    return isa;
+}
+
+}  // namespace
+
+const Table& kernels() { return *table_of(in_use().load(std::memory_order_relaxed)); }
+
+}  // namespace tardis
+
+extern "C" {
+
+int32_t tardis_supports(int32_t isa) { return tardis::table_of(isa) != nullptr; }
+
+int32_t tardis_use(int32_t isa) {
+    if (!tardis::table_of(isa)) return TARDIS_BAD_ARGUMENT;
+    tardis::in_use().store(isa, std::memory_order_relaxed);
+    return TARDIS_OK;
+}
+
+int32_t tardis_isa() { return tardis::in_use().load(std::memory_order_relaxed); }
+}

@@ -1,0 +1,19 @@
+// The kernels of the instruction set in use.
+#pragma once
+#include "kernels.h"
+
+namespace tardis {
+
+const Table& kernels();
+
+inline Product product_of(const TardisMatrix& m) {
+    const Table& table = kernels();
+    return m.type == TARDIS_BF16 ? table.bf16 : m.type == TARDIS_FP32 ? table.f32 : table.low_bit;
+}
+
+inline Accumulate accumulate_of(const TardisMatrix& m) {
+    const Table& table = kernels();
+    return m.type == TARDIS_BF16 ? table.add_bf16 : m.type == TARDIS_FP32 ? table.add_f32 : table.add_low_bit;
+}
+
+}  // namespace tardis

@@ -1,0 +1,76 @@
+// Inputs in the forms in which the kernels take them.
+#pragma once
+#include "kernels.h"
+
+#include <memory>
+#include <new>
+#include <vector>
+
+namespace tardis {
+
+// Numbers that begin on a line of memory: a load of 64 bytes across two lines costs twice as much.
+template <typename T>
+struct LineAllocator {
+    using value_type = T;
+    static constexpr std::align_val_t kLine{64};
+    LineAllocator() = default;
+    template <typename U>
+    LineAllocator(const LineAllocator<U>&) {}
+    T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), kLine)); }
+    void deallocate(T* p, size_t) { ::operator delete(p, kLine); }
+    bool operator==(const LineAllocator&) const { return true; }
+    bool operator!=(const LineAllocator&) const { return false; }
+};
+
+template <typename T>
+using Numbers = std::vector<T, LineAllocator<T>>;
+
+// Owns what a `Layout` points to.
+class GroupLayout {
+public:
+    GroupLayout(int64_t columns, int64_t group_size);
+    GroupLayout(const GroupLayout&) = delete;
+    GroupLayout& operator=(const GroupLayout&) = delete;
+    const Layout& view() const { return layout_; }
+    int64_t columns() const { return columns_; }
+    int64_t group_size() const { return group_size_; }
+
+private:
+    void add_group(int32_t group, int64_t begin, int64_t end);
+
+    int64_t columns_, group_size_;
+    std::vector<Chunk> chunks_;
+    std::vector<Segment> segments_;
+    Layout layout_;
+};
+
+// A batch of inputs widened and padded, and quantised for each layout that is asked for.
+class Inputs {
+public:
+    Inputs(const TardisBatch& batch, int64_t columns);
+    // With the quantised values that `m` needs, made when first asked for; not from several threads at once.
+    const Input& for_matrix(const TardisMatrix& m);
+    // The chunks of the columns of `m`.
+    const Layout& layout_of(const TardisMatrix& m);
+
+private:
+    struct Variant {
+        Variant(int64_t columns, int64_t group_size) : layout(columns, group_size) {}
+        GroupLayout layout;
+        Numbers<int8_t> values;
+        Numbers<float> scale, sum;
+        Input input;
+        bool quantised = false;
+    };
+    Variant& variant(const TardisMatrix& m);
+    void quantise(Variant& variant);
+    void quantise_segment(Variant& variant, int64_t token, int64_t segment);
+
+    Input plain_;
+    int32_t halves_, threads_;
+    Numbers<float> f32_;
+    Numbers<uint16_t> bf16_;
+    std::vector<std::unique_ptr<Variant>> variants_;
+};
+
+}  // namespace tardis

@@ -1,0 +1,98 @@
+// The exported functions: check, split into tasks, run.
+#include "interface.h"
+
+#include "activations.h"
+#include "dispatch.h"
+#include "ffn.h"
+#include "pool.h"
+
+#include <algorithm>
+#include <atomic>
+#include <new>
+
+namespace tardis {
+namespace {
+
+bool sound(const TardisMatrix& m) {
+    if (!m.data || m.rows < 1 || m.columns < 1) return false;
+    if (m.type == TARDIS_BF16 || m.type == TARDIS_FP32) return true;
+    return m.type == TARDIS_LOW_BIT && m.scale && m.bits >= 1 && m.bits <= 8 && m.group_size >= 1;
+}
+
+bool sound(const TardisBatch& batch) {
+    const bool type = batch.type == TARDIS_BF16 || batch.type == TARDIS_FP32;
+    const bool bits = batch.activation_bits == 8 || batch.activation_bits == 16;
+    return batch.x && batch.y && type && bits && batch.tokens >= 1 && batch.tokens <= kMaxTokens;
+}
+
+// bf16 weights meet bf16 inputs only.
+bool fits(const TardisMatrix& m, const TardisBatch& batch) {
+    return m.type == TARDIS_LOW_BIT || m.type == batch.type;
+}
+
+bool sound(const TardisFFN& ffn, const TardisBatch& batch) {
+    const int64_t h = ffn.predictor.rows, d = ffn.predictor.columns;
+    const auto is = [&](const TardisMatrix& m, int64_t rows) {
+        return sound(m) && m.rows == rows && m.columns == d && fits(m, batch);
+    };
+    const bool ranges = ffn.low.data && ffn.high.data && ffn.slope.data && ffn.offset.data;
+    const bool up = ffn.up.type == TARDIS_NONE ? ffn.down.type == TARDIS_LOW_BIT : is(ffn.up, h);
+    return is(ffn.predictor, h) && ffn.predictor.type == TARDIS_LOW_BIT && is(ffn.fold, d) && up && is(ffn.down, h) &&
+           ranges && ffn.activation >= 0 && ffn.activation < kActivations;
+}
+
+// What runs in tasks allocates nothing, so this is all that can fail.
+template <typename F>
+int32_t guarded(const F& body) {
+    try {
+        body();
+        return TARDIS_OK;
+    } catch (const std::bad_alloc&) {
+        return TARDIS_NO_MEMORY;
+    } catch (...) {
+        return TARDIS_BAD_ARGUMENT;
+    }
+}
+
+}  // namespace
+}  // namespace tardis
+
+using namespace tardis;
+
+extern "C" {
+
+int32_t tardis_abi() { return 1; }
+
+int32_t tardis_linear(const TardisMatrix* weight, const TardisVector* bias, const TardisBatch* batch) {
+    if (!sound(*weight) || !sound(*batch) || !fits(*weight, *batch)) return TARDIS_BAD_ARGUMENT;
+    return guarded([&] { linear(*weight, *bias, *batch); });
+}
+
+int32_t tardis_fixed(const TardisFFN* ffn, const TardisBatch* batch) {
+    const bool ranges = ffn->low.data && ffn->high.data;
+    if (!sound(ffn->predictor) || !sound(*batch) || !fits(ffn->predictor, *batch) || !ranges)
+        return TARDIS_BAD_ARGUMENT;
+    return guarded([&] { fixed(*ffn, *batch); });
+}
+
+int32_t tardis_folded_ffn(const TardisFFN* ffn, const TardisBatch* batch) {
+    if (!sound(*batch) || !sound(*ffn, *batch)) return TARDIS_BAD_ARGUMENT;
+    return guarded([&] { folded_ffn(*ffn, *batch); });
+}
+
+uint64_t tardis_read(const uint64_t* data, int64_t words, int32_t threads) {
+    constexpr int64_t kBlock = 1 << 17;
+    std::atomic<uint64_t> total{0};
+    parallel(threads, (words + kBlock - 1) / kBlock, [&](int64_t number) {
+        uint64_t sums[8] = {};
+        const int64_t end = std::min(words, (number + 1) * kBlock);
+        int64_t i = number * kBlock;
+        for (; i + 8 <= end; i += 8)
+            for (int j = 0; j < 8; ++j) sums[j] += data[i + j];
+        for (; i < end; ++i) sums[0] += data[i];
+        for (int j = 1; j < 8; ++j) sums[0] += sums[j];
+        total.fetch_add(sums[0], std::memory_order_relaxed);
+    });
+    return total.load();
+}
+}

@@ -1,0 +1,69 @@
+// The plain C interface of the CPU kernels: raw pointers in, numbers out, no torch.
+//
+// A matrix is [rows, columns], row-major. In few bits it is `bits` planes [rows, ceil(columns / 8)] of which the first
+// holds the highest bits, the first weight of a byte in its highest bit, and `scale` [rows, ceil(columns / group_size)]
+// fp16; a weight is (code - (2^bits - 1) / 2) * scale. Functions return 0, or a `Status`.
+#pragma once
+#include <cstdint>
+
+#if defined(__GNUC__)
+#pragma GCC visibility push(default)
+#endif
+
+extern "C" {
+
+enum TardisType : int32_t { TARDIS_NONE = 0, TARDIS_BF16 = 1, TARDIS_FP16 = 2, TARDIS_FP32 = 3, TARDIS_LOW_BIT = 4 };
+enum TardisStatus : int32_t { TARDIS_OK = 0, TARDIS_NO_MEMORY = 1, TARDIS_BAD_ARGUMENT = 2 };
+enum TardisIsa : int32_t { TARDIS_PORTABLE = 0, TARDIS_AVX2 = 1, TARDIS_AVX512 = 2 };
+
+struct TardisMatrix {
+    const void* data;       // bf16 or fp32 numbers, or planes; null where there is no matrix
+    const uint16_t* scale;  // low-bit only
+    int64_t rows, columns, group_size;
+    int32_t type, bits;
+};
+
+struct TardisVector {
+    const void* data;
+    int32_t type;  // TARDIS_NONE: no vector
+    int32_t unused;
+};
+
+// Inputs [tokens, d] and outputs [tokens, rows], contiguous, in `type` (bf16 or fp32); at most 64 tokens.
+struct TardisBatch {
+    const void* x;
+    void* y;
+    int64_t tokens;
+    int32_t type;
+    int32_t activation_bits;  // 8 or 16: of x where it meets a low-bit matrix
+    int32_t threads;
+    int32_t unused;
+};
+
+struct TardisFFN {
+    TardisMatrix fold, predictor;  // [d, d], [h, d]
+    TardisMatrix up;               // [h, d]: W1, or what the predictor leaves of it (low-bit), or none
+    TardisMatrix down;             // [h, d]: W2 transposed
+    TardisVector bias, b1, low, high, slope, offset;
+    int32_t activation;
+    int32_t unused;
+};
+
+int32_t tardis_abi();
+int32_t tardis_supports(int32_t isa);
+int32_t tardis_use(int32_t isa);  // TARDIS_BAD_ARGUMENT where the processor lacks it
+int32_t tardis_isa();
+
+// y = x W^T + bias.
+int32_t tardis_linear(const TardisMatrix* weight, const TardisVector* bias, const TardisBatch* batch);
+// y [tokens, h] uint8: 1 for the neurons whose prediction is not within [low, high], NaN included.
+int32_t tardis_fixed(const TardisFFN* ffn, const TardisBatch* batch);
+// y = x fold^T + bias + sum over fixed neurons of residual * W2 column.
+int32_t tardis_folded_ffn(const TardisFFN* ffn, const TardisBatch* batch);
+// Sum of the 64-bit words at `data`, read by `threads`: what the memory's read bandwidth is measured with.
+uint64_t tardis_read(const uint64_t* data, int64_t words, int32_t threads);
+}
+
+#if defined(__GNUC__)
+#pragma GCC visibility pop
+#endif

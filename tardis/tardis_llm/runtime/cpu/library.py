@@ -1,0 +1,217 @@
+"""The compiled CPU kernels: found, opened with ctypes, and told which instruction set to use.
+
+Nothing here needs a compiler or fails without the library: `kernels()` is then None. The environment variable
+`TARDIS_KERNELS` chooses: `off`, or one of `ISAS`; unset, the best that processor and build have.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...errors import InvalidInputError, TardisError
+from ...folding.lowbit import PackedMatrix
+
+#: what the kernels are written for, by the numbers that the library has for them
+ISAS = ("portable", "avx2", "avx512")
+#: tokens of the largest batch
+MAX_TOKENS = 64
+_ABI = 1
+_VARIABLE = "TARDIS_KERNELS"
+_SUFFIXES = {"win32": ".dll", "darwin": ".so"}
+_TYPES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+_LOW_BIT = 4
+_ERRORS = {1: "no memory for its working arrays", 2: "arguments that do not fit together"}
+
+
+class Matrix(ctypes.Structure):
+    """`TardisMatrix` of interface.h: bf16, fp32 or low-bit."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("group_size", ctypes.c_int64),
+        ("type", ctypes.c_int32),
+        ("bits", ctypes.c_int32),
+    )
+
+    @classmethod
+    def of(cls, matrix: Tensor | PackedMatrix | None) -> Matrix:
+        """Points to a matrix, whose tensors must stay alive and contiguous."""
+        if matrix is None:
+            return cls()
+        if isinstance(matrix, Tensor):
+            rows, columns = matrix.shape
+            return cls(matrix.data_ptr(), None, rows, columns, columns, _TYPES[matrix.dtype], 0)
+        planes, scale = matrix.planes, matrix.scale
+        bits, rows = planes.shape[:2]
+        pointers = planes.data_ptr(), scale.data_ptr()
+        return cls(*pointers, rows, matrix.columns, matrix.group_size, _LOW_BIT, bits)
+
+
+class Vector(ctypes.Structure):
+    """`TardisVector` of interface.h: bf16, fp16 or fp32, or none."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("type", ctypes.c_int32), ("unused", ctypes.c_int32))
+
+    @classmethod
+    def of(cls, vector: Tensor | None) -> Vector:
+        """Points to a vector, which must stay alive and contiguous."""
+        return cls() if vector is None else cls(vector.data_ptr(), _TYPES[vector.dtype], 0)
+
+
+class Batch(ctypes.Structure):
+    """`TardisBatch` of interface.h: inputs and outputs."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("tokens", ctypes.c_int64),
+        ("type", ctypes.c_int32),
+        ("activation_bits", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+        ("unused", ctypes.c_int32),
+    )
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor, activation_bits: int) -> Batch:
+        """Points to inputs x [tokens, d] and outputs y, which must stay alive and contiguous."""
+        threads = torch.get_num_threads()
+        return cls(x.data_ptr(), y.data_ptr(), len(x), _TYPES[x.dtype], activation_bits, threads, 0)
+
+
+class FFN(ctypes.Structure):
+    """`TardisFFN` of interface.h."""
+
+    _fields_ = (
+        *((name, Matrix) for name in ("fold", "predictor", "up", "down")),
+        *((name, Vector) for name in ("bias", "b1", "low", "high", "slope", "offset")),
+        ("activation", ctypes.c_int32),
+        ("unused", ctypes.c_int32),
+    )
+
+
+class Kernels:
+    """The opened library.
+
+    Args:
+        path: of the library.
+
+    Raises:
+        OSError: it cannot be opened, or is of another version.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._library = ctypes.CDLL(str(path))
+        self._library.tardis_read.restype = ctypes.c_uint64
+        self._library.tardis_read.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)
+        if self._library.tardis_abi() != _ABI:
+            raise OSError(f"{path} was built for another version of TARDIS")
+
+    @property
+    def isa(self) -> str:
+        """The instruction set in use, one of `ISAS`."""
+        return ISAS[self._library.tardis_isa()]
+
+    @property
+    def isas(self) -> list[str]:
+        """The instruction sets that processor and build have."""
+        return [name for number, name in enumerate(ISAS) if self._library.tardis_supports(number)]
+
+    def use(self, isa: str) -> None:
+        """Use an instruction set from now on, in every thread.
+
+        Raises:
+            InvalidInputError: processor or build lack it.
+        """
+        if isa not in self.isas:
+            raise InvalidInputError(f"kernels for {isa!r} cannot run here; choose off, {', '.join(self.isas)}.")
+        self._library.tardis_use(ISAS.index(isa))
+
+    @contextmanager
+    def using(self, isa: str) -> Iterator[None]:
+        """Within the context, use an instruction set; see `use`."""
+        before = self.isa
+        self.use(isa)
+        try:
+            yield
+        finally:
+            self.use(before)
+
+    def linear(self, weight: Matrix, bias: Vector, batch: Batch) -> None:
+        """y = x W^T + bias."""
+        self._call("tardis_linear", weight, bias, batch)
+
+    def fixed(self, ffn: FFN, batch: Batch) -> None:
+        """y: a byte per token and neuron, 1 where the prediction leaves the neuron's range."""
+        self._call("tardis_fixed", ffn, batch)
+
+    def folded_ffn(self, ffn: FFN, batch: Batch) -> None:
+        """y: the output of the folded FFN."""
+        self._call("tardis_folded_ffn", ffn, batch)
+
+    def read(self, data: Tensor) -> int:
+        """Read a contiguous tensor with all of torch's threads and add up its 64-bit words."""
+        return int(self._library.tardis_read(data.data_ptr(), data.nbytes // 8, torch.get_num_threads()))
+
+    def _call(self, name: str, *arguments: ctypes.Structure) -> None:
+        status = getattr(self._library, name)(*map(ctypes.byref, arguments))
+        if status:
+            raise TardisError(f"the kernel {name} got {_ERRORS.get(status, 'an error')}; set {_VARIABLE}=off to go on.")
+
+
+@functools.cache
+def kernels() -> Kernels | None:
+    """The kernels to use, or None: switched off, not built, or not for this machine. Says once if they are missing.
+
+    Raises:
+        InvalidInputError: `TARDIS_KERNELS` is not what it can be here.
+    """
+    wanted = os.environ.get(_VARIABLE, "").lower()
+    if wanted == "off":
+        return None
+    library = open_library()
+    if wanted and wanted not in ISAS:
+        raise InvalidInputError(f"{_VARIABLE}={wanted}: give off, {', '.join(ISAS)}, or leave it unset.")
+    if library is None:
+        message = "the CPU kernels of TARDIS are not built: folded FFNs run through the slower reference. Install a "
+        warnings.warn(message + "C++ compiler and reinstall tardis-llm to have them.", RuntimeWarning, stacklevel=3)
+    elif wanted:
+        library.use(wanted)
+    return library
+
+
+@torch.compiler.assume_constant_result
+def available() -> bool:
+    """Whether there are `kernels` to use; they may not come or go while the program runs."""
+    return kernels() is not None
+
+
+@functools.cache
+def open_library() -> Kernels | None:
+    """The library, whatever `TARDIS_KERNELS` says; None where it is not built or cannot be opened."""
+    for path in _candidates(sys.modules[__package__].__path__):
+        if path.is_file():
+            try:
+                return Kernels(path)
+            except OSError:
+                continue
+    return None
+
+
+def _candidates(folders: Sequence[str]) -> list[Path]:
+    """Where the library may lie: an editable installation has it in another folder than the sources."""
+    name = "_kernels" + _SUFFIXES.get(sys.platform, ".so")
+    return [Path(folder) / name for folder in folders]

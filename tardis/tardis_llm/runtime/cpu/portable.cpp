@@ -1,0 +1,6 @@
+// The kernels for any processor.
+#include "kernels.h"
+
+#include "generic.inc"
+
+const tardis::Table* tardis::portable_table() { return &kTable; }

@@ -1,0 +1,236 @@
+"""The CPU kernels as torch operators, with shapes for tracing, so that `torch.compile` and others can use them.
+
+    tardis::bf16_linear     y = x W^T + b
+    tardis::lowbit_linear   the same with W in few bits
+    tardis::fixed_neurons   which neurons the predictor finds out of their range
+    tardis::folded_ffn      a whole folded FFN
+
+Each takes up to 64 tokens x [tokens, d] in bf16 or fp32, contiguous. `ffn.folded_ffn` specifies what they compute;
+sums are in fp32 throughout, and where x meets a low-bit matrix it is rounded to 16 bits (or 8, where asked for), with
+one scale per token and group of columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..activations import ACTIVATIONS
+from ..architectures import FFNWeights
+from ..errors import TardisError
+from ..folding.fold import FoldedWeights
+from ..folding.lowbit import PackedMatrix
+from .cpu.library import FFN, MAX_TOKENS, Batch, Kernels, Matrix, Vector, available, open_library
+
+#: dtypes of the inputs, and so of the models
+DTYPES = (torch.bfloat16, torch.float32)
+_ACTIVATIONS = list(ACTIVATIONS)
+
+_library = torch.library.Library("tardis", "DEF")
+_library.define("bf16_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_library.define(
+    "lowbit_linear(Tensor x, Tensor planes, Tensor scale, int group_size, Tensor? bias, int activation_bits=16) "
+    "-> Tensor"
+)
+_library.define(
+    "fixed_neurons(Tensor x, Tensor planes, Tensor scale, int group_size, Tensor? b1, Tensor low, Tensor high, "
+    "int activation_bits=16) -> Tensor"
+)
+_library.define(
+    "folded_ffn(Tensor x, str activation, Tensor[] fold, Tensor bias, Tensor[] predictor, Tensor[] ranges, Tensor? b1, "
+    "Tensor[] up, Tensor[] down, int[] group_sizes, int activation_bits=16) -> Tensor"
+)
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the kernels are there and take inputs like x [..., d]."""
+    if x.device.type != "cpu" or x.dtype not in DTYPES or not 0 < x.numel() <= MAX_TOKENS * x.shape[-1]:
+        return False
+    return available()
+
+
+def runs(x: Tensor, folded: FoldedWeights, dense: FFNWeights) -> bool:
+    """Whether `folded_ffn` can stand for the reference: x is as they take it, and nothing needs gradients.
+
+    Dense fallback weights must lie neuron by neuron: w1 contiguous, and w2 as the transpose of a contiguous tensor.
+    """
+    if not takes(x) or (torch.is_grad_enabled() and (x.requires_grad or dense.w1.requires_grad)):
+        return False
+    matrices = _matrices(folded, dense)
+    if any(isinstance(matrix, Tensor) and matrix.dtype != x.dtype for matrix in matrices):
+        return False
+    parts = [tensor for matrix in matrices for tensor in _parts(matrix)]
+    return all(tensor.is_contiguous() and tensor.device == x.device for tensor in parts)
+
+
+def folded_ffn(x: Tensor, folded: FoldedWeights, dense: FFNWeights, activation: str) -> Tensor:
+    """`ffn.folded_ffn` by the kernels, where it `runs`.
+
+    Args:
+        x: [tokens, d].
+        folded: as stored.
+        dense: as for the reference; w1 and w2 are not read where `folded` has low-bit weights in their place.
+        activation: a name in `ACTIVATIONS`.
+    """
+    matrices = _matrices(folded, dense)
+    fold, predictor, up, down = map(_parts, matrices)
+    sizes = [matrix.group_size if isinstance(matrix, PackedMatrix) else 0 for matrix in matrices]
+    ranges = [folded.low, folded.high, folded.slope, folded.offset]
+    y: Tensor = torch.ops.tardis.folded_ffn(
+        x.contiguous(), activation, fold, folded.bias, predictor, ranges, dense.b1, up, down, sizes
+    )
+    return y
+
+
+def _matrices(folded: FoldedWeights, dense: FFNWeights) -> list[Tensor | PackedMatrix | None]:
+    """The fold, the predictor, and what fixing reads of W1 and of W2 transposed."""
+    fallback = folded.fallback
+    fixing = (dense.w1, dense.w2.T) if fallback is None else (fallback.remainder, fallback.down)
+    return [folded.weight, folded.predictor, *fixing]
+
+
+def _parts(matrix: Tensor | PackedMatrix | None) -> list[Tensor]:
+    """The tensors of a matrix as the operators take it."""
+    if matrix is None:
+        return []
+    return [matrix] if isinstance(matrix, Tensor) else [matrix.planes, matrix.scale]
+
+
+def _matrix(parts: Sequence[Tensor], columns: int, group_size: int) -> Matrix:
+    """The inverse of `_parts`, for the kernels."""
+    if len(parts) != 2:
+        return Matrix.of(parts[0] if parts else None)
+    planes, scale = parts
+    rows = planes.shape[1]
+    if group_size < 1 or planes.shape[2] != -(-columns // 8) or scale.shape != (rows, -(-columns // group_size)):
+        raise TardisError(f"planes {list(planes.shape)} and scales {list(scale.shape)} do not fit {columns} columns.")
+    return Matrix.of(PackedMatrix(planes, scale, columns, group_size))
+
+
+def _vector(vector: Tensor | None, size: int) -> Vector:
+    """For the kernels, which cannot tell how long it is."""
+    if vector is not None and vector.shape != (size,):
+        raise TardisError(f"a vector of {size} numbers is wanted, and one of shape {list(vector.shape)} was given.")
+    return Vector.of(vector)
+
+
+def _loaded() -> Kernels:
+    library = open_library()
+    if library is None:
+        raise TardisError("the CPU kernels are not built; install a C++ compiler and reinstall tardis-llm.")
+    return library
+
+
+def _check(x: Tensor, *tensors: Tensor | None) -> None:
+    """Refuse what the kernels would misread."""
+    for tensor in (x, *tensors):
+        if tensor is not None and not (tensor.is_contiguous() and tensor.device.type == "cpu"):
+            raise TardisError("the CPU kernels take contiguous tensors in main memory; call .contiguous() first.")
+    if x.dtype not in DTYPES or x.dim() != 2 or len(x) > MAX_TOKENS:
+        wanted = f"[tokens, d] in bf16 or fp32 with at most {MAX_TOKENS} tokens"
+        raise TardisError(f"x is {x.dtype} {list(x.shape)}, and the CPU kernels take {wanted}.")
+
+
+def _bf16_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [tokens, in], weight [out, in] in its dtype (bf16 or fp32): [tokens, out] in the dtype of x."""
+    _check(x, weight, bias)
+    if x.shape[1] != weight.shape[1]:
+        raise TardisError(f"x {list(x.shape)} does not fit a weight {list(weight.shape)}.")
+    y = x.new_empty(len(x), len(weight))
+    if len(x):
+        _loaded().linear(Matrix.of(weight), _vector(bias, len(weight)), Batch.of(x, y, 16))
+    return y
+
+
+def _lowbit_linear(
+    x: Tensor, planes: Tensor, scale: Tensor, group_size: int, bias: Tensor | None, activation_bits: int = 16
+) -> Tensor:
+    """x [tokens, in] and a `PackedMatrix` [out, in]: [tokens, out] in the dtype of x."""
+    _check(x, planes, scale, bias)
+    y = x.new_empty(len(x), planes.shape[1])
+    if len(x):
+        matrix = _matrix((planes, scale), x.shape[1], group_size)
+        _loaded().linear(matrix, _vector(bias, planes.shape[1]), Batch.of(x, y, activation_bits))
+    return y
+
+
+def _fixed_neurons(
+    x: Tensor,
+    planes: Tensor,
+    scale: Tensor,
+    group_size: int,
+    b1: Tensor | None,
+    low: Tensor,
+    high: Tensor,
+    activation_bits: int = 16,
+) -> Tensor:
+    """[tokens, h] bool; see `ffn.fixed_neurons`."""
+    _check(x, planes, scale, b1, low, high)
+    y = torch.empty(len(x), planes.shape[1], dtype=torch.bool)
+    if len(x):
+        ffn = FFN(predictor=_matrix((planes, scale), x.shape[1], group_size))
+        ffn.b1, ffn.low, ffn.high = (_vector(each, y.shape[1]) for each in (b1, low, high))
+        _loaded().fixed(ffn, Batch.of(x, y, activation_bits))
+    return y
+
+
+def _folded_ffn(
+    x: Tensor,
+    activation: str,
+    fold: Sequence[Tensor],
+    bias: Tensor,
+    predictor: Sequence[Tensor],
+    ranges: Sequence[Tensor],
+    b1: Tensor | None,
+    up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    group_sizes: Sequence[int],
+    activation_bits: int = 16,
+) -> Tensor:
+    """[tokens, d].
+
+    Args:
+        fold, predictor, up, down: [weight], or [planes, scale] of a low-bit one. `up` is W1, or what the predictor
+            leaves of it, [] where that is nothing; `down` is W2 transposed.
+        ranges: low, high, slope, offset.
+        group_sizes: of the four matrices; those of dense ones are not read.
+    """
+    _check(x, *fold, bias, *predictor, *ranges, b1, *up, *down)
+    y = torch.empty_like(x)
+    if len(x):
+        parts = zip((fold, predictor, up, down), group_sizes, strict=True)
+        matrices = [_matrix(each, x.shape[1], size) for each, size in parts]
+        vectors = [_vector(each, predictor[0].shape[1]) for each in (b1, *ranges)]
+        ffn = FFN(*matrices, _vector(bias, x.shape[1]), *vectors, _ACTIVATIONS.index(activation))
+        _loaded().folded_ffn(ffn, Batch.of(x, y, activation_bits))
+    return y
+
+
+_library.impl("bf16_linear", _bf16_linear, "CPU")
+_library.impl("lowbit_linear", _lowbit_linear, "CPU")
+_library.impl("fixed_neurons", _fixed_neurons, "CPU")
+_library.impl("folded_ffn", _folded_ffn, "CPU")
+
+
+@torch.library.register_fake("tardis::bf16_linear")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.register_fake("tardis::lowbit_linear")
+def _(
+    x: Tensor, planes: Tensor, scale: Tensor, group_size: int, bias: Tensor | None, activation_bits: int = 16
+) -> Tensor:
+    return x.new_empty(x.shape[0], planes.shape[1])
+
+
+@torch.library.register_fake("tardis::fixed_neurons")
+def _(x: Tensor, planes: Tensor, *others: object, **settings: object) -> Tensor:
+    return x.new_empty(x.shape[0], planes.shape[1], dtype=torch.bool)
+
+
+@torch.library.register_fake("tardis::folded_ffn")
+def _(x: Tensor, *others: object, **settings: object) -> Tensor:
+    return torch.empty_like(x)

@@ -1,0 +1,515 @@
+"""The CPU kernels do what the readable reference does, on every instruction set, and step aside where they cannot.
+
+Expected values are computed in fp64 from the numbers that the kernels get. What may differ is stated as bounds: inputs
+of a low-bit product are rounded to 16 (or 8) bits per token and group, sums are in fp32, outputs in the dtype of x.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from models import tiny_model, tokens
+from synthetic import activation, correlated, everything_fixed, folded_with, generator, half_fixed, normal, random_ffn
+from torch import Tensor
+
+from tardis_llm.activations import ACTIVATIONS
+from tardis_llm.architectures import FFNWeights, find_ffns
+from tardis_llm.config import Storage
+from tardis_llm.errors import InvalidInputError, TardisError
+from tardis_llm.folding.fold import FoldedWeights
+from tardis_llm.folding.lowbit import PackedMatrix, pack, quantise
+from tardis_llm.folding.stack import dense_fold, quantise_fallback, store_fold
+from tardis_llm.runtime import ffn as reference
+from tardis_llm.runtime import ops
+from tardis_llm.runtime.cpu import library
+from tardis_llm.runtime.cpu.library import ISAS, MAX_TOKENS, open_library
+from tardis_llm.runtime.ffn import FoldedFFN, fixed_neurons, install, uninstall
+from tardis_llm.session import dense_ffn
+
+BUILT = open_library()
+needs_library = pytest.mark.skipif(BUILT is None, reason="the CPU kernels are not built: no C++ compiler was found")
+DTYPES = [torch.float32, torch.bfloat16]
+BATCHES = [1, 2, 3, 7, 8, MAX_TOKENS]
+#: (out, in): smaller than a register, not divisible by 8, by 32 or by 64, and plain
+SHAPES = [(3, 5), (37, 100), (70, 259), (32, 512)]
+#: fp32 sums of up to some hundred products, in another order
+FP32 = 2e-6
+
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The kernels run on this instruction set."""
+    if BUILT is None:
+        pytest.skip("the CPU kernels are not built: no C++ compiler was found")
+    if request.param not in BUILT.isas:
+        pytest.skip(f"this processor, or the compiler, lacks {request.param}")
+    with BUILT.using(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Puts the number of torch's threads back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def inputs(count: int, d: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return (normal(count, d, seed=count) * (1 + normal(d, seed=5).abs())).to(dtype)
+
+
+def assert_within(found: Tensor, expected: Tensor, bound: Tensor | float = 0.0) -> None:
+    """Apart by no more than `bound`, a rounding of sums to fp32, and one of results to the dtype of `found`."""
+    rounding = torch.finfo(found.dtype).eps * expected.abs() if found.dtype == torch.bfloat16 else 0.0
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    error = (found.double() - expected).abs() - rounding - bound
+    assert float(error.max()) <= FP32 * (1 + scale)
+
+
+def input_rounding(x: Tensor, matrix: PackedMatrix, bits: int = 16) -> Tensor:
+    """Bound on what rounding x [tokens, d] to `bits` moves the product with `matrix`: half a step per column."""
+    steps = []
+    for group in x.double().abs().split(matrix.group_size, 1):
+        steps.append((group.amax(1, keepdim=True) / (127 if bits == 8 else 32639)).expand_as(group))
+    # 1 % for the rounding of the step itself and of x over the step, both in fp32
+    return torch.cat(steps, 1) @ matrix.dequantise().double().abs().T * 0.505
+
+
+def packed(rows: int, d: int, bits: int, group_size: int) -> PackedMatrix:
+    """Random codes and scales."""
+    codes = torch.randint(2**bits, (rows, d), generator=generator(bits))
+    group_size = min(group_size, d)
+    scale = (0.1 + normal(rows, -(-d // group_size), seed=1).abs()) / 2**bits
+    return PackedMatrix(pack(codes, bits), scale.half(), d, group_size)
+
+
+def lowbit_linear(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None, bits: int = 16) -> Tensor:
+    y: Tensor = torch.ops.tardis.lowbit_linear(x, matrix.planes, matrix.scale, matrix.group_size, bias, bits)
+    return y
+
+
+def predicted(x: Tensor, folded: FoldedWeights, b1: Tensor | None) -> Tensor:
+    """The fixed neurons as the kernels find them."""
+    p = folded.predictor
+    fixed: Tensor = torch.ops.tardis.fixed_neurons(x, p.planes, p.scale, p.group_size, b1, folded.low, folded.high)
+    return fixed
+
+
+def neuron_major(weights: FFNWeights) -> FFNWeights:
+    return weights._replace(w2=weights.w2.T.contiguous().T)
+
+
+# ---- products ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@every_dtype
+def test_dense_products(isa: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight, bias = normal(*shape, seed=1).to(dtype), normal(shape[0], seed=2).to(dtype)
+    for count in BATCHES:
+        x = inputs(count, shape[1], dtype)
+        expected = x.double() @ weight.double().T
+        assert_within(torch.ops.tardis.bf16_linear(x, weight, None), expected)
+        assert_within(torch.ops.tardis.bf16_linear(x, weight, bias), expected + bias.double())
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_low_bit_products_for_every_width_and_group_size(isa: str, shape: tuple[int, int], bits: int) -> None:
+    for group_size in (1, 7, 64, 100, 256):  # within bytes, across them, divisible by 64, more than the columns
+        matrix = packed(*shape, bits, group_size)
+        for count in (1, 3, 8):
+            x = inputs(count, shape[1])
+            expected = x.double() @ matrix.dequantise().double().T
+            for activation_bits in (8, 16):
+                bound = input_rounding(x, matrix, activation_bits)
+                assert_within(lowbit_linear(x, matrix, None, activation_bits), expected, bound)
+
+
+@pytest.mark.parametrize("count", BATCHES)
+@every_dtype
+def test_low_bit_products_for_every_batch_and_dtype(isa: str, dtype: torch.dtype, count: int) -> None:
+    matrix, bias = packed(37, 200, 4, 64), normal(37, seed=2).to(dtype)
+    x = inputs(count, 200, dtype)
+    expected = x.double() @ matrix.dequantise().double().T + bias.double()
+    assert_within(lowbit_linear(x, matrix, bias), expected, input_rounding(x, matrix))
+
+
+def test_sums_of_very_wide_groups_do_not_overflow(isa: str) -> None:
+    planes = torch.full((8, 2, 1250), 255, dtype=torch.uint8)  # every code the largest, 255
+    matrix = PackedMatrix(planes, torch.full((2, 1), 0.5, dtype=torch.float16), 10_000, 10_000)
+    x = torch.full((1, 10_000), 3.0)
+    assert_within(lowbit_linear(x, matrix), torch.full((1, 2), 127.5 * 0.5 * 3.0 * 10_000, dtype=torch.double))
+
+
+def test_inputs_of_any_size_are_rounded_relative_to_their_own_group(isa: str) -> None:
+    matrix = packed(8, 192, 4, 64)
+    for size in (0.0, 1e-35, 1e-20, 1e20):
+        x = inputs(2, 192) * size
+        x[:, 64:128] = 0
+        expected = x.double() @ matrix.dequantise().double().T
+        assert_within(lowbit_linear(x, matrix), expected, input_rounding(x, matrix) + FP32 * size + 1e-28)
+
+
+def test_what_is_not_finite_makes_low_bit_products_nan(isa: str) -> None:
+    matrix = packed(8, 192, 4, 64)
+    clean = inputs(4, 192)
+    x = clean.clone()
+    x[1, 5], x[2, 191], x[3, 70] = torch.nan, torch.inf, -torch.inf
+    y = lowbit_linear(x, matrix)
+    assert y[1:].isnan().all()
+    assert torch.equal(y[:1], lowbit_linear(clean, matrix)[:1])
+
+
+@needs_library
+def test_the_portable_kernels_round_inputs_as_the_others_do() -> None:
+    assert BUILT is not None
+    matrix, x = packed(40, 259, 3, 100), inputs(5, 259)
+    results = []
+    for name in BUILT.isas:
+        with BUILT.using(name):
+            results.append(lowbit_linear(x, matrix))
+    for result in results[1:]:  # the integers are the same; the sum over groups may round differently
+        torch.testing.assert_close(result, results[0], rtol=FP32, atol=FP32 * float(results[0].abs().max()))
+
+
+# ---- predictor -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("range_dtype", [torch.float16, torch.float32])
+def test_predicted_neurons_are_those_of_the_reference(isa: str, bits: int, range_dtype: torch.dtype) -> None:
+    ffn = random_ffn(100, 77)
+    folded = replace(half_fixed(ffn), predictor=quantise(ffn.w1, bits, 48))
+    folded = replace(folded, low=folded.low.to(range_dtype), high=folded.high.to(range_dtype))
+    for count in BATCHES:
+        x = correlated(count, 100, count)
+        zhat = x.double() @ folded.predictor.dequantise().double().T + ffn.b1
+        distance = torch.minimum((zhat - folded.low).abs(), (zhat - folded.high).abs())
+        clear = distance > input_rounding(x, folded.predictor) + FP32 * 10
+        assert clear.double().mean() > 0.95
+        assert torch.equal(predicted(x, folded, ffn.b1)[clear], fixed_neurons(x, folded, ffn.b1)[clear])
+
+
+def test_nan_counts_as_out_of_range(isa: str) -> None:
+    ffn = random_ffn(40, 33)
+    everywhere = torch.full((33,), torch.inf)
+    folded = folded_with(ffn, -everywhere, everywhere)
+    x = correlated(3, 40)
+    x[1, 2] = torch.nan
+    assert predicted(x, folded, None).all(1).tolist() == [False, True, False]
+
+
+# ---- the folded FFN ------------------------------------------------------------------------------------------------
+
+STORAGES = [Storage(48), Storage(48, 8), Storage(64, 8, 4), Storage(100, 4, 8), Storage(48, None, 2)]
+
+
+@functools.cache
+def make(
+    d: int, h: int, storage: Storage, dtype: torch.dtype, name: str = "gelu", ranges: str = "half"
+) -> tuple[FoldedWeights, FFNWeights]:
+    """A fold as it is stored and the dense weights, neuron by neuron; `ranges`: none, half or all are fixed."""
+    ffn = random_ffn(d, h, name)
+    folded = half_fixed(ffn)
+    everywhere = torch.full((h,), torch.inf)
+    if ranges != "half":
+        folded = folded_with(ffn, *((-everywhere, everywhere) if ranges == "none" else (everywhere, -everywhere)))
+    predictor = quantise(ffn.w1, 2, storage.group_size)
+    folded = replace(
+        folded,
+        weight=store_fold(folded.weight, storage, dtype, None),
+        bias=folded.bias.to(dtype),
+        predictor=predictor,
+        fallback=quantise_fallback(ffn.w1, ffn.w2, predictor, storage, None),
+    )
+    dense = FFNWeights(*(tensor.to(dtype) for tensor in (ffn.w1, ffn.b1, ffn.w2, ffn.b2)))
+    return folded, neuron_major(dense)
+
+
+def specified(x: Tensor, folded: FoldedWeights, dense: FFNWeights, name: str) -> tuple[Tensor, Tensor]:
+    """Output [tokens, d] in fp64 with the neurons that the kernels fix, and a bound on what rounding x moves it."""
+    w1, b1, w2, _ = dense
+    z_bound = torch.zeros(len(x), len(w1), dtype=torch.double)
+    if folded.fallback is not None:
+        w1, w2 = folded.fallback.matrices(folded.predictor, torch.float32)
+        for matrix in filter(None, (folded.predictor, folded.fallback.remainder)):
+            z_bound += input_rounding(x, matrix)
+    x64, fixed = x.double(), predicted(x, folded, b1)
+    z = x64 @ w1.double().T + (0 if b1 is None else b1.double())
+    residual = (activation(name)(z) - folded.slope.double() * z - folded.offset.double()) * fixed
+    y = x64 @ dense_fold(folded.weight, torch.float32).double().T + folded.bias.double() + residual @ w2.double().T
+    # a residual moves at most as fast as relu2's slope, 2 |z|, plus the line's
+    steep = (2 + 2 * z.abs() + folded.slope.abs()) * fixed
+    bound = (z_bound + FP32 * (1 + z.abs())) * steep @ w2.double().abs().T
+    if isinstance(folded.weight, PackedMatrix):
+        bound = bound + input_rounding(x, folded.weight)
+    return y, bound
+
+
+@pytest.mark.parametrize("name", list(ACTIVATIONS))
+@every_dtype
+def test_every_activation(isa: str, name: str, dtype: torch.dtype) -> None:
+    folded, dense = make(40, 150, Storage(48), dtype, name)
+    x = correlated(5, 40).to(dtype)
+    assert_within(ops.folded_ffn(x, folded, dense, name), *specified(x, folded, dense, name))
+
+
+@pytest.mark.parametrize("ranges", ["none", "half", "all"])
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+@every_dtype
+def test_every_storage_and_fix_set(isa: str, dtype: torch.dtype, storage: Storage, ranges: str) -> None:
+    for d, h in ((41, 131), (192, 300)):
+        folded, dense = make(d, h, storage, dtype, ranges=ranges)
+        for count in (1, 2, 7, MAX_TOKENS):
+            x = correlated(count, d, count).to(dtype)
+            share = float(predicted(x, folded, dense.b1).double().mean())
+            assert share == {"none": 0.0, "all": 1.0}.get(ranges, share)
+            assert ops.runs(x, folded, dense)
+            assert_within(ops.folded_ffn(x, folded, dense, "gelu"), *specified(x, folded, dense, "gelu"))
+
+
+@pytest.mark.parametrize("storage", STORAGES[::2], ids=str)
+@every_dtype
+def test_the_kernels_agree_with_the_reference(isa: str, dtype: torch.dtype, storage: Storage) -> None:
+    folded, dense = make(96, 384, storage, dtype)
+    x = correlated(9, 96).to(dtype)
+    same = predicted(x, folded, dense.b1) == fixed_neurons(x, folded, dense.b1)
+    x = x[same.all(1)]  # a prediction next to a bound may fall on its other side
+    assert len(x) >= 7
+    found = ops.folded_ffn(x, folded, dense, "gelu")
+    if folded.fallback:
+        w1, w2 = folded.fallback.matrices(folded.predictor, dtype)
+        dense = dense._replace(w1=w1, w2=w2)
+    expected = reference.folded_ffn(x, folded, dense, ACTIVATIONS["gelu"])
+    assert found.dtype == dtype
+    atol = 2e-4 if dtype == torch.float32 else 16 * torch.finfo(dtype).eps  # the reference rounds in between to bf16
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("storage", STORAGES[::2], ids=str)
+def test_biases_may_be_missing(isa: str, storage: Storage) -> None:
+    folded, dense = make(41, 131, storage, torch.float32)
+    x, dense = correlated(3, 41), dense._replace(b1=None, b2=None)
+    assert_within(ops.folded_ffn(x, folded, dense, "gelu"), *specified(x, folded, dense, "gelu"))
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+def test_nan_comes_out_where_it_came_in_and_nowhere_else(isa: str, storage: Storage) -> None:
+    folded, dense = make(72, 131, storage, torch.float32)
+    clean = correlated(6, 72)
+    x = clean.clone()
+    x[2, 7] = torch.nan
+    y, expected = (ops.folded_ffn(each, folded, dense, "gelu") for each in (x, clean))
+    assert y[2].isnan().all()
+    others = torch.arange(6) != 2
+    assert torch.equal(y[others], expected[others])
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+def test_results_do_not_depend_on_the_number_of_threads(isa: str, storage: Storage, threads: None) -> None:
+    folded, dense = make(264, 700, storage, torch.bfloat16)
+    x = correlated(3, 264).bfloat16()
+    results = []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        results.append([ops.folded_ffn(x, folded, dense, "gelu") for _ in range(3)])
+    assert all(torch.equal(y, results[0][0]) for group in results for y in group)
+
+
+@needs_library
+def test_calls_from_several_threads_at_once_do_not_disturb_each_other(threads: None) -> None:
+    torch.set_num_threads(2)
+    cases = [(*make(264, 1000, storage, torch.bfloat16), correlated(4, 264, 1).bfloat16()) for storage in STORAGES[:3]]
+    expected = [ops.folded_ffn(x, folded, dense, "gelu") for folded, dense, x in cases]
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        folded, dense, x = cases[number % 3]
+        for _ in range(30):
+            if not torch.equal(ops.folded_ffn(x, folded, dense, "gelu"), expected[number % 3]):
+                wrong.append(number)
+
+    running = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    assert not wrong
+
+
+_FORK = """
+import os, torch, tardis_llm
+from tardis_llm.folding.lowbit import quantise
+from tardis_llm.runtime import ops
+torch.set_num_threads(2)
+x, weight = torch.ones(2, 512), torch.ones(2000, 512)
+before = torch.ops.tardis.bf16_linear(x, weight, None)  # starts the threads
+child = os.fork()
+if child == 0:
+    ok = all(torch.equal(torch.ops.tardis.bf16_linear(x, weight, None), before) for _ in range(20))
+    os._exit(0 if ok else 3)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert torch.equal(torch.ops.tardis.bf16_linear(x, weight, None), before)
+"""
+
+
+@needs_library
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_forked_child_has_threads_of_its_own() -> None:
+    done = subprocess.run([sys.executable, "-c", _FORK], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# ---- as torch operators --------------------------------------------------------------------------------------------
+
+
+@needs_library
+def test_the_operators_pass_the_checks_of_torch() -> None:
+    folded, dense = make(64, 96, Storage(64, 8, 4), torch.float32)
+    x, p = correlated(3, 64), folded.predictor
+    tests = ("test_schema", "test_faketensor")
+    matrix = p.planes, p.scale, p.group_size
+    torch.library.opcheck(torch.ops.tardis.bf16_linear.default, (x, dense.w1, dense.b1), test_utils=tests)
+    torch.library.opcheck(torch.ops.tardis.lowbit_linear.default, (x, *matrix, dense.b1), test_utils=tests)
+    arguments = (x, *matrix, dense.b1, folded.low, folded.high)
+    torch.library.opcheck(torch.ops.tardis.fixed_neurons.default, arguments, test_utils=tests)
+
+
+@needs_library
+@pytest.mark.parametrize("storage", STORAGES[::2], ids=str)
+def test_a_folded_ffn_compiles_to_one_graph(storage: Storage) -> None:
+    folded, dense = make(64, 96, storage, torch.float32)
+    module, x = FoldedFFN(folded, "gelu"), correlated(3, 64)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(x, dense), module(x, dense))
+
+
+@needs_library
+def test_what_the_kernels_would_misread_is_refused() -> None:
+    x, weight = normal(2, 16), normal(8, 16)
+    matrix = packed(8, 16, 2, 16)
+    linear, low_bit = torch.ops.tardis.bf16_linear, torch.ops.tardis.lowbit_linear
+    for call in (
+        lambda: linear(x.double(), weight.double(), None),
+        lambda: linear(normal(MAX_TOKENS + 1, 16), weight, None),
+        lambda: linear(normal(16, 2).T, weight, None),
+        lambda: linear(x[:, :8].contiguous(), weight, None),
+        lambda: linear(x, weight.bfloat16(), None),
+        lambda: linear(x, weight, normal(7)),
+        lambda: low_bit(x, matrix.planes, matrix.scale, 8, None),
+        lambda: low_bit(normal(2, 17), matrix.planes, matrix.scale, 16, None),
+        lambda: low_bit(x, matrix.planes, matrix.scale, 16, None, 12),
+    ):
+        with pytest.raises(TardisError):
+            call()
+
+
+# ---- in a model ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of every call of the kernels' folded FFN."""
+    seen: list[int] = []
+    stock = ops.folded_ffn
+
+    def spy(x: Tensor, *others: object) -> Tensor:
+        seen.append(len(x))
+        return stock(x, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ops, "folded_ffn", spy)
+    return seen
+
+
+@needs_library
+def test_the_module_uses_the_kernels_where_they_can(calls: list[int]) -> None:
+    folded, dense = make(40, 96, Storage(48), torch.float32)
+    module = FoldedFFN(folded, "gelu")
+    x = correlated(MAX_TOKENS + 1, 40)
+    module(x[:1], dense)
+    module(x[:MAX_TOKENS], dense)
+    assert module(x[:6].view(2, 3, 40), dense).shape == (2, 3, 40)
+    assert calls == [1, MAX_TOKENS, 6]
+    module(x, dense)  # too many
+    module(x[:0], dense)
+    module(x[:1].clone().requires_grad_(), dense)
+    module(x[:1], dense._replace(w2=dense.w2.contiguous()))  # W2 does not lie neuron by neuron
+    half, half_dense = make(40, 96, Storage(48), torch.float16)
+    FoldedFFN(half, "gelu")(x[:1].half(), half_dense)
+    assert len(calls) == 3
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["gpt2", "opt", "falcon"])
+@torch.no_grad()
+def test_a_model_runs_through_the_kernels_and_keeps_its_weights(name: str, calls: list[int]) -> None:
+    model = tiny_model(name)
+    ids = tokens()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    sites = find_ffns(model)
+    for site in sites:
+        ffn = dense_ffn(site)
+        install(model, site, FoldedFFN(everything_fixed(ffn), ffn.activation))
+    logits = model(ids).logits
+    assert calls == [ids.numel()] * len(sites)
+    for key, value in state.items():  # laid out anew in memory, and the same
+        assert torch.equal(model.state_dict()[key], value)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "takes", lambda x: False)
+        torch.testing.assert_close(model(ids).logits, logits, rtol=1e-4, atol=1e-4)
+    for site in sites:
+        uninstall(model, site)
+    assert all(value.is_contiguous() for value in model.state_dict().values())
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["", *ISAS, "off"])
+def test_the_environment_chooses_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert BUILT is not None
+    monkeypatch.setenv("TARDIS_KERNELS", name)
+    with BUILT.using(BUILT.isa):  # puts the choice back
+        if name in (*BUILT.isas, ""):
+            chosen = library.kernels.__wrapped__()
+            assert chosen.isa == (name or BUILT.isas[-1])
+        elif name == "off":
+            assert library.kernels.__wrapped__() is None
+        else:
+            with pytest.raises(InvalidInputError, match="cannot run here"):
+                library.kernels.__wrapped__()
+
+
+def test_an_unknown_choice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TARDIS_KERNELS", "sse2")
+    with pytest.raises(InvalidInputError, match="portable, avx2, avx512"):
+        library.kernels.__wrapped__()
+
+
+def test_without_the_library_the_reference_runs_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "_candidates", lambda folders: [])
+    monkeypatch.setattr(library, "open_library", library.open_library.__wrapped__)
+    monkeypatch.setattr(library, "kernels", functools.cache(library.kernels.__wrapped__))
+    monkeypatch.setattr(ops, "open_library", library.open_library)
+    monkeypatch.delenv("TARDIS_KERNELS", raising=False)
+    folded, dense = make(40, 96, Storage(48), torch.float32)
+    x = correlated(2, 40)
+    with pytest.warns(RuntimeWarning, match="not built") as caught:
+        found = [FoldedFFN(folded, "gelu")(x, dense) for _ in range(2)]
+    assert len(caught) == 1
+    expected = reference.folded_ffn(x, folded, dense, ACTIVATIONS["gelu"])
+    assert all(torch.equal(y, expected) for y in found)
+    with pytest.raises(TardisError, match="not built"):
+        torch.ops.tardis.bf16_linear(x, dense.w1, None)
