@@ -1,0 +1,60 @@
+"""Heat: how often each bucket was searched, sampled and decayed."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .workload import Signature, signature
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+SAMPLING = 32  #: one access in so many is counted
+HALF_LIFE = 16  #: counts per bucket after which an older one weighs half
+
+
+class Heat:
+    """Access counts of one run's buckets.
+
+    Time is measured in accesses, not seconds: an idle index forgets nothing.
+
+    Attributes:
+        hits: uint64 [buckets], what readers add to, one in SAMPLING of their accesses.
+        decayed: float64 [buckets], what was counted before, older counts weighing less.
+    """
+
+    def __init__(self, buckets: int, decayed: Floats | None = None) -> None:
+        self.hits = np.zeros(buckets, dtype=np.uint64)
+        self.decayed = np.zeros(buckets) if decayed is None else decayed
+        self._lock = threading.Lock()
+
+    def counts(self) -> Floats:
+        """The decayed counts, with what readers added until now."""
+        with self._lock:
+            taken = self.hits.copy()
+            self.hits -= taken  # a reader in between may lose a sample; it is only a sample
+            new = taken.astype(np.float64)
+            self.decayed = self.decayed * 0.5 ** (new.sum() / (HALF_LIFE * max(len(new), 256))) + new
+            return self.decayed
+
+    def signature(self, depths: Ints) -> Signature:
+        """Access shares of the buckets, smoothed towards their shares of the keys."""
+        return signature(self.counts(), prior=depths, strength=0.5)
+
+
+def rebucket(counts: Floats, starts: Ints, new_starts: Ints) -> Floats:
+    """The counts of other buckets, taking accesses to be even inside a bucket.
+
+    Args:
+        counts: [buckets].
+        starts: [buckets + 1], where the buckets begin.
+        new_starts: where the new ones begin, on the same scale.
+    """
+    if len(counts) == 0:
+        return np.zeros(len(new_starts) - 1)
+    cumulated = np.concatenate([[0.0], np.cumsum(counts)])
+    moved: Floats = np.maximum(np.diff(np.interp(new_starts, starts, cumulated)), 0.0)
+    return moved

@@ -1,0 +1,317 @@
+"""`Index`: what users make, change and save."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from . import adaptation, storage
+from .adaptation import Adaptation, Models
+from .building import key_type_of, sorted_run, unique_last, values_like
+from .delta import Delta, add_counts, put
+from .engine import choose
+from .keys import Codes
+from .packing import pack, unpack
+from .reader import Reader
+from .state import State
+
+Merging = Literal["inline", "background", "manual"]
+_REQUIRED: Any = object()
+MIN_DELTA = 4096  #: changes below which no merge is due
+
+
+class Snapshot(Reader):
+    """A frozen view of an index: all its questions, none of its changes."""
+
+    def __init__(self, state: State, memory: Models) -> None:
+        self._state, self._memory = state, memory
+
+    def __reduce__(self) -> tuple[Callable[..., Snapshot], tuple[Any, ...]]:
+        return _unpickled_snapshot, pack(self._state, self._memory)
+
+
+class Index(Reader):
+    """A sorted multiset of keys, or with values a map of unique keys, searched through a learned model.
+
+    Keys are uint64, int64, uint32, int32, float64, float32 or datetime64; NaN and NaT are refused. Any number of
+    threads may read while one or more write: writers take turns, readers wait for nobody and see each write whole.
+
+    Args:
+        keys: in any order.
+        values: one per key; the keys must then be distinct.
+        dtype: of the keys; that of `keys` by default, int64 for Python ints and float64 for Python floats.
+        engine: "native" or "numpy"; by default the C extension if it was built.
+        merging: who merges changes into the run when they have become many: the write that made them so ("inline"),
+            a thread ("background"), or only `compact()` ("manual").
+        memory: how many past workloads to remember models for.
+
+    O(n log n), O(n) for sorted keys.
+
+    >>> index = Index([30, 10, 20])
+    >>> index.bisect_left(25), 10 in index, index.range(15)
+    (2, True, array([20, 30]))
+    """
+
+    def __init__(
+        self,
+        keys: ArrayLike = (),
+        values: ArrayLike | None = None,
+        dtype: DTypeLike | None = None,
+        *,
+        engine: str | None = None,
+        merging: Merging = "inline",
+        memory: int = 16,
+    ) -> None:
+        key_type = key_type_of(keys, dtype)
+        run = sorted_run(key_type, keys, values, choose(engine))
+        self._begin(State.of(key_type, choose(engine), run), Models(memory), merging)
+
+    def _begin(self, state: State, memory: Models, merging: Merging) -> None:
+        if merging not in get_args(Merging):
+            raise ValueError(f"merging {merging!r}: choose 'inline', 'background' or 'manual'")
+        self._state, self._memory, self._merging = state, memory, merging
+        self._lock = threading.RLock()  # writers take turns
+        self._stamp = int(state.delta.stamps.max(initial=0))
+        self._merger: threading.Thread | None = None
+
+    # ---- changes
+
+    def insert(self, key: Any, value: Any = _REQUIRED) -> None:
+        """Add one key: another copy in a multiset; in a map a new one, KeyError if it is there. O(d).
+
+        >>> index = Index([1, 3])
+        >>> index.insert(2)
+        >>> index.keys()
+        array([1, 2, 3])
+        """
+        with self._lock:
+            if self.is_map and key in self:
+                raise KeyError(f"{key!r} is in the map: use update() to replace its value")
+            self._put_one(key, value)
+
+    def update(self, key: Any, value: Any) -> None:
+        """Set a map's value for the key, new or not; `index[key] = value` does the same. O(d).
+
+        >>> index = Index([1, 3], [10, 30])
+        >>> index.update(3, 33)
+        >>> int(index[3])
+        33
+        """
+        self._require_values(self._state)
+        self._put_one(key, value)
+
+    __setitem__ = update
+
+    def extend(self, keys: ArrayLike, values: ArrayLike | None = None) -> None:
+        """Add many keys; in a map, set the values of many, the last of equal keys winning.
+
+        O(k log k + d) for k keys, and from time to time a merge in O(n).
+
+        >>> index = Index([1, 3], [10, 30])
+        >>> index.extend([3, 2], [33, 22])
+        >>> index.values()
+        array([10, 22, 33])
+        """
+        codes = self._state.key_type.encode_any(keys)
+        if not self.is_map:
+            if values is not None:
+                raise TypeError("this index has keys only: extend it without values, or make it with values")
+            self._add(codes, 1)
+            return
+        old = self._require_values(self._state)
+        if values is None:
+            raise TypeError("this index is a map: give a value for every key")
+        new = values_like(values, old.dtype, len(codes))
+        codes, last = unique_last(codes)
+        self._change(lambda state, stamp: put(state.delta, codes, True, new[last], stamp, state.count_in_run))
+
+    def discard(self, key: Any) -> bool:
+        """Remove the key, one copy of it from a multiset; whether it was there. O(d).
+
+        >>> index = Index([1, 3, 3])
+        >>> index.discard(3), index.discard(2), index.keys()
+        (True, False, array([1, 3]))
+        """
+        with self._lock:
+            if key not in self:
+                return False
+            codes = np.array([self._state.key_type.encode_one(key)], dtype=np.uint64)
+            self._remove(codes)
+            return True
+
+    def discard_many(self, keys: ArrayLike) -> int:
+        """Remove each key that is there, from a multiset one copy per time it is given; how many were removed.
+
+        O(k log k + d) for k keys.
+
+        >>> index = Index([1, 3, 3, 5])
+        >>> index.discard_many([3, 3, 3, 4, 5]), index.keys()
+        (3, array([1]))
+        """
+        with self._lock:
+            state = self._state
+            cuts = state.key_type.cuts(keys)
+            exact = np.ones(len(cuts.codes), np.bool_) if cuts.exact is None else cuts.exact
+            codes = cuts.codes[exact if cuts.above is None else exact & ~cuts.above]
+            self._remove(codes)
+            return state.length - self._state.length
+
+    def compact(self) -> None:
+        """Merge all changes into the run, and fit the model for the accesses counted so far. O(n).
+
+        >>> index = Index([1, 3])
+        >>> index.insert(2)
+        >>> index.compact()
+        >>> index.explain().delta_entries
+        0
+        """
+        with self._lock:
+            self._install(self._state.merged())
+
+    def adapt(self) -> Adaptation:
+        """Give the model's leaves to the buckets that are searched now, if the model says that it pays.
+
+        Fits only buckets whose number of leaves changes, and none of them if a similar workload was known. Readers
+        go on meanwhile. O(buckets + keys of the buckets fitted).
+
+        >>> Index(range(100)).adapt().reason
+        'too few accesses were counted to tell'
+        """
+        with self._lock:
+            self._state, report = adaptation.adapt(self._state, self._memory)
+            return report
+
+    # ---- copies and files
+
+    def snapshot(self) -> Snapshot:
+        """A frozen view of the index as it is now. O(1).
+
+        >>> index = Index([1])
+        >>> frozen = index.snapshot()
+        >>> index.insert(2)
+        >>> len(frozen), len(index)
+        (1, 2)
+        """
+        return Snapshot(self._state, self._memory.copy())
+
+    def copy(self) -> Index:
+        """An index with the same keys that changes independently. O(1), as both share the run.
+
+        >>> index = Index([1])
+        >>> other = index.copy()
+        >>> other.insert(2)
+        >>> len(index), len(other)
+        (1, 2)
+        """
+        return self._of(self._state, self._memory.copy(), self._merging)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        mmap: bool = False,
+        *,
+        verify: bool = True,
+        engine: str | None = None,
+        merging: Merging = "inline",
+    ) -> Index:
+        """An index that `save` wrote. Sizes are checked; `CorruptFileError` says what is wrong.
+
+        O(n); with `mmap` and without `verify` O(buckets), as keys are then read from the disk when they are searched.
+
+        Args:
+            mmap: map keys and values into memory instead of copying them. Changes stay in memory until `save`.
+            verify: compare the checksums as well, which reads all of the file.
+
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     Index([1, 2]).save(f"{directory}/two.dora")
+        ...     Index.open(f"{directory}/two.dora", mmap=True).bisect_right(1)
+        1
+        """
+        header, arrays = storage.read(path, mmap, verify)
+        try:
+            state, memory = unpack(header, arrays, engine)
+        except (KeyError, IndexError, ValueError) as error:
+            raise storage.CorruptFileError(f"{os.fspath(path)} does not hold a whole index: save it anew") from error
+        return cls._of(state, memory, merging)
+
+    @classmethod
+    def _of(cls, state: State, memory: Models, merging: Merging) -> Index:
+        index = cls.__new__(cls)
+        index._begin(state, memory, merging)
+        return index
+
+    def __reduce__(self) -> tuple[Callable[..., Index], tuple[Any, ...]]:
+        return _unpickled, (*pack(self._state, self._memory), self._merging)
+
+    # ---- how changes are made
+
+    def _put_one(self, key: Any, value: Any) -> None:
+        codes = np.array([self._state.key_type.encode_one(key)], dtype=np.uint64)
+        if not self.is_map:
+            if value is not _REQUIRED:
+                raise TypeError("this index has keys only: insert the key without a value, or make it with values")
+            self._add(codes, 1)
+            return
+        if value is _REQUIRED:
+            raise TypeError("this index is a map: give a value with the key")
+        one = values_like([value], self._require_values(self._state).dtype, 1)
+        self._change(lambda state, stamp: put(state.delta, codes, True, one, stamp, state.count_in_run))
+
+    def _add(self, codes: Codes, sign: int) -> None:
+        codes, counts = np.unique(codes, return_counts=True)
+        self._change(lambda state, stamp: add_counts(state.delta, codes, sign * counts, stamp, state.count_in_run))
+
+    def _remove(self, codes: Codes) -> None:
+        state = self._state
+        codes, wanted = np.unique(codes, return_counts=True)
+        if self.is_map:
+            filler = np.zeros(len(codes), dtype=self._require_values(state).dtype)
+            self._change(lambda state, stamp: put(state.delta, codes, False, filler, stamp, state.count_in_run))
+            return
+        there: NDArray[np.int64] = state.search(1, codes, right=True) - state.search(1, codes)
+        taken = np.minimum(wanted, there)
+        self._change(
+            lambda state, stamp: add_counts(state.delta, codes[taken > 0], -taken[taken > 0], stamp, state.count_in_run)
+        )
+
+    def _change(self, changed: Callable[[State, int], Delta]) -> None:
+        """Swap in the state with another delta, and merge if that has become long."""
+        with self._lock:
+            self._stamp += 1
+            state = self._state
+            self._state = state.with_delta(changed(state, self._stamp))
+            if self._merging == "manual" or len(self._state.delta) < max(MIN_DELTA, len(state.run) // 32):
+                return
+            if self._merging == "inline":
+                self._install(self._state.merged())
+            elif self._merger is None or not self._merger.is_alive():
+                self._merger = threading.Thread(target=self._merge_in_background, daemon=True)
+                self._merger.start()
+
+    def _merge_in_background(self) -> None:
+        before = self._state
+        merged = before.merged()  # takes long, and holds up nobody
+        with self._lock:
+            now = self._state
+            if now.run.codes is not before.run.codes:
+                return  # compact() was faster
+            self._install(merged, now.after_merge(before, merged))
+
+    def _install(self, merged: State, state: State | None = None) -> None:
+        self._memory = adaptation.carry_over(self._memory, self._state, merged)
+        self._state = merged if state is None else state
+
+
+def _unpickled(header: storage.Header, arrays: storage.Arrays, merging: Merging) -> Index:
+    return Index._of(*unpack(header, arrays), merging)
+
+
+def _unpickled_snapshot(header: storage.Header, arrays: storage.Arrays) -> Snapshot:
+    return Snapshot(*unpack(header, arrays))
