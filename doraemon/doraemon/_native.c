@@ -207,6 +207,8 @@ static void search_many(Search *s, int asked, int right, const uint64_t *codes, 
 
 /* ------------------------------------------------------------------ fit */
 
+enum { STEEPEST = 1 << 21 }; /* a steeper line's base would not be a whole position in a float any more */
+
 /* The least-squares line through m points (f, r), moved so that it errs as much above as below. */
 static Leaf fit_leaf(const double *f, const double *r, int64_t m)
 {
@@ -221,7 +223,8 @@ static Leaf fit_leaf(const double *f, const double *r, int64_t m)
         ff += (f[i] - mf) * (f[i] - mf);
         fr += (f[i] - mf) * (r[i] - mr);
     }
-    float slope = ff > 0 ? (float)(fr / ff) : 0.0f;
+    double steep = ff > 0 ? fr / ff : 0.0;
+    float slope = (float)(steep < STEEPEST ? steep : STEEPEST);
     for (int64_t i = 0; i < m; i++) {
         double rest = r[i] - (double)slope * f[i];
         least = rest < least ? rest : least;

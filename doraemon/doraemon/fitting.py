@@ -11,6 +11,7 @@ from .keys import Codes
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
+STEEPEST = 1 << 21  #: a steeper line's base would not be a whole position in a float32 any more
 BATCH = 1 << 20  #: keys that NumPy fits at once, which bounds its temporary arrays
 
 
@@ -49,7 +50,7 @@ def _fit_with_numpy(keys: Codes, ends: Ints, scales: Floats, sizes: Ints, out: N
     mean_r = np.add.reduceat(rank, occupied) / counts
     f, r = fraction - np.repeat(mean_f, counts), rank - np.repeat(mean_r, counts)
     ff, fr = np.add.reduceat(f * f, occupied), np.add.reduceat(f * r, occupied)
-    slope = np.divide(fr, ff, out=np.zeros(len(ff)), where=ff > 0).astype(np.float32)
+    slope = np.minimum(np.divide(fr, ff, out=np.zeros(len(ff)), where=ff > 0), STEEPEST).astype(np.float32)
     rest = rank - np.repeat(slope.astype(np.float64), counts) * fraction
     least, most = np.minimum.reduceat(rest, occupied), np.maximum.reduceat(rest, occupied)
     out[:] = 0

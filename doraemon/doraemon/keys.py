@@ -102,7 +102,8 @@ class KeyType:
         unsigned = np.uint64 if self.bits == 64 else np.uint32
         raw = (keys + self.dtype.type(0)).view(unsigned)  # adding makes -0.0, which equals 0.0, the same bits
         sign = unsigned(1 << (self.bits - 1))
-        return np.where(raw & sign, ~raw, raw | sign).astype(np.uint64, copy=False)
+        codes: Codes = np.where(raw & sign, ~raw, raw | sign).astype(np.uint64, copy=False)
+        return codes
 
     def decode(self, codes: Codes) -> NDArray[Any]:
         """The keys of codes: what `encode` was given, but for the sign of zero."""
