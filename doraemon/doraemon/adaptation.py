@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .heat import rebucket
+from .heat import rebucket, shares_of
 from .model import Bits, Floats, choose_bits, refit
 from .state import Run, State, rank_of_buckets
 from .workload import Memory, Signature, drift, signature
@@ -43,7 +43,7 @@ def adapt(state: State, memory: Models) -> tuple[State, Adaptation]:
     """The state under the model for the workload that its readers' heat shows, and what was done."""
     run = state.run
     counts = run.heat.counts()
-    now = signature(counts, run.model.depths, 0.5)
+    now = shares_of(counts, run.model.depths)
     moved, noise = drift(now, run.trained), _noise(counts)
     if not moved > WORTHWHILE + noise:
         reason = "too few accesses were counted to tell" if noise > WORTHWHILE else "the model fits the accesses"

@@ -14,6 +14,8 @@ Ints = NDArray[np.int64]
 
 SAMPLING = 32  #: one access in so many is counted
 HALF_LIFE = 16  #: counts per bucket after which an older one weighs half
+FEW = 8  #: a count that is believed as much as its neighbours are
+NEIGHBOURS = 9  #: buckets, the middle one with them
 
 
 class Heat:
@@ -41,8 +43,22 @@ class Heat:
             return self.decayed
 
     def signature(self, depths: Ints) -> Signature:
-        """Access shares of the buckets, smoothed towards their shares of the keys."""
-        return signature(self.counts(), prior=depths, strength=0.5)
+        """Access shares of the buckets, as well as the sample tells them."""
+        return shares_of(self.counts(), depths)
+
+
+def shares_of(counts: Floats, depths: Ints) -> Signature:
+    """Access shares from sampled counts.
+
+    A count of a few is mostly noise, which would cost fits, so it gives way to the median of its neighbours: queries
+    have ranges, and a median keeps a range's edges sharp. What is then still 0 gets its share of the keys.
+    """
+    if len(counts) > NEIGHBOURS:
+        around = np.pad(counts, NEIGHBOURS // 2, mode="edge")
+        middle = np.median(np.lib.stride_tricks.sliding_window_view(around, NEIGHBOURS), axis=1)
+        doubt = FEW / (FEW + counts)
+        counts = doubt * middle + (1 - doubt) * counts
+    return signature(counts, prior=depths, strength=0.5)
 
 
 def rebucket(counts: Floats, starts: Ints, new_starts: Ints) -> Floats:

@@ -11,11 +11,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from .delta import Delta, merge, since
 from .engine import Engine
-from .heat import Heat, rebucket
+from .heat import Heat, rebucket, shares_of
 from .keys import Codes, KeyType
 from .model import Model, bucket_starts, build
 from .search import LOCATE, NOT_HERE, RANK, RUN, View, make_view
-from .workload import Signature, signature
+from .workload import Signature
 
 Ints = NDArray[np.int64]
 Values = NDArray[Any]
@@ -178,7 +178,7 @@ class State:
             return State.of(self.key_type, self.engine, Run.of(codes, values, self.engine))
         old, starts = self.run, bucket_starts(len(codes))
         counts = rebucket(old.heat.counts(), rank_of_buckets(old, codes), starts)
-        shares = signature(counts, np.diff(starts), 0.5)
+        shares = shares_of(counts, np.diff(starts))
         model = build(codes, self.engine, shares)
         run = Run(codes, values, model, Heat(len(counts), counts), shares)
         return State.of(self.key_type, self.engine, run)
