@@ -162,13 +162,14 @@ def _within(counts: Ints) -> Ints:
 
 def _join(a: Delta, b: Delta) -> tuple[Delta, Ints]:
     """The entries of both in order, of equal codes a's first, and where each code's first entry is."""
-    codes = np.concatenate([a.codes, b.codes])
-    order = np.argsort(codes, kind="stable")
-    values = None if a.values is None or b.values is None else np.concatenate([a.values, b.values])[order]
-    parts = [np.concatenate(pair)[order] for pair in ((a.net, b.net), (a.present, b.present), (a.stamps, b.stamps))]
-    joined = Delta(codes[order], parts[0], parts[1], values, parts[2])
-    different = joined.codes[1:] != joined.codes[:-1]
-    return joined, np.flatnonzero(np.concatenate([np.ones(min(1, len(codes)), np.bool_), different]))
+    at = np.searchsorted(a.codes, b.codes, side="right") + np.arange(len(b))
+    codes = _insert(a.codes, at, b.codes)
+    values = None if a.values is None or b.values is None else _insert(a.values, at, b.values)
+    pairs = ((a.net, b.net), (a.present, b.present), (a.stamps, b.stamps))
+    net, present, stamps = (_insert(old, at, new) for old, new in pairs)
+    different = np.ones(len(codes), dtype=np.bool_)
+    different[1:] = codes[1:] != codes[:-1]
+    return Delta(codes, net, present, values, stamps), np.flatnonzero(different)
 
 
 def _last_of_each(first: Ints, n: int) -> Ints:

@@ -22,7 +22,8 @@ from .state import State
 
 Merging = Literal["inline", "background", "manual"]
 _REQUIRED: Any = object()
-MIN_DELTA = 4096  #: changes below which no merge is due
+MIN_DELTA = 4096  #: changes below which a delta is never too long to search
+MERGE_COST = 1 << 16  #: what a merge costs beside its keys, in keys
 
 
 class Snapshot(Reader):
@@ -78,6 +79,7 @@ class Index(Reader):
         self._lock = threading.RLock()  # writers take turns
         self._stamp = int(state.delta.stamps.max(initial=0))
         self._merger: threading.Thread | None = None
+        self._copied = 0  # entries of deltas copied by changes since the last merge
 
     # ---- changes
 
@@ -287,13 +289,19 @@ class Index(Reader):
             self._stamp += 1
             state = self._state
             self._state = state.with_delta(changed(state, self._stamp))
-            if self._merging == "manual" or len(self._state.delta) < max(MIN_DELTA, len(state.run) // 32):
+            self._copied += len(self._state.delta)
+            if self._merging == "manual" or not self._merge_is_due():
                 return
             if self._merging == "inline":
                 self._install(self._state.merged())
             elif self._merger is None or not self._merger.is_alive():
                 self._merger = threading.Thread(target=self._merge_in_background, daemon=True)
                 self._merger.start()
+
+    def _merge_is_due(self) -> bool:
+        """Whether the delta is long, or single changes have copied it so often that merging would have been cheaper."""
+        n, entries = len(self._state.run), len(self._state.delta)
+        return entries >= max(MIN_DELTA, n // 32) or self._copied >= 2 * (n + MERGE_COST)
 
     def _merge_in_background(self) -> None:
         before = self._state
@@ -307,6 +315,7 @@ class Index(Reader):
     def _install(self, merged: State, state: State | None = None) -> None:
         self._memory = adaptation.carry_over(self._memory, self._state, merged)
         self._state = merged if state is None else state
+        self._copied = 0
 
 
 def _unpickled(header: storage.Header, arrays: storage.Arrays, merging: Merging) -> Index:
