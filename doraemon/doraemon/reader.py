@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import storage
-from .adaptation import Models
-from .explanation import Explanation, explain
-from .packing import pack
+from .base import Base
 from .state import State
 
 Side = Literal["left", "right"]
@@ -20,26 +16,14 @@ Ints = NDArray[np.int64]
 _REQUIRED: Any = object()
 
 
-class Reader:
+class Reader(Base):
     """Questions to one state. Each question reads the state once, so that it sees one moment even while others write.
 
     In the complexities, n is the number of keys, d that of changes since the last merge, q that of queries. A model
     search costs O(log buckets + log window), with a window of a few keys: see `explain()`.
     """
 
-    _state: State
-    _memory: Models
-
     # ---- one key
-
-    def __len__(self) -> int:
-        """How many keys there are, copies counted. O(1).
-
-        >>> from doraemon import Index
-        >>> len(Index([3, 1, 3]))
-        3
-        """
-        return self._state.length
 
     def __contains__(self, key: object) -> bool:
         """Whether the key is in the index. One model search.
@@ -280,53 +264,6 @@ class Reader:
         if np.ndim(low) == 0 and np.ndim(high) == 0:
             return max(0, state.rank(high, right=False) - state.rank(low, right=False))
         return np.maximum(state.ranks(high, right=False) - state.ranks(low, right=False), 0)
-
-    # ---- about the index
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The keys' dtype. O(1)."""
-        return self._state.key_type.dtype
-
-    @property
-    def is_map(self) -> bool:
-        """Whether there are values beside the keys. O(1)."""
-        return self._state.run.values is not None
-
-    def explain(self) -> Explanation:
-        """What the index is made of and what its model costs. O(leaves).
-
-        >>> from doraemon import Index
-        >>> Index(range(100), engine="numpy").explain().engine
-        'numpy'
-        """
-        return explain(self._state, self._memory)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the index with its changes, heat and model memory to a file, in one step: all of it or nothing.
-
-        O(n). `Index.open` reads it.
-
-        >>> import tempfile
-        >>> from doraemon import Index
-        >>> with tempfile.TemporaryDirectory() as directory:
-        ...     Index([1, 2]).save(f"{directory}/two.dora")
-        ...     len(Index.open(f"{directory}/two.dora"))
-        2
-        """
-        storage.write(path, *pack(self._state, self._memory))
-
-    def __repr__(self) -> str:
-        """The class, the dtype and the number of keys. O(1)."""
-        state = self._state
-        kind = "map" if self.is_map else "multiset"
-        return f"<{type(self).__name__}: {kind} of {state.length:,} {state.key_type.dtype} keys>"
-
-    @staticmethod
-    def _require_values(state: State) -> NDArray[Any]:
-        if state.run.values is None:
-            raise TypeError("this index has keys only: make it with values, Index(keys, values), to look them up")
-        return state.run.values
 
 
 def _key_or_none(state: State, rank: int) -> Any | None:

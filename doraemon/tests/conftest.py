@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from doraemon import engine as engines
-from doraemon import index, model
+from doraemon import model, writer
 
 settings.register_profile(
     "default", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -33,4 +33,4 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Buckets of few keys and early merges, so that small examples have all the parts that large indexes have."""
     monkeypatch.setattr(model, "DEPTH", 4)
     monkeypatch.setattr(model, "LEAF_KEYS", 2)
-    monkeypatch.setattr(index, "MIN_DELTA", 12)
+    monkeypatch.setattr(writer, "MIN_DELTA", 12)
