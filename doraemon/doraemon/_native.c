@@ -61,10 +61,25 @@ static inline int64_t below(const uint64_t *codes, int64_t n, uint64_t q)
     const uint64_t *at = codes;
     while (n > 1) {
         int64_t half = n >> 1;
-        at += (at[half - 1] < q) ? half : 0;
+        at += half & -(int64_t)(at[half - 1] < q);
         n -= half;
     }
     return (at - codes) + (n == 1 && *at < q);
+}
+
+/* The same for up to GROUP queries in step: their comparisons do not wait for each other. */
+static inline void group_below(const uint64_t *codes, int64_t n, const uint64_t *q, int64_t m, int64_t *out)
+{
+    const uint64_t *at[GROUP];
+    for (int64_t i = 0; i < m; i++)
+        at[i] = codes;
+    for (; n > 1; n -= n >> 1) {
+        int64_t half = n >> 1;
+        for (int64_t i = 0; i < m; i++)
+            at[i] += half & -(int64_t)(at[i][half - 1] < q[i]);
+    }
+    for (int64_t i = 0; i < m; i++)
+        out[i] = (at[i] - codes) + (n == 1 && *at[i] < q[i]);
 }
 
 /* Exponential search from `from` for the first position in [start, end] whose key is not below `q`. */
@@ -147,8 +162,9 @@ static void group_rank(const Search *s, const uint64_t *q, int64_t m, int64_t *o
     const Leaf *leaf[GROUP];
     double fraction[GROUP];
     int64_t low[GROUP], high[GROUP];
+    group_below(s->bounds + 1, s->n_buckets - 1, q, m, low);
     for (int64_t i = 0; i < m; i++) {
-        bucket[i] = s->buckets + bucket_of(s, q[i]);
+        bucket[i] = s->buckets + low[i];
         leaf[i] = leaf_of(s, bucket[i], q[i], fraction + i);
         PREFETCH(leaf[i]);
     }
@@ -169,20 +185,19 @@ static void group_rank(const Search *s, const uint64_t *q, int64_t m, int64_t *o
         INCREMENT(s->hits + (bucket[sampled] - s->buckets));
 }
 
-/* The position of code `q` when its run rank is `at`: in the run, n + its place in the delta, or ABSENT. */
-static inline int64_t locate(const Search *s, uint64_t q, int64_t at)
+/* The position of code `q` when its run rank is `at` and j of the delta's codes are below it: in the run, n + its
+ * place in the delta, or ABSENT. */
+static inline int64_t locate(const Search *s, uint64_t q, int64_t at, int64_t j)
 {
-    if (s->n_changed) {
-        int64_t j = below(s->changed, s->n_changed, q);
-        if (j < s->n_changed && s->changed[j] == q)
-            return s->alive[j] ? s->n + j : ABSENT;
-    }
+    if (j < s->n_changed && s->changed[j] == q)
+        return s->alive[j] ? s->n + j : ABSENT;
     return at < s->n && s->keys[at] == q ? at : ABSENT;
 }
 
 static void search_many(Search *s, int asked, int right, const uint64_t *codes, int64_t m, int64_t *out)
 {
     uint64_t q[GROUP], random = LOAD(&s->random);
+    int64_t changes[GROUP]; /* how many of the delta's codes are below each query */
     for (int64_t first = 0; first < m; first += GROUP) {
         int64_t size = m - first < GROUP ? m - first : GROUP;
         int64_t *to = out + first;
@@ -192,14 +207,16 @@ static void search_many(Search *s, int asked, int right, const uint64_t *codes, 
             group_rank(s, q, size, to, &random);
         else
             memset(to, 0, (size_t)size * sizeof *to);
+        if (asked != RUN)
+            group_below(s->changed, s->n_changed, q, size, changes);
         for (int64_t i = 0; i < size; i++) {
             int past = right && q[i] == 0; /* q + 1 wrapped around: everything is left of it */
             if (past)
                 to[i] = s->n;
             if (asked == LOCATE)
-                to[i] = locate(s, q[i], to[i]);
-            else if (asked == RANK && s->n_changed)
-                to[i] += s->moved[past ? s->n_changed : below(s->changed, s->n_changed, q[i])];
+                to[i] = locate(s, q[i], to[i], changes[i]);
+            else if (asked == RANK)
+                to[i] += s->moved[past ? s->n_changed : changes[i]];
         }
     }
     STORE(&s->random, random);
@@ -432,7 +449,8 @@ static PyObject *view_find(PyObject *self, PyObject *key)
         return PyLong_FromLong(NOT_HERE);
     int64_t at = run_rank(&view->search, q, &bucket);
     sample(&view->search, bucket);
-    return PyLong_FromLongLong(locate(&view->search, q, at));
+    int64_t changes = below(view->search.changed, view->search.n_changed, q);
+    return PyLong_FromLongLong(locate(&view->search, q, at, changes));
 }
 
 static PyObject *view_search(PyObject *self, PyObject *args)
