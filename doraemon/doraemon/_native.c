@@ -226,20 +226,19 @@ static void search_many(Search *s, int asked, int right, const uint64_t *codes, 
 
 enum { STEEPEST = 1 << 21 }; /* a steeper line's base would not be a whole position in a float any more */
 
-/* The least-squares line through m points (f, r), moved so that it errs as much above as below. */
+/* The least-squares line through m points (f, r), moved so that it errs as much above as below. Sums are taken from the
+ * first point on: keys of one leaf may differ in the last digits only. */
 static Leaf fit_leaf(const double *f, const double *r, int64_t m)
 {
-    double mf = 0, mr = 0, ff = 0, fr = 0, least = INFINITY, most = -INFINITY;
-    for (int64_t i = 0; i < m; i++) {
-        mf += f[i];
-        mr += r[i];
+    double sf = 0, sr = 0, sff = 0, sfr = 0, least = INFINITY, most = -INFINITY;
+    for (int64_t i = 1; i < m; i++) {
+        double df = f[i] - f[0], dr = r[i] - r[0];
+        sf += df;
+        sr += dr;
+        sff += df * df;
+        sfr += df * dr;
     }
-    mf /= (double)m;
-    mr /= (double)m;
-    for (int64_t i = 0; i < m; i++) {
-        ff += (f[i] - mf) * (f[i] - mf);
-        fr += (f[i] - mf) * (r[i] - mr);
-    }
+    double ff = sff - sf * sf / (double)m, fr = sfr - sf * sr / (double)m;
     double steep = ff > 0 ? fr / ff : 0.0;
     float slope = (float)(steep < STEEPEST ? steep : STEEPEST);
     for (int64_t i = 0; i < m; i++) {
@@ -274,6 +273,26 @@ static void fit_bucket(const uint64_t *keys, int64_t n, int64_t start, int64_t e
         out[current++] = m ? fit_leaf(f, r, m) : empty;
         m = 0;
     }
+}
+
+/* ------------------------------------------------------------------ splice */
+
+/* `old` with the m items of `more` put so that the j-th is at[j] in `out`; 0 if these places are not ascending in it. */
+static int splice_items(const char *old, int64_t n, const int64_t *at, const char *more, int64_t m, size_t size,
+                        char *out)
+{
+    int64_t taken = 0, filled = 0;
+    for (int64_t j = 0; j < m; j++) {
+        int64_t gap = at[j] - filled;
+        if (gap < 0 || gap > n - taken)
+            return 0;
+        memcpy(out + (size_t)filled * size, old + (size_t)taken * size, (size_t)gap * size);
+        taken += gap;
+        memcpy(out + (size_t)at[j] * size, more + (size_t)j * size, size);
+        filled = at[j] + 1;
+    }
+    memcpy(out + (size_t)filled * size, old + (size_t)taken * size, (size_t)(n - taken) * size);
+    return 1;
 }
 
 /* ------------------------------------------------------------------ Python */
@@ -550,6 +569,40 @@ done:
     return result;
 }
 
+/* splice(old, at, more, out): the bytes of `out`, whose items are as large as `more` and `at` say. */
+static PyObject *splice(PyObject *self, PyObject *args)
+{
+    static const Py_ssize_t itemsizes[4] = {1, 8, 1, 1};
+    PyObject *arrays[4], *result = NULL;
+    Py_buffer held[4];
+    int n_held = 0, fits = 0;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "OOOO", arrays, arrays + 1, arrays + 2, arrays + 3))
+        return NULL;
+    for (; n_held < 4; n_held++)
+        if (get_buffer(arrays[n_held], held + n_held, itemsizes[n_held], n_held == 3) < 0)
+            goto done;
+    int64_t m = held[1].len / 8;
+    size_t size = m > 0 ? (size_t)(held[2].len / m) : 1;
+    if (size > 0 && (size_t)held[2].len == size * (size_t)m && held[0].len % (Py_ssize_t)size == 0 &&
+        held[3].len == held[0].len + held[2].len) {
+        Py_BEGIN_ALLOW_THREADS
+        fits = splice_items(held[0].buf, held[0].len / (Py_ssize_t)size, held[1].buf, held[2].buf, m, size,
+                            held[3].buf);
+        Py_END_ALLOW_THREADS
+    }
+    if (fits) {
+        result = Py_None;
+        Py_INCREF(result);
+    } else {
+        PyErr_SetString(PyExc_ValueError, "the arrays of a splice do not fit together");
+    }
+done:
+    while (n_held > 0)
+        PyBuffer_Release(held + --n_held);
+    return result;
+}
+
 static int native_exec(PyObject *module)
 {
     PyObject *type = PyType_FromModuleAndSpec(module, &view_spec, NULL);
@@ -562,6 +615,7 @@ static int native_exec(PyObject *module)
 
 static PyMethodDef native_methods[] = {
     {"fit", fit, METH_VARARGS, "fit(keys, ends, scales, bits, out): the leaves of some buckets."},
+    {"splice", splice, METH_VARARGS, "splice(old, at, more, out): `old` with `more` at the places `at` of `out`."},
     {NULL, NULL, 0, NULL},
 };
 

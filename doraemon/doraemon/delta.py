@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .engine import Engine
 from .keys import Codes
+from .splicing import splice
 
 Ints = NDArray[np.int64]
 Values = NDArray[Any]
@@ -32,6 +34,7 @@ class Delta:
         present: how many the run has.
         values: of a map's entries; a tombstone's is filler. None for a multiset.
         stamps: the number of the write that made each entry, which tells those made during a merge from those before.
+        engine: what splices its arrays.
     """
 
     codes: Codes
@@ -39,12 +42,13 @@ class Delta:
     present: Ints
     values: Values | None
     stamps: Ints
+    engine: Engine
 
     @classmethod
-    def empty(cls, value_dtype: np.dtype[Any] | None) -> Delta:
+    def empty(cls, value_dtype: np.dtype[Any] | None, engine: Engine) -> Delta:
         none = np.zeros(0, dtype=np.int64)
         values = None if value_dtype is None else np.zeros(0, dtype=value_dtype)
-        return cls(np.zeros(0, dtype=np.uint64), none, none, values, none)
+        return cls(np.zeros(0, dtype=np.uint64), none, none, values, none, engine)
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -68,7 +72,7 @@ class Delta:
         if keep.all():
             return self
         values = None if self.values is None else self.values[keep]
-        return Delta(self.codes[keep], self.net[keep], self.present[keep], values, self.stamps[keep])
+        return Delta(self.codes[keep], self.net[keep], self.present[keep], values, self.stamps[keep], self.engine)
 
     def _without_noops(self) -> Delta:
         """Without entries that say what the run says."""
@@ -77,17 +81,21 @@ class Delta:
 
 def add_counts(delta: Delta, codes: Codes, change: Ints, stamp: int, count: Count) -> Delta:
     """A multiset's delta with more or fewer keys of some codes, which are distinct and ascending."""
-    fresh = Delta(codes, change, count(codes), None, np.full(len(codes), stamp))
+    fresh = Delta(codes, change, count(codes), None, np.full(len(codes), stamp), delta.engine)
     joined, first = _join(delta, fresh)
-    net = np.add.reduceat(joined.net, first) if len(first) else joined.net
+    if len(first) == len(joined):
+        return joined._without_noops()
+    net = np.add.reduceat(joined.net, first)
     last = _last_of_each(first, len(joined))
-    return Delta(joined.codes[first], net, joined.present[last], None, joined.stamps[last])._without_noops()
+    return Delta(
+        joined.codes[first], net, joined.present[last], None, joined.stamps[last], delta.engine
+    )._without_noops()
 
 
 def put(delta: Delta, codes: Codes, alive: bool, values: Values, stamp: int, count: Count) -> Delta:
     """A map's delta with some codes, distinct and ascending, set to values or (`alive` False) deleted."""
     present = count(codes)
-    fresh = Delta(codes, int(alive) - present, present, values, np.full(len(codes), stamp))
+    fresh = Delta(codes, int(alive) - present, present, values, np.full(len(codes), stamp), delta.engine)
     joined, first = _join(delta, fresh)
     last = np.zeros(len(joined), dtype=np.bool_)
     last[_last_of_each(first, len(joined))] = True
@@ -100,11 +108,11 @@ def since(delta: Delta, merged: Delta, count: Count) -> Delta:
     An entry of `merged` that is not in `delta` was undone in between, and has to be undone in the new run.
     """
     if delta.values is None:
-        undone = Delta(merged.codes, -merged.net, merged.present, None, merged.stamps)
+        undone = Delta(merged.codes, -merged.net, merged.present, None, merged.stamps, delta.engine)
         joined, first = _join(undone, delta)
         net = np.add.reduceat(joined.net, first) if len(first) else joined.net
         codes, stamps = joined.codes[first], joined.stamps[_last_of_each(first, len(joined))]
-        return Delta(codes, net, count(codes), None, stamps)._without_noops()
+        return Delta(codes, net, count(codes), None, stamps, delta.engine)._without_noops()
     joined, first = _join(merged, delta)
     last = _last_of_each(first, len(joined))
     both = last > first
@@ -115,7 +123,7 @@ def since(delta: Delta, merged: Delta, count: Count) -> Delta:
     present = count(codes)
     alive = (joined.counts[last] > 0) & ~only_merged
     values = None if joined.values is None else joined.values[last]
-    return Delta(codes, alive - present, present, values, joined.stamps[last])._without_noops()
+    return Delta(codes, alive - present, present, values, joined.stamps[last], delta.engine)._without_noops()
 
 
 def merge(codes: Codes, values: Values | None, delta: Delta, left: Ints) -> tuple[Codes, Values | None]:
@@ -130,10 +138,10 @@ def merge(codes: Codes, values: Values | None, delta: Delta, left: Ints) -> tupl
     more = np.maximum(delta.net, 0)
     added = np.flatnonzero(more)
     at = np.repeat(left[added], more[added]) + np.arange(int(more.sum()))
-    new_codes = _insert(codes, at, np.repeat(delta.codes[added], more[added]))
+    new_codes = splice(codes, at, np.repeat(delta.codes[added], more[added]), delta.engine)
     if values is None or delta.values is None:
         return new_codes, None
-    return new_codes, _insert(values, at, delta.values[added])
+    return new_codes, splice(values, at, delta.values[added], delta.engine)
 
 
 def _with_replaced(values: Values | None, delta: Delta, left: Ints) -> Values | None:
@@ -145,16 +153,6 @@ def _with_replaced(values: Values | None, delta: Delta, left: Ints) -> Values | 
     return values
 
 
-def _insert(old: NDArray[Any], at: Ints, new: NDArray[Any]) -> NDArray[Any]:
-    """`old` with `new` at the positions `at` of the result."""
-    result = np.empty(len(old) + len(new), dtype=old.dtype)
-    others = np.ones(len(result), dtype=np.bool_)
-    others[at] = False
-    result[at] = new
-    result[others] = old
-    return result
-
-
 def _within(counts: Ints) -> Ints:
     """0, 1, ... counts[0] - 1, 0, 1, ... counts[1] - 1, and so on."""
     return np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -163,13 +161,13 @@ def _within(counts: Ints) -> Ints:
 def _join(a: Delta, b: Delta) -> tuple[Delta, Ints]:
     """The entries of both in order, of equal codes a's first, and where each code's first entry is."""
     at = np.searchsorted(a.codes, b.codes, side="right") + np.arange(len(b))
-    codes = _insert(a.codes, at, b.codes)
-    values = None if a.values is None or b.values is None else _insert(a.values, at, b.values)
+    codes = splice(a.codes, at, b.codes, a.engine)
+    values = None if a.values is None or b.values is None else splice(a.values, at, b.values, a.engine)
     pairs = ((a.net, b.net), (a.present, b.present), (a.stamps, b.stamps))
-    net, present, stamps = (_insert(old, at, new) for old, new in pairs)
+    net, present, stamps = (splice(old, at, new, a.engine) for old, new in pairs)
     different = np.ones(len(codes), dtype=np.bool_)
     different[1:] = codes[1:] != codes[:-1]
-    return Delta(codes, net, present, values, stamps), np.flatnonzero(different)
+    return Delta(codes, net, present, values, stamps, a.engine), np.flatnonzero(different)
 
 
 def _last_of_each(first: Ints, n: int) -> Ints:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,7 +62,7 @@ class KeyType:
             raise TypeError(f"keys of dtype {dtype} are not supported: convert them to {SUPPORTED}")
         return cls(dtype)
 
-    @property
+    @cached_property
     def kind(self) -> int:
         """The number by which the C extension knows the type."""
         return _KINDS.get(self.dtype.name, 0)

@@ -43,7 +43,7 @@ def pack(state: State, memory: Models) -> tuple[Header, Arrays]:
 
 def unpack(header: Header, arrays: Arrays, engine: str | None = None) -> tuple[State, Models]:
     """What `pack` was given. Raises ValueError if the parts do not fit together."""
-    codes = arrays["run.codes"]
+    codes, chosen = arrays["run.codes"], choose(engine)
     pool = LeafPool(arrays["model.rows"], len(arrays["model.rows"]), arrays["model.where"].copy())
     buckets = arrays["model.buckets"].copy()
     model = Model(buckets["low"][:-1].copy(), buckets, arrays["model.bits"].copy(), pool)
@@ -51,11 +51,11 @@ def unpack(header: Header, arrays: Arrays, engine: str | None = None) -> tuple[S
     heat = Heat(len(model.bits), arrays["run.heat"].copy())
     run = Run(codes, arrays.get("run.values"), model, heat, arrays["run.trained"])
     parts = [arrays[f"delta.{name}"] for name in ("codes", "net", "present")]
-    delta = Delta(parts[0], parts[1], parts[2], arrays.get("delta.values"), arrays["delta.stamps"])
+    delta = Delta(parts[0], parts[1], parts[2], arrays.get("delta.values"), arrays["delta.stamps"], chosen)
     memory = Models(header["memory"])
     for known, bits in zip(arrays["memory.signatures"], arrays["memory.bits"], strict=True):
         memory.remember(known, bits, merge_within=0.0)
-    return State.of(KeyType.of(header["dtype"]), choose(engine), run, delta), memory
+    return State.of(KeyType.of(header["dtype"]), chosen, run, delta), memory
 
 
 def _stacked(rows: list[NDArray[Any]], width: int, dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -61,7 +61,7 @@ class State:
     @classmethod
     def of(cls, key_type: KeyType, engine: Engine, run: Run, delta: Delta | None = None) -> State:
         if delta is None:
-            delta = Delta.empty(None if run.values is None else run.values.dtype)
+            delta = Delta.empty(None if run.values is None else run.values.dtype, engine)
         view = make_view(engine, key_type.kind, run.codes, run.model, run.heat.hits, delta)
         return cls(key_type, engine, run, delta, view, len(run) + int(delta.moved[-1]))
 

@@ -199,7 +199,7 @@ class Writer(Reader):
     def _merge_is_due(self) -> bool:
         """Whether the delta is long, or single changes have copied it so often that merging would have been cheaper."""
         n, entries = len(self._state.run), len(self._state.delta)
-        return entries >= max(MIN_DELTA, n // 32) or self._copied >= 2 * (n + MERGE_COST)
+        return entries >= max(MIN_DELTA, n // 16) or self._copied >= 2 * (n + MERGE_COST)
 
     def _merge_in_background(self) -> None:
         before = self._state

@@ -143,3 +143,14 @@ def test_the_fit_in_c_refuses_arrays_that_do_not_fit() -> None:
     for arguments in bad:
         with pytest.raises(ValueError, match="fit together"):
             native.fit(*arguments)
+
+
+def test_splicing_in_c_refuses_places_outside_the_result() -> None:
+    native = pytest.importorskip("doraemon._native")
+    old, more = np.arange(4), np.arange(2)
+    for places in ([-1, 0], [0, 6], [3, 2], [2, 2], [0, 2**62]):
+        with pytest.raises(ValueError, match="fit together"):
+            native.splice(old, np.array(places), more, np.zeros(6, dtype=np.int64))
+    for out in (5, 7):
+        with pytest.raises(ValueError, match="fit together"):
+            native.splice(old, np.array([0, 1]), more, np.zeros(out, dtype=np.int64))
