@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from . import times
+
 Codes = NDArray[np.uint64]
 Mask = NDArray[np.bool_]
 
 SUPPORTED = "uint64, int64, uint32, int32, float64, float32 or datetime64 with a unit"
 #: numbers by which the C extension knows the types whose Python numbers it reads by itself; 0: none
 _KINDS = {"uint64": 1, "int64": 2, "uint32": 3, "int32": 4, "float64": 5, "float32": 6}
-_NAT = np.iinfo(np.int64).min
 
 
 class Cut(NamedTuple):
@@ -147,7 +148,7 @@ class KeyType:
     def cut_one(self, query: Any) -> Cut:
         """Where one query cuts the codes."""
         if self.dtype.kind == "M":
-            cuts = self._cut_times(np.array([_as_time(query)]))
+            cuts = self.cuts(np.array([_as_time(query)]))
             exact = cuts.exact is None or bool(cuts.exact[0])
             return Cut(None if cuts.above is not None and cuts.above[0] else int(cuts.codes[0]), exact)
         number = _as_number(query)
@@ -201,20 +202,18 @@ class KeyType:
         return Cuts(codes, ~(below | above), above)
 
     def _cut_times(self, array: NDArray[Any]) -> Cuts:
-        """Times of another unit: a finer one is rounded up to the index's, a coarser one has to fit it."""
+        """Times of another unit: finer ones are rounded up, coarser ones are multiples of ours or beyond its reach."""
         if array.dtype.kind != "M":
             raise TypeError(f"queries of dtype {array.dtype} for an index of {self.dtype}: give datetime64 values")
         _refuse_missing(np.isnat(array), "NaT", "np.isnat")
-        whole = array.astype(self.dtype)
-        back = whole.astype(array.dtype)
-        finer = np.promote_types(array.dtype, self.dtype) == array.dtype
-        if not finer and not np.array_equal(back, array):
-            raise OverflowError(f"a query is outside {self.dtype}: ask an index of a coarser unit")
-        if np.isnat(whole).any():
-            raise OverflowError(f"a query is outside {self.dtype}: ask an index of a coarser unit")
-        exact = back == array
-        ceiling = (whole.view(np.int64) + (back < array)).view(self.dtype)
-        return Cuts(self.encode(ceiling), exact, None)
+        ticks, unit = times.in_linear_unit(array, self.dtype)
+        ours = times.unit_of(self.dtype)
+        if unit < ours:
+            whole, exact = times.rounded_up(ticks, ours // unit)
+            return Cuts(self.encode(whole.view(self.dtype)), exact, None)
+        inside, below, above = times.multiplied(ticks, unit // ours)
+        codes = np.where(below, np.uint64(0), self.encode(inside.view(self.dtype)))
+        return Cuts(codes, ~(below | above), above)
 
     def _cut_each(self, queries: Any) -> Cuts:
         """One by one, for lists and for arrays that no cast maps exactly."""

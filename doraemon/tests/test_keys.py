@@ -117,8 +117,38 @@ def test_times_of_other_units_are_compared_exactly(engine: str) -> None:
     assert index.contains(hours).tolist() == [True, False, False]
     nanoseconds = Index(days.astype("datetime64[ns]"), engine=engine)
     assert nanoseconds.searchsorted(days).tolist() == [0, 1, 2]
-    with pytest.raises(OverflowError, match="coarser unit"):
-        nanoseconds.searchsorted(np.array(["9999-01-01"], dtype="datetime64[D]"))
+    far = np.array(["0001-01-01", "1677-09-21", "2262-04-11", "2262-04-12", "9999-01-01"], dtype="datetime64[D]")
+    assert nanoseconds.searchsorted(far).tolist() == nanoseconds.searchsorted(far, "right").tolist() == [0, 0, 3, 3, 3]
+    assert not nanoseconds.contains(far).any()
+
+
+UNITS = {"as": 1, "ns": 10**9, "us": 10**12, "s": 10**18, "D": 86400 * 10**18, "W": 7 * 86400 * 10**18}
+
+
+@pytest.mark.parametrize("own", UNITS)
+@pytest.mark.parametrize("asked", UNITS)
+def test_times_at_the_ends_of_two_units(own: str, asked: str, engine: str) -> None:
+    ticks = [-(2**63) + 1, -(2**63) + 2, -86400, -1000, -1, 0, 1, 3, 86400, 10**9, 2**63 - 2, 2**63 - 1]
+    index = Index(np.array(ticks).view(f"datetime64[{own}]"), engine=engine)
+    queries = np.array(ticks).view(f"datetime64[{asked}]")
+    for side, strict in (("left", True), ("right", False)):
+        pairs = [[(key * UNITS[own], tick * UNITS[asked]) for key in ticks] for tick in ticks]
+        expected = [sum(key < q if strict else key <= q for key, q in row) for row in pairs]
+        assert index.searchsorted(queries, side).tolist() == expected  # type: ignore[arg-type]
+        ask = index.bisect_left if strict else index.bisect_right
+        assert [ask(q) for q in queries] == expected
+
+
+def test_months_and_years_are_their_first_days(engine: str) -> None:
+    days = Index(np.arange("2020-01-30", "2020-03-03", dtype="datetime64[D]"), engine=engine)
+    assert days.bisect_left("2020-02") == 2
+    assert days.searchsorted(np.array(["2020", "2021"], dtype="datetime64[Y]")).tolist() == [0, 33]
+    months = Index(np.array(["2019-12", "2020-01"], dtype="datetime64[M]"), engine=engine)
+    assert months.bisect_left(np.datetime64("2020", "Y")) == 1
+    with pytest.raises(TypeError, match=r"astype\('datetime64\[M\]'\)"):
+        months.bisect_left("2020-01-05")
+    with pytest.raises(OverflowError, match="too far"):
+        days.bisect_left(np.datetime64(10**9, "Y"))
 
 
 @pytest.mark.parametrize("dtype", ["complex128", "int16", "U5", "bool", "datetime64", "datetime64[25s]", "float16"])
