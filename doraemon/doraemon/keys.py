@@ -177,6 +177,8 @@ class KeyType:
 
     def cuts(self, queries: ArrayLike) -> Cuts:
         """Where many queries cut the codes. Arrays of the index's own dtype take the short way."""
+        if isinstance(queries, str) or not hasattr(queries, "__iter__"):
+            raise TypeError(f"{queries!r} is not a sequence: ask for one key with bisect_left, `in` or get")
         if not hasattr(queries, "__array__"):
             return self._cut_each(queries)
         array = np.asarray(queries)

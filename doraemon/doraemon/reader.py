@@ -261,9 +261,12 @@ class Reader(Base):
         (2, array([4, 0]))
         """
         state = self._state
-        if np.ndim(low) == 0 and np.ndim(high) == 0:
-            return max(0, state.rank(high, right=False) - state.rank(low, right=False))
-        return np.maximum(state.ranks(high, right=False) - state.ranks(low, right=False), 0)
+        counted = np.maximum(_ranks_of(state, high) - _ranks_of(state, low), 0)
+        return int(counted) if np.ndim(counted) == 0 else counted
+
+
+def _ranks_of(state: State, ends: ArrayLike) -> Ints | int:
+    return state.rank(ends, right=False) if np.ndim(ends) == 0 else state.ranks(ends, right=False)
 
 
 def _key_or_none(state: State, rank: int) -> Any | None:

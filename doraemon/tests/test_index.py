@@ -90,6 +90,8 @@ WRONG: list[tuple[Callable[[Index, Index], object], type[Exception], str]] = [
     (lambda keys, map_: keys.select(3), IndexError, "from -3 to 2"),
     (lambda keys, map_: keys.searchsorted([1], "middle"), ValueError, "'left' or 'right'"),  # type: ignore[arg-type]
     (lambda keys, map_: keys.searchsorted(np.zeros((2, 2))), ValueError, "ravel"),
+    (lambda keys, map_: keys.searchsorted(5), TypeError, "one key"),
+    (lambda keys, map_: keys.contains("12"), TypeError, "one key"),
     (lambda keys, map_: Index([1, 1], [1, 2]), ValueError, "more than once"),
     (lambda keys, map_: Index([1], [[1]]), ValueError, "dimensions"),
     (lambda keys, map_: Index([1], merging="never"), ValueError, "'manual'"),  # type: ignore[arg-type]
@@ -142,6 +144,13 @@ def test_the_c_engine_is_refused_where_it_was_not_built(monkeypatch: pytest.Monk
     assert Index([1]).explain().engine == "numpy"
     with pytest.raises(ImportError, match="C compiler"):
         Index([1], engine="native")
+
+
+def test_ranges_may_share_an_end(engine: str) -> None:
+    index = Index([1, 3, 3, 5], engine=engine)
+    assert index.count(np.array([0, 3, 9]), 5).tolist() == [3, 2, 0]
+    assert index.count(2, [3, 4, 10**30]).tolist() == [0, 2, 3]
+    assert index.count(3, 4) == 2
 
 
 def test_large_batches_of_changes(engine: str) -> None:
