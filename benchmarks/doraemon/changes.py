@@ -5,7 +5,7 @@
 refit all       fitting every bucket anew, as without a memory of fits
 adapt           after the hot keys (90 % of the queries in 2 % of the keys) moved by 2 % of the keys
 return          adapting back to the workload before, which is remembered
-inserts         in batches of 10,000 until 10 % more keys, merges counted
+inserts         in batches of 10,000, or n / 400 if that is more, until 10 % more keys, merges counted
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def adapting(keys: Keys) -> dict[str, Any]:
     row: dict[str, Any] = {"refit all ms": best(lambda: build(index._state.run.codes, index._state.engine), 3) * 1e3}
     for name, shift in (("first", 0.0), ("adapt", 0.02), ("return", 0.0)):
         for seed in range(8):
-            index.searchsorted(make_queries("90/2", keys, 2_000_000, seed=seed, shift=shift))
+            index.searchsorted(make_queries("90/2", keys, len(keys) // 8, seed=seed, shift=shift))
         begin = time.perf_counter()
         report = index.adapt()
         row[f"{name} ms"] = (time.perf_counter() - begin) * 1e3
@@ -54,7 +54,7 @@ def building(keys: Keys) -> dict[str, Any]:
 def writing(keys: Keys) -> dict[str, Any]:
     """Nanoseconds per inserted key."""
     more = np.random.default_rng(5).integers(0, 2**64 - 1, len(keys) // 10, dtype=np.uint64)
-    index, size = Index(keys), 10_000
+    index, size = Index(keys), max(10_000, len(keys) // 400)
     begin = time.perf_counter()
     for first in range(0, len(more), size):
         index.extend(more[first : first + size])

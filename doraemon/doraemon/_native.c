@@ -246,7 +246,7 @@ static Leaf fit_leaf(const double *f, const double *r, int64_t m)
         least = rest < least ? rest : least;
         most = rest > most ? rest : most;
     }
-    Leaf leaf = {(float)(0.5 * (least + most)), slope, (float)(ceil(0.5 * (most - least)) + 1.0)};
+    Leaf leaf = {(float)(0.5 * (least + most)), slope, (float)(0.5 * (most - least) + 1.0)};
     return leaf;
 }
 

@@ -55,7 +55,7 @@ def _fit_with_numpy(keys: Codes, ends: Ints, scales: Floats, sizes: Ints, out: N
     least, most = np.minimum.reduceat(rest, occupied), np.maximum.reduceat(rest, occupied)
     out[:] = 0
     out[:, 0] = _ranks_of_empty_leaves(bucket, rank, leaf, ends, sizes)
-    out[leaf[occupied]] = np.stack([(least + most) / 2, slope, np.ceil((most - least) / 2) + 1], axis=1)
+    out[leaf[occupied]] = np.stack([(least + most) / 2, slope, (most - least) / 2 + 1], axis=1)
 
 
 def _points(keys: Codes, ends: Ints, scales: Floats, sizes: Ints) -> tuple[Ints, Ints, Ints, Floats]:

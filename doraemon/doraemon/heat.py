@@ -13,9 +13,9 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 SAMPLING = 32  #: one access in so many is counted
-HALF_LIFE = 16  #: counts per bucket after which an older one weighs half
+HALF_LIFE = 8  #: counts per bucket after which an older one weighs half
 FEW = 8  #: a count that is believed as much as its neighbours are
-NEIGHBOURS = 9  #: buckets, the middle one with them
+NEIGHBOURS = 8  #: buckets on each side
 
 
 class Heat:
@@ -50,14 +50,17 @@ class Heat:
 def shares_of(counts: Floats, depths: Ints) -> Signature:
     """Access shares from sampled counts.
 
-    A count of a few is mostly noise, which would cost fits, so it gives way to the median of its neighbours: queries
-    have ranges, and a median keeps a range's edges sharp. What is then still 0 gets its share of the keys.
+    A count of a few is mostly noise, which would cost fits, so it is drawn to the mean of its neighbours on one side
+    or the other, whichever is nearer: queries have ranges, and ranges have edges. What is then still 0 gets its share
+    of the keys.
     """
-    if len(counts) > NEIGHBOURS:
-        around = np.pad(counts, NEIGHBOURS // 2, mode="edge")
-        middle = np.median(np.lib.stride_tricks.sliding_window_view(around, NEIGHBOURS), axis=1)
+    if len(counts) > 2 * NEIGHBOURS:
+        around = np.cumsum(np.pad(counts, (NEIGHBOURS + 1, NEIGHBOURS), mode="edge"))
+        means = (around[NEIGHBOURS:] - around[:-NEIGHBOURS]) / NEIGHBOURS
+        before, after = means[: len(counts)], means[-len(counts) :]
+        near = np.clip(counts, np.minimum(before, after), np.maximum(before, after))
         doubt = FEW / (FEW + counts)
-        counts = doubt * middle + (1 - doubt) * counts
+        counts = doubt * near + (1 - doubt) * counts
     return signature(counts, prior=depths, strength=0.5)
 
 

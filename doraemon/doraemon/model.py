@@ -29,6 +29,8 @@ Bits = NDArray[np.uint8]
 DEPTH = 2048  #: keys per bucket, until there are MAX_BUCKETS
 MAX_BUCKETS = 16384
 LEAF_KEYS = 32  #: keys per leaf before any query was seen
+MIN_LEAF_KEYS = 8  #: keys per leaf below which the window is one cache line anyway
+POOL_MOST = 8  #: a pool may hold that many times the leaves in use, for workloads that return
 MAX_BITS = 20  #: log2 of the most leaves that a bucket may get
 BUCKET = np.dtype([("low", np.uint64), ("scale", np.float64), ("start", np.int64), ("place", np.uint64)])
 
@@ -156,7 +158,7 @@ def choose_bits(depths: Ints, shares: Floats | None = None, current: Bits | None
 
     A bucket's weight is its share of the keys times the square root of its access density: full weighting would
     starve the cold buckets, whose windows then outgrow the cache. A bucket keeps its current number unless the ideal
-    one is clearly another, lest the noise of sampling cause refits.
+    one is clearly another, lest the noise of sampling cause refits, and more so if it is less: that saves no time.
     """
     if len(depths) == 0:
         return np.zeros(0, dtype=np.uint8)
@@ -166,8 +168,8 @@ def choose_bits(depths: Ints, shares: Floats | None = None, current: Bits | None
     ideal = np.log2(np.maximum(depths.sum() / LEAF_KEYS * weights / weights.sum(), 1.0))
     bits = np.floor(ideal + 0.5)
     if current is not None:
-        bits = np.where(np.abs(ideal - current) < 0.75, current, bits)
-    most = np.minimum(np.ceil(np.log2(depths)), MAX_BITS)
+        bits = np.where((ideal < current + 0.75) & (ideal > current - 1.25), current, bits)
+    most = np.clip(np.ceil(np.log2(depths / MIN_LEAF_KEYS)), 0, MAX_BITS)
     chosen: Bits = np.minimum(bits, most).astype(np.uint8)
     return chosen
 
@@ -175,8 +177,8 @@ def choose_bits(depths: Ints, shares: Floats | None = None, current: Bits | None
 def refit(model: Model, keys: Codes, bits: Bits, engine: Engine) -> tuple[Model, Ints]:
     """The model with other numbers of leaves, and the buckets that had to be fitted for it.
 
-    What the pool holds is not fitted again. A pool that is full is left to the models that use it, and a new one is
-    begun with the fits in use.
+    What the pool holds is not fitted again. A pool that is full is left to the models that use it, for a larger one,
+    or when it has become many times what is in use, for one of the fits in use.
     """
     with model.pool.lock:
         return _refit(model, keys, bits, engine)
@@ -187,8 +189,10 @@ def _refit(model: Model, keys: Codes, bits: Bits, engine: Engine) -> tuple[Model
     each = np.arange(len(bits))
     scales = np.ldexp(model.buckets["scale"][:-1], bits.astype(np.int32) - model.bits)  # exact
     missing = np.flatnonzero(pool.where[each, bits] < 0)
-    if not pool.has_room(leaf_count(bits[missing])):
-        pool = _begin_pool(pool, bits)
+    more = leaf_count(bits[missing])
+    if not pool.has_room(more):
+        keep = pool.used + more <= POOL_MOST * leaf_count(bits)
+        pool = _enlarged(pool, more) if keep else _begin_pool(pool, bits)
     if len(missing):
         rows, places = pool.reserve(missing, bits[missing])
         ends = np.stack([model.starts[missing], model.starts[missing + 1]], axis=1)
@@ -207,6 +211,13 @@ def _scales(keys: Codes, starts: Ints, bits: Bits) -> Floats:
     last = np.minimum(starts[1:], len(keys) - 1)
     width = (keys[last] - keys[starts[:-1]]).astype(np.float64)
     return np.divide(np.exp2(bits.astype(np.float64)), width, out=np.zeros(len(bits)), where=width > 0)
+
+
+def _enlarged(pool: LeafPool, more: int) -> LeafPool:
+    """A pool of the same fits with room for as many again."""
+    rows = np.empty((2 * (pool.used + more), 3), dtype=np.float32)
+    rows[: pool.used] = pool.rows[: pool.used]
+    return LeafPool(rows, pool.used, pool.where.copy())
 
 
 def _begin_pool(pool: LeafPool, bits: Bits) -> LeafPool:

@@ -33,4 +33,6 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Buckets of few keys and early merges, so that small examples have all the parts that large indexes have."""
     monkeypatch.setattr(model, "DEPTH", 4)
     monkeypatch.setattr(model, "LEAF_KEYS", 2)
+    monkeypatch.setattr(model, "MIN_LEAF_KEYS", 1)
+    monkeypatch.setattr(model, "POOL_MOST", 2)
     monkeypatch.setattr(writer, "MIN_DELTA", 12)

@@ -9,6 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from doraemon import Index
+from doraemon import model as model_module
 from doraemon.engine import choose
 from doraemon.keys import Codes
 from doraemon.model import Model, build, choose_bits, refit
@@ -117,7 +118,11 @@ def test_leaves_once_fitted_are_not_fitted_again(engine: str) -> None:
     np.testing.assert_array_equal(back.buckets, model.buckets)
 
 
-def test_a_full_pool_is_begun_anew_and_the_old_model_stays(engine: str) -> None:
+@pytest.mark.parametrize("most", [1, 100])
+def test_a_full_pool_is_replaced_and_the_old_model_stays(
+    engine: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_module, "POOL_MOST", most)
     codes = shapes(20_000)["lognormal"]
     first = model = build(codes, choose(engine))
     for extra in (1, 2, 3):
@@ -125,6 +130,8 @@ def test_a_full_pool_is_begun_anew_and_the_old_model_stays(engine: str) -> None:
         predicted, radius = predictions(model, codes)
         assert (np.abs(predicted - np.searchsorted(codes, codes)) <= radius + 1e-2).all()
     assert model.pool is not first.pool
+    known = (model.pool.where >= 0).sum(axis=1)
+    assert (known == (4 if most == 100 else 1)).all()
     predicted, radius = predictions(first, codes)
     assert (np.abs(predicted - np.searchsorted(codes, codes)) <= radius + 1e-2).all()
 
