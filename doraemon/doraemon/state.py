@@ -160,7 +160,15 @@ class State:
     # ---- successors
 
     def count_in_run(self, codes: Codes) -> Ints:
-        return self.search(RUN, codes, right=True) - self.search(RUN, codes)
+        """How many keys of the run have each code; most codes of most writes are new, and searched once."""
+        if len(self.run) == 0:
+            return np.zeros(len(codes), dtype=np.int64)
+        left = self.search(RUN, codes)
+        there = self.run.codes[np.minimum(left, len(self.run) - 1)] == codes
+        counts: Ints = there.astype(np.int64)
+        if self.run.values is None:  # a map's keys are distinct
+            counts[there] = self.search(RUN, codes[there], right=True) - left[there]
+        return counts
 
     def with_delta(self, delta: Delta) -> State:
         return State.of(self.key_type, self.engine, self.run, delta)
