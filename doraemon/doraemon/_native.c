@@ -1,0 +1,638 @@
+/* The search and the fit in C.
+ *
+ * A View is what readers of one state of an index search in: the sorted codes of the immutable run, the model over
+ * them, and the sorted delta of changes since. It borrows NumPy's arrays through the buffer protocol and changes none
+ * but `hits`, the sampled access counts.
+ *
+ * Why no answer depends on the model: the root search places a query q between two bucket boundaries by comparing
+ * keys, so that start <= rank(q) <= end holds whatever the leaves say. The leaf's window inside it is only a guess,
+ * and where the search ends on the window's edge, the key beyond the edge is compared too.
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__GNUC__) || defined(__clang__)
+#define PREFETCH(address) __builtin_prefetch(address)
+#define LOAD(address) __atomic_load_n(address, __ATOMIC_RELAXED)
+#define STORE(address, value) __atomic_store_n(address, value, __ATOMIC_RELAXED)
+#define INCREMENT(address) ((void)__atomic_fetch_add(address, 1, __ATOMIC_RELAXED))
+#else
+#define PREFETCH(address) ((void)0)
+#define LOAD(address) (*(volatile uint64_t *)(address))
+#define STORE(address, value) (*(volatile uint64_t *)(address) = (value))
+#define INCREMENT(address) (++*(address))
+#endif
+
+enum { GROUP = 32, ABSENT = -1, NOT_HERE = -2 };
+enum { ANY, UINT64, INT64, UINT32, INT32, FLOAT64, FLOAT32 }; /* kinds of key that C reads by itself */
+enum { RUN, RANK, LOCATE };                                   /* what a batch is asked */
+
+typedef struct {
+    uint64_t low;   /* the bucket's first code */
+    double scale;   /* leaves per unit of code */
+    int64_t start;  /* position of its first key in the run */
+    uint64_t place; /* its first leaf << 8 | log2 of the number of its leaves */
+} Bucket;
+
+typedef struct {
+    float base, slope; /* position after `start` = base + slope * (fraction of the leaf's width) */
+    float radius;      /* the true position is that far away at most, for keys in the run */
+} Leaf;
+
+/* ------------------------------------------------------------------ search */
+
+typedef struct {
+    const uint64_t *keys, *bounds, *changed; /* changed: the delta's codes */
+    const Bucket *buckets;
+    const Leaf *leaves;
+    const int64_t *moved; /* moved[j]: by how much the delta's first j codes move the ranks after them */
+    const uint8_t *alive; /* whether the delta's code is in the index */
+    uint64_t *hits;
+    int64_t n, n_buckets, n_changed;
+    uint64_t random;
+} Search;
+
+/* The number of `n` sorted codes below `q`, without branches on their values. */
+static inline int64_t below(const uint64_t *codes, int64_t n, uint64_t q)
+{
+    const uint64_t *at = codes;
+    while (n > 1) {
+        int64_t half = n >> 1;
+        at += half & -(int64_t)(at[half - 1] < q);
+        n -= half;
+    }
+    return (at - codes) + (n == 1 && *at < q);
+}
+
+/* The same for up to GROUP queries in step: their comparisons do not wait for each other. */
+static inline void group_below(const uint64_t *codes, int64_t n, const uint64_t *q, int64_t m, int64_t *out)
+{
+    const uint64_t *at[GROUP];
+    for (int64_t i = 0; i < m; i++)
+        at[i] = codes;
+    for (; n > 1; n -= n >> 1) {
+        int64_t half = n >> 1;
+        for (int64_t i = 0; i < m; i++)
+            at[i] += half & -(int64_t)(at[i][half - 1] < q[i]);
+    }
+    for (int64_t i = 0; i < m; i++)
+        out[i] = (at[i] - codes) + (n == 1 && *at[i] < q[i]);
+}
+
+/* Exponential search from `from` for the first position in [start, end] whose key is not below `q`. */
+static int64_t gallop(const uint64_t *keys, int64_t start, int64_t end, int64_t from, uint64_t q)
+{
+    int64_t step = 1, low, high;
+    if (from < end && keys[from] < q) {
+        low = from + 1;
+        while (low + step - 1 < end && keys[low + step - 1] < q) {
+            low += step;
+            step <<= 1;
+        }
+        high = low + step - 1 < end ? low + step - 1 : end;
+    } else {
+        high = from;
+        while (high - step >= start && keys[high - step] >= q) {
+            high -= step;
+            step <<= 1;
+        }
+        low = high - step >= start ? high - step + 1 : start;
+    }
+    return low + below(keys + low, high - low, q);
+}
+
+static inline int64_t bucket_of(const Search *s, uint64_t q)
+{
+    return below(s->bounds + 1, s->n_buckets - 1, q);
+}
+
+/* The leaf that serves `q` in the bucket, and where in the leaf it falls. */
+static inline const Leaf *leaf_of(const Search *s, const Bucket *bucket, uint64_t q, double *fraction)
+{
+    double leaves = (double)((uint64_t)1 << (bucket->place & 0xff));
+    double t = (double)(q > bucket->low ? q - bucket->low : 0) * bucket->scale;
+    t = t < leaves ? t : leaves;
+    int64_t leaf = t < leaves ? (int64_t)t : (int64_t)leaves - 1;
+    *fraction = t - (double)leaf;
+    return s->leaves + (bucket->place >> 8) + leaf;
+}
+
+static inline int64_t clamp(double position, int64_t depth)
+{
+    return position > 0.0 ? (position < (double)depth ? (int64_t)position : depth) : 0;
+}
+
+/* One query, answered with the fewest comparisons: exponential search from the predicted position. */
+static int64_t run_rank(const Search *s, uint64_t q, int64_t *bucket_found)
+{
+    double fraction;
+    if (s->n == 0)
+        return 0;
+    int64_t b = *bucket_found = bucket_of(s, q);
+    const Bucket *bucket = s->buckets + b;
+    const Leaf *leaf = leaf_of(s, bucket, q, &fraction);
+    int64_t start = bucket->start, end = bucket[1].start;
+    int64_t from = start + clamp((double)leaf->base + (double)leaf->slope * fraction + 0.5, end - start);
+    return gallop(s->keys, start, end, from, q);
+}
+
+static inline int64_t window_rank(const uint64_t *keys, int64_t start, int64_t end, int64_t low, int64_t high,
+                                  uint64_t q)
+{
+    int64_t at = low + below(keys + low, high - low, q);
+    if (at == low && low > start && keys[low - 1] >= q)
+        return gallop(keys, start, end, low - 1, q);
+    if (at == high && high < end && keys[high] < q)
+        return gallop(keys, start, end, high, q);
+    return at;
+}
+
+static inline uint64_t next_random(uint64_t random)
+{
+    return random * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
+}
+
+/* Up to GROUP queries at once, so that their cache misses overlap: each stage asks for what the next one reads. */
+static void group_rank(const Search *s, const uint64_t *q, int64_t m, int64_t *out, uint64_t *random)
+{
+    const Bucket *bucket[GROUP];
+    const Leaf *leaf[GROUP];
+    double fraction[GROUP];
+    int64_t low[GROUP], high[GROUP];
+    group_below(s->bounds + 1, s->n_buckets - 1, q, m, low);
+    for (int64_t i = 0; i < m; i++) {
+        bucket[i] = s->buckets + low[i];
+        leaf[i] = leaf_of(s, bucket[i], q[i], fraction + i);
+        PREFETCH(leaf[i]);
+    }
+    for (int64_t i = 0; i < m; i++) {
+        int64_t start = bucket[i]->start, depth = bucket[i][1].start - start;
+        double centre = (double)leaf[i]->base + (double)leaf[i]->slope * fraction[i];
+        low[i] = start + clamp(centre - (double)leaf[i]->radius, depth);
+        high[i] = start + clamp(centre + (double)leaf[i]->radius + 1.0, depth);
+        PREFETCH(s->keys + low[i]);
+        PREFETCH(s->keys + ((low[i] + high[i]) >> 1));
+        PREFETCH(s->keys + high[i]);
+    }
+    for (int64_t i = 0; i < m; i++)
+        out[i] = window_rank(s->keys, bucket[i]->start, bucket[i][1].start, low[i], high[i], q[i]);
+    *random = next_random(*random);
+    int64_t sampled = (int64_t)(*random >> 59); /* one query in GROUP, also over short groups */
+    if (sampled < m)
+        INCREMENT(s->hits + (bucket[sampled] - s->buckets));
+}
+
+/* The position of code `q` when its run rank is `at` and j of the delta's codes are below it: in the run, n + its
+ * place in the delta, or ABSENT. */
+static inline int64_t locate(const Search *s, uint64_t q, int64_t at, int64_t j)
+{
+    if (j < s->n_changed && s->changed[j] == q)
+        return s->alive[j] ? s->n + j : ABSENT;
+    return at < s->n && s->keys[at] == q ? at : ABSENT;
+}
+
+static void search_many(Search *s, int asked, int right, const uint64_t *codes, int64_t m, int64_t *out)
+{
+    uint64_t q[GROUP], random = LOAD(&s->random);
+    int64_t changes[GROUP]; /* how many of the delta's codes are below each query */
+    for (int64_t first = 0; first < m; first += GROUP) {
+        int64_t size = m - first < GROUP ? m - first : GROUP;
+        int64_t *to = out + first;
+        for (int64_t i = 0; i < size; i++)
+            q[i] = codes[first + i] + (uint64_t)right; /* codes are whole: right of q is left of q + 1 */
+        if (s->n)
+            group_rank(s, q, size, to, &random);
+        else
+            memset(to, 0, (size_t)size * sizeof *to);
+        if (asked != RUN)
+            group_below(s->changed, s->n_changed, q, size, changes);
+        for (int64_t i = 0; i < size; i++) {
+            int past = right && q[i] == 0; /* q + 1 wrapped around: everything is left of it */
+            if (past)
+                to[i] = s->n;
+            if (asked == LOCATE)
+                to[i] = locate(s, q[i], to[i], changes[i]);
+            else if (asked == RANK)
+                to[i] += s->moved[past ? s->n_changed : changes[i]];
+        }
+    }
+    STORE(&s->random, random);
+}
+
+/* ------------------------------------------------------------------ fit */
+
+enum { STEEPEST = 1 << 21 }; /* a steeper line's base would not be a whole position in a float any more */
+
+/* The least-squares line through m points (f, r), moved so that it errs as much above as below. Sums are taken from the
+ * first point on: keys of one leaf may differ in the last digits only. */
+static Leaf fit_leaf(const double *f, const double *r, int64_t m)
+{
+    double sf = 0, sr = 0, sff = 0, sfr = 0, least = INFINITY, most = -INFINITY;
+    for (int64_t i = 1; i < m; i++) {
+        double df = f[i] - f[0], dr = r[i] - r[0];
+        sf += df;
+        sr += dr;
+        sff += df * df;
+        sfr += df * dr;
+    }
+    double ff = sff - sf * sf / (double)m, fr = sfr - sf * sr / (double)m;
+    double steep = ff > 0 ? fr / ff : 0.0;
+    float slope = (float)(steep < STEEPEST ? steep : STEEPEST);
+    for (int64_t i = 0; i < m; i++) {
+        double rest = r[i] - (double)slope * f[i];
+        least = rest < least ? rest : least;
+        most = rest > most ? rest : most;
+    }
+    Leaf leaf = {(float)(0.5 * (least + most)), slope, (float)(0.5 * (most - least) + 1.0)};
+    return leaf;
+}
+
+/* The 1 << bits leaves of the keys at [start, end], each over an equal width of codes. */
+static void fit_bucket(const uint64_t *keys, int64_t n, int64_t start, int64_t end, double scale, int bits, Leaf *out,
+                       double *f, double *r)
+{
+    int64_t leaves = (int64_t)1 << bits, current = 0, m = 0;
+    for (int64_t i = start; i <= end && i < n; i++) {
+        if (i > start && keys[i] == keys[i - 1])
+            continue; /* the rank of a key is that of its first copy */
+        double t = (double)(keys[i] - keys[start]) * scale;
+        int64_t leaf = t < (double)leaves ? (int64_t)t : leaves - 1;
+        while (current < leaf) {
+            Leaf empty = {(float)(i - start), 0.0f, 0.0f}; /* no key in it: all that it can be asked ranks here */
+            out[current++] = m ? fit_leaf(f, r, m) : empty;
+            m = 0;
+        }
+        f[m] = t - (double)leaf;
+        r[m++] = (double)(i - start);
+    }
+    while (current < leaves) {
+        Leaf empty = {(float)(end - start), 0.0f, 0.0f};
+        out[current++] = m ? fit_leaf(f, r, m) : empty;
+        m = 0;
+    }
+}
+
+/* ------------------------------------------------------------------ splice */
+
+/* `old` with the m items of `more` put so that the j-th is at[j] in `out`; 0 if these places are not ascending in it. */
+static int splice_items(const char *old, int64_t n, const int64_t *at, const char *more, int64_t m, size_t size,
+                        char *out)
+{
+    int64_t taken = 0, filled = 0;
+    for (int64_t j = 0; j < m; j++) {
+        int64_t gap = at[j] - filled;
+        if (gap < 0 || gap > n - taken)
+            return 0;
+        memcpy(out + (size_t)filled * size, old + (size_t)taken * size, (size_t)gap * size);
+        taken += gap;
+        memcpy(out + (size_t)at[j] * size, more + (size_t)j * size, size);
+        filled = at[j] + 1;
+    }
+    memcpy(out + (size_t)filled * size, old + (size_t)taken * size, (size_t)(n - taken) * size);
+    return 1;
+}
+
+/* ------------------------------------------------------------------ Python */
+
+enum { KEYS, BOUNDS, BUCKETS, LEAVES, HITS, CHANGED, MOVED, ALIVE, N_BUFFERS };
+
+typedef struct {
+    PyObject_HEAD
+    Search search;
+    int kind, n_held;
+    Py_buffer held[N_BUFFERS];
+} View;
+
+static int get_buffer(PyObject *object, Py_buffer *buffer, Py_ssize_t itemsize, int writable)
+{
+    if (PyObject_GetBuffer(object, buffer, writable ? PyBUF_CONTIG : PyBUF_CONTIG_RO) < 0)
+        return -1;
+    if (buffer->len % itemsize == 0)
+        return 0;
+    PyBuffer_Release(buffer);
+    PyErr_Format(PyExc_ValueError, "a buffer of %zd bytes does not hold items of %zd", buffer->len, itemsize);
+    return -1;
+}
+
+static void view_dealloc(PyObject *self)
+{
+    View *view = (View *)self;
+    PyTypeObject *type = Py_TYPE(self);
+    freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    for (int i = 0; i < view->n_held; i++)
+        PyBuffer_Release(view->held + i);
+    release(self);
+    Py_DECREF((PyObject *)type);
+}
+
+static PyObject *view_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    static const Py_ssize_t itemsizes[N_BUFFERS] = {8, 8, sizeof(Bucket), sizeof(Leaf), 8, 8, 8, 1};
+    PyObject *arrays[N_BUFFERS];
+    int kind;
+    Py_ssize_t count[N_BUFFERS];
+    (void)kwargs;
+    if (!PyArg_ParseTuple(args, "iOOOOOOOO", &kind, arrays, arrays + 1, arrays + 2, arrays + 3, arrays + 4, arrays + 5,
+                          arrays + 6, arrays + 7))
+        return NULL;
+    allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
+    View *view = (View *)allocate(type, 0);
+    if (view == NULL)
+        return NULL;
+    for (int i = 0; i < N_BUFFERS; i++) {
+        if (get_buffer(arrays[i], view->held + i, itemsizes[i], i == HITS) < 0)
+            goto failed;
+        view->n_held++;
+        count[i] = view->held[i].len / itemsizes[i];
+    }
+    if ((count[KEYS] > 0) != (count[BOUNDS] > 0) || count[BUCKETS] != count[BOUNDS] + 1 ||
+        count[HITS] != count[BOUNDS] || count[MOVED] != count[CHANGED] + 1 || count[ALIVE] != count[CHANGED]) {
+        PyErr_SetString(PyExc_ValueError, "the arrays of a view do not fit together");
+        goto failed;
+    }
+    view->kind = kind;
+    view->search = (Search){
+        .keys = view->held[KEYS].buf, .bounds = view->held[BOUNDS].buf, .changed = view->held[CHANGED].buf,
+        .buckets = view->held[BUCKETS].buf, .leaves = view->held[LEAVES].buf, .moved = view->held[MOVED].buf,
+        .alive = view->held[ALIVE].buf, .hits = view->held[HITS].buf,
+        .n = count[KEYS], .n_buckets = count[BOUNDS], .n_changed = count[CHANGED],
+        .random = (uint64_t)(uintptr_t)view,
+    };
+    return (PyObject *)view;
+failed:
+    Py_DECREF((PyObject *)view);
+    return NULL;
+}
+
+/* 1 and the code of a Python number that is in the key type's domain, 0 for what Python has to map, -1 on error. */
+static int code_of_float(int kind, PyObject *key, uint64_t *code)
+{
+    double value = PyFloat_AsDouble(key);
+    if (isnan(value))
+        return 0;
+    value += 0.0; /* -0.0 equals 0.0 */
+    if (kind == FLOAT64) {
+        uint64_t bits;
+        memcpy(&bits, &value, sizeof bits);
+        *code = bits >> 63 ? ~bits : bits | UINT64_C(1) << 63;
+        return 1;
+    }
+    float single = (float)value;
+    if ((double)single != value)
+        return 0;
+    uint32_t bits;
+    memcpy(&bits, &single, sizeof bits);
+    *code = bits >> 31 ? (uint32_t)~bits : bits | UINT32_C(1) << 31;
+    return 1;
+}
+
+static int code_of_int(int kind, PyObject *key, uint64_t *code)
+{
+    int overflow;
+    long long value = PyLong_AsLongLongAndOverflow(key, &overflow);
+    if (overflow > 0 && kind == UINT64) {
+        *code = PyLong_AsUnsignedLongLong(key);
+        if (!PyErr_Occurred())
+            return 1;
+        PyErr_Clear();
+        return 0;
+    }
+    if (overflow)
+        return 0;
+    switch (kind) {
+    case UINT64: *code = (uint64_t)value; return value >= 0;
+    case INT64: *code = (uint64_t)value ^ UINT64_C(1) << 63; return 1;
+    case UINT32: *code = (uint64_t)value; return value >= 0 && value <= UINT32_MAX;
+    case INT32: *code = (uint64_t)value + (UINT64_C(1) << 31); return value >= INT32_MIN && value <= INT32_MAX;
+    default: return 0;
+    }
+}
+
+static int code_of(int kind, PyObject *key, uint64_t *code)
+{
+    if (kind == FLOAT64 || kind == FLOAT32)
+        return PyFloat_Check(key) ? code_of_float(kind, key, code) : 0;
+    if (kind == ANY)
+        return 0;
+    if (PyLong_Check(key))
+        return code_of_int(kind, key, code);
+    if (!PyIndex_Check(key))
+        return 0;
+    PyObject *whole = PyNumber_Index(key); /* NumPy's integers */
+    if (whole == NULL) { /* an array, say: the slow path names what is wrong with it */
+        PyErr_Clear();
+        return 0;
+    }
+    int known = code_of_int(kind, whole, code);
+    Py_DECREF(whole);
+    return known;
+}
+
+static void sample(Search *s, int64_t bucket)
+{
+    uint64_t random = next_random(LOAD(&s->random));
+    STORE(&s->random, random);
+    if (random >> 59 == 0 && s->n)
+        INCREMENT(s->hits + bucket);
+}
+
+static PyObject *view_rank(View *view, PyObject *key, int right)
+{
+    Search *s = &view->search;
+    uint64_t q;
+    int64_t bucket = 0;
+    if (!code_of(view->kind, key, &q))
+        return PyLong_FromLong(NOT_HERE);
+    int past = right && q == UINT64_MAX;
+    q += (uint64_t)(right && !past);
+    int64_t rank = past ? s->n : run_rank(s, q, &bucket);
+    if (!past)
+        sample(s, bucket);
+    if (s->n_changed)
+        rank += s->moved[past ? s->n_changed : below(s->changed, s->n_changed, q)];
+    return PyLong_FromLongLong(rank);
+}
+
+static PyObject *view_left(PyObject *self, PyObject *key) { return view_rank((View *)self, key, 0); }
+static PyObject *view_right(PyObject *self, PyObject *key) { return view_rank((View *)self, key, 1); }
+
+static PyObject *view_find(PyObject *self, PyObject *key)
+{
+    View *view = (View *)self;
+    uint64_t q;
+    int64_t bucket = 0;
+    if (!code_of(view->kind, key, &q))
+        return PyLong_FromLong(NOT_HERE);
+    int64_t at = run_rank(&view->search, q, &bucket);
+    sample(&view->search, bucket);
+    int64_t changes = below(view->search.changed, view->search.n_changed, q);
+    return PyLong_FromLongLong(locate(&view->search, q, at, changes));
+}
+
+static PyObject *view_search(PyObject *self, PyObject *args)
+{
+    PyObject *codes, *out;
+    Py_buffer from, to;
+    int asked, right;
+    if (!PyArg_ParseTuple(args, "iiOO", &asked, &right, &codes, &out))
+        return NULL;
+    if (get_buffer(codes, &from, 8, 0) < 0)
+        return NULL;
+    if (get_buffer(out, &to, 8, 1) < 0) {
+        PyBuffer_Release(&from);
+        return NULL;
+    }
+    int fits = from.len == to.len;
+    if (fits) {
+        Py_BEGIN_ALLOW_THREADS
+        search_many(&((View *)self)->search, asked, right != 0, from.buf, from.len / 8, to.buf);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&from);
+    PyBuffer_Release(&to);
+    if (fits)
+        Py_RETURN_NONE;
+    PyErr_SetString(PyExc_ValueError, "there must be as many places for answers as queries");
+    return NULL;
+}
+
+static PyMethodDef view_methods[] = {
+    {"left", view_left, METH_O, "How many keys are below the key; -2 if Python has to map it."},
+    {"right", view_right, METH_O, "How many keys are not above the key; -2 if Python has to map it."},
+    {"find", view_find, METH_O, "Position in the run, n + position in the delta, -1 if absent; -2 as above."},
+    {"search", view_search, METH_VARARGS, "search(asked, right, codes, out): the same for a batch of codes."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot view_slots[] = {
+    {Py_tp_new, view_new},
+    {Py_tp_dealloc, view_dealloc},
+    {Py_tp_methods, view_methods},
+    {Py_tp_doc, "View(kind, keys, bounds, buckets, leaves, hits, changed, moved, alive): what readers search in."},
+    {0, NULL},
+};
+
+static PyType_Spec view_spec = {
+    .name = "doraemon._native.View",
+    .basicsize = sizeof(View),
+    .flags = Py_TPFLAGS_DEFAULT,
+    .slots = view_slots,
+};
+
+/* fit(keys, starts, scales, bits, out): the leaves of some buckets, each given by its (start, end). */
+static PyObject *fit(PyObject *self, PyObject *args)
+{
+    static const Py_ssize_t itemsizes[5] = {8, 16, 8, 1, sizeof(Leaf)};
+    PyObject *arrays[5], *result = NULL;
+    Py_buffer held[5];
+    int n_held = 0;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "OOOOO", arrays, arrays + 1, arrays + 2, arrays + 3, arrays + 4))
+        return NULL;
+    for (; n_held < 5; n_held++)
+        if (get_buffer(arrays[n_held], held + n_held, itemsizes[n_held], n_held == 4) < 0)
+            goto done;
+    const int64_t *ends = held[1].buf, n = held[0].len / 8;
+    int64_t count = held[1].len / 16, leaves = 0, deepest = 0;
+    const uint8_t *bits = held[3].buf;
+    int fits = held[2].len / 8 == count && held[3].len == count;
+    for (int64_t b = 0; fits && b < count; b++) {
+        int64_t start = ends[2 * b], end = ends[2 * b + 1];
+        fits = 0 <= start && start < end && end <= n && bits[b] < 48;
+        deepest = end - start > deepest ? end - start : deepest;
+        leaves += (int64_t)1 << (bits[b] & 63);
+    }
+    if (!fits || leaves != held[4].len / (Py_ssize_t)sizeof(Leaf)) {
+        PyErr_SetString(PyExc_ValueError, "the arrays of a fit do not fit together");
+        goto done;
+    }
+    double *points = PyMem_Malloc(2 * ((size_t)deepest + 1) * sizeof *points);
+    if (points == NULL) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    Leaf *out = held[4].buf;
+    for (int64_t b = 0; b < count; out += (int64_t)1 << bits[b], b++)
+        fit_bucket(held[0].buf, n, ends[2 * b], ends[2 * b + 1], ((const double *)held[2].buf)[b], bits[b], out,
+                   points, points + deepest + 1);
+    Py_END_ALLOW_THREADS
+    PyMem_Free(points);
+    result = Py_None;
+    Py_INCREF(result);
+done:
+    while (n_held > 0)
+        PyBuffer_Release(held + --n_held);
+    return result;
+}
+
+/* splice(old, at, more, out): the bytes of `out`, whose items are as large as `more` and `at` say. */
+static PyObject *splice(PyObject *self, PyObject *args)
+{
+    static const Py_ssize_t itemsizes[4] = {1, 8, 1, 1};
+    PyObject *arrays[4], *result = NULL;
+    Py_buffer held[4];
+    int n_held = 0, fits = 0;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "OOOO", arrays, arrays + 1, arrays + 2, arrays + 3))
+        return NULL;
+    for (; n_held < 4; n_held++)
+        if (get_buffer(arrays[n_held], held + n_held, itemsizes[n_held], n_held == 3) < 0)
+            goto done;
+    int64_t m = held[1].len / 8;
+    size_t size = m > 0 ? (size_t)(held[2].len / m) : 1;
+    if (size > 0 && (size_t)held[2].len == size * (size_t)m && held[0].len % (Py_ssize_t)size == 0 &&
+        held[3].len == held[0].len + held[2].len) {
+        Py_BEGIN_ALLOW_THREADS
+        fits = splice_items(held[0].buf, held[0].len / (Py_ssize_t)size, held[1].buf, held[2].buf, m, size,
+                            held[3].buf);
+        Py_END_ALLOW_THREADS
+    }
+    if (fits) {
+        result = Py_None;
+        Py_INCREF(result);
+    } else {
+        PyErr_SetString(PyExc_ValueError, "the arrays of a splice do not fit together");
+    }
+done:
+    while (n_held > 0)
+        PyBuffer_Release(held + --n_held);
+    return result;
+}
+
+static int native_exec(PyObject *module)
+{
+    PyObject *type = PyType_FromModuleAndSpec(module, &view_spec, NULL);
+    if (type == NULL)
+        return -1;
+    int failed = PyModule_AddObjectRef(module, "View", type);
+    Py_DECREF(type);
+    return failed;
+}
+
+static PyMethodDef native_methods[] = {
+    {"fit", fit, METH_VARARGS, "fit(keys, ends, scales, bits, out): the leaves of some buckets."},
+    {"splice", splice, METH_VARARGS, "splice(old, at, more, out): `old` with `more` at the places `at` of `out`."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyModuleDef_Slot native_slots[] = {
+    {Py_mod_exec, native_exec},
+#ifdef Py_mod_gil
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED}, /* views change nothing but relaxed counters */
+#endif
+    {0, NULL},
+};
+
+static struct PyModuleDef native_module = {
+    .m_base = PyModuleDef_HEAD_INIT,
+    .m_name = "_native",
+    .m_doc = "Search and fit in C.",
+    .m_methods = native_methods,
+    .m_slots = native_slots,
+};
+
+PyMODINIT_FUNC PyInit__native(void) { return PyModuleDef_Init(&native_module); }

@@ -1,0 +1,87 @@
+"""Adaptation: give leaves to the buckets that are searched now, when that pays."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from .heat import rebucket, shares_of
+from .model import Bits, Floats, choose_bits, refit
+from .state import Run, State, rank_of_buckets
+from .workload import Memory, Signature, drift, signature
+
+WORTHWHILE = 0.05  #: modelled steps per access that an adaptation has to save
+SIMILAR = 0.1  #: bits between workloads that are served by one model
+
+Models = Memory[Bits]  #: leaf numbers given for past workloads
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What `adapt` did and why.
+
+    Attributes:
+        reason: in words.
+        drift: modelled extra search steps per access before.
+        saved: modelled steps per access that the change saves, 0 if none was made.
+        changed: buckets whose number of leaves changed.
+        refitted: those of them that had to be fitted; the others' fits were still known.
+        recalled: whether the leaf numbers were remembered from a similar workload.
+    """
+
+    reason: str
+    drift: float
+    saved: float = 0.0
+    changed: int = 0
+    refitted: int = 0
+    recalled: bool = False
+
+
+def adapt(state: State, memory: Models) -> tuple[State, Adaptation]:
+    """The state under the model for the workload that its readers' heat shows, and what was done."""
+    run = state.run
+    counts = run.heat.counts()
+    now = shares_of(counts, run.model.depths)
+    moved, noise = drift(now, run.trained), _noise(counts)
+    if not moved > WORTHWHILE + noise:
+        reason = "too few accesses were counted to tell" if noise > WORTHWHILE else "the model fits the accesses"
+        return state, Adaptation(reason, moved)
+    recalled = memory.recall(now, within=SIMILAR + noise)
+    bits = choose_bits(run.model.depths, now, run.model.bits) if recalled is None else recalled.value
+    saved = _steps(run, run.model.bits, now) - _steps(run, bits, now)
+    if saved < WORTHWHILE:
+        return state, Adaptation("another model would save too little", moved)
+    memory.remember(run.trained, run.model.bits)
+    model, refitted = refit(run.model, run.codes, bits, state.engine)
+    trained = now if recalled is None else recalled.signature
+    memory.remember(trained, bits)
+    reason = "leaves follow the accesses" if recalled is None else "a similar workload was known"
+    changed = int((bits != run.model.bits).sum())
+    report = Adaptation(reason, moved, saved, changed, len(refitted), recalled is not None)
+    return state.remodelled(model, trained), report
+
+
+def carry_over(memory: Models, old: State, new: State) -> Models:
+    """The memory for a run that was merged from another: its signatures over the new buckets, and leaves to suit."""
+    if len(new.run) == 0 or old.run is new.run:
+        return memory
+    edges, starts = rank_of_buckets(old.run, new.run.codes), new.run.model.starts
+
+    def change(known: Signature, bits: Bits) -> tuple[Signature, Bits]:
+        shares = signature(rebucket(known, edges, starts), np.diff(starts), 1e-6)
+        return shares, choose_bits(np.diff(starts), shares)
+
+    return memory.transformed(change)
+
+
+def _noise(counts: Floats) -> float:
+    """The drift that sampling alone is expected to show."""
+    total = float(counts.sum())
+    return (len(counts) - 1) / (2 * math.log(2) * total) if total else math.inf
+
+
+def _steps(run: Run, bits: Bits, shares: Signature) -> float:
+    """Modelled search steps per access: a leaf of twice the keys costs one more."""
+    return float((shares * np.maximum(np.log2(run.model.depths) - bits, 0.0)).sum())

@@ -1,0 +1,76 @@
+"""What an index is, whether or not it can change: its state, its size, its file."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import storage
+from .adaptation import Models
+from .explanation import Explanation, explain
+from .packing import pack
+from .state import State
+
+
+class Base:
+    """A state, and the memory of workloads that belongs to it."""
+
+    _state: State
+    _memory: Models
+
+    def __len__(self) -> int:
+        """How many keys there are, copies counted. O(1).
+
+        >>> from doraemon import Index
+        >>> len(Index([3, 1, 3]))
+        3
+        """
+        return self._state.length
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The keys' dtype. O(1)."""
+        return self._state.key_type.dtype
+
+    @property
+    def is_map(self) -> bool:
+        """Whether there are values beside the keys. O(1)."""
+        return self._state.run.values is not None
+
+    def explain(self) -> Explanation:
+        """What the index is made of and what its model costs. O(leaves).
+
+        >>> from doraemon import Index
+        >>> Index(range(100), engine="numpy").explain().engine
+        'numpy'
+        """
+        return explain(self._state, self._memory)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the index with its changes, heat and model memory to a file, in one step: all of it or nothing.
+
+        O(n). `Index.open` reads it.
+
+        >>> import tempfile
+        >>> from doraemon import Index
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     Index([1, 2]).save(f"{directory}/two.dora")
+        ...     len(Index.open(f"{directory}/two.dora"))
+        2
+        """
+        storage.write(path, *pack(self._state, self._memory))
+
+    def __repr__(self) -> str:
+        """The class, the dtype and the number of keys. O(1)."""
+        state = self._state
+        kind = "map" if self.is_map else "multiset"
+        return f"<{type(self).__name__}: {kind} of {state.length:,} {state.key_type.dtype} keys>"
+
+    @staticmethod
+    def _require_values(state: State) -> NDArray[Any]:
+        if state.run.values is None:
+            raise TypeError("this index has keys only: make it with values, Index(keys, values), to look them up")
+        return state.run.values

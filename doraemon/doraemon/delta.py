@@ -1,0 +1,179 @@
+"""The delta: what changed since the immutable run was made, sorted by code.
+
+Each entry says by how much its code's count differs from the run's: +2 copies, -1 (a tombstone), 0 (a value replaced).
+A rank in the index is then the rank in the run plus the sum of what changed below. Deltas are immutable; a write makes
+a new one, in time proportional to both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .engine import Engine
+from .keys import Codes
+from .splicing import splice
+
+Ints = NDArray[np.int64]
+Values = NDArray[Any]
+Count = Callable[[Codes], Ints]  #: how many keys of the run have each code
+
+
+@dataclass(frozen=True, eq=False)
+class Delta:
+    """Sorted changes of a run.
+
+    Attributes:
+        codes: distinct, ascending.
+        net: the change in the number of keys of each code.
+        present: how many the run has.
+        values: of a map's entries; a tombstone's is filler. None for a multiset.
+        stamps: the number of the write that made each entry, which tells those made during a merge from those before.
+        engine: what splices its arrays.
+    """
+
+    codes: Codes
+    net: Ints
+    present: Ints
+    values: Values | None
+    stamps: Ints
+    engine: Engine
+
+    @classmethod
+    def empty(cls, value_dtype: np.dtype[Any] | None, engine: Engine) -> Delta:
+        none = np.zeros(0, dtype=np.int64)
+        values = None if value_dtype is None else np.zeros(0, dtype=value_dtype)
+        return cls(np.zeros(0, dtype=np.uint64), none, none, values, none, engine)
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    @cached_property
+    def counts(self) -> Ints:
+        """How many keys of each code are in the index."""
+        counts: Ints = self.present + self.net
+        return counts
+
+    @cached_property
+    def alive(self) -> NDArray[np.uint8]:
+        return (self.counts > 0).astype(np.uint8)
+
+    @cached_property
+    def moved(self) -> Ints:
+        """[entries + 1]: by how much the first j entries move the ranks after them."""
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.net)])
+
+    def _where(self, keep: NDArray[np.bool_]) -> Delta:
+        if keep.all():
+            return self
+        values = None if self.values is None else self.values[keep]
+        return Delta(self.codes[keep], self.net[keep], self.present[keep], values, self.stamps[keep], self.engine)
+
+    def _without_noops(self) -> Delta:
+        """Without entries that say what the run says."""
+        return self._where((self.net != 0) if self.values is None else (self.counts > 0) | (self.present > 0))
+
+
+def add_counts(delta: Delta, codes: Codes, change: Ints, stamp: int, count: Count) -> Delta:
+    """A multiset's delta with more or fewer keys of some codes, which are distinct and ascending."""
+    fresh = Delta(codes, change, count(codes), None, np.full(len(codes), stamp), delta.engine)
+    joined, first = _join(delta, fresh)
+    if len(first) == len(joined):
+        return joined._without_noops()
+    net = np.add.reduceat(joined.net, first)
+    last = _last_of_each(first, len(joined))
+    return Delta(
+        joined.codes[first], net, joined.present[last], None, joined.stamps[last], delta.engine
+    )._without_noops()
+
+
+def put(delta: Delta, codes: Codes, alive: bool, values: Values, stamp: int, count: Count) -> Delta:
+    """A map's delta with some codes, distinct and ascending, set to values or (`alive` False) deleted."""
+    present = count(codes)
+    fresh = Delta(codes, int(alive) - present, present, values, np.full(len(codes), stamp), delta.engine)
+    joined, first = _join(delta, fresh)
+    last = np.zeros(len(joined), dtype=np.bool_)
+    last[_last_of_each(first, len(joined))] = True
+    return joined._where(last)._without_noops()
+
+
+def since(delta: Delta, merged: Delta, count: Count) -> Delta:
+    """What `delta` changed after `merged`, an earlier state of it, became part of the run that `count` counts in.
+
+    An entry of `merged` that is not in `delta` was undone in between, and has to be undone in the new run.
+    """
+    if delta.values is None:
+        undone = Delta(merged.codes, -merged.net, merged.present, None, merged.stamps, delta.engine)
+        joined, first = _join(undone, delta)
+        net = np.add.reduceat(joined.net, first) if len(first) else joined.net
+        codes, stamps = joined.codes[first], joined.stamps[_last_of_each(first, len(joined))]
+        return Delta(codes, net, count(codes), None, stamps, delta.engine)._without_noops()
+    joined, first = _join(merged, delta)
+    last = _last_of_each(first, len(joined))
+    both = last > first
+    only_merged = ~both & _holds(merged.codes, joined.codes[last])
+    changed = only_merged | ~both | (joined.stamps[first] != joined.stamps[last])
+    last, only_merged = last[changed], only_merged[changed]
+    codes = joined.codes[last]
+    present = count(codes)
+    alive = (joined.counts[last] > 0) & ~only_merged
+    values = None if joined.values is None else joined.values[last]
+    return Delta(codes, alive - present, present, values, joined.stamps[last], delta.engine)._without_noops()
+
+
+def merge(codes: Codes, values: Values | None, delta: Delta, left: Ints) -> tuple[Codes, Values | None]:
+    """The run with its delta in it; `left` is where each entry's code is, or would be, in the run."""
+    values = _with_replaced(values, delta, left)
+    gone = np.maximum(-delta.net, 0)
+    if gone.any():
+        kept = np.ones(len(codes), dtype=np.bool_)
+        kept[np.repeat(left, gone) + _within(gone)] = False
+        codes, values = codes[kept], None if values is None else values[kept]
+        left = left - (np.cumsum(gone) - gone)
+    more = np.maximum(delta.net, 0)
+    added = np.flatnonzero(more)
+    at = np.repeat(left[added], more[added]) + np.arange(int(more.sum()))
+    new_codes = splice(codes, at, np.repeat(delta.codes[added], more[added]), delta.engine)
+    if values is None or delta.values is None:
+        return new_codes, None
+    return new_codes, splice(values, at, delta.values[added], delta.engine)
+
+
+def _with_replaced(values: Values | None, delta: Delta, left: Ints) -> Values | None:
+    replaced = delta.net == 0
+    if values is None or delta.values is None or not replaced.any():
+        return values
+    values = values.copy()
+    values[left[replaced]] = delta.values[replaced]
+    return values
+
+
+def _within(counts: Ints) -> Ints:
+    """0, 1, ... counts[0] - 1, 0, 1, ... counts[1] - 1, and so on."""
+    return np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def _join(a: Delta, b: Delta) -> tuple[Delta, Ints]:
+    """The entries of both in order, of equal codes a's first, and where each code's first entry is."""
+    at = np.searchsorted(a.codes, b.codes, side="right") + np.arange(len(b))
+    codes = splice(a.codes, at, b.codes, a.engine)
+    values = None if a.values is None or b.values is None else splice(a.values, at, b.values, a.engine)
+    pairs = ((a.net, b.net), (a.present, b.present), (a.stamps, b.stamps))
+    net, present, stamps = (splice(old, at, new, a.engine) for old, new in pairs)
+    different = np.ones(len(codes), dtype=np.bool_)
+    different[1:] = codes[1:] != codes[:-1]
+    return Delta(codes, net, present, values, stamps, a.engine), np.flatnonzero(different)
+
+
+def _last_of_each(first: Ints, n: int) -> Ints:
+    return np.append(first[1:], n) - 1 if len(first) else first
+
+
+def _holds(codes: Codes, wanted: Codes) -> NDArray[np.bool_]:
+    at = np.minimum(np.searchsorted(codes, wanted), len(codes) - 1)
+    return codes[at] == wanted if len(codes) else np.zeros(len(wanted), dtype=np.bool_)

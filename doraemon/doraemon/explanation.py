@@ -1,0 +1,89 @@
+"""What an index is made of at the moment, for people who ask why it is as fast or as large as it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .adaptation import Models
+from .heat import SAMPLING
+from .state import State
+from .workload import drift
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The parts of an index and what its model costs; `str()` of it is for reading.
+
+    Attributes:
+        engine: "native", or "numpy" where the C extension was not built or not wanted.
+        dtype: of the keys.
+        keys: in the index.
+        run_keys: of them, those that the model covers.
+        delta_entries: codes changed since the run was made; each query searches them as well.
+        buckets: of the model.
+        leaves: of the model, over all buckets.
+        window: modelled number of keys between which a leaf leaves the choice, mean over the accesses counted.
+        window_max: the same, of the worst leaf.
+        accesses: counted so far, older ones weighing less; scaled up from the sample.
+        drift: modelled extra search steps per access since the model's leaves were given.
+        remembered: past workloads whose leaf numbers are known.
+        key_bytes: of the run's codes.
+        model_bytes: of the model, with the fits that only past workloads use.
+    """
+
+    engine: str
+    dtype: str
+    keys: int
+    run_keys: int
+    delta_entries: int
+    buckets: int
+    leaves: int
+    window: float
+    window_max: float
+    accesses: float
+    drift: float
+    remembered: int
+    key_bytes: int
+    model_bytes: int
+
+    def __str__(self) -> str:
+        share = self.model_bytes / max(self.key_bytes, 1)
+        return "\n".join(
+            [
+                f"{self.keys:,} keys of {self.dtype}, searched by the {self.engine} engine",
+                f"run:   {self.run_keys:,} keys, {self.key_bytes:,} bytes; delta: {self.delta_entries:,} entries",
+                f"model: {self.buckets:,} buckets, {self.leaves:,} leaves, {self.model_bytes:,} bytes "
+                f"({share:.1%} of the keys)",
+                f"       leaves the choice between {self.window:.1f} keys on average, {self.window_max:.0f} at worst",
+                f"heat:  about {self.accesses:,.0f} accesses; drift {self.drift:.2f} steps per access; "
+                f"{self.remembered} workloads remembered",
+            ]
+        )
+
+
+def explain(state: State, memory: Models) -> Explanation:
+    """Describe a state."""
+    run, model = state.run, state.run.model
+    counts = run.heat.counts()
+    shares = run.heat.signature(model.depths)
+    radius, bucket = model.radii()
+    leaves_of = np.exp2(model.bits.astype(np.float64))
+    windows = 2 * radius + 1
+    return Explanation(
+        engine=state.engine,
+        dtype=str(state.key_type.dtype),
+        keys=state.length,
+        run_keys=len(run),
+        delta_entries=len(state.delta),
+        buckets=len(model.bounds),
+        leaves=model.leaves,
+        window=float((windows * (shares / leaves_of)[bucket]).sum()),
+        window_max=float(windows.max(initial=0.0)),
+        accesses=float(counts.sum()) * SAMPLING,
+        drift=drift(shares, run.trained),
+        remembered=len(memory),
+        key_bytes=run.codes.nbytes,
+        model_bytes=model.nbytes,
+    )

@@ -1,0 +1,137 @@
+"""`Index`: what users make, change and save."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from numpy.typing import ArrayLike, DTypeLike
+
+from . import storage
+from .adaptation import Models
+from .building import key_type_of, sorted_run
+from .engine import choose
+from .packing import pack, unpack
+from .reader import Reader
+from .state import State
+from .writer import Merging, Writer
+
+
+class Snapshot(Reader):
+    """A frozen view of an index: all its questions, none of its changes."""
+
+    def __init__(self, state: State, memory: Models) -> None:
+        self._state, self._memory = state, memory
+
+    def __reduce__(self) -> tuple[Callable[..., Snapshot], tuple[Any, ...]]:
+        return _unpickled_snapshot, pack(self._state, self._memory)
+
+
+class Index(Writer):
+    """A sorted multiset of keys, or with values a map of unique keys, searched through a learned model.
+
+    Keys are uint64, int64, uint32, int32, float64, float32 or datetime64; NaN and NaT are refused. Any number of
+    threads may read while one or more write: writers take turns, readers wait for nobody and see each write whole.
+
+    Args:
+        keys: in any order.
+        values: one per key; the keys must then be distinct.
+        dtype: of the keys; that of `keys` by default, int64 for Python ints and float64 for Python floats.
+        engine: "native" or "numpy"; by default the C extension if it was built.
+        merging: who merges changes into the run when they have become many: the write that made them so ("inline"),
+            a thread ("background"), or only `compact()` ("manual").
+        memory: how many past workloads to remember models for.
+
+    O(n log n), O(n) for sorted keys.
+
+    >>> index = Index([30, 10, 20])
+    >>> index.bisect_left(25), 10 in index, index.range(15)
+    (2, True, array([20, 30]))
+    """
+
+    def __init__(
+        self,
+        keys: ArrayLike = (),
+        values: ArrayLike | None = None,
+        dtype: DTypeLike | None = None,
+        *,
+        engine: str | None = None,
+        merging: Merging = "inline",
+        memory: int = 16,
+    ) -> None:
+        key_type = key_type_of(keys, dtype)
+        run = sorted_run(key_type, keys, values, choose(engine))
+        self._begin(State.of(key_type, choose(engine), run), Models(memory), merging)
+
+    # ---- copies and files
+
+    def snapshot(self) -> Snapshot:
+        """A frozen view of the index as it is now. O(1).
+
+        >>> index = Index([1])
+        >>> frozen = index.snapshot()
+        >>> index.insert(2)
+        >>> len(frozen), len(index)
+        (1, 2)
+        """
+        return Snapshot(self._state, self._memory.copy())
+
+    def copy(self) -> Index:
+        """An index with the same keys that changes independently. O(1), as both share the run.
+
+        >>> index = Index([1])
+        >>> other = index.copy()
+        >>> other.insert(2)
+        >>> len(index), len(other)
+        (1, 2)
+        """
+        return self._of(self._state, self._memory.copy(), self._merging)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        mmap: bool = False,
+        *,
+        verify: bool = True,
+        engine: str | None = None,
+        merging: Merging = "inline",
+    ) -> Index:
+        """An index that `save` wrote. Sizes are checked; `CorruptFileError` says what is wrong.
+
+        O(n); with `mmap` and without `verify` O(buckets), as keys are then read from the disk when they are searched.
+
+        Args:
+            mmap: map keys and values into memory instead of copying them. Changes stay in memory until `save`.
+            verify: compare the checksums as well, which reads all of the file.
+
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     Index([1, 2]).save(f"{directory}/two.dora")
+        ...     Index.open(f"{directory}/two.dora", mmap=True).bisect_right(1)
+        1
+        """
+        header, arrays = storage.read(path, mmap, verify)
+        try:
+            state, memory = unpack(header, arrays, engine)
+        except (KeyError, IndexError, ValueError) as error:
+            raise storage.CorruptFileError(f"{os.fspath(path)} does not hold a whole index: save it anew") from error
+        return cls._of(state, memory, merging)
+
+    @classmethod
+    def _of(cls, state: State, memory: Models, merging: Merging) -> Index:
+        index = cls.__new__(cls)
+        index._begin(state, memory, merging)
+        return index
+
+    def __reduce__(self) -> tuple[Callable[..., Index], tuple[Any, ...]]:
+        return _unpickled, (*pack(self._state, self._memory), self._merging)
+
+
+def _unpickled(header: storage.Header, arrays: storage.Arrays, merging: Merging) -> Index:
+    return Index._of(*unpack(header, arrays), merging)
+
+
+def _unpickled_snapshot(header: storage.Header, arrays: storage.Arrays) -> Snapshot:
+    return Snapshot(*unpack(header, arrays))

@@ -1,0 +1,268 @@
+"""Key mapping: the order-preserving map between each key type and the uint64 codes that everything else works on.
+
+A query need not be a key: 1.5 may be asked of an int32 index, -1 of a uint64 one, 2**70 of either. Each query is
+therefore mapped to a `Cut`: the least code that is not below it, whether the query *is* that code, and whether it is
+above every code. What is then counted is what exact comparison of the numbers would have counted.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from . import times
+
+Codes = NDArray[np.uint64]
+Mask = NDArray[np.bool_]
+
+SUPPORTED = "uint64, int64, uint32, int32, float64, float32 or datetime64 with a unit"
+#: numbers by which the C extension knows the types whose Python numbers it reads by itself; 0: none
+_KINDS = {"uint64": 1, "int64": 2, "uint32": 3, "int32": 4, "float64": 5, "float32": 6}
+
+
+class Cut(NamedTuple):
+    """Where one query cuts the codes: `code` is the least that is not below it, None if there is none."""
+
+    code: int | None
+    exact: bool
+
+
+class Cuts(NamedTuple):
+    """Where many queries cut the codes; `exact` and `above` are None where all are exact and none is above."""
+
+    codes: Codes
+    exact: Mask | None
+    above: Mask | None
+
+
+@dataclass(frozen=True)
+class KeyType:
+    """The type of an index's keys.
+
+    Attributes:
+        dtype: one of the supported ones, in native byte order.
+    """
+
+    dtype: np.dtype[Any]
+
+    @classmethod
+    def of(cls, dtype: DTypeLike) -> KeyType:
+        """The key type of a NumPy dtype; refuses those that are not supported."""
+        dtype = np.dtype(dtype).newbyteorder("=")
+        if dtype.str[1:] == "M8":
+            raise TypeError("datetime64 keys need a unit: give dtype='datetime64[ns]', say")
+        if dtype.kind == "M" and dtype.str[4].isdigit():
+            raise TypeError(f"{dtype} counts in multiples of a unit: convert the keys to the unit itself")
+        if dtype.kind != "M" and dtype.name not in _KINDS:
+            raise TypeError(f"keys of dtype {dtype} are not supported: convert them to {SUPPORTED}")
+        return cls(dtype)
+
+    @cached_property
+    def kind(self) -> int:
+        """The number by which the C extension knows the type."""
+        return _KINDS.get(self.dtype.name, 0)
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype.kind == "f"
+
+    @property
+    def bits(self) -> int:
+        return self.dtype.itemsize * 8
+
+    @property
+    def top(self) -> int:
+        """The largest code."""
+        return (1 << self.bits) - 1
+
+    # ---- keys, which must be in the type's domain
+
+    def encode(self, keys: NDArray[Any]) -> Codes:
+        """The codes of an array of this very dtype. NaN and NaT have no place in an order and are refused."""
+        if keys.dtype != self.dtype:
+            raise TypeError(f"keys of dtype {keys.dtype} for an index of {self.dtype}: convert them with astype")
+        keys = np.ascontiguousarray(keys)
+        if self.dtype.kind == "u":
+            return keys.astype(np.uint64, copy=False)
+        if self.is_float:
+            return self._encode_floats(keys)
+        if self.dtype.kind == "M":
+            _refuse_missing(np.isnat(keys), "NaT", "np.isnat")
+        if self.bits == 32:
+            return (keys.astype(np.int64) + 2**31).astype(np.uint64)
+        codes: Codes = keys.view(np.uint64) ^ np.uint64(1 << 63)
+        return codes
+
+    def _encode_floats(self, keys: NDArray[Any]) -> Codes:
+        _refuse_missing(np.isnan(keys), "NaN", "np.isnan")
+        unsigned = np.uint64 if self.bits == 64 else np.uint32
+        raw = (keys + self.dtype.type(0)).view(unsigned)  # adding makes -0.0, which equals 0.0, the same bits
+        sign = unsigned(1 << (self.bits - 1))
+        codes: Codes = np.where(raw & sign, ~raw, raw | sign).astype(np.uint64, copy=False)
+        return codes
+
+    def decode(self, codes: Codes) -> NDArray[Any]:
+        """The keys of codes: what `encode` was given, but for the sign of zero."""
+        if self.dtype.kind == "u":
+            return codes.astype(self.dtype)
+        if self.is_float:
+            sign = np.uint64(1 << (self.bits - 1))
+            raw = np.where(codes & sign, codes ^ sign, ~codes)
+            floats: NDArray[Any] = raw.astype(f"u{self.dtype.itemsize}").view(self.dtype)
+            return floats
+        if self.bits == 32:
+            return (codes.astype(np.int64) - 2**31).astype(np.int32)
+        return (codes ^ np.uint64(1 << 63)).view(self.dtype)
+
+    def decode_one(self, code: int) -> Any:
+        """One key as users see it: a Python int or float, or a NumPy datetime64."""
+        key = self.decode(np.array([code], dtype=np.uint64))[0]
+        return key if self.dtype.kind == "M" else key.item()
+
+    def encode_one(self, key: Any) -> int:
+        """The code of one key, which must be in the domain."""
+        cut = self.cut_one(key)
+        if cut.code is None or not cut.exact:
+            raise ValueError(f"{key!r} is not a value of {self.dtype}: round it, or make the index of a wider dtype")
+        return cut.code
+
+    def encode_any(self, keys: ArrayLike) -> Codes:
+        """The codes of any sequence of keys, each of which must be in the domain."""
+        cuts = self.cuts(keys)
+        bad = _union(None if cuts.exact is None else ~cuts.exact, cuts.above)
+        if bad is not None and bad.any():
+            raise ValueError(
+                f"key {int(np.argmax(bad))} of {bad.size} is not a value of {self.dtype}: "
+                "round the keys, or make the index of a wider dtype"
+            )
+        return cuts.codes
+
+    # ---- queries, which may be any number
+
+    def cut_one(self, query: Any) -> Cut:
+        """Where one query cuts the codes."""
+        if self.dtype.kind == "M":
+            cuts = self.cuts(np.array([_as_time(query)]))
+            exact = cuts.exact is None or bool(cuts.exact[0])
+            return Cut(None if cuts.above is not None and cuts.above[0] else int(cuts.codes[0]), exact)
+        number = _as_number(query)
+        return self._cut_float_domain(number) if self.is_float else self._cut_int_domain(number)
+
+    def _cut_int_domain(self, query: int | float) -> Cut:
+        if isinstance(query, float) and math.isinf(query):
+            return Cut(None, False) if query > 0 else Cut(0, False)
+        whole = math.ceil(query)
+        offset = (1 << (self.bits - 1)) if self.dtype.kind == "i" else 0
+        code = whole + offset
+        if code < 0:
+            return Cut(0, False)
+        return Cut(code, whole == query) if code <= self.top else Cut(None, False)
+
+    def _cut_float_domain(self, query: int | float) -> Cut:
+        """The least float that is not below the query; Python compares ints and floats exactly."""
+        try:
+            with np.errstate(over="ignore"):
+                near = self.dtype.type(query)
+        except OverflowError:  # an int beyond the largest float64
+            near = self.dtype.type(math.inf if query > 0 else -math.inf)
+        if float(near) < query:
+            near = np.nextafter(near, self.dtype.type(math.inf))
+        return Cut(int(self._encode_floats(np.array([near]))[0]), float(near) == query)
+
+    def cuts(self, queries: ArrayLike) -> Cuts:
+        """Where many queries cut the codes. Arrays of the index's own dtype take the short way."""
+        if isinstance(queries, str) or not hasattr(queries, "__iter__"):
+            raise TypeError(f"{queries!r} is not a sequence: ask for one key with bisect_left, `in` or get")
+        if not hasattr(queries, "__array__"):
+            return self._cut_each(queries)
+        array = np.asarray(queries)
+        if array.ndim != 1:
+            raise ValueError(f"queries have {array.ndim} dimensions: flatten them with ravel()")
+        if array.dtype.newbyteorder("=") == self.dtype:
+            return Cuts(self.encode(array.astype(self.dtype, copy=False)), None, None)
+        if self.dtype.kind == "M":
+            return self._cut_times(array)
+        if array.dtype.kind in "iu" and not self.is_float:
+            return self._cut_ints(array)
+        if array.dtype == np.float32 and self.dtype == np.float64:
+            return Cuts(self.encode(array.astype(np.float64)), None, None)
+        return self._cut_each(array)
+
+    def _cut_ints(self, array: NDArray[Any]) -> Cuts:
+        """Integers of another width or sign: those outside the domain are clipped to it and marked."""
+        domain = np.iinfo(self.dtype)
+        below, above = array < domain.min, array > domain.max
+        inside = np.where(below | above, array.dtype.type(0), array).astype(self.dtype)
+        codes = self.encode(inside)
+        codes = np.where(below, np.uint64(0), np.where(above, np.uint64(self.top), codes))
+        return Cuts(codes, ~(below | above), above)
+
+    def _cut_times(self, array: NDArray[Any]) -> Cuts:
+        """Times of another unit: finer ones are rounded up, coarser ones are multiples of ours or beyond its reach."""
+        if array.dtype.kind != "M":
+            raise TypeError(f"queries of dtype {array.dtype} for an index of {self.dtype}: give datetime64 values")
+        _refuse_missing(np.isnat(array), "NaT", "np.isnat")
+        ticks, unit = times.in_linear_unit(array, self.dtype)
+        ours = times.unit_of(self.dtype)
+        if unit < ours:
+            whole, exact = times.rounded_up(ticks, ours // unit)
+            return Cuts(self.encode(whole.view(self.dtype)), exact, None)
+        inside, below, above = times.multiplied(ticks, unit // ours)
+        codes = np.where(below, np.uint64(0), self.encode(inside.view(self.dtype)))
+        return Cuts(codes, ~(below | above), above)
+
+    def _cut_each(self, queries: Any) -> Cuts:
+        """One by one, for lists and for arrays that no cast maps exactly."""
+        quick = self._plain_list(queries)
+        if quick is not None:
+            return Cuts(self.encode(quick), None, None)
+        cuts = [self.cut_one(query) for query in queries]
+        codes = np.array([self.top if cut.code is None else cut.code for cut in cuts], dtype=np.uint64)
+        exact = np.array([cut.exact for cut in cuts], dtype=np.bool_)
+        return Cuts(codes, exact, np.array([cut.code is None for cut in cuts], dtype=np.bool_))
+
+    def _plain_list(self, queries: Any) -> NDArray[Any] | None:
+        """A list of Python numbers as an array, if NumPy makes one without passing ints through float."""
+        plain = {"i": int, "u": int, "f": float}.get(self.dtype.kind)
+        if self.dtype == np.float32 or not isinstance(queries, list | tuple):
+            return None
+        if not all(type(query) is plain for query in queries):
+            return None
+        try:
+            return np.array(queries, dtype=self.dtype)
+        except OverflowError:
+            return None
+
+
+def _refuse_missing(missing: Mask, name: str, test: str) -> None:
+    if missing.any():
+        raise ValueError(f"{name} has no place in an order: drop such keys with keys[~{test}(keys)]")
+
+
+def _union(a: Mask | None, b: Mask | None) -> Mask | None:
+    return a if b is None else b if a is None else a | b
+
+
+def _as_number(query: Any) -> int | float:
+    """A Python int, or a Python float that is a number."""
+    if isinstance(query, float | np.floating):
+        if math.isnan(query):
+            raise ValueError("NaN has no place in an order: drop such keys with keys[~np.isnan(keys)]")
+        return float(query)
+    try:
+        return operator.index(query)
+    except TypeError:
+        raise TypeError(f"{query!r} is not a number: ask with an int, a float or a NumPy number") from None
+
+
+def _as_time(query: Any) -> np.datetime64:
+    try:
+        return np.datetime64(query)
+    except (TypeError, ValueError):
+        raise TypeError(f"{query!r} is not a time: ask with a datetime64, a datetime or an ISO string") from None

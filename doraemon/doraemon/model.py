@@ -1,0 +1,233 @@
+"""The model of a sorted run: equi-depth buckets, each with a power-of-two number of linear leaves.
+
+The root holds the keys that bound the buckets, all of equal depth (number of keys), so a binary search of it places
+a query exactly. A bucket cuts its width into equal leaves; a leaf is a least-squares line from code to position.
+Access statistics choose only *how many* leaves a bucket gets. The lines and their radii are of true ranks, so
+statistics move time from one bucket to another and never an answer.
+
+A bucket's leaves follow from the keys and their number alone. So fits are kept in a pool and shared by all models of
+a run: a model that returns to leaf numbers it once had fits nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .engine import Engine
+from .fitting import fit_buckets
+from .keys import Codes
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Bits = NDArray[np.uint8]
+
+DEPTH = 2048  #: keys per bucket, until there are MAX_BUCKETS
+MAX_BUCKETS = 16384
+LEAF_KEYS = 32  #: keys per leaf before any query was seen
+MIN_LEAF_KEYS = 8  #: keys per leaf below which the window is one cache line anyway
+POOL_MOST = 8  #: a pool may hold that many times the leaves in use, for workloads that return
+MAX_BITS = 20  #: log2 of the most leaves that a bucket may get
+BUCKET = np.dtype([("low", np.uint64), ("scale", np.float64), ("start", np.int64), ("place", np.uint64)])
+
+
+class LeafPool:
+    """Leaves of all fits of one run: rows of base, slope and radius. Rows once written stay, readers hold on to them.
+
+    Attributes:
+        rows: float32 [capacity, 3].
+        used: how many rows hold leaves.
+        where: int64 [buckets, MAX_BITS + 1], the first row of a bucket's fit with 2**bits leaves, -1 if not fitted.
+    """
+
+    def __init__(self, rows: NDArray[np.float32], used: int, where: Ints) -> None:
+        self.rows, self.used, self.where = rows, used, where
+        self.lock = threading.Lock()  # indexes that share a run may refit at the same time
+
+    @classmethod
+    def empty(cls, buckets: int, capacity: int) -> LeafPool:
+        return cls(np.empty((capacity, 3), np.float32), 0, np.full((buckets, MAX_BITS + 1), -1, np.int64))
+
+    def has_room(self, leaves: int) -> bool:
+        return self.used + leaves <= len(self.rows)
+
+    def reserve(self, buckets: Ints, bits: Bits) -> tuple[NDArray[np.float32], Ints]:
+        """Rows for fits that are to be made, and where each begins; `publish` them when they are written."""
+        sizes = np.int64(1) << bits.astype(np.int64)
+        places = self.used + np.cumsum(sizes) - sizes
+        return self.rows[self.used : self.used + int(sizes.sum())], places
+
+    def publish(self, buckets: Ints, bits: Bits, places: Ints) -> None:
+        self.where[buckets, bits] = places
+        self.used += int((np.int64(1) << bits.astype(np.int64)).sum())
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """One choice of leaves for the buckets of a run. Immutable; other choices share its pool.
+
+    Attributes:
+        bounds: uint64 [buckets], the first code of each.
+        buckets: BUCKET [buckets + 1], with one that only says where the last one ends.
+        bits: uint8 [buckets], log2 of the number of leaves.
+    """
+
+    bounds: Codes
+    buckets: NDArray[Any]
+    bits: Bits
+    pool: LeafPool
+
+    @property
+    def starts(self) -> Ints:
+        """int64 [buckets + 1]: where each bucket begins in the run."""
+        starts: Ints = self.buckets["start"]
+        return starts
+
+    @property
+    def depths(self) -> Ints:
+        return np.diff(self.starts)
+
+    @property
+    def leaves(self) -> int:
+        """How many leaves this model uses; the pool may hold more."""
+        return leaf_count(self.bits)
+
+    @property
+    def nbytes(self) -> int:
+        return self.bounds.nbytes + self.buckets.nbytes + self.bits.nbytes + self.pool.rows.nbytes
+
+    def radii(self) -> tuple[Floats, Ints]:
+        """The error radius of every leaf in use, and the bucket that it belongs to."""
+        counts = np.int64(1) << self.bits.astype(np.int64)
+        bucket = np.repeat(np.arange(len(self.bits)), counts)
+        first = (self.buckets["place"][:-1] >> np.uint64(8)).astype(np.int64)
+        row = np.arange(len(bucket)) - np.repeat(np.cumsum(counts) - counts, counts) + first[bucket]
+        return self.pool.rows[row, 2].astype(np.float64), bucket
+
+    def check(self, keys: Codes) -> None:
+        """Raise ValueError unless searching `keys` with this model stays inside its arrays."""
+        place = self.buckets["place"][:-1]
+        first, bits = place >> np.uint64(8), place & np.uint64(0xFF)
+        last = first + (np.uint64(1) << bits)
+        valid = (
+            len(self.buckets) == len(self.bounds) + 1 == len(self.bits) + 1
+            and (len(keys) > 0) == (len(self.bounds) > 0)
+            and bool((bits == self.bits).all())
+            and bool((bits <= MAX_BITS).all())
+            and bool((last <= len(self.pool.rows)).all())
+            and int(self.starts[0]) == 0
+            and int(self.starts[-1]) == len(keys)
+            and bool((self.depths > 0).all())
+            and np.array_equal(self.bounds, keys[self.starts[:-1]])
+        )
+        if not valid:
+            raise ValueError("the model does not belong to these keys: build the index anew from its keys")
+
+
+def leaf_count(bits: Bits) -> int:
+    return int((np.int64(1) << bits.astype(np.int64)).sum())
+
+
+def build(keys: Codes, engine: Engine, shares: Floats | None = None) -> Model:
+    """The model of a sorted run; `shares` are the access shares of its buckets, if any are known."""
+    starts = bucket_starts(len(keys))
+    buckets = np.zeros(len(starts), dtype=BUCKET)
+    buckets["start"] = starts
+    bounds = keys[starts[:-1]]
+    buckets["low"][:-1] = bounds
+    bits = choose_bits(np.diff(starts), shares)
+    buckets["scale"][:-1] = _scales(keys, starts, bits)
+    pool = LeafPool.empty(len(bounds), 2 * leaf_count(bits) + 64)
+    return refit(Model(bounds, buckets, bits, pool), keys, bits, engine)[0]
+
+
+def bucket_starts(n: int) -> Ints:
+    """Where equi-depth buckets of n keys begin, and n."""
+    if n == 0:
+        return np.zeros(1, dtype=np.int64)
+    count = min(MAX_BUCKETS, -(-n // DEPTH))
+    return np.arange(count + 1, dtype=np.int64) * n // count
+
+
+def choose_bits(depths: Ints, shares: Floats | None = None, current: Bits | None = None) -> Bits:
+    """log2 of each bucket's number of leaves, by access-weighted mass, within the same number of leaves in all.
+
+    A bucket's weight is its share of the keys times the square root of its access density: full weighting would
+    starve the cold buckets, whose windows then outgrow the cache. A bucket keeps its current number unless the ideal
+    one is clearly another, lest the noise of sampling cause refits, and more so if it is less: that saves no time.
+    """
+    if len(depths) == 0:
+        return np.zeros(0, dtype=np.uint8)
+    weights = depths / depths.sum()
+    if shares is not None:
+        weights = np.sqrt(weights * shares)
+    ideal = np.log2(np.maximum(depths.sum() / LEAF_KEYS * weights / weights.sum(), 1.0))
+    bits = np.floor(ideal + 0.5)
+    if current is not None:
+        bits = np.where((ideal < current + 0.75) & (ideal > current - 1.25), current, bits)
+    most = np.clip(np.ceil(np.log2(depths / MIN_LEAF_KEYS)), 0, MAX_BITS)
+    chosen: Bits = np.minimum(bits, most).astype(np.uint8)
+    return chosen
+
+
+def refit(model: Model, keys: Codes, bits: Bits, engine: Engine) -> tuple[Model, Ints]:
+    """The model with other numbers of leaves, and the buckets that had to be fitted for it.
+
+    What the pool holds is not fitted again. A pool that is full is left to the models that use it, for a larger one,
+    or when it has become many times what is in use, for one of the fits in use.
+    """
+    with model.pool.lock:
+        return _refit(model, keys, bits, engine)
+
+
+def _refit(model: Model, keys: Codes, bits: Bits, engine: Engine) -> tuple[Model, Ints]:
+    pool = model.pool
+    each = np.arange(len(bits))
+    scales = np.ldexp(model.buckets["scale"][:-1], bits.astype(np.int32) - model.bits)  # exact
+    missing = np.flatnonzero(pool.where[each, bits] < 0)
+    more = leaf_count(bits[missing])
+    if not pool.has_room(more):
+        keep = pool.used + more <= POOL_MOST * leaf_count(bits)
+        pool = _enlarged(pool, more) if keep else _begin_pool(pool, bits)
+    if len(missing):
+        rows, places = pool.reserve(missing, bits[missing])
+        ends = np.stack([model.starts[missing], model.starts[missing + 1]], axis=1)
+        fit_buckets(keys, ends, scales[missing], bits[missing], rows, engine)
+        pool.publish(missing, bits[missing], places)
+    buckets = model.buckets.copy()
+    buckets["scale"][:-1] = scales
+    buckets["place"][:-1] = (pool.where[each, bits].astype(np.uint64) << np.uint64(8)) | bits
+    return Model(model.bounds, buckets, bits, pool), missing
+
+
+def _scales(keys: Codes, starts: Ints, bits: Bits) -> Floats:
+    """Leaves per unit of code. A bucket's width reaches to the first key of the next, which it serves as well."""
+    if len(bits) == 0:
+        return np.zeros(0)
+    last = np.minimum(starts[1:], len(keys) - 1)
+    width = (keys[last] - keys[starts[:-1]]).astype(np.float64)
+    return np.divide(np.exp2(bits.astype(np.float64)), width, out=np.zeros(len(bits)), where=width > 0)
+
+
+def _enlarged(pool: LeafPool, more: int) -> LeafPool:
+    """A pool of the same fits with room for as many again."""
+    rows = np.empty((2 * (pool.used + more), 3), dtype=np.float32)
+    rows[: pool.used] = pool.rows[: pool.used]
+    return LeafPool(rows, pool.used, pool.where.copy())
+
+
+def _begin_pool(pool: LeafPool, bits: Bits) -> LeafPool:
+    """A pool with room for twice what `bits` asks, holding those of its fits that exist."""
+    fresh = LeafPool.empty(len(bits), 2 * leaf_count(bits) + 64)
+    known = np.flatnonzero(pool.where[np.arange(len(bits)), bits] >= 0)
+    if len(known):
+        sizes = np.int64(1) << bits[known].astype(np.int64)
+        rows, places = fresh.reserve(known, bits[known])
+        source = np.repeat(pool.where[known, bits[known]] - places, sizes) + np.arange(len(rows))
+        rows[:] = pool.rows[source]
+        fresh.publish(known, bits[known], places)
+    return fresh

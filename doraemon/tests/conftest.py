@@ -1,0 +1,38 @@
+"""Both engines for every test that asks for one; how long the long tests are."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from doraemon import engine as engines
+from doraemon import model, writer
+
+settings.register_profile(
+    "default", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("default")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--examples", type=int, default=6, help="examples per stateful test")
+    parser.addoption("--crashes", type=int, default=6, help="how often a writer is killed")
+    parser.addoption("--stress", type=float, default=2.0, help="seconds of each thread test")
+
+
+@pytest.fixture(params=["native", "numpy"])
+def engine(request: pytest.FixtureRequest) -> str:
+    """Each engine in turn; the C extension only where it was built."""
+    if request.param == "native" and engines.native is None:
+        pytest.skip("the C extension was not built")
+    return str(request.param)
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buckets of few keys and early merges, so that small examples have all the parts that large indexes have."""
+    monkeypatch.setattr(model, "DEPTH", 4)
+    monkeypatch.setattr(model, "LEAF_KEYS", 2)
+    monkeypatch.setattr(model, "MIN_LEAF_KEYS", 1)
+    monkeypatch.setattr(model, "POOL_MOST", 2)
+    monkeypatch.setattr(writer, "MIN_DELTA", 12)
