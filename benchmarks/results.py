@@ -84,8 +84,8 @@ class Compared:
         """Model, data and versions."""
         record, software, machine = self.record, self.record["software"], self.record["machine"]
         evaluation, calibration = record["evaluation"], record["calibration"]
-        first, *_, last = [*calibration["files"], calibration["files"][-1]]
-        files = first if first == last else f"{len(calibration['files'])} files, {first} to {last}"
+        named: list[str] = calibration["files"]
+        files = named[0] if len(named) == 1 else f"{len(named)} files, {named[0]} to {named[-1]}"
         items = (f"{name} ({'all' if n is None else f'{n:,}'} items)" for name, n in record["tasks"]["items"].items())
         return (
             f"{record['model']['name']} in {record['model']['dtype']}; token perplexity on {evaluation['file']}, "
