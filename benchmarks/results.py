@@ -325,7 +325,8 @@ def page(compared: Compared, results: dict[str, Any]) -> str:
                 f"{results['title']}. One setting changed at a time; every row a fold of its own, its ratio to dense "
                 "with a standard error paired by window. Where nothing else is said: error ranges, refit, predictor "
                 "bits chosen for each layer, 65,536 calibration tokens of both texts. The defaults of `FoldConfig` "
-                "are the winners, but for the text: twice as much of it is a little better and takes twice the time.",
+                "win, or are within a standard error of what wins, but for the text: twice as much of it is a little "
+                "better and takes twice the time. Seconds were taken with one thread while other work ran.",
                 "![Perplexity against calibration tokens](images/calibration.png)",
                 *ablation_tables(results),
             ]
