@@ -381,10 +381,13 @@ def test_the_operators_pass_the_checks_of_torch() -> None:
     x, p = correlated(3, 64), folded.predictor
     tests = ("test_schema", "test_faketensor")
     matrix = p.planes, p.scale, p.group_size
-    torch.library.opcheck(torch.ops.tardis.bf16_linear.default, (x, dense.w1, dense.b1), test_utils=tests)
-    torch.library.opcheck(torch.ops.tardis.lowbit_linear.default, (x, *matrix, dense.b1), test_utils=tests)
-    arguments = (x, *matrix, dense.b1, folded.low, folded.high)
-    torch.library.opcheck(torch.ops.tardis.fixed_neurons.default, arguments, test_utils=tests)
+    calls = {
+        torch.ops.tardis.bf16_linear.default: (x, dense.w1, dense.b1),
+        torch.ops.tardis.lowbit_linear.default: (x, *matrix, dense.b1),
+        torch.ops.tardis.fixed_neurons.default: (x, *matrix, dense.b1, folded.low, folded.high),
+    }
+    for op, arguments in calls.items():
+        assert set(torch.library.opcheck(op, arguments, test_utils=tests).values()) == {"SUCCESS"}
 
 
 @needs_library

@@ -317,4 +317,4 @@ def test_a_folded_model_has_the_probabilities_of_its_own_forward():
 
 def test_lm_eval_is_not_imported_with_the_command_line():
     check = "import sys, tardis_llm.cli.main; assert not {'lm_eval', 'datasets'} & sys.modules.keys()"
-    subprocess.run([sys.executable, "-c", check], check=True)
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
