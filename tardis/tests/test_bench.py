@@ -138,9 +138,7 @@ def test_bytes_of_a_step_are_those_of_the_weights_read():
 
 
 def random_folds_of(model, storage: Storage):  # type: ignore[no-untyped-def]
-    """Folds of a tiny model whose biases are set to zero."""
-    for site in find_ffns(model):
-        site.up.bias.data.zero_()
+    """Folds of a tiny model, which has biases that are not zero."""
     return list(random_folds(model, 1, storage, 0.1))
 
 
@@ -177,6 +175,12 @@ def test_the_command_prints_both_variants_and_json(tardis: Callable[..., Result]
     assert fold["step_bytes"] < dense["step_bytes"]
     assert fold["union_fix_rate"] == pytest.approx(0.1, abs=0.05)
     assert dense["bytes_per_second"] == pytest.approx(dense["step_bytes"] / dense["step_seconds"])
+
+
+def test_a_model_of_ones_own_is_measured_too(tardis: Callable[..., Result], tiny_dir: Path):
+    arguments = ("--model", tiny_dir, "--batch", 1, "--rounds", 2, "--steps", 2, "--prompt", 8, "--fix-rate", "0.2")
+    rows = json.loads(tardis("bench", *arguments, "--json").out)["rows"]
+    assert rows[1]["union_fix_rate"] == pytest.approx(0.2, abs=0.1)
 
 
 @pytest.mark.parametrize(

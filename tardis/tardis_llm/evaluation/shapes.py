@@ -160,9 +160,8 @@ def _randomise(name: str, tensor: Tensor, generator: torch.Generator) -> None:
 
 def _set_ranges(ffn: FoldedFFN, site: FFNSite, x: Tensor, fix_rate: float) -> None:
     """Bounds around zero with `fix_rate` of the predictions for inputs x [tokens, d] outside."""
-    zhat = F.linear(x.float(), ffn.predictor.matrix.dequantise()).abs()
     b1 = site.weights().b1
-    assert b1 is None or not bool(b1.any()), "a shaped model has biases of zero"
+    zhat = F.linear(x.float(), ffn.predictor.matrix.dequantise(), None if b1 is None else b1.float()).abs()
     bound = zhat.flatten().kthvalue(max(1, round((1 - fix_rate) * zhat.numel()))).values
     ffn.low.fill_(-float(bound))
     ffn.high.fill_(float(bound))

@@ -6,6 +6,7 @@ the median of the ratios of neighbouring runs, given with their quartiles.
 
 from __future__ import annotations
 
+import inspect
 import platform
 import statistics
 import time
@@ -108,7 +109,7 @@ class Decoder:
 
 def _last_logits(model: PreTrainedModel) -> dict[str, Any]:
     """The argument that keeps a prompt's logits to its last token, where the model has it."""
-    return {"logits_to_keep": 1} if "logits_to_keep" in model.forward.__code__.co_varnames else {}
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 @dataclass
