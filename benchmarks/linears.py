@@ -29,7 +29,7 @@ from torch._inductor import config as inductor
 from tardis_llm.errors import TardisError
 from tardis_llm.evaluation.speed import Ratio, cpu_name, read_bandwidth
 from tardis_llm.folding.lowbit import quantise
-from tardis_llm.runtime import ops as _kernels  # noqa: F401 - registers torch.ops.tardis
+from tardis_llm.runtime.linears import KINDS
 
 #: bytes of weights that a variant reads before it reads the same again; no cache that we know keeps so many
 _COLD_BYTES = 96 * 2**20
@@ -122,28 +122,27 @@ def quantised_dynamic(engine: str) -> Make:
     return make
 
 
-def onednn_int8(bits: int) -> Make:
-    """oneDNN's int8 product, which inductor's x86 quantiser uses; activations in 8 bits, or in 16 as two rows of 8."""
+def onednn_int8(weight: Tensor) -> tuple[Run, int]:
+    """oneDNN's int8 product, which inductor's x86 quantiser uses, on activations in 8 bits, one scale per token."""
+    codes, scale = rows_in_int8(weight)
+    packed = torch.ops.onednn.qlinear_prepack(codes.clone(), None)
+    zero, row, product = torch.zeros(len(scale), dtype=torch.int32), scale.float(), torch.ops.onednn.qlinear_pointwise
+
+    def run(x: Tensor) -> Tensor:
+        step = x.abs().amax(1, keepdim=True).float() / 127
+        codes = (x / step).round_().add_(128).to(torch.uint8)
+        y = product(codes, 1.0, 128, packed, row, zero, None, 1.0, 0, torch.float32, "none", [], "")
+        return (y * step).to(x.dtype)
+
+    return run, codes.nbytes + scale.nbytes
+
+
+def chosen(bits: int) -> Make:
+    """What `tardis fold --linears` uses: oneDNN's int8 product on activations in 16 bits, or bitsandbytes' NF4."""
 
     def make(weight: Tensor) -> tuple[Run, int]:
-        codes, scale = rows_in_int8(weight)
-        packed = torch.ops.onednn.qlinear_prepack(codes.clone(), None)
-        zero, product = torch.zeros(len(scale), dtype=torch.int32), torch.ops.onednn.qlinear_pointwise
-        row, settings = scale.float(), (1.0, 0, torch.float32, "none", [], "")
-
-        def in_8(x: Tensor) -> Tensor:
-            step = x.abs().amax(1, keepdim=True).float() / 127
-            codes = (x / step).round_().add_(128).to(torch.uint8)
-            return (product(codes, 1.0, 128, packed, row, zero, None, *settings) * step).to(x.dtype)
-
-        def in_16(x: Tensor) -> Tensor:
-            step = x.abs().amax(1, keepdim=True).float() / (127 * 256)
-            codes = (x / step).round_().to(torch.int16) + 128
-            halves = torch.cat([codes >> 8, (codes & 255) - 128]).add_(128).to(torch.uint8)
-            high, low = product(halves, 1.0, 128, packed, row, zero, None, *settings).chunk(2)
-            return (torch.add(low, high, alpha=256) * step).to(x.dtype)
-
-        return in_8 if bits == 8 else in_16, codes.nbytes + scale.nbytes
+        layer = KINDS[bits].of(weight, None)
+        return layer, layer.nbytes
 
     return make
 
@@ -204,19 +203,19 @@ def torchao_named(name: str) -> Callable[[], Any]:
 
 def bitsandbytes_int8(weight: Tensor) -> tuple[Run, int]:
     """bitsandbytes' LLM.int8()."""
-    import bitsandbytes
+    from bitsandbytes.nn.modules import Int8Params, Linear8bitLt
 
-    layer = bitsandbytes.nn.Linear8bitLt(weight.shape[1], len(weight), bias=False, has_fp16_weights=False)
-    layer.weight = bitsandbytes.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    layer = Linear8bitLt(weight.shape[1], len(weight), bias=False, has_fp16_weights=False)
+    layer.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     return layer.to("cpu").eval(), weight.numel()
 
 
 def bitsandbytes_nf4(weight: Tensor) -> tuple[Run, int]:
     """bitsandbytes' NF4, groups of 64."""
-    import bitsandbytes
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
-    layer = bitsandbytes.nn.Linear4bit(weight.shape[1], len(weight), bias=False, compute_dtype=torch.bfloat16)
-    layer.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+    layer = Linear4bit(weight.shape[1], len(weight), bias=False, compute_dtype=torch.bfloat16)
+    layer.weight = Params4bit(weight, requires_grad=False, quant_type="nf4")
     return layer.to("cpu").eval(), weight.numel() // 2 + weight.numel() // 64 * 4
 
 
@@ -262,7 +261,7 @@ def onnx_layer(weight: Tensor, bits: int) -> tuple[Run, int]:
     scale = groups.abs().amax(2) / top
     codes = ((groups / scale[..., None]).round() + top + 1).to(torch.uint8)
     blob = codes if bits == 8 else codes[..., 1::2] << 4 | codes[..., ::2]
-    fields = {"K": k, "N": n, "bits": bits, "block_size": group, "accuracy_level": 4}
+    fields: dict[str, Any] = {"K": k, "N": n, "bits": bits, "block_size": group, "accuracy_level": 4}
     node = helper.make_node("MatMulNBits", ["x", "w", "s"], ["y"], domain="com.microsoft", **fields)
     x, y = (helper.make_tensor_value_info(a, TensorProto.FLOAT, ["t", b]) for a, b in (("x", k), ("y", n)))
     constants = [numpy_helper.from_array(blob.numpy(), "w"), numpy_helper.from_array(scale.flatten().numpy(), "s")]
@@ -296,8 +295,8 @@ VARIANTS: dict[str, Make] = {
     "int8 torchao dynamic": torchao(torchao_named("Int8DynamicActivationInt8WeightConfig"), 8),
     "int8 torch.ao dynamic fbgemm": quantised_dynamic("fbgemm"),
     "int8 torch.ao dynamic onednn": quantised_dynamic("onednn"),
-    "int8 onednn qlinear, x in 8 bits": onednn_int8(8),
-    "int8 onednn qlinear, x in 16 bits": onednn_int8(16),
+    "int8 onednn, x in 8 bits": onednn_int8,
+    "int8 onednn, x in 16 bits: chosen": chosen(8),
     "int8 torch._int_mm": int_mm,
     "int8 bitsandbytes": bitsandbytes_int8,
     "int8 quanto": quanto("qint8", 8),
@@ -310,6 +309,7 @@ VARIANTS: dict[str, Make] = {
     "int4 torchao dynamic intx": torchao(torchao_named("Int8DynamicActivationIntxWeightConfig"), 8),
     "int4 _dyn_quant_matmul_4bit": dynamic_4bit,
     "int4 bitsandbytes nf4": bitsandbytes_nf4,
+    "int4 bitsandbytes nf4: chosen": chosen(4),
     "int4 quanto": quanto("qint4", 4),
     "int4 hqq": hqq_int4,
     "int4 onnxruntime": onnxruntime_bits(4),
@@ -357,8 +357,8 @@ def prepare(name: str, weight: Tensor, x: Tensor) -> Candidate | str:
             return f"error {error:.4f}, {1e3 * taken:.1f} ms: more than {_HOPELESS:.0f} times F.linear"
         copies = max(1, -(-_COLD_BYTES // size))
         return Candidate(name, [run, *(VARIANTS[name](weight)[0] for _ in range(copies - 1))], size, error)
-    except (ImportError, RuntimeError, AssertionError, TypeError, ValueError, NotImplementedError, TardisError) as error:
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:110] if str(error).strip() else ''}"
+    except (ImportError, RuntimeError, AssertionError, TypeError, ValueError, TardisError) as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:110]}"
 
 
 def measure(ready: list[Candidate], x: Tensor, rounds: int) -> Iterator[dict[str, Any]]:

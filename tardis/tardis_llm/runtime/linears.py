@@ -14,7 +14,6 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
 
@@ -26,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..architectures import ffn_linear_names, set_module
 from ..errors import InvalidInputError, TardisError
+from ..report import LinearsReport
 
 #: rows that are rounded at once, which bounds the working memory
 _ROWS = 2048
@@ -88,11 +88,15 @@ class LowBitLinear(nn.Module):
         return cls(codes, scale, None if bias is None else bias.detach().clone(), shape, weight.dtype)
 
     @classmethod
-    def empty(cls, shape: tuple[int, int], bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> LowBitLinear:
-        """A layer of this shape (out, in) without content."""
-        codes, scale = cls.quantise(torch.zeros(0, shape[1]))
-        made = (torch.empty(shape[0], *part.shape[1:], dtype=part.dtype, device=device) for part in (codes, scale))
-        return cls(*made, bias, shape, dtype)
+    def empty(
+        cls, shape: tuple[int, int], bias: Tensor | None, dtype: torch.dtype, device: torch.device
+    ) -> LowBitLinear:
+        """A layer of this shape (out, in) without content, which takes the bias."""
+        codes, scale = (
+            torch.empty(shape[0], *part.shape[1:], dtype=part.dtype, device=device)
+            for part in cls.quantise(torch.zeros(1, shape[1]))
+        )
+        return cls(codes, scale, bias, shape, dtype)
 
     @staticmethod
     def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -282,23 +286,6 @@ class Nf4Linear(LowBitLinear):
 KINDS: dict[int, type[LowBitLinear]] = {kind.bits: kind for kind in (Int8Linear, Nf4Linear)}
 
 
-@dataclass(frozen=True)
-class LinearsReport:
-    """What is stored in few bits outside the FFNs.
-
-    Attributes:
-        bits: per weight.
-        layers: how many linear layers.
-        dense: their bytes before. Where a head shared its weight with the embedding, which stays, 0 for it.
-        stored: their bytes now, scales and biases included.
-    """
-
-    bits: int
-    layers: int
-    dense: int
-    stored: int
-
-
 def quantise_linears(model: PreTrainedModel, bits: int, *, ffn: bool = False) -> LinearsReport:
     """Store the linear layers of a model in few bits, in place: all outside the FFNs, lm_head included.
 
@@ -392,8 +379,8 @@ def _nonzero(scale: Tensor) -> Tensor:
 
 def _onednn(rows: Tensor, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """(rows - 128) codes^T scale in fp32, for rows [n, in] in uint8 and prepacked codes."""
-    settings = (1.0, 0, torch.float32, "none", [], "")
-    y: Tensor = torch.ops.onednn.qlinear_pointwise(rows, 1.0, 128, codes, scale, zero, None, *settings)
+    product = torch.ops.onednn.qlinear_pointwise
+    y: Tensor = product(rows, 1.0, 128, codes, scale, zero, None, 1.0, 0, torch.float32, "none", [], "")
     return y
 
 
