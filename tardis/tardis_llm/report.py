@@ -40,14 +40,16 @@ class LinearsReport:
     Attributes:
         bits: per weight.
         layers: how many.
-        dense: bytes before; a head that shared the embedding's weight, which stays, counts for nothing here.
+        dense: bytes before.
         stored: bytes now, scales and biases included.
+        shared: those of `dense` that stay in memory, as the embedding whose weight the head shared.
     """
 
     bits: int
     layers: int
     dense: int
     stored: int
+    shared: int
 
 
 @dataclass(frozen=True)

@@ -173,9 +173,10 @@ def totals(report: FoldReport) -> str:
 
 def linears(report: LinearsReport) -> str:
     """What is stored in few bits outside the FFNs, for people."""
+    stay = f", of which {size(report.shared)} stay as the embedding" if report.shared else ""
     return (
         f"{report.layers} linear layers outside the FFNs in int{report.bits}: {size(report.stored)}, before "
-        f"{size(report.dense)}"
+        f"{size(report.dense)}{stay}"
     )
 
 

@@ -235,7 +235,7 @@ class Nf4Linear(LowBitLinear):
     @staticmethod
     def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
         """Codes [rows, columns / 2] and scales [rows, columns / 64] of rows in fp32."""
-        groups = F.pad(weight, (0, -weight.shape[1] % _GROUP)).unflatten(1, (-1, _GROUP))
+        groups = F.pad(weight, (0, -weight.shape[1] % _GROUP)).contiguous().unflatten(1, (-1, _GROUP))
         scale = groups.abs().amax(2).bfloat16()
         values = torch.tensor(NF4)
         codes = torch.bucketize(groups / _nonzero(scale.float())[..., None], (values[1:] + values[:-1]) / 2)
@@ -304,11 +304,10 @@ def quantise_linears(model: PreTrainedModel, bits: int, *, ffn: bool = False) ->
     """
     layers = low_bit_copies(model, bits, ffn=ffn)
     embeddings = {module.weight.data_ptr() for module in model.modules() if isinstance(module, nn.Embedding)}
-    before = [model.get_submodule(name) for name in layers]
-    dense = sum(p.nbytes for layer in before for p in layer.parameters() if p.data_ptr() not in embeddings)
-    put_linears(model, layers)
+    before = [part for layer in put_linears(model, layers).values() for part in layer.parameters()]
     untie_head(model)
-    return LinearsReport(bits, len(layers), dense, sum(layer.nbytes for layer in layers.values()))
+    dense, stored = (sum(part.nbytes for part in parts) for parts in (before, layers.values()))
+    return LinearsReport(bits, len(layers), dense, stored, sum(p.nbytes for p in before if p.data_ptr() in embeddings))
 
 
 def low_bit_copies(model: PreTrainedModel, bits: int, *, ffn: bool = False) -> dict[str, LowBitLinear]:
