@@ -395,7 +395,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default=_SHAPES, help="OUTxIN, a comma between")
-    parser.add_argument("--batch", default="1,8")
+    parser.add_argument("--batch", default="1,8", help="64 at most, a comma between")
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", help="names or parts of names of variants, a comma between")
@@ -419,14 +419,16 @@ def main() -> None:
         for shape in args.shapes.split(","):
             n, k = map(int, shape.split("x"))
             weight = torch.empty(n, k, dtype=torch.bfloat16).normal_(0, k**-0.5)
+            x = torch.randn(64, k).bfloat16()
+            print(f"{n} x {k} [out x in], threads {threads}", flush=True)
+            found = {name: prepare(name, weight, x[:1]) for name in names}
+            for name, reason in found.items():
+                if isinstance(reason, str):
+                    print(f"  {name:34s} {reason}", flush=True)
+            ready = [each for each in found.values() if isinstance(each, Candidate)]
             for batch in map(int, args.batch.split(",")):
-                x = torch.randn(batch, k).bfloat16()
-                print(f"{n} x {k} [out x in], batch {batch}, threads {threads}", flush=True)
-                ready = [prepare(name, weight, x) for name in names]
-                for name, candidate in zip(names, ready, strict=True):
-                    if isinstance(candidate, str):
-                        print(f"  {name:34s} {candidate}", flush=True)
-                for row in measure([each for each in ready if isinstance(each, Candidate)], x, args.rounds):
+                print(f" batch {batch}", flush=True)
+                for row in measure(ready, x[:batch], args.rounds):
                     show(row)
                     rows.append({"out": n, "in": k, "batch": batch, "threads": threads, **row})
     if args.output:

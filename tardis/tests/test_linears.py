@@ -80,7 +80,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("count", [1, 3, 65])
+@pytest.mark.parametrize("count", [1, 3, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bits", BITS)
 def test_the_product_is_that_of_the_stored_weight(bits: int, dtype: torch.dtype, count: int, shape: tuple[int, int]):
@@ -230,11 +230,9 @@ def test_a_head_that_shared_the_embedding_no_longer_does():
 def test_saving_and_loading_and_saving_again_give_the_same_logits(name: str, bits: int, tmp_path: Path):
     model, report = quantised(name, bits)
     loader = AutoModelForMaskedLM if name == "bert" else AutoModelForCausalLM
+    save_folded(model, report, tmp_path / "first")
+    loader.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "again")
     for directory in (tmp_path / "first", tmp_path / "again"):
-        if directory.name == "first":
-            save_folded(model, report, directory)
-        else:
-            loaded.save_pretrained(directory)
         loaded = loader.from_pretrained(directory)
         assert torch.equal(logits(loaded), logits(model))
         assert low_bit_linears(loaded).keys() == low_bit_linears(model).keys()

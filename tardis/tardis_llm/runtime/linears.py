@@ -29,6 +29,8 @@ from ..report import LinearsReport
 
 #: rows that are rounded at once, which bounds the working memory
 _ROWS = 2048
+#: tokens that are multiplied at once, for the same reason: a head has many outputs
+_TOKENS = 256
 #: values of the codes of NF4, the quantiles of a normal distribution that QLoRA names
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -110,7 +112,10 @@ class LowBitLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., out] for x [..., in], in the dtype of x."""
         tokens = x.reshape(-1, self.in_features)
-        y = self._product(tokens) if self._takes(tokens) else F.linear(tokens, self.dequantise().to(x.dtype))
+        if self._takes(tokens):
+            y = torch.cat([self._product(some) for some in tokens.split(_TOKENS)])
+        else:
+            y = F.linear(tokens, self.dequantise().to(x.dtype))
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.view(*x.shape[:-1], self.out_features)
