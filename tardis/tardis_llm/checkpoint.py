@@ -31,9 +31,9 @@ from .errors import CheckpointError, InvalidInputError
 from .folding.fold import FoldedWeights
 from .folding.lowbit import PackedMatrix
 from .folding.stack import Fallback
+from .linears import low_bit_linears
 from .report import FoldReport
 from .runtime.ffn import FoldedFFN, folded_ffns
-from .runtime.linears import low_bit_linears
 from .workspace import digest, read_json, write_json
 
 METHOD = "tardis"

@@ -19,10 +19,10 @@ from .checkpoint import LayerFormat
 from .config import FORMAT_VERSION, FoldConfig, Storage
 from .folding.budget import check_feasible
 from .folding.fold import FoldQuality, choose_ranges, finish, predict
+from .linears import check_bits, quantise_linears
 from .planning import LayerPlan, plan
 from .report import FoldReport, LayerReport
 from .runtime.ffn import FoldedFFN, install
-from .runtime.linears import check_bits, quantise_linears
 from .session import Progress, Session, advance_to, choose_sites, dense_ffn, ffn_shape, inputs_at
 from .workspace import SCRATCH, Workspace, digest
 

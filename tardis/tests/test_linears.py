@@ -26,19 +26,9 @@ from tardis_llm import FoldConfig, FoldReport, fold, save_folded
 from tardis_llm.architectures import find_ffns
 from tardis_llm.checkpoint import RECORD, read_report
 from tardis_llm.errors import CheckpointError, InvalidInputError
-from tardis_llm.runtime import linears
-from tardis_llm.runtime.linears import (
-    KINDS,
-    NF4,
-    Int8Linear,
-    LowBitLinear,
-    Nf4Linear,
-    linear_layers,
-    low_bit_copies,
-    low_bit_linears,
-    put_linears,
-    quantise_linears,
-)
+from tardis_llm.linears import linear_layers, low_bit_copies, low_bit_linears, put_linears, quantise_linears
+from tardis_llm.runtime import lowbit_linear
+from tardis_llm.runtime.lowbit_linear import KINDS, NF4, Int8Linear, LowBitLinear, Nf4Linear
 
 BITS = sorted(KINDS)
 #: [out, in]: odd ones, one number, several blocks of every kernel
@@ -98,7 +88,7 @@ def test_processors_without_the_instructions_get_the_same(
 ):
     layer, x = random_layer(bits, shape), random_inputs(3, shape[1])
     expected, codes = layer(x), layer.state_dict()["codes"].clone()
-    monkeypatch.setattr(linears, question, lambda: False)
+    monkeypatch.setattr(lowbit_linear, question, lambda: False)
     assert deviation(layer(x), expected) < 1e-2
     assert torch.equal(layer.state_dict()["codes"], codes)
 
@@ -107,10 +97,10 @@ def test_a_processor_without_the_nf4_product_is_told_about_once(
     monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ):
     monkeypatch.setattr("bitsandbytes.functional.has_avx512bf16", lambda: False)
-    linears.multiplies_nf4.cache_clear()
+    lowbit_linear.multiplies_nf4.cache_clear()
     layer, x = random_layer(4, (64, 64)), random_inputs(3, 64)
     assert deviation(layer(x), layer(x)) == 0
-    linears.multiplies_nf4.cache_clear()
+    lowbit_linear.multiplies_nf4.cache_clear()
     assert [str(each.message) for each in recwarn if "Store the linear layers in int8" in str(each.message)]
 
 
@@ -180,7 +170,7 @@ def test_other_bits_are_refused():
 
 
 def test_without_bitsandbytes_int4_names_the_extra_before_any_work(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(linears.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InvalidInputError, match=r"pip install 'tardis-llm\[quant\]'.*int8"):
         fold(tiny_model("gpt2"), text(), dataclasses.replace(SETTINGS, linear_bits=4))
 

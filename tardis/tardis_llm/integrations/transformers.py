@@ -14,8 +14,9 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from ..architectures import FFNSite, find_ffns
 from ..checkpoint import METHOD, CheckpointConfig, LayerFormat, verify
 from ..errors import CheckpointError
+from ..linears import check_bits, empty_like, linear_layers, put_linears, untie_head
 from ..runtime.ffn import install
-from ..runtime.linears import KINDS, check_bits, empty_like, linear_layers, put_linears, untie_head
+from ..runtime.lowbit_linear import KINDS
 
 register_quantization_config(METHOD)(CheckpointConfig)
 

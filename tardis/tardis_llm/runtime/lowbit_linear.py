@@ -1,15 +1,14 @@
-"""The linear layers outside the FFNs, and lm_head, in few bits: through kernels that others wrote and that are there.
+"""Linear layers in few bits, for those outside the FFNs, through kernels that others wrote and that are there.
 
     8 bits    one scale per output; torch's own oneDNN product of int8 weights and inputs in 16 bits
     4 bits    NF4 of QLoRA (arXiv 2305.14314), one scale per 64 inputs; the product of bitsandbytes
 
-`benchmarks/linears.py` measured what there is; docs/results.md has the figures and why these two. What they compute is
+`benchmarks/linears.py` measured what there is; docs/linears.md has the figures and why these two. What they compute is
 `LowBitLinear.dequantise` and a product: that is also what runs where a kernel does not, on GPUs and under gradients.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import threading
 import warnings
@@ -20,12 +19,8 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from ..architectures import ffn_linear_names, set_module
 from ..errors import InvalidInputError, TardisError
-from ..report import LinearsReport
 
 #: rows that are rounded at once, which bounds the working memory
 _ROWS = 2048
@@ -39,6 +34,7 @@ NF4 = (
 )  # fmt: skip
 _GROUP = 64  # input weights that share a scale of NF4
 _BLOCK = 32  # rows that the kernel of bitsandbytes takes together
+_TINY = 1e-30  # to divide zeros by
 _PACKING = threading.Lock()
 
 
@@ -113,7 +109,8 @@ class LowBitLinear(nn.Module):
         """[..., out] for x [..., in], in the dtype of x."""
         tokens = x.reshape(-1, self.in_features)
         if self._takes(tokens):
-            y = torch.cat([self._product(some) for some in tokens.split(_TOKENS)])
+            parts = [self._product(some) for some in tokens.split(_TOKENS)]
+            y = parts[0] if len(parts) == 1 else torch.cat(parts)
         else:
             y = F.linear(tokens, self.dequantise().to(x.dtype))
         if self.bias is not None:
@@ -137,6 +134,9 @@ class LowBitLinear(nn.Module):
 
     def packed(self) -> tuple[Tensor, ...]:
         """Codes and scales as the kernel takes them; from the first call on they are kept so, and only so."""
+        packed = self._packed
+        if packed is not None:
+            return packed
         with _PACKING, torch.inference_mode(False), torch.no_grad():
             if self._packed is None:
                 self._packed = self._pack(self.codes, self.scale)
@@ -222,11 +222,11 @@ class Int8Linear(LowBitLinear):
         if not zero:
             x = F.pad(x, (0, codes.shape[1] - self.in_features))
             return torch.ops.aten._weight_int8pack_mm(x, codes, scale.to(x.dtype))
-        step = x.abs().amax(1, keepdim=True).float() / (127 * 256)
-        whole = (x / _nonzero(step)).round_().to(torch.int16) + 128  # = 256 (high - 128) + low
-        rows = torch.cat([(whole >> 8) + 128, whole & 255]).to(torch.uint8)
-        high, low = _onednn(rows, codes, scale, zero[0]).chunk(2)
-        return (torch.add(low, high, alpha=256) * step).to(x.dtype)
+        step = (x.abs().amax(1, keepdim=True).float() / (127 * 256)).clamp_min(_TINY)
+        whole = (x / step + 128.5 * 256).round_().to(torch.uint16)  # its bytes: x / step = 256 (high - 128) + low - 128
+        rows = whole.view(torch.uint8).unflatten(1, (-1, 2)).permute(2, 0, 1).flatten(0, 1)
+        low, high = _onednn(rows, codes, scale, zero[0]).chunk(2)
+        return torch.add(low, high, alpha=256).mul_(step).to(x.dtype)
 
 
 class Nf4Linear(LowBitLinear):
@@ -275,7 +275,8 @@ class Nf4Linear(LowBitLinear):
         """[tokens, out] in the dtype of x, by the product of bitsandbytes."""
         codes, scale = self.packed()
         columns = 2 * codes.shape[1]
-        x16 = F.pad(x.bfloat16(), (0, columns - self.in_features))
+        padding = columns - self.in_features
+        x16 = F.pad(x.bfloat16(), (0, padding)) if padding else x.bfloat16()
         y = torch.ops.bitsandbytes.gemv_4bit(x16, codes, (len(codes), columns), scale, _values(), _GROUP)
         return y[:, : self.out_features].to(x.dtype)
 
@@ -289,91 +290,6 @@ class Nf4Linear(LowBitLinear):
 
 #: bits -> what stores a linear layer in them
 KINDS: dict[int, type[LowBitLinear]] = {kind.bits: kind for kind in (Int8Linear, Nf4Linear)}
-
-
-def quantise_linears(model: PreTrainedModel, bits: int, *, ffn: bool = False) -> LinearsReport:
-    """Store the linear layers of a model in few bits, in place: all outside the FFNs, lm_head included.
-
-    A head that shares its weight with the embedding gets a copy of its own; the embedding stays as it is.
-
-    Args:
-        model: dense or folded.
-        bits: in `KINDS`.
-        ffn: store dense FFNs so, too.
-
-    Returns:
-        How much became how little.
-
-    Raises:
-        InvalidInputError: see `low_bit_copies`.
-    """
-    layers = low_bit_copies(model, bits, ffn=ffn)
-    embeddings = {module.weight.data_ptr() for module in model.modules() if isinstance(module, nn.Embedding)}
-    before = [part for layer in put_linears(model, layers).values() for part in layer.parameters()]
-    untie_head(model)
-    dense, stored = (sum(part.nbytes for part in parts) for parts in (before, layers.values()))
-    return LinearsReport(bits, len(layers), dense, stored, sum(p.nbytes for p in before if p.data_ptr() in embeddings))
-
-
-def low_bit_copies(model: PreTrainedModel, bits: int, *, ffn: bool = False) -> dict[str, LowBitLinear]:
-    """Low-bit copies of a model's linear layers by name; `put_linears` puts them in. Arguments as `quantise_linears`.
-
-    Raises:
-        InvalidInputError: the bits are none of these, bitsandbytes is not installed, or a weight is not finite.
-    """
-    check_bits(bits)
-    return {name: KINDS[bits].of(*_dense_parts(layer)) for name, layer in linear_layers(model, ffn=ffn).items()}
-
-
-def put_linears(model: nn.Module, layers: dict[str, LowBitLinear] | dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Put layers in the places that they are named by; returns what was there, to be put back in the same way."""
-    before = {name: model.get_submodule(name) for name in layers}
-    for name, layer in layers.items():
-        set_module(model, name, layer)
-    return before
-
-
-def linear_layers(model: PreTrainedModel, *, ffn: bool = False) -> dict[str, nn.Module]:
-    """The dense linear layers of a model by name, those of its dense FFNs only with `ffn`."""
-    left_out = set() if ffn else ffn_linear_names(model)
-    found = model.named_modules()
-    return {name: layer for name, layer in found if isinstance(layer, nn.Linear | Conv1D) and name not in left_out}
-
-
-def low_bit_linears(model: nn.Module) -> dict[str, LowBitLinear]:
-    """The linear layers of a model that are stored in few bits, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LowBitLinear)}
-
-
-def untie_head(model: PreTrainedModel) -> None:
-    """Tell transformers that the head no longer shares the embedding's weight, if it was stored in few bits."""
-    if isinstance(model.get_output_embeddings(), LowBitLinear):
-        model.config.tie_word_embeddings = False
-        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
-
-
-def empty_like(layer: nn.Module, bits: int) -> LowBitLinear:
-    """A low-bit layer without content in the place of a dense one, whose bias it takes."""
-    weight, bias = _dense_parts(layer)
-    return KINDS[bits].empty((weight.shape[0], weight.shape[1]), bias, weight.dtype, weight.device)
-
-
-def check_bits(bits: int) -> None:
-    """Raise InvalidInputError where nothing stores linear layers in so many bits, or what multiplies is missing."""
-    if bits not in KINDS:
-        raise InvalidInputError(f"linear layers in {bits} bits are asked for; give one of {sorted(KINDS)}.")
-    if bits == Nf4Linear.bits and importlib.util.find_spec("bitsandbytes") is None:
-        raise InvalidInputError(
-            "linear layers in int4 need bitsandbytes, which is not installed. Run pip install 'tardis-llm[quant]', or "
-            "store them in int8, which needs nothing more."
-        )
-
-
-def _dense_parts(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight [out, in] and bias of a dense linear layer."""
-    weight = layer.get_parameter("weight").detach()
-    bias = getattr(layer, "bias", None)
-    return weight.T if isinstance(layer, Conv1D) else weight, bias
 
 
 def _nonzero(scale: Tensor) -> Tensor:
