@@ -15,11 +15,11 @@ import time
 from typing import Any
 
 import numpy as np
-from doraemon.model import build
 from inputs import Keys, make_keys, make_queries
 from timing import best, table, write
 
 from doraemon import Index
+from doraemon.model import build
 
 
 def adapting(keys: Keys) -> dict[str, Any]:

@@ -21,12 +21,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from doraemon.model import build
 from inputs import Keys, make_keys, make_queries
 from numpy.typing import NDArray
 from timing import best, table, write
 
 from doraemon import Index
+from doraemon.model import build
 
 Floats = NDArray[np.float64]
 Root = Callable[[Floats], Floats]  #: scaled keys to [0, 1]
