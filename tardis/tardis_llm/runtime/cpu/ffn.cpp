@@ -197,6 +197,7 @@ private:
     // z[token * kBlockRows + e - begin] = row e of `up` times the token, where it fixes the neuron. Each product is one
     // row's with one token, so that what a token gets does not depend on the others in its batch.
     void products(const Input& in, int64_t begin, int64_t end, float* z) {
+        if (ffn_.up.type != TARDIS_LOW_BIT) return pairs(in, begin, end, z);
         const Product product = product_of(ffn_.up);
         for (int64_t t = 0; t < tokens_; ++t) {
             int32_t rows[kBlockRows], places[kBlockRows];
@@ -209,6 +210,21 @@ private:
             }
             if (count) product(ffn_.up, {rows, 0, count, count}, of_token(in, t), own);
             for (int64_t j = 0; j < count; ++j) z[t * kBlockRows + places[j]] = own[j];
+        }
+    }
+
+    // The same, row by row: each is read from memory once, while the one before is multiplied.
+    void pairs(const Input& in, int64_t begin, int64_t end, float* z) {
+        const Product product = product_of(ffn_.up);
+        int32_t rows[kBlockRows * kMaxTokens];
+        int64_t count = 0, at = 0;
+        for (int64_t e = begin; e < end; ++e)
+            for (int n = __builtin_popcountll(fixed_.tokens[e]); n > 0; --n) rows[count++] = fixed_.index[e];
+        for (int64_t e = begin; e < end; ++e) {
+            for (uint64_t left = fixed_.tokens[e]; left; left &= left - 1, ++at) {
+                const int64_t t = __builtin_ctzll(left);
+                product(ffn_.up, {rows, at, at + 1, count}, of_token(in, t), z + t * kBlockRows + e - begin);
+            }
         }
     }
 
