@@ -7,7 +7,8 @@
 
 Each takes up to 64 tokens x [tokens, d] in bf16 or fp32, contiguous. `ffn.folded_ffn` specifies what they compute;
 sums are in fp32 throughout, and where x meets a low-bit matrix it is rounded to 16 bits (or 8, where asked for), with
-one scale per token and group of columns.
+one scale per token and group of columns, 512 at most. A predictor that only selects, beside dense fallback weights,
+always gets 8 bits of x: what it finds differs from the reference for few neurons that are next to a bound.
 """
 
 from __future__ import annotations
