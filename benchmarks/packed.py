@@ -86,7 +86,8 @@ def main(
     dense = token_perplexity(load_dense(model, "bfloat16"), windows)
     calibration = read_windows(text, tokenizer, _TOKENS, length, _HELDOUT)
     results: dict[str, Any] = {
-        "title": f"{Path(model).name} in bfloat16, {evaluation.stem}, {windows.numel():,} tokens in windows of {length}",
+        "title": f"{Path(model).name} in bfloat16, {evaluation.stem}, {windows.numel():,} tokens",
+        "window": length,
         "dense": dense.value,
         "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads(), "isa": library.isa},
         "software": {"torch": torch.__version__, "transformers": transformers.__version__},

@@ -105,7 +105,6 @@ def bench(
     _print(rows, bandwidth)
     if paying:
         show.say(_verdict(paying, record))
-    show.say(f"Peak memory of the process, all variants together: {show.size(peak)}.")
     show.say(clock.sentence())
 
 

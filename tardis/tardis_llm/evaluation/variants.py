@@ -18,10 +18,8 @@ from transformers import PreTrainedModel
 
 from ..architectures import FFNSite
 from ..errors import InvalidInputError
-from ..linears import linear_layers, low_bit_copies, put_linears
-from ..runtime.cpu.library import available
+from ..linears import low_bit_copies, put_linears, through_kernels
 from ..runtime.ffn import FoldedFFN, folded_ffns
-from ..runtime.linear import kernel_linear
 from .speed import folded
 
 #: bits of the linear layers of a kind of rival
@@ -61,7 +59,7 @@ def rival(kind: str, model: PreTrainedModel) -> Variant:
     if kind == "dense":
         return Variant(kind, model, nullcontext)
     layers: Mapping[str, nn.Module]
-    layers = _through_kernels(model, ffn=True) if kind == "kernels" else low_bit_copies(model, LOW_BIT[kind], ffn=True)
+    layers = through_kernels(model, ffn=True) if kind == "kernels" else low_bit_copies(model, LOW_BIT[kind], ffn=True)
     return Variant(kind, model, lambda: swapped(model, layers))
 
 
@@ -75,7 +73,7 @@ def folded_variant(
         folds: of its FFNs.
         others: what stands for its linear layers outside them; None takes them through our kernel.
     """
-    layers = _through_kernels(model, ffn=False) if others is None else others
+    layers = through_kernels(model, ffn=False) if others is None else others
 
     @contextmanager
     def within() -> Iterator[None]:
@@ -87,7 +85,7 @@ def folded_variant(
 
 def loaded_variants(model: PreTrainedModel) -> tuple[Variant, Variant | None]:
     """A folded model as it was loaded, and the same with its dense FFNs where it has them."""
-    layers = _through_kernels(model, ffn=False)
+    layers = through_kernels(model, ffn=False)
     ffns = list(folded_ffns(model).values())
 
     @contextmanager
@@ -112,10 +110,3 @@ def swapped(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]
         yield
     finally:
         put_linears(model, before)
-
-
-def _through_kernels(model: PreTrainedModel, *, ffn: bool) -> dict[str, nn.Module]:
-    """Linear layers of a model that share its weights and multiply by our kernel; none where that is not built."""
-    if not available():
-        return {}
-    return {name: kernel_linear(layer) for name, layer in linear_layers(model, ffn=ffn).items()}
