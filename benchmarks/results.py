@@ -28,6 +28,7 @@ from tardis_llm.evaluation.tasks import Metric
 
 ROOT = Path(__file__).parent.parent
 COMPARE, ABLATION = ROOT / "benchmarks/results/compare", ROOT / "benchmarks/results/ablation.json"
+SPEEDS = ROOT / "benchmarks/results"
 PAGE, README, IMAGES = ROOT / "docs/results.md", ROOT / "README.md", ROOT / "docs/images"
 _RANGE = (0.085, 0.275)  # of the dense bytes: from the smallest fold to the largest 4-bit quantiser
 BEGIN, END = "<!-- results: made by benchmarks/results.py -->", "<!-- end of results -->"
@@ -38,6 +39,9 @@ Every figure on this page is measured, and the page is made by a script:
 
     tardis compare MODEL -o benchmarks/results/compare --text FILE... --eval-text FILE --tasks {tasks} --task-data DIR
     python benchmarks/ablation.py MODEL --wikipedia FILE... --novels FILE... --evaluation FILE --lambada FILE
+    python benchmarks/packed.py MODEL --text FILE... --evaluation FILE
+    python benchmarks/ffn_kernels.py --batch 1,8 --output benchmarks/results/kernels-1.json
+    tardis bench --shape falcon-7b ... --json
     python benchmarks/results.py
 
 The model is small and undertrained: these figures compare methods with each other, on one model, and say nothing of
@@ -304,7 +308,103 @@ def replace_part(text: str, part: str) -> str:
     return f"{before}{BEGIN}\n\n{part}\n\n{END}{after}"
 
 
-def page(compared: Compared, results: dict[str, Any]) -> str:
+def packed_part(packed: dict[str, Any]) -> str:
+    """Stacked folds through the kernels, against the same rounding simulated."""
+    lines = [
+        [
+            f"{1 - float(reduction):.1%}",
+            f"{found['touched']:.2%}",
+            f"{found['resident']:.1%}",
+            f"{found['reference']:.3f}",
+            f"{found['kernels']:.3f}",
+            f"{found['ratio']:.5f} ± {found['ratio_error']:.5f}",
+            f"{found['kernels'] / packed['dense']:.4f}",
+        ]
+        for reduction, found in packed["folds"].items()
+    ]
+    head = ["budget", "touched", "resident", "simulated", "packed, by kernels", "kernels / simulated", "/ dense"]
+    return (
+        f"{packed['title']}; dense {packed['dense']:.2f}. The folds are stored in int4 (`--fold-dtype int4 --fallback "
+        "int4`), saved, loaded, and run once through the readable reference, which writes the weights out and "
+        f"multiplies by torch, and once through the {packed['machine']['isa']} kernels, which read the packed bits. "
+        "By `benchmarks/packed.py`.\n\n" + table(head, lines)
+    )
+
+
+def kernels_part(kernels: Sequence[dict[str, Any]]) -> str:
+    """One FFN, folded and dense."""
+    lines = [
+        [
+            str(run["machine"]["threads"]),
+            str(row["batch"]),
+            row["variant"],
+            f"{row['ms']:.2f}",
+            _spread(row["ratio"], *row["ratio_quartiles"]),
+            f"{row['bytes'] / 1e6:.0f}",
+            f"{row['gb_per_s']:.1f}",
+            f"{row['of_bandwidth']:.0%}",
+        ]
+        for run in kernels
+        for row in run["rows"]
+    ]
+    first = kernels[0]
+    head = ["threads", "batch", "", "ms", "faster than our dense kernel", "MB read", "GB/s", "of the read bandwidth"]
+    return (
+        f"d = {first['settings']['d']}, h = {first['settings']['h']}, {first['settings']['bits']}-bit predictor, "
+        f"{first['settings']['fix_rate']:.0%} fixed, bfloat16; {first['machine']['cpu']}. Median of "
+        f"{first['settings']['rounds']} rounds in which the variants take turns, ratios with their quartiles. By "
+        "`benchmarks/ffn_kernels.py`.\n\n" + table(head, lines)
+    )
+
+
+def models_part(models: Sequence[dict[str, Any]]) -> str:
+    """Whole models, folded and dense."""
+    lines = [
+        [
+            run["label"],
+            str(row["batch"]),
+            row["variant"],
+            f"{row['tokens_per_second']:.2f}",
+            "" if row["variant"] == "folded" else _spread(*row["folded_speed_up"].values()),
+            f"{row['step_bytes'] / 2**20:,.0f}",
+            f"{row['bytes_per_second'] / 1e9:.1f}",
+        ]
+        for run in models
+        for row in run["rows"]
+    ]
+    head = ["model and fold", "batch", "", "tokens/s", "the fold is faster by", "MiB per step", "GB/s"]
+    return table(head, lines)
+
+
+def _spread(value: float, low: float, high: float) -> str:
+    return f"{value:.2f} [{low:.2f}-{high:.2f}]"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured of speed.
+
+    Attributes:
+        packed: by `packed.py`.
+        kernels: runs of `ffn_kernels.py`.
+        models: runs of `tardis bench --json`, each with a `label`.
+    """
+
+    packed: dict[str, Any]
+    kernels: list[dict[str, Any]]
+    models: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, folder: Path) -> Speed:
+        """From the folder that the scripts write to."""
+
+        def load(pattern: str) -> list[dict[str, Any]]:
+            return [json.loads(path.read_text()) for path in sorted(folder.glob(pattern))]
+
+        return cls(json.loads((folder / "packed.json").read_text()), load("kernels-*.json"), load("bench-*.json"))
+
+
+def page(compared: Compared, results: dict[str, Any], speed: Speed) -> str:
     """docs/results.md."""
     record = compared.record
     scope = {"ffn": "the FFNs", "all": "all linear layers of the blocks"}[record["scope"]]
@@ -321,6 +421,14 @@ def page(compared: Compared, results: dict[str, Any]) -> str:
                 against_quantisers(compared),
                 "## Zero-shot",
                 zero_shot(compared),
+                "## Packed, and through the kernels",
+                packed_part(speed.packed),
+                "## Speed of one FFN of Falcon-7B's shape",
+                kernels_part(speed.kernels),
+                SPEED,
+                "## Speed of whole models",
+                MODELS,
+                models_part(speed.models),
                 "## What each choice is worth",
                 f"{results['title']}. One setting changed at a time; every row a fold of its own, its ratio to dense "
                 "with a standard error paired by window. Where nothing else is said: error ranges, refit, predictor "
@@ -344,7 +452,7 @@ def main(compare: Path = COMPARE, ablation_file: Path = ABLATION) -> None:
         compared.rows, IMAGES / "compare.png", f"{model}, {evaluation['tokens']:,} tokens of {evaluation['file']}"
     )
     plot_calibration(results, IMAGES / "calibration.png")
-    PAGE.write_text(page(compared, results), encoding="utf-8")
+    PAGE.write_text(page(compared, results, Speed.read(SPEEDS)), encoding="utf-8")
     README.write_text(replace_part(README.read_text(encoding="utf-8"), readme_part(compared)), encoding="utf-8")
 
 

@@ -104,7 +104,7 @@ def test_hidden_states_on_disk_give_the_same_fold(tmp_path: Path):
 
 def test_the_size_of_a_batch_hardly_changes_the_fold():
     one, many = tiny_model("gpt2"), tiny_model("gpt2")
-    first = fold(one, text(), dataclasses.replace(SETTINGS, batch_tokens=32))
+    first = fold(one, text(), dataclasses.replace(SETTINGS, batch_tokens=96))  # more than kernels take
     second = fold(many, text(), dataclasses.replace(SETTINGS, batch_tokens=640))
     assert first.layers[-1].error == pytest.approx(second.layers[-1].error, rel=0.05)
 

@@ -116,7 +116,12 @@ def test_the_page_has_the_ablation_in_full(compared: results.Compared, tmp_path:
         for n, cell in enumerate(ablation.cells())
     }  # fmt: skip
     found = {"title": "toy ablation", "evaluations": ["a", "b"], "cells": cells}
-    text = results.page(compared, found)
+    speed = results.Speed.read(results.SPEEDS)
+    text = results.page(compared, found, speed)
+    for fold in speed.packed["folds"].values():
+        assert f"{fold['kernels']:.3f}" in text
+        assert abs(fold["ratio"] - 1) < 0.002
+        assert fold["resident"] < 0.35
     for cell in ablation.cells():
         assert f"### {cell.group}\n" in text
         assert line(text[text.index(f"### {cell.group}\n") :], cell.name)[1].startswith(
@@ -130,7 +135,8 @@ def test_the_page_has_the_ablation_in_full(compared: results.Compared, tmp_path:
 def test_the_published_page_is_made_of_the_published_results():
     compared = results.Compared.read(results.COMPARE)
     found = json.loads(results.ABLATION.read_text())
-    assert results.PAGE.read_text(encoding="utf-8") == results.page(compared, found)
+    speed = results.Speed.read(results.SPEEDS)
+    assert results.PAGE.read_text(encoding="utf-8") == results.page(compared, found, speed)
     readme = results.README.read_text(encoding="utf-8")
     assert results.replace_part(readme, results.readme_part(compared)) == readme
 

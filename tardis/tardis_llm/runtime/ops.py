@@ -27,6 +27,8 @@ from .cpu.library import FFN, MAX_TOKENS, Batch, Kernels, Matrix, Vector, availa
 
 #: dtypes of the inputs, and so of the models
 DTYPES = (torch.bfloat16, torch.float32)
+#: tokens up to which low-bit fallback weights are not written out for a dense product
+LOW_BIT_TOKENS = 4 * MAX_TOKENS
 _ACTIVATIONS = list(ACTIVATIONS)
 
 _library = torch.library.Library("tardis", "DEF")
@@ -45,11 +47,11 @@ _library.define(
 )
 
 
-def takes(x: Tensor, at_most: int | None = MAX_TOKENS) -> bool:
+def takes(x: Tensor, at_most: int = MAX_TOKENS) -> bool:
     """Whether the kernels are there and take inputs like x [..., d], of so many tokens at most."""
     if x.device.type != "cpu" or x.dtype not in DTYPES or not x.numel():
         return False
-    return (at_most is None or x.numel() <= at_most * x.shape[-1]) and available()
+    return x.numel() <= at_most * x.shape[-1] and available()
 
 
 def runs(x: Tensor, folded: FoldedWeights, dense: FFNWeights) -> bool:
@@ -57,9 +59,9 @@ def runs(x: Tensor, folded: FoldedWeights, dense: FFNWeights) -> bool:
 
     Dense fallback weights must lie neuron by neuron: w1 contiguous, and w2 as the transpose of a contiguous tensor.
     With these, many tokens are faster in one dense product. Low-bit ones would have to be written out for that first,
-    as much memory as they save; so the kernels then take any number of tokens, some at a time.
+    so the kernels then take up to `LOW_BIT_TOKENS`, some at a time.
     """
-    if not takes(x, MAX_TOKENS if folded.fallback is None else None) or (
+    if not takes(x, MAX_TOKENS if folded.fallback is None else LOW_BIT_TOKENS) or (
         torch.is_grad_enabled() and (x.requires_grad or dense.w1.requires_grad)
     ):
         return False
