@@ -138,9 +138,10 @@ private:
         counts_[task] = static_cast<int32_t>(at - begin);
     }
 
+    // Without a fold, the outputs begin at the bias.
     void fold(const Input& in, int64_t begin, int64_t end) {
-        float out[kBlockRows * kMaxTokens];
-        product_of(ffn_.fold)(ffn_.fold, {nullptr, begin, end, d_}, in, out);
+        float out[kBlockRows * kMaxTokens] = {};
+        if (ffn_.fold.type != TARDIS_NONE) product_of(ffn_.fold)(ffn_.fold, {nullptr, begin, end, d_}, in, out);
         for (int64_t j = begin; j < end; ++j) {
             const float bias = number(ffn_.bias, j);
             for (int64_t t = 0; t < tokens_; ++t) y_[t * stride_ + j] = out[(j - begin) * tokens_ + t] + bias;
