@@ -82,11 +82,10 @@ def _masked(
     coarse = _dense(predictor, columns, predicting)
     zhat = F.linear(x.float(), coarse, None if b1 is None else b1.float())  # [tokens, h]
     fixed = ~((zhat >= low) & (zhat <= high))
+    w1 = _dense(up, columns, up_size) if up else torch.zeros((), device=x.device)
     if len(down) == 2:  # `up` is what the predictor leaves
-        fine = coarse + _dense(up, columns, up_size) if up else coarse
-    else:
-        fine = up[0]
-    z = F.linear(x, fine.to(x.dtype), b1).float()
+        w1 = coarse + w1
+    z = F.linear(x, w1.to(x.dtype), b1).float()
     residual = torch.where(fixed, ACTIVATIONS[activation](z) - slope * z - offset, 0.0)
     return F.linear(residual.to(x.dtype), _dense(down, columns, down_size).to(x.dtype).T)
 

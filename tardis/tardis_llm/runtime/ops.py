@@ -40,8 +40,8 @@ library.define(
     "int activation_bits=16) -> Tensor"
 )
 library.define(
-    "folded_ffn(Tensor x, str activation, Tensor[] fold, Tensor? bias, Tensor[] predictor, Tensor[] ranges, Tensor? b1, "
-    "Tensor[] up, Tensor[] down, int[] group_sizes, int activation_bits=16) -> Tensor"
+    "folded_ffn(Tensor x, str activation, Tensor[] fold, Tensor? bias, Tensor[] predictor, Tensor[] ranges, "
+    "Tensor? b1, Tensor[] up, Tensor[] down, int[] group_sizes, int activation_bits=16) -> Tensor"
 )
 
 

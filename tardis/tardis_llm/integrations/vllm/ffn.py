@@ -99,7 +99,7 @@ class PackedFold(LowBit):
 
     def __init__(self, layer: LayerFormat, rows: int, d: int, dtype: torch.dtype) -> None:
         # such a matrix is shaped as the predictor of an FFN of so many neurons
-        like = replace(layer, bits=layer.fold_bits, fold_bits=None, fallback_bits=None)
+        like = replace(layer, bits=layer.fold_bits or 0, fold_bits=None, fallback_bits=None)
         super().__init__(like.empty(d, rows, dtype, torch.device("meta")).predictor.matrix)
         self.bias = nn.Parameter(torch.empty(rows, dtype=dtype, device="meta"), requires_grad=False)
         self.to_empty(device=torch.get_default_device())
@@ -176,8 +176,8 @@ def _share(whole: Tensor, part: Tensor, rank: int, key: str) -> Tensor:
                 share = share.narrow(dimension, rank * size, size)
     if share.shape != part.shape:
         raise CheckpointError(
-            f"tardis.{key} is {list(whole.shape)} in the weight files, and {list(part.shape)} is wanted. Copy config.json "
-            "and weights from the same checkpoint."
+            f"tardis.{key} is {list(whole.shape)} in the weight files, and {list(part.shape)} is wanted. Copy "
+            "config.json and weights from the same checkpoint."
         )
     return share
 

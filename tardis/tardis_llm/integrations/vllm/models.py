@@ -80,7 +80,7 @@ class TardisModel:
 
 @contextmanager
 def _stock(config: PreTrainedConfig) -> Iterator[None]:
-    """Within the context, the config names the stock architecture, by which the Transformers backend looks things up."""
+    """Within the context, the config names the stock architecture: the Transformers backend goes by that name."""
     named = config.architectures
     config.architectures = [stock_name(config)]
     try:

@@ -37,8 +37,8 @@ def check_served(config: PreTrainedConfig) -> Family:
         served = (name.removeprefix(PREFIX) for name in architectures())
         choices = sorted(name for name in served if name in ModelRegistry.get_supported_archs())
         raise UnsupportedModelError(
-            f"vLLM has no {stock or 'model of an unnamed class'}, so it cannot serve a fold of one. Of the families that "
-            f"TARDIS folds it serves {', '.join(choices)}; with others use transformers (`tardis generate`)."
+            f"vLLM has no {stock or 'model of an unnamed class'}, so it cannot serve a fold of one. Of the families "
+            f"that TARDIS folds it serves {', '.join(choices)}; with others use transformers (`tardis generate`)."
         )
     return family
 
@@ -52,7 +52,7 @@ def block_index(name: str, family: Family) -> int:
     found = re.search(rf"(?:^|\.){re.escape(family.layers)}\.(\d+)(?:\.|$)", name)
     if found is None:
         raise CheckpointError(
-            f"config.json folds {name!r}, which is in no block of a {family.model_type} model; copy config.json anew, or "
-            "fold the model again."
+            f"config.json folds {name!r}, which is in no block of a {family.model_type} model; copy config.json anew, "
+            "or fold the model again."
         )
     return int(found[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import signal
@@ -53,7 +54,9 @@ def check(model: str) -> None:
         )
     found = [point.name for point in entry_points(group="vllm.general_plugins")]
     if METHOD not in found:
-        raise InvalidInputError("vLLM cannot find the plugin of this tardis-llm; reinstall it (`pip install tardis-llm`).")
+        raise InvalidInputError(
+            "vLLM does not find the plugin of tardis-llm; reinstall it (`pip install --force-reinstall tardis-llm`)."
+        )
     allowed = os.environ.get(_PLUGINS)
     if allowed is not None and METHOD not in allowed.split(","):
         raise InvalidInputError(f"{_PLUGINS}={allowed} keeps vLLM from loading the plugin; add {METHOD!r} to it.")
@@ -124,10 +127,8 @@ class Server:
         """Ask the server to end, and then end whatever is left in its session."""
         if self._process.poll() is None:
             self._process.terminate()
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_GRACE_SECONDS)
-            except subprocess.TimeoutExpired:
-                pass
         try:
             os.killpg(self._process.pid, signal.SIGKILL)
         except ProcessLookupError:

@@ -58,8 +58,8 @@ class FoldLoader:
         missing = sorted(self._missing | (stock - loaded))
         if missing:
             raise CheckpointError(
-                f"the weight files of {self._directory} lack {len(missing)} tensors, the first is {missing[0]}. Copy the "
-                "checkpoint anew, or fold the model again."
+                f"the weight files of {self._directory} lack {len(missing)} tensors, the first is {missing[0]}. Copy "
+                "the checkpoint anew, or fold the model again."
             )
 
     def _load(self, name: str, tensor: Tensor) -> None:
