@@ -26,7 +26,7 @@ from torch import Tensor
 from tardis_llm.activations import ACTIVATIONS
 from tardis_llm.architectures import FFNWeights
 from tardis_llm.folding.fold import FoldedWeights
-from tardis_llm.folding.lowbit import PackedMatrix
+from tardis_llm.folding.lowbit import PackedMatrix, pack
 from tardis_llm.folding.stack import Fallback
 from tardis_llm.runtime import ops
 from tardis_llm.runtime.cpu.library import Kernels, open_library
@@ -68,9 +68,7 @@ class Shape:
 
 def random_packed(rows: int, d: int, bits: int) -> PackedMatrix:
     """A low-bit matrix of random codes, whose products with normal inputs are of order one."""
-    planes = torch.randint(256, (bits, rows, -(-d // 8)), dtype=torch.uint8)
-    if d % 8:
-        planes[..., -1] &= 256 - 2 ** (8 - d % 8)
+    planes = pack(torch.randint(2**bits, (rows, d), dtype=torch.uint8), bits)
     scale = torch.full((rows, -(-d // _GROUP)), 3.5 / 2**bits / d**0.5, dtype=torch.float16)
     return PackedMatrix(planes, scale, d, _GROUP)
 

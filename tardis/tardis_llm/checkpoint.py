@@ -127,7 +127,7 @@ class LayerFormat:
         """
 
         def low_bit(rows: int, bits: int) -> PackedMatrix:
-            planes = torch.empty(bits, rows, -(-d // 8), dtype=torch.uint8, device=device)
+            planes = torch.empty(rows, bits, -(-d // 8), dtype=torch.uint8, device=device)
             scale = torch.empty(rows, -(-d // self.group_size), dtype=torch.float16, device=device)
             return PackedMatrix(planes, scale, d, self.group_size)
 

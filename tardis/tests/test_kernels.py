@@ -147,7 +147,7 @@ def test_low_bit_products_for_every_batch_and_dtype(isa: str, dtype: torch.dtype
 
 
 def test_sums_of_very_wide_groups_do_not_overflow(isa: str) -> None:
-    planes = torch.full((8, 2, 1250), 255, dtype=torch.uint8)  # every code the largest, 255
+    planes = torch.full((2, 8, 1250), 255, dtype=torch.uint8)  # every code the largest, 255
     matrix = PackedMatrix(planes, torch.full((2, 1), 0.5, dtype=torch.float16), 10_000, 10_000)
     x = torch.full((1, 10_000), 3.0)
     assert_within(lowbit_linear(x, matrix), torch.full((1, 2), 127.5 * 0.5 * 3.0 * 10_000, dtype=torch.double))

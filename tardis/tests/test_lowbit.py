@@ -38,29 +38,38 @@ def output_error(w: Tensor, rounded: PackedMatrix, covariance: Tensor) -> float:
 
 
 @quick
-@given(widths, st.integers(1, 5), st.integers(1, 40))
+@given(widths, st.integers(1, 5), st.integers(1, 40) | st.integers(500, 1100))
 def test_packing_and_unpacking_gives_the_codes_back(bits: int, h: int, d: int) -> None:
     original = codes(bits, h, d)
     planes = pack(original, bits)
-    assert planes.shape == (bits, h, -(-d // 8))
+    assert planes.shape == (h, bits, -(-d // 8))
     assert planes.dtype == torch.uint8
     assert torch.equal(unpack(planes, d), original)
 
 
 def test_the_layout_of_the_planes_is_the_documented_one() -> None:
-    # the first plane has the high bits; in a byte the first weight is the highest bit; the last byte is padded with 0
+    # the first plane has the high bits; a block of 9 columns has 2 bytes, and bit k of byte j is that of column 2 k + j
     planes = pack(torch.tensor([[3, 0, 1, 2, 3, 3, 0, 0, 1], [0, 0, 0, 0, 0, 0, 0, 1, 2]]), 2)
     assert planes.tolist() == [
-        [[0b10011100, 0b00000000], [0b00000000, 0b10000000]],
-        [[0b10101100, 0b10000000], [0b00000001, 0b00000000]],
+        [[0b00000101, 0b00000110], [0b00010111, 0b00000100]],
+        [[0b00010000, 0b00000000], [0b00000000, 0b00001000]],
     ]
+
+
+def test_blocks_of_512_columns_come_first() -> None:
+    codes = torch.zeros(1, 512 + 512 + 8)
+    for column in (3, 512 + 64 * 5 + 7, 1024 + 6):
+        codes[0, column] = 1
+    (plane,) = pack(codes, 1)[0]
+    assert plane.nonzero().flatten().tolist() == [3, 64 + 7, 128]
+    assert plane[[3, 64 + 7, 128]].tolist() == [1, 1 << 5, 1 << 6]
 
 
 @every_width
 def test_the_first_planes_are_a_coarser_copy(bits: int) -> None:
     original = codes(bits, 4, 19)
     for kept in range(1, bits + 1):
-        assert torch.equal(unpack(pack(original, bits)[:kept], 19), original >> (bits - kept))
+        assert torch.equal(unpack(pack(original, bits)[:, :kept], 19), original >> (bits - kept))
 
 
 @every_width
@@ -89,7 +98,7 @@ def test_shapes_and_types_are_the_stored_ones(bits: int, d: int, group_size: int
     stored = quantise(normal(3, d), bits, group_size, covariance_of(d) if gptq else None)
     group = min(group_size, d)
     assert (stored.columns, stored.group_size, stored.bits) == (d, group, bits)
-    assert stored.planes.shape == (bits, 3, -(-d // 8))
+    assert stored.planes.shape == (3, bits, -(-d // 8))
     assert stored.scale.shape == (3, -(-d // group))
     assert stored.scale.dtype == torch.float16
     assert stored.dequantise().shape == (3, d)

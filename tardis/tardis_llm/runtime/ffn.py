@@ -61,7 +61,7 @@ def fixed_neurons(x: Tensor, folded: FoldedWeights, b1: Tensor | None) -> Tensor
 
 
 class LowBit(nn.Module):
-    """A `PackedMatrix` in a model: `planes` [bits, rows, ceil(columns / 8)] uint8, `scale` [rows, groups] fp16."""
+    """A `PackedMatrix` in a model: `planes` [rows, bits, ceil(columns / 8)] uint8, `scale` [rows, groups] fp16."""
 
     planes: Tensor
     scale: Tensor

@@ -104,7 +104,7 @@ def _matrix(parts: Sequence[Tensor], columns: int, group_size: int) -> Matrix:
     if len(parts) != 2:
         return Matrix.of(parts[0] if parts else None)
     planes, scale = parts
-    rows = planes.shape[1]
+    rows = len(planes)
     if group_size < 1 or planes.shape[2] != -(-columns // 8) or scale.shape != (rows, -(-columns // group_size)):
         raise TardisError(f"planes {list(planes.shape)} and scales {list(scale.shape)} do not fit {columns} columns.")
     return Matrix.of(PackedMatrix(planes, scale, columns, group_size))
@@ -150,10 +150,10 @@ def _lowbit_linear(
 ) -> Tensor:
     """x [tokens, in] and a `PackedMatrix` [out, in]: [tokens, out] in the dtype of x."""
     _check(x, planes, scale, bias)
-    y = x.new_empty(len(x), planes.shape[1])
+    y = x.new_empty(len(x), len(planes))
     if len(x):
         matrix = _matrix((planes, scale), x.shape[1], group_size)
-        _loaded().linear(matrix, _vector(bias, planes.shape[1]), Batch.of(x, y, activation_bits))
+        _loaded().linear(matrix, _vector(bias, len(planes)), Batch.of(x, y, activation_bits))
     return y
 
 
@@ -169,7 +169,7 @@ def _fixed_neurons(
 ) -> Tensor:
     """[tokens, h] bool; see `ffn.fixed_neurons`."""
     _check(x, planes, scale, b1, low, high)
-    y = torch.empty(len(x), planes.shape[1], dtype=torch.bool)
+    y = torch.empty(len(x), len(planes), dtype=torch.bool)
     if len(x):
         ffn = FFN(predictor=_matrix((planes, scale), x.shape[1], group_size))
         ffn.b1, ffn.low, ffn.high = (_vector(each, y.shape[1]) for each in (b1, low, high))
@@ -203,7 +203,7 @@ def _folded_ffn(
     if len(x):
         parts = zip((fold, predictor, up, down), group_sizes, strict=True)
         matrices = [_matrix(each, x.shape[1], size) for each, size in parts]
-        vectors = [_vector(each, predictor[0].shape[1]) for each in (b1, *ranges)]
+        vectors = [_vector(each, len(predictor[0])) for each in (b1, *ranges)]
         ffn = FFN(*matrices, _vector(bias, x.shape[1]), *vectors, _ACTIVATIONS.index(activation))
         _loaded().folded_ffn(ffn, Batch.of(x, y, activation_bits))
     return y
@@ -224,12 +224,12 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _(
     x: Tensor, planes: Tensor, scale: Tensor, group_size: int, bias: Tensor | None, activation_bits: int = 16
 ) -> Tensor:
-    return x.new_empty(x.shape[0], planes.shape[1])
+    return x.new_empty(x.shape[0], planes.shape[0])
 
 
 @torch.library.register_fake("tardis::fixed_neurons")
 def _(x: Tensor, planes: Tensor, *others: object, **settings: object) -> Tensor:
-    return x.new_empty(x.shape[0], planes.shape[1], dtype=torch.bool)
+    return x.new_empty(x.shape[0], planes.shape[0], dtype=torch.bool)
 
 
 @torch.library.register_fake("tardis::folded_ffn")

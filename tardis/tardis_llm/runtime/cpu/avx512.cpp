@@ -1,19 +1,42 @@
-// The kernels for processors with AVX-512 F, BW, DQ, VL, VBMI, VNNI and BF16.
+// The kernels for processors with AVX-512 F, BW, DQ, VL, VNNI and BF16, and GFNI.
 //
 // Decoding is bound by memory: every weight is read once, rows ahead are prefetched, and where there are several tokens
 // a weight in a register serves up to four of them.
 #include "kernels.h"
 
-#if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512VBMI__) && defined(__AVX512BW__)
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__GFNI__) && defined(__AVX512BW__)
 #include <immintrin.h>
 
 namespace tardis {
 namespace {
 
-void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+#define TARDIS_INLINE __attribute__((always_inline))
+
+// GCC drops calls of a function that only prefetches, unless they are inlined from the start.
+inline TARDIS_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+constexpr int64_t kAhead = 8;  // rows from one that is added to one that is prefetched, of low-bit matrices
+
 
 __mmask16 first16(int64_t n) { return static_cast<__mmask16>(n >= 16 ? 0xffff : (1u << n) - 1); }
+__mmask64 first64(int64_t n) { return n >= 64 ? ~0ull : (1ull << n) - 1; }
 __mmask32 first32(int64_t n) { return n >= 32 ? 0xffffffffu : (1u << n) - 1; }
+
+// Loops over registers, which only stay in registers if their numbers are constants for the compiler from the start.
+
+template <int N>
+struct Constant {
+    constexpr operator int() const { return N; }
+};
+
+// body(0), ..., body(N - 1).
+template <int N, int k = 0, typename F>
+inline TARDIS_INLINE void each(const F& body) {
+    if constexpr (k < N) {
+        body(Constant<k>{});
+        each<N, k + 1>(body);
+    }
+}
 
 // ---- dense rows ----------------------------------------------------------------------------------------------------
 
@@ -68,29 +91,37 @@ float dot(const typename K::Number* w, const typename K::Number* ahead, const ty
     return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
 }
 
-// Four rows and T tokens from number `token`.
-template <typename K, int T>
+// R rows and T tokens from number `token`.
+template <typename K, int R, int T>
 void block(const TardisMatrix& m, const Rows& rows, int64_t i, const Input& x, int64_t token, float* out) {
     using Number = typename K::Number;
     const int64_t n = m.columns;
-    const Number *w[4], *ahead[4];
-    for (int r = 0; r < 4; ++r) {
+    const Number *w[R], *ahead[R];
+    for (int r = 0; r < R; ++r) {
         w[r] = static_cast<const Number*>(m.data) + rows.at(i + r) * n;
-        ahead[r] = static_cast<const Number*>(m.data) + rows.at(i + r + 4) * n;
+        ahead[r] = static_cast<const Number*>(m.data) + rows.at(i + r + R) * n;
     }
     const Number* in = K::input(x) + token * x.stride;
-    __m512 sum[4][T] = {};
-    for (int64_t k = 0; k < n; k += K::kWidth) {
-        typename K::Vector v[T];
-        for (int t = 0; t < T; ++t) v[t] = K::load(in + t * x.stride + k);
-        for (int r = 0; r < 4; ++r) {
-            if (token == 0) prefetch(ahead[r] + k);
-            const auto weights = k + K::kWidth <= n ? K::load(w[r] + k) : K::load(w[r] + k, n - k);
-            for (int t = 0; t < T; ++t) sum[r][t] = K::add_product(sum[r][t], weights, v[t]);
-        }
+    __m512 sum[R][T] = {};
+    const auto step = [&](int64_t k, const auto& load) TARDIS_INLINE {
+        typename K::Vector weights[R];
+        each<R>([&](auto r) TARDIS_INLINE { weights[r] = load(w[r] + k); });
+        each<T>([&](auto t) TARDIS_INLINE {
+            const auto v = K::load(in + t * x.stride + k);
+            each<R>([&](auto r) TARDIS_INLINE { sum[r][t] = K::add_product(sum[r][t], weights[r], v); });
+        });
+    };
+    int64_t k = 0;
+    for (; k + K::kWidth <= n; k += K::kWidth) {
+        if (token == 0) each<R>([&](auto r) TARDIS_INLINE { prefetch(ahead[r] + k); });
+        step(k, [](const Number* p) TARDIS_INLINE { return K::load(p); });
     }
-    for (int r = 0; r < 4 && i + r < rows.end; ++r)
-        for (int t = 0; t < T; ++t) out[(i + r - rows.begin) * x.tokens + token + t] = _mm512_reduce_add_ps(sum[r][t]);
+    if (k < n) step(k, [&](const Number* p) TARDIS_INLINE { return K::load(p, n - k); });
+    each<R>([&](auto r) TARDIS_INLINE {
+        if (i + r >= rows.end) return;
+        float* to = out + token * kBlockRows + i + r - rows.begin;
+        each<T>([&](auto t) TARDIS_INLINE { to[t * kBlockRows] = _mm512_reduce_add_ps(sum[r][t]); });
+    });
 }
 
 template <typename K>
@@ -101,11 +132,12 @@ void product_dense(const TardisMatrix& m, const Rows& rows, const Input& x, floa
             *out++ = dot<K>(w + rows.at(i) * m.columns, w + rows.at(i + 1) * m.columns, K::input(x), m.columns);
         return;
     }
-    for (int64_t i = rows.begin; i < rows.end; i += 4) {
+    for (int64_t i = rows.begin; i < rows.end; i += 2) {
         int64_t t = 0;
-        for (; t + 4 <= x.tokens; t += 4) block<K, 4>(m, rows, i, x, t, out);
-        for (; t + 2 <= x.tokens; t += 2) block<K, 2>(m, rows, i, x, t, out);
-        for (; t < x.tokens; ++t) block<K, 1>(m, rows, i, x, t, out);
+        for (; t + 8 <= x.tokens; t += 8) block<K, 2, 8>(m, rows, i, x, t, out);
+        for (; t + 4 <= x.tokens; t += 4) block<K, 2, 4>(m, rows, i, x, t, out);
+        for (; t + 2 <= x.tokens; t += 2) block<K, 2, 2>(m, rows, i, x, t, out);
+        for (; t < x.tokens; ++t) block<K, 2, 1>(m, rows, i, x, t, out);
     }
 }
 
@@ -134,7 +166,7 @@ void add_four(
 }
 
 template <typename K>
-void add_dense(const TardisMatrix& m, const Layout*, const Terms& terms, Range range, float* y, int64_t stride) {
+void add_dense(const TardisMatrix& m, const Layout*, const Terms& terms, Range range, float* y) {
     using Number = typename K::Number;
     const auto row = [&](int64_t e) {
         const int64_t i = terms.index[e < terms.count ? e : terms.count - 1];
@@ -143,220 +175,360 @@ void add_dense(const TardisMatrix& m, const Layout*, const Terms& terms, Range r
     for (int64_t e = 0; e < terms.count; e += 4) {
         const Number* const w[4] = {row(e), row(e + 1), row(e + 2), row(e + 3)};
         const Number* const ahead[4] = {row(e + 4), row(e + 5), row(e + 6), row(e + 7)};
-        for (int64_t t = 0; t < terms.tokens; ++t) {
-            float r[4];
-            bool any = false;
-            for (int64_t j = 0; j < 4; ++j) {
-                r[j] = e + j < terms.count ? terms.r[(e + j) * terms.tokens + t] : 0.0f;
-                any |= r[j] != 0;
-            }
-            if (any) add_four<K>(y + t * stride + range.begin, w, ahead, r, range.end - range.begin);
-        }
+        float r[4];
+        for (int64_t j = 0; j < 4; ++j) r[j] = e + j < terms.count ? terms.r[e + j] : 0.0f;
+        add_four<K>(y + range.begin, w, ahead, r, range.end - range.begin);
     }
 }
 
 // ---- low-bit rows --------------------------------------------------------------------------------------------------
 
-// For bytes 0..63: where in a word of 64 bits the byte begins whose bit `position` is the bit of that number.
-__m512i shifts(int position) {
-    const __m512i number = _mm512_set_epi8(
-        63, 62, 61, 60, 59, 58, 57, 56, 55, 54, 53, 52, 51, 50, 49, 48, 47, 46, 45, 44, 43, 42, 41, 40, 39, 38, 37, 36,
-        35, 34, 33, 32, 31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13, 12, 11, 10, 9, 8, 7,
-        6, 5, 4, 3, 2, 1, 0
-    );
-    return _mm512_sub_epi8(number, _mm512_set1_epi8(static_cast<char>(position)));
+__m512i bytes_of(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
+
+// mask ? a : b, bit by bit.
+__m512i select(int mask, __m512i a, __m512i b) { return _mm512_ternarylogic_epi64(bytes_of(mask), a, b, 0xca); }
+
+// The matrix that takes bits shift..shift + count - 1 of a byte: bit i of a product is the parity of the byte's bits
+// that are in byte 7 - i of the matrix.
+constexpr int64_t taking(int shift, int count) {
+    uint64_t matrix = 0;
+    for (int i = 0; i < count; ++i) matrix |= 1ull << (8 * (7 - i) + shift + i);
+    return static_cast<int64_t>(matrix);
 }
 
-// 64 codes in the order in which bits lie in bytes, from the 8 bytes at p of each plane.
+// Shift and mask of bytes in one.
+template <int shift, int count>
+inline TARDIS_INLINE __m512i bits_of_bytes(__m512i bytes) {
+    return _mm512_gf2p8affine_epi64_epi8(bytes, _mm512_set1_epi64(taking(shift, count)), 0);
+}
+
+// 64 bytes, or the first of them. A masked load of all of them would wait for memory several times as long.
+inline TARDIS_INLINE __m512i load_bytes(const uint8_t* p, __mmask64 bytes) {
+    return bytes == ~0ull ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8(bytes, p);
+}
+
+// The codes of a block of a row, in B bits each, 1, 2, 4 or 8: register s has those of the bits k with k % B == s, from
+// the lowest on.
 template <int B>
-__m512i codes(const uint8_t* p, int64_t plane) {
-    __m512i code = _mm512_setzero_si512();
-    for (int b = 0; b < B; ++b) {
-        const int position = B - 1 - b;
-        int64_t word;
-        memcpy(&word, p + b * plane, sizeof word);
-        const __m512i bits = _mm512_multishift_epi64_epi8(shifts(position), _mm512_set1_epi64(word));
-        const __m512i own = _mm512_set1_epi8(static_cast<char>(1 << position));
-        code = b == 0 ? bits : _mm512_ternarylogic_epi64(own, bits, code, 0xca);  // own ? bits : code
-    }
-    return B == 8 ? code : _mm512_and_si512(code, _mm512_set1_epi8(static_cast<char>((1 << B) - 1)));
-}
+struct Codes {
+    __m512i line[B];
 
-// In every lane of 32 bits, sum += the products of four codes with four values. As an instruction by hand because GCC
+    // p: the bytes of the block in the first plane. Of planes, which come highest first, the first `missing` are zero.
+    TARDIS_INLINE void load(const uint8_t* p, int64_t plane, int missing, __mmask64 bytes) {
+        each<B>([&](auto b) TARDIS_INLINE {
+            line[b] = b < missing ? _mm512_setzero_si512() : load_bytes(p + (b - missing) * plane, bytes);
+        });
+        join();
+    }
+
+    // Pairs of planes become pairs of registers of two-bit codes, and pairs of these of four-bit codes, and so on.
+    TARDIS_INLINE void join() {
+        if constexpr (B >= 2) each<B / 2>([&](auto b) TARDIS_INLINE { pair<1, 0xaa>(line[2 * b], line[2 * b + 1]); });
+        if constexpr (B >= 4)
+            each<B / 4>([&](auto b) TARDIS_INLINE {
+                each<2>([&](auto s) TARDIS_INLINE { pair<2, 0xcc>(line[4 * b + s], line[4 * b + 2 + s]); });
+            });
+        if constexpr (B == 8) each<4>([&](auto s) TARDIS_INLINE { pair<4, 0xf0>(line[s], line[4 + s]); });
+    }
+
+    // Joins high and low halves of codes, `shift` bits each: the even places of both to `high`, the odd ones to `low`.
+    template <int shift, int mask>
+    TARDIS_INLINE static void pair(__m512i& high, __m512i& low) {
+        const __m512i even = select(mask, _mm512_slli_epi16(high, shift), low);
+        low = select(mask, high, _mm512_srli_epi16(low, shift));
+        high = even;
+    }
+
+    template <int k>
+    TARDIS_INLINE __m512i code() const {
+        constexpr int shift = k / B * B;
+        if constexpr (B == 8) return line[k];
+        if constexpr (shift == 0) return _mm512_and_si512(line[k % B], bytes_of((1 << B) - 1));
+        return bits_of_bytes<shift, B>(line[k % B]);
+    }
+
+    // to: 64 codes for each bit.
+    TARDIS_INLINE void store(uint8_t (*to)[64]) const {
+        each<8>([&](auto k) TARDIS_INLINE { _mm512_store_si512(to[k], code<k>()); });
+    }
+};
+
+// In every lane of 32 bits, sum and the products of four codes with four values. As an instruction by hand because GCC
 // copies every sum to another register and back around the intrinsic.
-inline void add_products(__m512i& sum, __m512i code, __m512i values) {
+inline TARDIS_INLINE __m512i add_products(__m512i sum, __m512i code, __m512i values) {
 #if defined(__GNUC__) && !defined(__clang__)
-    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(code), "v"(values));
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(code), "vm"(values));
+    return sum;
 #else
-    sum = _mm512_dpbusd_epi32(sum, code, values);
+    return _mm512_dpbusd_epi32(sum, code, values);
 #endif
 }
 
-// out[0..15]: scales of a row, [groups] fp16, times those of an input, [segments], for the segments from number g.
-inline void factors(const Layout& layout, const uint16_t* weights, const float* input, int64_t g, float* out) {
-    const __mmask16 some = first16(layout.segment_count - g);
-    uint16_t own[16] = {};
-    if (layout.segment_count != layout.groups)
-        for (int j = 0; j < 16 && g + j < layout.segment_count; ++j) own[j] = weights[layout.segments[g + j].group];
-    else
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(own), _mm256_maskz_loadu_epi16(some, weights + g));
-    const __m512 wide = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(own)));
-    _mm512_store_ps(out, _mm512_mul_ps(wide, _mm512_maskz_loadu_ps(some, input + g)));
-}
+constexpr int64_t kMaxSegments = 256;  // of a row, in these kernels
 
-// R rows and T tokens from number `token`, with H halves of the inputs' values.
-template <int B, int H, int R, int T>
-void block_low_bit(const TardisMatrix& m, const Rows& rows, int64_t i, const Input& x, int64_t token, float* out) {
-    const Quantised& q = x.quantised;
-    const Layout layout = *q.layout;
-    const int64_t plane = m.rows * layout.row_bytes, stride = q.stride;
-    const __m512 middle = _mm512_set1_ps(static_cast<float>((1 << B) - 1) / 2);
-    const uint8_t *w[R], *ahead[R];
-    const uint16_t* scale[R];
-    for (int r = 0; r < R; ++r) {
-        w[r] = static_cast<const uint8_t*>(m.data) + rows.at(i + r) * layout.row_bytes;
-        ahead[r] = static_cast<const uint8_t*>(m.data) + rows.at(i + r + 2 * R) * layout.row_bytes;
-        scale[r] = m.scale + rows.at(i + r) * layout.groups;
-    }
-    __m512 total[R][T] = {};
-    alignas(64) float factor[R][T][16];  // of weights and inputs together, for 16 segments
-    for (int64_t g = 0; g < layout.segment_count; ++g) {
-        const Segment s = layout.segments[g];
-        if (g % 16 == 0)
-            for (int r = 0; r < R; ++r)
-                for (int t = 0; t < T; ++t)
-                    factors(layout, scale[r], q.scale + (token + t) * layout.segment_count, g, factor[r][t]);
-        __m512i sum[R][T][H] = {};
-        for (int64_t c = s.chunk; c < s.chunk + s.chunks; ++c) {
-            const int64_t byte = layout.chunks[c].byte;
-            const int8_t* values = q.values + token * H * stride + 64 * c;
-            // a little at a time, each row's lines in turn: many at once would hold up the loads
-            for (int b = 0; b < B && token == 0; ++b) prefetch(ahead[c % R] + b * plane + byte);
-            __m512i v[T][H];
-            for (int t = 0; t < T; ++t)
-                for (int h = 0; h < H; ++h) v[t][h] = _mm512_loadu_si512(values + (t * H + h) * stride);
-            for (int r = 0; r < R; ++r) {
-                const __m512i code = codes<B>(w[r] + byte, plane);
-                for (int t = 0; t < T; ++t)
-                    for (int h = 0; h < H; ++h) add_products(sum[r][t][h], code, v[t][h]);
-            }
+// Some rows and T tokens from number `token`, a block of columns after the other: of inputs, weights and sums together
+// as much is in use at a time as the first cache holds.
+template <int B, int H, int T>
+class Tile {
+public:
+    static constexpr int64_t kRows = B > 4 ? 4 : 8;
+
+    Tile(const TardisMatrix& m, const Rows& rows, int64_t first, const Input& x, int64_t token)
+        : q_(x.quantised), layout_(*q_.layout), missing_(B - m.bits), token_(token),
+          factors_((layout_.segment_count + 15) / 16 * 16) {
+        const int64_t row_bytes = m.bits * layout_.row_bytes;
+        for (int64_t r = 0; r < kRows; ++r) {
+            const int64_t row = rows.at(first + r), ahead = rows.at(first + r + kRows);
+            w_[r] = static_cast<const uint8_t*>(m.data) + row * row_bytes;
+            ahead_[r] = static_cast<const uint8_t*>(m.data) + ahead * row_bytes;
+            if (token == 0) prefetch(m.scale + ahead * layout_.groups);
+            begin(r, m.scale + row * layout_.groups, static_cast<float>((1 << m.bits) - 1) / -2);
         }
-        for (int t = 0; t < T; ++t) {
-            const int64_t at = (token + t) * layout.segment_count + g;
-            const __m512 all = _mm512_zextps128_ps512(_mm_load_ss(q.sum + at));  // in one lane, for all of them
-            for (int r = 0; r < R; ++r) {
+        for (int64_t b = 0; b < layout_.block_count; ++b) {
+            const Block& block = layout_.blocks[b];
+            for (int64_t r = 0; r < kRows; r += R) add(block, r);
+        }
+    }
+
+    float result(int64_t r, int64_t t) const { return _mm512_reduce_add_ps(total_[r][t]); }
+
+private:
+    static constexpr int R = B > 4 || T * H > 4 ? 2 : 4;  // rows at once: their sums are in registers
+    using Sums = __m512i[R][T][H];
+
+    // Row r's scale times each token's, and what its codes' middle takes from its products.
+    void begin(int64_t r, const uint16_t* scale, float middle) {
+        const int64_t count = layout_.segment_count, stride = factors_;
+        const float *sums = q_.sum + token_ * count, *units = q_.scale + token_ * count;
+        float* factor = factor_ + r * T * stride;
+        const __m512 middles = _mm512_set1_ps(middle);
+        __m512 total[T];
+        each<T>([&](auto t) TARDIS_INLINE { total[t] = _mm512_setzero_ps(); });
+        for (int64_t g = 0; g < count; g += 16) {
+            const __mmask16 some = first16(count - g);
+            const __m512 own = scales(scale, g), from_middle = _mm512_mul_ps(own, middles);
+            each<T>([&](auto t) TARDIS_INLINE {
+                const int64_t at = t * count + g;
+                total[t] = _mm512_fmadd_ps(from_middle, _mm512_maskz_loadu_ps(some, sums + at), total[t]);
+                const __m512 both = _mm512_mul_ps(own, _mm512_maskz_loadu_ps(some, units + at));
+                _mm512_storeu_ps(factor + t * stride + g, both);
+            });
+        }
+        each<T>([&](auto t) TARDIS_INLINE { total_[r][t] = total[t]; });
+    }
+
+    // Of the segments from number g on, in fp32.
+    __m512 scales(const uint16_t* scale, int64_t g) const {
+        const int64_t count = layout_.segment_count;
+        if (count == layout_.groups) return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first16(count - g), scale + g));
+        if (layout_.groups == 1) return _mm512_set1_ps(_cvtsh_ss(scale[0]));
+        alignas(32) uint16_t own[16] = {};
+        for (int j = 0; j < 16 && g + j < count; ++j) own[j] = scale[layout_.segments[g + j].group];
+        return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(own)));
+    }
+
+    // The products of a block of rows first..first + R - 1.
+    void add(const Block& block, int64_t first) {
+        const uint8_t *const *w = w_ + first, *const *ahead = ahead_ + first;
+        const int64_t row_bytes = layout_.row_bytes, stride = q_.stride, factors = factors_;
+        const int8_t* values = q_.values + token_ * H * stride + 64 * block.piece;
+        const float* factor = factor_ + first * T * factors + block.segment;
+        const int missing = missing_;
+        const __mmask64 bytes = first64(block.bytes);
+        Codes<B> codes[R];
+        each<R>([&](auto r) TARDIS_INLINE {
+            codes[r].load(w[r] + block.byte, row_bytes, missing, bytes);
+            if (token_ > 0) return;
+            for (int p = missing; p < B; ++p) prefetch(ahead[r] + (p - missing) * row_bytes + block.byte);
+        });
+        Sums sum;
+        clear(sum);
+        const auto end_segment = [&]() TARDIS_INLINE {
+            add_segment(factor++, factors, sum, total_ + first);
+            clear(sum);
+        };
+        if (block.whole) {
+            const int ends = block.ends;
+            each<8>([&](auto k) TARDIS_INLINE {
+                add_piece<k>(values + 64 * k, stride, codes, sum);
+                if (ends & (1 << k)) end_segment();
+            });
+            return;
+        }
+        const Piece *piece = layout_.pieces + block.piece, *end = piece + block.pieces;
+        each<8>([&](auto k) TARDIS_INLINE {
+            for (; piece != end && piece->bit == k; ++piece, values += 64) {
+                add_piece<k>(values, stride, codes, sum);
+                if (piece->last) end_segment();
+            }
+        });
+    }
+
+    template <int k>
+    TARDIS_INLINE static void add_piece(const int8_t* values, int64_t stride, const Codes<B> (&codes)[R], Sums& sum) {
+        __m512i own[R];
+        each<R>([&](auto r) TARDIS_INLINE { own[r] = codes[r].template code<k>(); });
+        each<T>([&](auto t) TARDIS_INLINE {
+            each<H>([&](auto h) TARDIS_INLINE {
+                const __m512i v = _mm512_loadu_si512(values + (t * H + h) * stride);
+                each<R>([&](auto r) TARDIS_INLINE { sum[r][t][h] = add_products(sum[r][t][h], own[r], v); });
+            });
+        });
+    }
+
+    TARDIS_INLINE static void clear(Sums& sum) {
+        each<R>([&](auto r) TARDIS_INLINE {
+            each<T>([&](auto t) TARDIS_INLINE {
+                each<H>([&](auto h) TARDIS_INLINE { sum[r][t][h] = _mm512_setzero_si512(); });
+            });
+        });
+    }
+
+    TARDIS_INLINE static void add_segment(const float* factor, int64_t factors, const Sums& sum, __m512 (*total)[T]) {
+        each<R>([&](auto r) TARDIS_INLINE {
+            each<T>([&](auto t) TARDIS_INLINE {
                 __m512i dot = sum[r][t][0];
-                if (H == 2) dot = _mm512_add_epi32(_mm512_slli_epi32(dot, 8), sum[r][t][H - 1]);
-                const __m512 level = _mm512_fnmadd_ps(middle, all, _mm512_cvtepi32_ps(dot));
-                total[r][t] = _mm512_fmadd_ps(level, _mm512_set1_ps(factor[r][t][g % 16]), total[r][t]);
-            }
-        }
+                if constexpr (H == 2) dot = _mm512_add_epi32(_mm512_slli_epi32(dot, 8), sum[r][t][1]);
+                const __m512 both = _mm512_set1_ps(factor[(r * T + t) * factors]);
+                total[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), both, total[r][t]);
+            });
+        });
     }
-    for (int r = 0; r < R && i + r < rows.end; ++r)
-        for (int t = 0; t < T; ++t) out[(i + r - rows.begin) * x.tokens + token + t] = _mm512_reduce_add_ps(total[r][t]);
+
+    const Quantised q_;
+    const Layout layout_;
+    const int missing_;  // planes, of the B that codes here have
+    const int64_t token_, factors_;
+    const uint8_t *w_[kRows], *ahead_[kRows];
+    __m512 total_[kRows][T];
+    alignas(64) float factor_[kRows * T * kMaxSegments];
+};
+
+template <int B, int H, int T>
+void sweep(const TardisMatrix& m, const Rows& rows, const Input& x, int64_t token, float* out) {
+    using Rectangle = Tile<B, H, T>;
+    for (int64_t i = rows.begin; i < rows.end; i += Rectangle::kRows) {
+        const Rectangle tile(m, rows, i, x, token);
+        const int64_t count = rows.end - i < Rectangle::kRows ? rows.end - i : Rectangle::kRows;
+        for (int64_t t = 0; t < T; ++t)
+            for (int64_t r = 0; r < count; ++r) out[(token + t) * kBlockRows + i - rows.begin + r] = tile.result(r, t);
+    }
 }
 
 template <int B, int H>
 void product_bits(const TardisMatrix& m, const Rows& rows, const Input& x, float* out) {
-    if (x.tokens == 1) {
-        for (int64_t i = rows.begin; i < rows.end; i += 4) block_low_bit<B, H, 4, 1>(m, rows, i, x, 0, out);
-        return;
-    }
-    for (int64_t i = rows.begin; i < rows.end; i += 2) {
-        int64_t t = 0;
-        for (; t + 4 <= x.tokens; t += 4) block_low_bit<B, H, 2, 4>(m, rows, i, x, t, out);
-        for (; t + 2 <= x.tokens; t += 2) block_low_bit<B, H, 2, 2>(m, rows, i, x, t, out);
-        for (; t < x.tokens; ++t) block_low_bit<B, H, 2, 1>(m, rows, i, x, t, out);
-    }
+    int64_t t = 0;
+    for (; t + 4 <= x.tokens; t += 4) sweep<B, H, 4>(m, rows, x, t, out);
+    for (; t + 2 <= x.tokens; t += 2) sweep<B, H, 2>(m, rows, x, t, out);
+    for (; t < x.tokens; ++t) sweep<B, H, 1>(m, rows, x, t, out);
 }
 
-// Their entries are for one bit, two bits, and so on.
+// Their entries are for 0 to 8 bits: codes of 3 bits are taken as of 4, and those of 5 to 7 as of 8.
 const Product kEightBitInputs[] = {
-    product_bits<1, 1>, product_bits<2, 1>, product_bits<3, 1>, product_bits<4, 1>,
-    product_bits<5, 1>, product_bits<6, 1>, product_bits<7, 1>, product_bits<8, 1>,
+    nullptr,           product_bits<1, 1>, product_bits<2, 1>, product_bits<4, 1>, product_bits<4, 1>,
+    product_bits<8, 1>, product_bits<8, 1>, product_bits<8, 1>, product_bits<8, 1>,
 };
 const Product kSixteenBitInputs[] = {
-    product_bits<1, 2>, product_bits<2, 2>, product_bits<3, 2>, product_bits<4, 2>,
-    product_bits<5, 2>, product_bits<6, 2>, product_bits<7, 2>, product_bits<8, 2>,
+    nullptr,           product_bits<1, 2>, product_bits<2, 2>, product_bits<4, 2>, product_bits<4, 2>,
+    product_bits<8, 2>, product_bits<8, 2>, product_bits<8, 2>, product_bits<8, 2>,
 };
 
-// Rows of less than 8 bytes are for the plain kernels.
+// Rows of very many groups are for the plain kernels.
 void product_low_bit(const TardisMatrix& m, const Rows& rows, const Input& x, float* out) {
-    if (x.quantised.layout->row_bytes < 8) return portable_table()->low_bit(m, rows, x, out);
+    if (x.quantised.layout->segment_count > kMaxSegments) return portable_table()->low_bit(m, rows, x, out);
     const Product* products = x.quantised.halves == 1 ? kEightBitInputs : kSixteenBitInputs;
-    products[m.bits - 1](m, rows, x, out);
+    products[m.bits](m, rows, x, out);
 }
 
-// Puts the bits of each byte, which lie highest first, in the order of the columns.
-__m512i in_column_order(__m512i code) {
-    const __m512i reversed = _mm512_set_epi64(
-        0x08090a0b0c0d0e0f, 0x0001020304050607, 0x08090a0b0c0d0e0f, 0x0001020304050607,
-        0x08090a0b0c0d0e0f, 0x0001020304050607, 0x08090a0b0c0d0e0f, 0x0001020304050607
-    );
-    return _mm512_shuffle_epi8(code, reversed);
-}
-
-// y[0..63] += factor * (code - middle), in the lanes of a mask. Whole chunks are stored as such, which is faster.
-void add_chunk(float* y, const __m512i* code, __m512 factor, __m512 middle, __mmask64 lanes) {
-    for (int j = 0; j < 4; ++j) {
-        const __m512 level = _mm512_sub_ps(_mm512_cvtepi32_ps(code[j]), middle);
-        if (lanes == ~0ull) {
-            _mm512_storeu_ps(y + 16 * j, _mm512_fmadd_ps(factor, level, _mm512_loadu_ps(y + 16 * j)));
-        } else {
-            const __mmask16 k = static_cast<__mmask16>(lanes >> (16 * j));
-            const __m512 before = _mm512_maskz_loadu_ps(k, y + 16 * j);
-            _mm512_mask_storeu_ps(y + 16 * j, k, _mm512_fmadd_ps(factor, level, before));
-        }
-    }
+// 16 codes as weights over their scale. Up to four bits they are looked up in a table of them.
+template <int B>
+__m512 levels(__m512i codes, __m512 table) {
+    if constexpr (B <= 4) return _mm512_permutexvar_ps(codes, table);
+    return _mm512_sub_ps(_mm512_cvtepi32_ps(codes), table);
 }
 
 template <int B>
-void add_bits(
-    const TardisMatrix& m, const Layout* layout, const Terms& terms, Range range, float* y, int64_t stride
-) {
-    const int64_t plane = m.rows * layout->row_bytes;
-    const __m512 middle = _mm512_set1_ps(static_cast<float>((1 << B) - 1) / 2);
+__m512 level_table(int bits) {
+    const float middle = static_cast<float>((1 << bits) - 1) / 2;
+    alignas(64) float values[16];
+    for (int j = 0; j < 16; ++j) values[j] = B <= 4 ? static_cast<float>(j) - middle : middle;
+    return _mm512_load_ps(values);
+}
+
+// y[0..count-1] += factor * weights of codes.
+template <int B>
+inline void add_piece(float* y, const uint8_t* codes, int64_t count, __m512 factor, __m512 table) {
+    int64_t j = 0;
+    for (; j + 16 <= count; j += 16) {
+        const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + j)));
+        _mm512_storeu_ps(y + j, _mm512_fmadd_ps(factor, levels<B>(wide, table), _mm512_loadu_ps(y + j)));
+    }
+    if (j == count) return;
+    const __mmask16 some = first16(count - j);
+    const __m512i wide = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, codes + j));
+    const __m512 before = _mm512_maskz_loadu_ps(some, y + j);
+    _mm512_mask_storeu_ps(y + j, some, _mm512_fmadd_ps(factor, levels<B>(wide, table), before));
+}
+
+template <int B>
+void add_bits(const TardisMatrix& m, const Layout* layout, const Terms& terms, Range range, float* y) {
+    const int64_t plane = layout->row_bytes;
+    const __m512 table = level_table<B>(m.bits);
     const auto start = [&](int64_t e) {
         const int64_t row = terms.index[e < terms.count ? e : terms.count - 1];
-        return static_cast<const uint8_t*>(m.data) + row * layout->row_bytes;
+        return static_cast<const uint8_t*>(m.data) + row * m.bits * plane;
     };
     for (int64_t e = 0; e < terms.count; ++e) {
-        const uint8_t *w = start(e), *ahead = start(e + 4);
+        const uint8_t *w = start(e), *ahead = start(e + kAhead);
         const uint16_t* scale = m.scale + static_cast<int64_t>(terms.index[e]) * layout->groups;
-        for (int64_t c = range.begin; c < range.end; ++c) {
-            const Chunk chunk = layout->chunks[c];
-            if ((c & 7) == 0)
-                for (int b = 0; b < B; ++b) prefetch(ahead + b * plane + chunk.byte);
-            const __m512i all = in_column_order(codes<B>(w + chunk.byte, plane));
-            const __m512i code[4] = {
-                _mm512_cvtepu8_epi32(_mm512_castsi512_si128(all)),
-                _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(all, 1)),
-                _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(all, 2)),
-                _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(all, 3)),
-            };
-            const __mmask64 lanes = (~0ull >> (64 - chunk.count)) << chunk.shift;
-            const float unit = _cvtsh_ss(scale[chunk.group]);
-            for (int64_t t = 0; t < terms.tokens; ++t) {
-                const float r = terms.r[e * terms.tokens + t] * unit;
-                if (r != 0) add_chunk(y + t * stride + 8 * chunk.byte, code, _mm512_set1_ps(r), middle, lanes);
+        for (int64_t b = range.begin; b < range.end; ++b) {
+            const Block& block = layout->blocks[b];
+            for (int p = 0; p < m.bits; ++p) prefetch(ahead + p * plane + block.byte);
+            alignas(64) uint8_t stored[8][64];
+            Codes<B> codes;
+            codes.load(w + block.byte, plane, B - m.bits, first64(block.bytes));
+            codes.store(stored);
+            for (int32_t p = block.piece; p < block.piece + block.pieces; ++p) {
+                const Piece& piece = layout->pieces[p];
+                const __m512 factor = _mm512_set1_ps(terms.r[e] * _cvtsh_ss(scale[piece.group]));
+                add_piece<B>(y + piece.column, stored[piece.bit] + piece.first, piece.count, factor, table);
             }
         }
     }
 }
 
 const Accumulate kAddBits[] = {
-    add_bits<1>, add_bits<2>, add_bits<3>, add_bits<4>, add_bits<5>, add_bits<6>, add_bits<7>, add_bits<8>,
+    nullptr, add_bits<1>, add_bits<2>, add_bits<4>, add_bits<4>, add_bits<8>, add_bits<8>, add_bits<8>, add_bits<8>,
 };
 
-void add_low_bit(
-    const TardisMatrix& m, const Layout* layout, const Terms& terms, Range range, float* y, int64_t stride
-) {
-    if (layout->row_bytes < 8) return portable_table()->add_low_bit(m, layout, terms, range, y, stride);
-    kAddBits[m.bits - 1](m, layout, terms, range, y, stride);
+void add_low_bit(const TardisMatrix& m, const Layout* layout, const Terms& terms, Range range, float* y) {
+    kAddBits[m.bits](m, layout, terms, range, y);
+}
+
+void widen(const TardisVector& v, int64_t begin, int64_t count, float* out) {
+    if (v.type != TARDIS_FP16) return portable_table()->widen(v, begin, count, out);
+    const auto* from = static_cast<const uint16_t*>(v.data) + begin;
+    for (int64_t j = 0; j < count; j += 16) {
+        const __mmask16 some = first16(count - j);
+        _mm512_mask_storeu_ps(out + j, some, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, from + j)));
+    }
+}
+
+uint64_t outside(const float* z, const float* low, const float* high, int64_t count) {
+    uint64_t found = 0;
+    for (int64_t j = 0; j < count; j += 16) {
+        const __mmask16 some = first16(count - j);
+        const __m512 at = _mm512_maskz_loadu_ps(some, z + j);
+        const __mmask16 below = _mm512_mask_cmp_ps_mask(some, at, _mm512_maskz_loadu_ps(some, low + j), _CMP_NGE_UQ);
+        const __mmask16 above = _mm512_mask_cmp_ps_mask(some, at, _mm512_maskz_loadu_ps(some, high + j), _CMP_NLE_UQ);
+        found |= static_cast<uint64_t>(below | above) << j;
+    }
+    return found;
 }
 
 const Table kTable = {
-    product_dense<Bf16>, product_dense<F32>, product_low_bit, add_dense<Bf16>, add_dense<F32>, add_low_bit,
+    product_dense<Bf16>, product_dense<F32>, product_low_bit, add_dense<Bf16>,
+    add_dense<F32>,      add_low_bit,        widen,           outside,
 };
 
 }  // namespace

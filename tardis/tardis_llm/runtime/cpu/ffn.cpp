@@ -17,17 +17,20 @@
 namespace tardis {
 namespace {
 
-constexpr int64_t kBlockRows = 64;  // of a task
-constexpr int64_t kAddColumns = 1024;  // of a task that adds dense rows: some rows and those ahead fit the first cache
+constexpr int64_t kAddColumns = 2304;  // of a task that adds rows: its outputs fit the first cache
+constexpr int64_t kAddEntries = 256;  // of the list, that all tokens add before any adds the next
 constexpr int64_t kBytesPerThread = 1 << 16;  // waking a thread for less costs more than it brings
 
+// Some numbers of a vector, in fp32.
+struct Widened {
+    float at[kBlockRows];
+    Widened(const TardisVector& v, int64_t begin, int64_t end) { kernels().widen(v, begin, end - begin, at); }
+};
+
 float number(const TardisVector& v, int64_t i) {
-    switch (v.type) {
-        case TARDIS_BF16: return from_bf16(static_cast<const uint16_t*>(v.data)[i]);
-        case TARDIS_FP16: return from_fp16(static_cast<const uint16_t*>(v.data)[i]);
-        case TARDIS_FP32: return static_cast<const float*>(v.data)[i];
-        default: return 0;
-    }
+    float value;
+    kernels().widen(v, i, 1, &value);
+    return value;
 }
 
 void store(const TardisBatch& batch, int64_t at, float value) {
@@ -55,7 +58,19 @@ int64_t block_rows(int64_t rows, int threads) {
 
 int64_t blocks(int64_t rows, int64_t block) { return (rows + block - 1) / block; }
 
-bool outside(float zhat, float low, float high) { return !(zhat >= low && zhat <= high); }
+// What leaves its range of the predictions of rows begin..end-1, to which b1 is added: bits by token, and their union.
+struct OutOfRange {
+    uint64_t token[kMaxTokens], any;
+    OutOfRange(const TardisFFN& ffn, int64_t begin, int64_t end, int64_t tokens, float* zhat) : any(0) {
+        const Widened b1(ffn.b1, begin, end), low(ffn.low, begin, end), high(ffn.high, begin, end);
+        for (int64_t t = 0; t < tokens; ++t) {
+            float* z = zhat + t * kBlockRows;
+            for (int64_t i = 0; i < end - begin; ++i) z[i] += b1.at[i];
+            token[t] = kernels().outside(z, low.at, high.at, end - begin);
+            any |= token[t];
+        }
+    }
+};
 
 // Working memory of a thread that calls, kept from call to call.
 template <typename T>
@@ -118,34 +133,31 @@ private:
 
     void predict(const Input& in, int64_t task) {
         const int64_t begin = task * block_, end = std::min(begin + block_, h_);
-        float zhat[kBlockRows * kMaxTokens];
+        float zhat[kMaxTokens * kBlockRows];
         product_of(ffn_.predictor)(ffn_.predictor, {nullptr, begin, end, h_}, in, zhat);
+        const OutOfRange out(ffn_, begin, end, tokens_, zhat);
         int64_t at = begin;
-        for (int64_t i = begin; i < end; ++i) {
-            const float b1 = number(ffn_.b1, i), low = number(ffn_.low, i), high = number(ffn_.high, i);
-            float* row = zhat + (i - begin) * tokens_;
-            uint64_t out = 0;
+        for (uint64_t left = out.any; left; left &= left - 1, ++at) {
+            const int i = __builtin_ctzll(left);
+            uint64_t tokens = 0;
             for (int64_t t = 0; t < tokens_; ++t) {
-                row[t] += b1;
-                out |= static_cast<uint64_t>(outside(row[t], low, high)) << t;
+                tokens |= ((out.token[t] >> i) & 1) << t;
+                fixed_.z[at * tokens_ + t] = zhat[t * kBlockRows + i];
             }
-            if (!out) continue;
-            fixed_.index[at] = static_cast<int32_t>(i);
-            fixed_.tokens[at] = out;
-            std::copy(row, row + tokens_, fixed_.z + at * tokens_);
-            ++at;
+            fixed_.index[at] = static_cast<int32_t>(begin + i);
+            fixed_.tokens[at] = tokens;
         }
         counts_[task] = static_cast<int32_t>(at - begin);
     }
 
     // Without a fold, the outputs begin at the bias.
     void fold(const Input& in, int64_t begin, int64_t end) {
-        float out[kBlockRows * kMaxTokens] = {};
+        float out[kMaxTokens * kBlockRows] = {};
         if (ffn_.fold.type != TARDIS_NONE) product_of(ffn_.fold)(ffn_.fold, {nullptr, begin, end, d_}, in, out);
-        for (int64_t j = begin; j < end; ++j) {
-            const float bias = number(ffn_.bias, j);
-            for (int64_t t = 0; t < tokens_; ++t) y_[t * stride_ + j] = out[(j - begin) * tokens_ + t] + bias;
-        }
+        const Widened bias(ffn_.bias, begin, end);
+        for (int64_t t = 0; t < tokens_; ++t)
+            for (int64_t j = begin; j < end; ++j)
+                y_[t * stride_ + j] = out[t * kBlockRows + j - begin] + bias.at[j - begin];
     }
 
     // Joins the tasks' lists.
@@ -163,7 +175,7 @@ private:
         fixed_.count = to;
     }
 
-    // Replaces predictions by residuals, zero where the token does not fix the neuron.
+    // Replaces predictions by residuals, for the tokens that fix the neuron.
     void residuals() {
         const bool product = ffn_.up.type != TARDIS_NONE;
         const Input& in = product ? inputs_.for_matrix(ffn_.up) : x_;
@@ -171,45 +183,80 @@ private:
         const int64_t block = block_rows(fixed_.count, threads);
         parallel(threads, blocks(fixed_.count, block), [&](int64_t task) {
             const int64_t begin = task * block, end = std::min(begin + block, fixed_.count);
-            float z[kBlockRows * kMaxTokens] = {};
-            if (product) product_of(ffn_.up)(ffn_.up, {fixed_.index, begin, end, fixed_.count}, in, z);
-            for (int64_t e = begin; e < end; ++e) residual(e, z + (e - begin) * tokens_);
+            float z[kMaxTokens * kBlockRows];
+            if (product) products(in, begin, end, z);
+            for (int64_t e = begin; e < end; ++e) residual(e, product ? z + e - begin : nullptr);
         });
     }
 
-    // z: the product of entry e with what `up` holds, for each token.
+    // z[token * kBlockRows + e - begin] = row e of `up` times the token, where it fixes the neuron. Each product is one
+    // row's with one token, so that what a token gets does not depend on the others in its batch.
+    void products(const Input& in, int64_t begin, int64_t end, float* z) {
+        const Product product = product_of(ffn_.up);
+        for (int64_t t = 0; t < tokens_; ++t) {
+            int32_t rows[kBlockRows], places[kBlockRows];
+            float own[kBlockRows];
+            int64_t count = 0;
+            for (int64_t e = begin; e < end; ++e) {
+                if (!fixes(e, t)) continue;
+                rows[count] = fixed_.index[e];
+                places[count++] = static_cast<int32_t>(e - begin);
+            }
+            if (count) product(ffn_.up, {rows, 0, count, count}, of_token(in, t), own);
+            for (int64_t j = 0; j < count; ++j) z[t * kBlockRows + places[j]] = own[j];
+        }
+    }
+
+    bool fixes(int64_t e, int64_t t) const { return (fixed_.tokens[e] >> t) & 1; }
+
+    // z: the products of entry e with what `up` holds, by token; null if it holds nothing.
     void residual(int64_t e, const float* z) {
         const bool predicted = ffn_.down.type == TARDIS_LOW_BIT;  // `up` is what the predictor leaves
         const int64_t i = fixed_.index[e];
         const float b1 = number(ffn_.b1, i), slope = number(ffn_.slope, i), offset = number(ffn_.offset, i);
         float* r = fixed_.z + e * tokens_;
         for (int64_t t = 0; t < tokens_; ++t) {
-            const float at = z[t] + (predicted ? r[t] : b1);
-            const bool out = (fixed_.tokens[e] >> t) & 1;
-            r[t] = out ? activate(ffn_.activation, at) - slope * at - offset : 0;
+            if (!fixes(e, t)) continue;
+            const float at = (z ? z[t * kBlockRows] : 0) + (predicted ? r[t] : b1);
+            r[t] = activate(ffn_.activation, at) - slope * at - offset;
         }
     }
 
     void add() {
         const bool low_bit = ffn_.down.type == TARDIS_LOW_BIT;
         const Layout* layout = low_bit ? &inputs_.layout_of(ffn_.down) : nullptr;
-        const int64_t unit = low_bit ? 8 : 64;  // a line of memory or two, so that no two threads read the same one
-        const int64_t width = low_bit ? layout->chunk_count : d_;
+        const int64_t unit = low_bit ? 1 : 64;  // a line of memory or two, so that no two threads read the same one
+        const int64_t width = low_bit ? layout->block_count : d_;
         const int threads = threads_for(fixed_.count * row_bytes(ffn_.down), batch_.threads);
         const int64_t share = std::min(width / (threads == 1 ? 1 : 2 * threads), low_bit ? width : kAddColumns);
         const int64_t step = std::max<int64_t>((share + unit - 1) / unit, 1) * unit;
-        const Terms terms = {fixed_.index, fixed_.z, fixed_.count, tokens_};
         parallel(threads, blocks(width, step), [&](int64_t task) {
             const Range range = {task * step, std::min((task + 1) * step, width)};
-            if (terms.count) accumulate_of(ffn_.down)(ffn_.down, layout, terms, range, y_, stride_);
+            for (int64_t e = 0; e < fixed_.count; e += kAddEntries)
+                add_entries(layout, e, std::min(e + kAddEntries, fixed_.count), range);
             int64_t begin = range.begin, end = range.end;
             if (low_bit) {
-                const Chunk& last = layout->chunks[end - 1];
-                begin = layout->chunks[begin].first, end = last.first + last.count;
+                const Block& last = layout->blocks[end - 1];
+                begin = layout->blocks[begin].column, end = last.column + last.columns;
             }
             for (int64_t t = 0; t < tokens_; ++t)
                 for (int64_t j = begin; j < end; ++j) store(batch_, t * d_ + j, y_[t * stride_ + j]);
         });
+    }
+
+    void add_entries(const Layout* layout, int64_t begin, int64_t end, Range range) {
+        const Accumulate accumulate = accumulate_of(ffn_.down);
+        for (int64_t t = 0; t < tokens_; ++t) {
+            int32_t index[kAddEntries];
+            float r[kAddEntries];
+            int64_t count = 0;
+            for (int64_t e = begin; e < end; ++e) {
+                if (!fixes(e, t)) continue;
+                index[count] = fixed_.index[e];
+                r[count++] = fixed_.z[e * tokens_ + t];
+            }
+            if (count) accumulate(ffn_.down, layout, {index, r, count}, range, y_ + t * stride_);
+        }
     }
 
     const TardisFFN& ffn_;
@@ -233,13 +280,12 @@ void linear(const TardisMatrix& weight, const TardisVector& bias, const TardisBa
     const int64_t block = block_rows(weight.rows, threads);
     parallel(threads, blocks(weight.rows, block), [&](int64_t task) {
         const int64_t begin = task * block, end = std::min(begin + block, weight.rows);
-        float out[kBlockRows * kMaxTokens];
+        float out[kMaxTokens * kBlockRows];
         product_of(weight)(weight, {nullptr, begin, end, weight.rows}, x, out);
-        for (int64_t i = begin; i < end; ++i) {
-            const float b = number(bias, i);
-            for (int64_t t = 0; t < batch.tokens; ++t)
-                store(batch, t * weight.rows + i, out[(i - begin) * batch.tokens + t] + b);
-        }
+        const Widened b(bias, begin, end);
+        for (int64_t t = 0; t < batch.tokens; ++t)
+            for (int64_t i = begin; i < end; ++i)
+                store(batch, t * weight.rows + i, out[t * kBlockRows + i - begin] + b.at[i - begin]);
     });
 }
 
@@ -251,14 +297,12 @@ void fixed(const TardisFFN& ffn, const TardisBatch& batch) {
     const int64_t block = block_rows(m.rows, threads);
     parallel(threads, blocks(m.rows, block), [&](int64_t task) {
         const int64_t begin = task * block, end = std::min(begin + block, m.rows);
-        float zhat[kBlockRows * kMaxTokens];
+        float zhat[kMaxTokens * kBlockRows];
         product_of(m)(m, {nullptr, begin, end, m.rows}, x, zhat);
-        for (int64_t i = begin; i < end; ++i) {
-            const float b1 = number(ffn.b1, i), low = number(ffn.low, i), high = number(ffn.high, i);
-            for (int64_t t = 0; t < batch.tokens; ++t)
-                static_cast<uint8_t*>(batch.y)[t * m.rows + i] =
-                    outside(zhat[(i - begin) * batch.tokens + t] + b1, low, high);
-        }
+        const OutOfRange out(ffn, begin, end, batch.tokens, zhat);
+        for (int64_t t = 0; t < batch.tokens; ++t)
+            for (int64_t i = begin; i < end; ++i)
+                static_cast<uint8_t*>(batch.y)[t * m.rows + i] = (out.token[t] >> (i - begin)) & 1;
     });
 }
 

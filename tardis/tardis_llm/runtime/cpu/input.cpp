@@ -9,6 +9,15 @@
 namespace tardis {
 namespace {
 
+constexpr int64_t kBlockColumns = 512;
+
+int32_t small(int64_t value) { return static_cast<int32_t>(value); }
+
+template <typename T>
+int32_t small(const std::vector<T>& list) {
+    return static_cast<int32_t>(list.size());
+}
+
 int64_t padded(int64_t columns) { return (columns + kPad - 1) / kPad * kPad + kPad; }
 
 float widened(const TardisBatch& batch, int64_t at) {
@@ -19,25 +28,40 @@ float widened(const TardisBatch& batch, int64_t at) {
 }  // namespace
 
 GroupLayout::GroupLayout(int64_t columns, int64_t group_size) : columns_(columns), group_size_(group_size) {
-    int32_t group = 0;
-    for (int64_t begin = 0; begin < columns; begin += group_size)
-        add_group(group++, begin, std::min(begin + group_size, columns));
+    for (int64_t begin = 0; begin < columns; begin += kBlockColumns)
+        add_block(begin, std::min(begin + kBlockColumns, columns));
+    for (const Segment& segment : segments_) pieces_[segment.piece + segment.pieces - 1].last = 1;
+    for (Block& block : blocks_)
+        for (int32_t k = 0; block.whole && k < 8; ++k) block.ends |= pieces_[block.piece + k].last << k;
     const auto count = [](const auto& list) { return static_cast<int64_t>(list.size()); };
-    layout_ = {chunks_.data(), segments_.data(), count(chunks_), count(segments_), (columns + 7) / 8, group};
+    layout_ = {
+        blocks_.data(), pieces_.data(), segments_.data(), count(blocks_), count(pieces_), count(segments_),
+        (columns + 7) / 8, segments_.back().group + 1,
+    };
 }
 
-// Chunks begin at bytes: the first of a group may share its byte with the group before.
-void GroupLayout::add_group(int32_t group, int64_t begin, int64_t end) {
-    const int64_t last_byte = std::max<int64_t>((columns_ + 7) / 8 - 8, 0);
-    int64_t first = begin, byte = begin / 8;
-    for (int32_t chunk = 0; first < end; ++chunk, byte += 8) {
-        const int64_t from = std::min(byte, last_byte), stop = std::min(8 * from + 64, end);
-        if (chunk % kSegmentChunks == 0) segments_.push_back({static_cast<int32_t>(chunks_.size()), 0, group});
-        ++segments_.back().chunks;
-        const auto small = [](int64_t value) { return static_cast<int32_t>(value); };
-        chunks_.push_back({small(from), small(first - 8 * from), small(first), small(stop - first), group});
-        first = stop;
+void GroupLayout::add_block(int64_t begin, int64_t end) {
+    const int64_t bytes = (end - begin + 7) / 8;
+    Block block = {small(begin / 8), small(bytes), small(begin), small(end - begin), small(pieces_), 0, small(segments_), 0, 0};
+    for (int64_t bit = 0; bit < 8; ++bit) {
+        const int64_t from = begin + bit * bytes, to = std::min(from + bytes, end);
+        for (int64_t at = from; at < to;) {
+            const int64_t stop = std::min((at / group_size_ + 1) * group_size_, to);
+            add_piece(block, bit, at - from, at, stop - at);
+            at = stop;
+        }
     }
+    block.pieces = small(pieces_) - block.piece;
+    block.whole = end - begin == kBlockColumns && block.pieces == 8;
+    blocks_.push_back(block);
+}
+
+void GroupLayout::add_piece(const Block& block, int64_t bit, int64_t first, int64_t column, int64_t count) {
+    const int64_t group = column / group_size_;
+    if (small(segments_) == block.segment || segments_.back().group != group)
+        segments_.push_back({small(pieces_), 0, small(group)});
+    ++segments_.back().pieces;
+    pieces_.push_back({small(bit), small(first), small(count), small(column), small(group), 0});
 }
 
 Inputs::Inputs(const TardisBatch& batch, int64_t columns)
@@ -71,7 +95,7 @@ Inputs::Variant& Inputs::variant(const TardisMatrix& m) {
 
 void Inputs::quantise(Variant& variant) {
     const Layout& layout = variant.layout.view();
-    const int64_t stride = layout.chunk_count * 64, tokens = plain_.tokens;
+    const int64_t stride = layout.piece_count * 64, tokens = plain_.tokens;
     variant.values.resize(static_cast<size_t>(tokens * halves_ * stride));
     variant.scale.resize(static_cast<size_t>(tokens * layout.segment_count));
     variant.sum.resize(variant.scale.size());
@@ -90,40 +114,36 @@ void Inputs::quantise(Variant& variant) {
 void Inputs::quantise_segment(Variant& variant, int64_t token, int64_t number) {
     const Layout& layout = variant.layout.view();
     const Segment& segment = layout.segments[number];
-    const Chunk* chunks = layout.chunks + segment.chunk;
-    const int64_t stride = layout.chunk_count * 64;
     const float* x = plain_.f32 + token * plain_.stride;
     const float top = halves_ == 1 ? 127.0f : 127.0f * 257.0f;
-    const Chunk& last = chunks[segment.chunks - 1];
+    const int64_t begin = layout.pieces[segment.piece].column, last = segment.piece + segment.pieces - 1;
+    const int64_t end = layout.pieces[last].column + layout.pieces[last].count;
     float largest = 0;
     bool finite = true;
-    for (int64_t j = chunks[0].first; j < last.first + last.count; ++j) {
+    for (int64_t j = begin; j < end; ++j) {
         const float size = std::fabs(x[j]);
         finite &= size <= std::numeric_limits<float>::max();
         largest = std::max(largest, size);
     }
     const bool zero = !finite || largest < 1e-30f;
-    const float inverse = zero ? 0 : top / largest;
-    int8_t* values = variant.values.data() + token * halves_ * stride + segment.chunk * 64;
+    const float inverse = zero ? 0 : top / largest, unit = largest / top;
+    const int64_t stride = layout.piece_count * 64;
+    int8_t* values = variant.values.data() + token * halves_ * stride;
     int64_t sum = 0;
-    for (int32_t c = 0; c < segment.chunks && !zero; ++c) {
-        const Chunk& chunk = chunks[c];
-        for (int32_t j = chunk.shift; j < chunk.shift + chunk.count; ++j) {
-            const int32_t value = static_cast<int32_t>(std::lrintf(x[8 * chunk.byte + j] * inverse));
-            int8_t* to = values + 64 * c + (j & ~7) + 7 - (j & 7);
+    for (int64_t p = segment.piece; p <= last && !zero; ++p) {
+        const float* from = x + layout.pieces[p].column;
+        int8_t* to = values + 64 * p + layout.pieces[p].first;
+        for (int32_t j = 0; j < layout.pieces[p].count; ++j) {
+            const int32_t value = static_cast<int32_t>(std::lrintf(from[j] * inverse));
+            const int8_t low = static_cast<int8_t>(value & 0xff);
             sum += value;
-            if (halves_ == 1) {
-                *to = static_cast<int8_t>(value);
-            } else {
-                const int8_t low = static_cast<int8_t>(value & 0xff);
-                to[0] = static_cast<int8_t>((value - low) >> 8);
-                to[stride] = low;
-            }
+            to[j] = halves_ == 1 ? low : static_cast<int8_t>((value - low) >> 8);
+            if (halves_ == 2) to[j + stride] = low;
         }
     }
     const size_t at = static_cast<size_t>(token * layout.segment_count + number);
-    variant.scale[at] = finite ? largest / top : std::numeric_limits<float>::quiet_NaN();
-    variant.sum[at] = static_cast<float>(sum);
+    variant.scale[at] = finite ? unit : std::numeric_limits<float>::quiet_NaN();
+    variant.sum[at] = static_cast<float>(sum) * variant.scale[at];
 }
 
 }  // namespace tardis

@@ -36,10 +36,12 @@ public:
     int64_t group_size() const { return group_size_; }
 
 private:
-    void add_group(int32_t group, int64_t begin, int64_t end);
+    void add_block(int64_t begin, int64_t end);
+    void add_piece(const Block& block, int64_t bit, int64_t first, int64_t column, int64_t count);
 
     int64_t columns_, group_size_;
-    std::vector<Chunk> chunks_;
+    std::vector<Block> blocks_;
+    std::vector<Piece> pieces_;
     std::vector<Segment> segments_;
     Layout layout_;
 };
@@ -50,7 +52,7 @@ public:
     Inputs(const TardisBatch& batch, int64_t columns);
     // With the quantised values that `m` needs, made when first asked for; not from several threads at once.
     const Input& for_matrix(const TardisMatrix& m);
-    // The chunks of the columns of `m`.
+    // How the columns of `m` lie.
     const Layout& layout_of(const TardisMatrix& m);
 
 private:

@@ -62,7 +62,7 @@ using namespace tardis;
 
 extern "C" {
 
-int32_t tardis_abi() { return 1; }
+int32_t tardis_abi() { return 2; }
 
 int32_t tardis_linear(const TardisMatrix* weight, const TardisVector* bias, const TardisBatch* batch) {
     if (!sound(*weight) || !sound(*batch) || !fits(*weight, *batch)) return TARDIS_BAD_ARGUMENT;

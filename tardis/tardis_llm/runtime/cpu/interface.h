@@ -1,8 +1,9 @@
 // The plain C interface of the CPU kernels: raw pointers in, numbers out, no torch.
 //
-// A matrix is [rows, columns], row-major. In few bits it is `bits` planes [rows, ceil(columns / 8)] of which the first
-// holds the highest bits, the first weight of a byte in its highest bit, and `scale` [rows, ceil(columns / group_size)]
-// fp16; a weight is (code - (2^bits - 1) / 2) * scale. Functions return 0, or a `Status`.
+// A matrix is [rows, columns], row-major. In few bits it is planes [rows, bits, ceil(columns / 8)] of which the first of
+// a row holds the highest bits, and `scale` [rows, ceil(columns / group_size)] fp16; a weight is
+// (code - (2^bits - 1) / 2) * scale. Columns come in blocks of 512, the last one shorter: bit k (1 << k) of byte j of a
+// block of n columns is that of column k * ceil(n / 8) + j. Functions return 0, or a `Status`.
 #pragma once
 #include <cstdint>
 

@@ -10,29 +10,37 @@
 namespace tardis {
 
 constexpr int64_t kMaxTokens = 64;
+constexpr int64_t kBlockRows = 64;  // of a task
 constexpr int64_t kPad = 64;  // rows of inputs and outputs are padded with zeros to a multiple of this, and one more
-constexpr int64_t kSegmentChunks = 32;  // sums of 8-bit codes x 16-bit activations over so many fit in int32
-
-// 64 columns or fewer, all of one group: they begin `shift` bits into the 8 bytes at `byte` of a row of a plane. These
-// lie within the row, so at its end they overlap those of the chunk before; only a row of less than 8 bytes has fewer.
-struct Chunk {
-    int32_t byte, shift, first, count, group;
+// Consecutive columns, 512 or fewer: `bytes` of every plane from `byte` on.
+struct Block {
+    int32_t byte, bytes, column, columns;
+    int32_t piece, pieces, segment;
+    int32_t whole;  // 64 bytes, of which every bit is a piece
+    int32_t ends;  // if whole, a bit for every piece that is the last of its segment
 };
 
-// Consecutive chunks of one group.
+// Columns of one group that lie in the same bit of the bytes of a block: those of `count` bytes from number `first` on.
+struct Piece {
+    int32_t bit, first, count, column, group;
+    int32_t last;  // of its segment
+};
+
+// The pieces of one group in one block, consecutive.
 struct Segment {
-    int32_t chunk, chunks, group;
+    int32_t piece, pieces, group;
 };
 
 // How groups of columns lie in the rows of a plane; the same for all matrices of as many columns and group size.
 struct Layout {
-    const Chunk* chunks;
+    const Block* blocks;
+    const Piece* pieces;
     const Segment* segments;
-    int64_t chunk_count, segment_count, row_bytes, groups;
+    int64_t block_count, piece_count, segment_count, row_bytes, groups;
 };
 
-// Inputs as integers, permuted as bits lie in bytes: 64 per chunk, zero outside of its columns. With two halves a value
-// is 256 * first + second. `scale` and `sum` (of the values): [tokens, segments].
+// Inputs as integers, 64 per piece by the numbers of the bytes, zero outside of it. With two halves a value is
+// 256 * first + second. `scale`, and `sum` of the values times the scale: [tokens, segments].
 struct Quantised {
     const Layout* layout;
     const int8_t* values;  // [tokens, halves, stride]
@@ -49,6 +57,20 @@ struct Input {
     Quantised quantised;   // for low-bit matrices
 };
 
+// The same for token number t alone.
+inline Input of_token(const Input& x, int64_t t) {
+    Input one = x;
+    one.tokens = 1;
+    one.f32 += t * x.stride;
+    if (x.bf16) one.bf16 += t * x.stride;
+    Quantised& q = one.quantised;
+    if (!q.layout) return one;
+    q.values += t * q.halves * q.stride;
+    q.scale += t * q.layout->segment_count;
+    q.sum += t * q.layout->segment_count;
+    return one;
+}
+
 // Rows begin..end-1 of a list of `total`: those numbered index[i], or i itself.
 struct Rows {
     const int32_t* index;
@@ -59,27 +81,35 @@ struct Rows {
     }
 };
 
-// out[(i - begin) * tokens + token] = row i . x.
+// out[token * kBlockRows + i - begin] = row i . x, for at most kBlockRows rows.
 using Product = void (*)(const TardisMatrix&, const Rows&, const Input&, float* out);
 
-// What is added to the outputs: sum over e of r[e * tokens + token] * row index[e].
+// What is added to one token's outputs: sum over e of r[e] * row index[e].
 struct Terms {
     const int32_t* index;
     const float* r;
-    int64_t count, tokens;
+    int64_t count;
 };
 
-// Columns begin..end-1 of dense rows, or the chunks begin..end-1 of low-bit ones.
+// Columns begin..end-1 of dense rows, or the blocks begin..end-1 of low-bit ones.
 struct Range {
     int64_t begin, end;
 };
 
-// y[token * stride + column] += terms, for the columns of a range.
-using Accumulate = void (*)(const TardisMatrix&, const Layout*, const Terms&, Range, float* y, int64_t stride);
+// y[column] += terms, for the columns of a range.
+using Accumulate = void (*)(const TardisMatrix&, const Layout*, const Terms&, Range, float* y);
+
+// out[0..count-1] = v[begin...] in fp32; zeros where there is no vector.
+using Widen = void (*)(const TardisVector& v, int64_t begin, int64_t count, float* out);
+
+// Bit i: z[i] is not within [low[i], high[i]], NaN included. At most 64.
+using Outside = uint64_t (*)(const float* z, const float* low, const float* high, int64_t count);
 
 struct Table {
     Product bf16, f32, low_bit;
     Accumulate add_bf16, add_f32, add_low_bit;
+    Widen widen;
+    Outside outside;
 };
 
 const Table* portable_table();
@@ -116,13 +146,6 @@ static inline float from_fp16(uint16_t value) {
     bits |= sign;
     memcpy(&result, &bits, sizeof result);
     return result;
-}
-
-// The `bytes` (1 to 8) at p as the low bytes of a word.
-static inline uint64_t load_bytes(const uint8_t* p, int64_t bytes) {
-    uint64_t word = 0;
-    memcpy(&word, p, static_cast<size_t>(bytes));
-    return word;
 }
 
 }  // namespace tardis

@@ -25,7 +25,7 @@ from ...folding.lowbit import PackedMatrix
 ISAS = ("portable", "avx2", "avx512")
 #: tokens of the largest batch
 MAX_TOKENS = 64
-_ABI = 1
+_ABI = 2
 _VARIABLE = "TARDIS_KERNELS"
 _SUFFIXES = {"win32": ".dll", "darwin": ".so"}
 _TYPES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
@@ -55,7 +55,7 @@ class Matrix(ctypes.Structure):
             rows, columns = matrix.shape
             return cls(matrix.data_ptr(), None, rows, columns, columns, _TYPES[matrix.dtype], 0)
         planes, scale = matrix.planes, matrix.scale
-        bits, rows = planes.shape[:2]
+        rows, bits = planes.shape[:2]
         pointers = planes.data_ptr(), scale.data_ptr()
         return cls(*pointers, rows, matrix.columns, matrix.group_size, _LOW_BIT, bits)
 
