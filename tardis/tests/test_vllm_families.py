@@ -100,9 +100,9 @@ def test_a_family_that_vllm_lacks_is_refused_by_name(name: str, tmp_path: Path):
     model = save_tiny(name, tmp_path)
     (tmp_path / "model.safetensors").unlink()  # it is refused before weights are read
     stock = type(model).__name__
-    with pytest.raises(UnsupportedModelError, match=rf"vLLM has no {stock}.*it serves BloomFor.*tardis generate"):
-        with engine(tmp_path):
-            pass
+    message = rf"vLLM has no {stock}.*it serves BloomFor.*tardis generate"
+    with pytest.raises(UnsupportedModelError, match=message), engine(tmp_path):
+        pass
 
 
 def test_a_gated_model_is_refused_before_its_weights_are_read(tiny_gpt2: tuple, tmp_path: Path):
@@ -111,9 +111,9 @@ def test_a_gated_model_is_refused_before_its_weights_are_read(tiny_gpt2: tuple, 
     (tmp_path / "model.safetensors").unlink()
     settings = json.loads((tiny_gpt2[0] / "config.json").read_text())["quantization_config"]
     edit_config(tmp_path, quantization_config=settings)
-    with pytest.raises(UnsupportedModelError, match="'llama' has a gated FFN"):
-        with engine(tmp_path, skip_tokenizer_init=True):
-            pass
+    without_tokenizer = engine(tmp_path, skip_tokenizer_init=True)
+    with pytest.raises(UnsupportedModelError, match="'llama' has a gated FFN"), without_tokenizer:
+        pass
 
 
 @pytest.fixture

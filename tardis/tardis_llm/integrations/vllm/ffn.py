@@ -9,6 +9,7 @@ projection puts both together.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -113,10 +114,10 @@ class PackedFold(LowBit):
 class PassOn(UnquantizedLinearMethod):
     """The up projection of a folded FFN: keeps its weight as it was loaded and passes its input on."""
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: LinearBase) -> None:
         """Nothing: fixing reads rows of the weight, which vLLM would pack for products."""
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x itself."""
         return x
 
@@ -133,12 +134,12 @@ class Folded(UnquantizedLinearMethod):
         super().__init__()
         self._up, self._ffn = up, ffn
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: LinearBase) -> None:
         """Lay the weight out neuron by neuron, [neurons, d], as fixing reads it."""
         if self._ffn.down is None:
             layer.weight.data = layer.weight.data.T.contiguous()
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[..., d] for x [..., d]; the bias of the dense layer is in the fold's."""
         dense = (self._up.weight, layer.weight) if self._ffn.down is None else (None, None)
         y: Tensor = self._ffn(x.reshape(-1, x.shape[-1]), self._up.bias, *dense)
@@ -155,7 +156,8 @@ def install(block: nn.Module, family: Family, layer: LayerFormat, dtype: torch.d
         dtype: of the model.
         name: of the FFN in the checkpoint.
     """
-    up, down = block.get_submodule(family.up), block.get_submodule(family.down)
+    up: Any = block.get_submodule(family.up)
+    down: Any = block.get_submodule(family.down)
     ffn = ServedFFN(layer, up, dtype, name)
     for part in (up, down):
         part.skip_bias_add = False  # else Falcon adds the dense biases, which are in the fold's

@@ -44,7 +44,7 @@ def _make(name: str) -> type[nn.Module]:
     return type(name, (TardisModel, stock), {"__module__": __name__})
 
 
-class TardisModel:
+class TardisModel(nn.Module):
     """What a model of vLLM becomes with folded FFNs: made as it is, then folded, its weights loaded beside the folds.
 
     Args:
@@ -61,8 +61,9 @@ class TardisModel:
             raise CheckpointError(
                 f"{vllm_config.model_config.model} is folded, and its config.json does not say how; copy it anew."
             )
+        stock: Any = super()  # of the class that `_make` gives it
         with _stock(config):
-            super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg] # of the stock class
+            stock.__init__(vllm_config=vllm_config, prefix=prefix)
         self._model = vllm_config.model_config.model
         self._folded = _install_all(self, check_served(config), settings, vllm_config.model_config.dtype)
 
@@ -73,7 +74,8 @@ class TardisModel:
             CheckpointError: a tensor is missing, damaged, or not the one that was written.
         """
         loader = FoldLoader(self, self._folded, self._model)
-        loaded = super().load_weights(loader.others(weights))  # type: ignore[misc] # of the stock class
+        stock: Any = super()
+        loaded: set[str] = stock.load_weights(loader.others(weights))
         loader.check(loaded)
         return loaded
 

@@ -49,8 +49,8 @@ def check(model: str) -> None:
         check_weights(Path(model))
     if importlib.util.find_spec("vllm") is None:
         raise InvalidInputError(
-            "vLLM is not installed in this environment. On a CPU: `make venv-vllm`, then .venv-vllm/bin/tardis; on a GPU: "
-            "`pip install vllm tardis-llm`."
+            "vLLM is not installed in this environment. On a CPU: `make venv-vllm`, then .venv-vllm/bin/tardis; on "
+            "a GPU: `pip install vllm tardis-llm`."
         )
     found = [point.name for point in entry_points(group="vllm.general_plugins")]
     if METHOD not in found:
@@ -129,8 +129,6 @@ class Server:
             self._process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_GRACE_SECONDS)
-        try:
+        with contextlib.suppress(ProcessLookupError):  # nothing was left
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # nothing was left
         self._process.wait()
