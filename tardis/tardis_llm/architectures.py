@@ -231,6 +231,13 @@ def _site(family: Family, index: int, name: str, block: nn.Module) -> FFNSite:
     )
 
 
+def ffn_linear_names(model: PreTrainedModel) -> set[str]:
+    """Full names of the up and down projections of every FFN, dense or folded."""
+    family, name = family_of(model.config), layer_list_name(model)
+    blocks = range(len(layer_list(model)))
+    return {_join(f"{name}.{block}", part) for block in blocks for part in (family.up, family.down)}
+
+
 def layer_list_name(model: PreTrainedModel) -> str:
     """Full name of the list of blocks in the model, e.g. `transformer.h`."""
     base = next(name for name, module in model.named_modules() if module is model.base_model)

@@ -5,7 +5,8 @@
     tardis.json     the report of the fold, versions, and the SHA-256 of every tensor
 
 W1 and W2 stay under their own names, so a loader that does not know TARDIS gets the exact dense model. Where low-bit
-fallback weights stand for them, they are empty tensors, at whose shape such a loader stops.
+fallback weights stand for them, they are empty tensors, at whose shape such a loader stops. So are the weights of
+linear layers outside the FFNs that are stored in few bits, as `codes` and `scale`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from .errors import CheckpointError, InvalidInputError
 from .folding.fold import FoldedWeights
 from .folding.lowbit import PackedMatrix
 from .folding.stack import Fallback
+from .linears import low_bit_linears
 from .report import FoldReport
 from .runtime.ffn import FoldedFFN, folded_ffns
 from .workspace import digest, read_json, write_json
@@ -51,12 +53,14 @@ class CheckpointConfig(QuantizationConfigMixin):
         layers: per folded FFN, by its full name in the model, the fields of `LayerFormat`.
         format_version: of the checkpoint.
         calibration: what the fold was calibrated on.
+        linears: bits per weight of each linear layer outside the FFNs that is stored in few, by its full name.
         quant_method: always "tardis".
     """
 
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     calibration: dict[str, Any] = field(default_factory=dict)
+    linears: dict[str, int] = field(default_factory=dict)
     quant_method: str = METHOD
 
     def __post_init__(self) -> None:
@@ -184,7 +188,8 @@ def mark_folded(model: PreTrainedModel, calibration: dict[str, Any]) -> None:
     formats = {name: vars(LayerFormat.of(ffn)) for name, ffn in folded_ffns(model).items()}
     if not formats:
         raise InvalidInputError("the model has no folded FFN to save; fold it first with tardis_llm.fold.")
-    config = CheckpointConfig(layers=formats, calibration=calibration)
+    linears = {name: layer.bits for name, layer in low_bit_linears(model).items()}
+    config = CheckpointConfig(layers=formats, calibration=calibration, linears=linears)
     model.config.quantization_config = config
     model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
 

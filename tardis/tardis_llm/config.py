@@ -16,7 +16,7 @@ Precision = Literal["bf16", "int8", "int4"]
 FORMAT_VERSION = 1
 #: widths of a predictor's codes that the format stores
 PREDICTOR_BITS = (1, 2, 3, 4, 8)
-#: widths of a fold, and of fallback weights, that is stored in few bits
+#: widths of what is stored in few bits: a fold, fallback weights, linear layers outside the FFNs
 STACKED_BITS = (4, 8)
 
 
@@ -49,6 +49,8 @@ class FoldConfig:
         group_size: input weights that share one scale of the predictor, and of what else is stored in few bits.
         fold_bits: bits per weight of the fold, one of `STACKED_BITS`; None stores it in the model's dtype.
         fallback_bits: bits per weight of the weights that fixing reads, one of `STACKED_BITS`; None keeps them dense.
+        linear_bits: bits per weight of the linear layers outside the FFNs, lm_head included, one of `STACKED_BITS`;
+            None leaves them as they are.
         rounding: "gptq" spreads each rounding error over the weights not yet rounded; "nearest" does not.
         refit: solve the fold anew by ridge regression on what fixing leaves.
         damping: penalty of the refit, relative to the inputs' mean variance; None chooses it on held-out tokens.
@@ -69,6 +71,7 @@ class FoldConfig:
     group_size: int = 256
     fold_bits: int | None = None
     fallback_bits: int | None = None
+    linear_bits: int | None = None
     rounding: Rounding = "gptq"
     refit: bool = True
     damping: float | None = None
@@ -89,7 +92,7 @@ class FoldConfig:
             _require(getattr(self, name) in choices, name, getattr(self, name), f"one of {', '.join(choices)}")
         allowed = (None, *PREDICTOR_BITS)
         _require(self.predictor_bits in allowed, "predictor_bits", self.predictor_bits, f"one of {allowed}")
-        for name in ("fold_bits", "fallback_bits"):
+        for name in ("fold_bits", "fallback_bits", "linear_bits"):
             _require(getattr(self, name) in (None, *STACKED_BITS), name, getattr(self, name), "4, 8 or None")
         if self.predictor_bits and self.fallback_bits:
             remedy = f"at most the {self.fallback_bits} bits of the fallback weights, which include it"

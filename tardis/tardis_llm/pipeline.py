@@ -19,6 +19,7 @@ from .checkpoint import LayerFormat
 from .config import FORMAT_VERSION, FoldConfig, Storage
 from .folding.budget import check_feasible
 from .folding.fold import FoldQuality, choose_ranges, finish, predict
+from .linears import check_bits, quantise_linears
 from .planning import LayerPlan, plan
 from .report import FoldReport, LayerReport
 from .runtime.ffn import FoldedFFN, install
@@ -52,13 +53,16 @@ def fold(
 
     Raises:
         UnsupportedModelError: the family or an activation is not supported.
-        InvalidInputError: NaN in the weights, too little text, or a resume of another fold.
+        InvalidInputError: NaN in the weights, too little text, a resume of another fold, or linear layers in 4 bits
+            without bitsandbytes.
         InfeasibleBudgetError: the reduction leaves no byte for fixing; says what is feasible.
     """
     config = config or FoldConfig()
     if not isinstance(calibration, Windows):
         calibration = split_windows(calibration, config.sequence_length or _AUTO_LENGTH, config.heldout)
     sites = choose_sites(model, config)
+    if config.linear_bits:
+        check_bits(config.linear_bits)
     check_enough(calibration, sites[0].hidden_size)
     allowed = (config.predictor_bits,) if config.predictor_bits else _AUTO_BITS[config.policy]
     bits = check_feasible([ffn_shape(site) for site in sites], allowed, config.storage, config.reduction)
@@ -67,7 +71,8 @@ def fold(
     with tempfile.TemporaryDirectory(dir=work, prefix=SCRATCH) as scratch, torch.no_grad():
         session = Session(model, sites, calibration, config, Path(scratch), progress or _silent)
         layers = _fold_layers(session, _plan(session, bits, workspace), workspace)
-    return FoldReport(layers, config.as_dict(), _describe(calibration, fingerprint))
+    linears = quantise_linears(model, config.linear_bits) if config.linear_bits else None
+    return FoldReport(layers, config.as_dict(), _describe(calibration, fingerprint), linears)
 
 
 def _plan(session: Session, bits: tuple[int, ...], workspace: Workspace | None) -> list[LayerPlan]:

@@ -34,6 +34,25 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class LinearsReport:
+    """What a model stores in few bits outside its folded FFNs: linear layers, lm_head included.
+
+    Attributes:
+        bits: per weight.
+        layers: how many.
+        dense: bytes before.
+        stored: bytes now, scales and biases included.
+        shared: those of `dense` that stay in memory, as the embedding whose weight the head shared.
+    """
+
+    bits: int
+    layers: int
+    dense: int
+    stored: int
+    shared: int
+
+
+@dataclass(frozen=True)
 class FoldReport:
     """A whole fold.
 
@@ -41,11 +60,14 @@ class FoldReport:
         layers: in the model's order.
         config: the settings, as `FoldConfig.as_dict`.
         calibration: tokens, window length and fingerprints.
+        linears: the linear layers outside the FFNs, where they are stored in few bits; no byte of theirs is in the
+            figures of the layers.
     """
 
     layers: list[LayerReport]
     config: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
+    linears: LinearsReport | None = None
 
     @property
     def dense(self) -> int:
@@ -81,4 +103,5 @@ class FoldReport:
     def from_dict(cls, values: dict[str, Any]) -> FoldReport:
         """The inverse of `as_dict`."""
         layers = [LayerReport(**layer) for layer in values["layers"]]
-        return cls(layers, values["config"], values["calibration"])
+        linears = values.get("linears")
+        return cls(layers, values["config"], values["calibration"], LinearsReport(**linears) if linears else None)

@@ -123,6 +123,7 @@ def _figures(
         "measure": result and _kind(result),
         "perplexity": result and result.as_dict(),
         "ffn": report and report.as_dict()["totals"],
+        "linears": report and report.as_dict()["linears"],
         "fix_rate_per_layer": report and {layer.prefix: layer.fix_rate for layer in report.layers},
         "tasks": [score.as_dict() for score in scores],
         **clock.as_dict(),

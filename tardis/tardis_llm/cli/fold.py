@@ -59,6 +59,12 @@ def fold(
         Precision | None,
         typer.Option(help="Of what fixing reads; as the model without.", show_default=False),
     ] = None,
+    linears: Annotated[
+        Precision | None,
+        typer.Option(
+            help="Of the linear layers outside the FFNs, and of lm_head; as the model without.", show_default=False
+        ),
+    ] = None,
     refit: Annotated[bool, typer.Option(help="Solve the fold anew for what fixing leaves.")] = True,
     tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = _DEFAULT.tokens,
     sequence_length: Annotated[
@@ -88,6 +94,7 @@ def fold(
         rounding=rounding,
         fold_bits=BITS[fold_dtype],
         fallback_bits=BITS[fallback],
+        linear_bits=BITS[linears],
         refit=refit,
         tokens=tokens,
         sequence_length=sequence_length,
@@ -98,7 +105,7 @@ def fold(
     )
     check_output(directory, model, force, resume)
     loaded, tokenizer, windows = _load(model, text, config, dtype)
-    _check_precision(loaded, fold_dtype, fallback)
+    _check_precision(loaded, fold_dtype, fallback, linears)
     check_space(directory, loaded)
     report, verdict = _fold_and_check(loaded, windows, config, directory, resume)
     sample = _sample(loaded, tokenizer, windows.heldout)
@@ -196,6 +203,8 @@ def _print(report: FoldReport, verdict: Verdict, sample: dict[str, Any] | None) 
     show.out.print(show.layer_table(report, "Folded layers"))
     show.out.print(show.legend())
     show.out.print(show.totals(report))
+    if report.linears:
+        show.out.print(show.linears(report.linears))
     if sample:
         show.out.print(f"sample: [dim]{escape(sample['prompt'])}[/]{escape(sample['text'])}")
     show.out.print(f"self-check: {verdict.sentence()}")

@@ -55,6 +55,8 @@ def _inspect_folded(model: str, report: FoldReport, plot: Path | None, text: lis
     show.out.print(show.layer_table(report, f"{model}, folded"))
     show.out.print(show.legend())
     show.out.print(show.totals(report))
+    if report.linears:
+        show.out.print(show.linears(report.linears))
     show.out.print(
         f"policy {config.get('policy')}, refit {'on' if config.get('refit') else 'off'}, rounding "
         f"{config.get('rounding')}, calibrated on {calibration.get('tokens', 0):,} tokens in windows of "

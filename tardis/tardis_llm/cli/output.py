@@ -23,7 +23,7 @@ from rich.table import Table
 from safetensors import SafetensorError
 
 from ..evaluation.perplexity import Perplexity
-from ..report import FoldReport
+from ..report import FoldReport, LinearsReport
 from ..session import Progress
 
 #: results go to stdout; progress, messages and errors to stderr, so that --json stays clean
@@ -168,6 +168,15 @@ def totals(report: FoldReport) -> str:
         f"FFN bytes: dense {size(report.dense)}, touched per token {size(report.touched)} "
         f"(reduction {report.reduction:.2%}), resident {size(report.resident)} "
         f"({report.resident / report.dense:.1%} of dense); neurons fixed {report.fix_rate:.2%}"
+    )
+
+
+def linears(report: LinearsReport) -> str:
+    """What is stored in few bits outside the FFNs, for people."""
+    stay = f", of which {size(report.shared)} stay as the embedding" if report.shared else ""
+    return (
+        f"{report.layers} linear layers outside the FFNs in int{report.bits}: {size(report.stored)}, before "
+        f"{size(report.dense)}{stay}"
     )
 
 

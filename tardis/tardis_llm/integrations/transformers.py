@@ -6,13 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
 from ..architectures import FFNSite, find_ffns
 from ..checkpoint import METHOD, CheckpointConfig, LayerFormat, verify
 from ..errors import CheckpointError
+from ..linears import check_bits, empty_like, linear_layers, put_linears, untie_head
 from ..runtime.ffn import install
+from ..runtime.lowbit_linear import KINDS
 
 register_quantization_config(METHOD)(CheckpointConfig)
 
@@ -39,6 +43,9 @@ class TardisQuantizer(HfQuantizer):
                 f"config.json folds {unknown[0]}, which this model does not have; copy config.json anew, or fold again."
             )
         expected = [key for name, values in layers.items() for key in _install_empty(model, name, sites[name], values)]
+        for name, bits in self.quantization_config.linears.items():
+            expected += _install_empty_linear(model, name, bits)
+        untie_head(model)
         if checkpoint_files:
             verify([Path(file) for file in checkpoint_files], expected)
         return model
@@ -58,6 +65,28 @@ def _name_in(layers: dict[str, Any], model: PreTrainedModel, site: FFNSite) -> s
     base = model.base_model_prefix + "."
     names = (site.prefix, base + site.prefix, site.prefix.removeprefix(base))
     return next((name for name in names if name in layers), site.prefix)
+
+
+def _install_empty_linear(model: PreTrainedModel, name: str, bits: int) -> list[str]:
+    """Put an empty low-bit layer in the place of a linear layer; returns what its tensors are called in the files.
+
+    A model without its head leaves out the layers of that.
+    """
+    base = model.base_model_prefix + "."
+    dense = linear_layers(model)
+    found = next((each for each in (name, base + name, name.removeprefix(base)) if each in dense), None)
+    if found is None and model.base_model is model and not name.startswith(base):
+        return []
+    if found is None or bits not in KINDS:
+        raise CheckpointError(
+            f"config.json stores {name} in {bits} bits, and this version and this model have no such layer; copy "
+            "config.json anew, update TARDIS (pip install -U tardis-llm), or fold again."
+        )
+    check_bits(bits)
+    layer = empty_like(dense[found], bits)
+    put_linears(model, {found: layer})
+    named = {f"{name}.{key}": torch.empty(0) for key in layer.state_dict()}
+    return list(revert_weight_conversion(model, named))  # some heads have another name in files than in memory
 
 
 def _install_empty(model: PreTrainedModel, name: str, site: FFNSite, values: dict[str, Any]) -> list[str]:

@@ -474,13 +474,12 @@ template <int B>
 void add_bits(const TardisMatrix& m, const Layout* layout, const Terms& terms, Range range, float* y) {
     const int64_t plane = layout->row_bytes;
     const __m512 table = level_table<B>(m.bits);
-    const auto start = [&](int64_t e) {
-        const int64_t row = terms.index[e < terms.count ? e : terms.count - 1];
-        return static_cast<const uint8_t*>(m.data) + row * m.bits * plane;
-    };
+    const auto row = [&](int64_t e) -> int64_t { return terms.index[e < terms.count ? e : terms.count - 1]; };
     for (int64_t e = 0; e < terms.count; ++e) {
-        const uint8_t *w = start(e), *ahead = start(e + kAhead);
-        const uint16_t* scale = m.scale + static_cast<int64_t>(terms.index[e]) * layout->groups;
+        const uint8_t* w = static_cast<const uint8_t*>(m.data) + row(e) * m.bits * plane;
+        const uint8_t* ahead = static_cast<const uint8_t*>(m.data) + row(e + kAhead) * m.bits * plane;
+        const uint16_t* scale = m.scale + row(e) * layout->groups;
+        prefetch(m.scale + row(e + kAhead) * layout->groups);
         for (int64_t b = range.begin; b < range.end; ++b) {
             const Block& block = layout->blocks[b];
             for (int p = 0; p < m.bits; ++p) prefetch(ahead + p * plane + block.byte);

@@ -33,6 +33,11 @@ float number(const TardisVector& v, int64_t i) {
     return value;
 }
 
+// Number i is read soon.
+inline __attribute__((always_inline)) void prefetch(const TardisVector& v, int64_t i) {
+    if (v.type != TARDIS_NONE) __builtin_prefetch(static_cast<const char*>(v.data) + i * (v.type == TARDIS_FP32 ? 4 : 2));
+}
+
 void store(const TardisBatch& batch, int64_t at, float value) {
     if (batch.type == TARDIS_FP32) {
         static_cast<float*>(batch.y)[at] = value;
@@ -144,6 +149,7 @@ private:
                 tokens |= ((out.token[t] >> i) & 1) << t;
                 fixed_.z[at * tokens_ + t] = zhat[t * kBlockRows + i];
             }
+            for (const TardisVector* v : {&ffn_.b1, &ffn_.slope, &ffn_.offset}) prefetch(*v, begin + i);
             fixed_.index[at] = static_cast<int32_t>(begin + i);
             fixed_.tokens[at] = tokens;
         }

@@ -1,0 +1,103 @@
+"""The linear layers of a model outside its FFNs, and lm_head, in few bits; dense FFNs too, where they are to be.
+
+Which layers these are, and putting them in place; `runtime.lowbit_linear` has the layers themselves.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .architectures import ffn_linear_names, set_module
+from .errors import InvalidInputError
+from .report import LinearsReport
+from .runtime.lowbit_linear import KINDS, LowBitLinear, Nf4Linear
+
+
+def quantise_linears(model: PreTrainedModel, bits: int, *, ffn: bool = False) -> LinearsReport:
+    """Store the linear layers of a model in few bits, in place: all outside the FFNs, lm_head included.
+
+    A head that shares its weight with the embedding gets a copy of its own; the embedding stays as it is.
+
+    Args:
+        model: dense or folded.
+        bits: in `KINDS`.
+        ffn: store dense FFNs so, too.
+
+    Returns:
+        How much became how little.
+
+    Raises:
+        InvalidInputError: see `low_bit_copies`.
+    """
+    layers = low_bit_copies(model, bits, ffn=ffn)
+    embeddings = {module.weight.data_ptr() for module in model.modules() if isinstance(module, nn.Embedding)}
+    before = [part for layer in put_linears(model, layers).values() for part in layer.parameters()]
+    untie_head(model)
+    dense, stored = (sum(part.nbytes for part in parts) for parts in (before, layers.values()))
+    return LinearsReport(bits, len(layers), dense, stored, sum(p.nbytes for p in before if p.data_ptr() in embeddings))
+
+
+def low_bit_copies(model: PreTrainedModel, bits: int, *, ffn: bool = False) -> dict[str, LowBitLinear]:
+    """Low-bit copies of a model's linear layers by name; `put_linears` puts them in. Arguments as `quantise_linears`.
+
+    Raises:
+        InvalidInputError: the bits are none of these, bitsandbytes is not installed, or a weight is not finite.
+    """
+    check_bits(bits)
+    return {name: KINDS[bits].of(*_dense_parts(layer)) for name, layer in linear_layers(model, ffn=ffn).items()}
+
+
+def put_linears(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Put layers in the places that they are named by; returns what was there, to be put back in the same way."""
+    before = {name: model.get_submodule(name) for name in layers}
+    for name, layer in layers.items():
+        set_module(model, name, layer)
+    return before
+
+
+def linear_layers(model: PreTrainedModel, *, ffn: bool = False) -> dict[str, nn.Module]:
+    """The dense linear layers of a model by name, those of its dense FFNs only with `ffn`."""
+    left_out = set() if ffn else ffn_linear_names(model)
+    found = model.named_modules()
+    return {name: layer for name, layer in found if isinstance(layer, nn.Linear | Conv1D) and name not in left_out}
+
+
+def low_bit_linears(model: nn.Module) -> dict[str, LowBitLinear]:
+    """The linear layers of a model that are stored in few bits, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LowBitLinear)}
+
+
+def untie_head(model: PreTrainedModel) -> None:
+    """Tell transformers that the head no longer shares the embedding's weight, if it was stored in few bits."""
+    if isinstance(model.get_output_embeddings(), LowBitLinear):
+        model.config.tie_word_embeddings = False
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def empty_like(layer: nn.Module, bits: int) -> LowBitLinear:
+    """A low-bit layer without content in the place of a dense one, whose bias it takes."""
+    weight, bias = _dense_parts(layer)
+    return KINDS[bits].empty((weight.shape[0], weight.shape[1]), bias, weight.dtype, weight.device)
+
+
+def check_bits(bits: int) -> None:
+    """Raise InvalidInputError where nothing stores linear layers in so many bits, or what multiplies is missing."""
+    if bits not in KINDS:
+        raise InvalidInputError(f"linear layers in {bits} bits are asked for; give one of {sorted(KINDS)}.")
+    if bits == Nf4Linear.bits and importlib.util.find_spec("bitsandbytes") is None:
+        raise InvalidInputError(
+            "linear layers in int4 need bitsandbytes, which is not installed. Run pip install 'tardis-llm[quant]', or "
+            "store them in int8, which needs nothing more."
+        )
+
+
+def _dense_parts(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight [out, in] and bias of a dense linear layer."""
+    weight = layer.get_parameter("weight").detach()
+    bias = getattr(layer, "bias", None)
+    return weight.T if isinstance(layer, Conv1D) else weight, bias

@@ -1,0 +1,351 @@
+"""Linear layers in few bits, for those outside the FFNs, through kernels that others wrote and that are there.
+
+    8 bits    one scale per output; torch's own oneDNN product of int8 weights and inputs in 16 bits
+    4 bits    NF4 of QLoRA (arXiv 2305.14314), one scale per 64 inputs; the product of bitsandbytes
+
+`benchmarks/linears.py` measured what there is; docs/linears.md has the figures and why these two. What they compute is
+`LowBitLinear.dequantise` and a product: that is also what runs where a kernel does not, on GPUs and under gradients.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import InvalidInputError, TardisError
+
+#: rows that are rounded at once, which bounds the working memory
+_ROWS = 2048
+#: tokens that are multiplied at once, for the same reason: a head has many outputs
+_TOKENS = 256
+#: values of the codes of NF4, the quantiles of a normal distribution that QLoRA names
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+_GROUP = 64  # input weights that share a scale of NF4
+_BLOCK = 32  # rows that the kernel of bitsandbytes takes together
+_TINY = 1e-30  # to divide zeros by
+_PACKING = threading.Lock()
+
+
+class LowBitLinear(nn.Module):
+    """A linear layer whose weight [out, in] is stored in few bits.
+
+    State: `codes`, `scale`, `bias` if there is one, and `weight`, which is empty but there: a loader that does not know
+    TARDIS stops at its shape, where it would draw a missing weight at random.
+
+    The kernels want the codes in an order of their own. They are put into it by the first product, and back when the
+    layer is saved, copied or moved, so that there is one copy of them at any time.
+
+    Args:
+        codes: as the subclass says.
+        scale: bf16.
+        bias: [out], or None.
+        shape: (out, in).
+        dtype: of the model, and of the empty weight.
+    """
+
+    bits: ClassVar[int]
+    weight: Tensor
+    codes: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self, codes: Tensor, scale: Tensor, bias: Tensor | None, shape: tuple[int, int], dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self._packed: tuple[Tensor, ...] | None = None
+        self.weight = nn.Parameter(torch.empty(0, dtype=dtype, device=codes.device), requires_grad=False)
+        self._store(codes, scale)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None) -> LowBitLinear:
+        """Round a weight [out, in] to the nearest; the bias [out] is copied.
+
+        Raises:
+            InvalidInputError: the weight is not finite.
+        """
+        parts = [cls.quantise(rows.float()) for rows in weight.detach().split(_ROWS)]
+        codes, scale = (torch.cat(each) for each in zip(*parts, strict=True))
+        if not bool(torch.isfinite(scale).all()):
+            raise InvalidInputError("a weight has NaN or infinite entries; reload a sound checkpoint.")
+        shape = weight.shape[0], weight.shape[1]
+        return cls(codes, scale, None if bias is None else bias.detach().clone(), shape, weight.dtype)
+
+    @classmethod
+    def empty(
+        cls, shape: tuple[int, int], bias: Tensor | None, dtype: torch.dtype, device: torch.device
+    ) -> LowBitLinear:
+        """A layer of this shape (out, in) without content, which takes the bias."""
+        codes, scale = (
+            torch.empty(shape[0], *part.shape[1:], dtype=part.dtype, device=device)
+            for part in cls.quantise(torch.zeros(1, shape[1]))
+        )
+        return cls(codes, scale, bias, shape, dtype)
+
+    @staticmethod
+    def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and scales of rows [rows, in] fp32."""
+        raise NotImplementedError
+
+    def dequantise(self) -> Tensor:
+        """The weight [out, in] that is stored, in fp32: the specification."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., out] for x [..., in], in the dtype of x."""
+        tokens = x.reshape(-1, self.in_features)
+        if self._takes(tokens):
+            parts = [self._product(some) for some in tokens.split(_TOKENS)]
+            y = parts[0] if len(parts) == 1 else torch.cat(parts)
+        else:
+            y = F.linear(tokens, self.dequantise().to(x.dtype))
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _takes(self, x: Tensor) -> bool:
+        """Whether the kernel takes x [tokens, in]: in main memory, and without gradients."""
+        gradients = torch.is_grad_enabled() and x.requires_grad
+        return x.device.type == "cpu" and len(x) > 0 and not gradients
+
+    def _product(self, x: Tensor) -> Tensor:
+        """[tokens, out] in the dtype of x, by the kernel."""
+        raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a product reads and that stay in memory, in whatever order the codes are."""
+        weight = self._packed or (self.codes, self.scale)
+        return sum(part.nbytes for part in (*weight, self.bias) if part is not None)
+
+    def packed(self) -> tuple[Tensor, ...]:
+        """Codes and scales as the kernel takes them; from the first call on they are kept so, and only so."""
+        packed = self._packed
+        if packed is not None:
+            return packed
+        with _PACKING, torch.inference_mode(False), torch.no_grad():
+            if self._packed is None:
+                self._packed = self._pack(self.codes, self.scale)
+                self._store(self.codes.new_empty(0), self.scale.new_empty(0))
+            return self._packed
+
+    def unpack(self) -> None:
+        """Put codes and scales back into the order in which they are stored."""
+        with _PACKING, torch.inference_mode(False), torch.no_grad():
+            if self._packed is not None:
+                self._store(*self._unpack(*self._packed))
+                self._packed = None
+
+    def _store(self, codes: Tensor, scale: Tensor) -> None:
+        self.codes = nn.Parameter(codes, requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+
+    def _pack(self, codes: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        """For the kernel."""
+        raise NotImplementedError
+
+    def _unpack(self, *packed: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of `_pack`."""
+        raise NotImplementedError
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.unpack()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unpack()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowBitLinear:
+        self.unpack()
+        super()._apply(fn, recurse)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.unpack()
+        return self.__dict__.copy()
+
+    def extra_repr(self) -> str:
+        """Shape and bits, for people."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
+
+
+class Int8Linear(LowBitLinear):
+    """8 bits: weight = codes * scale, `codes` [out, in] int8 from -127 to 127, `scale` [out].
+
+    The inputs of each token are rounded to 16 bits and multiplied as two rows of 8: outliers, which inputs of large
+    models have, would leave nothing of the others in 8 bits. It costs little, since reading weights takes the time.
+    """
+
+    bits = 8
+
+    @staticmethod
+    def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes [rows, in] and scales [rows] of rows in fp32."""
+        scale = (weight.abs().amax(1) / 127).bfloat16()
+        codes = (weight / _nonzero(scale.float())[:, None]).round_().clamp_(-127, 127)
+        return codes.to(torch.int8), scale
+
+    def dequantise(self) -> Tensor:
+        """[out, in] fp32."""
+        self.unpack()
+        return self.codes.float() * self.scale.float()[:, None]
+
+    def _pack(self, codes: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        if not exact_in_int8():
+            return F.pad(codes.data, (0, -self.in_features % _BLOCK)), scale.data
+        packed = torch.ops.onednn.qlinear_prepack(codes.data.clone(), None)
+        return packed, scale.data.float(), torch.zeros(len(scale), dtype=torch.int32)
+
+    def _unpack(self, *packed: Tensor) -> tuple[Tensor, Tensor]:
+        codes, scale, *zero = packed
+        if not zero:
+            return codes[:, : self.in_features].contiguous(), scale
+        return codes.to_dense().T.contiguous(), scale.bfloat16()
+
+    def _product(self, x: Tensor) -> Tensor:
+        codes, scale, *zero = self.packed()
+        if not zero:
+            x = F.pad(x, (0, codes.shape[1] - self.in_features))
+            return torch.ops.aten._weight_int8pack_mm(x, codes, scale.to(x.dtype))
+        step = (x.abs().amax(1, keepdim=True).float() / (127 * 256)).clamp_min(_TINY)
+        whole = (x / step + 128.5 * 256).round_().to(torch.uint16)  # its bytes: x / step = 256 (high - 128) + low - 128
+        rows = whole.view(torch.uint8).unflatten(1, (-1, 2)).permute(2, 0, 1).flatten(0, 1)
+        low, high = _onednn(rows, codes, scale, zero[0]).chunk(2)
+        return torch.add(low, high, alpha=256).mul_(step).to(x.dtype)
+
+
+class Nf4Linear(LowBitLinear):
+    """4 bits: weight = NF4[code] * scale, `codes` [out, columns / 2] uint8, `scale` [out, columns / 64].
+
+    `columns` is `in`, rounded up to a multiple of 64; of two codes in a byte the first is the high half.
+    """
+
+    bits = 4
+
+    @staticmethod
+    def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes [rows, columns / 2] and scales [rows, columns / 64] of rows in fp32."""
+        groups = F.pad(weight, (0, -weight.shape[1] % _GROUP)).contiguous().unflatten(1, (-1, _GROUP))
+        scale = groups.abs().amax(2).bfloat16()
+        values = torch.tensor(NF4)
+        codes = torch.bucketize(groups / _nonzero(scale.float())[..., None], (values[1:] + values[:-1]) / 2)
+        codes = codes.flatten(1).to(torch.uint8)
+        return codes[:, ::2] << 4 | codes[:, 1::2], scale
+
+    def dequantise(self) -> Tensor:
+        """[out, in] fp32."""
+        self.unpack()
+        codes = torch.stack([self.codes >> 4, self.codes & 15], -1).flatten(1)
+        values = torch.tensor(NF4, device=codes.device)[codes.int()].unflatten(1, (-1, _GROUP))
+        return (values * self.scale.float()[..., None]).flatten(1)[:, : self.in_features]
+
+    def _pack(self, codes: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        padding = (0, 0, 0, -len(codes) % _BLOCK)
+        codes, scale = F.pad(codes.data, padding), F.pad(scale.data, padding)
+        halves = torch.stack([codes >> 4, codes & 15], -1)  # [rows, columns / 2, 2]
+        blocks = halves.unflatten(0, (-1, _BLOCK)).transpose(1, 2).reshape(-1, 2, _BLOCK)
+        return (blocks[:, 1] << 4 | blocks[:, 0]).view_as(codes), scale.T.contiguous()
+
+    def _unpack(self, *packed: Tensor) -> tuple[Tensor, Tensor]:
+        codes, scale = packed
+        blocks = codes.view(-1, _BLOCK)
+        halves = torch.stack([blocks & 15, blocks >> 4], 1).view(-1, codes.shape[1], _BLOCK, 2)
+        halves = halves.transpose(1, 2).reshape(*codes.shape, 2)[: self.out_features]
+        return halves[..., 0] << 4 | halves[..., 1], scale.T[: self.out_features].contiguous()
+
+    def _product(self, x: Tensor) -> Tensor:
+        return self.by_kernel(x) if multiplies_nf4() else F.linear(x, self._written_out(x.dtype))
+
+    def by_kernel(self, x: Tensor) -> Tensor:
+        """[tokens, out] in the dtype of x, by the product of bitsandbytes."""
+        codes, scale = self.packed()
+        columns = 2 * codes.shape[1]
+        padding = columns - self.in_features
+        x16 = F.pad(x.bfloat16(), (0, padding)) if padding else x.bfloat16()
+        y = torch.ops.bitsandbytes.gemv_4bit(x16, codes, (len(codes), columns), scale, _values(), _GROUP)
+        return y[:, : self.out_features].to(x.dtype)
+
+    def _written_out(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in] in a dtype, by bitsandbytes, which is quicker at it than `dequantise`."""
+        codes, scale = self.codes.flatten()[:, None], self.scale.flatten().float()
+        shape = self.out_features, 2 * self.codes.shape[1]
+        weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit(codes, scale, _GROUP, "nf4", shape, dtype)
+        return weight[:, : self.in_features]
+
+
+#: bits -> what stores a linear layer in them
+KINDS: dict[int, type[LowBitLinear]] = {kind.bits: kind for kind in (Int8Linear, Nf4Linear)}
+
+
+def _nonzero(scale: Tensor) -> Tensor:
+    """To divide by: 1 where there is nothing to scale."""
+    return torch.where(scale == 0, 1.0, scale)
+
+
+def _onednn(rows: Tensor, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """(rows - 128) codes^T scale in fp32, for rows [n, in] in uint8 and prepacked codes."""
+    product = torch.ops.onednn.qlinear_pointwise
+    y: Tensor = product(rows, 1.0, 128, codes, scale, zero, None, 1.0, 0, torch.float32, "none", [], "")
+    return y
+
+
+@cache
+def exact_in_int8() -> bool:
+    """Whether oneDNN's int8 product is exact here: without VNNI instructions it may saturate, and is not used."""
+    features = torch.cpu.get_capabilities()
+    if not (features.get("avx512_vnni") or features.get("avx_vnni")):
+        return False
+    rows, codes = torch.full((2, 64), 255, dtype=torch.uint8), torch.full((32, 64), 127, dtype=torch.int8)
+    packed = torch.ops.onednn.qlinear_prepack(codes, None)
+    y = _onednn(rows, packed, torch.ones(32), torch.zeros(32, dtype=torch.int32))
+    return bool((y == 127.0 * 127 * 64).all())
+
+
+@cache
+def multiplies_nf4() -> bool:
+    """Whether bitsandbytes has its product for NF4 here, which needs AVX-512 BF16; says so once if not.
+
+    Raises:
+        TardisError: the product differs from what the format says.
+    """
+    log = logging.getLogger("bitsandbytes")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it recommends a package that fetches code from the hub whenever it is imported
+    from bitsandbytes.functional import has_avx512bf16
+
+    log.setLevel(level)
+    if not has_avx512bf16():
+        warnings.warn(
+            "bitsandbytes has no product of int4 weights for this processor: each is written out in full, which is "
+            "slow. Store the linear layers in int8.",
+            stacklevel=2,
+        )
+        return False
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(70, 200, generator=generator), torch.randn(3, 200, generator=generator)
+    layer = Nf4Linear(*Nf4Linear.quantise(weight), None, (70, 200), x.dtype)
+    expected = F.linear(x, layer.dequantise())
+    if not torch.allclose(layer.by_kernel(x), expected, atol=0.02 * float(expected.abs().max())):
+        raise TardisError("bitsandbytes orders int4 weights in another way; pip install 'tardis-llm[quant]' anew.")
+    return True
+
+
+@cache
+def _values() -> Tensor:
+    """The values of the codes, by which the kernel tells NF4 from others."""
+    return torch.tensor(NF4)
