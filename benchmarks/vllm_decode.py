@@ -7,7 +7,7 @@
 Run it in the environment that `make venv-vllm` makes. Weights and fold are random, with ranges that fix a stated share
 of the neurons; both engines run at once, each in processes of its own, and take turns round by round, so that whatever
 else the machine does falls on both. Ratios are those of neighbouring rounds: their median and quartiles. CPU time is
-that of an engine's processes. A vocabulary is as small as its shape says, because the head's share of the bytes, the
+that of an engine's processes and of this one, which feeds it. A vocabulary is as small as its shape says, because the head's share of the bytes, the
 same in both, would hide that of the FFNs. The load comes from vLLM's own `bench serve` client.
 """
 
@@ -99,9 +99,9 @@ class Engine:
         return Step((time.perf_counter() - wall) / steps, (self._cpu() - cpu) / steps)
 
     def _cpu(self) -> float:
-        """Seconds that the engine's processes have used."""
-        every = [each for process in self._processes for each in (process, *process.children(recursive=True))]
-        return sum(times.user + times.system for times in (process.cpu_times() for process in every))
+        """Seconds of the processor that this process and the engine's have used, by the scheduler's own count."""
+        every = {each.pid for process in self._processes for each in (process, *process.children(recursive=True))}
+        return time.process_time() + sum(time.clock_gettime(~pid << 3 | 2) for pid in every)  # clock_getcpuclockid(3)
 
 
 def decode(args: argparse.Namespace, directories: dict[str, Path]) -> list[dict[str, Any]]:

@@ -27,11 +27,19 @@ def check_served(config: PreTrainedConfig) -> Family:
     """The row of the table for a folded checkpoint's config.
 
     Raises:
-        UnsupportedModelError: TARDIS does not fold such models, or vLLM has none.
+        UnsupportedModelError: TARDIS does not fold such models, vLLM has none, or linear layers outside the FFNs are
+            in few bits.
     """
     from vllm import ModelRegistry
 
     family = family_of(config)
+    settings = config.quantization_config
+    linears = settings["linears"] if isinstance(settings, dict) and "linears" in settings else {}
+    if linears:
+        raise UnsupportedModelError(
+            f"in vLLM, linear layers outside the FFNs cannot be in few bits yet, and here {next(iter(linears))} and "
+            f"{len(linears) - 1} others are. Fold without --linears, or use transformers (`tardis generate`)."
+        )
     stock = stock_name(config)
     if stock not in ModelRegistry.get_supported_archs():
         served = (name.removeprefix(PREFIX) for name in architectures())
