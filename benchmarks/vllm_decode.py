@@ -7,7 +7,7 @@
 Run it in the environment that `make venv-vllm` makes. Weights and fold are random, with ranges that fix a stated share
 of the neurons; both engines run at once, each in processes of its own, and take turns round by round, so that whatever
 else the machine does falls on both. Ratios are those of neighbouring rounds: their median and quartiles. CPU time is
-that of an engine's processes and of this one, which feeds it. A vocabulary is as small as its shape says, because the head's share of the bytes, the
+that of an engine's process. A vocabulary is as small as its shape says, because the head's share of the bytes, the
 same in both, would hide that of the FFNs. The load comes from vLLM's own `bench serve` client.
 """
 
@@ -27,11 +27,12 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -65,8 +66,33 @@ class Step:
     cpu: float
 
 
+def serve_steps(directory: Path, largest: int, pipe: Connection) -> None:
+    """Body of an engine's process: decode what comes through the pipe until it is closed.
+
+    vLLM runs within this process: with processes of its own, one of them would spin for as long as another computes.
+    """
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(str(directory), dtype="bfloat16", max_model_len=_LENGTH, max_num_seqs=largest).llm_engine
+    count = 0
+    pipe.send(None)
+    while (order := pipe.recv()) is not None:
+        prompts, steps = order
+        settings = SamplingParams(temperature=0.0, max_tokens=steps + 1, ignore_eos=True, detokenize=False)
+        for prompt in prompts:
+            count += 1
+            engine.add_request(str(count), {"prompt_token_ids": prompt}, settings)
+        first: set[str] = set()
+        while len(first) < len(prompts):
+            first |= {output.request_id for output in engine.step() if output.outputs[0].token_ids}
+        wall, cpu = time.perf_counter(), time.process_time()
+        while engine.has_unfinished_requests():
+            engine.step()
+        pipe.send(Step((time.perf_counter() - wall) / steps, (time.process_time() - cpu) / steps))
+
+
 class Engine:
-    """vLLM's engine on a model, in processes of its own.
+    """vLLM on a model, in a process of its own.
 
     Args:
         directory: of the model.
@@ -74,34 +100,23 @@ class Engine:
     """
 
     def __init__(self, directory: Path, largest: int) -> None:
-        from vllm import LLM
-
-        before = set(psutil.Process().children())
-        self._llm = LLM(str(directory), dtype="bfloat16", max_model_len=_LENGTH, max_num_seqs=largest)
-        self._processes = sorted(set(psutil.Process().children()) - before, key=lambda process: process.pid)
-        self._requests = 0
+        context = get_context("spawn")
+        self._pipe, other = context.Pipe()
+        self._process = context.Process(target=serve_steps, args=(directory, largest, other))
+        self._process.start()
+        other.close()
+        self._pipe.recv()
 
     def decode(self, prompts: list[list[int]], steps: int) -> Step:
         """Seconds per step of `steps` greedy steps behind some prompts, which are not counted."""
-        from vllm import SamplingParams
+        self._pipe.send((prompts, steps))
+        step: Step = self._pipe.recv()
+        return step
 
-        engine = self._llm.llm_engine
-        settings = SamplingParams(temperature=0.0, max_tokens=steps + 1, ignore_eos=True, detokenize=False)
-        for prompt in prompts:
-            self._requests += 1
-            engine.add_request(str(self._requests), {"prompt_token_ids": prompt}, settings)
-        first: set[str] = set()
-        while len(first) < len(prompts):
-            first |= {output.request_id for output in engine.step() if output.outputs[0].token_ids}
-        wall, cpu = time.perf_counter(), self._cpu()
-        while engine.has_unfinished_requests():
-            engine.step()
-        return Step((time.perf_counter() - wall) / steps, (self._cpu() - cpu) / steps)
-
-    def _cpu(self) -> float:
-        """Seconds of the processor that this process and the engine's have used, by the scheduler's own count."""
-        every = {each.pid for process in self._processes for each in (process, *process.children(recursive=True))}
-        return time.process_time() + sum(time.clock_gettime(~pid << 3 | 2) for pid in every)  # clock_getcpuclockid(3)
+    def close(self) -> None:
+        """End the process."""
+        self._pipe.send(None)
+        self._process.join()
 
 
 def decode(args: argparse.Namespace, directories: dict[str, Path]) -> list[dict[str, Any]]:
@@ -119,6 +134,8 @@ def decode(args: argparse.Namespace, directories: dict[str, Path]) -> list[dict[
                     taken[name].append(step)
         rows.append(summary(batch, taken))
         show(rows[-1])
+    for engine in engines.values():
+        engine.close()
     return rows
 
 
@@ -272,6 +289,8 @@ def main() -> None:
         VLLM_CPU_OMP_THREADS_BIND="nobind",  # the scheduler moves engines off cores that others use
         VLLM_LOGGING_LEVEL="ERROR",
     )
+    if args.what == "decode":
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     with ExitStack() as stack:
         root = args.models or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         directories = make(args, root)
