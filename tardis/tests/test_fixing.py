@@ -1,4 +1,4 @@
-"""The operators that serving engines call, for any number of tokens, with and without kernels: the reference decides."""
+"""The operators that serving engines call, for any number of tokens, with and without kernels, by the reference."""
 
 from __future__ import annotations
 
