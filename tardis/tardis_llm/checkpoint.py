@@ -54,6 +54,7 @@ class CheckpointConfig(QuantizationConfigMixin):
         format_version: of the checkpoint.
         calibration: what the fold was calibrated on.
         linears: bits per weight of each linear layer outside the FFNs that is stored in few, by its full name.
+        crossover: tokens at once up to which folding is faster than the dense FFNs; None if that was not measured.
         quant_method: always "tardis".
     """
 
@@ -61,6 +62,7 @@ class CheckpointConfig(QuantizationConfigMixin):
     format_version: int = FORMAT_VERSION
     calibration: dict[str, Any] = field(default_factory=dict)
     linears: dict[str, int] = field(default_factory=dict)
+    crossover: int | None = None
     quant_method: str = METHOD
 
     def __post_init__(self) -> None:
@@ -192,6 +194,19 @@ def mark_folded(model: PreTrainedModel, calibration: dict[str, Any]) -> None:
     config = CheckpointConfig(layers=formats, calibration=calibration, linears=linears)
     model.config.quantization_config = config
     model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
+
+
+def record_crossover(directory: Path, tokens: int) -> None:
+    """Write into a checkpoint's config.json up to how many tokens at once folding was measured to be faster.
+
+    Raises:
+        CheckpointError: the directory holds no folded model.
+    """
+    if not is_folded(directory):
+        raise CheckpointError(f"{directory} holds no folded model to record a crossover in; fold one with tardis fold.")
+    config = read_json(directory / _CONFIG)
+    config["quantization_config"]["crossover"] = tokens
+    write_json(directory / _CONFIG, config)
 
 
 def is_folded(directory: Path) -> bool:

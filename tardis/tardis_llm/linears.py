@@ -15,6 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from .architectures import ffn_linear_names, set_module
 from .errors import InvalidInputError
 from .report import LinearsReport
+from .runtime.cpu.library import available
+from .runtime.linear import kernel_linear
 from .runtime.lowbit_linear import KINDS, LowBitLinear, Nf4Linear
 
 
@@ -58,6 +60,16 @@ def put_linears(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, 
     for name, layer in layers.items():
         set_module(model, name, layer)
     return before
+
+
+def through_kernels(model: PreTrainedModel, *, ffn: bool = False) -> dict[str, nn.Module]:
+    """Dense linear layers by name that share a model's weights and decode by our kernel; `put_linears` puts them in.
+
+    None where the kernel is not built. Layers that store their weight transposed are copied.
+    """
+    if not available():
+        return {}
+    return {name: kernel_linear(layer) for name, layer in linear_layers(model, ffn=ffn).items()}
 
 
 def linear_layers(model: PreTrainedModel, *, ffn: bool = False) -> dict[str, nn.Module]:

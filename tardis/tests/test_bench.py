@@ -18,17 +18,22 @@ from tardis_llm.errors import InvalidInputError
 from tardis_llm.evaluation.fix_rate import count_fixes
 from tardis_llm.evaluation.shapes import SHAPES, random_folds, shaped_model
 from tardis_llm.evaluation.speed import (
+    CROSSOVER_TOKENS,
     Decoder,
     Ratio,
     count_union,
     cpu_name,
+    crossover,
     folded,
+    pays_up_to,
     read_bandwidth,
     step_bytes,
     take_turns,
-    weight_bytes,
 )
+from tardis_llm.evaluation.variants import KINDS, rival
+from tardis_llm.loading import load_model
 from tardis_llm.runtime.ffn import folded_ffns
+from tardis_llm.runtime.prefill import crossover as recorded
 
 
 def quiet(stage: str, done: int, total: int) -> None:
@@ -107,34 +112,79 @@ def test_a_decoder_starts_again_where_the_prompt_ended(name: str):
     model.forward = watch  # type: ignore[method-assign]
     assert decoder.seconds(3) > 0
     assert decoder.seconds(3) > 0
-    assert [ids.tolist() for ids in chosen[:3]] == [ids.tolist() for ids in chosen[3:]]
+    assert [ids.tolist() for ids in chosen[:4]] == [ids.tolist() for ids in chosen[4:]]
+    counted = chosen[1:4]  # the step before is not
     model.forward = forward  # type: ignore[method-assign]
     expected = tokens(2, 12)
     for _ in range(3):
         with torch.no_grad():
             expected = torch.cat([expected, model(expected).logits[:, -1:].argmax(-1)], 1)
-    assert [ids[:, 0].tolist() for ids in chosen[:3]] == expected[:, 12:].T.tolist()
+    assert [ids[:, 0].tolist() for ids in counted] == expected[:, 12:].T.tolist()
 
 
 def test_bytes_of_a_step_are_those_of_the_weights_read():
     model = tiny_model("gpt2")
-    sites = find_ffns(model)
-    ffn, other = weight_bytes(model, sites)
-    assert ffn == 3 * 4 * (2 * 64 * 256 + 64 + 256)
     everything = sum(p.nbytes for p in {p.data_ptr(): p for p in model.parameters()}.values())
-    positions = model.transformer.wpe.weight.nbytes
-    assert ffn + other == everything - positions  # the head shares its weight with the tokens' embedding
-    weights = [site.weights() for site in sites]
+    dense = step_bytes(model)
+    assert dense == everything - model.transformer.wpe.weight.nbytes  # the head shares its weight with the embedding
+    other = dense - 3 * 4 * (2 * 64 * 256 + 64 + 256)
     for storage in (Storage(64), Storage(64, 8, 4)):
-        folds = [fold for _, fold in random_folds_of(model, storage)]
-        none, every = (step_bytes(folds, weights, share) for share in (0.0, 1.0))
-        stored = sum(t.nbytes for fold in folds for t in fold.state_dict().values())
-        biases = 3 * 4 * 256
-        if storage.fallback_bits:
-            assert every == stored + biases
-        else:
-            assert none == stored + biases
-            assert every == none + 3 * 4 * 2 * 64 * 256
+        folds = random_folds_of(model, storage)
+        stored = sum(t.nbytes for _, fold in folds for t in fold.state_dict().values())
+        fallback = sum(fold.fallback.nbytes for _, fold in folds if fold.fallback)
+        biases = 3 * 4 * (256 + 64)
+        with folded(model, folds):
+            none, every = (step_bytes(model, share) for share in (0.0, 1.0))
+        assert none == other + stored - fallback + biases
+        assert every == none + (fallback or 3 * 4 * 2 * 64 * 256)
+
+
+def test_bytes_of_low_bit_layers_and_of_dense_ffns_in_a_folded_model():
+    model = tiny_model("gpt2", dtype=torch.bfloat16)
+    dense = step_bytes(model)
+    with rival("int8", model).within():
+        assert 0.5 * dense < step_bytes(model) < 0.6 * dense
+    assert step_bytes(model) == dense
+    folds = random_folds_of(model, Storage(64))
+    with folded(model, folds):
+        for _, fold in folds:
+            fold.exact = True
+        assert step_bytes(model) == dense
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rivals_compute_what_the_model_does_and_leave_it_as_it_was(kind: str):
+    model = tiny_model("gpt2", dtype=torch.bfloat16)
+    ids = tokens(2, 4)
+    with torch.no_grad():
+        expected = model(ids).logits.float()
+        variant = rival(kind, model)
+        with variant.within():
+            found = model(ids).logits.float()
+        assert torch.equal(model(ids).logits.float(), expected)
+    bound = {"dense": 0.0, "kernels": 0.02, "int8": 0.05, "int4": 0.3}[kind]
+    assert float((found - expected).norm() / expected.norm()) <= bound
+
+
+def test_kinds_that_do_not_exist_are_refused():
+    with pytest.raises(InvalidInputError, match="choose from dense, kernels, int8, int4"):
+        rival("int3", tiny_model("gpt2"))
+
+
+def test_the_crossover_is_the_last_size_before_folding_loses():
+    def ratio(value: float) -> Ratio:
+        return Ratio(value, value, value)
+
+    assert pays_up_to({1: ratio(3.0), 2: ratio(1.5), 4: ratio(0.9), 8: ratio(1.2)}) == 2
+    assert pays_up_to({1: ratio(0.9), 2: ratio(1.5)}) == 0
+
+
+def test_the_crossover_is_measured_on_a_folded_model():
+    model = tiny_model("gpt2")
+    with folded(model, random_folds_of(model, Storage(64))):
+        found = crossover(model, quiet)
+    assert list(found) == list(CROSSOVER_TOKENS[: len(found)])
+    assert all(ratio.low <= ratio.value <= ratio.high for ratio in found.values())
 
 
 def random_folds_of(model, storage: Storage):  # type: ignore[no-untyped-def]
@@ -164,30 +214,49 @@ def test_the_command_prints_both_variants_and_json(tardis: Callable[..., Result]
     arguments += ("--prompt", 8, "--fold-dtype", "int8", "--fallback", "int4", "--fix-rate", "0.1")
     result = tardis(*arguments)
     assert result.code == 0
-    for part in ("dense", "folded", "tokens/s", "speed-up", "GB/s"):
+    for part in ("dense", "folded", "tokens/s", "fold is faster", "GB/s"):
         assert part in result.out
     figures = json.loads(tardis(*arguments, "--json").out)
     assert [(row["batch"], row["variant"]) for row in figures["rows"]] == [
         (1, "dense"), (1, "folded"), (2, "dense"), (2, "folded"),
     ]  # fmt: skip
     dense, fold = figures["rows"][:2]
-    assert dense["speed_up"] == {"value": 1, "low": 1, "high": 1}
+    assert fold["folded_speed_up"] == {"value": 1, "low": 1, "high": 1}
+    assert figures["pays_up_to"] is None  # no dense weights beside stacked ones
+    assert figures["peak_bytes"] > 1e8
     assert fold["step_bytes"] < dense["step_bytes"]
     assert fold["union_fix_rate"] == pytest.approx(0.1, abs=0.05)
     assert dense["bytes_per_second"] == pytest.approx(dense["step_bytes"] / dense["step_seconds"])
 
 
 def test_a_model_of_ones_own_is_measured_too(tardis: Callable[..., Result], tiny_dir: Path):
-    arguments = ("--model", tiny_dir, "--batch", 1, "--rounds", 2, "--steps", 2, "--prompt", 8, "--fix-rate", "0.2")
-    rows = json.loads(tardis("bench", *arguments, "--json").out)["rows"]
-    assert rows[1]["union_fix_rate"] == pytest.approx(0.2, abs=0.1)
+    arguments = (tiny_dir, "--batch", 1, "--rounds", 2, "--steps", 2, "--prompt", 8, "--fix-rate", "0.2")
+    figures = json.loads(tardis("bench", *arguments, "--against", "dense,kernels,int8", "--json").out)
+    assert [row["variant"] for row in figures["rows"]] == ["dense", "kernels", "int8", "folded"]
+    assert figures["rows"][-1]["union_fix_rate"] == pytest.approx(0.2, abs=0.1)
+    assert figures["pays_up_to"] is not None
+
+
+def test_a_checkpoint_is_measured_and_records_its_crossover(
+    tardis: Callable[..., Result], fold: Callable[..., Result], tiny_dir: Path, tmp_path: Path
+):
+    assert fold("--reduction", "0.3", "--tokens", 2048).code == 0
+    folded_dir = tmp_path / "out"
+    few = ("--batch", 1, "--rounds", 2, "--steps", 2, "--prompt", 8)
+    figures = json.loads(tardis("bench", folded_dir, *few, "--record", "--prefill", "exact", "--json").out)
+    assert [row["variant"] for row in figures["rows"]] == ["dense", "folded"]
+    assert recorded(load_model(str(folded_dir))) == figures["pays_up_to"]
+    rivals = tardis("bench", folded_dir, *few, "--against", f"{tiny_dir},int8", "--json")
+    assert [row["variant"] for row in json.loads(rivals.out)["rows"]] == ["dense", "int8", "folded"]
+    assert_refused(tardis("bench", folded_dir, *few, "--against", "int8"), "--against MODEL,int8")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((), "--shape NAME"),
-        (("--shape", "gpt2", "--model", "x"), "--shape NAME"),
+        (("x", "--shape", "gpt2"), "--shape NAME"),
+        (("--shape", "gpt2", "--record"), "folded directory"),
         (("--shape", "gpt9"), "no shape"),
         (("--shape", "gpt2", "--batch", "one"), "give sizes"),
         (("--shape", "gpt2", "--batch", "0"), "at least"),

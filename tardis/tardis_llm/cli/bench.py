@@ -1,114 +1,139 @@
-"""`tardis bench`: how fast a fold decodes, beside the dense model in the same process, turn by turn."""
+"""`tardis bench`: how fast a fold decodes, beside its rivals in the same process, turn by turn."""
 
 from __future__ import annotations
 
+import resource
 import statistics
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.markup import escape
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..architectures import FFNSite, FFNWeights, find_ffns
+from ..checkpoint import is_folded, record_crossover
 from ..config import Precision, Storage
 from ..errors import InvalidInputError
 from ..evaluation.shapes import SHAPES, random_folds, shaped_model
 from ..evaluation.speed import (
+    CROSSOVER_TOKENS,
     Decoder,
     Ratio,
     count_union,
     cpu_name,
-    folded,
+    crossover,
+    pays_up_to,
     read_bandwidth,
     step_bytes,
     take_turns,
-    weight_bytes,
 )
-from ..loading import load_dense
-from ..runtime.ffn import FoldedFFN
+from ..evaluation.variants import KINDS, Variant, folded_variant, loaded_variants, rival
+from ..linears import low_bit_copies
+from ..loading import load_dense, load_model
+from ..runtime.ffn import folded_ffns
+from ..runtime.prefill import Prefill, set_prefill
 from . import output as show
 from .fold import BITS
 from .options import AsJson
 
-_DENSE, _FOLDED = "dense", "folded"
-
-
-@dataclass(frozen=True)
-class Bench:
-    """A model with its fold.
-
-    Attributes:
-        model: dense.
-        sites: its FFNs.
-        weights: of each, dense.
-        ffns: the fold of each.
-    """
-
-    model: PreTrainedModel
-    sites: list[FFNSite]
-    weights: list[FFNWeights]
-    ffns: list[FoldedFFN]
-
-    @classmethod
-    def of(cls, model: PreTrainedModel, bits: int, storage: Storage, fix_rate: float) -> Bench:
-        """A dense model with random folds."""
-        sites = find_ffns(model)
-        weights = [site.weights() for site in sites]
-        ffns = [ffn for _, ffn in random_folds(model, bits, storage, fix_rate)]
-        return cls(model, sites, weights, ffns)
-
-    def variant(self, name: str) -> AbstractContextManager[None]:
-        """The model dense, or folded within the context."""
-        pairs = list(zip(self.sites, self.ffns, strict=True))
-        return folded(self.model, pairs) if name == _FOLDED else nullcontext()
-
-    def prompt(self, batch: int, tokens: int) -> Tensor:
-        """Random token ids [batch, tokens]."""
-        vocabulary = self.model.config.get_text_config().vocab_size
-        return torch.randint(vocabulary, (batch, tokens), generator=torch.Generator().manual_seed(3))
+_FOLDED = "folded"
 
 
 def bench(
+    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="Folded directory, or a dense model.")] = "",
     shape: Annotated[str, typer.Option(help=f"Shape with random weights: {', '.join(SHAPES)}.")] = "",
-    model: Annotated[str, typer.Option(help="Directory or hub name of a dense model, in place of a shape.")] = "",
     layers: Annotated[int | None, typer.Option(help="So many layers of the shape; all without.", min=1)] = None,
-    batch: Annotated[str, typer.Option(help="Batch sizes.")] = "1,8",
+    against: Annotated[
+        str,
+        typer.Option(help=f"Rivals, from {', '.join(KINDS)}; and the dense MODEL that a folded one is compared with."),
+    ] = "dense",
+    batch: Annotated[str, typer.Option(help="Batch sizes.")] = "1,2,4,8,16,32",
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 64,
+    prefill: Annotated[
+        Prefill, typer.Option(help="Prompts through the fold, the dense FFNs, or what is faster.")
+    ] = "folded",
     steps: Annotated[int, typer.Option(help="Tokens decoded per run.", min=1)] = 8,
     rounds: Annotated[int, typer.Option(help="Runs of each variant, taking turns.", min=2)] = 7,
-    predictor_bits: Annotated[int, typer.Option(help="Of the predictor.")] = 2,
-    fold_dtype: Annotated[Precision, typer.Option(help="Of the fold.")] = "bf16",
-    fallback: Annotated[Precision, typer.Option(help="Of the weights that fixing reads.")] = "bf16",
-    fix_rate: Annotated[float, typer.Option(help="Share of the neurons that a token fixes.")] = 0.05,
+    predictor_bits: Annotated[int, typer.Option(help="Of the predictor of a random fold.")] = 2,
+    fold_dtype: Annotated[Precision, typer.Option(help="Of a random fold.")] = "bf16",
+    fallback: Annotated[Precision, typer.Option(help="Of the weights that fixing reads in a random fold.")] = "bf16",
+    linears: Annotated[Precision, typer.Option(help="Of the layers outside the FFNs beside a random fold.")] = "bf16",
+    fix_rate: Annotated[float, typer.Option(help="Share of the neurons that a token fixes in a random fold.")] = 0.05,
+    record: Annotated[bool, typer.Option(help="Write into the folded directory where folding stops paying.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Time prompts and decoding of a model, dense and with a random fold that fixes a stated share of the neurons."""
+    """Time prompts and decoding, folded and dense.
+
+    A folded directory is measured as it is. A shape, or a dense model, gets a random fold whose ranges leave out a
+    stated share of the neurons, so that speed is known before anything is folded.
+    """
     clock = show.Clock()
     sizes = _sizes(batch)
     if bool(shape) == bool(model):
-        raise InvalidInputError(f"give --shape NAME, one of {', '.join(SHAPES)}, or --model DIR.")
+        raise InvalidInputError(f"give a MODEL, or --shape NAME, one of {', '.join(SHAPES)}.")
     if not 0 <= fix_rate < 1:
         raise InvalidInputError(f"--fix-rate is {fix_rate}; give a share from 0 to below 1.")
-    dense = shaped_model(shape, layers) if shape else load_dense(model, "bfloat16")
-    storage = Storage(fold_bits=BITS[fold_dtype], fallback_bits=BITS[fallback])
-    made = Bench.of(dense, predictor_bits, storage, fix_rate)
+    checkpoint = bool(model) and is_folded(Path(model))
+    if record and not checkpoint:
+        raise InvalidInputError("--record writes into a folded directory; give one as MODEL.")
+    kinds = [part.strip() for part in against.split(",") if part.strip()]
+    if checkpoint:
+        variants = _variants_of_checkpoint(model, kinds)
+    else:
+        dense = shaped_model(shape, layers) if shape else load_dense(model, "bfloat16")
+        storage = Storage(fold_bits=BITS[fold_dtype], fallback_bits=BITS[fallback])
+        variants = _variants_of_dense(dense, kinds, predictor_bits, storage, BITS[linears], fix_rate)
     bandwidth = read_bandwidth()
     name = shape or model
-    show.say(escape(_describe(name, made, bandwidth)))
+    show.say(escape(_describe(name, bandwidth)))
     with show.progress_bars() as progress:
-        rows = [row for size in sizes for row in _measure(made, size, prompt, steps, rounds, progress)]
+        rows = [row for size in sizes for row in _measure(variants, size, prompt, prefill, steps, rounds, progress)]
+        paying = _crossover(variants[-1], progress)
+    if record and paying:
+        record_crossover(Path(model), pays_up_to(paying))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if as_json:
         machine = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "read_bandwidth": bandwidth}
-        show.print_json({"model": name, "layers": len(made.sites), **machine, "rows": rows, **clock.as_dict()})
+        faster = {str(count): vars(ratio) for count, ratio in paying.items()}
+        found = {"rows": rows, "crossover": faster, "pays_up_to": pays_up_to(paying) if paying else None}
+        show.print_json({"model": name, **machine, "peak_bytes": peak, **found, **clock.as_dict()})
         return
     _print(rows, bandwidth)
+    if paying:
+        show.say(_verdict(paying, record))
     show.say(clock.sentence())
+
+
+def _variants_of_dense(
+    model: PreTrainedModel, kinds: Sequence[str], bits: int, storage: Storage, linears: int | None, fix_rate: float
+) -> list[Variant]:
+    """The rivals, then a random fold."""
+    rivals = [rival(kind, model) for kind in kinds]
+    folds = list(random_folds(model, bits, storage, fix_rate))
+    others = low_bit_copies(model, linears) if linears else None
+    return [*rivals, folded_variant(model, folds, others)]
+
+
+def _variants_of_checkpoint(directory: str, kinds: Sequence[str]) -> list[Variant]:
+    """The rivals, then the folded model. Rivals are made of the dense model that is among them, if one is."""
+    folded, own_dense = loaded_variants(load_model(directory, "bfloat16"))
+    names = [kind for kind in kinds if kind not in KINDS]
+    if len(names) > 1:
+        raise InvalidInputError(f"--against names {' and '.join(names)}; give one dense model, and kinds of it.")
+    if names:
+        dense = load_dense(names[0], "bfloat16")
+        made = [kind for kind in kinds if kind in KINDS]
+        return [*(rival(kind, dense) for kind in dict.fromkeys(["dense", *made])), folded]
+    if list(kinds) != ["dense"] or own_dense is None:
+        raise InvalidInputError(
+            f"{directory} has no dense weights for {', '.join(kinds)}; name the model that it was folded from, as in "
+            f"--against MODEL,{','.join(kinds)}."
+        )
+    return [own_dense, folded]
 
 
 def _sizes(batch: str) -> list[int]:
@@ -121,72 +146,91 @@ def _sizes(batch: str) -> list[int]:
     return sizes
 
 
-def _describe(name: str, made: Bench, bandwidth: float) -> str:
-    dense, other = weight_bytes(made.model, made.sites)
-    return (
-        f"{name}: {len(made.sites)} layers, FFNs {show.size(dense)}, other weights read per step {show.size(other)}; "
-        f"{cpu_name()}, {torch.get_num_threads()} threads, reads memory at {bandwidth / 1e9:.1f} GB/s"
-    )
+def _describe(name: str, bandwidth: float) -> str:
+    return f"{name}: {cpu_name()}, {torch.get_num_threads()} threads, reads memory at {bandwidth / 1e9:.1f} GB/s"
 
 
-def _measure(made: Bench, size: int, prompt: int, steps: int, rounds: int, progress: Any) -> Iterator[dict[str, Any]]:
-    """Prefill and decoding at one batch size, both variants."""
-    ids = made.prompt(size, prompt)
+def _crossover(variant: Variant, progress: Any) -> dict[int, Ratio]:
+    """How much faster its FFNs are than dense ones, by tokens; empty where the dense weights are not there."""
+    with variant.within():
+        if any(ffn.fallback for ffn in folded_ffns(variant.model).values()):
+            return {}
+        return crossover(variant.model, progress)
+
+
+def _verdict(ratios: dict[int, Ratio], recorded: bool) -> str:
+    most = pays_up_to(ratios)
+    figures = ", ".join(f"{count}: {ratio.value:.2f}x" for count, ratio in ratios.items())
+    said = f"Folding one FFN pays up to {most} tokens at once" if most else "Folding does not pay on this machine"
+    if most == CROSSOVER_TOKENS[-1]:
+        said += " or more"
+    return f"{said} ({figures})." + (" Recorded: prefill auto runs FFNs dense beyond that." if recorded else "")
+
+
+def _measure(
+    variants: Sequence[Variant], size: int, prompt: int, prefill: Prefill, steps: int, rounds: int, progress: Any
+) -> Iterator[dict[str, Any]]:
+    """Prefill and decoding of every variant at one batch size."""
     decoders = {}
-    for name in (_DENSE, _FOLDED):
-        with made.variant(name):
-            decoders[name] = Decoder(made.model, ids)
+    for variant in variants:
+        with variant.within():
+            decoders[variant.name] = Decoder(variant.model, variant.prompt(size, prompt))
 
-    def decode(name: str) -> float:
-        with made.variant(name):
-            return decoders[name].seconds(steps)
+    def decode(variant: Variant) -> float:
+        with variant.within():
+            return decoders[variant.name].seconds(steps)
 
-    def prefill(name: str) -> float:
-        with made.variant(name):
-            return Decoder(made.model, ids).prefill
+    def first_token(variant: Variant) -> float:
+        ids = variant.prompt(size, prompt)
+        with variant.within():
+            if variant.name != _FOLDED:
+                return Decoder(variant.model, ids).prefill
+            set_prefill(variant.model, prefill)
+            try:
+                return Decoder(variant.model, ids).prefill
+            finally:
+                set_prefill(variant.model, "folded")
 
-    names = list(decoders)
-    taken = take_turns({name: partial(decode, name) for name in names}, rounds, progress, f"decoding, batch {size}")
-    first = take_turns({name: partial(prefill, name) for name in names}, rounds, progress, f"prompt, batch {size}")
-    with made.variant(_FOLDED), count_union(made.model) as union:
-        decoders[_FOLDED].seconds(steps)
-    dense, other = weight_bytes(made.model, made.sites)
-    read = {_DENSE: float(dense), _FOLDED: step_bytes(made.ffns, made.weights, union.mean)}
-    for name in names:
-        step = statistics.median(taken[name])
+    taken = take_turns({v.name: partial(decode, v) for v in variants}, rounds, progress, f"decoding, batch {size}")
+    first = take_turns({v.name: partial(first_token, v) for v in variants}, rounds, progress, f"prompt, batch {size}")
+    own, own_first = taken[_FOLDED], first[_FOLDED]
+    for variant in variants:
+        name, step = variant.name, statistics.median(taken[variant.name])
+        with variant.within(), count_union(variant.model) as union:
+            decoders[name].seconds(1)
+            read = step_bytes(variant.model, union.mean)
         yield {
             "batch": size,
             "variant": name,
             "tokens_per_second": size / step,
             "step_seconds": step,
-            "speed_up": vars(Ratio.of(taken[_DENSE], taken[name])),
+            "folded_speed_up": vars(Ratio.of(taken[name], own)),
             "first_token_seconds": statistics.median(first[name]),
-            "first_token_speed_up": vars(Ratio.of(first[_DENSE], first[name])),
-            "step_bytes": read[name] + other,
-            "bytes_per_second": (read[name] + other) / step,
+            "folded_first_token_speed_up": vars(Ratio.of(first[name], own_first)),
+            "step_bytes": read,
+            "bytes_per_second": read / step,
             "union_fix_rate": union.mean if name == _FOLDED else None,
         }
 
 
 def _print(rows: list[dict[str, Any]], bandwidth: float) -> None:
-    made = show.table("Decoding", "batch", "", "tokens/s", "speed-up", "fixed", "MiB", "GB/s", "prompt")
+    made = show.table("Decoding", "batch", "", "tokens/s", "fold is faster", "fixed", "MiB", "GB/s", "prompt, s")
     for row in rows:
-        ratio = row["speed_up"]
-        dense = row["variant"] == _DENSE
+        ratio, folded = row["folded_speed_up"], row["variant"] == _FOLDED
         made.add_row(
             str(row["batch"]),
             row["variant"],
             f"{row['tokens_per_second']:.2f}",
-            "" if dense else f"{ratio['value']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})",
-            "" if dense else f"{row['union_fix_rate']:.1%}",
+            "" if folded else f"{ratio['value']:.2f}x ({ratio['low']:.2f}-{ratio['high']:.2f})",
+            f"{row['union_fix_rate']:.1%}" if folded else "",
             f"{row['step_bytes'] / 2**20:,.0f}",
             f"{row['bytes_per_second'] / 1e9:.1f}",
             f"{row['first_token_seconds']:.2f}",
-            end_section=not dense,
+            end_section=folded,
         )
     show.out.print(made)
     show.out.print(
-        "[dim]speed-up: median of the ratios of neighbouring runs, with their quartiles. fixed: share of the neurons "
-        "that some token of the batch fixes. MiB: weights read per step, GB/s: per second; this machine reads "
-        f"{bandwidth / 1e9:.1f}. prompt: seconds to the first token.[/]"
+        "[dim]fold is faster: median of the ratios of neighbouring runs, with their quartiles. fixed: share of the "
+        "neurons that some token of the batch fixes. MiB: weights read per step, GB/s: per second; this machine reads "
+        f"{bandwidth / 1e9:.1f}. prompt: to the first token.[/]"
     )

@@ -21,12 +21,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..activations import ACTIVATIONS
 from ..architectures import FFNSite, FFNWeights
-from ..runtime.ffn import FoldedFFN, fixed_neurons, folded_ffns, install, uninstall
+from ..runtime.ffn import FoldedFFN, KeptLinear, dense_ffn, fixed_neurons, folded_ffns, install, uninstall
+from ..runtime.lowbit_linear import LowBitLinear
 from ..session import Progress
 
 _BANDWIDTH_BYTES = 2**29  # far more than any cache
 _BANDWIDTH_RUNS = 5
+#: tokens at once for which a fold is compared with the dense FFN
+CROSSOVER_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_CROSSOVER_ROUNDS = 9
+_LOST = 0.7  # the ratio below which more tokens are not tried
 
 
 @dataclass(frozen=True)
@@ -96,15 +102,21 @@ class Decoder:
 
     @torch.no_grad()
     def seconds(self, steps: int) -> float:
-        """Seconds per step over `steps` greedy steps; the cache is then cut back to the prompt."""
-        ids = self.first
+        """Seconds per step over `steps` greedy steps; the cache is then cut back to the prompt.
+
+        One step before is not counted: it may lay weights out anew that another variant had in its own order.
+        """
+        self._decode(1)
         start = time.perf_counter()
+        self._decode(steps)
+        return (time.perf_counter() - start) / steps
+
+    def _decode(self, steps: int) -> None:
+        ids = self.first
         for _ in range(steps):
             output = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True)
             ids = output.logits[:, -1:].argmax(-1)
-        taken = (time.perf_counter() - start) / steps
         self.cache.crop(self.length)
-        return taken
 
 
 def _last_logits(model: PreTrainedModel) -> dict[str, Any]:
@@ -142,34 +154,95 @@ def count_union(model: nn.Module) -> Iterator[Union]:
         yield union
 
 
-def step_bytes(ffns: Sequence[FoldedFFN], dense: Sequence[FFNWeights], share: float) -> float:
-    """Bytes of FFN weights that a step reads where a share of the neurons is fixed.
+def crossover(model: PreTrainedModel, progress: Progress) -> dict[int, Ratio]:
+    """How many times faster than dense a model's middle folded FFN is, by the number of tokens at once.
 
     Args:
-        ffns: folded FFNs.
-        dense: the weights of each before it was folded; the up bias is read, and without low-bit fallback W1 and W2.
+        model: folded, its dense FFN weights resident; its inputs are those that random tokens give.
+        progress: told how far it is.
+    """
+    ffn = list(folded_ffns(model).values())[len(folded_ffns(model)) // 2]
+    x, weights = _call_of(model, ffn, CROSSOVER_TOKENS[-1])
+    dense = weights._replace(w1=weights.w1.contiguous(), w2=weights.w2.contiguous())
+    by_neuron = dense._replace(w2=weights.w2.T.contiguous().T)
+    act = ACTIVATIONS[ffn.activation]
+    found: dict[int, Ratio] = {}
+    with torch.inference_mode():
+        for count in CROSSOVER_TOKENS:
+            some = x[:count].contiguous()
+            runs = {"dense": partial(dense_ffn, some, dense, act), "folded": partial(ffn, some, by_neuron)}
+            timed: dict[str, Callable[[], float]] = {name: partial(_seconds, run) for name, run in runs.items()}
+            taken = take_turns(timed, _CROSSOVER_ROUNDS, progress, f"crossover, {count} tokens")
+            found[count] = Ratio.of(taken["dense"], taken["folded"])
+            if found[count].value < _LOST:
+                break
+    return found
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def pays_up_to(ratios: dict[int, Ratio]) -> int:
+    """The most tokens up to which folding was faster throughout; 0 if it never was."""
+    most = 0
+    for count, ratio in sorted(ratios.items()):
+        if ratio.value <= 1:
+            break
+        most = count
+    return most
+
+
+def _call_of(model: PreTrainedModel, ffn: FoldedFFN, tokens: int) -> tuple[Tensor, FFNWeights]:
+    """What a folded FFN gets when the model sees so many random tokens: x [tokens, d], and the dense weights."""
+    calls: list[tuple[Tensor, FFNWeights]] = []
+    handle = ffn.register_forward_pre_hook(lambda module, args: calls.append(args))
+    config = model.config.get_text_config()
+    length = min(tokens, getattr(config, "max_position_embeddings", tokens))
+    ids = torch.randint(config.vocab_size, (-(-tokens // length), length), generator=torch.Generator().manual_seed(4))
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=False)
+    finally:
+        handle.remove()
+    x, dense = calls[0]
+    return x.reshape(-1, x.shape[-1])[:tokens], dense
+
+
+def step_bytes(model: PreTrainedModel, share: float = 0.0) -> float:
+    """Bytes of weights that a step of decoding reads: all but embeddings, and fallback weights of fixed neurons only.
+
+    Args:
+        model: dense or folded.
         share: of the neurons, that at least one token of the step fixes.
     """
-    total = 0.0
-    for ffn, weights in zip(ffns, dense, strict=True):
-        stored = sum(tensor.nbytes for tensor in ffn.state_dict().values())
-        fallback = ffn.fallback.nbytes if ffn.fallback else weights.w1.nbytes + weights.w2.nbytes
-        always = stored - (fallback if ffn.fallback else 0) + (weights.b1.nbytes if weights.b1 is not None else 0)
-        total += always + share * fallback
-    return total
-
-
-def weight_bytes(model: PreTrainedModel, sites: Sequence[FFNSite]) -> tuple[int, int]:
-    """Bytes of weights that a step of decoding reads: of the FFNs, and of everything else but unused embeddings."""
-    ffn = {part.data_ptr(): part.nbytes for site in sites for part in site.weights() if part is not None}
     head = model.get_output_embeddings()
-    skipped = {
-        module.weight.data_ptr()
-        for module in model.modules()
-        if isinstance(module, nn.Embedding) and (head is None or module.weight is not head.weight)
-    }
-    other = {p.data_ptr(): p.nbytes for p in model.parameters() if p.data_ptr() not in skipped | ffn.keys()}
-    return sum(ffn.values()), sum(other.values())
+    exact = any(ffn.exact for ffn in folded_ffns(model).values())
+    seen: set[int] = set()
+
+    def read(module: nn.Module) -> float:
+        if isinstance(module, FoldedFFN):
+            return 0.0 if exact else _folded_bytes(module, share)
+        if isinstance(module, LowBitLinear):
+            return module.nbytes
+        fixed_only = isinstance(module, KeptLinear) and not exact
+        total = 0.0
+        for name, parameter in module.named_parameters(recurse=False):
+            embedding = isinstance(module, nn.Embedding) and (head is None or module.weight is not head.weight)
+            if not embedding and parameter.data_ptr() not in seen:
+                seen.add(parameter.data_ptr())
+                total += parameter.nbytes * (share if fixed_only and name == "weight" else 1.0)
+        return total + sum(read(child) for child in module.children())
+
+    return read(model)
+
+
+def _folded_bytes(ffn: FoldedFFN, share: float) -> float:
+    """What a folded FFN holds itself; dense fallback weights are its neighbours'."""
+    fallback = ffn.fallback.nbytes if ffn.fallback else 0
+    return sum(tensor.nbytes for tensor in ffn.state_dict().values()) - fallback + share * fallback
 
 
 def cpu_name() -> str:

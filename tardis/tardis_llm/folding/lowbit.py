@@ -3,9 +3,9 @@ where folding is stacked with quantisation, the fold and the fallback weights to
 
 A weight is `(code - (2^bits - 1) / 2) * scale` with an unsigned code, so the grid is symmetric and needs no zero
 point. A row is stored as bit-planes, the highest first, one after the other: every width packs without waste, and the
-first planes of a wider copy are a coarser copy. Within a plane, columns come in blocks of 512, the last one shorter; bit
-k of byte j of a block of n columns belongs to column k * ceil(n / 8) + j of the block. So one shift of a register of
-bytes gives the codes of consecutive columns, which is what makes them cheap to multiply.
+first planes of a wider copy are a coarser copy. Within a plane, columns come in blocks of 512, the last one shorter.
+Bit k of byte j of a block of n columns belongs to column k * ceil(n / 8) + j of the block, so that one shift of a
+register of bytes gives the codes of consecutive columns, which makes them cheap to multiply.
 """
 
 from __future__ import annotations

@@ -54,6 +54,17 @@ def folded_ffn(
     return (affine.float() + correction.float()).to(x.dtype)
 
 
+def dense_ffn(x: Tensor, dense: FFNWeights, act: Callable[[Tensor], Tensor]) -> Tensor:
+    """Output [..., d] of the FFN before it was folded, in the dtype of x.
+
+    Args:
+        x: [..., d].
+        dense: its b2 is added here, where the fold has it in its bias.
+        act: the activation.
+    """
+    return F.linear(act(F.linear(x, dense.w1, dense.b1)), dense.w2, dense.b2)
+
+
 def fixed_neurons(x: Tensor, folded: FoldedWeights, b1: Tensor | None) -> Tensor:
     """[tokens, h] bool: the neurons S(x) predicted to be out of their hot range. NaN counts as out of it."""
     zhat = F.linear(x.float(), folded.predictor.dequantise(), None if b1 is None else b1.float())
@@ -114,6 +125,9 @@ class FoldedFFN(nn.Module):
     Args:
         weights: what to store.
         activation: a name in `ACTIVATIONS`.
+
+    Attributes:
+        exact: run the dense FFN instead; `prefill.set_prefill` sees to it.
     """
 
     low: Tensor
@@ -124,6 +138,7 @@ class FoldedFFN(nn.Module):
     def __init__(self, weights: FoldedWeights, activation: str) -> None:
         super().__init__()
         self.activation = activation
+        self.exact = False
         fold = weights.weight
         self.fold = LowBitFold(fold, weights.bias) if isinstance(fold, PackedMatrix) else Fold(fold, weights.bias)
         self.predictor = LowBit(weights.predictor)
@@ -153,6 +168,8 @@ class FoldedFFN(nn.Module):
             x: inputs.
             dense: its w1 and w2 are not read where low-bit weights stand for them.
         """
+        if self.exact:
+            return dense_ffn(x, dense, ACTIVATIONS[self.activation])
         weights, tokens = self.weights, x.reshape(-1, x.shape[-1])
         if ops.runs(tokens, weights, dense):
             return ops.folded_ffn(tokens, weights, dense, self.activation).view(x.shape)

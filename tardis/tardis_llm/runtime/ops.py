@@ -7,7 +7,8 @@
 
 Each takes up to 64 tokens x [tokens, d] in bf16 or fp32, contiguous. `ffn.folded_ffn` specifies what they compute;
 sums are in fp32 throughout, and where x meets a low-bit matrix it is rounded to 16 bits (or 8, where asked for), with
-one scale per token and group of columns.
+one scale per token and group of columns, 512 at most. A predictor that only selects, beside dense fallback weights,
+always gets 8 bits of x: what it finds differs from the reference for few neurons that are next to a bound.
 """
 
 from __future__ import annotations
@@ -45,19 +46,23 @@ library.define(
 )
 
 
-def takes(x: Tensor) -> bool:
-    """Whether the kernels are there and take inputs like x [..., d]."""
-    if x.device.type != "cpu" or x.dtype not in DTYPES or not 0 < x.numel() <= MAX_TOKENS * x.shape[-1]:
+def takes(x: Tensor, at_most: int | None = MAX_TOKENS) -> bool:
+    """Whether the kernels are there and take inputs like x [..., d], of so many tokens at most."""
+    if x.device.type != "cpu" or x.dtype not in DTYPES or not x.numel():
         return False
-    return available()
+    return (at_most is None or x.numel() <= at_most * x.shape[-1]) and available()
 
 
 def runs(x: Tensor, folded: FoldedWeights, dense: FFNWeights) -> bool:
     """Whether `folded_ffn` can stand for the reference: x is as they take it, and nothing needs gradients.
 
     Dense fallback weights must lie neuron by neuron: w1 contiguous, and w2 as the transpose of a contiguous tensor.
+    With these, many tokens are faster in one dense product. Low-bit ones would have to be written out for that first,
+    as much memory as they save; so the kernels then take any number of tokens, some at a time.
     """
-    if not takes(x) or (torch.is_grad_enabled() and (x.requires_grad or dense.w1.requires_grad)):
+    if not takes(x, MAX_TOKENS if folded.fallback is None else None) or (
+        torch.is_grad_enabled() and (x.requires_grad or dense.w1.requires_grad)
+    ):
         return False
     matrices = _matrices(folded, dense)
     if any(isinstance(matrix, Tensor) and matrix.dtype != x.dtype for matrix in matrices):
@@ -79,10 +84,13 @@ def folded_ffn(x: Tensor, folded: FoldedWeights, dense: FFNWeights, activation: 
     fold, predictor, up, down = map(_parts, matrices)
     sizes = [matrix.group_size if isinstance(matrix, PackedMatrix) else 0 for matrix in matrices]
     ranges = [folded.low, folded.high, folded.slope, folded.offset]
-    y: Tensor = torch.ops.tardis.folded_ffn(
-        x.contiguous(), activation, fold, folded.bias, predictor, ranges, dense.b1, up, down, sizes
-    )
-    return y
+    parts = [
+        torch.ops.tardis.folded_ffn(
+            some.contiguous(), activation, fold, folded.bias, predictor, ranges, dense.b1, up, down, sizes
+        )
+        for some in x.split(MAX_TOKENS)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _matrices(folded: FoldedWeights, dense: FFNWeights) -> list[Tensor | PackedMatrix | None]:

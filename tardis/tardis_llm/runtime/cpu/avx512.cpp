@@ -124,6 +124,16 @@ void block(const TardisMatrix& m, const Rows& rows, int64_t i, const Input& x, i
     });
 }
 
+// Rows begin..end-1 and T tokens, of which the first cache has room for the inputs.
+template <typename K, int R, int T>
+void stripe(
+    const TardisMatrix& m, const Rows& rows, int64_t begin, int64_t end, const Input& x, int64_t token, float* out
+) {
+    for (int64_t i = begin; i < end; i += R) block<K, R, T>(m, rows, i, x, token, out);
+}
+
+constexpr int64_t kStripe = 16;  // rows that are multiplied by all tokens before the next: they fit the second cache
+
 template <typename K>
 void product_dense(const TardisMatrix& m, const Rows& rows, const Input& x, float* out) {
     if (x.tokens == 1) {
@@ -132,12 +142,12 @@ void product_dense(const TardisMatrix& m, const Rows& rows, const Input& x, floa
             *out++ = dot<K>(w + rows.at(i) * m.columns, w + rows.at(i + 1) * m.columns, K::input(x), m.columns);
         return;
     }
-    for (int64_t i = rows.begin; i < rows.end; i += 2) {
+    for (int64_t begin = rows.begin; begin < rows.end; begin += kStripe) {
+        const int64_t end = begin + kStripe < rows.end ? begin + kStripe : rows.end;
         int64_t t = 0;
-        for (; t + 8 <= x.tokens; t += 8) block<K, 2, 8>(m, rows, i, x, t, out);
-        for (; t + 4 <= x.tokens; t += 4) block<K, 2, 4>(m, rows, i, x, t, out);
-        for (; t + 2 <= x.tokens; t += 2) block<K, 2, 2>(m, rows, i, x, t, out);
-        for (; t < x.tokens; ++t) block<K, 2, 1>(m, rows, i, x, t, out);
+        for (; t + 4 <= x.tokens; t += 4) stripe<K, 4, 4>(m, rows, begin, end, x, t, out);
+        for (; t + 2 <= x.tokens; t += 2) stripe<K, 4, 2>(m, rows, begin, end, x, t, out);
+        for (; t < x.tokens; ++t) stripe<K, 4, 1>(m, rows, begin, end, x, t, out);
     }
 }
 

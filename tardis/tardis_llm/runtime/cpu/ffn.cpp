@@ -102,7 +102,7 @@ class Folded {
 public:
     Folded(const TardisFFN& ffn, const TardisBatch& batch)
         : ffn_(ffn), batch_(batch), tokens_(batch.tokens), h_(ffn.predictor.rows), d_(ffn.predictor.columns),
-          inputs_(batch, d_), x_(inputs_.for_matrix(ffn.predictor)), stride_(x_.stride) {
+          inputs_(batch, d_), x_(inputs_.for_matrix(ffn.predictor, selecting_bits())), stride_(x_.stride) {
         static thread_local Scratch<int32_t> index, counts;
         static thread_local Scratch<uint64_t> tokens;
         static thread_local Scratch<float> z, y;
@@ -119,9 +119,12 @@ public:
     }
 
 private:
+    // Of the inputs where they meet the predictor: 8 will do for what only selects, as it is of few bits itself.
+    int32_t selecting_bits() const { return ffn_.down.type == TARDIS_LOW_BIT ? batch_.activation_bits : 8; }
+
     // A task lists what its rows fix where the list of all rows would be.
     void predict_and_fold() {
-        const Input &in = x_, &fold_in = inputs_.for_matrix(ffn_.fold);
+        const Input &in = x_, &fold_in = inputs_.for_matrix(ffn_.fold, batch_.activation_bits);
         const int64_t bytes = h_ * row_bytes(ffn_.predictor) + d_ * row_bytes(ffn_.fold);
         const int threads = threads_for(bytes, batch_.threads);
         block_ = block_rows(h_, threads);
@@ -184,7 +187,7 @@ private:
     // Replaces predictions by residuals, for the tokens that fix the neuron.
     void residuals() {
         const bool product = ffn_.up.type != TARDIS_NONE;
-        const Input& in = product ? inputs_.for_matrix(ffn_.up) : x_;
+        const Input& in = product ? inputs_.for_matrix(ffn_.up, batch_.activation_bits) : x_;
         const int threads = threads_for(product ? fixed_.count * row_bytes(ffn_.up) : 0, batch_.threads);
         const int64_t block = block_rows(fixed_.count, threads);
         parallel(threads, blocks(fixed_.count, block), [&](int64_t task) {
@@ -198,6 +201,7 @@ private:
     // z[token * kBlockRows + e - begin] = row e of `up` times the token, where it fixes the neuron. Each product is one
     // row's with one token, so that what a token gets does not depend on the others in its batch.
     void products(const Input& in, int64_t begin, int64_t end, float* z) {
+        if (ffn_.up.type != TARDIS_LOW_BIT) return pairs(in, begin, end, z);
         const Product product = product_of(ffn_.up);
         for (int64_t t = 0; t < tokens_; ++t) {
             int32_t rows[kBlockRows], places[kBlockRows];
@@ -210,6 +214,21 @@ private:
             }
             if (count) product(ffn_.up, {rows, 0, count, count}, of_token(in, t), own);
             for (int64_t j = 0; j < count; ++j) z[t * kBlockRows + places[j]] = own[j];
+        }
+    }
+
+    // The same, row by row: each is read from memory once, while the one before is multiplied.
+    void pairs(const Input& in, int64_t begin, int64_t end, float* z) {
+        const Product product = product_of(ffn_.up);
+        int32_t rows[kBlockRows * kMaxTokens];
+        int64_t count = 0, at = 0;
+        for (int64_t e = begin; e < end; ++e)
+            for (int n = __builtin_popcountll(fixed_.tokens[e]); n > 0; --n) rows[count++] = fixed_.index[e];
+        for (int64_t e = begin; e < end; ++e) {
+            for (uint64_t left = fixed_.tokens[e]; left; left &= left - 1, ++at) {
+                const int64_t t = __builtin_ctzll(left);
+                product(ffn_.up, {rows, at, at + 1, count}, of_token(in, t), z + t * kBlockRows + e - begin);
+            }
         }
     }
 
@@ -281,7 +300,7 @@ private:
 
 void linear(const TardisMatrix& weight, const TardisVector& bias, const TardisBatch& batch) {
     Inputs inputs(batch, weight.columns);
-    const Input& x = inputs.for_matrix(weight);
+    const Input& x = inputs.for_matrix(weight, batch.activation_bits);
     const int threads = threads_for(weight.rows * row_bytes(weight), batch.threads);
     const int64_t block = block_rows(weight.rows, threads);
     parallel(threads, blocks(weight.rows, block), [&](int64_t task) {
@@ -298,7 +317,7 @@ void linear(const TardisMatrix& weight, const TardisVector& bias, const TardisBa
 void fixed(const TardisFFN& ffn, const TardisBatch& batch) {
     const TardisMatrix& m = ffn.predictor;
     Inputs inputs(batch, m.columns);
-    const Input& x = inputs.for_matrix(m);
+    const Input& x = inputs.for_matrix(m, batch.activation_bits);
     const int threads = threads_for(m.rows * row_bytes(m), batch.threads);
     const int64_t block = block_rows(m.rows, threads);
     parallel(threads, blocks(m.rows, block), [&](int64_t task) {

@@ -65,7 +65,7 @@ void GroupLayout::add_piece(const Block& block, int64_t bit, int64_t first, int6
 }
 
 Inputs::Inputs(const TardisBatch& batch, int64_t columns)
-    : plain_{}, halves_(batch.activation_bits == 8 ? 1 : 2), threads_(batch.threads) {
+    : plain_{}, threads_(batch.threads) {
     const int64_t stride = padded(columns);
     f32_.resize(static_cast<size_t>(batch.tokens * stride));
     if (batch.type == TARDIS_BF16) bf16_.resize(f32_.size());
@@ -77,26 +77,28 @@ Inputs::Inputs(const TardisBatch& batch, int64_t columns)
     plain_ = {batch.tokens, columns, stride, f32_.data(), bf16_.empty() ? nullptr : bf16_.data(), {}};
 }
 
-const Input& Inputs::for_matrix(const TardisMatrix& m) {
+const Input& Inputs::for_matrix(const TardisMatrix& m, int32_t bits) {
     if (m.type != TARDIS_LOW_BIT) return plain_;
-    Variant& found = variant(m);
+    Variant& found = variant(m, bits == 8 ? 1 : 2);
     if (!found.quantised) quantise(found);
     return found.input;
 }
 
-const Layout& Inputs::layout_of(const TardisMatrix& m) { return variant(m).layout.view(); }
+const Layout& Inputs::layout_of(const TardisMatrix& m) { return variant(m, 2).layout.view(); }
 
-Inputs::Variant& Inputs::variant(const TardisMatrix& m) {
-    for (const auto& each : variants_)
-        if (each->layout.columns() == m.columns && each->layout.group_size() == m.group_size) return *each;
-    variants_.push_back(std::make_unique<Variant>(m.columns, m.group_size));
+Inputs::Variant& Inputs::variant(const TardisMatrix& m, int32_t halves) {
+    for (const auto& each : variants_) {
+        const GroupLayout& layout = each->layout;
+        if (layout.columns() == m.columns && layout.group_size() == m.group_size && each->halves == halves) return *each;
+    }
+    variants_.push_back(std::make_unique<Variant>(m.columns, m.group_size, halves));
     return *variants_.back();
 }
 
 void Inputs::quantise(Variant& variant) {
     const Layout& layout = variant.layout.view();
     const int64_t stride = layout.piece_count * 64, tokens = plain_.tokens;
-    variant.values.resize(static_cast<size_t>(tokens * halves_ * stride));
+    variant.values.resize(static_cast<size_t>(tokens * variant.halves * stride));
     variant.scale.resize(static_cast<size_t>(tokens * layout.segment_count));
     variant.sum.resize(variant.scale.size());
     parallel(tokens * variant.layout.columns() < 65536 ? 1 : threads_, tokens, [&](int64_t t) {
@@ -104,7 +106,7 @@ void Inputs::quantise(Variant& variant) {
     });
     variant.input = plain_;
     variant.input.quantised = {
-        &layout, variant.values.data(), variant.scale.data(), variant.sum.data(), stride, halves_,
+        &layout, variant.values.data(), variant.scale.data(), variant.sum.data(), stride, variant.halves,
     };
     variant.quantised = true;
 }
@@ -115,7 +117,7 @@ void Inputs::quantise_segment(Variant& variant, int64_t token, int64_t number) {
     const Layout& layout = variant.layout.view();
     const Segment& segment = layout.segments[number];
     const float* x = plain_.f32 + token * plain_.stride;
-    const float top = halves_ == 1 ? 127.0f : 127.0f * 257.0f;
+    const float top = variant.halves == 1 ? 127.0f : 127.0f * 257.0f;
     const int64_t begin = layout.pieces[segment.piece].column, last = segment.piece + segment.pieces - 1;
     const int64_t end = layout.pieces[last].column + layout.pieces[last].count;
     float largest = 0;
@@ -128,7 +130,7 @@ void Inputs::quantise_segment(Variant& variant, int64_t token, int64_t number) {
     const bool zero = !finite || largest < 1e-30f;
     const float inverse = zero ? 0 : top / largest, unit = largest / top;
     const int64_t stride = layout.piece_count * 64;
-    int8_t* values = variant.values.data() + token * halves_ * stride;
+    int8_t* values = variant.values.data() + token * variant.halves * stride;
     int64_t sum = 0;
     for (int64_t p = segment.piece; p <= last && !zero; ++p) {
         const float* from = x + layout.pieces[p].column;
@@ -137,8 +139,8 @@ void Inputs::quantise_segment(Variant& variant, int64_t token, int64_t number) {
             const int32_t value = static_cast<int32_t>(std::lrintf(from[j] * inverse));
             const int8_t low = static_cast<int8_t>(value & 0xff);
             sum += value;
-            to[j] = halves_ == 1 ? low : static_cast<int8_t>((value - low) >> 8);
-            if (halves_ == 2) to[j + stride] = low;
+            to[j] = variant.halves == 1 ? low : static_cast<int8_t>((value - low) >> 8);
+            if (variant.halves == 2) to[j + stride] = low;
         }
     }
     const size_t at = static_cast<size_t>(token * layout.segment_count + number);

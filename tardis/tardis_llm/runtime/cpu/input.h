@@ -50,26 +50,28 @@ private:
 class Inputs {
 public:
     Inputs(const TardisBatch& batch, int64_t columns);
-    // With the quantised values that `m` needs, made when first asked for; not from several threads at once.
-    const Input& for_matrix(const TardisMatrix& m);
+    // With the quantised values that `m` needs, made when first asked for; not from several threads at once. `bits` are
+    // 8 or 16.
+    const Input& for_matrix(const TardisMatrix& m, int32_t bits);
     // How the columns of `m` lie.
     const Layout& layout_of(const TardisMatrix& m);
 
 private:
     struct Variant {
-        Variant(int64_t columns, int64_t group_size) : layout(columns, group_size) {}
+        Variant(int64_t columns, int64_t group_size, int32_t parts) : layout(columns, group_size), halves(parts) {}
         GroupLayout layout;
+        const int32_t halves;
         Numbers<int8_t> values;
         Numbers<float> scale, sum;
         Input input;
         bool quantised = false;
     };
-    Variant& variant(const TardisMatrix& m);
+    Variant& variant(const TardisMatrix& m, int32_t halves);
     void quantise(Variant& variant);
     void quantise_segment(Variant& variant, int64_t token, int64_t segment);
 
     Input plain_;
-    int32_t halves_, threads_;
+    int32_t threads_;
     Numbers<float> f32_;
     Numbers<uint16_t> bf16_;
     std::vector<std::unique_ptr<Variant>> variants_;

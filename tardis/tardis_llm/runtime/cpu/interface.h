@@ -36,7 +36,7 @@ struct TardisBatch {
     void* y;
     int64_t tokens;
     int32_t type;
-    int32_t activation_bits;  // 8 or 16: of x where it meets a low-bit matrix
+    int32_t activation_bits;  // 8 or 16: of x where it meets a low-bit matrix, but for predictors that only select
     int32_t threads;
     int32_t unused;
 };

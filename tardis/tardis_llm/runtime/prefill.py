@@ -1,0 +1,90 @@
+"""Which forwards of a folded model go through its folds, and which through its dense FFNs.
+
+    folded    every one: what is evaluated is what is served
+    exact     single tokens only, as in decoding; prompts go through the dense FFNs
+    auto      as many tokens at once as folding is faster for, measured once and recorded in the checkpoint
+
+A prompt costs dense arithmetic either way, while decoding costs bytes: dense prompts are exact, and folds still pay
+where most of the time goes. Dense weights have to be there, so low-bit fallback weights leave `folded` only.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import InvalidInputError
+from .ffn import folded_ffns
+
+Prefill = Literal["folded", "exact", "auto"]
+_HOOK = "_tardis_prefill"
+
+
+def set_prefill(model: PreTrainedModel, mode: Prefill) -> None:
+    """Choose for all forwards from now on; a model that was just folded or loaded is `folded`.
+
+    Args:
+        model: folded, at least in parts.
+        mode: `auto` is by what the checkpoint recorded.
+
+    Raises:
+        InvalidInputError: no such mode; the dense weights are not there; nothing was recorded for `auto`.
+    """
+    if mode not in get_args(Prefill):
+        raise InvalidInputError(f"prefill {mode!r} is asked for; give one of {', '.join(get_args(Prefill))}.")
+    if mode != "folded" and any(ffn.fallback for ffn in folded_ffns(model).values()):
+        raise InvalidInputError(
+            f"prefill {mode} needs dense FFN weights, and this model stores low-bit ones in their place; use "
+            "--prefill folded, or fold again with --fallback bf16."
+        )
+    limit = _recorded(model) if mode == "auto" else None
+    _forget(model)
+    if mode != "folded":
+        handle = model.register_forward_pre_hook(_Choice(model, limit), with_kwargs=True)
+        setattr(model, _HOOK, handle)
+
+
+def crossover(model: PreTrainedModel) -> int | None:
+    """The most tokens at once for which folding was measured to be faster; None where nothing was recorded."""
+    config = getattr(model.config, "quantization_config", None)
+    found: int | None = getattr(config, "crossover", None)
+    return found
+
+
+def _recorded(model: PreTrainedModel) -> int:
+    found = crossover(model)
+    if found is None:
+        raise InvalidInputError(
+            "prefill auto needs a measured crossover, and this checkpoint has none; run tardis bench DIR --record."
+        )
+    return found
+
+
+def _forget(model: PreTrainedModel) -> None:
+    handle = getattr(model, _HOOK, None)
+    if handle is not None:
+        handle.remove()
+        delattr(model, _HOOK)
+    for ffn in folded_ffns(model).values():
+        ffn.exact = False
+
+
+class _Choice:
+    """Before each forward, tells the folded FFNs whether it is exact.
+
+    Args:
+        model: folded.
+        limit: tokens of a forward that is folded, at most; None folds what has one token per sequence.
+    """
+
+    def __init__(self, model: nn.Module, limit: int | None) -> None:
+        self.ffns, self.limit = list(folded_ffns(model).values()), limit
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = [*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
+        batch, length = next(each.shape[:2] for each in given if isinstance(each, Tensor))
+        exact = length > 1 if self.limit is None else batch * length > self.limit
+        for ffn in self.ffns:
+            ffn.exact = exact

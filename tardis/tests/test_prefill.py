@@ -1,0 +1,107 @@
+"""Prompts through the dense FFNs or the folds: which forward goes where, and that it computes what it should."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import tiny_model, tokens
+from synthetic import everything_fixed, folded_with
+from transformers import PreTrainedModel
+
+from tardis_llm.architectures import find_ffns
+from tardis_llm.checkpoint import mark_folded
+from tardis_llm.config import Storage
+from tardis_llm.errors import InvalidInputError
+from tardis_llm.evaluation.shapes import random_folds
+from tardis_llm.runtime.ffn import FoldedFFN, folded_ffns, install
+from tardis_llm.runtime.linear import KernelLinear, kernel_linear
+from tardis_llm.runtime.prefill import crossover, set_prefill
+from tardis_llm.session import dense_ffn
+
+FAMILIES = pytest.mark.parametrize("name", ["gpt2", "opt", "falcon", "gpt_neox"])
+
+
+def badly_folded(name: str) -> tuple[PreTrainedModel, torch.Tensor]:
+    """A model whose folds fix nothing, so that they differ from its dense FFNs; and its dense logits."""
+    model = tiny_model(name)
+    with torch.no_grad():
+        dense = model(tokens(2, 12)).logits
+    for site in find_ffns(model):
+        ffn = dense_ffn(site)
+        everywhere = torch.full((site.intermediate_size,), torch.inf)
+        install(model, site, FoldedFFN(folded_with(ffn, -everywhere, everywhere), ffn.activation))
+    return model, dense
+
+
+@FAMILIES
+def test_exact_prompts_are_the_dense_models_and_single_tokens_are_folded(name: str):
+    model, dense = badly_folded(name)
+    with torch.no_grad():
+        folded = model(tokens(2, 12)).logits
+        one = model(tokens(2, 12)[:, :1]).logits
+        set_prefill(model, "exact")
+        torch.testing.assert_close(model(tokens(2, 12)).logits, dense, rtol=1e-4, atol=1e-4)
+        assert torch.equal(model(tokens(2, 12)[:, :1]).logits, one)
+        assert torch.equal(model(input_ids=tokens(2, 12)[:, :1]).logits, one)
+        set_prefill(model, "folded")
+        assert torch.equal(model(tokens(2, 12)).logits, folded)
+    assert not torch.allclose(folded, dense, atol=1e-2)
+
+
+def test_auto_folds_up_to_the_recorded_number_of_tokens():
+    model, _ = badly_folded("gpt2")
+    mark_folded(model, {})
+    assert crossover(model) is None
+    with pytest.raises(InvalidInputError, match="tardis bench DIR --record"):
+        set_prefill(model, "auto")
+    model.config.quantization_config.crossover = 4
+    set_prefill(model, "auto")
+    seen = []
+    for batch, length in ((1, 1), (2, 2), (1, 5), (5, 1)):
+        with torch.no_grad():
+            model(tokens(batch, length))
+        seen.append(all(ffn.exact for ffn in folded_ffns(model).values()))
+    assert seen == [False, False, True, True]
+
+
+def test_modes_that_cannot_be_are_refused():
+    model, _ = badly_folded("gpt2")
+    with pytest.raises(InvalidInputError, match="give one of folded, exact, auto"):
+        set_prefill(model, "dense")  # type: ignore[arg-type]
+    stacked = tiny_model("gpt2")
+    for site, ffn in random_folds(stacked, 1, Storage(64, 8, 4), 0.1):
+        install(stacked, site, ffn)
+    with pytest.raises(InvalidInputError, match="--fallback bf16"):
+        set_prefill(stacked, "exact")
+    set_prefill(stacked, "folded")
+
+
+def test_an_exact_ffn_computes_the_dense_output_whatever_its_fold_is():
+    model = tiny_model("gpt2")
+    site = find_ffns(model)[0]
+    ffn = dense_ffn(site)
+    weights = site.weights()
+    folded = FoldedFFN(everything_fixed(ffn), ffn.activation)
+    x = torch.randn(3, site.hidden_size, generator=torch.Generator().manual_seed(0))
+    expected = folded(x, weights)
+    folded.fold.weight.data.zero_()
+    folded.exact = True
+    torch.testing.assert_close(folded(x, weights), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["gpt2", "falcon"])
+def test_a_kernel_linear_is_its_layer_and_shares_its_weight(name: str, dtype: torch.dtype):
+    model = tiny_model(name, dtype=dtype)
+    block = model.get_submodule("transformer.h.0")
+    layer = block.attn.c_attn if name == "gpt2" else block.self_attention.query_key_value
+    mine = kernel_linear(layer)
+    assert isinstance(mine, KernelLinear)
+    assert name == "gpt2" or mine.weight is layer.weight
+    for shape in ((1, 1, 64), (2, 3, 64), (1, 100, 64)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        with torch.no_grad():
+            torch.testing.assert_close(mine(x), layer(x), rtol=2e-2, atol=2e-2)
+            assert mine(x).shape == layer(x).shape
+    x.requires_grad_()
+    assert mine(x).requires_grad
