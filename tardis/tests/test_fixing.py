@@ -62,8 +62,8 @@ def test_fix_is_the_reference_without_a_fold(
     y = torch.ops.tardis.fix(*arguments(x, folded, dense))
     expected = folded_ffn(x, folded, dense, ACTIVATIONS["gelu_tanh"])
     assert y.shape == expected.shape
-    # kernels round inputs to 16 bits, so that a prediction on the very edge of its range may fall on the other side
-    assert float((y - expected).norm()) <= 0.03 * float(expected.norm())
+    # kernels round the predictor's inputs, so that a neuron on the very edge of its range may fall on the other side
+    assert float((y - expected).norm()) <= (0.1 if kernels else 1e-5) * float(expected.norm())
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 130])
