@@ -23,7 +23,6 @@ from ..config import Storage
 from ..errors import InvalidInputError
 from ..report import FoldReport, LayerReport
 from ..runtime.ffn import FoldedFFN, install
-from .speed import step_bytes
 
 #: model type and the fields of its config, as published; the last two are layouts of 16 layers without the large
 #: vocabulary, whose share of the bytes would hide that of the FFNs
@@ -177,25 +176,30 @@ def save_random_fold(
     """
     layers = []
     for site, ffn in list(random_folds(model, bits, storage, fix_rate)):
-        dense = site.weights()
-        always, fixed = (step_bytes([ffn], [dense], share) for share in (0.0, 1.0))
-        kept = 0 if ffn.fallback else sum(part.nbytes for part in dense[::2])
-        layers.append(
-            LayerReport(
-                prefix=site.prefix,
-                bits=bits,
-                fix_rate=fix_rate,
-                error=math.nan,
-                linearity=math.nan,
-                damping=None,
-                loss_increase=None,
-                dense=sum(part.nbytes for part in dense if part is not None),
-                touched=always + fix_rate * (fixed - always),
-                resident=sum(tensor.nbytes for tensor in ffn.state_dict().values()) + kept,
-            )
-        )
+        layers.append(_random_report(site, ffn, bits, fix_rate))
         install(model, site, ffn)
     save_folded(model, FoldReport(layers, {"random": True}), directory, tokenizer)
+
+
+def _random_report(site: FFNSite, ffn: FoldedFFN, bits: int, fix_rate: float) -> LayerReport:
+    """What is known of a random fold: its bytes, and the share of the neurons that it is made to fix."""
+    dense = site.weights()
+    stored = sum(tensor.nbytes for tensor in ffn.state_dict().values())
+    fallback = ffn.fallback.nbytes if ffn.fallback else dense.w1.nbytes + dense.w2.nbytes
+    resident = stored if ffn.fallback else stored + fallback
+    b1 = 0 if dense.b1 is None else dense.b1.nbytes
+    return LayerReport(
+        prefix=site.prefix,
+        bits=bits,
+        fix_rate=fix_rate,
+        error=math.nan,
+        linearity=math.nan,
+        damping=None,
+        loss_increase=None,
+        dense=sum(part.nbytes for part in dense if part is not None),
+        touched=b1 + resident - (1 - fix_rate) * fallback,
+        resident=b1 + resident,
+    )
 
 
 def _randomise(name: str, tensor: Tensor, generator: torch.Generator) -> None:
