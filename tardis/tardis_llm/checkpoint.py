@@ -95,6 +95,21 @@ class LayerFormat:
     fallback_bits: int | None = None
 
     @classmethod
+    def from_config(cls, name: str, values: dict[str, Any]) -> LayerFormat:
+        """The format of the FFN `name` from its fields in config.json.
+
+        Raises:
+            CheckpointError: there are fields that this version does not know.
+        """
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise CheckpointError(
+                f"config.json describes {name} in a way that this version does not know ({error}); update TARDIS "
+                "(pip install -U tardis-llm), or fold again."
+            ) from error
+
+    @classmethod
     def of(cls, ffn: FoldedFFN) -> LayerFormat:
         """The format of a folded FFN in memory."""
         weights, fallback = ffn.weights, ffn.fallback

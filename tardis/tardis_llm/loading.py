@@ -49,7 +49,7 @@ def load_dense(model: str, dtype: str | None = None) -> PreTrainedModel:
         CheckpointError: weights are missing or damaged.
     """
     config = load_config(model)
-    method = _quantisation(config)
+    method = quantisation(config)
     if method == METHOD:
         raise InvalidInputError(f"{model} is folded already; give the dense model that it was made from.")
     if method:
@@ -60,7 +60,7 @@ def load_dense(model: str, dtype: str | None = None) -> PreTrainedModel:
 def load_model(model: str, dtype: str | None = None) -> PreTrainedModel:
     """A dense or folded model in eval mode, on the CPU; arguments and errors as `load_dense`."""
     config = load_config(model)
-    return _load(model, config, dtype) if _quantisation(config) == METHOD else load_dense(model, dtype)
+    return _load(model, config, dtype) if quantisation(config) == METHOD else load_dense(model, dtype)
 
 
 def load_config(model: str) -> PreTrainedConfig:
@@ -117,7 +117,7 @@ def load_report(model: str) -> FoldReport | None:
     Raises:
         CheckpointError: the checkpoint is folded, and its report is missing or damaged.
     """
-    if _quantisation(load_config(model)) != METHOD:
+    if quantisation(load_config(model)) != METHOD:
         return None
     if _is_local(model):
         return read_report(Path(model))
@@ -155,7 +155,7 @@ def _load(model: str, config: PreTrainedConfig, dtype: str | None) -> PreTrained
         raise InvalidInputError(f"dtype is {dtype!r}; give one of {', '.join(DTYPES)}.")
     loader = AutoModelForCausalLM if family_of(config).causal else _encoder_class(model, config)
     if _is_local(model):
-        _check_files(Path(model))
+        check_weights(Path(model))
     try:
         loaded, info = loader.from_pretrained(
             model, dtype=getattr(torch, dtype) if dtype else "auto", output_loading_info=True
@@ -210,8 +210,12 @@ def _check_directory(directory: Path) -> None:
         raise CheckpointError(f"{config} is no JSON ({error}); copy it anew.") from error
 
 
-def _check_files(directory: Path) -> None:
-    """Name the weight file that is missing or damaged, which transformers does not."""
+def check_weights(directory: Path) -> None:
+    """See that the weight files of a model are there and have sound headers; names the one that has not.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
     index = directory / _INDEX
     names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
     files = sorted(directory / name for name in names) or sorted(directory.glob("*.safetensors"))
@@ -227,7 +231,7 @@ def _check_files(directory: Path) -> None:
             ) from error
 
 
-def _quantisation(config: PreTrainedConfig) -> str | None:
+def quantisation(config: PreTrainedConfig) -> str | None:
     """The method with which a model is compressed already, if any."""
     settings = getattr(config, "quantization_config", None)
     if settings is None:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from engines import save_tiny
 from models import tiny_model, tiny_tokenizer
+from transformers import PreTrainedModel
 
 from tardis_llm import sample
 from tardis_llm.cli.main import run
@@ -84,3 +86,10 @@ def fold(tardis: Callable[..., Result], tiny_dir: Path, tiny_text: Path, tmp_pat
         return tardis("fold", model, "-o", out, "--text", text, *QUICK_TINY, *args)
 
     return call
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PreTrainedModel]:
+    """A folded tiny GPT-2 that vLLM can serve, and as transformers has it."""
+    directory = tmp_path_factory.mktemp("gpt2")
+    return directory, save_tiny("gpt2", directory)

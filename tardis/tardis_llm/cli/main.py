@@ -19,6 +19,7 @@ from .fold import fold
 from .generate import generate
 from .inspect import inspect
 from .output import explain, fail, quiet
+from .serve import serve
 
 app = typer.Typer(
     name="tardis",
@@ -36,6 +37,7 @@ for name, command in (
     ("generate", generate),
 ):
     app.command(name)(command)
+app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 
 
 def _print_version(wanted: bool) -> None:

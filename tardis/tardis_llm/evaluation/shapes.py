@@ -6,22 +6,26 @@ too, with ranges set so that a stated share of the neurons is fixed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import activations
 from ..architectures import FFNSite, find_ffns
-from ..checkpoint import LayerFormat
+from ..checkpoint import LayerFormat, save_folded
 from ..config import Storage
 from ..errors import InvalidInputError
-from ..runtime.ffn import FoldedFFN
+from ..report import FoldReport, LayerReport
+from ..runtime.ffn import FoldedFFN, install
 
-#: model type and the fields of its config, as published
+#: model type and the fields of its config, as published; the last two are layouts of 16 layers without the large
+#: vocabulary, whose share of the bytes would hide that of the FFNs
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {}),
     "gpt2-xl": ("gpt2", {"n_embd": 1600, "n_layer": 48, "n_head": 25}),
@@ -49,9 +53,15 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         {"hidden_size": 4608, "intermediate_size": 18432, "num_hidden_layers": 32, "num_attention_heads": 36}
         | {"num_key_value_heads": 4},
     ),
+    "gpt2-16x2048": ("gpt2", {"n_embd": 2048, "n_layer": 16, "n_head": 16, "vocab_size": 1024}),
+    "falcon-16x2048": (
+        "falcon",
+        {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "vocab_size": 1024, "bias": False},
+    ),
 }
 _DEVIATION = 0.02  # of the weights
 _PROBE = 64  # tokens on which the ranges are set
+_BF16 = Storage()
 
 
 @torch.no_grad()
@@ -145,6 +155,51 @@ def random_folds(
             _randomise(name, tensor, generator)
         _set_ranges(ffn, site, x, fix_rate)
         yield site, ffn
+
+
+@torch.no_grad()
+def save_random_fold(
+    model: PreTrainedModel,
+    directory: Path,
+    bits: int = 2,
+    storage: Storage = _BF16,
+    fix_rate: float = 0.05,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Fold a model at random, in place, and save it as a checkpoint; its report's errors are not numbers.
+
+    Args:
+        model: dense.
+        directory: made if missing.
+        bits, storage, fix_rate: as for `random_folds`.
+        tokenizer: saved beside the model.
+    """
+    layers = []
+    for site, ffn in list(random_folds(model, bits, storage, fix_rate)):
+        layers.append(_random_report(site, ffn, bits, fix_rate))
+        install(model, site, ffn)
+    save_folded(model, FoldReport(layers, {"random": True}), directory, tokenizer)
+
+
+def _random_report(site: FFNSite, ffn: FoldedFFN, bits: int, fix_rate: float) -> LayerReport:
+    """What is known of a random fold: its bytes, and the share of the neurons that it is made to fix."""
+    dense = site.weights()
+    stored = sum(tensor.nbytes for tensor in ffn.state_dict().values())
+    fallback = ffn.fallback.nbytes if ffn.fallback else dense.w1.nbytes + dense.w2.nbytes
+    resident = stored if ffn.fallback else stored + fallback
+    b1 = 0 if dense.b1 is None else dense.b1.nbytes
+    return LayerReport(
+        prefix=site.prefix,
+        bits=bits,
+        fix_rate=fix_rate,
+        error=math.nan,
+        linearity=math.nan,
+        damping=None,
+        loss_increase=None,
+        dense=sum(part.nbytes for part in dense if part is not None),
+        touched=b1 + resident - (1 - fix_rate) * fallback,
+        resident=b1 + resident,
+    )
 
 
 def _randomise(name: str, tensor: Tensor, generator: torch.Generator) -> None:

@@ -91,13 +91,7 @@ def _install_empty_linear(model: PreTrainedModel, name: str, bits: int) -> list[
 
 def _install_empty(model: PreTrainedModel, name: str, site: FFNSite, values: dict[str, Any]) -> list[str]:
     """Put an empty folded FFN at `site`; returns what its tensors, kept weights included, are called in the files."""
-    try:
-        layer = LayerFormat(**values)
-    except TypeError as error:
-        raise CheckpointError(
-            f"config.json describes {site.prefix} in a way that this version does not know ({error}); update TARDIS "
-            "(pip install -U tardis-llm), or fold again."
-        ) from error
+    layer = LayerFormat.from_config(site.prefix, values)
     weight = site.weights().w1
     ffn = layer.empty(site.hidden_size, site.intermediate_size, weight.dtype, weight.device)
     install(model, site, ffn)

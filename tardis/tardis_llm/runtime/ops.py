@@ -31,19 +31,20 @@ DTYPES = (torch.bfloat16, torch.float32)
 LOW_BIT_TOKENS = 4 * MAX_TOKENS
 _ACTIVATIONS = list(ACTIVATIONS)
 
-_library = torch.library.Library("tardis", "DEF")
-_library.define("bf16_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-_library.define(
+#: where the operators are defined
+library = torch.library.Library("tardis", "DEF")
+library.define("bf16_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+library.define(
     "lowbit_linear(Tensor x, Tensor planes, Tensor scale, int group_size, Tensor? bias, int activation_bits=16) "
     "-> Tensor"
 )
-_library.define(
+library.define(
     "fixed_neurons(Tensor x, Tensor planes, Tensor scale, int group_size, Tensor? b1, Tensor low, Tensor high, "
     "int activation_bits=16) -> Tensor"
 )
-_library.define(
-    "folded_ffn(Tensor x, str activation, Tensor[] fold, Tensor bias, Tensor[] predictor, Tensor[] ranges, Tensor? b1, "
-    "Tensor[] up, Tensor[] down, int[] group_sizes, int activation_bits=16) -> Tensor"
+library.define(
+    "folded_ffn(Tensor x, str activation, Tensor[] fold, Tensor? bias, Tensor[] predictor, Tensor[] ranges, "
+    "Tensor? b1, Tensor[] up, Tensor[] down, int[] group_sizes, int activation_bits=16) -> Tensor"
 )
 
 
@@ -190,7 +191,7 @@ def _folded_ffn(
     x: Tensor,
     activation: str,
     fold: Sequence[Tensor],
-    bias: Tensor,
+    bias: Tensor | None,
     predictor: Sequence[Tensor],
     ranges: Sequence[Tensor],
     b1: Tensor | None,
@@ -202,8 +203,8 @@ def _folded_ffn(
     """[tokens, d].
 
     Args:
-        fold, predictor, up, down: [weight], or [planes, scale] of a low-bit one. `up` is W1, or what the predictor
-            leaves of it, [] where that is nothing; `down` is W2 transposed.
+        fold, predictor, up, down: [weight], or [planes, scale] of a low-bit one. `fold` is [] where something else
+            adds it. `up` is W1, or what the predictor leaves of it, [] where that is nothing; `down` is W2 transposed.
         ranges: low, high, slope, offset.
         group_sizes: of the four matrices; those of dense ones are not read.
     """
@@ -218,10 +219,10 @@ def _folded_ffn(
     return y
 
 
-_library.impl("bf16_linear", _bf16_linear, "CPU")
-_library.impl("lowbit_linear", _lowbit_linear, "CPU")
-_library.impl("fixed_neurons", _fixed_neurons, "CPU")
-_library.impl("folded_ffn", _folded_ffn, "CPU")
+library.impl("bf16_linear", _bf16_linear, "CPU")
+library.impl("lowbit_linear", _lowbit_linear, "CPU")
+library.impl("fixed_neurons", _fixed_neurons, "CPU")
+library.impl("folded_ffn", _folded_ffn, "CPU")
 
 
 @torch.library.register_fake("tardis::bf16_linear")

@@ -159,9 +159,10 @@ private:
         counts_[task] = static_cast<int32_t>(at - begin);
     }
 
+    // Without a fold, the outputs begin at the bias.
     void fold(const Input& in, int64_t begin, int64_t end) {
-        float out[kMaxTokens * kBlockRows];
-        product_of(ffn_.fold)(ffn_.fold, {nullptr, begin, end, d_}, in, out);
+        float out[kMaxTokens * kBlockRows] = {};
+        if (ffn_.fold.type != TARDIS_NONE) product_of(ffn_.fold)(ffn_.fold, {nullptr, begin, end, d_}, in, out);
         const Widened bias(ffn_.bias, begin, end);
         for (int64_t t = 0; t < tokens_; ++t)
             for (int64_t j = begin; j < end; ++j)

@@ -37,8 +37,9 @@ bool sound(const TardisFFN& ffn, const TardisBatch& batch) {
     };
     const bool ranges = ffn.low.data && ffn.high.data && ffn.slope.data && ffn.offset.data;
     const bool up = ffn.up.type == TARDIS_NONE ? ffn.down.type == TARDIS_LOW_BIT : is(ffn.up, h);
-    return is(ffn.predictor, h) && ffn.predictor.type == TARDIS_LOW_BIT && is(ffn.fold, d) && up && is(ffn.down, h) &&
-           ranges && ffn.activation >= 0 && ffn.activation < kActivations;
+    const bool fold = ffn.fold.type == TARDIS_NONE || is(ffn.fold, d);
+    return is(ffn.predictor, h) && ffn.predictor.type == TARDIS_LOW_BIT && fold && up && is(ffn.down, h) && ranges &&
+           ffn.activation >= 0 && ffn.activation < kActivations;
 }
 
 // What runs in tasks allocates nothing, so this is all that can fail.

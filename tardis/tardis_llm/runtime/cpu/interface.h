@@ -42,7 +42,7 @@ struct TardisBatch {
 };
 
 struct TardisFFN {
-    TardisMatrix fold, predictor;  // [d, d], [h, d]
+    TardisMatrix fold, predictor;  // [d, d] or none, [h, d]
     TardisMatrix up;               // [h, d]: W1, or what the predictor leaves of it (low-bit), or none
     TardisMatrix down;             // [h, d]: W2 transposed
     TardisVector bias, b1, low, high, slope, offset;
@@ -59,7 +59,7 @@ int32_t tardis_isa();
 int32_t tardis_linear(const TardisMatrix* weight, const TardisVector* bias, const TardisBatch* batch);
 // y [tokens, h] uint8: 1 for the neurons whose prediction is not within [low, high], NaN included.
 int32_t tardis_fixed(const TardisFFN* ffn, const TardisBatch* batch);
-// y = x fold^T + bias + sum over fixed neurons of residual * W2 column.
+// y = x fold^T + bias + sum over fixed neurons of residual * W2 column; the first two where they are given.
 int32_t tardis_folded_ffn(const TardisFFN* ffn, const TardisBatch* batch);
 // Sum of the 64-bit words at `data`, read by `threads`: what the memory's read bandwidth is measured with.
 uint64_t tardis_read(const uint64_t* data, int64_t words, int32_t threads);

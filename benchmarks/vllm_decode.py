@@ -1,0 +1,305 @@
+"""A model in vLLM, dense against folded: decoding offline, and a server under load.
+
+    python benchmarks/vllm_decode.py decode --shape gpt2-16x2048 [--batch 1,4,8,16] [--output FILE]
+    python benchmarks/vllm_decode.py decode --shape falcon-7b --layers 6
+    python benchmarks/vllm_decode.py server --shape gpt2-16x2048 [--rates 0.5,1,2] [--output FILE]
+
+Run it in the environment that `make venv-vllm` makes. Weights and fold are random, with ranges that fix a stated share
+of the neurons; both engines run at once, each in processes of its own, and take turns round by round, so that whatever
+else the machine does falls on both. Ratios are those of neighbouring rounds: their median and quartiles. CPU time is
+that of an engine's process. A vocabulary is as small as its shape says, because the head's share of the bytes, the
+same in both, would hide that of the FFNs. The load comes from vLLM's own `bench serve` client.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from tardis_llm.config import Storage
+from tardis_llm.evaluation.shapes import SHAPES, save_random_fold, shaped_model
+from tardis_llm.evaluation.speed import Ratio, cpu_name
+
+_VARIANTS = ("dense", "folded")
+_PROMPT, _LENGTH = 32, 256  # tokens of a prompt, and the most of a request
+_CLIENT = """
+from vllm.benchmarks.serve import add_cli_args, main
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = FlexibleArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""
+_START_SECONDS = 600
+#: what is reported of a server at one request rate; times in milliseconds
+_FIGURES = (
+    "completed",
+    "output_throughput",
+    *(f"{kind}_{name}" for name in ("ttft_ms", "tpot_ms") for kind in ("median", "p99")),
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of one step of decoding: by the clock, and of the processor."""
+
+    wall: float
+    cpu: float
+
+
+def serve_steps(directory: Path, largest: int, pipe: Connection) -> None:
+    """Body of an engine's process: decode what comes through the pipe until it is closed.
+
+    vLLM runs within this process: with processes of its own, one of them would spin for as long as another computes.
+    """
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(str(directory), dtype="bfloat16", max_model_len=_LENGTH, max_num_seqs=largest).llm_engine
+    count = 0
+    pipe.send(None)
+    while (order := pipe.recv()) is not None:
+        prompts, steps = order
+        settings = SamplingParams(temperature=0.0, max_tokens=steps + 1, ignore_eos=True, detokenize=False)
+        for prompt in prompts:
+            count += 1
+            engine.add_request(str(count), {"prompt_token_ids": prompt}, settings)
+        first: set[str] = set()
+        while len(first) < len(prompts):
+            first |= {output.request_id for output in engine.step() if output.outputs[0].token_ids}
+        wall, cpu = time.perf_counter(), time.process_time()
+        while engine.has_unfinished_requests():
+            engine.step()
+        pipe.send(Step((time.perf_counter() - wall) / steps, (time.process_time() - cpu) / steps))
+
+
+class Engine:
+    """vLLM on a model, in a process of its own.
+
+    Args:
+        directory: of the model.
+        largest: batch.
+    """
+
+    def __init__(self, directory: Path, largest: int) -> None:
+        context = get_context("spawn")
+        self._pipe, other = context.Pipe()
+        self._process = context.Process(target=serve_steps, args=(directory, largest, other))
+        self._process.start()
+        other.close()
+        self._pipe.recv()
+
+    def decode(self, prompts: list[list[int]], steps: int) -> Step:
+        """Seconds per step of `steps` greedy steps behind some prompts, which are not counted."""
+        self._pipe.send((prompts, steps))
+        step: Step = self._pipe.recv()
+        return step
+
+    def close(self) -> None:
+        """End the process."""
+        self._pipe.send(None)
+        self._process.join()
+
+
+def decode(args: argparse.Namespace, directories: dict[str, Path]) -> list[dict[str, Any]]:
+    """Decode with both engines in turns; a row per batch size."""
+    batches = [int(batch) for batch in args.batch.split(",")]
+    engines = {name: Engine(directories[name], max(batches)) for name in _VARIANTS}
+    random, rows = np.random.default_rng(0), []
+    for batch in batches:
+        taken: dict[str, list[Step]] = {name: [] for name in _VARIANTS}
+        for number in range(args.rounds + 1):  # the first is not counted
+            prompts = random.integers(2, 250, (batch, _PROMPT)).tolist()
+            for name, engine in engines.items():
+                step = engine.decode(prompts, args.steps)
+                if number:
+                    taken[name].append(step)
+        rows.append(summary(batch, taken))
+        show(rows[-1])
+    for engine in engines.values():
+        engine.close()
+    return rows
+
+
+def summary(batch: int, taken: dict[str, list[Step]]) -> dict[str, Any]:
+    """Medians and ratios of one batch size."""
+    row: dict[str, Any] = {"batch": batch}
+    for kind in ("cpu", "wall"):
+        seconds = {name: [getattr(step, kind) for step in steps] for name, steps in taken.items()}
+        row |= {f"{name}_{kind}_ms": 1e3 * statistics.median(values) for name, values in seconds.items()}
+        row[f"{kind}_ratio"] = vars(Ratio.of(seconds["dense"], seconds["folded"]))
+    return row
+
+
+def show(row: dict[str, Any]) -> None:
+    """Print a row of `decode`."""
+    parts = []
+    for kind in ("cpu", "wall"):
+        ratio = row[f"{kind}_ratio"]
+        parts.append(
+            f"{kind} {row[f'dense_{kind}_ms']:7.1f} -> {row[f'folded_{kind}_ms']:7.1f} ms  {ratio['value']:.2f}x "
+            f"[{ratio['low']:.2f}-{ratio['high']:.2f}]"
+        )
+    print(f"batch {row['batch']:2d}  {'  '.join(parts)}", flush=True)
+
+
+def server(args: argparse.Namespace, directories: dict[str, Path]) -> list[dict[str, Any]]:
+    """Load both servers in turns; a row per request rate and variant."""
+    rows = []
+    with ExitStack() as stack:
+        urls = {name: stack.enter_context(running(directories[name])) for name in _VARIANTS}
+        for rate in map(float, args.rates.split(",")):
+            for name in _VARIANTS:
+                found = load(urls[name], directories[name], rate, args)
+                rows.append({"rate": rate, "variant": name, **{key: found[key] for key in _FIGURES}})
+                print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+    return rows
+
+
+@contextmanager
+def running(directory: Path) -> Iterator[str]:
+    """vLLM's OpenAI server on a model; yields its URL when it is ready."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", directory, "--port", port]
+    command += ["--max-model-len", _LENGTH, "--max-num-seqs", 16, "--dtype", "bfloat16"]
+    process = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_until_ready(process, url)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
+    """Return when a server answers.
+
+    Raises:
+        SystemExit: it ended, or does not answer.
+    """
+    deadline = time.monotonic() + _START_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            urllib.request.urlopen(f"{url}/health", timeout=5).close()
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    raise SystemExit("the server did not start; what it wrote above says why.")
+
+
+def load(url: str, directory: Path, rate: float, args: argparse.Namespace) -> dict[str, Any]:
+    """What vLLM's client measures of a server at a rate of requests per second."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {
+            "backend": "openai",
+            "base-url": url,
+            "endpoint": "/v1/completions",
+            "model": directory,
+            "dataset-name": "random",
+            "random-input-len": _PROMPT,
+            "random-output-len": args.steps,
+            "num-prompts": args.requests,
+            "request-rate": rate,
+            "percentile-metrics": "ttft,tpot,itl,e2el",
+            "metric-percentiles": "50,90,99",
+            "result-dir": folder,
+            "result-filename": "result.json",
+            "seed": 0,
+        }
+        options = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+        options += ["--ignore-eos", "--save-result", "--disable-tqdm"]
+        subprocess.run([sys.executable, "-c", _CLIENT, *options], check=True, stdout=subprocess.DEVNULL)
+        found: dict[str, Any] = json.loads((Path(folder) / "result.json").read_text())
+    return found
+
+
+def make(args: argparse.Namespace, root: Path) -> dict[str, Path]:
+    """The model and its fold as checkpoints below `root`; those that are there are used again."""
+    name = f"{args.shape}-{args.layers or 'all'}-{args.predictor_bits}-{args.fold_bits}-{args.fallback_bits}"
+    directories = {variant: root / f"{name}-{args.fix_rate}-{variant}" for variant in _VARIANTS}
+    if all((directory / "config.json").exists() for directory in directories.values()):
+        return directories
+    model, tokenizer = shaped_model(args.shape, args.layers), byte_tokenizer()
+    model.save_pretrained(directories["dense"])
+    tokenizer.save_pretrained(directories["dense"])
+    storage = Storage(fold_bits=args.fold_bits, fallback_bits=args.fallback_bits)
+    save_random_fold(model, directories["folded"], args.predictor_bits, storage, args.fix_rate, tokenizer)
+    return directories
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte: text of any kind has as many tokens as bytes, in every vocabulary."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE(vocab={character: number for number, character in enumerate(alphabet)}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>")
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("decode", "server"))
+    parser.add_argument("--shape", choices=SHAPES, default="gpt2-16x2048")
+    parser.add_argument("--layers", type=int, help="so many instead of all")
+    parser.add_argument("--fix-rate", type=float, default=0.05)
+    parser.add_argument("--predictor-bits", type=int, default=2)
+    parser.add_argument("--fold-bits", type=int, help="of the fold, 4 or 8; bf16 without")
+    parser.add_argument("--fallback-bits", type=int, help="of the weights that fixing reads, 4 or 8; bf16 without")
+    parser.add_argument("--batch", default="1,4,8,16")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=32, help="tokens decoded per request")
+    parser.add_argument("--rates", default="0.25,0.5,1,2", help="requests per second")
+    parser.add_argument("--requests", type=int, default=32, help="at each rate")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--models", type=Path, help="keep the checkpoints here, for other runs")
+    parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure and print."""
+    args = arguments()
+    os.environ.update(
+        OMP_NUM_THREADS=str(args.threads),
+        HF_HUB_OFFLINE="1",
+        VLLM_NO_USAGE_STATS="1",
+        VLLM_CPU_KVCACHE_SPACE="1",
+        VLLM_CPU_OMP_THREADS_BIND="nobind",  # the scheduler moves engines off cores that others use
+        VLLM_LOGGING_LEVEL="ERROR",
+    )
+    if args.what == "decode":
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    with ExitStack() as stack:
+        root = args.models or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        directories = make(args, root)
+        rows = decode(args, directories) if args.what == "decode" else server(args, directories)
+    if args.output:
+        settings = {key: value for key, value in vars(args).items() if key not in ("output", "models")}
+        figures = {"cpu": cpu_name(), "settings": settings, "rows": rows}
+        args.output.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

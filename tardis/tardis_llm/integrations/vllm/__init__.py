@@ -1,0 +1,21 @@
+"""Folded models in vLLM: a plugin that vLLM finds by itself where tardis-llm is installed.
+
+`register` runs in every process of vLLM. It only tells names: classes are made, and their modules imported, when a
+folded checkpoint is loaded.
+"""
+
+from __future__ import annotations
+
+from .names import architectures
+
+_MODELS = "tardis_llm.integrations.vllm.models"
+
+
+def register() -> None:
+    """Make the architectures and the quantisation method of folded checkpoints known to vLLM. Idempotent."""
+    from vllm import ModelRegistry
+
+    from . import config  # noqa: F401 - registers the quantisation method
+
+    for name in architectures():
+        ModelRegistry.register_model(name, f"{_MODELS}:{name}")

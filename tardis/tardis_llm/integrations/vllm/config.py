@@ -1,0 +1,99 @@
+"""What vLLM knows of a folded checkpoint before it makes the model: its `quantization_config`, read and checked."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+
+from ...architectures import Family
+from ...checkpoint import METHOD, CheckpointConfig, LayerFormat
+from ...errors import CheckpointError
+from .names import block_index, check_served
+
+
+@register_quantization_config(METHOD)
+class TardisConfig(QuantizationConfig):
+    """The folded layers of a checkpoint, for vLLM.
+
+    Every linear layer stays vLLM's own; `models` then pairs those of each FFN. Only the dense weights that low-bit ones
+    stand for get no memory.
+
+    Args:
+        layers: the format of each folded FFN by its name in the checkpoint.
+    """
+
+    def __init__(self, layers: dict[str, LayerFormat]) -> None:
+        super().__init__()
+        self.layers = layers
+        self._empty: re.Pattern[str] | None = None  # the names of linear layers without weights
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> TardisConfig:
+        """From `quantization_config` in config.json.
+
+        Raises:
+            CheckpointError: it is of a newer version, or names no layers.
+        """
+        checkpoint = CheckpointConfig(**config)
+        return cls({name: LayerFormat.from_config(name, values) for name, values in checkpoint.layers.items()})
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: PreTrainedConfig | None = None, revision: str | None = None
+    ) -> None:
+        """Check that the model can be served; vLLM calls it before any weight is read.
+
+        Raises:
+            UnsupportedModelError: its family is gated, unknown, or not served.
+            CheckpointError: the config's layers are not those of the family.
+        """
+        if hf_config is None:
+            raise CheckpointError(f"{model_name}: vLLM gave no config to check; update tardis-llm to one made for it.")
+        family = check_served(hf_config)
+        stacked = [block_index(name, family) for name, layer in self.layers.items() if layer.fallback_bits]
+        self._empty = _parts(family, stacked) if stacked else None
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """vLLM's own method for a linear layer; None for what is none."""
+        if not isinstance(layer, LinearBase):
+            return None
+        return NoWeight() if self._empty and self._empty.search(prefix) else UnquantizedLinearMethod()
+
+    def get_name(self) -> str:
+        """As `quant_method` in config.json."""
+        return METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """All that models are served in."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Of a GPU: any."""
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None beside config.json."""
+        return []
+
+
+class NoWeight(UnquantizedLinearMethod):
+    """A linear layer whose weight has a shape and no memory, because low-bit weights stand for it."""
+
+    def create_weights(self, *args: Any, **kwargs: Any) -> None:
+        """As vLLM's own, without memory."""
+        with torch.device("meta"):
+            super().create_weights(*args, **kwargs)
+
+
+def _parts(family: Family, blocks: list[int]) -> re.Pattern[str]:
+    """Matches the full names of up and down projections of some blocks."""
+    numbers, parts = "|".join(map(str, blocks)), "|".join(map(re.escape, (family.up, family.down)))
+    return re.compile(rf"(?:^|\.){re.escape(family.layers)}\.(?:{numbers})\.(?:{parts})$")

@@ -1,0 +1,79 @@
+"""Weights on their way from files into a folded model of vLLM: sorted, checked, and nothing left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ...checkpoint import RECORD
+from ...errors import CheckpointError
+from ...workspace import digest, read_json
+from .ffn import ServedFFN
+
+_MARK = ".tardis."
+
+
+class FoldLoader:
+    """Fills folds from a checkpoint's tensors and hands everything else on.
+
+    Tensors are compared with the SHA-256 that tardis.json has of them, where it lies beside the files.
+
+    Args:
+        model: to be filled.
+        folded: its folds by their names in the checkpoint; None where another rank has them.
+        directory: of the checkpoint, or its name on the hub.
+    """
+
+    def __init__(self, model: nn.Module, folded: dict[str, ServedFFN | None], directory: str) -> None:
+        self._model, self._folded, self._directory = model, folded, directory
+        record = Path(directory) / RECORD
+        self._digests = read_json(record).get("tensors", {}) if record.is_file() else {}
+        self._missing = {f"{name}{_MARK}{key}" for name, ffn in folded.items() if ffn for key in ffn.state_dict()}
+
+    def others(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors that the stock model loads.
+
+        Raises:
+            CheckpointError: a tensor of a fold does not fit, or is not the one that was written.
+        """
+        for name, tensor in weights:
+            self._verify(name, tensor)
+            if _MARK in name:
+                self._load(name, tensor)
+            elif tensor.numel():  # empty where low-bit weights stand for it
+                yield name, tensor
+
+    def check(self, loaded: set[str]) -> None:
+        """See that nothing was left at random.
+
+        Args:
+            loaded: the model's own names of what its stock class loaded.
+
+        Raises:
+            CheckpointError: the files lack a tensor.
+        """
+        stock = {name for name, value in self._model.named_parameters() if _MARK not in f".{name}" and value.numel()}
+        missing = sorted(self._missing | (stock - loaded))
+        if missing:
+            raise CheckpointError(
+                f"the weight files of {self._directory} lack {len(missing)} tensors, the first is {missing[0]}. Copy "
+                "the checkpoint anew, or fold the model again."
+            )
+
+    def _load(self, name: str, tensor: Tensor) -> None:
+        prefix, _, key = name.partition(_MARK)
+        if prefix not in self._folded:
+            raise CheckpointError(f"the weight files fold {prefix}, which config.json does not; copy it anew.")
+        ffn = self._folded[prefix]
+        if ffn is not None:
+            ffn.load(key, tensor)
+            self._missing.discard(name)
+
+    def _verify(self, name: str, tensor: Tensor) -> None:
+        if self._digests and digest([tensor.cpu()]) != self._digests.get(name):
+            raise CheckpointError(
+                f"{self._directory}: the tensor {name} is not the one that was written (its SHA-256 differs from "
+                f"{RECORD}). Copy the files anew or fold again; if you changed it on purpose, delete {RECORD}."
+            )

@@ -1,0 +1,88 @@
+"""Folded models in vLLM, with its engine in this process."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from folds import SETTINGS, text
+from models import tiny_model, tiny_tokenizer
+from transformers import PreTrainedModel
+
+from tardis_llm import FoldConfig, fold, save_folded
+
+_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None,
+    reason="vLLM is not installed here; `make test-vllm` installs it and runs this",
+)
+#: causal families of the table that vLLM 0.32 does not have
+NOT_SERVED = ["codegen", "mpt"]
+STACKED = replace(SETTINGS, predictor_bits=2, fold_bits=8, fallback_bits=4, reduction=0.6)
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """For processes that use vLLM."""
+    return {**os.environ, **_ENVIRONMENT, **changes}
+
+
+def heads(name: str) -> dict[str, int]:
+    """Config fields that give a tiny model two heads of 32, which is the least that vLLM's attention takes."""
+    return {"n_head" if name in ("gpt2", "gpt_bigcode", "gptj", "bloom") else "num_attention_heads": 2}
+
+
+def save_tiny(name: str, directory: Path, settings: FoldConfig = SETTINGS) -> PreTrainedModel:
+    """Fold a tiny model into a directory; returns it as transformers has it."""
+    model = tiny_model(name, **(heads(name) if name not in NOT_SERVED else {}))
+    save_folded(model, fold(model, text(), settings), directory, tiny_tokenizer())
+    return model
+
+
+@contextmanager
+def engine(directory: Path, **options: Any) -> Iterator[Any]:
+    """vLLM's engine in this process, in float32 unless told otherwise, and nothing left of it afterwards."""
+    os.environ.update(_ENVIRONMENT)
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": 96, "max_num_seqs": 16, "seed": 0}
+    made = LLM(str(directory), **{**settings, **options})
+    try:
+        yield made
+    finally:
+        made.llm_engine.engine_core.shutdown()
+        del made
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def greedy(model: PreTrainedModel, ids: torch.Tensor, count: int) -> list[list[int]]:
+    """The `count` likeliest tokens behind ids [batch, tokens], as transformers finds them."""
+    with torch.no_grad():
+        out = model.generate(ids, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
+    return out[:, ids.shape[1] :].tolist()
+
+
+def complete(llm: Any, ids: torch.Tensor, count: int, **sampling: Any) -> list[list[int]]:
+    """The same from vLLM, or sampled as the settings say."""
+    from vllm import SamplingParams
+
+    settings = SamplingParams(max_tokens=count, ignore_eos=True, **{"temperature": 0.0, **sampling})
+    outputs = llm.generate([{"prompt_token_ids": row.tolist()} for row in ids], settings, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]

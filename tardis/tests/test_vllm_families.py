@@ -1,0 +1,174 @@
+"""Every family that vLLM serves loads and generates as in transformers; what cannot be served is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from engines import NOT_SERVED, STACKED, complete, engine, greedy, heads, needs_vllm, save_tiny
+from folds import SETTINGS
+from models import CAUSAL_NAMES, tiny_model, tokens
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from tardis_llm.checkpoint import RECORD
+from tardis_llm.errors import CheckpointError, UnsupportedModelError
+
+pytestmark = needs_vllm
+
+SERVED = [name for name in CAUSAL_NAMES if name not in NOT_SERVED]
+IN_FEW_BITS = ["gpt2", "falcon_alibi", "opt", "gpt_neox"]
+
+
+class Made(NamedTuple):
+    """A folded model on disk, and the 16 tokens that transformers generates with it behind `tokens(3, 20)`."""
+
+    directory: Path
+    text: list[list[int]]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
+    """Folds by name, all of them before vLLM's first engine: that changes the classes of transformers which it uses."""
+    folds = {}
+    partial = replace(SETTINGS, layers=(0, 2))
+    wanted = [(name, name, SETTINGS) for name in SERVED] + [
+        (f"{name} in few bits", name, STACKED) for name in IN_FEW_BITS
+    ]
+    for key, name, settings in [*wanted, ("gpt2 in part", "gpt2", partial)]:
+        directory = tmp_path_factory.mktemp("made")
+        folds[key] = Made(directory, greedy(save_tiny(name, directory, settings), tokens(3, 20), 16))
+    return folds
+
+
+def assert_same_text(made: Made) -> None:
+    with engine(made.directory) as llm:
+        assert complete(llm, tokens(3, 20), 16) == made.text
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_every_family_generates_as_in_transformers(name: str, made: dict[str, Made]):
+    assert_same_text(made[name])
+
+
+@pytest.mark.parametrize("name", IN_FEW_BITS)
+def test_folds_and_fallback_weights_in_few_bits_generate_as_in_transformers(name: str, made: dict[str, Made]):
+    assert_same_text(made[f"{name} in few bits"])
+
+
+def test_blocks_that_are_not_folded_stay_dense(made: dict[str, Made]):
+    assert_same_text(made["gpt2 in part"])
+
+
+def test_with_every_neuron_fixed_it_is_the_dense_model(copy: Path):
+    stored = load_file(copy / "model.safetensors")
+    for name, tensor in stored.items():
+        if name.endswith(("tardis.low", "tardis.high")):
+            tensor.fill_(torch.nan)  # nothing is within such a range
+        elif name.endswith(("tardis.slope", "tardis.offset", "tardis.fold.weight")):
+            tensor.zero_()  # lines of zero, and their fold
+        elif name.endswith("tardis.fold.bias"):
+            tensor.copy_(stored[name.replace("tardis.fold", "c_proj")])
+    save_file(stored, copy / "model.safetensors", {"format": "pt"})
+    (copy / RECORD).unlink()
+    assert_same_text(Made(copy, greedy(tiny_model("gpt2", **heads("gpt2")), tokens(3, 20), 16)))
+
+
+def test_in_bfloat16_the_probabilities_are_those_of_transformers(tiny_gpt2: tuple[Path, PreTrainedModel]):
+    from vllm import SamplingParams
+
+    directory, _ = tiny_gpt2
+    ids = tokens(2, 40)
+    with torch.no_grad():
+        reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+        expected = reference(ids).logits.float().log_softmax(-1)
+    with engine(directory, dtype="bfloat16") as llm:
+        prompts = [{"prompt_token_ids": row.tolist()} for row in ids]
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+    for row, output, wanted in zip(ids, outputs, expected, strict=True):
+        for at in range(1, len(row)):
+            got = output.prompt_logprobs[at][int(row[at])].logprob
+            assert got == pytest.approx(float(wanted[at - 1, row[at]]), abs=0.15)
+
+
+@pytest.mark.parametrize("name", NOT_SERVED)
+def test_a_family_that_vllm_lacks_is_refused_by_name(name: str, tmp_path: Path):
+    model = save_tiny(name, tmp_path)
+    (tmp_path / "model.safetensors").unlink()  # it is refused before weights are read
+    stock = type(model).__name__
+    message = rf"vLLM has no {stock}.*it serves BloomFor.*tardis generate"
+    with pytest.raises(UnsupportedModelError, match=message), engine(tmp_path):
+        pass
+
+
+def test_a_gated_model_is_refused_before_its_weights_are_read(tiny_gpt2: tuple, tmp_path: Path):
+    config = LlamaConfig(hidden_size=64, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    settings = json.loads((tiny_gpt2[0] / "config.json").read_text())["quantization_config"]
+    edit_config(tmp_path, quantization_config=settings)
+    without_tokenizer = engine(tmp_path, skip_tokenizer_init=True)
+    with pytest.raises(UnsupportedModelError, match="'llama' has a gated FFN"), without_tokenizer:
+        pass
+
+
+@pytest.fixture
+def copy(tiny_gpt2: tuple[Path, PreTrainedModel], tmp_path: Path) -> Path:
+    """A copy of the folded GPT-2, to damage."""
+    for file in tiny_gpt2[0].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+def edit_config(directory: Path, **changes: object) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def assert_refused(directory: Path, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message), engine(directory):
+        pass
+
+
+def test_a_checkpoint_of_a_newer_format_asks_for_an_update(copy: Path):
+    settings = json.loads((copy / "config.json").read_text())["quantization_config"]
+    edit_config(copy, quantization_config={**settings, "format_version": 99})
+    with pytest.raises(Exception, match=r"format version 99.*pip install -U"), engine(copy):
+        pass
+
+
+@pytest.mark.parametrize("lost", ["transformer.h.1.mlp.tardis.low", "transformer.h.1.mlp.c_fc.weight"])
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_missing_tensor_is_an_error_and_never_random(copy: Path, lost: str, recorded: bool):
+    stored = load_file(copy / "model.safetensors")
+    save_file({n: t for n, t in stored.items() if n != lost}, copy / "model.safetensors", {"format": "pt"})
+    if not recorded:
+        (copy / RECORD).unlink()
+    assert_refused(copy, rf"lack 1 tensors, the first is {lost}")
+
+
+def test_a_flipped_bit_is_found_and_its_tensor_named(copy: Path):
+    file = copy / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+    assert_refused(copy, "is not the one that was written")
+
+
+def test_weights_of_another_shape_than_the_config_says_are_refused(copy: Path):
+    stored = load_file(copy / "model.safetensors")
+    stored["transformer.h.1.mlp.tardis.low"] = torch.zeros(7)
+    save_file(stored, copy / "model.safetensors", {"format": "pt"})
+    (copy / RECORD).unlink()
+    assert_refused(copy, r"tardis\.low is \[7\] in the weight files, and \[256\] is wanted")
+
+
+def test_a_config_for_a_deeper_model_is_refused(copy: Path):
+    settings = json.loads((copy / "config.json").read_text())["quantization_config"]
+    layers = {name.replace("h.2", "h.7"): values for name, values in settings["layers"].items()}
+    edit_config(copy, quantization_config={**settings, "layers": layers})
+    assert_refused(copy, r"folds transformer\.h\.7\.mlp, and the model has 3 blocks")

@@ -1,0 +1,136 @@
+"""vLLM's own features with a folded model: each gives the text that the model gives without it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import STACKED, complete, engine, environment, greedy, needs_vllm, save_tiny
+from folds import SETTINGS
+from models import tokens
+from transformers import PreTrainedModel
+
+from tardis_llm import FoldConfig
+
+pytestmark = needs_vllm
+
+Tiny = tuple[Path, PreTrainedModel]
+
+
+def test_requests_that_come_while_others_run_get_the_text_that_they_get_alone(tiny_gpt2: Tiny):
+    directory, model = tiny_gpt2
+    ids = tokens(6, 24)
+    lengths = [24, 3, 17, 9, 20, 12]
+    expected = [greedy(model, row[None, :size], 12)[0] for row, size in zip(ids, lengths, strict=True)]
+    with engine(directory, max_num_seqs=4) as llm:  # two have to wait
+        assert arriving(llm, [row[:size].tolist() for row, size in zip(ids, lengths, strict=True)], 12) == expected
+
+
+def arriving(llm: Any, prompts: list[list[int]], count: int) -> list[list[int]]:
+    """`count` tokens behind each prompt, where each request comes two steps after the one before."""
+    from vllm import SamplingParams
+
+    running, done = llm.llm_engine, {}
+    for step in range(1000):
+        if step % 2 == 0 and step // 2 < len(prompts):
+            settings = SamplingParams(max_tokens=count, ignore_eos=True, temperature=0.0)
+            running.add_request(str(step // 2), {"prompt_token_ids": prompts[step // 2]}, settings)
+        done.update({int(out.request_id): list(out.outputs[0].token_ids) for out in running.step() if out.finished})
+        if len(done) == len(prompts):
+            break
+    return [done[number] for number in range(len(prompts))]
+
+
+def test_prompts_that_are_read_in_chunks(tiny_gpt2: Tiny):
+    directory, model = tiny_gpt2
+    ids = tokens(3, 70)
+    chunked = {"enable_chunked_prefill": True, "max_num_batched_tokens": 16, "max_num_seqs": 8}
+    with engine(directory, **chunked) as llm:
+        assert complete(llm, ids, 12) == greedy(model, ids, 12)
+
+
+def test_more_tokens_at_once_than_the_kernels_take(tiny_gpt2: Tiny):
+    directory, model = tiny_gpt2
+    ids = tokens(5, 71)  # 355 tokens in one step
+    with engine(directory, max_num_batched_tokens=512) as llm:
+        assert complete(llm, ids, 12) == greedy(model, ids, 12)
+
+
+def test_prompts_whose_beginning_is_in_the_cache(tiny_gpt2: Tiny):
+    from vllm import SamplingParams
+
+    directory, model = tiny_gpt2
+    ids = tokens(1, 70)
+    other = torch.cat([ids[:, :64], tokens(1, 6).flip(1)], 1)
+    with engine(directory, enable_prefix_caching=True, block_size=32) as llm:
+        assert complete(llm, ids, 12) == greedy(model, ids, 12)
+        settings = SamplingParams(max_tokens=12, ignore_eos=True, temperature=0.0)
+        output = llm.generate({"prompt_token_ids": other[0].tolist()}, settings, use_tqdm=False)[0]
+    assert output.num_cached_tokens == 64
+    assert list(output.outputs[0].token_ids) == greedy(model, other, 12)[0]
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, STACKED], ids=["dense", "few bits"])
+def test_compiled_by_torch(settings: FoldConfig, tmp_path: Path):
+    model = save_tiny("gpt2", tmp_path, settings)
+    ids = tokens(3, 20)
+    with engine(tmp_path, enforce_eager=False) as llm:
+        assert complete(llm, ids, 16) == greedy(model, ids, 16)
+
+
+def test_sampling_repeats_by_its_seed_and_keeps_to_the_likeliest(tiny_gpt2: Tiny):
+    directory, model = tiny_gpt2
+    ids = tokens(2, 20)
+    with engine(directory) as llm:
+        first, again = (complete(llm, ids, 12, temperature=1.0, seed=7) for _ in range(2))
+        other = complete(llm, ids, 12, temperature=1.0, seed=8)
+        only = complete(llm, ids, 12, temperature=1.0, top_k=1)
+    assert first == again
+    assert first != other
+    assert only == greedy(model, ids, 12)
+
+
+def test_log_probabilities_are_those_of_transformers(tiny_gpt2: Tiny):
+    from vllm import SamplingParams
+
+    directory, model = tiny_gpt2
+    ids = tokens(1, 20)
+    with engine(directory) as llm:
+        settings = SamplingParams(max_tokens=6, ignore_eos=True, temperature=0.0, logprobs=5)
+        output = llm.generate({"prompt_token_ids": ids[0].tolist()}, settings, use_tqdm=False)[0].outputs[0]
+    with torch.no_grad():
+        logits = model(torch.cat([ids, torch.tensor([list(output.token_ids)])], 1)).logits[0, 19:-1]
+    for got, wanted in zip(output.logprobs, logits.log_softmax(-1), strict=True):
+        values, best = wanted.topk(5)
+        assert [float(got[int(token)].logprob) for token in best] == pytest.approx(values.tolist(), abs=1e-3)
+
+
+IN_TWO = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    llm = LLM(sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=96, tensor_parallel_size=2)
+    settings = SamplingParams(max_tokens=16, ignore_eos=True, temperature=0.0)
+    prompts = [{"prompt_token_ids": ids} for ids in json.loads(sys.argv[2])]
+    outputs = llm.generate(prompts, settings, use_tqdm=False)
+    print("TOKENS", json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
+"""
+
+
+# the first has biases that vLLM adds outside of the FFN, the second sums attention and FFN over the processes at once
+@pytest.mark.parametrize("name, settings", [("falcon_alibi", SETTINGS), ("falcon_new_decoder", STACKED)])
+def test_neurons_shared_among_two_processes(name: str, settings: FoldConfig, tmp_path: Path):
+    model = save_tiny(name, tmp_path, settings)
+    ids = tokens(3, 20)
+    both = environment(VLLM_ENABLE_V1_MULTIPROCESSING="1", VLLM_CPU_OMP_THREADS_BIND="0|1")
+    command = [sys.executable, "-c", IN_TWO, str(tmp_path), json.dumps(ids.tolist())]
+    done = subprocess.run(command, capture_output=True, text=True, env=both, timeout=400)
+    line = next((line for line in done.stdout.splitlines() if line.startswith("TOKENS")), None)
+    assert line is not None, done.stderr[-3000:]
+    assert json.loads(line.removeprefix("TOKENS")) == greedy(model, ids, 16)

@@ -1,0 +1,216 @@
+"""`tardis serve`: the API, and what careless, broken and hostile clients do to it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import psutil
+import pytest
+from engines import environment, needs_vllm, save_tiny
+
+pytestmark = needs_vllm
+PROMPT = "In the beginning of the year the city"
+START_SECONDS, STOP_SECONDS = 300, 60
+
+
+class Client(NamedTuple):
+    """A running server and its log."""
+
+    url: str
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    def post(self, **fields: Any) -> httpx.Response:
+        body = {"prompt": PROMPT, "max_tokens": 32, "temperature": 0, **fields}
+        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=120)
+
+    def text(self, **fields: Any) -> str:
+        answer = self.post(**fields)
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["choices"][0]["text"])
+
+    def requests(self) -> float:
+        """Requests that the engine has, running or waiting."""
+        lines = httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines()
+        names = ("vllm:num_requests_running{", "vllm:num_requests_waiting{")
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(names))
+
+    def assert_idle(self) -> None:
+        deadline = time.monotonic() + 60
+        while self.requests() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert self.requests() == 0
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def start(directory: Path, log: Path, *options: object) -> Client:
+    """`tardis serve` as a process of its own, not yet ready."""
+    port = free_port()
+    command = [sys.executable, "-m", "tardis_llm", "serve", directory, "--port", port, *options]
+    variables = environment(VLLM_ENABLE_V1_MULTIPROCESSING="1", VLLM_LOGGING_LEVEL="INFO")
+    with log.open("wb") as file:
+        process = subprocess.Popen([*map(str, command)], stdout=file, stderr=file, env=variables)
+    return Client(f"http://127.0.0.1:{port}", log, process)
+
+
+def wait_for(client: Client, message: str) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while message not in client.log.read_text():
+        assert client.process.poll() is None, client.log.read_text()[-3000:]
+        assert time.monotonic() < deadline, client.log.read_text()[-3000:]
+        time.sleep(0.2)
+
+
+def processes_of(client: Client) -> list[str]:
+    """Command lines of our command and of all in the session of vLLM's server, which names the port."""
+    port = client.url.rpartition(":")[2]
+    running = {process.pid: process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])}
+    named = {pid for pid, command in running.items() if port in command}
+    sessions = {session_of(pid) for pid in named if any("api_server" in part for part in running[pid])}
+    return [" ".join(command) for pid, command in running.items() if pid in named or session_of(pid) in sessions]
+
+
+def session_of(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:  # it has just ended
+        return None
+
+
+@pytest.fixture(scope="module")
+def server(sample_folded: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """The folded sample, served in float32, where greedy text does not depend on rounding."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    client = start(sample_folded, log, "--dtype", "float32", "--max-num-seqs", 64, "--enforce-eager")
+    try:
+        wait_for(client, "ready:")
+        yield client
+    finally:
+        client.process.terminate()
+        code = client.process.wait(STOP_SECONDS)
+    assert code == 0, log.read_text()[-3000:]
+    assert processes_of(client) == []
+
+
+def test_ready_is_said_with_the_address(server: Client):
+    assert f"ready: {server.url}/v1" in server.log.read_text()
+
+
+def test_greedy_text_is_that_of_tardis_generate(server: Client, sample_folded: Path):
+    command = [sys.executable, "-m", "tardis_llm", "generate", str(sample_folded), PROMPT, "--json"]
+    command += ["--dtype", "float32", "--max-new-tokens", "48"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert server.text(max_tokens=48) == json.loads(done.stdout)["text"]
+
+
+def test_a_stream_has_the_text_of_the_whole_answer(server: Client):
+    async def read() -> str:
+        async with httpx.AsyncClient(timeout=120) as http:
+            return "".join([part async for part in stream(http, server)])
+
+    assert asyncio.run(read()) == server.text()
+
+
+async def stream(http: httpx.AsyncClient, server: Client, **fields: Any) -> AsyncIterator[str]:
+    """The parts of a text as they come."""
+    body = {"prompt": PROMPT, "max_tokens": 32, "temperature": 0, "stream": True, **fields}
+    async with http.stream("POST", f"{server.url}/v1/completions", json=body) as answer:
+        assert answer.status_code == 200
+        async for line in answer.aiter_lines():
+            if line.startswith("data: ") and line != "data: [DONE]":
+                yield json.loads(line.removeprefix("data: "))["choices"][0]["text"]
+
+
+def test_200_streams_at_once_each_get_their_text(server: Client):
+    prompts = [PROMPT, "The river", "He was born in", "A small town"]
+    expected = {prompt: server.text(prompt=prompt, max_tokens=16) for prompt in prompts}
+
+    async def read_all() -> list[str]:
+        limits = httpx.Limits(max_connections=200)
+        async with httpx.AsyncClient(timeout=300, limits=limits) as http:
+            return await asyncio.gather(*(read(http, prompts[number % 4]) for number in range(200)))
+
+    async def read(http: httpx.AsyncClient, prompt: str) -> str:
+        return "".join([part async for part in stream(http, server, prompt=prompt, max_tokens=16)])
+
+    assert asyncio.run(read_all()) == [expected[prompts[number % 4]] for number in range(200)]
+    server.assert_idle()
+
+
+def test_clients_that_leave_mid_stream_leave_no_request_behind(server: Client):
+    before = server.text()
+
+    async def leave() -> None:
+        async with httpx.AsyncClient(timeout=120) as http:
+            parts = stream(http, server, max_tokens=400, ignore_eos=True)
+            await anext(parts)
+            await parts.aclose()
+
+    async def leave_all() -> None:
+        await asyncio.gather(*(leave() for _ in range(40)))
+
+    asyncio.run(leave_all())
+    server.assert_idle()
+    assert server.text() == before
+
+
+def test_a_prompt_that_is_too_long_is_refused(server: Client):
+    answer = server.post(prompt="word " * 5000)
+    assert answer.status_code == 400
+    assert "512" in answer.text  # the positions of the model
+    server.assert_idle()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"{", b"", b"[]", b'{"prompt": "a", "max_tokens": "many"}', b'{"prompt": "a", "temperature": -1}', b"\xff\xfe{}"],
+)
+def test_malformed_requests_are_refused_and_later_ones_are_right(server: Client, body: bytes):
+    before = server.text(max_tokens=4)
+    headers = {"Content-Type": "application/json"}
+    answer = httpx.post(f"{server.url}/v1/completions", content=body, headers=headers, timeout=60)
+    assert 400 <= answer.status_code < 500, answer.text
+    assert server.text(max_tokens=4) == before
+
+
+def test_a_request_that_breaks_off_leaves_nothing_behind(server: Client):
+    host, port = server.url.removeprefix("http://").split(":")
+    for _ in range(20):
+        with socket.create_connection((host, int(port))) as raw:
+            raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n{")
+    assert server.text()
+    server.assert_idle()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_it_starts_ends_it_with_all_its_processes(number: signal.Signals, tmp_path: Path):
+    save_tiny("gpt2", tmp_path / "model")
+    client = start(tmp_path / "model", tmp_path / "log")
+    while len(processes_of(client)) < 2 and client.process.poll() is None:  # ours and vLLM's
+        time.sleep(0.1)
+    client.process.send_signal(number)
+    assert client.process.wait(STOP_SECONDS) == 0
+    assert processes_of(client) == []
+
+
+def test_a_server_that_fails_says_so_and_leaves_nothing(tiny_gpt2: tuple, tmp_path: Path):
+    client = start(tiny_gpt2[0], tmp_path / "log", "--max-model-len", 10_000)  # the model has 128 positions
+    assert client.process.wait(START_SECONDS) == 1
+    assert "vLLM's server ended by itself" in client.log.read_text()
+    assert processes_of(client) == []
