@@ -253,7 +253,7 @@ private:
         const int64_t unit = low_bit ? 1 : 64;  // a line of memory or two, so that no two threads read the same one
         const int64_t width = low_bit ? layout->block_count : d_;
         const int threads = threads_for(fixed_.count * row_bytes(ffn_.down), batch_.threads);
-        const int64_t share = std::min(width / (threads == 1 ? 1 : 2 * threads), low_bit ? width : kAddColumns);
+        const int64_t share = std::min(width / (threads == 1 ? 1 : 4 * threads), low_bit ? width : kAddColumns);
         const int64_t step = std::max<int64_t>((share + unit - 1) / unit, 1) * unit;
         parallel(threads, blocks(width, step), [&](int64_t task) {
             const Range range = {task * step, std::min((task + 1) * step, width)};
