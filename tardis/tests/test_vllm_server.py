@@ -14,10 +14,11 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import httpx
 import psutil
 import pytest
 from engines import environment, needs_vllm, save_tiny
+
+httpx = pytest.importorskip("httpx", reason="httpx is not installed; it comes with vLLM: make venv-vllm")
 
 pytestmark = needs_vllm
 PROMPT = "In the beginning of the year the city"
