@@ -229,7 +229,9 @@ def load(url: str, directory: Path, rate: float, args: argparse.Namespace) -> di
         }
         options = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
         options += ["--ignore-eos", "--save-result", "--disable-tqdm"]
-        subprocess.run([sys.executable, "-c", _CLIENT, *options], check=True, stdout=subprocess.DEVNULL)
+        done = subprocess.run([sys.executable, "-c", _CLIENT, *options], capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"vLLM's client failed:\n{done.stderr}")
         found: dict[str, Any] = json.loads((Path(folder) / "result.json").read_text())
     return found
 
