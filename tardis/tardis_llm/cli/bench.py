@@ -183,6 +183,7 @@ def _measure(
     def first_token(variant: Variant) -> float:
         ids = variant.prompt(size, prompt)
         with variant.within():
+            decoders[variant.name].settle()
             if variant.name != _FOLDED:
                 return Decoder(variant.model, ids).prefill
             set_prefill(variant.model, prefill)

@@ -104,12 +104,17 @@ class Decoder:
     def seconds(self, steps: int) -> float:
         """Seconds per step over `steps` greedy steps; the cache is then cut back to the prompt.
 
-        One step before is not counted: it may lay weights out anew that another variant had in its own order.
+        One step before is not counted; see `settle`.
         """
-        self._decode(1)
+        self.settle()
         start = time.perf_counter()
         self._decode(steps)
         return (time.perf_counter() - start) / steps
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Run one step, which may lay weights out anew that another variant had in its own order."""
+        self._decode(1)
 
     def _decode(self, steps: int) -> None:
         ids = self.first

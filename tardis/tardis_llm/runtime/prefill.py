@@ -84,7 +84,10 @@ class _Choice:
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = [*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
-        batch, length = next(each.shape[:2] for each in given if isinstance(each, Tensor))
+        shape = next((each.shape for each in given if isinstance(each, Tensor)), None)
+        if shape is None:
+            return  # the model says itself what it lacks
+        batch, length = shape[:2]
         exact = length > 1 if self.limit is None else batch * length > self.limit
         for ffn in self.ffns:
             ffn.exact = exact

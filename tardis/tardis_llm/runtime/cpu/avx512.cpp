@@ -17,13 +17,11 @@ inline TARDIS_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<con
 
 constexpr int64_t kAhead = 8;  // rows from one that is added to one that is prefetched, of low-bit matrices
 
-
 __mmask16 first16(int64_t n) { return static_cast<__mmask16>(n >= 16 ? 0xffff : (1u << n) - 1); }
 __mmask64 first64(int64_t n) { return n >= 64 ? ~0ull : (1ull << n) - 1; }
 __mmask32 first32(int64_t n) { return n >= 32 ? 0xffffffffu : (1u << n) - 1; }
 
 // Loops over registers, which only stay in registers if their numbers are constants for the compiler from the start.
-
 template <int N>
 struct Constant {
     constexpr operator int() const { return N; }
