@@ -1,11 +1,17 @@
-"""Keep freed memory for the next temporary instead of giving it back to the system."""
+"""Where memory comes from: freed memory kept for the next temporary, and weights in huge pages."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
+import sys
+
+import torch
+from torch import Tensor, nn
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of glibc's mallopt
 _MIB = 2**20
+_PAGE, _HUGE_PAGE, _MADV_HUGEPAGE = 4096, 2 * _MIB, 14
 
 
 def keep_freed_memory() -> bool:
@@ -22,3 +28,50 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):
         return False
     return bool(mallopt(_MMAP_THRESHOLD, 32 * _MIB)) and bool(mallopt(_TRIM_THRESHOLD, 256 * _MIB))
+
+
+def use_huge_pages(model: nn.Module) -> int:
+    """Move the large weights of a model on the CPU into huge pages, one after the other; values and strides stay.
+
+    Weights that were mapped from their files are in memory of this process afterwards.
+
+    Returns:
+        Bytes that were moved.
+    """
+    moved = 0
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if not _gains(tensor):
+            continue
+        turned = tensor.dim() == 2 and not tensor.is_contiguous()  # as fixing reads W2
+        copy = contiguous_in_huge_pages(tensor.data.mT if turned else tensor.data)
+        tensor.data = copy.mT if turned else copy
+        moved += tensor.nbytes
+    return moved
+
+
+def contiguous_in_huge_pages(tensor: Tensor) -> Tensor:
+    """A contiguous copy, in huge pages where it is large and the system has them on request.
+
+    Where each page lies is looked up in tables. With pages of 2 MiB these stay in the processor's caches, which matters
+    most to folded FFNs, whose fixing reads rows here and there.
+    """
+    copy = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    advise = _advise()
+    if advise is not None and _gains(tensor):
+        start = -(-copy.data_ptr() // _PAGE) * _PAGE
+        advise(start, copy.data_ptr() + copy.nbytes - start, _MADV_HUGEPAGE)  # if refused, pages are small ones
+    return copy.copy_(tensor)
+
+
+def _gains(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.nbytes >= 2 * _HUGE_PAGE
+
+
+@functools.cache
+def _advise() -> ctypes._NamedFuncPointer | None:
+    """`madvise` of Linux; None elsewhere."""
+    if not sys.platform.startswith("linux"):
+        return None
+    advise = ctypes.CDLL(None).madvise
+    advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return advise

@@ -9,6 +9,7 @@ from rich.markup import escape
 from transformers import TextStreamer
 
 from ..errors import InvalidInputError
+from ..decoding import prepare_decoding
 from ..evaluation.generation import generate as generate_text
 from ..evaluation.generation import prompt_ids, room
 from ..loading import load_model, load_tokenizer
@@ -37,6 +38,7 @@ def generate(
         raise InvalidInputError("the prompt is empty; give some words to go on from.")
     tokenizer = load_tokenizer(model)
     loaded = load_model(model, dtype)
+    prepare_decoding(loaded)
     if prefill or crossover(loaded) is not None:
         set_prefill(loaded, prefill or "auto")
     ids = prompt_ids(loaded, tokenizer, prompt)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..activations import ACTIVATIONS
+from ..allocator import contiguous_in_huge_pages
 from ..architectures import FFNSite, FFNWeights, set_module
 from ..folding.fold import FoldedWeights
 from ..folding.lowbit import PackedMatrix
@@ -214,7 +215,7 @@ class KeptLinear(nn.Module):
         if self.matrix.transpose(0, neurons).is_contiguous():
             return
         with torch.inference_mode(False), torch.no_grad():
-            matrix = self.matrix.transpose(0, neurons).contiguous().transpose(0, neurons)
+            matrix = contiguous_in_huge_pages(self.matrix.transpose(0, neurons)).transpose(0, neurons)
             self.weight.data = matrix.T if self.transposed else matrix
 
     def forward(self, x: Tensor) -> Tensor:
@@ -229,12 +230,18 @@ class FoldedDown(KeptLinear):
         super().__init__(linear, transposed, stacked=ffn.fallback is not None)
         self._others = (up, ffn)  # in a tuple, so that they are not registered, and saved, twice
 
+    def lay_out_both(self) -> None:
+        """Lay out what fixing reads of the dense weights; see `lay_out`."""
+        up, ffn = self._others
+        if ffn.down is None:
+            up.lay_out(neurons=0)
+            self.lay_out(neurons=1)
+
     def forward(self, x: Tensor) -> Tensor:
         """Output [..., d] of the folded FFN for x [..., d]."""
         up, ffn = self._others
-        if ffn.down is None and not torch.compiler.is_compiling() and ops.takes(x):
-            up.lay_out(neurons=0)
-            self.lay_out(neurons=1)
+        if not torch.compiler.is_compiling() and ops.takes(x):
+            self.lay_out_both()
         y: Tensor = ffn(x, FFNWeights(up.matrix, up.bias, self.matrix, self.bias))
         return y
 
@@ -255,8 +262,16 @@ def uninstall(model: nn.Module, site: FFNSite) -> None:
         set_module(model, name, part)
     for part in (site.up, site.down):  # strides choose the kernel, and so bits
         weight = part.get_parameter("weight")
-        weight.data = weight.data.contiguous()
+        if not weight.is_contiguous():
+            weight.data = contiguous_in_huge_pages(weight.data)
     del site.parent.tardis
+
+
+def lay_out(model: nn.Module) -> None:
+    """Lay out the dense weights that fixing reads neuron by neuron now, not when a folded FFN first runs."""
+    for module in model.modules():
+        if isinstance(module, FoldedDown):
+            module.lay_out_both()
 
 
 def folded_ffns(model: nn.Module) -> dict[str, FoldedFFN]:
