@@ -196,20 +196,37 @@ static inline void find_windows(const Search *s, Group *g)
     }
 }
 
-/* Windows are made equally long, so that no branch depends on a query; those that are long are halved by themselves. */
+/* Halve the long windows, all of them in step, until none is longer than SHORT; the length of the longest then. */
+static inline int64_t halve_long(const uint64_t *keys, Group *g)
+{
+    int64_t wide[GROUP], left[GROUP], n_left = 0, longest = 1;
+    for (int64_t i = 0; i < g->m; i++) {
+        wide[i] = g->high[i] - g->low[i];
+        left[n_left] = i;
+        n_left += wide[i] > SHORT;
+    }
+    while (n_left > 0) {
+        int64_t still = 0;
+        for (int64_t j = 0; j < n_left; j++) {
+            int64_t i = left[j], half = wide[i] >> 1;
+            g->low[i] += half & -(int64_t)(keys[g->low[i] + half - 1] < g->q[i]);
+            wide[i] -= half;
+            PREFETCH(keys + g->low[i] + (wide[i] >> 1) - 1);
+            left[still] = i;
+            still += wide[i] > SHORT;
+        }
+        n_left = still;
+    }
+    for (int64_t i = 0; i < g->m; i++)
+        longest = wide[i] > longest ? wide[i] : longest;
+    return longest;
+}
+
+/* Windows are made equally long, so that no branch depends on a query. */
 static inline void search_windows(const Search *s, Group *g, int64_t *out)
 {
     const uint64_t *keys = s->keys, *q = g->q;
-    int64_t *low = g->low, size = 1;
-    for (int64_t i = 0; i < g->m; i++) {
-        int64_t wide = g->high[i] - low[i];
-        while (wide > SHORT) {
-            int64_t half = wide >> 1;
-            low[i] += half & -(int64_t)(keys[low[i] + half - 1] < q[i]);
-            wide -= half;
-        }
-        size = wide > size ? wide : size;
-    }
+    int64_t *low = g->low, size = halve_long(keys, g);
     size = size < s->n ? size : s->n;
     for (int64_t i = 0; i < g->m; i++)
         out[i] = low[i] = low[i] < s->n - size ? low[i] : s->n - size;
