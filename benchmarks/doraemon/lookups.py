@@ -8,7 +8,8 @@ keys, queries and number, so the parts can be run on their own.
 
 batches    a million queries at once. The floors: "position known", the gather of keys whose positions are given, and
            "hash table", of NumPy; neither answers questions of order.
-single     one query per call. The floor: `in` of a dict. `in` and rank are both asked of ours.
+single     one query per call, of distinct keys, as some of the rivals hold no others. The floor: `in` of a dict. `in`
+           and rank are both asked of ours.
 moving     90 % of the queries in a range of 10 % of the keys that moves by 2 % of the keys from position to position.
            At each the index sees a million queries of it. "following" then adapts, "left behind" adapted to the first
            range only, "never adapted" is as it was built. What is timed asks other queries of the same range.

@@ -24,10 +24,15 @@ def seconds_of(work: Callable[[], Any]) -> float:
 
 
 def in_turns(ways: dict[str, Callable[[int], Any]], rounds: int = 7) -> Seconds:
-    """Seconds of each way in each round. A way is told which turn it is, lest it find warm what another just read."""
+    """Seconds of each way in each round. A way is told which turn it is, lest it find warm what another just read.
+
+    Each round begins with another way, as one may leave the caches worse for the next than others do.
+    """
     seconds: Seconds = {name: [] for name in ways}
+    order = list(ways.items())
     for round_ in range(rounds):
-        for number, (name, way) in enumerate(ways.items()):
+        first = round_ % len(order)
+        for number, (name, way) in enumerate(order[first:] + order[:first]):
             turn = round_ * len(ways) + number
             seconds[name].append(seconds_of(lambda way=way, turn=turn: way(turn)))
     return seconds

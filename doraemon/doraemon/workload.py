@@ -113,11 +113,21 @@ class Memory(Generic[T]):
         self._entries: tuple[_Entry[T], ...] = ()  # oldest first; replaced as a whole, for readers' sake
 
     def __len__(self) -> int:
-        """How many are remembered. O(1)."""
+        """How many are remembered. O(1).
+
+        >>> len(Memory[str]())
+        0
+        """
         return len(self._entries)
 
     def __iter__(self) -> Iterator[tuple[Signature, T]]:
-        """Signatures and values, the one recalled last at the end. O(entries)."""
+        """Signatures and values, the one recalled last at the end. O(entries).
+
+        >>> memory = Memory[str]()
+        >>> memory.remember(signature([1, 2]), "a")
+        >>> [value for _, value in memory]
+        ['a']
+        """
         return iter([(entry.signature, entry.value) for entry in self._entries])
 
     def remember(self, signature: Signature, value: T, merge_within: float = 0.01) -> None:
@@ -139,7 +149,13 @@ class Memory(Generic[T]):
         self._entries = kept[max(0, len(kept) - self.capacity) :]
 
     def nearest(self, signature: Signature) -> Match[T] | None:
-        """The entry least far from this workload, None if there is none. O(entries * bins)."""
+        """The entry least far from this workload, None if there is none. O(entries * bins).
+
+        >>> memory = Memory[str]()
+        >>> memory.remember(signature([90, 10]), "hot left")
+        >>> memory.nearest(signature([10, 90])).value
+        'hot left'
+        """
         p = np.asarray(signature, dtype=np.float64)
         own = float(p @ _log2(p))
         same = [entry for entry in self._entries if len(entry.signature) == len(p)]
@@ -170,13 +186,25 @@ class Memory(Generic[T]):
         return match
 
     def copy(self) -> Memory[T]:
-        """A memory of the same entries that changes independently. O(1)."""
+        """A memory of the same entries that changes independently. O(1).
+
+        >>> memory = Memory[str]()
+        >>> memory.copy().remember(signature([1, 2]), "a")
+        >>> len(memory)
+        0
+        """
         other = Memory[T](self.capacity)
         other._entries = self._entries
         return other
 
     def transformed(self, change: Callable[[Signature, T], tuple[Signature, Any]]) -> Memory[Any]:
-        """A memory of the same order with each entry changed, for when the bins change. O(entries) changes."""
+        """A memory of the same order with each entry changed, for when the bins change. O(entries) changes.
+
+        >>> memory = Memory[str]()
+        >>> memory.remember(signature([1, 2]), "a")
+        >>> [value for _, value in memory.transformed(lambda known, value: (known[::-1], value * 2))]
+        ['aa']
+        """
         changed: Memory[Any] = Memory(self.capacity)
         changed._entries = tuple(_Entry(*change(entry.signature, entry.value)) for entry in self._entries)
         return changed

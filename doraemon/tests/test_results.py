@@ -25,7 +25,10 @@ def results() -> ModuleType:
 
 
 def test_the_published_page_is_made_of_the_published_results(results: ModuleType) -> None:
-    assert results.PAGE.read_text(encoding="utf-8") == results.page(results.Results.read(results.RESULTS))
+    measured = results.Results.read(results.RESULTS)
+    assert results.PAGE.read_text(encoding="utf-8") == results.page(measured)
+    readme = results.README.read_text(encoding="utf-8")
+    assert results.replace_part(readme, results.readme_part(measured)) == readme
 
 
 def test_a_target_is_met_by_the_worse_quartile(results: ModuleType) -> None:
