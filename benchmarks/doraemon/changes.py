@@ -1,88 +1,143 @@
 """Building, refitting for another workload, and writing; one thread.
 
-    python benchmarks/doraemon/changes.py [--n 4000000]
+    python benchmarks/doraemon/changes.py building|adapting|writing [--n 4000000 ...]
 
-refit all       fitting every bucket anew, as without a memory of fits
-adapt           after the hot keys (90 % of the queries in 2 % of the keys) moved by 2 % of the keys
-return          adapting back to the workload before, which is remembered
-inserts         in batches of 10,000, or n / 400 if that is more, until 10 % more keys, merges counted
+building    from sorted and from shuffled keys, beside np.sort alone
+adapting    refit: every bucket fitted anew for the workload, as without a memory of fits; adapt: after the hot keys
+            (90 % of the queries in 2 % of the keys) moved by 2 % of the keys; return: adapting back to the workload
+            before, which is remembered. Each round does all three, at another place of the keys
+writing     inserts of new keys in batches, merges counted: they end with the first merge after 10 % more keys. Then
+            what changes not yet merged cost lookups, and single inserts with a lookup after each
 """
 
 from __future__ import annotations
 
 import argparse
-import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from BTrees.QQBTree import QQTreeSet
 from inputs import Keys, make_keys, make_queries
-from timing import best, table, write
+from sortedcontainers import SortedList
+from timing import Row, in_turns, keep, ratios, seconds_of, show, spread, spreads
 
 from doraemon import Index
 from doraemon.model import build
 
-
-def adapting(keys: Keys) -> dict[str, Any]:
-    """Milliseconds of a full refit, of following a hot range that moved, and of returning."""
-    index = Index(keys)
-    row: dict[str, Any] = {"refit all ms": best(lambda: build(index._state.run.codes, index._state.engine), 3) * 1e3}
-    for name, shift in (("first", 0.0), ("adapt", 0.02), ("return", 0.0)):
-        for seed in range(8):
-            index.searchsorted(make_queries("90/2", keys, len(keys) // 8, seed=seed, shift=shift))
-        begin = time.perf_counter()
-        report = index.adapt()
-        row[f"{name} ms"] = (time.perf_counter() - begin) * 1e3
-        row[f"{name} changed"], row[f"{name} refitted"] = report.changed, report.refitted
-        row[f"{name} recalled"] = report.recalled
-    row["buckets"] = index.explain().buckets
-    return row
+SMALL = 4_000_000  #: keys up to which what takes long is timed as well
+ASKED = 4_000_000  #: queries that are made at once
 
 
-def building(keys: Keys) -> dict[str, Any]:
+def building(keys: Keys, rounds: int) -> Row:
     """Milliseconds to make an index."""
     shuffled = np.random.default_rng(4).permutation(keys)
     signed = (keys >> np.uint64(1)).astype(np.int64)
-    return {
-        "sorted ms": best(lambda: Index(keys), 3) * 1e3,
-        "sorted int64 ms": best(lambda: Index(signed), 3) * 1e3,
-        "shuffled ms": best(lambda: Index(shuffled), 3) * 1e3,
-        "np.sort ms": best(lambda: np.sort(shuffled), 3) * 1e3,
-        "NumPy engine ms": best(lambda: Index(keys, engine="numpy"), 1) * 1e3,
+    ways: dict[str, Callable[[int], Any]] = {
+        "sorted": lambda _: Index(keys),
+        "sorted int64": lambda _: Index(signed),
+        "shuffled": lambda _: Index(shuffled),
+        "np.sort": lambda _: np.sort(shuffled),
+    }
+    if len(keys) <= SMALL:
+        ways["sorted, NumPy engine"] = lambda _: Index(keys, engine="numpy")
+    return {"ms": spreads(in_turns(ways, rounds), 1e3)}
+
+
+def adapting(keys: Keys, rounds: int) -> Row:
+    """Milliseconds of a full refit, of following a hot range that moved, and of returning."""
+    index = Index(keys)
+    seconds: dict[str, list[float]] = {"refit": [], "adapt": [], "return": []}
+    counts: dict[str, list[int]] = {"changed": [], "refitted": [], "recalled": []}
+
+    def ask(place: float) -> None:
+        queries = make_queries("90/2", keys, min(len(keys), ASKED), seed=int(1000 * place), shift=place)
+        for _ in range(-(-min(len(keys), 8 * ASKED) // len(queries))):
+            index.searchsorted(queries)
+
+    for round_ in range(rounds):
+        place = 0.05 * round_
+        ask(place)
+        index.adapt()
+        for name, now in (("adapt", place + 0.02), ("return", place)):
+            ask(now)
+            reports: list[Any] = []
+            seconds[name].append(seconds_of(lambda reports=reports: reports.append(index.adapt())))
+            if name == "adapt":
+                counts["changed"].append(reports[0].changed)
+                counts["refitted"].append(reports[0].refitted)
+            else:
+                counts["recalled"].append(int(reports[0].recalled))
+        run = index._state.run
+        seconds["refit"].append(seconds_of(lambda run=run: build(run.codes, index._state.engine, run.trained)))
+    faster = {
+        name: spread([full / part for full, part in zip(seconds["refit"], seconds[name], strict=True)])
+        for name in ("adapt", "return")
+    }
+    means = {name: round(float(np.mean(values)), 2) for name, values in counts.items()}
+    return {"buckets": index.explain().buckets, "ms": spreads(seconds, 1e3), "faster": faster} | means
+
+
+def inserted(keys: Keys, more: Keys, size: int) -> tuple[float, int]:
+    """Seconds per key of inserting in batches until a merge, and how many keys that was."""
+    index, count = Index(keys), 0
+
+    def insert_all() -> None:
+        nonlocal count
+        while count < len(keys) // 10 or len(index._state.delta):
+            index.extend(more[count : count + size])
+            count += size
+
+    return seconds_of(insert_all) / count, count
+
+
+def writing(keys: Keys, rounds: int) -> Row:
+    """Nanoseconds per inserted key in batches, microseconds of single inserts."""
+    more = np.random.default_rng(5).integers(0, 2**64 - 1, len(keys) // 4, dtype=np.uint64)
+    row: Row = {}
+    for size in sorted({10_000, max(10_000, len(keys) // 400)}):
+        times = [inserted(keys, more, size) for _ in range(rounds)]
+        row[f"insert ns, batches of {size}"] = spread([seconds * 1e9 for seconds, _ in times])
+    index = Index(keys, merging="manual")
+    index.extend(more[: len(keys) // 16])
+    merged = index.copy()
+    merged.compact()
+    queries = make_queries("uniform", keys, 1_000_000)
+    lookups = {"merged": lambda _: merged.searchsorted(queries), "unmerged": lambda _: index.searchsorted(queries)}
+    seconds = in_turns(lookups, 2 * rounds + 1)
+    row |= {"lookup ns": spreads(seconds, 1e3), "lookup ratio": ratios(seconds, "merged")}
+    if len(keys) > SMALL:
+        return row
+    plain, some = keys.tolist(), more.tolist()
+    ours, listed, tree = Index(keys), SortedList(plain), QQTreeSet(plain)
+    steps: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+        "doraemon": (ours.insert, ours.bisect_left),
+        "SortedList": (listed.add, listed.bisect_left),
+        "BTrees": (tree.add, tree.__contains__),
     }
 
+    def one_by_one(turn: int, add: Callable[[Any], Any], ask: Callable[[Any], Any]) -> None:
+        for key in some[1000 * turn : 1000 * (turn + 1)]:
+            add(key)
+            ask(key)
 
-def writing(keys: Keys) -> dict[str, Any]:
-    """Nanoseconds per inserted key."""
-    more = np.random.default_rng(5).integers(0, 2**64 - 1, len(keys) // 10, dtype=np.uint64)
-    index, size = Index(keys), max(10_000, len(keys) // 400)
-    begin = time.perf_counter()
-    for first in range(0, len(more), size):
-        index.extend(more[first : first + size])
-    batched = (time.perf_counter() - begin) / len(more) * 1e9
-    queries = make_queries("uniform", keys, 1_000_000)
-    row = {"inserts ns": batched, "delta": index.explain().delta_entries}
-    row["lookup with delta ns"] = best(lambda: index.searchsorted(queries)) * 1e3
-    index.compact()
-    row["lookup merged ns"] = best(lambda: index.searchsorted(queries)) * 1e3
-    some = more[:5000].tolist()
-    begin = time.perf_counter()
-    for key in some:
-        index.insert(key)
-    row["one insert us"] = (time.perf_counter() - begin) / len(some) * 1e6
-    return row
+    singles = in_turns({name: lambda turn, both=both: one_by_one(turn, *both) for name, both in steps.items()}, rounds)
+    return row | {"single insert us": spreads(singles, 1e3)}
+
+
+PARTS: dict[str, Callable[[Keys, int], Row]] = {"building": building, "adapting": adapting, "writing": writing}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=PARTS)
     parser.add_argument("--n", nargs="+", type=int, default=[4_000_000])
-    rows: dict[str, list[dict[str, Any]]] = {"building": [], "adapting": [], "writing": []}
-    for n in parser.parse_args().n:
-        keys = make_keys("uniform", n)
-        for name, measure in (("building", building), ("adapting", adapting), ("writing", writing)):
-            rows[name].append({"n": n} | measure(keys))
-    for name, figures in rows.items():
-        table(name, figures)
-    write("changes", [a | b | c for a, b, c in zip(*rows.values(), strict=True)])
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    for n in options.n:
+        row = {"n": n, "rounds": options.rounds} | PARTS[options.part](make_keys("uniform", n), options.rounds)
+        show(row)
+        keep(f"changes_{options.part}", [row], ["n"])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Timing and tables: the best of some repetitions, as the machine's other work only ever adds."""
+"""Timing and results: what is compared takes turns in one process, so that what else the machine does meets all."""
 
 from __future__ import annotations
 
@@ -12,33 +12,73 @@ from typing import Any
 import numpy as np
 
 RESULTS = Path(__file__).parent.parent / "results" / "doraemon"
+Row = dict[str, Any]
+Seconds = dict[str, list[float]]  #: of each way, one per round
 
 
-def best(work: Callable[[], Any], repeats: int = 5) -> float:
-    """Seconds that the fastest of some calls took."""
-    seconds = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - begin)
-    return min(seconds)
+def seconds_of(work: Callable[[], Any]) -> float:
+    """How long one call takes."""
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
 
 
-def table(title: str, rows: list[dict[str, Any]]) -> None:
-    """Print rows under the names of their first one's fields."""
-    print(f"\n{title}")
-    names = list(rows[0])
-    cells = [names] + [[f"{v:,.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
-    for line in cells:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+def in_turns(ways: dict[str, Callable[[int], Any]], rounds: int = 7) -> Seconds:
+    """Seconds of each way in each round. A way is told which turn it is, lest it find warm what another just read.
+
+    Each round begins with another way, as one may leave the caches worse for the next than others do.
+    """
+    seconds: Seconds = {name: [] for name in ways}
+    order = list(ways.items())
+    for round_ in range(rounds):
+        first = round_ % len(order)
+        for number, (name, way) in enumerate(order[first:] + order[:first]):
+            turn = round_ * len(ways) + number
+            seconds[name].append(seconds_of(lambda way=way, turn=turn: way(turn)))
+    return seconds
 
 
-def write(name: str, rows: list[dict[str, Any]]) -> None:
-    """Write rows, and the machine that they are of, to the results."""
+def spread(values: list[float], digits: int = 4) -> list[float]:
+    """First quartile, median and third quartile."""
+    return [float(f"{value:.{digits}g}") for value in np.percentile(values, [25, 50, 75])]
+
+
+def spreads(seconds: Seconds, scale: float) -> dict[str, list[float]]:
+    """The spread of each way's seconds times a scale."""
+    return {name: spread([scale * value for value in values]) for name, values in seconds.items()}
+
+
+def ratios(seconds: Seconds, ours: str) -> dict[str, list[float]]:
+    """The spread of how many times as long as ours each way took, round by round."""
+    pairs = {name: zip(values, seconds[ours], strict=True) for name, values in seconds.items() if name != ours}
+    return {name: spread([other / own for other, own in each]) for name, each in pairs.items()}
+
+
+def show(row: Row) -> None:
+    """Print a row as it is measured: of spreads the medians."""
+    flat = {}
+    for name, value in row.items():
+        parts = value if isinstance(value, dict) else {"": value}
+        flat |= {
+            f"{name} {part}".strip(): v[1] if isinstance(v, list) and len(v) == 3 else v for part, v in parts.items()
+        }
+    print("; ".join(f"{name} {value}" for name, value in flat.items()), flush=True)
+
+
+def keep(name: str, rows: list[Row], by: list[str]) -> None:
+    """Put rows among the results, in place of those that have the same values of the fields `by`."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    machine = {"processor": _processor(), "python": platform.python_version(), "numpy": np.__version__}
-    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    path = RESULTS / f"{name}.json"
+    kept = json.loads(path.read_text())["rows"] if path.exists() else []
+    fresh = {tuple(row[field] for field in by) for row in rows}
+    kept = [row for row in kept if tuple(row[field] for field in by) not in fresh] + rows
+    lines = ",\n".join(json.dumps(row) for row in kept)
+    path.write_text(f'{{"machine": {json.dumps(machine())},\n"rows": [\n{lines}\n]}}\n')
+
+
+def machine() -> Row:
+    """What the figures are of."""
+    return {"processor": _processor(), "python": platform.python_version(), "numpy": np.__version__, "threads": 1}
 
 
 def _processor() -> str:
@@ -46,4 +86,7 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+    known = dict(line.split(":", 1) for line in lines if ":" in line)
+    fields = {name.strip(): value.strip() for name, value in known.items()}
+    family = fields.get("cpu family", "?")
+    return f"{fields.get('model name', '')}, family {family}, cache {fields.get('cache size', '?')}"

@@ -26,7 +26,14 @@
 #define INCREMENT(address) (++*(address))
 #endif
 
-enum { GROUP = 32, ABSENT = -1, NOT_HERE = -2 };
+/* Loops over many keys are compiled for processors with AVX2 as well, where the C library can choose at run time. */
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define WIDE __attribute__((target_clones("arch=x86-64-v3", "default")))
+#else
+#define WIDE
+#endif
+
+enum { GROUP = 64, SAMPLING = 32, SHORT = 16, ABSENT = -1, NOT_HERE = -2 };
 enum { ANY, UINT64, INT64, UINT32, INT32, FLOAT64, FLOAT32 }; /* kinds of key that C reads by itself */
 enum { RUN, RANK, LOCATE };                                   /* what a batch is asked */
 
@@ -139,14 +146,14 @@ static int64_t run_rank(const Search *s, uint64_t q, int64_t *bucket_found)
     return gallop(s->keys, start, end, from, q);
 }
 
-static inline int64_t window_rank(const uint64_t *keys, int64_t start, int64_t end, int64_t low, int64_t high,
-                                  uint64_t q)
+/* The rank of `q`, which was searched for in the window [low, low + size] and found to be `at` there. */
+static inline int64_t proven(const Search *s, const Bucket *bucket, int64_t low, int64_t size, int64_t at, uint64_t q)
 {
-    int64_t at = low + below(keys + low, high - low, q);
-    if (at == low && low > start && keys[low - 1] >= q)
-        return gallop(keys, start, end, low - 1, q);
-    if (at == high && high < end && keys[high] < q)
-        return gallop(keys, start, end, high, q);
+    int64_t start = bucket->start, end = bucket[1].start;
+    if (at == low && low > start && s->keys[low - 1] >= q)
+        return gallop(s->keys, start, end, low - 1, q);
+    if (at == low + size && at < end && s->keys[at] < q)
+        return gallop(s->keys, start, end, at, q);
     return at;
 }
 
@@ -155,34 +162,83 @@ static inline uint64_t next_random(uint64_t random)
     return random * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
 }
 
-/* Up to GROUP queries at once, so that their cache misses overlap: each stage asks for what the next one reads. */
-static void group_rank(const Search *s, const uint64_t *q, int64_t m, int64_t *out, uint64_t *random)
-{
+/* Up to GROUP queries on their way through the model. */
+typedef struct {
+    uint64_t q[GROUP];
     const Bucket *bucket[GROUP];
     const Leaf *leaf[GROUP];
     double fraction[GROUP];
-    int64_t low[GROUP], high[GROUP];
-    group_below(s->bounds + 1, s->n_buckets - 1, q, m, low);
-    for (int64_t i = 0; i < m; i++) {
-        bucket[i] = s->buckets + low[i];
-        leaf[i] = leaf_of(s, bucket[i], q[i], fraction + i);
-        PREFETCH(leaf[i]);
+    int64_t low[GROUP], high[GROUP], m;
+} Group;
+
+/* The three stages of a group. Each asks memory for what the next one reads, and other groups' stages go in between. */
+static inline void find_leaves(const Search *s, Group *g)
+{
+    group_below(s->bounds + 1, s->n_buckets - 1, g->q, g->m, g->low);
+    for (int64_t i = 0; i < g->m; i++) {
+        g->bucket[i] = s->buckets + g->low[i];
+        g->leaf[i] = leaf_of(s, g->bucket[i], g->q[i], g->fraction + i);
+        PREFETCH(g->leaf[i]);
     }
-    for (int64_t i = 0; i < m; i++) {
-        int64_t start = bucket[i]->start, depth = bucket[i][1].start - start;
-        double centre = (double)leaf[i]->base + (double)leaf[i]->slope * fraction[i];
-        low[i] = start + clamp(centre - (double)leaf[i]->radius, depth);
-        high[i] = start + clamp(centre + (double)leaf[i]->radius + 1.0, depth);
-        PREFETCH(s->keys + low[i]);
-        PREFETCH(s->keys + ((low[i] + high[i]) >> 1));
-        PREFETCH(s->keys + high[i]);
+}
+
+static inline void find_windows(const Search *s, Group *g)
+{
+    for (int64_t i = 0; i < g->m; i++) {
+        int64_t start = g->bucket[i]->start, depth = g->bucket[i][1].start - start;
+        double centre = (double)g->leaf[i]->base + (double)g->leaf[i]->slope * g->fraction[i];
+        double radius = (double)g->leaf[i]->radius;
+        g->low[i] = start + clamp(centre - radius, depth);
+        g->high[i] = start + clamp(centre + radius + 1.0, depth);
+        PREFETCH(s->keys + g->low[i]);
+        PREFETCH(s->keys + ((g->low[i] + g->high[i]) >> 1));
+        PREFETCH(s->keys + g->high[i]);
     }
-    for (int64_t i = 0; i < m; i++)
-        out[i] = window_rank(s->keys, bucket[i]->start, bucket[i][1].start, low[i], high[i], q[i]);
-    *random = next_random(*random);
-    int64_t sampled = (int64_t)(*random >> 59); /* one query in GROUP, also over short groups */
-    if (sampled < m)
-        INCREMENT(s->hits + (bucket[sampled] - s->buckets));
+}
+
+/* Halve the long windows, all of them in step, until none is longer than SHORT; the length of the longest then. */
+static inline int64_t halve_long(const uint64_t *keys, Group *g)
+{
+    int64_t wide[GROUP], left[GROUP], n_left = 0, longest = 1;
+    for (int64_t i = 0; i < g->m; i++) {
+        wide[i] = g->high[i] - g->low[i];
+        left[n_left] = i;
+        n_left += wide[i] > SHORT;
+    }
+    while (n_left > 0) {
+        int64_t still = 0;
+        for (int64_t j = 0; j < n_left; j++) {
+            int64_t i = left[j], half = wide[i] >> 1;
+            g->low[i] += half & -(int64_t)(keys[g->low[i] + half - 1] < g->q[i]);
+            wide[i] -= half;
+            PREFETCH(keys + g->low[i] + (wide[i] >> 1) - 1);
+            left[still] = i;
+            still += wide[i] > SHORT;
+        }
+        n_left = still;
+    }
+    for (int64_t i = 0; i < g->m; i++)
+        longest = wide[i] > longest ? wide[i] : longest;
+    return longest;
+}
+
+/* Windows are made equally long, so that no branch depends on a query. */
+static inline void search_windows(const Search *s, Group *g, int64_t *out)
+{
+    const uint64_t *keys = s->keys, *q = g->q;
+    int64_t *low = g->low, size = halve_long(keys, g);
+    size = size < s->n ? size : s->n;
+    for (int64_t i = 0; i < g->m; i++)
+        out[i] = low[i] = low[i] < s->n - size ? low[i] : s->n - size;
+    for (int64_t n = size; n > 1; n -= n >> 1) {
+        int64_t half = n >> 1;
+        for (int64_t i = 0; i < g->m; i++)
+            out[i] += half & -(int64_t)(keys[out[i] + half - 1] < q[i]);
+    }
+    for (int64_t i = 0; i < g->m; i++) {
+        out[i] += keys[out[i]] < q[i];
+        out[i] = proven(s, g->bucket[i], low[i], size, out[i], q[i]);
+    }
 }
 
 /* The position of code `q` when its run rank is `at` and j of the delta's codes are below it: in the run, n + its
@@ -194,32 +250,74 @@ static inline int64_t locate(const Search *s, uint64_t q, int64_t at, int64_t j)
     return at < s->n && s->keys[at] == q ? at : ABSENT;
 }
 
-static void search_many(Search *s, int asked, int right, const uint64_t *codes, int64_t m, int64_t *out)
+/* One query in SAMPLING is counted, also over short groups. */
+static inline void sample_group(const Search *s, const Group *g, uint64_t *random)
 {
-    uint64_t q[GROUP], random = LOAD(&s->random);
+    for (int64_t first = 0; first < g->m; first += SAMPLING) {
+        *random = next_random(*random);
+        int64_t sampled = first + (int64_t)((*random >> 32) % SAMPLING);
+        if (sampled < g->m)
+            INCREMENT(s->hits + (g->bucket[sampled] - s->buckets));
+    }
+}
+
+/* What is asked of one group whose run ranks are in `out`. */
+static inline void finish(const Search *s, const Group *g, int asked, int right, int64_t *out)
+{
     int64_t changes[GROUP]; /* how many of the delta's codes are below each query */
-    for (int64_t first = 0; first < m; first += GROUP) {
-        int64_t size = m - first < GROUP ? m - first : GROUP;
-        int64_t *to = out + first;
-        for (int64_t i = 0; i < size; i++)
-            q[i] = codes[first + i] + (uint64_t)right; /* codes are whole: right of q is left of q + 1 */
-        if (s->n)
-            group_rank(s, q, size, to, &random);
-        else
-            memset(to, 0, (size_t)size * sizeof *to);
-        if (asked != RUN)
-            group_below(s->changed, s->n_changed, q, size, changes);
-        for (int64_t i = 0; i < size; i++) {
-            int past = right && q[i] == 0; /* q + 1 wrapped around: everything is left of it */
-            if (past)
-                to[i] = s->n;
-            if (asked == LOCATE)
-                to[i] = locate(s, q[i], to[i], changes[i]);
-            else if (asked == RANK)
-                to[i] += s->moved[past ? s->n_changed : changes[i]];
+    if (asked != RUN)
+        group_below(s->changed, s->n_changed, g->q, g->m, changes);
+    for (int64_t i = 0; i < g->m; i++) {
+        int past = right && g->q[i] == 0; /* q + 1 wrapped around: everything is left of it */
+        if (past)
+            out[i] = s->n;
+        if (asked == LOCATE)
+            out[i] = locate(s, g->q[i], out[i], changes[i]);
+        else if (asked == RANK)
+            out[i] += s->moved[past ? s->n_changed : changes[i]];
+    }
+}
+
+WIDE static void search_many(Search *s, int asked, int right, const uint64_t *codes, int64_t m, int64_t *out)
+{
+    Group groups[2];
+    uint64_t random = LOAD(&s->random);
+    for (int64_t first = 0; first < m + GROUP; first += GROUP) {
+        Group *next = groups + (first / GROUP & 1), *last = groups + !(first / GROUP & 1);
+        next->m = m - first < GROUP ? m - first : GROUP;
+        for (int64_t i = 0; i < next->m; i++)
+            next->q[i] = codes[first + i] + (uint64_t)right; /* codes are whole: right of q is left of q + 1 */
+        if (s->n && next->m > 0)
+            find_leaves(s, next);
+        if (first > 0) {
+            int64_t *to = out + first - GROUP;
+            if (s->n) {
+                search_windows(s, last, to);
+                sample_group(s, last, &random);
+            } else {
+                memset(to, 0, (size_t)last->m * sizeof *to);
+            }
+            finish(s, last, asked, right, to);
         }
+        if (s->n && next->m > 0)
+            find_windows(s, next);
     }
     STORE(&s->random, random);
+}
+
+/* Ranks without a model, for arrays too small or too young to have one. */
+WIDE static void ranks_many(const uint64_t *codes, int64_t n, const uint64_t *queries, int64_t m, int right,
+                            int64_t *out)
+{
+    uint64_t q[GROUP];
+    for (int64_t first = 0; first < m; first += GROUP) {
+        int64_t size = m - first < GROUP ? m - first : GROUP;
+        for (int64_t i = 0; i < size; i++)
+            q[i] = queries[first + i] + (uint64_t)right;
+        group_below(codes, n, q, size, out + first);
+        for (int64_t i = 0; right && i < size; i++)
+            out[first + i] = q[i] == 0 ? n : out[first + i];
+    }
 }
 
 /* ------------------------------------------------------------------ fit */
@@ -228,7 +326,7 @@ enum { STEEPEST = 1 << 21 }; /* a steeper line's base would not be a whole posit
 
 /* The least-squares line through m points (f, r), moved so that it errs as much above as below. Sums are taken from the
  * first point on: keys of one leaf may differ in the last digits only. */
-static Leaf fit_leaf(const double *f, const double *r, int64_t m)
+static inline Leaf fit_leaf(const double *f, const double *r, int64_t m)
 {
     double sf = 0, sr = 0, sff = 0, sfr = 0, least = INFINITY, most = -INFINITY;
     for (int64_t i = 1; i < m; i++) {
@@ -251,7 +349,7 @@ static Leaf fit_leaf(const double *f, const double *r, int64_t m)
 }
 
 /* The 1 << bits leaves of the keys at [start, end], each over an equal width of codes. */
-static void fit_bucket(const uint64_t *keys, int64_t n, int64_t start, int64_t end, double scale, int bits, Leaf *out,
+WIDE static void fit_bucket(const uint64_t *keys, int64_t n, int64_t start, int64_t end, double scale, int bits, Leaf *out,
                        double *f, double *r)
 {
     int64_t leaves = (int64_t)1 << bits, current = 0, m = 0;
@@ -277,6 +375,16 @@ static void fit_bucket(const uint64_t *keys, int64_t n, int64_t start, int64_t e
 
 /* ------------------------------------------------------------------ splice */
 
+/* memcpy of items of 8 bytes in an even gap between two others is a few words, for which a call takes too long. */
+static inline void copy_items(char *to, const char *from, int64_t count, size_t size)
+{
+    if (size == 8 && count < 64)
+        for (int64_t i = 0; i < count; i++)
+            memcpy(to + 8 * i, from + 8 * i, 8);
+    else
+        memcpy(to, from, (size_t)count * size);
+}
+
 /* `old` with the m items of `more` put so that the j-th is at[j] in `out`; 0 if these places are not ascending in it. */
 static int splice_items(const char *old, int64_t n, const int64_t *at, const char *more, int64_t m, size_t size,
                         char *out)
@@ -286,9 +394,9 @@ static int splice_items(const char *old, int64_t n, const int64_t *at, const cha
         int64_t gap = at[j] - filled;
         if (gap < 0 || gap > n - taken)
             return 0;
-        memcpy(out + (size_t)filled * size, old + (size_t)taken * size, (size_t)gap * size);
+        copy_items(out + (size_t)filled * size, old + (size_t)taken * size, gap, size);
         taken += gap;
-        memcpy(out + (size_t)at[j] * size, more + (size_t)j * size, size);
+        copy_items(out + (size_t)at[j] * size, more + (size_t)j * size, 1, size);
         filled = at[j] + 1;
     }
     memcpy(out + (size_t)filled * size, old + (size_t)taken * size, (size_t)(n - taken) * size);
@@ -435,7 +543,7 @@ static void sample(Search *s, int64_t bucket)
 {
     uint64_t random = next_random(LOAD(&s->random));
     STORE(&s->random, random);
-    if (random >> 59 == 0 && s->n)
+    if ((random >> 32) % SAMPLING == 0 && s->n)
         INCREMENT(s->hits + bucket);
 }
 
@@ -603,6 +711,33 @@ done:
     return result;
 }
 
+/* ranks(codes, queries, right, out): how many of the sorted codes are below each query, or not above it. */
+static PyObject *ranks(PyObject *self, PyObject *args)
+{
+    PyObject *arrays[3], *result = NULL;
+    Py_buffer held[3];
+    int n_held = 0, right;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "OOiO", arrays, arrays + 1, &right, arrays + 2))
+        return NULL;
+    for (; n_held < 3; n_held++)
+        if (get_buffer(arrays[n_held], held + n_held, 8, n_held == 2) < 0)
+            goto done;
+    if (held[1].len != held[2].len) {
+        PyErr_SetString(PyExc_ValueError, "there must be as many places for answers as queries");
+        goto done;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    ranks_many(held[0].buf, held[0].len / 8, held[1].buf, held[1].len / 8, right != 0, held[2].buf);
+    Py_END_ALLOW_THREADS
+    result = Py_None;
+    Py_INCREF(result);
+done:
+    while (n_held > 0)
+        PyBuffer_Release(held + --n_held);
+    return result;
+}
+
 static int native_exec(PyObject *module)
 {
     PyObject *type = PyType_FromModuleAndSpec(module, &view_spec, NULL);
@@ -615,6 +750,7 @@ static int native_exec(PyObject *module)
 
 static PyMethodDef native_methods[] = {
     {"fit", fit, METH_VARARGS, "fit(keys, ends, scales, bits, out): the leaves of some buckets."},
+    {"ranks", ranks, METH_VARARGS, "ranks(codes, queries, right, out): np.searchsorted of codes."},
     {"splice", splice, METH_VARARGS, "splice(old, at, more, out): `old` with `more` at the places `at` of `out`."},
     {NULL, NULL, 0, NULL},
 };

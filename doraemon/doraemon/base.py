@@ -32,12 +32,22 @@ class Base:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The keys' dtype. O(1)."""
+        """The keys' dtype. O(1).
+
+        >>> from doraemon import Index
+        >>> Index([0.5, 1.5]).dtype
+        dtype('float64')
+        """
         return self._state.key_type.dtype
 
     @property
     def is_map(self) -> bool:
-        """Whether there are values beside the keys. O(1)."""
+        """Whether there are values beside the keys. O(1).
+
+        >>> from doraemon import Index
+        >>> Index([1, 2]).is_map, Index([1, 2], values=[10, 20]).is_map
+        (False, True)
+        """
         return self._state.run.values is not None
 
     def explain(self) -> Explanation:

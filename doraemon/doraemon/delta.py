@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from .engine import Engine
 from .keys import Codes
-from .splicing import splice
+from .splicing import ranks, splice
 
 Ints = NDArray[np.int64]
 Values = NDArray[Any]
@@ -66,7 +66,9 @@ class Delta:
     @cached_property
     def moved(self) -> Ints:
         """[entries + 1]: by how much the first j entries move the ranks after them."""
-        return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.net)])
+        moved = np.zeros(len(self) + 1, dtype=np.int64)
+        np.cumsum(self.net, out=moved[1:])
+        return moved
 
     def _where(self, keep: NDArray[np.bool_]) -> Delta:
         if keep.all():
@@ -80,11 +82,11 @@ class Delta:
 
 
 def add_counts(delta: Delta, codes: Codes, change: Ints, stamp: int, count: Count) -> Delta:
-    """A multiset's delta with more or fewer keys of some codes, which are distinct and ascending."""
+    """A multiset's delta with more or fewer keys of some codes, which are distinct and ascending; no change is 0."""
     fresh = Delta(codes, change, count(codes), None, np.full(len(codes), stamp), delta.engine)
     joined, first = _join(delta, fresh)
-    if len(first) == len(joined):
-        return joined._without_noops()
+    if first is None:
+        return joined
     net = np.add.reduceat(joined.net, first)
     last = _last_of_each(first, len(joined))
     return Delta(
@@ -97,6 +99,8 @@ def put(delta: Delta, codes: Codes, alive: bool, values: Values, stamp: int, cou
     present = count(codes)
     fresh = Delta(codes, int(alive) - present, present, values, np.full(len(codes), stamp), delta.engine)
     joined, first = _join(delta, fresh)
+    if first is None:
+        return joined if alive else joined._without_noops()
     last = np.zeros(len(joined), dtype=np.bool_)
     last[_last_of_each(first, len(joined))] = True
     return joined._where(last)._without_noops()
@@ -110,10 +114,14 @@ def since(delta: Delta, merged: Delta, count: Count) -> Delta:
     if delta.values is None:
         undone = Delta(merged.codes, -merged.net, merged.present, None, merged.stamps, delta.engine)
         joined, first = _join(undone, delta)
+        if first is None:
+            first = np.arange(len(joined))
         net = np.add.reduceat(joined.net, first) if len(first) else joined.net
         codes, stamps = joined.codes[first], joined.stamps[_last_of_each(first, len(joined))]
         return Delta(codes, net, count(codes), None, stamps, delta.engine)._without_noops()
     joined, first = _join(merged, delta)
+    if first is None:
+        first = np.arange(len(joined))
     last = _last_of_each(first, len(joined))
     both = last > first
     only_merged = ~both & _holds(merged.codes, joined.codes[last])
@@ -158,16 +166,22 @@ def _within(counts: Ints) -> Ints:
     return np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
-def _join(a: Delta, b: Delta) -> tuple[Delta, Ints]:
-    """The entries of both in order, of equal codes a's first, and where each code's first entry is."""
-    at = np.searchsorted(a.codes, b.codes, side="right") + np.arange(len(b))
+def _join(a: Delta, b: Delta) -> tuple[Delta, Ints | None]:
+    """The entries of both in order, of equal codes a's first, and where each code's first entry is: None if none is
+    in both, as most are not."""
+    after = ranks(a.codes, b.codes, True, a.engine)
+    at = after + np.arange(len(b))
     codes = splice(a.codes, at, b.codes, a.engine)
     values = None if a.values is None or b.values is None else splice(a.values, at, b.values, a.engine)
     pairs = ((a.net, b.net), (a.present, b.present), (a.stamps, b.stamps))
     net, present, stamps = (splice(old, at, new, a.engine) for old, new in pairs)
-    different = np.ones(len(codes), dtype=np.bool_)
-    different[1:] = codes[1:] != codes[:-1]
-    return Delta(codes, net, present, values, stamps, a.engine), np.flatnonzero(different)
+    joined = Delta(codes, net, present, values, stamps, a.engine)
+    again = at[(after > 0) & (a.codes[after - 1] == b.codes)] if len(a) else at[:0]
+    if len(again) == 0:
+        return joined, None
+    first = np.ones(len(codes), dtype=np.bool_)
+    first[again] = False
+    return joined, np.flatnonzero(first)
 
 
 def _last_of_each(first: Ints, n: int) -> Ints:

@@ -55,7 +55,8 @@ def shares_of(counts: Floats, depths: Ints) -> Signature:
     of the keys.
     """
     if len(counts) > 2 * NEIGHBOURS:
-        around = np.cumsum(np.pad(counts, (NEIGHBOURS + 1, NEIGHBOURS), mode="edge"))
+        first, last = np.full(NEIGHBOURS + 1, counts[0]), np.full(NEIGHBOURS, counts[-1])
+        around = np.cumsum(np.concatenate([first, counts, last]))
         means = (around[NEIGHBOURS:] - around[:-NEIGHBOURS]) / NEIGHBOURS
         before, after = means[: len(counts)], means[-len(counts) :]
         near = np.clip(counts, np.minimum(before, after), np.maximum(before, after))

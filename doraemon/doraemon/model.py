@@ -188,19 +188,21 @@ def _refit(model: Model, keys: Codes, bits: Bits, engine: Engine) -> tuple[Model
     pool = model.pool
     each = np.arange(len(bits))
     scales = np.ldexp(model.buckets["scale"][:-1], bits.astype(np.int32) - model.bits)  # exact
-    missing = np.flatnonzero(pool.where[each, bits] < 0)
-    more = leaf_count(bits[missing])
-    if not pool.has_room(more):
-        keep = pool.used + more <= POOL_MOST * leaf_count(bits)
-        pool = _enlarged(pool, more) if keep else _begin_pool(pool, bits)
+    first = pool.where[each, bits]
+    missing = np.flatnonzero(first < 0)
     if len(missing):
+        more = leaf_count(bits[missing])
+        if not pool.has_room(more):
+            keep = pool.used + more <= POOL_MOST * leaf_count(bits)
+            pool = _enlarged(pool, more) if keep else _begin_pool(pool, bits)
         rows, places = pool.reserve(missing, bits[missing])
         ends = np.stack([model.starts[missing], model.starts[missing + 1]], axis=1)
         fit_buckets(keys, ends, scales[missing], bits[missing], rows, engine)
         pool.publish(missing, bits[missing], places)
+        first = pool.where[each, bits]
     buckets = model.buckets.copy()
     buckets["scale"][:-1] = scales
-    buckets["place"][:-1] = (pool.where[each, bits].astype(np.uint64) << np.uint64(8)) | bits
+    buckets["place"][:-1] = (first.astype(np.uint64) << np.uint64(8)) | bits
     return Model(model.bounds, buckets, bits, pool), missing
 
 

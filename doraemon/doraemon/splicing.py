@@ -1,4 +1,4 @@
-"""Putting sorted items between others: what merges spend most of their time on."""
+"""Finding places for sorted items between others and putting them there: what writes spend most of their time on."""
 
 from __future__ import annotations
 
@@ -21,4 +21,13 @@ def splice(old: NDArray[Any], at: NDArray[np.int64], new: NDArray[Any], engine: 
     others[at] = False
     result[at] = new
     result[others] = old
+    return result
+
+
+def ranks(codes: NDArray[np.uint64], queries: NDArray[np.uint64], right: bool, engine: Engine) -> NDArray[np.int64]:
+    """How many of the sorted codes are below each query, or (`right`) not above it."""
+    if engine == "numpy":
+        return np.searchsorted(codes, queries, side="right" if right else "left")
+    result = np.empty(len(queries), dtype=np.int64)
+    native.ranks(np.ascontiguousarray(codes), np.ascontiguousarray(queries), int(right), result)
     return result

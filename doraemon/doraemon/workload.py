@@ -84,6 +84,20 @@ class Match(Generic[T]):
     value: T
 
 
+def _log2(shares: Signature) -> Signature:
+    """Logarithms, of 0 one so low that whatever has a share there is as good as infinitely far, and 0 times it is 0."""
+    logs: Signature = np.log2(np.maximum(shares, 1e-300))
+    return np.where(shares > 0, logs, -1e300)
+
+
+class _Entry(Generic[T]):
+    """What a memory holds; the logarithms are what distances to it are made of."""
+
+    def __init__(self, signature: Signature, value: T) -> None:
+        self.signature, self.value = signature, value
+        self.logs = _log2(np.asarray(signature, dtype=np.float64))
+
+
 class Memory(Generic[T]):
     """A bounded memory of what was made for past workloads. The one not recalled for longest is forgotten first.
 
@@ -96,15 +110,25 @@ class Memory(Generic[T]):
         if capacity < 0:
             raise ValueError(f"capacity {capacity}: give 0 to remember nothing, or more")
         self.capacity = capacity
-        self._entries: tuple[tuple[Signature, T], ...] = ()  # oldest first; replaced as a whole, for readers' sake
+        self._entries: tuple[_Entry[T], ...] = ()  # oldest first; replaced as a whole, for readers' sake
 
     def __len__(self) -> int:
-        """How many are remembered. O(1)."""
+        """How many are remembered. O(1).
+
+        >>> len(Memory[str]())
+        0
+        """
         return len(self._entries)
 
     def __iter__(self) -> Iterator[tuple[Signature, T]]:
-        """Signatures and values, the one recalled last at the end. O(entries)."""
-        return iter(self._entries)
+        """Signatures and values, the one recalled last at the end. O(entries).
+
+        >>> memory = Memory[str]()
+        >>> memory.remember(signature([1, 2]), "a")
+        >>> [value for _, value in memory]
+        ['a']
+        """
+        return iter([(entry.signature, entry.value) for entry in self._entries])
 
     def remember(self, signature: Signature, value: T, merge_within: float = 0.01) -> None:
         """Keep `value` for this workload, in place of one whose signature is less than `merge_within` bits away.
@@ -120,15 +144,26 @@ class Memory(Generic[T]):
         match = self.nearest(signature)
         kept = self._entries
         if match is not None and match.distance < merge_within:
-            kept = tuple(entry for entry in kept if entry[0] is not match.signature)
-        kept = (*kept, (signature, value))
+            kept = tuple(entry for entry in kept if entry.signature is not match.signature)
+        kept = (*kept, _Entry(signature, value))
         self._entries = kept[max(0, len(kept) - self.capacity) :]
 
     def nearest(self, signature: Signature) -> Match[T] | None:
-        """The entry least far from this workload, None if there is none. O(entries * bins)."""
-        same = [entry for entry in self._entries if len(entry[0]) == len(signature)]
-        matches = [Match(known, distance(signature, known), value) for known, value in same]
-        return min(matches, key=lambda match: match.distance, default=None)
+        """The entry least far from this workload, None if there is none. O(entries * bins).
+
+        >>> memory = Memory[str]()
+        >>> memory.remember(signature([90, 10]), "hot left")
+        >>> memory.nearest(signature([10, 90])).value
+        'hot left'
+        """
+        p = np.asarray(signature, dtype=np.float64)
+        own = float(p @ _log2(p))
+        same = [entry for entry in self._entries if len(entry.signature) == len(p)]
+        far = [max(0.0, own - float(p @ entry.logs)) for entry in same]
+        if not far:
+            return None
+        nearest = int(np.argmin(far))
+        return Match(same[nearest].signature, far[nearest], same[nearest].value)
 
     def recall(self, signature: Signature, within: float) -> Match[T] | None:
         """The nearest entry if it is at most `within` bits away; recalling it keeps it from being forgotten.
@@ -145,18 +180,31 @@ class Memory(Generic[T]):
         match = self.nearest(signature)
         if match is None or match.distance > within:
             return None
-        others = tuple(entry for entry in self._entries if entry[0] is not match.signature)
-        self._entries = (*others, (match.signature, match.value))
+        others = tuple(entry for entry in self._entries if entry.signature is not match.signature)
+        found = tuple(entry for entry in self._entries if entry.signature is match.signature)
+        self._entries = others + found
         return match
 
     def copy(self) -> Memory[T]:
-        """A memory of the same entries that changes independently. O(1)."""
+        """A memory of the same entries that changes independently. O(1).
+
+        >>> memory = Memory[str]()
+        >>> memory.copy().remember(signature([1, 2]), "a")
+        >>> len(memory)
+        0
+        """
         other = Memory[T](self.capacity)
         other._entries = self._entries
         return other
 
     def transformed(self, change: Callable[[Signature, T], tuple[Signature, Any]]) -> Memory[Any]:
-        """A memory of the same order with each entry changed, for when the bins change. O(entries) changes."""
+        """A memory of the same order with each entry changed, for when the bins change. O(entries) changes.
+
+        >>> memory = Memory[str]()
+        >>> memory.remember(signature([1, 2]), "a")
+        >>> [value for _, value in memory.transformed(lambda known, value: (known[::-1], value * 2))]
+        ['aa']
+        """
         changed: Memory[Any] = Memory(self.capacity)
-        changed._entries = tuple(change(known, value) for known, value in self._entries)
+        changed._entries = tuple(_Entry(*change(entry.signature, entry.value)) for entry in self._entries)
         return changed

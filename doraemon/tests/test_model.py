@@ -13,6 +13,7 @@ from doraemon import model as model_module
 from doraemon.engine import choose
 from doraemon.keys import Codes
 from doraemon.model import Model, build, choose_bits, refit
+from doraemon.splicing import ranks
 
 RNG = np.random.default_rng(5)
 
@@ -161,3 +162,36 @@ def test_splicing_in_c_refuses_places_outside_the_result() -> None:
     for out in (5, 7):
         with pytest.raises(ValueError, match="fit together"):
             native.splice(old, np.array([0, 1]), more, np.zeros(out, dtype=np.int64))
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 63, 64, 65, 1000])
+@pytest.mark.parametrize("right", [False, True])
+def test_ranks_without_a_model_are_those_of_searchsorted(n: int, right: bool) -> None:
+    codes = np.sort(RNG.choice(np.array([0, 1, 5, 2**63, 2**64 - 2, 2**64 - 1], dtype=np.uint64), n))
+    asked = np.array([0, 1, 2, 5, 6, 2**63, 2**64 - 2, 2**64 - 1] * 17, dtype=np.uint64)
+    expected = np.searchsorted(codes, asked, side="right" if right else "left")
+    for engine in (choose(None), choose("numpy")):
+        np.testing.assert_array_equal(ranks(codes, asked, right, engine), expected)
+
+
+def test_ranks_in_c_refuse_a_wrong_number_of_places() -> None:
+    native = pytest.importorskip("doraemon._native")
+    codes = np.arange(4, dtype=np.uint64)
+    with pytest.raises(ValueError, match="as many places"):
+        native.ranks(codes, codes, 0, np.zeros(3, dtype=np.int64))
+
+
+def test_long_and_short_windows_are_searched_in_one_batch(engine: str) -> None:
+    """Buckets with a jump in them have long windows, the others short ones; batches mix them in any proportion."""
+    smooth = np.arange(100_000, dtype=np.uint64) * np.uint64(1000)
+    rough = np.sort(RNG.integers(0, 2**62, 3000, dtype=np.uint64)) + smooth[-1]
+    codes = np.concatenate([smooth, rough, rough[-1] + np.uint64(2**62) + np.arange(5000, dtype=np.uint64)])
+    index = Index(codes, engine=engine)
+    assert index.explain().window_max > 16
+    for share in (0.0, 0.02, 0.5, 1.0):
+        for count in (1, 31, 64, 65, 1000):
+            at = np.where(
+                RNG.random(count) < share, RNG.integers(99_000, len(codes), count), RNG.integers(0, 9000, count)
+            )
+            asked = codes[at] + RNG.integers(0, 2, count, dtype=np.uint64)
+            np.testing.assert_array_equal(index.searchsorted(asked), np.searchsorted(codes, asked))

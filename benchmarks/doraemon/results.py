@@ -1,0 +1,487 @@
+"""The page of results, docs/doraemon.md, its picture, and the targets in doraemon/README.md: made of the kept results.
+
+    python benchmarks/doraemon/results.py
+
+The picture needs matplotlib, the page nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).parent.parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "doraemon"
+PAGE = ROOT / "docs" / "doraemon.md"
+README = ROOT / "doraemon" / "README.md"
+BEGIN, END = "<!-- results: made by benchmarks/doraemon/results.py -->", "<!-- end of results -->"
+PICTURE = ROOT / "docs" / "images" / "doraemon.png"
+PARTS = ["lookups_batches", "lookups_single", "lookups_moving", "changes_building", "changes_adapting"]
+PARTS += ["changes_writing", "paper_latency", "paper_retraining"]
+KEYS = ["uniform", "lognormal", "cascade", "words", "offsets"]
+QUERIES = ["uniform", "90/10", "99/1", "zipf"]
+RIVALS = ["np.searchsorted", "sort + searchsorted", "polars"]
+SINGLE_RIVALS = ["pygm", "SortedDict", "bisect on a list", "np.searchsorted"]
+TARGET, LARGE = 4_000_000, 64_000_000
+
+Row = dict[str, Any]
+Spread = list[float]  #: first quartile, median, third quartile
+
+
+@dataclass
+class Results:
+    """All rows, by the part of the benchmarks that made them."""
+
+    rows: dict[str, list[Row]]
+    machine: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> Results:
+        parts = {name: json.loads((folder / f"{name}.json").read_text()) for name in PARTS}
+        rows = {name: part["rows"] for name, part in parts.items()}
+        for name in ("lookups_batches", "lookups_single"):
+            rows[name].sort(key=lambda row: (KEYS.index(row["keys"]), row["n"], QUERIES.index(row["queries"])))
+        for name in ("changes_building", "changes_adapting", "changes_writing"):
+            rows[name].sort(key=lambda row: row["n"])
+        return cls(rows, parts["lookups_batches"]["machine"])
+
+    def of(self, part: str, **fields: Any) -> list[Row]:
+        """The rows of a part that have these values."""
+        return [row for row in self.rows[part] if all(row[name] == value for name, value in fields.items())]
+
+    def one(self, part: str, **fields: Any) -> Row:
+        (row,) = self.of(part, **fields)
+        return row
+
+
+# ------------------------------------------------------------------ figures and tables
+
+
+def millions(n: int) -> str:
+    return f"{n // 1_000_000}M"
+
+
+def figure(value: float) -> str:
+    """Three digits, and no more after the point than they take."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def spread(values: Spread, unit: str = "") -> str:
+    """The median, and the quartiles in brackets."""
+    low, middle, high = (figure(value) for value in values)
+    return f"{middle}{unit} ({low} to {high})"
+
+
+def times(values: Spread) -> str:
+    """A ratio; bold where the other is faster."""
+    text = f"{figure(values[1])}x"
+    return f"**{text}**" if values[1] < 1 else text
+
+
+def table(names: list[str], rows: Iterable[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in (names, ["---"] * len(names), *rows)]
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------ targets
+
+
+def met(values: Spread, target: float, more: bool) -> str:
+    """Whether the worse quartile meets the target, or only the median, or not even that."""
+
+    def reaches(value: float) -> bool:
+        return value >= target if more else value < target
+
+    if reaches(values[0] if more else values[2]):
+        return "yes"
+    return "by the median" if reaches(values[1]) else "**no**"
+
+
+def targets(results: Results) -> str:
+    batch = results.one("lookups_batches", keys="uniform", n=TARGET, queries="uniform")["ratio"]
+    single = results.one("lookups_single", keys="uniform", n=TARGET, queries="uniform")["ratio"]
+    built = results.one("changes_building", n=TARGET)["ms"]["sorted"]
+    faster = results.one("changes_adapting", n=LARGE)["faster"]
+    inserts = results.one("changes_writing", n=TARGET)["insert ns, batches of 10000"]
+    lines: list[tuple[str, Spread, float, bool, str]] = [
+        ("batched lookup, over np.searchsorted", batch["np.searchsorted"], 8, True, "x"),
+        ("batched lookup, over sort + searchsorted", batch["sort + searchsorted"], 2.5, True, "x"),
+        ("one by one, over pygm", single["pygm"], 1, True, "x"),
+        ("one by one, over SortedDict", single["SortedDict"], 5, True, "x"),
+        ("build of sorted keys", built, 100, False, " ms"),
+        ("insert, in batches of 10,000, merges counted", inserts, 300, False, " ns"),
+        ("adapt() to a hot range that moved, over a full refit, 64M keys", faster["adapt"], 20, True, "x"),
+        ("return to a known workload, over a full refit, 64M keys", faster["return"], 20, True, "x"),
+    ]
+    return table(
+        ["4M uniform keys, uniform queries, unless said otherwise", "target", "measured", "met"],
+        [
+            [
+                name,
+                f"{'at least' if more else 'under'} {target:g}{unit}",
+                spread(values, unit),
+                met(values, target, more),
+            ]
+            for name, values, target, more, unit in lines
+        ],
+    )
+
+
+# ------------------------------------------------------------------ lookups
+
+
+def batch_line(row: Row) -> list[str]:
+    ns, ratio = row["ns"], row["ratio"]
+    floors = [figure(ns[name][1]) if name in ns else "-" for name in ("position known", "hash table")]
+    return [spread(ns["doraemon"]), *(times(ratio[name]) for name in RIVALS), *floors]
+
+
+BATCH_NAMES = ["ns, ours", *(f"over {name}" for name in RIVALS), "ns, position known", "ns, hash table"]
+
+
+def batches_by_keys(results: Results) -> str:
+    rows = results.of("lookups_batches", n=TARGET)
+    return table(["keys", "queries", *BATCH_NAMES], [[row["keys"], row["queries"], *batch_line(row)] for row in rows])
+
+
+def batches_by_size(results: Results) -> str:
+    rows = [row for row in results.rows["lookups_batches"] if row["n"] != TARGET]
+    cells = [[row["keys"], millions(row["n"]), row["queries"], *batch_line(row)] for row in rows]
+    return table(["keys", "n", "queries", *BATCH_NAMES], cells)
+
+
+def singles(results: Results) -> str:
+    rows = []
+    for row in results.rows["lookups_single"]:
+        ns, ratio = row["ns"], row["ratio"]
+        inside = [ns["BTrees `in`"][1] / ns["doraemon `in`"][1], ns["dict `in`"][1] / ns["doraemon `in`"][1]]
+        cells = [spread(ns["doraemon rank"]), *(times(ratio[name]) for name in SINGLE_RIVALS)]
+        cells += [figure(ns["doraemon `in`"][1]), *(times([value] * 3) for value in inside)]
+        rows.append([row["keys"], millions(row["n"]), row["queries"], *cells])
+    names = ["keys", "n", "queries", "ns, our rank", *(f"over {name}" for name in SINGLE_RIVALS)]
+    return table([*names, "ns, our `in`", "over BTrees", "over dict"], rows)
+
+
+def moving(results: Results) -> str:
+    cases = sorted(
+        {(row["keys"], row["n"]) for row in results.rows["lookups_moving"]}, key=lambda c: (KEYS.index(c[0]), c[1])
+    )
+    rows = []
+    for keys, n in cases:
+        found = results.of("lookups_moving", keys=keys, n=n)
+        after = [row for row in found if row["position"] > 0]
+
+        def middle(part: str, name: str, after: list[Row] = after) -> float:
+            return median(row[part][name][1] for row in after)
+
+        cells = [figure(middle("ns", name)) for name in ("following", "left behind", "never adapted")]
+        cells += [times([middle("ratio", name)] * 3) for name in ("np.searchsorted", "sort + searchsorted")]
+        adapting = sorted(row["adapt ms"] for row in after)
+        cells.append(f"{figure(median(adapting))} ({figure(adapting[0])} to {figure(adapting[-1])})")
+        rows.append([keys, millions(n), *cells])
+    names = ["keys", "n", "ns, following", "ns, left behind", "ns, never adapted"]
+    return table([*names, "following over np.searchsorted", "over sort + searchsorted", "ms of adapt()"], rows)
+
+
+# ------------------------------------------------------------------ changes
+
+
+def building(results: Results) -> str:
+    names = ["sorted", "sorted int64", "shuffled", "np.sort", "sorted, NumPy engine"]
+    rows = [
+        [millions(row["n"]), *(spread(row["ms"][name]) if name in row["ms"] else "-" for name in names)]
+        for row in results.rows["changes_building"]
+    ]
+    return table(["n", *(f"ms, {name}" for name in names)], rows)
+
+
+def adapting(results: Results) -> str:
+    rows = []
+    for row in results.rows["changes_adapting"]:
+        cells = [spread(row["ms"][name]) for name in ("refit", "adapt", "return")]
+        cells += [spread(row["faster"][name], "x") for name in ("adapt", "return")]
+        rows.append([millions(row["n"]), str(row["buckets"]), *cells, figure(row["refitted"])])
+    names = ["n", "buckets", "ms, refit", "ms, adapt", "ms, return", "adapt over refit", "return over refit"]
+    return table([*names, "buckets fitted by adapt"], rows)
+
+
+def writing(results: Results) -> str:
+    rows = []
+    for row in results.rows["changes_writing"]:
+        sizes = {int(name.rsplit(" ", 1)[1]): value for name, value in row.items() if name.startswith("insert ns")}
+        larger = max(sizes)
+        cells = [spread(sizes[10_000]), f"{spread(sizes[larger])}, of {larger:,}" if larger > 10_000 else "-"]
+        cells += [figure(row["lookup ns"][name][1]) for name in ("merged", "unmerged")]
+        single = row.get("single insert us", {})
+        cells += [figure(single[name][1]) if single else "-" for name in ("doraemon", "SortedList", "BTrees")]
+        rows.append([millions(row["n"]), *cells])
+    names = ["n", "ns per insert, batches of 10,000", "ns per insert, larger batches", "ns per lookup, merged"]
+    names += ["ns per lookup, n/16 unmerged", "us, single insert + rank, ours", "SortedList", "BTrees (`in`)"]
+    return table(names, rows)
+
+
+# ------------------------------------------------------------------ the paper
+
+
+def range_of(values: list[float]) -> str:
+    """The median over seeds, least and most."""
+    low, middle, high = (f"{value:+.1f}" for value in (min(values), median(values), max(values)))
+    return f"{middle} ({low} to {high})"
+
+
+def paper_latency(results: Results) -> str:
+    rows = []
+    for keys in ("uniform", "lognormal"):
+        for root in ("line", "network", "doraemon"):
+            for weight in (0.0, 0.5, 1.0):
+                found = results.of("paper_latency", keys=keys, root=root, weight=weight)
+                if not found:
+                    continue
+                steps = [row["steps"] for row in found if row["steps"] is not None]
+                change = range_of([row["change %"][1] for row in found]) if weight else "-"
+                cells = [figure(median(steps)) if steps else "-", figure(median(row["ns"][1] for row in found))]
+                rows.append([keys, root, f"{weight:g}", *cells, change, str(len(found))])
+    return table(["keys", "root", "weight of accesses", "steps", "ns", "change of ns, %", "seeds"], rows)
+
+
+def paper_best(results: Results) -> list[float]:
+    """For each seed the best change that a weight brought to the line root on lognormal keys, where it is weak."""
+    rows = [row for row in results.of("paper_latency", keys="lognormal", root="line") if row["weight"]]
+    return [min(row["change %"][1] for row in rows if row["seed"] == seed) for seed in {row["seed"] for row in rows}]
+
+
+def paper_retraining(results: Results) -> str:
+    rows = []
+    cases = sorted({(row["keys"], row["shift"]) for row in results.rows["paper_retraining"]})
+    for keys, shift in cases:
+        found = results.of("paper_retraining", keys=keys, shift=shift)
+        cells = [figure(median(row[name] for row in found)) for name in ("cold s", "warm s")]
+        shorter = sorted(row["cold s"] / row["warm s"] for row in found)
+        cells.append(f"{figure(median(shorter))} ({figure(shorter[0])} to {figure(shorter[-1])})")
+        cells += [figure(1e3 * median(row[name] for row in found)) for name in ("refit s", "adapt s")]
+        rows.append([keys, f"{shift:.0%}", *cells, str(len(found))])
+    names = ["keys", "moved by", "s, SGD cold", "s, SGD warm", "cold over warm", "ms, our refit", "ms, our adapt"]
+    return table([*names, "seeds"], rows)
+
+
+def verdict(results: Results) -> str:
+    """What became of the paper's two figures, said with ours."""
+    changes, rows = paper_best(results), results.rows["paper_retraining"]
+    reached = sum(value <= -45.1 for value in changes)
+    lines = [
+        f"* **45.1 % better latency**: {'reproduced' if 2 * reached > len(changes) else 'not reproduced'}. With the "
+        f"better of the two weights, the line root on lognormal keys, our weakest, changed by {range_of(changes)} %; "
+        f"{reached} of {len(changes)} seeds reached the paper's figure."
+    ]
+    for shift in sorted({row["shift"] for row in rows}):
+        shorter = sorted(row["cold s"] / row["warm s"] for row in rows if row["shift"] == shift)
+        twenty = sum(value >= 20 for value in shorter)
+        lines.append(
+            f"* **1/20 of the retraining time**, after a move by {shift:.0%} of the keys: "
+            f"{'reproduced' if 2 * twenty > len(shorter) else 'not reproduced'}. Warm training took "
+            f"1/{figure(median(shorter))} of cold training, from 1/{figure(shorter[0])} to 1/{figure(shorter[-1])}; "
+            f"{twenty} of {len(shorter)} seeds reached 1/20."
+        )
+    speedup = figure(median(row["refit s"] / row["adapt s"] for row in rows))
+    closed = figure(median(row["cold s"] / row["refit s"] for row in rows))
+    lines.append(
+        f"* Fitting in closed form leaves little of either to gain: our full refit of these keys is {closed} times as "
+        f"fast as cold training, and `adapt()` {speedup} times as fast as that."
+    )
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------ where it loses
+
+
+def losses(results: Results) -> str:
+    """Every case in which another way to answer the same question was faster, and what changes and adapting cost."""
+    lines = [*slower_lookups(results), *costly_changes(results), *vain_adapting(results)]
+    return "\n".join(f"* {line}" for line in lines)
+
+
+def slower_lookups(results: Results) -> Iterator[str]:
+    cases = [("lookups_batches", "doraemon", RIVALS), ("lookups_single", "doraemon rank", SINGLE_RIVALS)]
+    cases.append(("lookups_single", "doraemon `in`", ["BTrees `in`", "dict `in`"]))
+    lost = 0
+    for part, ours, rivals in cases:
+        for row in results.rows[part]:
+            for name in rivals:
+                faster = row["ns"][ours][1] / row["ns"][name][1]
+                if faster > 1:
+                    lost += 1
+                    case = f"{row['keys']} keys, {millions(row['n'])}, {row['queries']} queries"
+                    yield f"{name}, {part.split('_')[1]}: {case}, {figure(faster)} times as fast as ours."
+    if not lost:
+        yield "Lookups: in none of the cases above, the floors aside."
+    tight = min(results.rows["lookups_batches"], key=lambda row: row["ratio"]["sort + searchsorted"][1])
+    yield (
+        f"Keys whose density jumps at every scale have long windows: the least gain over sort + searchsorted was "
+        f"{figure(tight['ratio']['sort + searchsorted'][1])}x, on {tight['keys']} keys."
+    )
+
+
+def costly_changes(results: Results) -> Iterator[str]:
+    row, large = (results.one("changes_writing", n=n) for n in (TARGET, LARGE))
+    single = {name: value[1] for name, value in row["single insert us"].items()}
+    faster = [figure(single["doraemon"] / single[name]) for name in ("SortedList", "BTrees")]
+    yield (
+        f"Single inserts into 4M keys, each followed by a question: SortedList is {faster[0]} and BTrees {faster[1]} "
+        "times as fast as ours."
+    )
+    yield (
+        f"Batches of 10,000 into 64M keys cost {figure(large['insert ns, batches of 10000'][1])} ns per insert: the "
+        "larger the index, the larger a batch should be."
+    )
+    slower = [figure(each["lookup ratio"]["unmerged"][1]) for each in (row, large)]
+    yield f"With n/16 changes unmerged, lookups take {slower[0]} times as long at 4M keys, {slower[1]} times at 64M."
+
+
+def vain_adapting(results: Results) -> Iterator[str]:
+    """What following the queries gained, which is little."""
+    for keys, n in sorted({(row["keys"], row["n"]) for row in results.rows["lookups_moving"]}):
+        after = [row for row in results.of("lookups_moving", keys=keys, n=n) if row["position"] > 0]
+        following, never = (median(row["ns"][name][1] for row in after) for name in ("following", "never adapted"))
+        change = round(100 * (following / never - 1))
+        said = f"{abs(change)} % {'slower' if change > 0 else 'faster'} than" if change else "as fast as"
+        yield f"`adapt()` while a hot range moves over {keys} keys, {millions(n)}: lookups {said} never adapted."
+
+
+# ------------------------------------------------------------------ page and picture
+
+
+def page(results: Results) -> str:
+    machine = results.machine
+    sections: list[tuple[str, str, Callable[[Results], str]]] = [
+        (
+            "Targets",
+            'A target is met where the worse quartile meets it, and "by the median" where only that does.',
+            targets,
+        ),
+        ("Batches, 4M keys", BATCHES, batches_by_keys),
+        ("Batches, other sizes", "The same for more and fewer keys.", batches_by_size),
+        ("One by one", SINGLES, singles),
+        ("A hot range that moves", MOVING, moving),
+        ("Building", "From keys in order and in none, beside sorting alone.", building),
+        ("Adapting", ADAPTING, adapting),
+        ("Writing", WRITING, writing),
+        ("The paper's latency", LATENCY, paper_latency),
+        ("The paper's retraining", RETRAINING, paper_retraining),
+        ("Reproduced or refuted", "By these figures:", verdict),
+        (
+            "Where it loses",
+            "Each case in which another way to the same answer was faster, and what else costs:",
+            losses,
+        ),
+    ]
+    head = HEAD.format(**machine)
+    return head + "\n".join(f"\n## {title}\n\n{text}\n\n{make(results)}" for title, text, make in sections) + "\n"
+
+
+HEAD = """# Doraemon, measured
+
+Made by `benchmarks/doraemon/results.py` of the files in `benchmarks/results/doraemon`; no figure is typed by hand.
+{processor}; Python {python}, NumPy {numpy}, one thread. What is compared takes turns in one process. Figures are
+medians over rounds, with quartiles in brackets, and ratios are medians of the ratios of each round: 3x is "a third of
+the time", and a **bold** ratio is below 1, where the other is faster.
+
+    pip install -e 'doraemon[dev]' sortedcontainers BTrees pygm polars matplotlib
+    python benchmarks/doraemon/lookups.py batches    # also: single, moving; --keys, --queries, --n, --text choose cases
+    python benchmarks/doraemon/changes.py building   # also: adapting, writing
+    python benchmarks/doraemon/paper.py latency      # also: retraining
+    python benchmarks/doraemon/results.py
+
+![Nanoseconds per query against the number of keys, and over the kinds of keys](images/doraemon.png)
+
+Keys: uniform over uint64; lognormal; a multiplicative cascade, dense in dense parts at every scale; the first 8 bytes
+at each word of a text; the words' positions in it. Queries for keys that are there: uniform over them; 90 % of them
+in 10 % of the keys, 99 % in 1 %; zipf of exponent 1.1, scattered.
+"""
+BATCHES = """A million queries at once, after `adapt()` to queries of the same kind. The floors answer no question of
+order: "position known" gathers keys whose positions are given, and "hash table" is open addressing in NumPy."""
+SINGLES = """One call per query; the loop's own time is taken off. `in` is compared with what answers only that."""
+MOVING = """90 % of the queries in 10 % of the keys, which move by 2 % of the keys from position to position; 10
+positions after the first, each of which the index sees in a million queries. "Following" then calls `adapt()`, whose
+time is beside it (least and most in brackets); "left behind" adapted to the first position only. Medians over the
+positions."""
+ADAPTING = """90 % of the queries in 2 % of the keys, which then move by 2 % of the keys, and back, at another place
+in each round. "refit" fits all buckets for the same accesses. The smaller the index, the more of `adapt()` is the
+same few dozen NumPy calls whatever is fitted, and the less is left to gain."""
+WRITING = """Inserts of new keys, from a merge to the first merge after 10 % more keys, so that all of their cost is
+counted. Then lookups in batches with the most changes that an index leaves unmerged; then single inserts, each
+followed by a question."""
+LATENCY = """One million keys, 10,000 leaves, 90 % of the queries in 10 % of the keys. The root is trained on the
+keys (weight 0), on the accesses (1), or on both (0.5); "change" is against weight 0, the median over seeds with least
+and most. Only the search in the leaf's window is timed, as the paper's gain is there; for our index the whole call
+is, as built (0) and after `adapt()` (1). A root can change the steps only: where they are alike, a difference in ns
+comes from elsewhere, such as where the Python objects lie that carry the windows."""
+RETRAINING = """The hot range moves, and a network root is trained by SGD until its loss is within 20 % of that of
+long training: from random weights (cold), or from those before (warm). Beside it what our index does for the same, on
+the same keys."""
+
+
+def readme_part(results: Results) -> str:
+    """The targets, for the package's own page."""
+    machine = results.machine
+    software = f"Python {machine['python']}, NumPy {machine['numpy']}"
+    head = f"One thread of {machine['processor']}; {software}; medians and quartiles."
+    return f"{head}\n\n{targets(results)}"
+
+
+def replace_part(text: str, part: str) -> str:
+    """The text with this between the two marks."""
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{part}\n\n{END}{rest.split(END)[1]}"
+
+
+def plot(results: Results, path: Path) -> None:
+    """Two panels: time against size, and over the kinds of keys."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure_, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2))
+    names = ["polars", "np.searchsorted", "hash table", "sort + searchsorted", "doraemon", "position known"]
+    rows = results.of("lookups_batches", keys="uniform", queries="uniform")
+    for name in names:
+        points = [(row["n"], *row["ns"][name]) for row in rows if name in row["ns"]]
+        n, low, middle, high = zip(*points, strict=True)
+        line = left.plot(n, middle, marker="o", label=name, linewidth=2.5 if name == "doraemon" else 1.2)[0]
+        left.fill_between(n, low, high, color=line.get_color(), alpha=0.2)
+    left.set(
+        xscale="log", yscale="log", xlabel="keys", ylabel="ns per query", title="uniform keys and queries, batches"
+    )
+    left.set_ylim(4, 20_000)
+    left.legend(fontsize=8, ncols=2, loc="upper left")
+    width = 0.25
+    for at, name in enumerate(("np.searchsorted", "sort + searchsorted", "doraemon")):
+        found = [results.one("lookups_batches", keys=keys, n=TARGET, queries="uniform") for keys in KEYS]
+        right.bar(
+            [i + (at - 1) * width for i in range(len(KEYS))], [row["ns"][name][1] for row in found], width, label=name
+        )
+    right.set(yscale="log", ylabel="ns per query", title="4M keys, uniform queries, batches")
+    right.set_xticks(range(len(KEYS)), KEYS)
+    right.set_ylim(10, 2_000)
+    right.legend(fontsize=8, ncols=3, loc="upper center")
+    figure_.tight_layout()
+    figure_.savefig(path, dpi=110)
+    pyplot.close(figure_)
+
+
+def main() -> None:
+    results = Results.read(RESULTS)
+    PAGE.write_text(page(results), encoding="utf-8")
+    README.write_text(replace_part(README.read_text(encoding="utf-8"), readme_part(results)), encoding="utf-8")
+    plot(results, PICTURE)
+    print(f"made {PAGE}, {PICTURE} and a part of {README}")
+
+
+if __name__ == "__main__":
+    main()

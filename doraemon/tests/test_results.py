@@ -1,0 +1,51 @@
+"""The page of results says what was measured, and nothing else."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "doraemon" / "results.py"
+
+
+@pytest.fixture(scope="module")
+def results() -> ModuleType:
+    if not SCRIPT.exists():
+        pytest.skip("the benchmarks are in the repository only")
+    spec = importlib.util.spec_from_file_location("doraemon_results", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_published_page_is_made_of_the_published_results(results: ModuleType) -> None:
+    measured = results.Results.read(results.RESULTS)
+    assert results.PAGE.read_text(encoding="utf-8") == results.page(measured)
+    readme = results.README.read_text(encoding="utf-8")
+    assert results.replace_part(readme, results.readme_part(measured)) == readme
+
+
+def test_a_target_is_met_by_the_worse_quartile(results: ModuleType) -> None:
+    assert results.met([8.0, 9.0, 10.0], 8, True) == "yes"
+    assert results.met([7.0, 8.0, 10.0], 8, True) == "by the median"
+    assert results.met([7.0, 7.9, 10.0], 8, True) == "**no**"
+    assert results.met([80.0, 90.0, 99.0], 100, False) == "yes"
+    assert results.met([80.0, 90.0, 100.0], 100, False) == "by the median"
+    assert results.met([80.0, 100.0, 101.0], 100, False) == "**no**"
+
+
+def test_what_is_slower_than_others_is_bold(results: ModuleType) -> None:
+    assert results.times([0.5, 0.9, 1.2]) == "**0.90x**"
+    assert results.times([0.9, 1.1, 1.2]) == "1.10x"
+
+
+def test_the_picture_is_drawn(results: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib draws the picture and nothing else")
+    results.plot(results.Results.read(results.RESULTS), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 5000
