@@ -1,12 +1,59 @@
-"""The allocator's settings reach the C library."""
+"""The allocator's settings reach the C library; weights that move keep what they are."""
 
 import platform
+import sys
+from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
-from tardis_llm.allocator import keep_freed_memory
+from tardis_llm.allocator import contiguous_in_huge_pages, keep_freed_memory, use_huge_pages
+
+MIB = 2**20
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_glibc_takes_the_settings():
     assert keep_freed_memory()
+
+
+class Weights(nn.Module):
+    """A large matrix, its transpose's layout, a large buffer, one tied to the first, and a small one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.large = nn.Parameter(torch.randn(1025, 2048))
+        self.turned = nn.Parameter(torch.randn(2048, 1024).T)
+        self.tied = self.large
+        self.small = nn.Parameter(torch.randn(3))
+        self.register_buffer("planes", torch.randint(256, (1024, 4, 1030), dtype=torch.uint8))
+
+
+def test_weights_that_move_keep_values_strides_and_ties():
+    model = Weights()
+    before = {name: (tensor.clone(), tensor.stride()) for name, tensor in model.state_dict().items()}
+    small = model.small.data_ptr()
+    assert use_huge_pages(model) == model.large.nbytes + model.turned.nbytes + model.planes.nbytes
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name][0]) and tensor.stride() == before[name][1], name
+    assert model.tied is model.large and model.small.data_ptr() == small
+    assert isinstance(model.large, nn.Parameter)
+
+
+def thp() -> bool:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return sys.platform.startswith("linux") and setting.exists() and "[never]" not in setting.read_text()
+
+
+def huge_bytes() -> int:
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("AnonHugePages")).split()[1])
+
+
+@pytest.mark.skipif(not thp(), reason="this system has no transparent huge pages")
+def test_large_copies_lie_in_huge_pages():
+    tensor, before = torch.randn(64 * MIB // 4), huge_bytes()
+    copy = contiguous_in_huge_pages(tensor)
+    assert torch.equal(copy, tensor)
+    assert huge_bytes() - before >= 32 * MIB

@@ -15,6 +15,7 @@ import typer
 from rich.markup import escape
 from transformers import PreTrainedModel
 
+from ..allocator import use_huge_pages
 from ..checkpoint import is_folded, record_crossover
 from ..config import Precision, Storage
 from ..errors import InvalidInputError
@@ -87,6 +88,9 @@ def bench(
         dense = shaped_model(shape, layers) if shape else load_dense(model, "bfloat16")
         storage = Storage(fold_bits=BITS[fold_dtype], fallback_bits=BITS[fallback])
         variants = _variants_of_dense(dense, kinds, predictor_bits, storage, BITS[linears], fix_rate)
+    for variant in variants:
+        with variant.within():
+            use_huge_pages(variant.model)
     bandwidth = read_bandwidth()
     name = shape or model
     show.say(escape(_describe(name, bandwidth)))

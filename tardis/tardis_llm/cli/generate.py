@@ -8,8 +8,8 @@ import typer
 from rich.markup import escape
 from transformers import TextStreamer
 
-from ..errors import InvalidInputError
 from ..decoding import prepare_decoding
+from ..errors import InvalidInputError
 from ..evaluation.generation import generate as generate_text
 from ..evaluation.generation import prompt_ids, room
 from ..loading import load_model, load_tokenizer

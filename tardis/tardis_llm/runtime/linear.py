@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from . import ops
+from .cpu.library import MAX_TOKENS
 
 
 class KernelLinear(nn.Linear):
@@ -27,7 +28,7 @@ class KernelLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., out] for x [..., in], in the dtype of x."""
         alike = x.dtype == self.weight.dtype and self.weight.is_contiguous() and not torch.is_grad_enabled()
-        if not alike or not ops.takes(x):
+        if not alike or x.numel() > MAX_TOKENS * x.shape[-1] or not ops.takes(x):
             return F.linear(x, self.weight, self.bias)
         y: Tensor = torch.ops.tardis.bf16_linear(x.reshape(-1, x.shape[-1]).contiguous(), self.weight, self.bias)
         return y.view(*x.shape[:-1], self.out_features)

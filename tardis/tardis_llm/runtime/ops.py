@@ -27,8 +27,6 @@ from .cpu.library import FFN, MAX_TOKENS, Batch, Kernels, Matrix, Vector, availa
 
 #: dtypes of the inputs, and so of the models
 DTYPES = (torch.bfloat16, torch.float32)
-#: tokens up to which low-bit fallback weights are not written out for a dense product
-LOW_BIT_TOKENS = 4 * MAX_TOKENS
 #: of inputs where they meet low-bit weights: the rounding is far below that of the weights
 ACTIVATION_BITS = 8
 _ACTIVATIONS = list(ACTIVATIONS)
@@ -51,23 +49,17 @@ library.define(
 )
 
 
-def takes(x: Tensor, at_most: int = MAX_TOKENS) -> bool:
-    """Whether the kernels are there and take inputs like x [..., d], of so many tokens at most."""
-    if x.device.type != "cpu" or x.dtype not in DTYPES or not x.numel():
-        return False
-    return x.numel() <= at_most * x.shape[-1] and available()
+def takes(x: Tensor) -> bool:
+    """Whether the kernels are there and take inputs like x [..., d], `MAX_TOKENS` of them at a time."""
+    return x.device.type == "cpu" and x.dtype in DTYPES and x.numel() > 0 and available()
 
 
 def runs(x: Tensor, folded: FoldedWeights, dense: FFNWeights) -> bool:
     """Whether `folded_ffn` can stand for the reference: x is as they take it, and nothing needs gradients.
 
     Dense fallback weights must lie neuron by neuron: w1 contiguous, and w2 as the transpose of a contiguous tensor.
-    With these, many tokens are faster in one dense product. Low-bit ones would have to be written out for that first,
-    so the kernels then take up to `LOW_BIT_TOKENS`, some at a time.
     """
-    if not takes(x, MAX_TOKENS if folded.fallback is None else LOW_BIT_TOKENS) or (
-        torch.is_grad_enabled() and (x.requires_grad or dense.w1.requires_grad)
-    ):
+    if not takes(x) or (torch.is_grad_enabled() and (x.requires_grad or dense.w1.requires_grad)):
         return False
     matrices = _matrices(folded, dense)
     if any(isinstance(matrix, Tensor) and matrix.dtype != x.dtype for matrix in matrices):
@@ -83,7 +75,7 @@ def folded_ffn(
     activation: str,
     activation_bits: int = ACTIVATION_BITS,
 ) -> Tensor:
-    """`ffn.folded_ffn` by the kernels, where it `runs`.
+    """`ffn.folded_ffn` by the kernels, where it `runs`, for any number of tokens.
 
     Args:
         x: [tokens, d].

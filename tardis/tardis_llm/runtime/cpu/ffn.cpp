@@ -19,6 +19,8 @@ namespace {
 
 constexpr int64_t kAddColumns = 2304;  // of a task that adds rows: its outputs fit the first cache
 constexpr int64_t kAddEntries = 256;  // of the list, that all tokens add before any adds the next
+constexpr int64_t kSlice = 8;  // rows of the predictor between which rows of the fold are prefetched
+constexpr int64_t kFetched = 20480;  // bytes of the fold in a task that predicts
 constexpr int64_t kShared = 1 << 17;  // bytes; waking threads for less costs more than it brings
 
 // Some numbers of a vector, in fp32.
@@ -36,6 +38,10 @@ float number(const TardisVector& v, int64_t i) {
 // Number i is read soon.
 inline __attribute__((always_inline)) void prefetch(const TardisVector& v, int64_t i) {
     if (v.type != TARDIS_NONE) __builtin_prefetch(static_cast<const char*>(v.data) + i * (v.type == TARDIS_FP32 ? 4 : 2));
+}
+
+inline __attribute__((always_inline)) void prefetch_lines(const char* p, int64_t bytes) {
+    for (int64_t k = 0; k < bytes; k += 64) __builtin_prefetch(p + k, 0, 2);
 }
 
 void store(const TardisBatch& batch, int64_t at, float value) {
@@ -127,21 +133,28 @@ private:
         const int64_t bytes = h_ * row_bytes(ffn_.predictor) + d_ * row_bytes(ffn_.fold);
         const int threads = threads_for(bytes, batch_.threads);
         block_ = block_rows(h_, threads);
-        const int64_t predicting = blocks(h_, block_), fold_block = block_rows(d_, threads);
-        parallel(threads, predicting + blocks(d_, fold_block), [&](int64_t task) {
-            if (task < predicting) {
-                predict(in, task);
-            } else {
-                const int64_t begin = (task - predicting) * fold_block;
-                fold(fold_in, begin, std::min(begin + fold_block, d_));
+        const int64_t fold_block = block_rows(d_, threads), folding = blocks(d_, fold_block);
+        const int64_t all = blocks(h_, block_) + folding;
+        // Evenly mixed: predicting is bound by arithmetic and folding by memory, so that threads do both at once.
+        parallel(threads, all, [&](int64_t task) {
+            const int64_t before = task * folding / all;
+            if ((task + 1) * folding / all == before) {
+                const int64_t since = task - (before * all + folding - 1) / folding;  // the last fold task
+                const auto* rows = static_cast<const char*>(ffn_.fold.data) + before * fold_block * row_bytes(ffn_.fold);
+                return predict(in, task - before, rows + since * kFetched);
             }
+            fold(fold_in, before * fold_block, std::min((before + 1) * fold_block, d_));
         });
     }
 
-    void predict(const Input& in, int64_t task) {
+    // `soon` is a part of the fold, for which memory has time meanwhile.
+    void predict(const Input& in, int64_t task, const char* soon) {
         const int64_t begin = task * block_, end = std::min(begin + block_, h_);
         float zhat[kMaxTokens * kBlockRows];
-        product_of(ffn_.predictor)(ffn_.predictor, {nullptr, begin, end, h_}, in, zhat);
+        for (int64_t i = begin; i < end; i += kSlice) {
+            product_of(ffn_.predictor)(ffn_.predictor, {nullptr, i, std::min(i + kSlice, end), h_}, in, zhat + i - begin);
+            if (ffn_.fold.data) prefetch_lines(soon + (i - begin) * kFetched / kBlockRows, kSlice * kFetched / kBlockRows);
+        }
         const OutOfRange out(ffn_, begin, end, tokens_, zhat);
         int64_t at = begin;
         for (uint64_t left = out.any; left; left &= left - 1, ++at) {
