@@ -18,6 +18,7 @@ from models import tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 from tardis_llm import FoldConfig, fold, save_folded
+from tardis_llm.integrations.vllm.names import PREFILL_OPTION
 from tardis_llm.runtime.prefill import Prefill, set_prefill
 
 _ENVIRONMENT = {
@@ -65,10 +66,8 @@ def engine(directory: Path, **options: Any) -> Iterator[Any]:
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    from tardis_llm.integrations.vllm.prefill import OPTION
-
     settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": 96, "max_num_seqs": 16, "seed": 0}
-    settings["additional_config"] = {OPTION: options.pop("prefill", "folded")}
+    settings["additional_config"] = {PREFILL_OPTION: options.pop("prefill", "folded")}
     made = LLM(str(directory), **{**settings, **options})
     try:
         yield made

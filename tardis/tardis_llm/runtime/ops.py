@@ -115,7 +115,7 @@ class PreparedFFN:
         ranges: Sequence[Tensor],
     ) -> None:
         parts = [_parts(matrix) for matrix in matrices]
-        self._tensors = [tensor for each in (*parts, [bias, b1], ranges) for tensor in each]  # which must stay alive
+        self._tensors = [*(tensor for each in parts for tensor in each), bias, b1, *ranges]  # which must stay alive
         _check_alike(*self._tensors)
         predictor = matrices[1]
         assert isinstance(predictor, PackedMatrix), "the predictor is in few bits"

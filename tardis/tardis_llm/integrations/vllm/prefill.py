@@ -15,9 +15,7 @@ from vllm.forward_context import get_forward_context
 from ...errors import InvalidInputError
 from ...runtime.prefill import check_prefill
 from .config import TardisConfig
-
-#: the key of the mode in vLLM's `additional_config`
-OPTION = "tardis_prefill"
+from .names import PREFILL_OPTION
 
 
 @dataclass(frozen=True)
@@ -40,11 +38,11 @@ class Choice:
             InvalidInputError: there is no such mode, or it cannot be with this model or engine.
         """
         given = config.additional_config
-        mode = given.get(OPTION, "auto") if isinstance(given, dict) else "auto"
+        mode = given.get(PREFILL_OPTION, "auto") if isinstance(given, dict) else "auto"
         check_prefill(mode, stacked=any(layer.fallback_bits for layer in settings.layers.values()))
         if mode == "exact" and config.device_config.device_type != "cpu" and not config.model_config.enforce_eager:
             raise InvalidInputError(
-                "prefill exact goes by what is in a call, and a CUDA graph cannot; use prefill auto, or --enforce-eager."
+                "prefill exact goes by what a call has, which CUDA graphs cannot; use prefill auto or --enforce-eager."
             )
         return cls(mode, settings.crossover)
 
