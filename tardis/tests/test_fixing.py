@@ -73,4 +73,4 @@ def test_packed_linear_is_the_product_with_what_is_stored(tokens: int, kernels: 
     y = packed_linear(x, fold, bias)
     expected = x @ fold.dequantise().T + bias
     scale = float(expected.abs().max())
-    torch.testing.assert_close(y / scale, expected / scale, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(y / scale, expected / scale, rtol=0, atol=1e-2)  # the kernels get x in 8 bits

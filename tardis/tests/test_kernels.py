@@ -238,15 +238,15 @@ def make(
     return folded, neuron_major(dense)
 
 
-def specified(x: Tensor, folded: FoldedWeights, dense: FFNWeights, name: str) -> tuple[Tensor, Tensor]:
+def specified(x: Tensor, folded: FoldedWeights, dense: FFNWeights, name: str, bits: int = 16) -> tuple[Tensor, Tensor]:
     """Output [tokens, d] in fp64 with the neurons that the kernels fix, and a bound on what rounding x moves it."""
     w1, b1, w2, _ = dense
     z_bound = torch.zeros(len(x), len(w1), dtype=torch.double)
     if folded.fallback is not None:
         w1, w2 = folded.fallback.matrices(folded.predictor, torch.float32)
         for matrix in filter(None, (folded.predictor, folded.fallback.remainder)):
-            z_bound += input_rounding(x, matrix)
-    x64, fixed = x.double(), predicted(x, folded, b1, 8 if folded.fallback is None else 16)
+            z_bound += input_rounding(x, matrix, bits)
+    x64, fixed = x.double(), predicted(x, folded, b1, 8 if folded.fallback is None else bits)
     z = x64 @ w1.double().T + (0 if b1 is None else b1.double())
     residual = (activation(name)(z) - folded.slope.double() * z - folded.offset.double()) * fixed
     y = x64 @ dense_fold(folded.weight, torch.float32).double().T + folded.bias.double() + residual @ w2.double().T
@@ -254,7 +254,7 @@ def specified(x: Tensor, folded: FoldedWeights, dense: FFNWeights, name: str) ->
     steep = (2 + 2 * z.abs() + folded.slope.abs()) * fixed
     bound = (z_bound + FP32 * (1 + z.abs())) * steep @ w2.double().abs().T
     if isinstance(folded.weight, PackedMatrix):
-        bound = bound + input_rounding(x, folded.weight)
+        bound = bound + input_rounding(x, folded.weight, bits)
     return y, bound
 
 
@@ -263,7 +263,7 @@ def specified(x: Tensor, folded: FoldedWeights, dense: FFNWeights, name: str) ->
 def test_every_activation(isa: str, name: str, dtype: torch.dtype) -> None:
     folded, dense = make(40, 150, Storage(48), dtype, name)
     x = correlated(5, 40).to(dtype)
-    assert_within(ops.folded_ffn(x, folded, dense, name), *specified(x, folded, dense, name))
+    assert_within(ops.folded_ffn(x, folded, dense, name, 16), *specified(x, folded, dense, name))
 
 
 @pytest.mark.parametrize("ranges", ["none", "half", "all"])
@@ -277,7 +277,9 @@ def test_every_storage_and_fix_set(isa: str, dtype: torch.dtype, storage: Storag
             share = float(predicted(x, folded, dense.b1).double().mean())
             assert share == {"none": 0.0, "all": 1.0}.get(ranges, share)
             assert ops.runs(x, folded, dense)
-            assert_within(ops.folded_ffn(x, folded, dense, "gelu"), *specified(x, folded, dense, "gelu"))
+            for bits in (8, 16):
+                y = ops.folded_ffn(x, folded, dense, "gelu", bits)
+                assert_within(y, *specified(x, folded, dense, "gelu", bits))
 
 
 @pytest.mark.parametrize("storage", STORAGES[::2], ids=str)
@@ -289,7 +291,7 @@ def test_the_kernels_agree_with_the_reference(isa: str, dtype: torch.dtype, stor
     assert same.float().mean() > 0.99
     x = x[same.all(1)]  # a prediction next to a bound may fall on its other side
     assert len(x) >= 5
-    found = ops.folded_ffn(x, folded, dense, "gelu")
+    found = ops.folded_ffn(x, folded, dense, "gelu", 16)
     if folded.fallback:
         w1, w2 = folded.fallback.matrices(folded.predictor, dtype)
         dense = dense._replace(w1=w1, w2=w2)
@@ -303,7 +305,7 @@ def test_the_kernels_agree_with_the_reference(isa: str, dtype: torch.dtype, stor
 def test_biases_may_be_missing(isa: str, storage: Storage) -> None:
     folded, dense = make(41, 131, storage, torch.float32)
     x, dense = correlated(3, 41), dense._replace(b1=None, b2=None)
-    assert_within(ops.folded_ffn(x, folded, dense, "gelu"), *specified(x, folded, dense, "gelu"))
+    assert_within(ops.folded_ffn(x, folded, dense, "gelu", 16), *specified(x, folded, dense, "gelu"))
 
 
 @pytest.mark.parametrize("storage", STORAGES, ids=str)
@@ -368,7 +370,7 @@ assert torch.equal(torch.ops.tardis.bf16_linear(x, weight, None), before)
 
 @needs_library
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
-def test_a_forked_child_has_threads_of_its_own() -> None:
+def test_a_forked_child_gets_the_same_without_its_parents_threads() -> None:
     done = subprocess.run([sys.executable, "-c", _FORK], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -6,9 +6,9 @@
     tardis::folded_ffn      a whole folded FFN
 
 Each takes up to 64 tokens x [tokens, d] in bf16 or fp32, contiguous. `ffn.folded_ffn` specifies what they compute;
-sums are in fp32 throughout, and where x meets a low-bit matrix it is rounded to 16 bits (or 8, where asked for), with
-one scale per token and group of columns, 512 at most. A predictor that only selects, beside dense fallback weights,
-always gets 8 bits of x: what it finds differs from the reference for few neurons that are next to a bound.
+sums are in fp32 throughout, and where x meets a low-bit matrix it is rounded to 8 bits (or 16, where asked for), with
+one scale per token and group of columns, 512 at most. So what a predictor finds differs from the reference for few
+neurons that are next to a bound. One that only selects, beside dense fallback weights, never gets more than 8 bits.
 """
 
 from __future__ import annotations
@@ -29,22 +29,25 @@ from .cpu.library import FFN, MAX_TOKENS, Batch, Kernels, Matrix, Vector, availa
 DTYPES = (torch.bfloat16, torch.float32)
 #: tokens up to which low-bit fallback weights are not written out for a dense product
 LOW_BIT_TOKENS = 4 * MAX_TOKENS
+#: of inputs where they meet low-bit weights: the rounding is far below that of the weights
+ACTIVATION_BITS = 8
 _ACTIVATIONS = list(ACTIVATIONS)
 
 #: where the operators are defined
 library = torch.library.Library("tardis", "DEF")
 library.define("bf16_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 library.define(
-    "lowbit_linear(Tensor x, Tensor planes, Tensor scale, int group_size, Tensor? bias, int activation_bits=16) "
-    "-> Tensor"
+    "lowbit_linear(Tensor x, Tensor planes, Tensor scale, int group_size, Tensor? bias, "
+    f"int activation_bits={ACTIVATION_BITS}) -> Tensor"
 )
 library.define(
     "fixed_neurons(Tensor x, Tensor planes, Tensor scale, int group_size, Tensor? b1, Tensor low, Tensor high, "
-    "int activation_bits=16) -> Tensor"
+    f"int activation_bits={ACTIVATION_BITS}) -> Tensor"
 )
 library.define(
     "folded_ffn(Tensor x, str activation, Tensor[] fold, Tensor? bias, Tensor[] predictor, Tensor[] ranges, "
-    "Tensor? b1, Tensor[] up, Tensor[] down, int[] group_sizes, int activation_bits=16) -> Tensor"
+    "Tensor? b1, Tensor[] up, Tensor[] down, int[] group_sizes, "
+    f"int activation_bits={ACTIVATION_BITS}) -> Tensor"
 )
 
 
@@ -73,7 +76,13 @@ def runs(x: Tensor, folded: FoldedWeights, dense: FFNWeights) -> bool:
     return all(tensor.is_contiguous() and tensor.device == x.device for tensor in parts)
 
 
-def folded_ffn(x: Tensor, folded: FoldedWeights, dense: FFNWeights, activation: str) -> Tensor:
+def folded_ffn(
+    x: Tensor,
+    folded: FoldedWeights,
+    dense: FFNWeights,
+    activation: str,
+    activation_bits: int = ACTIVATION_BITS,
+) -> Tensor:
     """`ffn.folded_ffn` by the kernels, where it `runs`.
 
     Args:
@@ -81,15 +90,15 @@ def folded_ffn(x: Tensor, folded: FoldedWeights, dense: FFNWeights, activation: 
         folded: as stored.
         dense: as for the reference; w1 and w2 are not read where `folded` has low-bit weights in their place.
         activation: a name in `ACTIVATIONS`.
+        activation_bits: 8 or 16.
     """
     matrices = _matrices(folded, dense)
     fold, predictor, up, down = map(_parts, matrices)
     sizes = [matrix.group_size if isinstance(matrix, PackedMatrix) else 0 for matrix in matrices]
     ranges = [folded.low, folded.high, folded.slope, folded.offset]
+    weights = fold, folded.bias, predictor, ranges, dense.b1, up, down, sizes
     parts = [
-        torch.ops.tardis.folded_ffn(
-            some.contiguous(), activation, fold, folded.bias, predictor, ranges, dense.b1, up, down, sizes
-        )
+        torch.ops.tardis.folded_ffn(some.contiguous(), activation, *weights, activation_bits)
         for some in x.split(MAX_TOKENS)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -129,7 +138,7 @@ class PreparedFFN:
         if x.shape[1] != self._d:
             raise TardisError(f"x {list(x.shape)} does not fit an FFN of width {self._d}.")
         y = torch.empty_like(x)
-        _loaded().folded_ffn(self._ffn, Batch.of(x, y, 16))
+        _loaded().folded_ffn(self._ffn, Batch.of(x, y, ACTIVATION_BITS))
         return y
 
 
@@ -213,7 +222,12 @@ def _bf16_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _lowbit_linear(
-    x: Tensor, planes: Tensor, scale: Tensor, group_size: int, bias: Tensor | None, activation_bits: int = 16
+    x: Tensor,
+    planes: Tensor,
+    scale: Tensor,
+    group_size: int,
+    bias: Tensor | None,
+    activation_bits: int = ACTIVATION_BITS,
 ) -> Tensor:
     """x [tokens, in] and a `PackedMatrix` [out, in]: [tokens, out] in the dtype of x."""
     _check(x, planes, scale, bias)
@@ -232,7 +246,7 @@ def _fixed_neurons(
     b1: Tensor | None,
     low: Tensor,
     high: Tensor,
-    activation_bits: int = 16,
+    activation_bits: int = ACTIVATION_BITS,
 ) -> Tensor:
     """[tokens, h] bool; see `ffn.fixed_neurons`."""
     _check(x, planes, scale, b1, low, high)
@@ -255,7 +269,7 @@ def _folded_ffn(
     up: Sequence[Tensor],
     down: Sequence[Tensor],
     group_sizes: Sequence[int],
-    activation_bits: int = 16,
+    activation_bits: int = ACTIVATION_BITS,
 ) -> Tensor:
     """[tokens, d].
 
@@ -287,7 +301,12 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @torch.library.register_fake("tardis::lowbit_linear")
 def _(
-    x: Tensor, planes: Tensor, scale: Tensor, group_size: int, bias: Tensor | None, activation_bits: int = 16
+    x: Tensor,
+    planes: Tensor,
+    scale: Tensor,
+    group_size: int,
+    bias: Tensor | None,
+    activation_bits: int = ACTIVATION_BITS,
 ) -> Tensor:
     return x.new_empty(x.shape[0], planes.shape[0])
 

@@ -15,8 +15,6 @@ namespace {
 // GCC drops calls of a function that only prefetches, unless they are inlined from the start.
 inline TARDIS_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
-constexpr int64_t kAhead = 8;  // rows from one that is added to one that is prefetched, of low-bit matrices
-
 __mmask16 first16(int64_t n) { return static_cast<__mmask16>(n >= 16 ? 0xffff : (1u << n) - 1); }
 __mmask64 first64(int64_t n) { return n >= 64 ? ~0ull : (1ull << n) - 1; }
 __mmask32 first32(int64_t n) { return n >= 32 ? 0xffffffffu : (1u << n) - 1; }
@@ -89,48 +87,72 @@ float dot(const typename K::Number* w, const typename K::Number* ahead, const ty
     return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
 }
 
-// R rows and T tokens from number `token`.
-template <typename K, int R, int T>
-void block(const TardisMatrix& m, const Rows& rows, int64_t i, const Input& x, int64_t token, float* out) {
-    using Number = typename K::Number;
-    const int64_t n = m.columns;
-    const Number *w[R], *ahead[R];
-    for (int r = 0; r < R; ++r) {
-        w[r] = static_cast<const Number*>(m.data) + rows.at(i + r) * n;
-        ahead[r] = static_cast<const Number*>(m.data) + rows.at(i + r + R) * n;
-    }
-    const Number* in = K::input(x) + token * x.stride;
-    __m512 sum[R][T] = {};
-    const auto step = [&](int64_t k, const auto& load) TARDIS_INLINE {
-        typename K::Vector weights[R];
-        each<R>([&](auto r) TARDIS_INLINE { weights[r] = load(w[r] + k); });
-        each<T>([&](auto t) TARDIS_INLINE {
-            const auto v = K::load(in + t * x.stride + k);
-            each<R>([&](auto r) TARDIS_INLINE { sum[r][t] = K::add_product(sum[r][t], weights[r], v); });
-        });
-    };
-    int64_t k = 0;
-    for (; k + K::kWidth <= n; k += K::kWidth) {
-        if (token == 0) each<R>([&](auto r) TARDIS_INLINE { prefetch(ahead[r] + k); });
-        step(k, [](const Number* p) TARDIS_INLINE { return K::load(p); });
-    }
-    if (k < n) step(k, [&](const Number* p) TARDIS_INLINE { return K::load(p, n - k); });
-    each<R>([&](auto r) TARDIS_INLINE {
-        if (i + r >= rows.end) return;
-        float* to = out + token * kBlockRows + i + r - rows.begin;
-        each<T>([&](auto t) TARDIS_INLINE { to[t * kBlockRows] = _mm512_reduce_add_ps(sum[r][t]); });
-    });
-}
+constexpr int64_t kStripe = 16;  // rows that are multiplied by some tokens a chunk of columns after the other
+constexpr int64_t kChunk = 2048;  // bytes of a row: with as much of eight tokens' inputs they fit the first cache
+constexpr int64_t kBlocksAhead = 2;  // from a block that is multiplied to one that is prefetched
 
-// Rows begin..end-1 and T tokens, of which the first cache has room for the inputs.
+// Rows begin..end-1, at most kStripe, and T tokens from number `token`, R rows at a time.
+template <typename K, int R, int T>
+class Stripe {
+public:
+    Stripe(const TardisMatrix& m, const Rows& rows, int64_t begin, int64_t end, const Input& x, int64_t token)
+        : m_(m), rows_(rows), begin_(begin), blocks_((end - begin + R - 1) / R),
+          in_(K::input(x) + token * x.stride), stride_(x.stride), prefetching_(token == 0) {
+        for (int64_t k = 0; k < m.columns; k += kColumns)
+            for (int64_t b = 0; b < blocks_; ++b) add(b, k, k + kColumns < m.columns ? k + kColumns : m.columns);
+    }
+
+    float result(int64_t i, int64_t t) const { return _mm512_reduce_add_ps(sum_[i - begin_][t]); }
+
+private:
+    using Number = typename K::Number;
+    static constexpr int64_t kColumns = kChunk / static_cast<int64_t>(sizeof(Number));
+
+    const Number* row(int64_t i) const { return static_cast<const Number*>(m_.data) + rows_.at(i) * m_.columns; }
+
+    // The products of block b in the columns k..end-1.
+    void add(int64_t b, int64_t k, int64_t end) {
+        const Number *w[R], *ahead[R];
+        int64_t next = b + kBlocksAhead, shift = 0;
+        if (next >= blocks_ && k + kColumns < m_.columns) next -= blocks_, shift = kColumns;
+        else if (next >= blocks_) shift = -k;  // a stripe to come, from its first column
+        for (int r = 0; r < R; ++r) w[r] = row(begin_ + b * R + r), ahead[r] = row(begin_ + next * R + r) + shift;
+        __m512 sum[R][T];
+        __m512(*sums)[T] = sum_ + b * R;
+        each<R>([&](auto r) TARDIS_INLINE { each<T>([&](auto t) TARDIS_INLINE { sum[r][t] = sums[r][t]; }); });
+        const auto step = [&](const auto& load) TARDIS_INLINE {
+            typename K::Vector weights[R];
+            each<R>([&](auto r) TARDIS_INLINE { weights[r] = load(w[r] + k); });
+            each<T>([&](auto t) TARDIS_INLINE {
+                const auto v = K::load(in_ + t * stride_ + k);
+                each<R>([&](auto r) TARDIS_INLINE { sum[r][t] = K::add_product(sum[r][t], weights[r], v); });
+            });
+        };
+        for (; k + K::kWidth <= end; k += K::kWidth) {
+            if (prefetching_) each<R>([&](auto r) TARDIS_INLINE { prefetch(ahead[r] + k); });
+            step([](const Number* p) TARDIS_INLINE { return K::load(p); });
+        }
+        if (k < end) step([&](const Number* p) TARDIS_INLINE { return K::load(p, end - k); });
+        each<R>([&](auto r) TARDIS_INLINE { each<T>([&](auto t) TARDIS_INLINE { sums[r][t] = sum[r][t]; }); });
+    }
+
+    const TardisMatrix& m_;
+    const Rows& rows_;
+    const int64_t begin_, blocks_;
+    const Number* const in_;
+    const int64_t stride_;
+    const bool prefetching_;
+    __m512 sum_[kStripe][T] = {};
+};
+
 template <typename K, int R, int T>
 void stripe(
     const TardisMatrix& m, const Rows& rows, int64_t begin, int64_t end, const Input& x, int64_t token, float* out
 ) {
-    for (int64_t i = begin; i < end; i += R) block<K, R, T>(m, rows, i, x, token, out);
+    const Stripe<K, R, T> all(m, rows, begin, end, x, token);
+    for (int64_t t = 0; t < T; ++t)
+        for (int64_t i = begin; i < end; ++i) out[(token + t) * kBlockRows + i - rows.begin] = all.result(i, t);
 }
-
-constexpr int64_t kStripe = 16;  // rows that are multiplied by all tokens before the next: they fit the second cache
 
 template <typename K>
 void product_dense(const TardisMatrix& m, const Rows& rows, const Input& x, float* out) {
@@ -143,6 +165,7 @@ void product_dense(const TardisMatrix& m, const Rows& rows, const Input& x, floa
     for (int64_t begin = rows.begin; begin < rows.end; begin += kStripe) {
         const int64_t end = begin + kStripe < rows.end ? begin + kStripe : rows.end;
         int64_t t = 0;
+        for (; t + 8 <= x.tokens; t += 8) stripe<K, 2, 8>(m, rows, begin, end, x, t, out);
         for (; t + 4 <= x.tokens; t += 4) stripe<K, 4, 4>(m, rows, begin, end, x, t, out);
         for (; t + 2 <= x.tokens; t += 2) stripe<K, 4, 2>(m, rows, begin, end, x, t, out);
         for (; t < x.tokens; ++t) stripe<K, 4, 1>(m, rows, begin, end, x, t, out);
@@ -227,6 +250,12 @@ struct Codes {
             line[b] = b < missing ? _mm512_setzero_si512() : load_bytes(p + (b - missing) * plane, bytes);
         });
         join();
+    }
+
+    TARDIS_INLINE static void prefetch_planes(const uint8_t* p, int64_t plane, int missing) {
+        each<B>([&](auto b) TARDIS_INLINE {
+            if (b >= missing) prefetch(p + (b - missing) * plane);
+        });
     }
 
     // Pairs of planes become pairs of registers of two-bit codes, and pairs of these of four-bit codes, and so on.
@@ -347,7 +376,7 @@ private:
         each<R>([&](auto r) TARDIS_INLINE {
             codes[r].load(w[r] + block.byte, row_bytes, missing, bytes);
             if (token_ > 0) return;
-            for (int p = missing; p < B; ++p) prefetch(ahead[r] + (p - missing) * row_bytes + block.byte);
+            Codes<B>::prefetch_planes(ahead[r] + block.byte, row_bytes, missing);
         });
         Sums sum;
         clear(sum);
@@ -426,6 +455,8 @@ void sweep(const TardisMatrix& m, const Rows& rows, const Input& x, int64_t toke
 template <int B, int H>
 void product_bits(const TardisMatrix& m, const Rows& rows, const Input& x, float* out) {
     int64_t t = 0;
+    if constexpr (H == 1)
+        for (; t + 8 <= x.tokens; t += 8) sweep<B, H, 8>(m, rows, x, t, out);
     for (; t + 4 <= x.tokens; t += 4) sweep<B, H, 4>(m, rows, x, t, out);
     for (; t + 2 <= x.tokens; t += 2) sweep<B, H, 2>(m, rows, x, t, out);
     for (; t < x.tokens; ++t) sweep<B, H, 1>(m, rows, x, t, out);
@@ -463,43 +494,77 @@ __m512 level_table(int bits) {
     return _mm512_load_ps(values);
 }
 
-// y[0..count-1] += factor * weights of codes.
+// Some rows that are added together, so that the sums are loaded and stored once for all of them.
+constexpr int kTogether = 4;
+using Factors = float[kTogether][kMaxSegments];  // of each row, by group
+using Stored = uint8_t[kTogether][8][64];
+
+// y[0..15] += the rows' factors times the weights of 16 codes each; `some` of the 16.
+template <int B, typename Mask>
+inline TARDIS_INLINE void add_sixteen(float* y, const uint8_t* codes, const __m512* factor, __m512 table, Mask some) {
+    __m512 sum = some.load(y);
+    each<kTogether>([&](auto e) TARDIS_INLINE {
+        const __m512i wide = _mm512_cvtepu8_epi32(some.load(codes + e * sizeof(Stored) / kTogether));
+        sum = _mm512_fmadd_ps(factor[e], levels<B>(wide, table), sum);
+    });
+    some.store(y, sum);
+}
+
+// All of 16 numbers or bytes, or the first of them.
+struct Sixteen {
+    static __m512 load(const float* p) { return _mm512_loadu_ps(p); }
+    static __m128i load(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+    static void store(float* p, __m512 v) { _mm512_storeu_ps(p, v); }
+};
+struct First {
+    __mmask16 some;
+    __m512 load(const float* p) const { return _mm512_maskz_loadu_ps(some, p); }
+    __m128i load(const uint8_t* p) const { return _mm_maskz_loadu_epi8(some, p); }
+    void store(float* p, __m512 v) const { _mm512_mask_storeu_ps(p, some, v); }
+};
+
+// The same for the codes of a piece.
 template <int B>
-inline void add_piece(float* y, const uint8_t* codes, int64_t count, __m512 factor, __m512 table) {
+inline void add_piece(float* y, const Piece& piece, const Stored& stored, const Factors& factors, __m512 table) {
+    __m512 factor[kTogether];
+    for (int e = 0; e < kTogether; ++e) factor[e] = _mm512_set1_ps(factors[e][piece.group]);
+    const uint8_t* codes = stored[0][piece.bit] + piece.first;
+    float* to = y + piece.column;
     int64_t j = 0;
-    for (; j + 16 <= count; j += 16) {
-        const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + j)));
-        _mm512_storeu_ps(y + j, _mm512_fmadd_ps(factor, levels<B>(wide, table), _mm512_loadu_ps(y + j)));
-    }
-    if (j == count) return;
-    const __mmask16 some = first16(count - j);
-    const __m512i wide = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, codes + j));
-    const __m512 before = _mm512_maskz_loadu_ps(some, y + j);
-    _mm512_mask_storeu_ps(y + j, some, _mm512_fmadd_ps(factor, levels<B>(wide, table), before));
+    for (; j + 16 <= piece.count; j += 16) add_sixteen<B>(to + j, codes + j, factor, table, Sixteen{});
+    if (j < piece.count) add_sixteen<B>(to + j, codes + j, factor, table, First{first16(piece.count - j)});
 }
 
 template <int B>
 void add_bits(const TardisMatrix& m, const Layout* layout, const Terms& terms, Range range, float* y) {
-    const int64_t plane = layout->row_bytes;
+    const int64_t plane = layout->row_bytes, groups = layout->groups;
     const __m512 table = level_table<B>(m.bits);
     const auto row = [&](int64_t e) -> int64_t { return terms.index[e < terms.count ? e : terms.count - 1]; };
-    for (int64_t e = 0; e < terms.count; ++e) {
-        const uint8_t* w = static_cast<const uint8_t*>(m.data) + row(e) * m.bits * plane;
-        const uint8_t* ahead = static_cast<const uint8_t*>(m.data) + row(e + kAhead) * m.bits * plane;
-        const uint16_t* scale = m.scale + row(e) * layout->groups;
-        prefetch(m.scale + row(e + kAhead) * layout->groups);
+    const auto codes_of = [&](int64_t i) { return static_cast<const uint8_t*>(m.data) + i * m.bits * plane; };
+    alignas(64) Factors factors;
+    alignas(64) Stored stored;
+    for (int64_t first = 0; first < terms.count; first += kTogether) {
+        const uint8_t *w[kTogether], *ahead[kTogether];
+        for (int e = 0; e < kTogether; ++e) {
+            const int64_t i = row(first + e), next = row(first + kTogether + e);
+            w[e] = codes_of(i), ahead[e] = codes_of(next);
+            prefetch(m.scale + next * groups);
+            const __m512 r = _mm512_set1_ps(first + e < terms.count ? terms.r[first + e] : 0.0f);
+            for (int64_t g = 0; g < groups; g += 16) {
+                const __m256i scale = _mm256_maskz_loadu_epi16(first16(groups - g), m.scale + i * groups + g);
+                _mm512_storeu_ps(factors[e] + g, _mm512_mul_ps(r, _mm512_cvtph_ps(scale)));
+            }
+        }
         for (int64_t b = range.begin; b < range.end; ++b) {
             const Block& block = layout->blocks[b];
-            for (int p = 0; p < m.bits; ++p) prefetch(ahead + p * plane + block.byte);
-            alignas(64) uint8_t stored[8][64];
-            Codes<B> codes;
-            codes.load(w + block.byte, plane, B - m.bits, first64(block.bytes));
-            codes.store(stored);
-            for (int32_t p = block.piece; p < block.piece + block.pieces; ++p) {
-                const Piece& piece = layout->pieces[p];
-                const __m512 factor = _mm512_set1_ps(terms.r[e] * _cvtsh_ss(scale[piece.group]));
-                add_piece<B>(y + piece.column, stored[piece.bit] + piece.first, piece.count, factor, table);
-            }
+            each<kTogether>([&](auto e) TARDIS_INLINE {
+                Codes<B>::prefetch_planes(ahead[e] + block.byte, plane, B - m.bits);
+                Codes<B> codes;
+                codes.load(w[e] + block.byte, plane, B - m.bits, first64(block.bytes));
+                codes.store(stored[e]);
+            });
+            const Piece* pieces = layout->pieces + block.piece;
+            for (int32_t p = 0; p < block.pieces; ++p) add_piece<B>(y, pieces[p], stored, factors, table);
         }
     }
 }
@@ -509,6 +574,7 @@ const Accumulate kAddBits[] = {
 };
 
 void add_low_bit(const TardisMatrix& m, const Layout* layout, const Terms& terms, Range range, float* y) {
+    if (layout->groups > kMaxSegments) return portable_table()->add_low_bit(m, layout, terms, range, y);
     kAddBits[m.bits](m, layout, terms, range, y);
 }
 

@@ -10,7 +10,7 @@
 #include "activations.h"
 #include "dispatch.h"
 #include "input.h"
-#include "pool.h"
+#include "threads.h"
 
 #include <algorithm>
 
@@ -19,7 +19,7 @@ namespace {
 
 constexpr int64_t kAddColumns = 2304;  // of a task that adds rows: its outputs fit the first cache
 constexpr int64_t kAddEntries = 256;  // of the list, that all tokens add before any adds the next
-constexpr int64_t kBytesPerThread = 1 << 16;  // waking a thread for less costs more than it brings
+constexpr int64_t kShared = 1 << 17;  // bytes; waking threads for less costs more than it brings
 
 // Some numbers of a vector, in fp32.
 struct Widened {
@@ -51,9 +51,8 @@ int64_t row_bytes(const TardisMatrix& m) {
     return m.columns * (m.type == TARDIS_FP32 ? 4 : 2);
 }
 
-int threads_for(int64_t bytes, int threads) {
-    return static_cast<int>(std::min<int64_t>(std::max(threads, 1), 1 + bytes / kBytesPerThread));
-}
+// All or one: OpenMP ends threads and starts new ones when their number changes.
+int threads_for(int64_t bytes, int threads) { return bytes < kShared ? 1 : std::max(threads, 1); }
 
 // Rows of a task: as many as keep every thread supplied, at most kBlockRows.
 int64_t block_rows(int64_t rows, int threads) {
@@ -253,7 +252,8 @@ private:
         const int64_t unit = low_bit ? 1 : 64;  // a line of memory or two, so that no two threads read the same one
         const int64_t width = low_bit ? layout->block_count : d_;
         const int threads = threads_for(fixed_.count * row_bytes(ffn_.down), batch_.threads);
-        const int64_t share = std::min(width / (threads == 1 ? 1 : 4 * threads), low_bit ? width : kAddColumns);
+        const int64_t parts = threads == 1 ? 1 : (low_bit ? 2 : 4) * threads;
+        const int64_t share = std::min(width / parts, low_bit ? width : kAddColumns);
         const int64_t step = std::max<int64_t>((share + unit - 1) / unit, 1) * unit;
         parallel(threads, blocks(width, step), [&](int64_t task) {
             const Range range = {task * step, std::min((task + 1) * step, width)};
@@ -276,9 +276,9 @@ private:
             float r[kAddEntries];
             int64_t count = 0;
             for (int64_t e = begin; e < end; ++e) {
-                if (!fixes(e, t)) continue;
                 index[count] = fixed_.index[e];
-                r[count++] = fixed_.z[e * tokens_ + t];
+                r[count] = fixed_.z[e * tokens_ + t];
+                count += fixes(e, t);  // not a branch, which would go wrong for every neuron that is fixed
             }
             if (count) accumulate(ffn_.down, layout, {index, r, count}, range, y_ + t * stride_);
         }

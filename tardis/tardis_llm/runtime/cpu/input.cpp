@@ -1,6 +1,6 @@
 #include "input.h"
 
-#include "pool.h"
+#include "threads.h"
 
 #include <algorithm>
 #include <cmath>

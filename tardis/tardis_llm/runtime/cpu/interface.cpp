@@ -4,7 +4,7 @@
 #include "activations.h"
 #include "dispatch.h"
 #include "ffn.h"
-#include "pool.h"
+#include "threads.h"
 
 #include <algorithm>
 #include <atomic>
@@ -62,7 +62,9 @@ using namespace tardis;
 
 extern "C" {
 
-int32_t tardis_abi() { return 2; }
+int32_t tardis_abi() { return 3; }
+
+void tardis_use_openmp(void* parallel) { use_openmp(reinterpret_cast<OpenMP>(parallel)); }
 
 int32_t tardis_linear(const TardisMatrix* weight, const TardisVector* bias, const TardisBatch* batch) {
     if (!sound(*weight) || !sound(*batch) || !fits(*weight, *batch)) return TARDIS_BAD_ARGUMENT;

@@ -54,6 +54,8 @@ int32_t tardis_abi();
 int32_t tardis_supports(int32_t isa);
 int32_t tardis_use(int32_t isa);  // TARDIS_BAD_ARGUMENT where the processor lacks it
 int32_t tardis_isa();
+// `GOMP_parallel`, whose threads run everything from now on; null, as at first: the calling thread alone.
+void tardis_use_openmp(void* parallel);
 
 // y = x W^T + bias.
 int32_t tardis_linear(const TardisMatrix* weight, const TardisVector* bias, const TardisBatch* batch);

@@ -25,7 +25,7 @@ from ...folding.lowbit import PackedMatrix
 ISAS = ("portable", "avx2", "avx512")
 #: tokens of the largest batch
 MAX_TOKENS = 64
-_ABI = 2
+_ABI = 3
 _VARIABLE = "TARDIS_KERNELS"
 _SUFFIXES = {"win32": ".dll", "darwin": ".so"}
 _TYPES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
@@ -119,6 +119,7 @@ class Kernels:
         self._library.tardis_read.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)
         if self._library.tardis_abi() != _ABI:
             raise OSError(f"{path} was built for another version of TARDIS")
+        self._library.tardis_use_openmp(_openmp())
 
     @property
     def isa(self) -> str:
@@ -209,6 +210,17 @@ def open_library() -> Kernels | None:
             except OSError:
                 continue
     return None
+
+
+def _openmp() -> ctypes.c_void_p | None:
+    """`GOMP_parallel` of the OpenMP that torch runs on, found among what its library is linked with; None without."""
+    name = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}.get(sys.platform, "libtorch_cpu.so")
+    try:
+        parallel = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name)).GOMP_parallel
+    except (OSError, AttributeError):
+        warnings.warn("torch has no OpenMP here: the CPU kernels of TARDIS use one thread.", RuntimeWarning, 4)
+        return None
+    return ctypes.cast(parallel, ctypes.c_void_p)
 
 
 def _candidates(folders: Sequence[str]) -> list[Path]:
