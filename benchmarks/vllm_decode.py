@@ -1,14 +1,15 @@
 """A model in vLLM, dense against folded: decoding offline, and a server under load.
 
-    python benchmarks/vllm_decode.py decode --shape gpt2-16x2048 [--batch 1,4,8,16] [--output FILE]
+    python benchmarks/vllm_decode.py decode --shape gpt2-16x2048 [--batch 1,4,8,16] [--prompt 32] [--output FILE]
     python benchmarks/vllm_decode.py decode --shape falcon-7b --layers 6
     python benchmarks/vllm_decode.py server --shape gpt2-16x2048 [--rates 0.5,1,2] [--output FILE]
 
 Run it in the environment that `make venv-vllm` makes. Weights and fold are random, with ranges that fix a stated share
 of the neurons; both engines run at once, each in processes of its own, and take turns round by round, so that whatever
 else the machine does falls on both. Ratios are those of neighbouring rounds: their median and quartiles. CPU time is
-that of an engine's process. A vocabulary is as small as its shape says, because the head's share of the bytes, the
-same in both, would hide that of the FFNs. The load comes from vLLM's own `bench serve` client.
+that of an engine's process; prompts are timed apart from the steps behind them. A vocabulary is as small as its shape
+says, because the head's share of the bytes, the same in both, would hide that of the FFNs. The load comes from vLLM's
+own `bench serve` client.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from tardis_llm.evaluation.shapes import SHAPES, save_random_fold, shaped_model
 from tardis_llm.evaluation.speed import Ratio, cpu_name
 
 _VARIANTS = ("dense", "folded")
-_PROMPT, _LENGTH = 32, 256  # tokens of a prompt, and the most of a request
+_PROMPT, _LENGTH = 32, 512  # tokens of a prompt if nothing else is said, and the most of a request
 _CLIENT = """
 from vllm.benchmarks.serve import add_cli_args, main
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -60,10 +61,21 @@ _FIGURES = (
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds of one step of decoding: by the clock, and of the processor."""
+    """Seconds of prompts or of one step behind them: by the clock, and of the processor."""
 
     wall: float
     cpu: float
+
+    @classmethod
+    def since(cls, start: Step, steps: int = 1) -> Step:
+        """Seconds per step since the clocks stood at `start`."""
+        now = cls.now()
+        return cls((now.wall - start.wall) / steps, (now.cpu - start.cpu) / steps)
+
+    @classmethod
+    def now(cls) -> Step:
+        """Where the clocks stand."""
+        return cls(time.perf_counter(), time.process_time())
 
 
 def serve_steps(directory: Path, largest: int, pipe: Connection) -> None:
@@ -83,12 +95,13 @@ def serve_steps(directory: Path, largest: int, pipe: Connection) -> None:
             count += 1
             engine.add_request(str(count), {"prompt_token_ids": prompt}, settings)
         first: set[str] = set()
+        start = Step.now()
         while len(first) < len(prompts):
             first |= {output.request_id for output in engine.step() if output.outputs[0].token_ids}
-        wall, cpu = time.perf_counter(), time.process_time()
+        prompt, start = Step.since(start), Step.now()
         while engine.has_unfinished_requests():
             engine.step()
-        pipe.send(Step((time.perf_counter() - wall) / steps, (time.process_time() - cpu) / steps))
+        pipe.send((prompt, Step.since(start, steps)))
 
 
 class Engine:
@@ -107,11 +120,11 @@ class Engine:
         other.close()
         self._pipe.recv()
 
-    def decode(self, prompts: list[list[int]], steps: int) -> Step:
-        """Seconds per step of `steps` greedy steps behind some prompts, which are not counted."""
+    def decode(self, prompts: list[list[int]], steps: int) -> tuple[Step, Step]:
+        """Seconds of some prompts, and per step of `steps` greedy steps behind them."""
         self._pipe.send((prompts, steps))
-        step: Step = self._pipe.recv()
-        return step
+        taken: tuple[Step, Step] = self._pipe.recv()
+        return taken
 
     def close(self) -> None:
         """End the process."""
@@ -125,13 +138,13 @@ def decode(args: argparse.Namespace, directories: dict[str, Path]) -> list[dict[
     engines = {name: Engine(directories[name], max(batches)) for name in _VARIANTS}
     random, rows = np.random.default_rng(0), []
     for batch in batches:
-        taken: dict[str, list[Step]] = {name: [] for name in _VARIANTS}
+        taken: dict[str, list[tuple[Step, Step]]] = {name: [] for name in _VARIANTS}
         for number in range(args.rounds + 1):  # the first is not counted
-            prompts = random.integers(2, 250, (batch, _PROMPT)).tolist()
+            prompts = random.integers(2, 250, (batch, args.prompt)).tolist()
             for name, engine in engines.items():
-                step = engine.decode(prompts, args.steps)
+                found = engine.decode(prompts, args.steps)
                 if number:
-                    taken[name].append(step)
+                    taken[name].append(found)
         rows.append(summary(batch, taken))
         show(rows[-1])
     for engine in engines.values():
@@ -139,25 +152,25 @@ def decode(args: argparse.Namespace, directories: dict[str, Path]) -> list[dict[
     return rows
 
 
-def summary(batch: int, taken: dict[str, list[Step]]) -> dict[str, Any]:
+def summary(batch: int, taken: dict[str, list[tuple[Step, Step]]]) -> dict[str, Any]:
     """Medians and ratios of one batch size."""
     row: dict[str, Any] = {"batch": batch}
-    for kind in ("cpu", "wall"):
-        seconds = {name: [getattr(step, kind) for step in steps] for name, steps in taken.items()}
-        row |= {f"{name}_{kind}_ms": 1e3 * statistics.median(values) for name, values in seconds.items()}
-        row[f"{kind}_ratio"] = vars(Ratio.of(seconds["dense"], seconds["folded"]))
+    for part, prefix in enumerate(("prompt_", "")):
+        for kind in ("cpu", "wall"):
+            seconds = {name: [getattr(each[part], kind) for each in found] for name, found in taken.items()}
+            row |= {f"{prefix}{name}_{kind}_ms": 1e3 * statistics.median(values) for name, values in seconds.items()}
+            row[f"{prefix}{kind}_ratio"] = vars(Ratio.of(seconds["dense"], seconds["folded"]))
     return row
 
 
 def show(row: dict[str, Any]) -> None:
     """Print a row of `decode`."""
     parts = []
-    for kind in ("cpu", "wall"):
-        ratio = row[f"{kind}_ratio"]
-        parts.append(
-            f"{kind} {row[f'dense_{kind}_ms']:7.1f} -> {row[f'folded_{kind}_ms']:7.1f} ms  {ratio['value']:.2f}x "
-            f"[{ratio['low']:.2f}-{ratio['high']:.2f}]"
-        )
+    for kind in ("cpu", "wall", "prompt_cpu"):
+        ratio, prefix, clock = row[f"{kind}_ratio"], "prompt_" if "_" in kind else "", kind.removeprefix("prompt_")
+        dense, folded = (row[f"{prefix}{name}_{clock}_ms"] for name in _VARIANTS)
+        spread = f"{ratio['value']:.2f}x [{ratio['low']:.2f}-{ratio['high']:.2f}]"
+        parts.append(f"{kind} {dense:7.1f} -> {folded:7.1f} ms  {spread}")
     print(f"batch {row['batch']:2d}  {'  '.join(parts)}", flush=True)
 
 
@@ -271,6 +284,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--fallback-bits", type=int, help="of the weights that fixing reads, 4 or 8; bf16 without")
     parser.add_argument("--batch", default="1,4,8,16")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--prompt", type=int, default=_PROMPT, help="tokens of a prompt")
     parser.add_argument("--steps", type=int, default=32, help="tokens decoded per request")
     parser.add_argument("--rates", default="0.25,0.5,1,2", help="requests per second")
     parser.add_argument("--requests", type=int, default=32, help="at each rate")

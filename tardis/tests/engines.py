@@ -18,6 +18,8 @@ from models import tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 from tardis_llm import FoldConfig, fold, save_folded
+from tardis_llm.integrations.vllm.names import PREFILL_OPTION
+from tardis_llm.runtime.prefill import Prefill, set_prefill
 
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -56,12 +58,16 @@ def save_tiny(name: str, directory: Path, settings: FoldConfig = SETTINGS) -> Pr
 
 @contextmanager
 def engine(directory: Path, **options: Any) -> Iterator[Any]:
-    """vLLM's engine in this process, in float32 unless told otherwise, and nothing left of it afterwards."""
+    """vLLM's engine in this process, and nothing left of it afterwards.
+
+    In float32 and with prompts folded, as evaluation has them, unless told otherwise.
+    """
     os.environ.update(_ENVIRONMENT)
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
     settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": 96, "max_num_seqs": 16, "seed": 0}
+    settings["additional_config"] = {PREFILL_OPTION: options.pop("prefill", "folded")}
     made = LLM(str(directory), **{**settings, **options})
     try:
         yield made
@@ -72,8 +78,9 @@ def engine(directory: Path, **options: Any) -> Iterator[Any]:
         cleanup_dist_env_and_memory()
 
 
-def greedy(model: PreTrainedModel, ids: torch.Tensor, count: int) -> list[list[int]]:
+def greedy(model: PreTrainedModel, ids: torch.Tensor, count: int, prefill: Prefill = "folded") -> list[list[int]]:
     """The `count` likeliest tokens behind ids [batch, tokens], as transformers finds them."""
+    set_prefill(model, prefill)
     with torch.no_grad():
         out = model.generate(ids, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
     return out[:, ids.shape[1] :].tolist()

@@ -1,17 +1,17 @@
-"""The operators that serving engines call, for any number of tokens, with and without kernels, by the reference."""
+"""What serving engines call, for any number of tokens, with and without kernels, by the reference."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from tardis_llm.activations import ACTIVATIONS
 from tardis_llm.architectures import FFNWeights
 from tardis_llm.checkpoint import LayerFormat
 from tardis_llm.folding.fold import FoldedWeights
-from tardis_llm.runtime import fixing, ops
+from tardis_llm.runtime import ops
 from tardis_llm.runtime.ffn import folded_ffn
+from tardis_llm.runtime.fixing import Fixing, packed_linear
 
 D, H, GROUP = 72, 200, 32
 
@@ -32,16 +32,12 @@ def random_ffn(fallback_bits: int | None, dtype: torch.dtype, fold_bits: int | N
     return ffn.weights
 
 
-def arguments(x: Tensor, folded: FoldedWeights, dense: FFNWeights) -> tuple:
-    """As `tardis::fix` takes them."""
-    fallback = folded.fallback
-    up, down = [dense.w1], [dense.w2.T.contiguous()]
-    if fallback:
-        up = [fallback.remainder.planes, fallback.remainder.scale] if fallback.remainder else []
-        down = [fallback.down.planes, fallback.down.scale]
-    predictor = [folded.predictor.planes, folded.predictor.scale]
-    ranges = [folded.low, folded.high, folded.slope, folded.offset]
-    return x, "gelu_tanh", predictor, ranges, dense.b1, up, down, [GROUP] * 3
+def fixing_of(folded: FoldedWeights, dense: FFNWeights) -> Fixing:
+    ranges = folded.low, folded.high, folded.slope, folded.offset
+    up, down = dense.w1, dense.w2.T.contiguous()
+    if folded.fallback:
+        up, down = folded.fallback.remainder, folded.fallback.down
+    return Fixing("gelu_tanh", folded.predictor, ranges, dense.b1, up, down)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 63, 64, 65, 200])
@@ -59,7 +55,7 @@ def test_fix_is_the_reference_without_a_fold(
     if folded.fallback:
         w1, w2 = folded.fallback.matrices(folded.predictor, torch.float32)
         dense = dense._replace(w1=w1, w2=w2)
-    y = torch.ops.tardis.fix(*arguments(x, folded, dense))
+    y = fixing_of(folded, dense)(x)
     expected = folded_ffn(x, folded, dense, ACTIVATIONS["gelu_tanh"])
     assert y.shape == expected.shape
     # kernels round the predictor's inputs, so that a neuron on the very edge of its range may fall on the other side
@@ -74,23 +70,7 @@ def test_packed_linear_is_the_product_with_what_is_stored(tokens: int, kernels: 
     torch.manual_seed(tokens)
     fold = random_ffn(4, torch.float32, fold_bits=8).weight
     x, bias = torch.randn(tokens, D), torch.randn(D)
-    y = torch.ops.tardis.packed_linear(x, fold.planes, fold.scale, GROUP, bias)
+    y = packed_linear(x, fold, bias)
     expected = x @ fold.dequantise().T + bias
     scale = float(expected.abs().max())
     torch.testing.assert_close(y / scale, expected / scale, rtol=0, atol=1e-2)  # the kernels get x in 8 bits
-
-
-@pytest.mark.parametrize("tokens", [3, 65])
-def test_a_tracer_sees_one_operator_for_every_number_of_tokens(tokens: int):
-    torch.manual_seed(0)
-    folded = random_ffn(4, torch.float32)
-    dense = FFNWeights(torch.empty(0), torch.randn(H) / 8, torch.empty(0), None)
-    given = arguments(torch.randn(tokens, D), folded, dense)
-    torch.library.opcheck(torch.ops.tardis.fix.default, given)
-
-    def doubled(x: Tensor) -> Tensor:
-        return 2 * torch.ops.tardis.fix(x, *given[1:])
-
-    compiled = torch.compile(doubled, fullgraph=True, dynamic=True, backend="eager")
-    torch.testing.assert_close(compiled(given[0]), doubled(given[0]))
-    assert fixing.MAX_TOKENS == 64

@@ -15,7 +15,7 @@ from tardis_llm.errors import InvalidInputError
 from tardis_llm.evaluation.shapes import random_folds
 from tardis_llm.runtime.ffn import FoldedFFN, folded_ffns, install
 from tardis_llm.runtime.linear import KernelLinear, kernel_linear
-from tardis_llm.runtime.prefill import crossover, set_prefill
+from tardis_llm.runtime.prefill import CROSSOVER, crossover, set_prefill
 from tardis_llm.session import dense_ffn
 
 FAMILIES = pytest.mark.parametrize("name", ["gpt2", "opt", "falcon", "gpt_neox"])
@@ -51,17 +51,34 @@ def test_exact_prompts_are_the_dense_models_and_single_tokens_are_folded(name: s
 def test_auto_folds_up_to_the_recorded_number_of_tokens():
     model, _ = badly_folded("gpt2")
     mark_folded(model, {})
-    assert crossover(model) is None
-    with pytest.raises(InvalidInputError, match="tardis bench DIR --record"):
-        set_prefill(model, "auto")
     model.config.quantization_config.crossover = 4
     set_prefill(model, "auto")
+    assert exact_with(model, (1, 1), (2, 2), (1, 5), (5, 1)) == [False, False, True, True]
+
+
+def test_auto_goes_by_the_usual_number_where_none_is_recorded():
+    model, _ = badly_folded("gpt2")
+    assert crossover(model) == CROSSOVER
+    set_prefill(model, "auto")
+    assert exact_with(model, (1, CROSSOVER), (1, CROSSOVER + 1)) == [False, True]
+
+
+def test_auto_folds_everything_where_there_are_no_dense_weights():
+    model = tiny_model("gpt2")
+    for site, ffn in random_folds(model, 1, Storage(64, 8, 4), 0.1):
+        install(model, site, ffn)
+    set_prefill(model, "auto")
+    assert exact_with(model, (1, CROSSOVER + 1)) == [False]
+
+
+def exact_with(model: PreTrainedModel, *shapes: tuple[int, int]) -> list[bool]:
+    """Whether forwards with so many sequences and tokens of each were exact."""
     seen = []
-    for batch, length in ((1, 1), (2, 2), (1, 5), (5, 1)):
+    for batch, length in shapes:
         with torch.no_grad():
             model(tokens(batch, length))
         seen.append(all(ffn.exact for ffn in folded_ffns(model).values()))
-    assert seen == [False, False, True, True]
+    return seen
 
 
 def test_modes_that_cannot_be_are_refused():

@@ -12,6 +12,7 @@ from conftest import QUICK_TINY
 
 import ablation
 import results
+import vllm_results
 from tardis_llm import FoldConfig
 from tardis_llm.calibration.text import default_length
 from tardis_llm.evaluation.compare import Row, as_records
@@ -160,3 +161,10 @@ def test_a_cell_of_the_ablation_is_a_fold_with_its_settings(tiny_dir: Path, tiny
     assert found["touched"] == pytest.approx(0.5, abs=0.05)
     assert found["ratio"]["text"] == pytest.approx(1, abs=0.2)
     assert found["tokens"] == 3584
+
+
+def test_the_page_on_serving_has_the_published_figures():
+    text = vllm_results.PAGE.read_text(encoding="utf-8")
+    part = vllm_results.speed_part(results.SPEEDS)
+    assert vllm_results.replaced(text, part) == text
+    assert len(part.splitlines()) > 20

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Result, assert_refused
+from engines import STACKED, save_tiny
 
 
 def test_a_dense_model_is_refused(tardis: Callable[..., Result], tiny_dir: Path):
@@ -21,6 +22,11 @@ def test_a_missing_directory_is_refused(tardis: Callable[..., Result]):
 def test_a_missing_weight_file_is_named(tardis: Callable[..., Result], sample_folded: Path, tmp_path: Path):
     (tmp_path / "config.json").write_bytes((sample_folded / "config.json").read_bytes())
     assert_refused(tardis("serve", tmp_path), "has no weights")
+
+
+def test_dense_prompts_without_dense_weights_are_refused(tardis: Callable[..., Result], tmp_path: Path):
+    save_tiny("gpt2", tmp_path, STACKED)
+    assert_refused(tardis("serve", tmp_path, "--prefill", "exact"), "fold again with --fallback bf16")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")

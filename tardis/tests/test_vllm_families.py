@@ -10,13 +10,16 @@ from typing import NamedTuple
 import pytest
 import torch
 from engines import NOT_SERVED, STACKED, complete, engine, greedy, heads, needs_vllm, save_tiny
-from folds import SETTINGS
-from models import CAUSAL_NAMES, tiny_model, tokens
+from folds import SETTINGS, text
+from models import CAUSAL_NAMES, tiny_model, tiny_tokenizer, tokens
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from tardis_llm import fold, save_folded
 from tardis_llm.checkpoint import RECORD
 from tardis_llm.errors import CheckpointError, UnsupportedModelError
+from tardis_llm.integrations.vllm.names import check_served
+from tardis_llm.linears import quantise_linears
 
 pytestmark = needs_vllm
 
@@ -113,6 +116,26 @@ def test_a_gated_model_is_refused_before_its_weights_are_read(tiny_gpt2: tuple, 
     edit_config(tmp_path, quantization_config=settings)
     without_tokenizer = engine(tmp_path, skip_tokenizer_init=True)
     with pytest.raises(UnsupportedModelError, match="'llama' has a gated FFN"), without_tokenizer:
+        pass
+
+
+def test_linear_layers_in_few_bits_are_refused_before_weights_are_read(tmp_path: Path):
+    model = tiny_model("gpt2", **heads("gpt2"))
+    report = fold(model, text(), SETTINGS)
+    quantise_linears(model, 8)
+    save_folded(model, report, tmp_path, tiny_tokenizer())
+    (tmp_path / "model.safetensors").unlink()
+    message = r"linear layers outside the FFNs.*transformer\.h\.0\.attn.*Fold without --linears"
+    with pytest.raises(UnsupportedModelError, match=message), engine(tmp_path):
+        pass
+
+
+def test_an_encoder_is_refused_before_its_weights_are_read(tmp_path: Path):
+    save_tiny("bert", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UnsupportedModelError, match="encoders such as bert are not served; use transformers"):
+        check_served(AutoConfig.from_pretrained(tmp_path))
+    with pytest.raises(Exception, match="TardisBertForMaskedLM"), engine(tmp_path):  # in vLLM's words
         pass
 
 

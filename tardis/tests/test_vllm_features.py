@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from models import tokens
 from transformers import PreTrainedModel
 
 from tardis_llm import FoldConfig
+from tardis_llm.checkpoint import record_crossover
+from tardis_llm.errors import InvalidInputError
+from tardis_llm.runtime.prefill import Prefill
 
 pytestmark = needs_vllm
 
@@ -59,6 +63,47 @@ def test_more_tokens_at_once_than_the_kernels_take(tiny_gpt2: Tiny):
     ids = tokens(5, 71)  # 355 tokens in one step
     with engine(directory, max_num_batched_tokens=512) as llm:
         assert complete(llm, ids, 12) == greedy(model, ids, 12)
+
+
+@pytest.fixture(scope="module")
+def coarse(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """A fold that fixes so little that dense prompts lead to other words, and that pays for up to 4 tokens."""
+    directory = tmp_path_factory.mktemp("coarse")
+    model = save_tiny("gpt2", directory, replace(SETTINGS, reduction=0.8, predictor_bits=1))
+    record_crossover(directory, 4)
+    model.config.quantization_config.crossover = 4
+    return directory, model
+
+
+# three requests are decoded in folded calls, five in dense ones where that is up to the number of tokens
+@pytest.mark.parametrize("requests", [3, 5])
+@pytest.mark.parametrize("prefill", ["folded", "exact", "auto"])
+def test_prompts_go_where_they_go_in_transformers(prefill: Prefill, requests: int, coarse: Tiny):
+    directory, model = coarse
+    ids = tokens(requests, 12)
+    expected = greedy(model, ids, 12, prefill)
+    with engine(directory, prefill=prefill) as llm:
+        assert complete(llm, ids, 12) == expected
+    if prefill != "folded":
+        assert expected != greedy(model, ids, 12)
+
+
+def test_dense_prompts_in_chunks_are_what_they_are_in_one(coarse: Tiny):
+    directory, model = coarse
+    ids = tokens(3, 70)
+    chunked = {"enable_chunked_prefill": True, "max_num_batched_tokens": 16, "max_num_seqs": 4}
+    with engine(directory, prefill="exact", **chunked) as llm:
+        texts = [complete(llm, row[None], 12)[0] for row in ids]  # one by one: chunks would be among decoded tokens
+    assert texts == [greedy(model, row[None], 12, "exact")[0] for row in ids]
+
+
+@pytest.mark.parametrize(
+    ("prefill", "message"), [("dense", "give one of folded, exact, auto"), ("exact", "low-bit ones")]
+)
+def test_a_mode_that_cannot_be_is_refused(prefill: str, message: str, tmp_path: Path):
+    save_tiny("gpt2", tmp_path, STACKED)
+    with pytest.raises(InvalidInputError, match=message), engine(tmp_path, prefill=prefill):
+        pass
 
 
 def test_prompts_whose_beginning_is_in_the_cache(tiny_gpt2: Tiny):
@@ -123,7 +168,8 @@ if __name__ == "__main__":
 """
 
 
-# the first has biases that vLLM adds outside of the FFN, the second sums attention and FFN over the processes at once
+# Both are `auto`: 60 tokens of prompts go through dense FFNs where they are there. The first has biases that vLLM adds
+# outside of the FFN, the second sums attention and FFN over the processes at once
 @pytest.mark.parametrize("name, settings", [("falcon_alibi", SETTINGS), ("falcon_new_decoder", STACKED)])
 def test_neurons_shared_among_two_processes(name: str, settings: FoldConfig, tmp_path: Path):
     model = save_tiny(name, tmp_path, settings)
@@ -133,4 +179,4 @@ def test_neurons_shared_among_two_processes(name: str, settings: FoldConfig, tmp
     done = subprocess.run(command, capture_output=True, text=True, env=both, timeout=400)
     line = next((line for line in done.stdout.splitlines() if line.startswith("TOKENS")), None)
     assert line is not None, done.stderr[-3000:]
-    assert json.loads(line.removeprefix("TOKENS")) == greedy(model, ids, 16)
+    assert json.loads(line.removeprefix("TOKENS")) == greedy(model, ids, 16, "auto")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +24,7 @@ httpx = pytest.importorskip("httpx", reason="httpx is not installed; it comes wi
 
 pytestmark = needs_vllm
 PROMPT = "In the beginning of the year the city"
+FEW = ("--max-num-seqs", 64, "--enforce-eager")
 START_SECONDS, STOP_SECONDS = 300, 60
 
 
@@ -96,16 +99,22 @@ def session_of(pid: int) -> int | None:
 
 @pytest.fixture(scope="module")
 def server(sample_folded: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """The folded sample, served in float32, where greedy text does not depend on rounding."""
+    """The folded sample, in float32 and all folded: greedy text depends on no rounding and on no other request."""
     log = tmp_path_factory.mktemp("server") / "log"
-    client = start(sample_folded, log, "--dtype", "float32", "--max-num-seqs", 64, "--enforce-eager")
+    with running(start(sample_folded, log, "--dtype", "float32", *FEW, "--prefill", "folded")) as client:
+        yield client
+
+
+@contextmanager
+def running(client: Client) -> Iterator[Client]:
+    """Within the context the server is ready; at its end nothing of it is left."""
     try:
         wait_for(client, "ready:")
         yield client
     finally:
         client.process.terminate()
         code = client.process.wait(STOP_SECONDS)
-    assert code == 0, log.read_text()[-3000:]
+    assert code == 0, client.log.read_text()[-3000:]
     assert processes_of(client) == []
 
 
@@ -113,11 +122,39 @@ def test_ready_is_said_with_the_address(server: Client):
     assert f"ready: {server.url}/v1" in server.log.read_text()
 
 
-def test_greedy_text_is_that_of_tardis_generate(server: Client, sample_folded: Path):
-    command = [sys.executable, "-m", "tardis_llm", "generate", str(sample_folded), PROMPT, "--json"]
-    command += ["--dtype", "float32", "--max-new-tokens", "48"]
+def generated(directory: Path, prompt: str, *options: str) -> str:
+    """What `tardis generate` writes behind a prompt."""
+    command = [sys.executable, "-m", "tardis_llm", "generate", str(directory), prompt, "--json", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert server.text(max_tokens=48) == json.loads(done.stdout)["text"]
+    return str(json.loads(done.stdout)["text"])
+
+
+def test_greedy_text_is_that_of_tardis_generate_all_folded(server: Client, sample_folded: Path):
+    options = ("--dtype", "float32", "--max-new-tokens", "48", "--prefill", "folded")
+    assert server.text(max_tokens=48) == generated(sample_folded, PROMPT, *options)
+
+
+def test_the_commands_of_the_readme_give_the_same_text(sample_folded: Path, tmp_path: Path):
+    serve, curl, generate = readme_commands()
+    options = [option for option in shlex.split(serve)[3:] if option not in ("--port", "8000")]
+    body = json.loads(shlex.split(curl)[-1])
+    command = shlex.split(generate)
+    long = " ".join([PROMPT] * 5)  # more tokens than are folded at once
+    with running(start(sample_folded, tmp_path / "log", *options, *FEW)) as client:
+        for prompt in (body["prompt"], long):
+            answer = httpx.post(f"{client.url}/v1/completions", json={**body, "prompt": prompt}, timeout=120)
+            assert answer.json()["choices"][0]["text"] == generated(sample_folded, prompt, *command[4:])
+    assert command[3] == body["prompt"]
+
+
+def readme_commands() -> list[str]:
+    """The commands to serve, to ask the server, and to generate without it."""
+    section = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").split("## Serve it")[1]
+    lines = section.split("##")[0].replace("\\\n", "").splitlines()
+    commands = [line.partition("  #")[0].strip() for line in lines if line.startswith("    ")]
+    return [
+        next(each for each in commands if each.startswith(start)) for start in ("tardis serve", "curl", "tardis gen")
+    ]
 
 
 def test_a_stream_has_the_text_of_the_whole_answer(server: Client):

@@ -13,7 +13,7 @@ from ..errors import InvalidInputError
 from ..evaluation.generation import generate as generate_text
 from ..evaluation.generation import prompt_ids, room
 from ..loading import load_model, load_tokenizer
-from ..runtime.prefill import Prefill, crossover, set_prefill
+from ..runtime.prefill import Prefill, set_prefill
 from . import output as show
 from .options import AsJson, Dtype, ModelName
 
@@ -25,11 +25,9 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     prefill: Annotated[
-        Prefill | None,
-        typer.Option(
-            help="Prompts of a folded model through its folds, dense FFNs, or what was measured to be faster."
-        ),
-    ] = None,
+        Prefill,
+        typer.Option(help="Prompts of a folded model through its folds, its dense FFNs, or what is faster."),
+    ] = "auto",
     dtype: Dtype = None,
     as_json: AsJson = False,
 ) -> None:
@@ -39,8 +37,7 @@ def generate(
     tokenizer = load_tokenizer(model)
     loaded = load_model(model, dtype)
     prepare_decoding(loaded)
-    if prefill or crossover(loaded) is not None:
-        set_prefill(loaded, prefill or "auto")
+    set_prefill(loaded, prefill)
     ids = prompt_ids(loaded, tokenizer, prompt)
     space = room(loaded, tokenizer, ids)
     if space is not None and space < max_new_tokens:

@@ -1,9 +1,8 @@
 """Result fixing by itself, for engines that run the fold as a linear layer of their own.
 
-    tardis::fix             sum over i in S(x) of r_i(z_i) W2[:, i]
-    tardis::packed_linear   y = x W^T + b with W in few bits, for a fold that is stored so
+    fix(x) = sum over i in S(x) of r_i(z_i) W2[:, i]
 
-Both take any number of tokens and any device, and a tracer sees one operator whatever happens inside:
+It takes any number of tokens on any device:
 
     CPU, kernels built      the kernels of `ops`, 64 tokens at a time
     CPU, no kernels         dense products; residuals of neurons that are not fixed are set to zero
@@ -13,7 +12,8 @@ Both take any number of tokens and any device, and a tracer sees one operator wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -24,97 +24,67 @@ from ..folding.lowbit import PackedMatrix
 from . import ops
 from .cpu.library import MAX_TOKENS
 
-ops.library.define(
-    "fix(Tensor x, str activation, Tensor[] predictor, Tensor[] ranges, Tensor? b1, Tensor[] up, Tensor[] down, "
-    "int[] group_sizes) -> Tensor"
-)
-ops.library.define("packed_linear(Tensor x, Tensor planes, Tensor scale, int group_size, Tensor? bias) -> Tensor")
 
+@dataclass(frozen=True)
+class Fixing:
+    """What fixing reads of one FFN; its tensors must neither move nor change once it has run.
 
-def _fix(
-    x: Tensor,
-    activation: str,
-    predictor: Sequence[Tensor],
-    ranges: Sequence[Tensor],
-    b1: Tensor | None,
-    up: Sequence[Tensor],
-    down: Sequence[Tensor],
-    group_sizes: Sequence[int],
-) -> Tensor:
-    """[tokens, d] in the dtype of x.
-
-    Args:
-        x: [tokens, d].
+    Attributes:
         activation: a name in `ACTIVATIONS`.
-        predictor: planes and scale.
+        predictor: [h, d].
         ranges: low, high, slope, offset, each [h].
         b1: [h].
-        up, down: [weight [h, d]], or [planes, scale] of a low-bit one. `up` is W1, or what the predictor leaves of it,
-            [] where that is nothing; `down` is W2 transposed.
-        group_sizes: of predictor, up and down; those of dense ones are not read.
+        up: W1 [h, d]; beside a low-bit `down`, what the predictor leaves of it, None where that is nothing.
+        down: W2 transposed, [h, d].
     """
-    if not len(x):
-        return torch.empty_like(x)
+
+    activation: str
+    predictor: PackedMatrix
+    ranges: tuple[Tensor, Tensor, Tensor, Tensor]
+    b1: Tensor | None
+    up: Tensor | PackedMatrix | None
+    down: Tensor | PackedMatrix
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[tokens, d] in the dtype of x [tokens, d]."""
+        if not len(x):
+            return torch.empty_like(x)
+        if not ops.takes(x[:1]):
+            return self._masked(x)
+        parts = [self._prepared(some) for some in x.contiguous().split(MAX_TOKENS)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @cached_property
+    def _prepared(self) -> ops.PreparedFFN:
+        matrices = [None, self.predictor, self.up, self.down]
+        return ops.PreparedFFN(self.activation, matrices, None, self.b1, self.ranges)
+
+    def _masked(self, x: Tensor) -> Tensor:
+        """By dense products; predictions and residuals are in fp32, as in the reference."""
+        low, high, slope, offset = (each.float() for each in self.ranges)
+        coarse = self.predictor.dequantise()
+        zhat = F.linear(x.float(), coarse, None if self.b1 is None else self.b1.float())  # [tokens, h]
+        fixed = ~((zhat >= low) & (zhat <= high))
+        if isinstance(self.down, PackedMatrix):  # `up` is what the predictor leaves
+            w1 = coarse if self.up is None else coarse + _dense(self.up)
+        else:
+            assert isinstance(self.up, Tensor), "beside dense W2, W1 is dense"
+            w1 = self.up
+        z = F.linear(x, w1.to(x.dtype), self.b1).float()
+        residual = torch.where(fixed, ACTIVATIONS[self.activation](z) - slope * z - offset, 0.0)
+        return F.linear(residual.to(x.dtype), _dense(self.down).to(x.dtype).T)
+
+
+def packed_linear(x: Tensor, weight: PackedMatrix, bias: Tensor | None) -> Tensor:
+    """x W^T + bias, [tokens, out] in the dtype of x [tokens, in], for a fold in few bits."""
     if not ops.takes(x[:1]):
-        return _masked(x, activation, predictor, ranges, b1, up, down, group_sizes)
-    sizes = [0, *group_sizes]
+        return F.linear(x, weight.dequantise().to(x.dtype), bias)
     parts = [
-        torch.ops.tardis.folded_ffn(tokens, activation, [], None, predictor, ranges, b1, up, down, sizes)
-        for tokens in x.contiguous().split(MAX_TOKENS)
+        torch.ops.tardis.lowbit_linear(some, weight.planes, weight.scale, weight.group_size, bias)
+        for some in x.contiguous().split(MAX_TOKENS)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _masked(
-    x: Tensor,
-    activation: str,
-    predictor: Sequence[Tensor],
-    ranges: Sequence[Tensor],
-    b1: Tensor | None,
-    up: Sequence[Tensor],
-    down: Sequence[Tensor],
-    group_sizes: Sequence[int],
-) -> Tensor:
-    """`_fix` by dense products; predictions and residuals are in fp32, as in the reference."""
-    low, high, slope, offset = (each.float() for each in ranges)
-    predicting, up_size, down_size = group_sizes
-    columns = x.shape[1]
-    coarse = _dense(predictor, columns, predicting)
-    zhat = F.linear(x.float(), coarse, None if b1 is None else b1.float())  # [tokens, h]
-    fixed = ~((zhat >= low) & (zhat <= high))
-    w1 = _dense(up, columns, up_size) if up else torch.zeros((), device=x.device)
-    if len(down) == 2:  # `up` is what the predictor leaves
-        w1 = coarse + w1
-    z = F.linear(x, w1.to(x.dtype), b1).float()
-    residual = torch.where(fixed, ACTIVATIONS[activation](z) - slope * z - offset, 0.0)
-    return F.linear(residual.to(x.dtype), _dense(down, columns, down_size).to(x.dtype).T)
-
-
-def _packed_linear(x: Tensor, planes: Tensor, scale: Tensor, group_size: int, bias: Tensor | None) -> Tensor:
-    """x [tokens, in] and a `PackedMatrix` [out, in]: [tokens, out] in the dtype of x."""
-    if not ops.takes(x[:1]):
-        return F.linear(x, _dense((planes, scale), x.shape[1], group_size).to(x.dtype), bias)
-    parts = [
-        torch.ops.tardis.lowbit_linear(tokens, planes, scale, group_size, bias)
-        for tokens in x.contiguous().split(MAX_TOKENS)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _dense(parts: Sequence[Tensor], columns: int, group_size: int) -> Tensor:
-    """A matrix as the operator takes it, [rows, columns]."""
-    return parts[0] if len(parts) == 1 else PackedMatrix(parts[0], parts[1], columns, group_size).dequantise()
-
-
-ops.library.impl("fix", _fix, "CompositeExplicitAutograd")
-ops.library.impl("packed_linear", _packed_linear, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("tardis::fix")
-def _(x: Tensor, *others: object, **settings: object) -> Tensor:
-    return torch.empty_like(x)
-
-
-@torch.library.register_fake("tardis::packed_linear")
-def _(x: Tensor, planes: Tensor, scale: Tensor, *others: object, **settings: object) -> Tensor:
-    return x.new_empty(x.shape[0], scale.shape[0])
+def _dense(matrix: Tensor | PackedMatrix) -> Tensor:
+    return matrix.dequantise() if isinstance(matrix, PackedMatrix) else matrix

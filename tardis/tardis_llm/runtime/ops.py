@@ -96,6 +96,44 @@ def folded_ffn(
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+class PreparedFFN:
+    """A folded FFN for the kernels, its arguments put together once: for engines, that call it again and again.
+
+    Args:
+        activation: a name in `ACTIVATIONS`.
+        matrices: fold (None where something else adds it), predictor, and what fixing reads of W1 and of W2 transposed,
+            which must neither move nor change.
+        bias: of the fold.
+        b1, ranges: vectors of numbers per neuron; the ranges are low, high, slope, offset.
+    """
+
+    def __init__(
+        self,
+        activation: str,
+        matrices: Sequence[Tensor | PackedMatrix | None],
+        bias: Tensor | None,
+        b1: Tensor | None,
+        ranges: Sequence[Tensor],
+    ) -> None:
+        parts = [_parts(matrix) for matrix in matrices]
+        self._tensors = [*(tensor for each in parts for tensor in each), bias, b1, *ranges]  # which must stay alive
+        _check_alike(*self._tensors)
+        predictor = matrices[1]
+        assert isinstance(predictor, PackedMatrix), "the predictor is in few bits"
+        sizes = [matrix.group_size if isinstance(matrix, PackedMatrix) else 0 for matrix in matrices]
+        self._d = predictor.columns
+        self._ffn = _ffn(activation, parts, sizes, self._d, bias, b1, ranges)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[tokens, d] for x [tokens, d]."""
+        _check(x)
+        if x.shape[1] != self._d:
+            raise TardisError(f"x {list(x.shape)} does not fit an FFN of width {self._d}.")
+        y = torch.empty_like(x)
+        _loaded().folded_ffn(self._ffn, Batch.of(x, y, ACTIVATION_BITS))
+        return y
+
+
 def _matrices(folded: FoldedWeights, dense: FFNWeights) -> list[Tensor | PackedMatrix | None]:
     """The fold, the predictor, and what fixing reads of W1 and of W2 transposed."""
     fallback = folded.fallback
@@ -135,14 +173,33 @@ def _loaded() -> Kernels:
     return library
 
 
+def _ffn(
+    activation: str,
+    matrices: Sequence[Sequence[Tensor]],
+    group_sizes: Sequence[int],
+    d: int,
+    bias: Tensor | None,
+    b1: Tensor | None,
+    ranges: Sequence[Tensor],
+) -> FFN:
+    """For the kernels: four matrices as `_parts` gives them."""
+    made = [_matrix(each, d, size) for each, size in zip(matrices, group_sizes, strict=True)]
+    vectors = [_vector(each, made[1].rows) for each in (b1, *ranges)]
+    return FFN(*made, _vector(bias, d), *vectors, _ACTIVATIONS.index(activation))
+
+
 def _check(x: Tensor, *tensors: Tensor | None) -> None:
     """Refuse what the kernels would misread."""
-    for tensor in (x, *tensors):
-        if tensor is not None and not (tensor.is_contiguous() and tensor.device.type == "cpu"):
-            raise TardisError("the CPU kernels take contiguous tensors in main memory; call .contiguous() first.")
+    _check_alike(x, *tensors)
     if x.dtype not in DTYPES or x.dim() != 2 or len(x) > MAX_TOKENS:
         wanted = f"[tokens, d] in bf16 or fp32 with at most {MAX_TOKENS} tokens"
         raise TardisError(f"x is {x.dtype} {list(x.shape)}, and the CPU kernels take {wanted}.")
+
+
+def _check_alike(*tensors: Tensor | None) -> None:
+    for tensor in tensors:
+        if tensor is not None and not (tensor.is_contiguous() and tensor.device.type == "cpu"):
+            raise TardisError("the CPU kernels take contiguous tensors in main memory; call .contiguous() first.")
 
 
 def _bf16_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -217,10 +274,8 @@ def _folded_ffn(
     _check(x, *fold, bias, *predictor, *ranges, b1, *up, *down)
     y = torch.empty_like(x)
     if len(x):
-        parts = zip((fold, predictor, up, down), group_sizes, strict=True)
-        matrices = [_matrix(each, x.shape[1], size) for each, size in parts]
-        vectors = [_vector(each, len(predictor[0])) for each in (b1, *ranges)]
-        ffn = FFN(*matrices, _vector(bias, x.shape[1]), *vectors, _ACTIVATIONS.index(activation))
+        matrices = (fold, predictor, up, down)
+        ffn = _ffn(activation, matrices, group_sizes, x.shape[1], bias, b1, ranges)
         _loaded().folded_ffn(ffn, Batch.of(x, y, activation_bits))
     return y
 

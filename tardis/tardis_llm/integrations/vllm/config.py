@@ -15,6 +15,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from ...architectures import Family
 from ...checkpoint import METHOD, CheckpointConfig, LayerFormat
 from ...errors import CheckpointError
+from ...runtime.prefill import CROSSOVER
 from .names import block_index, check_served
 
 
@@ -27,11 +28,12 @@ class TardisConfig(QuantizationConfig):
 
     Args:
         layers: the format of each folded FFN by its name in the checkpoint.
+        crossover: tokens at once up to which folding is faster.
     """
 
-    def __init__(self, layers: dict[str, LayerFormat]) -> None:
+    def __init__(self, layers: dict[str, LayerFormat], crossover: int = CROSSOVER) -> None:
         super().__init__()
-        self.layers = layers
+        self.layers, self.crossover = layers, crossover
         self._empty: re.Pattern[str] | None = None  # the names of linear layers without weights
 
     @classmethod
@@ -42,7 +44,8 @@ class TardisConfig(QuantizationConfig):
             CheckpointError: it is of a newer version, or names no layers.
         """
         checkpoint = CheckpointConfig(**config)
-        return cls({name: LayerFormat.from_config(name, values) for name, values in checkpoint.layers.items()})
+        layers = {name: LayerFormat.from_config(name, values) for name, values in checkpoint.layers.items()}
+        return cls(layers, CROSSOVER if checkpoint.crossover is None else checkpoint.crossover)
 
     def maybe_update_config(
         self, model_name: str, hf_config: PreTrainedConfig | None = None, revision: str | None = None

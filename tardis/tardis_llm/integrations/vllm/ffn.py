@@ -4,22 +4,49 @@ It sits in the places of the three parts that it stands for, as in transformers:
 does nothing, and down returns the output. So each family's residuals, biases and all-reduce stay vLLM's own. With
 tensor parallelism a rank has some of the neurons and some rows of the fold; the sum over ranks behind every down
 projection puts both together.
+
+To `torch.compile` an FFN is one operator, `tardis::served_ffn`, which finds its layer by name as vLLM's attention does:
+
+    y = dense FFN of x              where `Choice` says so; the dense weights are there to be fixed with
+    y = fold(x) + fixing(x)         else; the fold is a linear layer of vLLM
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase, UnquantizedLinearMethod
 
-from ...architectures import Family, set_module
+from ...activations import ACTIVATIONS
+from ...architectures import Family, FFNWeights, set_module
 from ...checkpoint import LayerFormat
 from ...errors import CheckpointError
-from ...runtime import fixing  # noqa: F401 - defines tardis::fix
-from ...runtime.ffn import LowBit
+from ...runtime import ops
+from ...runtime.ffn import LowBit, dense_ffn
+from ...runtime.fixing import Fixing, packed_linear
+from .prefill import Choice
+
+ops.library.define("served_ffn(Tensor x, str name) -> Tensor")
+
+
+def _served_ffn(x: Tensor, name: str) -> Tensor:
+    """[tokens, d] for x [tokens, d], by the FFN of that name in the engine that is running."""
+    ffn: ServedFFN = get_forward_context().no_compile_layers[name]
+    return ffn(x)
+
+
+ops.library.impl("served_ffn", _served_ffn, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("tardis::served_ffn")
+def _(x: Tensor, name: str) -> Tensor:
+    return torch.empty_like(x)
 
 
 class ServedFFN(nn.Module):
@@ -27,7 +54,8 @@ class ServedFFN(nn.Module):
 
     Args:
         layer: the format.
-        up: vLLM's up projection, which says what share a rank has.
+        up, down: vLLM's projections, which say what share a rank has.
+        choice: when to go through them.
         dtype: of the model.
         name: of the FFN in the checkpoint.
     """
@@ -37,9 +65,13 @@ class ServedFFN(nn.Module):
     slope: Tensor
     offset: Tensor
 
-    def __init__(self, layer: LayerFormat, up: LinearBase, dtype: torch.dtype, name: str) -> None:
+    def __init__(
+        self, layer: LayerFormat, up: LinearBase, down: LinearBase, choice: Choice, dtype: torch.dtype, name: str
+    ) -> None:
         super().__init__()
         self.layer, d, neurons = layer, up.input_size, up.weight.shape[0]
+        self._projections = up, down  # in a tuple, so that they are not registered twice
+        self._choice = replace(choice, mode="folded") if layer.fallback_bits else choice
         ranks = up.output_size // neurons
         self.rank = up.tp_rank if ranks > 1 else 0
         stored = layer.empty(d, neurons, dtype, torch.device("meta"))
@@ -65,27 +97,28 @@ class ServedFFN(nn.Module):
             raise CheckpointError(f"the weight files have a tensor tardis.{key} that config.json does not describe.")
         own[key].copy_(_share(tensor, own[key], self.rank, key))
 
-    def forward(self, x: Tensor, b1: Tensor | None, up: Tensor | None, down: Tensor | None) -> Tensor:
-        """This rank's term of the output, [tokens, d], for x [tokens, d].
-
-        Args:
-            x: inputs.
-            b1: [neurons].
-            up, down: W1 and W2 transposed, [neurons, d] each; None where low-bit weights stand for them.
-        """
-        affine, y = self.fold(x), self.fix(x, b1, up, down)
-        if affine.shape == y.shape:
-            return affine + y
-        y[:, self.rows] += affine
+    def forward(self, x: Tensor) -> Tensor:
+        """This rank's term of the output, [tokens, d], for x [tokens, d]."""
+        if self._choice.dense(len(x)):
+            return dense_ffn(x, self._dense, ACTIVATIONS[self.layer.activation])
+        y = self._fixing(x)
+        y[:, self.rows] += self.fold(x)
         return y
 
-    def fix(self, x: Tensor, b1: Tensor | None, up: Tensor | None, down: Tensor | None) -> Tensor:
-        """What fixing this rank's neurons adds to the output, [tokens, d]."""
-        matrices = ([up], [down]) if self.down is None else (_tensors(self.remainder), _tensors(self.down))
-        ranges, sizes = [self.low, self.high, self.slope, self.offset], [self.layer.group_size] * 3
-        predictor, activation = _tensors(self.predictor), self.layer.activation
-        y: Tensor = torch.ops.tardis.fix(x, activation, predictor, ranges, b1, *matrices, sizes)
-        return y
+    @property
+    def _dense(self) -> FFNWeights:
+        """A rank's share of the dense weights; the bias behind the sum over ranks is with the first."""
+        up, down = self._projections
+        return FFNWeights(up.weight, up.bias, down.weight.T, down.bias if self.rank == 0 else None)
+
+    @cached_property
+    def _fixing(self) -> Fixing:
+        up, down = self._projections
+        ranges, predictor = (self.low, self.high, self.slope, self.offset), self.predictor.matrix
+        if self.down is None:
+            return Fixing(self.layer.activation, predictor, ranges, up.bias, up.weight.data, down.weight.data)
+        remainder = self.remainder.matrix if self.remainder else None
+        return Fixing(self.layer.activation, predictor, ranges, up.bias, remainder, self.down.matrix)
 
 
 class PackedFold(LowBit):
@@ -107,8 +140,7 @@ class PackedFold(LowBit):
 
     def forward(self, x: Tensor) -> Tensor:
         """[tokens, rows] for x [tokens, d]."""
-        y: Tensor = torch.ops.tardis.packed_linear(x, self.planes, self.scale, self.group_size, self.bias)
-        return y
+        return packed_linear(x, self.matrix, self.bias)
 
 
 class PassOn(UnquantizedLinearMethod):
@@ -126,44 +158,49 @@ class Folded(UnquantizedLinearMethod):
     """The down projection of a folded FFN: gets the FFN's input x and returns its output.
 
     Args:
-        up: the up projection.
-        ffn: the rest.
+        ffn: the name by which the engine knows the FFN.
+        stacked: whether low-bit weights stand for the dense ones.
     """
 
-    def __init__(self, up: LinearBase, ffn: ServedFFN) -> None:
+    def __init__(self, ffn: str, stacked: bool) -> None:
         super().__init__()
-        self._up, self._ffn = up, ffn
+        self._ffn, self._stacked = ffn, stacked
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
         """Lay the weight out neuron by neuron, [neurons, d], as fixing reads it."""
-        if self._ffn.down is None:
+        if not self._stacked:
             layer.weight.data = layer.weight.data.T.contiguous()
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """[..., d] for x [..., d]; the bias of the dense layer is in the fold's."""
-        dense = (self._up.weight, layer.weight) if self._ffn.down is None else (None, None)
-        y: Tensor = self._ffn(x.reshape(-1, x.shape[-1]), self._up.bias, *dense)
+        """[..., d] for x [..., d], biases included."""
+        y: Tensor = torch.ops.tardis.served_ffn(x.reshape(-1, x.shape[-1]), self._ffn)
         return y.view(x.shape)
 
 
-def install(block: nn.Module, family: Family, layer: LayerFormat, dtype: torch.dtype, name: str) -> ServedFFN:
+def install(
+    block: nn.Module, family: Family, layer: LayerFormat, choice: Choice, config: VllmConfig, name: str
+) -> ServedFFN:
     """Put an empty folded FFN into a block of a model that vLLM made.
 
     Args:
         block: with the parts that the table of families names.
         family: of the model.
         layer: the format.
-        dtype: of the model.
+        choice: when FFNs are dense.
+        config: of the engine.
         name: of the FFN in the checkpoint.
     """
     up: Any = block.get_submodule(family.up)
     down: Any = block.get_submodule(family.down)
-    ffn = ServedFFN(layer, up, dtype, name)
+    dtype = config.model_config.dtype
+    ffn = ServedFFN(layer, up, down, choice, dtype, name)
     for part in (up, down):
-        part.skip_bias_add = False  # else Falcon adds the dense biases, which are in the fold's
+        part.skip_bias_add = False  # else Falcon adds the dense biases again
         if layer.fallback_bits:
             part.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
-    up.quant_method, down.quant_method = PassOn(), Folded(up, ffn)
+    known = f"{name}.tardis"
+    config.compilation_config.static_forward_context[known] = ffn
+    up.quant_method, down.quant_method = PassOn(), Folded(known, stacked=bool(layer.fallback_bits))
     set_module(block, family.activation, nn.Identity())
     block.get_submodule(family.ffn).add_module("tardis", ffn)
     return ffn
@@ -182,7 +219,3 @@ def _share(whole: Tensor, part: Tensor, rank: int, key: str) -> Tensor:
             "config.json and weights from the same checkpoint."
         )
     return share
-
-
-def _tensors(matrix: LowBit | None) -> list[Tensor]:
-    return [] if matrix is None else [matrix.planes, matrix.scale]

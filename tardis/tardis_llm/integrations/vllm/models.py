@@ -25,6 +25,7 @@ from ...errors import CheckpointError
 from .config import TardisConfig
 from .ffn import ServedFFN, install
 from .names import architectures, block_index, check_served, stock_name
+from .prefill import Choice
 from .weights import FoldLoader
 
 _FALLBACK = "TransformersForCausalLM"  # stands for a class that vLLM lacks until the config refuses the model
@@ -65,7 +66,7 @@ class TardisModel(nn.Module):
         with _stock(config):
             stock.__init__(vllm_config=vllm_config, prefix=prefix)
         self._model = vllm_config.model_config.model
-        self._folded = _install_all(self, check_served(config), settings, vllm_config.model_config.dtype)
+        self._folded = _install_all(self, check_served(config), settings, vllm_config)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load the folds here and everything else as the stock class does.
@@ -91,16 +92,18 @@ def _stock(config: PreTrainedConfig) -> Iterator[None]:
         config.architectures = named
 
 
-def _install_all(model: nn.Module, family: Family, settings: TardisConfig, dtype: Any) -> dict[str, ServedFFN | None]:
+def _install_all(
+    model: nn.Module, family: Family, settings: TardisConfig, config: VllmConfig
+) -> dict[str, ServedFFN | None]:
     """Fold the blocks that the checkpoint has folded: by name, None where another pipeline rank has the block."""
-    blocks = _blocks(model, family)
+    blocks, choice = _blocks(model, family), Choice.of(config, settings)
     folded: dict[str, ServedFFN | None] = {}
     for name, layer in settings.layers.items():
         index = block_index(name, family)
         if index >= len(blocks):
             raise CheckpointError(f"config.json folds {name}, and the model has {len(blocks)} blocks; copy it anew.")
         here = not isinstance(blocks[index], PPMissingLayer)
-        folded[name] = install(blocks[index], family, layer, dtype, name) if here else None
+        folded[name] = install(blocks[index], family, layer, choice, config, name) if here else None
     return folded
 
 

@@ -11,6 +11,9 @@ from ...architectures import FAMILIES, Family, family_of
 from ...checkpoint import PREFIX
 from ...errors import CheckpointError, UnsupportedModelError
 
+#: the key of the mode of prompts, a `Prefill`, in vLLM's `additional_config`
+PREFILL_OPTION = "tardis_prefill"
+
 
 def architectures() -> list[str]:
     """`Tardis<Stock class>` of every causal family of the table, those that vLLM does not serve included."""
@@ -27,12 +30,16 @@ def check_served(config: PreTrainedConfig) -> Family:
     """The row of the table for a folded checkpoint's config.
 
     Raises:
-        UnsupportedModelError: TARDIS does not fold such models, vLLM has none, or linear layers outside the FFNs are
-            in few bits.
+        UnsupportedModelError: TARDIS does not fold such models, they are encoders, vLLM has none, or linear layers
+            outside the FFNs are in few bits.
     """
     from vllm import ModelRegistry
 
     family = family_of(config)
+    if not family.causal:
+        raise UnsupportedModelError(
+            f"in vLLM, folded encoders such as {family.model_type} are not served; use transformers."
+        )
     settings = config.quantization_config
     linears = settings["linears"] if isinstance(settings, dict) and "linears" in settings else {}
     if linears:

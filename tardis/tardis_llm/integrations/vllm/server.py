@@ -17,26 +17,29 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from types import FrameType
 
-from ...checkpoint import METHOD
+from ...checkpoint import METHOD, CheckpointConfig
 from ...errors import InvalidInputError, TardisError
 from ...loading import check_weights, load_config, quantisation
-from .names import check_served
+from ...runtime.prefill import check_prefill
+from .names import PREFILL_OPTION, check_served
 
 _MODULE = "vllm.entrypoints.openai.api_server"
 _PLUGINS = "VLLM_PLUGINS"
+_ADDITIONAL = "--additional-config"
 _EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "": "127.0.0.1"}
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 30.0  # for requests in flight, and for the engine's processes to end
 
 
-def check(model: str) -> None:
+def check(model: str, prefill: str = "auto") -> None:
     """See that vLLM is here, finds the plugin, and can serve a model; nothing but headers of weights is read.
 
     Args:
         model: directory or hub name.
+        prefill: a `Prefill`.
 
     Raises:
-        InvalidInputError: the model is not folded, or vLLM is not set up.
+        InvalidInputError: the model is not folded or cannot be served in this mode, or vLLM is not set up.
         UnsupportedModelError: vLLM does not serve its family.
         CheckpointError: a file is missing or damaged.
     """
@@ -45,6 +48,8 @@ def check(model: str) -> None:
         raise InvalidInputError(
             f"{model} is not folded: fold it with `tardis fold`, or serve it as it is with `python -m {_MODULE}`."
         )
+    formats = CheckpointConfig(**config.quantization_config).layers.values()
+    check_prefill(prefill, stacked=any(layer.get("fallback_bits") for layer in formats))
     if Path(model).is_dir():
         check_weights(Path(model))
     if importlib.util.find_spec("vllm") is None:
@@ -69,17 +74,22 @@ class Server:
     Args:
         model: directory or hub name of a folded model.
         host, port: where to listen.
+        prefill: a `Prefill`.
         options: further options of vLLM's server, as on its command line.
 
     Raises:
         InvalidInputError: an option that would keep the server from being watched.
     """
 
-    def __init__(self, model: str, host: str, port: int, options: Sequence[str] = ()) -> None:
+    def __init__(self, model: str, host: str, port: int, prefill: str = "auto", options: Sequence[str] = ()) -> None:
         names = [option.partition("=")[0] for option in options if option.startswith("-")]
         for name in ("--uds", "--model"):
             if name in names:
                 raise InvalidInputError(f"tardis serve cannot take {name}; use `python -m {_MODULE}` with it.")
+        if prefill != "auto":
+            if any(name.startswith(_ADDITIONAL) for name in names):
+                raise InvalidInputError(f"give {PREFILL_OPTION} within {_ADDITIONAL}, or --prefill, and not both.")
+            options = [*options, f"{_ADDITIONAL}.{PREFILL_OPTION}", prefill]
         scheme = "https" if "--ssl-certfile" in names else "http"
         self.url = f"{scheme}://{_EVERYWHERE.get(host, host)}:{port}"
         self._stopping = False
