@@ -368,6 +368,27 @@ assert torch.equal(torch.ops.tardis.bf16_linear(x, weight, None), before)
 """
 
 
+_THREADS = """
+import os, torch, tardis_llm
+from tardis_llm.runtime import ops
+torch.set_num_threads(2)
+x, weight = torch.empty(2, 512), torch.empty(2000, 512)  # filling them would start threads of torch
+before = len(os.listdir("/proc/self/task"))
+torch.ops.tardis.bf16_linear(x, weight, None)
+during = len(os.listdir("/proc/self/task"))
+torch.nn.functional.linear(x.repeat(200, 1), weight)
+print(before, during, len(os.listdir("/proc/self/task")))
+"""
+
+
+@needs_library
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="this system does not list a process's threads")
+def test_the_kernels_run_on_the_threads_of_torch() -> None:
+    done = subprocess.run([sys.executable, "-c", _THREADS], capture_output=True, text=True, timeout=120, check=False)
+    before, with_ours, with_torchs = map(int, done.stdout.split())
+    assert before < with_ours == with_torchs, done.stderr
+
+
 @needs_library
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_a_forked_child_gets_the_same_without_its_parents_threads() -> None:

@@ -301,6 +301,7 @@ inline TARDIS_INLINE __m512i add_products(__m512i sum, __m512i code, __m512i val
 #endif
 }
 
+constexpr int64_t kBytesAhead = 16384;  // of rows from a tile that is multiplied to one that is prefetched
 constexpr int64_t kMaxSegments = 256;  // of a row, in these kernels
 
 // Some rows and T tokens from number `token`, a block of columns after the other: of inputs, weights and sums together
@@ -314,8 +315,9 @@ public:
         : q_(x.quantised), layout_(*q_.layout), missing_(B - m.bits), token_(token),
           factors_((layout_.segment_count + 15) / 16 * 16) {
         const int64_t row_bytes = m.bits * layout_.row_bytes;
+        const int64_t tiles_ahead = 1 + kBytesAhead / (kRows * row_bytes);
         for (int64_t r = 0; r < kRows; ++r) {
-            const int64_t row = rows.at(first + r), ahead = rows.at(first + r + kRows);
+            const int64_t row = rows.at(first + r), ahead = rows.at(first + r + tiles_ahead * kRows);
             w_[r] = static_cast<const uint8_t*>(m.data) + row * row_bytes;
             ahead_[r] = static_cast<const uint8_t*>(m.data) + ahead * row_bytes;
             if (token == 0) prefetch(m.scale + ahead * layout_.groups);
