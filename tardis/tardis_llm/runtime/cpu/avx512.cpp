@@ -321,8 +321,10 @@ public:
             w_[r] = static_cast<const uint8_t*>(m.data) + row * row_bytes;
             ahead_[r] = static_cast<const uint8_t*>(m.data) + ahead * row_bytes;
             if (token == 0) prefetch(m.scale + ahead * layout_.groups);
-            begin(r, m.scale + row * layout_.groups, static_cast<float>((1 << m.bits) - 1) / -2);
+            scale_[r] = m.scale + row * layout_.groups;
         }
+        const __m512 middle = _mm512_set1_ps(static_cast<float>((1 << m.bits) - 1) / -2);
+        for (int64_t g = 0; g < layout_.segment_count; g += 16) begin(g, middle);
         for (int64_t b = 0; b < layout_.block_count; ++b) {
             const Block& block = layout_.blocks[b];
             for (int64_t r = 0; r < kRows; r += R) add(block, r);
@@ -335,31 +337,30 @@ private:
     static constexpr int R = B > 4 || T * H > 4 ? 2 : 4;  // rows at once: their sums are in registers
     using Sums = __m512i[R][T][H];
 
-    // Row r's scale times each token's, and what its codes' middle takes from its products.
-    void begin(int64_t r, const uint16_t* scale, float middle) {
+    // For 16 segments from number g on: the rows' scales times the tokens', and what codes' middles take from products.
+    void begin(int64_t g, __m512 middle) {
         const int64_t count = layout_.segment_count, stride = factors_;
-        const float *sums = q_.sum + token_ * count, *units = q_.scale + token_ * count;
-        float* factor = factor_ + r * T * stride;
-        const __m512 middles = _mm512_set1_ps(middle);
-        __m512 total[T];
-        each<T>([&](auto t) TARDIS_INLINE { total[t] = _mm512_setzero_ps(); });
-        for (int64_t g = 0; g < count; g += 16) {
-            const __mmask16 some = first16(count - g);
-            const __m512 own = scales(scale, g), from_middle = _mm512_mul_ps(own, middles);
+        const __mmask16 some = first16(count - g);
+        __m512 sums[T], units[T];
+        each<T>([&](auto t) TARDIS_INLINE {
+            const int64_t at = (token_ + t) * count + g;
+            sums[t] = _mm512_mul_ps(middle, _mm512_maskz_loadu_ps(some, q_.sum + at));
+            units[t] = _mm512_maskz_loadu_ps(some, q_.scale + at);
+        });
+        for (int64_t r = 0; r < kRows; ++r) {
+            const __m512 own = scales(scale_[r], g, some);
             each<T>([&](auto t) TARDIS_INLINE {
-                const int64_t at = t * count + g;
-                total[t] = _mm512_fmadd_ps(from_middle, _mm512_maskz_loadu_ps(some, sums + at), total[t]);
-                const __m512 both = _mm512_mul_ps(own, _mm512_maskz_loadu_ps(some, units + at));
-                _mm512_storeu_ps(factor + t * stride + g, both);
+                const __m512 before = g ? total_[r][t] : _mm512_setzero_ps();
+                total_[r][t] = _mm512_fmadd_ps(own, sums[t], before);
+                _mm512_storeu_ps(factor_ + (r * T + t) * stride + g, _mm512_mul_ps(own, units[t]));
             });
         }
-        each<T>([&](auto t) TARDIS_INLINE { total_[r][t] = total[t]; });
     }
 
     // Of the segments from number g on, in fp32.
-    __m512 scales(const uint16_t* scale, int64_t g) const {
+    __m512 scales(const uint16_t* scale, int64_t g, __mmask16 some) const {
         const int64_t count = layout_.segment_count;
-        if (count == layout_.groups) return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first16(count - g), scale + g));
+        if (count == layout_.groups) return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, scale + g));
         if (layout_.groups == 1) return _mm512_set1_ps(_cvtsh_ss(scale[0]));
         alignas(32) uint16_t own[16] = {};
         for (int j = 0; j < 16 && g + j < count; ++j) own[j] = scale[layout_.segments[g + j].group];
@@ -439,6 +440,7 @@ private:
     const int missing_;  // planes, of the B that codes here have
     const int64_t token_, factors_;
     const uint8_t *w_[kRows], *ahead_[kRows];
+    const uint16_t* scale_[kRows];
     __m512 total_[kRows][T];
     alignas(64) float factor_[kRows * T * kMaxSegments];
 };
