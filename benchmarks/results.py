@@ -38,23 +38,17 @@ BENCHES = {
     "bench-2-falcon-7b-int4.json": "Falcon-7B, 16 layers, int8 fold, int4 fallback, attention and head in int4",
 }
 
-SPEED = """The dense kernel reads memory about as fast as one thread can, so the bytes bound what folding can gain: the
-quotient of the MB read. The targets of 4 times in bf16 and 6 times stacked are not met. What is left is
-arithmetic: measured alone, with one thread, the 2-bit predictor took 0.8 to 1.0 ms (inputs in 8 and 16
-bits), and 21 MB take 0.65 ms at the bandwidth that the dense kernel had. At batch 8 the tokens together fix
-a third of the neurons, and what a token costs in arithmetic no longer hides behind the bytes. The machine
-is shared, and its read bandwidth is measured once per run: trust the ratios, which are of neighbouring
-runs, before the shares of it."""
+SPEED = """Bytes bound what folding can gain, because the dense kernel reads memory about as fast as it can be read: the
+quotient of the MB read. The targets of 4 times in bf16 and 6 times stacked are not met by one thread. What is left is
+arithmetic, of which the predictor has most: it has to unpack and multiply 64 weights of 2 bits in about the time in
+which 16 bytes arrive. At batch 8 the tokens together fix a third of the neurons, and what a token costs in arithmetic
+no longer hides behind the bytes. The machine is shared, and its read bandwidth is measured once per run: trust the
+ratios, which are of neighbouring runs, before the shares of it."""
 
 MODELS = """Models with random weights of the published shapes, their folds random too, with ranges that 5 % of the
-neurons leave; `kernels` is the dense model with every linear layer through our own bf16 kernel. Two
-threads. The int4 comparison is of 16 of the 32 layers, because both forms and the weights that they are
-made of do not fit 24 GiB together.
-
-In bfloat16 folding more than doubles what stock transformers decodes at batch 1, and gains nothing over it at batch 8
-with two threads. **A stacked fold is slower than the same model in int4** so far, where it should be 1.4 times as
-fast: it reads a third less, but its kernels, bound by instructions, take in less than half as many bytes a second as
-those of bitsandbytes."""
+neurons leave; `kernels` is the dense model with every linear layer through our own bf16 kernel. Two threads, all
+weights in huge pages. The int4 comparison is of 16 of the 32 layers, because both forms and the weights that they are
+made of do not fit 24 GiB together."""
 
 HEAD = """# Results
 

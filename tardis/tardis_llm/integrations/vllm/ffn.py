@@ -24,6 +24,7 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase, UnquantizedLinearMethod
 
 from ...activations import ACTIVATIONS
+from ...allocator import contiguous_in_huge_pages
 from ...architectures import Family, FFNWeights, set_module
 from ...checkpoint import LayerFormat
 from ...errors import CheckpointError
@@ -147,7 +148,8 @@ class PassOn(UnquantizedLinearMethod):
     """The up projection of a folded FFN: keeps its weight as it was loaded and passes its input on."""
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
-        """Nothing: fixing reads rows of the weight, which vLLM would pack for products."""
+        """Keep rows as they are, which fixing reads and vLLM would pack for products."""
+        layer.weight.data = contiguous_in_huge_pages(layer.weight.data)
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x itself."""
@@ -169,7 +171,7 @@ class Folded(UnquantizedLinearMethod):
     def process_weights_after_loading(self, layer: LinearBase) -> None:
         """Lay the weight out neuron by neuron, [neurons, d], as fixing reads it."""
         if not self._stacked:
-            layer.weight.data = layer.weight.data.T.contiguous()
+            layer.weight.data = contiguous_in_huge_pages(layer.weight.data.T)
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[..., d] for x [..., d], biases included."""

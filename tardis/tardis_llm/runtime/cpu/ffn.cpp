@@ -37,11 +37,8 @@ float number(const TardisVector& v, int64_t i) {
 
 // Number i is read soon.
 inline __attribute__((always_inline)) void prefetch(const TardisVector& v, int64_t i) {
-    if (v.type != TARDIS_NONE) __builtin_prefetch(static_cast<const char*>(v.data) + i * (v.type == TARDIS_FP32 ? 4 : 2));
-}
-
-inline __attribute__((always_inline)) void prefetch_lines(const char* p, int64_t bytes) {
-    for (int64_t k = 0; k < bytes; k += 64) __builtin_prefetch(p + k, 0, 2);
+    const int64_t size = v.type == TARDIS_FP32 ? 4 : 2;
+    if (v.type != TARDIS_NONE) __builtin_prefetch(static_cast<const char*>(v.data) + i * size);
 }
 
 void store(const TardisBatch& batch, int64_t at, float value) {
@@ -140,20 +137,20 @@ private:
             const int64_t before = task * folding / all;
             if ((task + 1) * folding / all == before) {
                 const int64_t since = task - (before * all + folding - 1) / folding;  // the last fold task
-                const auto* rows = static_cast<const char*>(ffn_.fold.data) + before * fold_block * row_bytes(ffn_.fold);
-                return predict(in, task - before, rows + since * kFetched);
+                return predict(in, task - before, before * fold_block * row_bytes(ffn_.fold) + since * kFetched);
             }
             fold(fold_in, before * fold_block, std::min((before + 1) * fold_block, d_));
         });
     }
 
-    // `soon` is a part of the fold, for which memory has time meanwhile.
-    void predict(const Input& in, int64_t task, const char* soon) {
+    // Memory has time for bytes `soon` and following of the fold meanwhile.
+    void predict(const Input& in, int64_t task, int64_t soon) {
         const int64_t begin = task * block_, end = std::min(begin + block_, h_);
+        const Product product = product_of(ffn_.predictor);
         float zhat[kMaxTokens * kBlockRows];
         for (int64_t i = begin; i < end; i += kSlice) {
-            product_of(ffn_.predictor)(ffn_.predictor, {nullptr, i, std::min(i + kSlice, end), h_}, in, zhat + i - begin);
-            if (ffn_.fold.data) prefetch_lines(soon + (i - begin) * kFetched / kBlockRows, kSlice * kFetched / kBlockRows);
+            product(ffn_.predictor, {nullptr, i, std::min(i + kSlice, end), h_}, in, zhat + i - begin);
+            prefetch_fold(soon + (i - begin) * kFetched / kBlockRows, kSlice * kFetched / kBlockRows);
         }
         const OutOfRange out(ffn_, begin, end, tokens_, zhat);
         int64_t at = begin;
@@ -169,6 +166,12 @@ private:
             fixed_.tokens[at] = tokens;
         }
         counts_[task] = static_cast<int32_t>(at - begin);
+    }
+
+    inline __attribute__((always_inline)) void prefetch_fold(int64_t from, int64_t bytes) const {
+        const auto* data = static_cast<const char*>(ffn_.fold.data);
+        const int64_t end = data ? std::min(from + bytes, d_ * row_bytes(ffn_.fold)) : 0;
+        for (int64_t at = from; at < end; at += 64) __builtin_prefetch(data + at, 0, 2);
     }
 
     // Without a fold, the outputs begin at the bias.
