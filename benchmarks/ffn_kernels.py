@@ -4,7 +4,8 @@
 
 Weights are random, and the ranges are set so that the wanted share of the neurons is fixed. Every round runs each
 variant once, so that what else the machine does falls on all of them; ratios are taken within rounds. Before each run
-the variant's weights are out of the caches where all of them together are larger than these, as in a whole model.
+the variant's weights are out of the caches where all of them together are larger than these, as in a whole model. All
+weights are in huge pages, as `tardis generate` has them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tardis_llm.activations import ACTIVATIONS
+from tardis_llm.allocator import contiguous_in_huge_pages
 from tardis_llm.architectures import FFNWeights
 from tardis_llm.folding.fold import FoldedWeights
 from tardis_llm.folding.lowbit import PackedMatrix, pack
@@ -68,14 +70,14 @@ class Shape:
 
 def random_packed(rows: int, d: int, bits: int) -> PackedMatrix:
     """A low-bit matrix of random codes, whose products with normal inputs are of order one."""
-    planes = pack(torch.randint(2**bits, (rows, d), dtype=torch.uint8), bits)
+    planes = contiguous_in_huge_pages(pack(torch.randint(2**bits, (rows, d), dtype=torch.uint8), bits))
     scale = torch.full((rows, -(-d // _GROUP)), 3.5 / 2**bits / d**0.5, dtype=torch.float16)
     return PackedMatrix(planes, scale, d, _GROUP)
 
 
 def random_matrix(rows: int, d: int) -> Tensor:
     """bf16, rows of length one on average."""
-    return torch.empty(rows, d, dtype=torch.bfloat16).normal_().mul_(d**-0.5)
+    return contiguous_in_huge_pages(torch.empty(rows, d, dtype=torch.bfloat16).normal_().mul_(d**-0.5))
 
 
 def predictions(x: Tensor, predictor: PackedMatrix) -> Tensor:

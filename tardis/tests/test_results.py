@@ -98,7 +98,7 @@ def test_changes_beyond_a_standard_error_are_marked(compared: results.Compared):
 
 
 def test_the_readme_keeps_what_is_around_its_part(compared: results.Compared):
-    part = results.readme_part(compared)
+    part = results.readme_part(compared, results.Speed.read(results.SPEEDS))
     before = f"head\n{results.BEGIN}\n\nOUTDATED | 1.23\n\n{results.END}\ntail\n"
     after = results.replace_part(before, part)
     assert after.startswith("head\n")
@@ -139,7 +139,7 @@ def test_the_published_page_is_made_of_the_published_results():
     speed = results.Speed.read(results.SPEEDS)
     assert results.PAGE.read_text(encoding="utf-8") == results.page(compared, found, speed)
     readme = results.README.read_text(encoding="utf-8")
-    assert results.replace_part(readme, results.readme_part(compared)) == readme
+    assert results.replace_part(readme, results.readme_part(compared, speed)) == readme
 
 
 def test_cells_of_the_ablation_are_valid_and_named_once_a_group():
