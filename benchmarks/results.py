@@ -57,6 +57,7 @@ Every figure on this page is measured, and the page is made by a script:
     tardis compare MODEL -o benchmarks/results/compare --text FILE... --eval-text FILE --tasks {tasks} --task-data DIR
     python benchmarks/ablation.py MODEL --wikipedia FILE... --novels FILE... --evaluation FILE --lambada FILE
     python benchmarks/packed.py MODEL --text FILE... --evaluation FILE
+    python benchmarks/prefill.py MODEL --text FILE... --evaluation FILE
     python benchmarks/ffn_kernels.py --batch 1,8 --output benchmarks/results/kernels-1.json
     tardis bench --shape falcon-7b ... --json
     python benchmarks/results.py
@@ -363,6 +364,24 @@ def packed_part(packed: dict[str, Any]) -> str:
     )
 
 
+def prefill_part(prefill: dict[str, Any]) -> str:
+    """What dense prompts change, and what they cost."""
+    lines = [
+        [
+            f"{1 - float(reduction):.1%}",
+            *(f"{found[mode]['ratio']:.4f} ± {found[mode]['error']:.4f}" for mode in ("exact", "folded")),
+            f"{found['folded']['seconds'] / found['exact']['seconds']:.2f}",
+        ]
+        for reduction, found in prefill["folds"].items()
+    ]
+    head = ["budget", "/ dense behind exact prompts", "/ dense behind folded prompts", "seconds, folded / exact"]
+    return (
+        f"{prefill['title']} in windows of {prefill['window']}. The first half of a window is the prompt, the second, "
+        "always folded, is judged. The prompts' times were taken once, one prompt at a time, while other work ran. By "
+        "`benchmarks/prefill.py`.\n\n" + table(head, lines)
+    )
+
+
 def kernels_part(kernels: Sequence[dict[str, Any]]) -> str:
     """One FFN, folded and dense."""
     lines = [
@@ -418,11 +437,13 @@ class Speed:
 
     Attributes:
         packed: by `packed.py`.
+        prefill: by `prefill.py`.
         kernels: runs of `ffn_kernels.py`.
         models: runs of `tardis bench --json`, by what was run.
     """
 
     packed: dict[str, Any]
+    prefill: dict[str, Any]
     kernels: list[dict[str, Any]]
     models: dict[str, dict[str, Any]]
 
@@ -435,7 +456,9 @@ class Speed:
             return found
 
         kernels = [load(path.name) for path in sorted(folder.glob("kernels-*.json"))]
-        return cls(load("packed.json"), kernels, {label: load(name) for name, label in BENCHES.items()})
+        return cls(
+            load("packed.json"), load("prefill.json"), kernels, {label: load(name) for name, label in BENCHES.items()}
+        )
 
 
 def page(compared: Compared, results: dict[str, Any], speed: Speed) -> str:
@@ -457,6 +480,8 @@ def page(compared: Compared, results: dict[str, Any], speed: Speed) -> str:
                 zero_shot(compared),
                 "## Packed, and through the kernels",
                 packed_part(speed.packed),
+                "## Prompts, exact and folded",
+                prefill_part(speed.prefill),
                 "## Speed of one FFN of Falcon-7B's shape",
                 kernels_part(speed.kernels),
                 SPEED,
