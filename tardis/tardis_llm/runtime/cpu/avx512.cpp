@@ -244,17 +244,19 @@ template <int B>
 struct Codes {
     __m512i line[B];
 
-    // p: the bytes of the block in the first plane. Of planes, which come highest first, the first `missing` are zero.
+    // p: the bytes of the block in the first plane. Of planes, which come highest first, the first `missing` are zero,
+    // which are B / 2 - 1 at most.
     TARDIS_INLINE void load(const uint8_t* p, int64_t plane, int missing, __mmask64 bytes) {
         each<B>([&](auto b) TARDIS_INLINE {
-            line[b] = b < missing ? _mm512_setzero_si512() : load_bytes(p + (b - missing) * plane, bytes);
+            const bool zero = b < B / 2 - 1 && b < missing;
+            line[b] = zero ? _mm512_setzero_si512() : load_bytes(p + (b - missing) * plane, bytes);
         });
         join();
     }
 
     TARDIS_INLINE static void prefetch_planes(const uint8_t* p, int64_t plane, int missing) {
         each<B>([&](auto b) TARDIS_INLINE {
-            if (b >= missing) prefetch(p + (b - missing) * plane);
+            if (b >= B / 2 - 1 || b >= missing) prefetch(p + (b - missing) * plane);
         });
     }
 
@@ -284,6 +286,18 @@ struct Codes {
         return bits_of_bytes<shift, B>(line[k % B]);
     }
 
+    // The same for bit k of those left, below 2 * B, but where they lie: the upper half of them 1 << B times as large.
+    // It leaves the ports free that products need.
+    template <int k>
+    TARDIS_INLINE __m512i code_in_place() const {
+        return _mm512_and_si512(line[k % B], bytes_of(((1 << B) - 1) << k / B * B));
+    }
+
+    // Leaves out 2 * B bits, for B up to 4.
+    TARDIS_INLINE void skip() {
+        each<B>([&](auto s) TARDIS_INLINE { line[s] = _mm512_srli_epi16(line[s], 2 * B); });
+    }
+
     // to: 64 codes for each bit.
     TARDIS_INLINE void store(uint8_t (*to)[64]) const {
         each<8>([&](auto k) TARDIS_INLINE { _mm512_store_si512(to[k], code<k>()); });
@@ -292,7 +306,7 @@ struct Codes {
 
 // In every lane of 32 bits, sum and the products of four codes with four values. As an instruction by hand because GCC
 // copies every sum to another register and back around the intrinsic.
-inline TARDIS_INLINE __m512i add_products(__m512i sum, __m512i code, __m512i values) {
+inline TARDIS_INLINE __m512i add_dot(__m512i sum, __m512i code, __m512i values) {
 #if defined(__GNUC__) && !defined(__clang__)
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(code), "vm"(values));
     return sum;
@@ -304,42 +318,61 @@ inline TARDIS_INLINE __m512i add_products(__m512i sum, __m512i code, __m512i val
 constexpr int64_t kBytesAhead = 16384;  // of rows from a tile that is multiplied to one that is prefetched
 constexpr int64_t kMaxSegments = 256;  // of a row, in these kernels
 
-// Some rows and T tokens from number `token`, a block of columns after the other: of inputs, weights and sums together
-// as much is in use at a time as the first cache holds.
-template <int B, int H, int T>
+// The ends of a block's segments where groups have 256 columns, as they have unless told otherwise.
+constexpr int kUsualEnds = 0x88;
+
+// Some rows and T tokens of H halves, a block of columns after the other: weights and inputs come from memory and the
+// first cache, sums and totals stay in registers. E: the ends of segments in all whole blocks, or 0.
+template <int B, int H, int T, int E>
 class Tile {
 public:
-    static constexpr int64_t kRows = B > 4 ? 4 : 8;
+    static constexpr int R = T * H == 1 ? 4 : 8 / (T * H);
 
-    Tile(const TardisMatrix& m, const Rows& rows, int64_t first, const Input& x, int64_t token)
-        : q_(x.quantised), layout_(*q_.layout), missing_(B - m.bits), token_(token),
-          factors_((layout_.segment_count + 15) / 16 * 16) {
-        const int64_t row_bytes = m.bits * layout_.row_bytes;
-        const int64_t tiles_ahead = 1 + kBytesAhead / (kRows * row_bytes);
-        for (int64_t r = 0; r < kRows; ++r) {
-            const int64_t row = rows.at(first + r), ahead = rows.at(first + r + tiles_ahead * kRows);
-            w_[r] = static_cast<const uint8_t*>(m.data) + row * row_bytes;
-            ahead_[r] = static_cast<const uint8_t*>(m.data) + ahead * row_bytes;
-            if (token == 0) prefetch(m.scale + ahead * layout_.groups);
-            scale_[r] = m.scale + row * layout_.groups;
-        }
+    Tile(const Quantised& quantised, int64_t first_token)
+        : q_(quantised), layout_(*quantised.layout), token_(first_token),
+          factors_((layout_.segment_count + 15) / 16 * 16) {}
+
+    // Rows from number `first` on, as far as they go.
+    void multiply(const TardisMatrix& m, const Rows& rows, int64_t first, float* out) {
+        const int64_t row_bytes = m.bits * layout_.row_bytes, tiles_ahead = 1 + kBytesAhead / (R * row_bytes);
+        const auto* data = static_cast<const uint8_t*>(m.data);
+        const uint8_t *w[R], *ahead[R];
+        const uint16_t* scale[R];
+        each<R>([&](auto r) TARDIS_INLINE {
+            const int64_t row = rows.at(first + r), next = rows.at(first + r + tiles_ahead * R);
+            w[r] = data + row * row_bytes, ahead[r] = data + next * row_bytes;
+            scale[r] = m.scale + row * layout_.groups;
+            if (token_ == 0) prefetch(m.scale + next * layout_.groups);
+        });
+        Totals total = {};
         const __m512 middle = _mm512_set1_ps(static_cast<float>((1 << m.bits) - 1) / -2);
-        for (int64_t g = 0; g < layout_.segment_count; g += 16) begin(g, middle);
+        for (int64_t g = 0; g < layout_.segment_count; g += 16) begin(g, scale, middle, total);
         for (int64_t b = 0; b < layout_.block_count; ++b) {
             const Block& block = layout_.blocks[b];
-            for (int64_t r = 0; r < kRows; r += R) add(block, r);
+            const __mmask64 bytes = block.whole ? ~0ull : first64(block.bytes);
+            Codes<B> codes[R];
+            each<R>([&](auto r) TARDIS_INLINE {
+                codes[r].load(w[r] + block.byte, layout_.row_bytes, B - m.bits, bytes);
+                if (token_ > 0) return;
+                Codes<B>::prefetch_planes(ahead[r] + block.byte, layout_.row_bytes, B - m.bits);
+            });
+            if (block.whole) add_whole(block, codes, total);
+            else add_pieces(block, codes, total);
         }
+        each<R>([&](auto r) TARDIS_INLINE {
+            if (first + r >= rows.end) return;
+            each<T>([&](auto t) TARDIS_INLINE { out[t * kBlockRows + r] = _mm512_reduce_add_ps(total[r][t]); });
+        });
     }
 
-    float result(int64_t r, int64_t t) const { return _mm512_reduce_add_ps(total_[r][t]); }
-
 private:
-    static constexpr int R = B > 4 || T * H > 4 ? 2 : 4;  // rows at once: their sums are in registers
-    using Sums = __m512i[R][T][H];
+    static constexpr int P = T * H == 1 && B < 8 ? 2 : 1;  // places in bytes of which codes are taken
+    using Totals = __m512[R][T];
+    using Sums = __m512i[R][T][H][P];
 
     // For 16 segments from number g on: the rows' scales times the tokens', and what codes' middles take from products.
-    void begin(int64_t g, __m512 middle) {
-        const int64_t count = layout_.segment_count, stride = factors_;
+    TARDIS_INLINE void begin(int64_t g, const uint16_t* const (&scale)[R], __m512 middle, Totals& total) {
+        const int64_t count = layout_.segment_count;
         const __mmask16 some = first16(count - g);
         __m512 sums[T], units[T];
         each<T>([&](auto t) TARDIS_INLINE {
@@ -347,18 +380,17 @@ private:
             sums[t] = _mm512_mul_ps(middle, _mm512_maskz_loadu_ps(some, q_.sum + at));
             units[t] = _mm512_maskz_loadu_ps(some, q_.scale + at);
         });
-        for (int64_t r = 0; r < kRows; ++r) {
-            const __m512 own = scales(scale_[r], g, some);
+        each<R>([&](auto r) TARDIS_INLINE {
+            const __m512 own = scales(scale[r], g, some);
             each<T>([&](auto t) TARDIS_INLINE {
-                const __m512 before = g ? total_[r][t] : _mm512_setzero_ps();
-                total_[r][t] = _mm512_fmadd_ps(own, sums[t], before);
-                _mm512_storeu_ps(factor_ + (r * T + t) * stride + g, _mm512_mul_ps(own, units[t]));
+                total[r][t] = _mm512_fmadd_ps(own, sums[t], total[r][t]);
+                _mm512_store_ps(factor_ + (r * T + t) * factors_ + g, _mm512_mul_ps(own, units[t]));
             });
-        }
+        });
     }
 
     // Of the segments from number g on, in fp32.
-    __m512 scales(const uint16_t* scale, int64_t g, __mmask16 some) const {
+    TARDIS_INLINE __m512 scales(const uint16_t* scale, int64_t g, __mmask16 some) const {
         const int64_t count = layout_.segment_count;
         if (count == layout_.groups) return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, scale + g));
         if (layout_.groups == 1) return _mm512_set1_ps(_cvtsh_ss(scale[0]));
@@ -367,120 +399,107 @@ private:
         return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(own)));
     }
 
-    // The products of a block of rows first..first + R - 1.
-    void add(const Block& block, int64_t first) {
-        const uint8_t *const *w = w_ + first, *const *ahead = ahead_ + first;
-        const int64_t row_bytes = layout_.row_bytes, stride = q_.stride, factors = factors_;
-        const int8_t* values = q_.values + token_ * H * stride + 64 * block.piece;
-        const float* factor = factor_ + first * T * factors + block.segment;
-        const int missing = missing_;
-        const __mmask64 bytes = first64(block.bytes);
-        Codes<B> codes[R];
-        each<R>([&](auto r) TARDIS_INLINE {
-            codes[r].load(w[r] + block.byte, row_bytes, missing, bytes);
-            if (token_ > 0) return;
-            Codes<B>::prefetch_planes(ahead[r] + block.byte, row_bytes, missing);
-        });
-        Sums sum;
-        clear(sum);
-        const auto end_segment = [&]() TARDIS_INLINE {
-            add_segment(factor++, factors, sum, total_ + first);
-            clear(sum);
-        };
-        if (block.whole) {
-            const int ends = block.ends;
-            each<8>([&](auto k) TARDIS_INLINE {
-                add_piece<k>(values + 64 * k, stride, codes, sum);
-                if (ends & (1 << k)) end_segment();
-            });
-            return;
-        }
-        const Piece *piece = layout_.pieces + block.piece, *end = piece + block.pieces;
+    TARDIS_INLINE const int8_t* values(const Block& block) const {
+        return q_.values + token_ * H * q_.stride + 64 * block.piece;
+    }
+
+    TARDIS_INLINE void add_whole(const Block& block, Codes<B> (&codes)[R], Totals& total) const {
+        const int8_t* v = values(block);
+        const float* f = factor_ + block.segment;
+        const int ends = E ? E : block.ends;
+        Sums sum = {};
         each<8>([&](auto k) TARDIS_INLINE {
-            for (; piece != end && piece->bit == k; ++piece, values += 64) {
-                add_piece<k>(values, stride, codes, sum);
-                if (piece->last) end_segment();
+            constexpr int next = P == 2 ? k % (2 * B) : k;
+            if constexpr (k > 0 && next == 0) each<R>([&](auto r) TARDIS_INLINE { codes[r].skip(); });
+            add_products<(P == 2 && next >= B)>(v + 64 * k, sum, [&](auto r) TARDIS_INLINE {
+                if constexpr (P == 2) return codes[r].template code_in_place<next>();
+                else return codes[r].template code<k>();
+            });
+            if (ends & (1 << k)) end_segment(f++, sum, total);
+        });
+    }
+
+    TARDIS_INLINE void add_pieces(const Block& block, const Codes<B> (&codes)[R], Totals& total) const {
+        const int8_t* v = values(block);
+        const float* f = factor_ + block.segment;
+        const Piece *piece = layout_.pieces + block.piece, *end = piece + block.pieces;
+        Sums sum = {};
+        each<8>([&](auto k) TARDIS_INLINE {
+            for (; piece != end && piece->bit == k; ++piece, v += 64) {
+                add_products<0>(v, sum, [&](auto r) TARDIS_INLINE { return codes[r].template code<k>(); });
+                if (piece->last) end_segment(f++, sum, total);
             }
         });
     }
 
-    template <int k>
-    TARDIS_INLINE static void add_piece(const int8_t* values, int64_t stride, const Codes<B> (&codes)[R], Sums& sum) {
+    template <int place, typename Code>
+    TARDIS_INLINE void add_products(const int8_t* v, Sums& sum, const Code& code) const {
         __m512i own[R];
-        each<R>([&](auto r) TARDIS_INLINE { own[r] = codes[r].template code<k>(); });
+        each<R>([&](auto r) TARDIS_INLINE { own[r] = code(r); });
         each<T>([&](auto t) TARDIS_INLINE {
             each<H>([&](auto h) TARDIS_INLINE {
-                const __m512i v = _mm512_loadu_si512(values + (t * H + h) * stride);
-                each<R>([&](auto r) TARDIS_INLINE { sum[r][t][h] = add_products(sum[r][t][h], own[r], v); });
+                const __m512i x = _mm512_load_si512(v + (t * H + h) * q_.stride);
+                each<R>([&](auto r) TARDIS_INLINE { sum[r][t][h][place] = add_dot(sum[r][t][h][place], own[r], x); });
             });
         });
     }
 
-    TARDIS_INLINE static void clear(Sums& sum) {
+    TARDIS_INLINE void end_segment(const float* f, Sums& sum, Totals& total) const {
         each<R>([&](auto r) TARDIS_INLINE {
             each<T>([&](auto t) TARDIS_INLINE {
-                each<H>([&](auto h) TARDIS_INLINE { sum[r][t][h] = _mm512_setzero_si512(); });
-            });
-        });
-    }
-
-    TARDIS_INLINE static void add_segment(const float* factor, int64_t factors, const Sums& sum, __m512 (*total)[T]) {
-        each<R>([&](auto r) TARDIS_INLINE {
-            each<T>([&](auto t) TARDIS_INLINE {
-                __m512i dot = sum[r][t][0];
-                if constexpr (H == 2) dot = _mm512_add_epi32(_mm512_slli_epi32(dot, 8), sum[r][t][1]);
-                const __m512 both = _mm512_set1_ps(factor[(r * T + t) * factors]);
+                __m512i dot = joined(sum[r][t][0]);
+                if constexpr (H == 2) dot = _mm512_add_epi32(_mm512_slli_epi32(dot, 8), joined(sum[r][t][1]));
+                const __m512 both = _mm512_set1_ps(f[(r * T + t) * factors_]);
                 total[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), both, total[r][t]);
+                each<H>([&](auto h) TARDIS_INLINE {
+                    each<P>([&](auto p) TARDIS_INLINE { sum[r][t][h][p] = _mm512_setzero_si512(); });
+                });
             });
         });
     }
 
-    const Quantised q_;
-    const Layout layout_;
-    const int missing_;  // planes, of the B that codes here have
-    const int64_t token_, factors_;
-    const uint8_t *w_[kRows], *ahead_[kRows];
-    const uint16_t* scale_[kRows];
-    __m512 total_[kRows][T];
-    alignas(64) float factor_[kRows * T * kMaxSegments];
+    // Of all places.
+    TARDIS_INLINE static __m512i joined(const __m512i (&sum)[P]) {
+        if constexpr (P == 1) return sum[0];
+        else return _mm512_add_epi32(sum[0], _mm512_srai_epi32(sum[1], B));
+    }
+
+    const Quantised& q_;
+    const Layout& layout_;
+    const int64_t token_, factors_;  // how far the factors of a row and token are from the next
+    alignas(64) float factor_[R * T * kMaxSegments];
 };
 
-template <int B, int H, int T>
+template <int B, int H, int T, int E>
 void sweep(const TardisMatrix& m, const Rows& rows, const Input& x, int64_t token, float* out) {
-    using Rectangle = Tile<B, H, T>;
-    for (int64_t i = rows.begin; i < rows.end; i += Rectangle::kRows) {
-        const Rectangle tile(m, rows, i, x, token);
-        const int64_t count = rows.end - i < Rectangle::kRows ? rows.end - i : Rectangle::kRows;
-        for (int64_t t = 0; t < T; ++t)
-            for (int64_t r = 0; r < count; ++r) out[(token + t) * kBlockRows + i - rows.begin + r] = tile.result(r, t);
-    }
+    Tile<B, H, T, E> tile(x.quantised, token);
+    for (int64_t i = rows.begin; i < rows.end; i += tile.R)
+        tile.multiply(m, rows, i, out + token * kBlockRows + i - rows.begin);
 }
 
-template <int B, int H>
+template <int B, int H, int E>
 void product_bits(const TardisMatrix& m, const Rows& rows, const Input& x, float* out) {
     int64_t t = 0;
-    if constexpr (H == 1)
-        for (; t + 8 <= x.tokens; t += 8) sweep<B, H, 8>(m, rows, x, t, out);
-    for (; t + 4 <= x.tokens; t += 4) sweep<B, H, 4>(m, rows, x, t, out);
-    for (; t + 2 <= x.tokens; t += 2) sweep<B, H, 2>(m, rows, x, t, out);
-    for (; t < x.tokens; ++t) sweep<B, H, 1>(m, rows, x, t, out);
+    for (; t + 4 <= x.tokens; t += 4) sweep<B, H, 4, E>(m, rows, x, t, out);
+    for (; t + 2 <= x.tokens; t += 2) sweep<B, H, 2, E>(m, rows, x, t, out);
+    for (; t < x.tokens; ++t) sweep<B, H, 1, E>(m, rows, x, t, out);
 }
 
-// Their entries are for 0 to 8 bits: codes of 3 bits are taken as of 4, and those of 5 to 7 as of 8.
-const Product kEightBitInputs[] = {
-    nullptr,           product_bits<1, 1>, product_bits<2, 1>, product_bits<4, 1>, product_bits<4, 1>,
-    product_bits<8, 1>, product_bits<8, 1>, product_bits<8, 1>, product_bits<8, 1>,
-};
-const Product kSixteenBitInputs[] = {
-    nullptr,           product_bits<1, 2>, product_bits<2, 2>, product_bits<4, 2>, product_bits<4, 2>,
-    product_bits<8, 2>, product_bits<8, 2>, product_bits<8, 2>, product_bits<8, 2>,
-};
+// Codes of 3 bits are taken as of 4, and those of 5 to 7 as of 8.
+template <int H, int E>
+void product_of_bits(const TardisMatrix& m, const Rows& rows, const Input& x, float* out) {
+    if (m.bits == 1) return product_bits<1, H, E>(m, rows, x, out);
+    if (m.bits == 2) return product_bits<2, H, E>(m, rows, x, out);
+    if (m.bits <= 4) return product_bits<4, H, E>(m, rows, x, out);
+    return product_bits<8, H, E>(m, rows, x, out);
+}
 
 // Rows of very many groups are for the plain kernels.
 void product_low_bit(const TardisMatrix& m, const Rows& rows, const Input& x, float* out) {
     if (x.quantised.layout->segment_count > kMaxSegments) return portable_table()->low_bit(m, rows, x, out);
-    const Product* products = x.quantised.halves == 1 ? kEightBitInputs : kSixteenBitInputs;
-    products[m.bits](m, rows, x, out);
+    if (x.quantised.halves == 2) return product_of_bits<2, 0>(m, rows, x, out);
+    if (m.group_size == 256) return product_of_bits<1, kUsualEnds>(m, rows, x, out);
+    product_of_bits<1, 0>(m, rows, x, out);
 }
 
 // 16 codes as weights over their scale. Up to four bits they are looked up in a table of them.
