@@ -172,43 +172,73 @@ void product_dense(const TardisMatrix& m, const Rows& rows, const Input& x, floa
     }
 }
 
-// y += r[0] w[0] + ... + r[3] w[3] for n numbers.
+// Rows from all over a matrix that are read at once: the processor fetches each ahead as it would a single one.
+constexpr int kScattered = 8;
+
 template <typename K>
-void add_four(
-    float* y, const typename K::Number* const* w, const typename K::Number* const* ahead, const float* r, int64_t n
+using ScatteredRows = const typename K::Number* [kScattered];
+
+template <typename K>
+void product_pairs(const TardisMatrix& m, const Pairs& pairs, const Input& x, float* out) {
+    const auto* data = static_cast<const typename K::Number*>(m.data);
+    for (int64_t i = 0; i < pairs.count; i += kScattered) {
+        ScatteredRows<K> w, in;
+        __m512 sum[kScattered] = {};
+        each<kScattered>([&](auto r) TARDIS_INLINE {
+            const int64_t at = i + r < pairs.count ? i + r : pairs.count - 1;
+            w[r] = data + pairs.row[at] * m.columns, in[r] = K::input(x) + pairs.token[at] * x.stride;
+        });
+        int64_t k = 0;
+        for (; k + K::kWidth <= m.columns; k += K::kWidth)
+            each<kScattered>([&](auto r) TARDIS_INLINE {
+                sum[r] = K::add_product(sum[r], K::load(w[r] + k), K::load(in[r] + k));
+            });
+        if (k < m.columns)
+            each<kScattered>([&](auto r) TARDIS_INLINE {
+                sum[r] = K::add_product(sum[r], K::load(w[r] + k, m.columns - k), K::load(in[r] + k));
+            });
+        each<kScattered>([&](auto r) TARDIS_INLINE {
+            if (i + r < pairs.count) out[i + r] = _mm512_reduce_add_ps(sum[r]);
+        });
+    }
+}
+
+// y += factor[0] w[0] + factor[1] w[1] + ... for n numbers.
+template <typename K>
+void add_rows(
+    float* y, const ScatteredRows<K>& w, const ScatteredRows<K>& ahead, const __m512* factor, int64_t n
 ) {
-    __m512 factor[4];
-    for (int e = 0; e < 4; ++e) factor[e] = _mm512_set1_ps(r[e]);
     int64_t k = 0;
     for (; k + K::kWidth <= n; k += K::kWidth) {
-        for (int e = 0; e < 4; ++e) prefetch(ahead[e] + k);
+        each<kScattered>([&](auto e) TARDIS_INLINE { prefetch(ahead[e] + k); });
         for (int64_t j = k; j < k + K::kWidth; j += 16) {
             __m512 sum = _mm512_loadu_ps(y + j);
-            for (int e = 0; e < 4; ++e) sum = _mm512_fmadd_ps(factor[e], K::widen(w[e] + j), sum);
+            each<kScattered>([&](auto e) TARDIS_INLINE { sum = _mm512_fmadd_ps(factor[e], K::widen(w[e] + j), sum); });
             _mm512_storeu_ps(y + j, sum);
         }
     }
     for (; k < n; k += 16) {
         const __mmask16 some = first16(n - k);
         __m512 sum = _mm512_maskz_loadu_ps(some, y + k);
-        for (int e = 0; e < 4; ++e) sum = _mm512_fmadd_ps(factor[e], K::widen(w[e] + k, some), sum);
+        each<kScattered>([&](auto e) TARDIS_INLINE { sum = _mm512_fmadd_ps(factor[e], K::widen(w[e] + k, some), sum); });
         _mm512_mask_storeu_ps(y + k, some, sum);
     }
 }
 
 template <typename K>
 void add_dense(const TardisMatrix& m, const Layout*, const Terms& terms, Range range, float* y) {
-    using Number = typename K::Number;
     const auto row = [&](int64_t e) {
         const int64_t i = terms.index[e < terms.count ? e : terms.count - 1];
-        return static_cast<const Number*>(m.data) + i * m.columns + range.begin;
+        return static_cast<const typename K::Number*>(m.data) + i * m.columns + range.begin;
     };
-    for (int64_t e = 0; e < terms.count; e += 4) {
-        const Number* const w[4] = {row(e), row(e + 1), row(e + 2), row(e + 3)};
-        const Number* const ahead[4] = {row(e + 4), row(e + 5), row(e + 6), row(e + 7)};
-        float r[4];
-        for (int64_t j = 0; j < 4; ++j) r[j] = e + j < terms.count ? terms.r[e + j] : 0.0f;
-        add_four<K>(y + range.begin, w, ahead, r, range.end - range.begin);
+    for (int64_t first = 0; first < terms.count; first += kScattered) {
+        ScatteredRows<K> w, ahead;
+        __m512 factor[kScattered];
+        for (int64_t e = 0; e < kScattered; ++e) {
+            w[e] = row(first + e), ahead[e] = row(first + kScattered + e);
+            factor[e] = _mm512_set1_ps(first + e < terms.count ? terms.r[first + e] : 0.0f);
+        }
+        add_rows<K>(y + range.begin, w, ahead, factor, range.end - range.begin);
     }
 }
 
@@ -623,8 +653,8 @@ uint64_t outside(const float* z, const float* low, const float* high, int64_t co
 }
 
 const Table kTable = {
-    product_dense<Bf16>, product_dense<F32>, product_low_bit, add_dense<Bf16>,
-    add_dense<F32>,      add_low_bit,        widen,           outside,
+    product_dense<Bf16>, product_dense<F32>, product_low_bit, product_pairs<Bf16>, product_pairs<F32>,
+    add_dense<Bf16>,     add_dense<F32>,     add_low_bit,     widen,               outside,
 };
 
 }  // namespace

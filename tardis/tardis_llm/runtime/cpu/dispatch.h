@@ -11,6 +11,11 @@ inline Product product_of(const TardisMatrix& m) {
     return m.type == TARDIS_BF16 ? table.bf16 : m.type == TARDIS_FP32 ? table.f32 : table.low_bit;
 }
 
+// Of a dense matrix.
+inline PairProduct pair_product_of(const TardisMatrix& m) {
+    return m.type == TARDIS_BF16 ? kernels().pairs_bf16 : kernels().pairs_f32;
+}
+
 inline Accumulate accumulate_of(const TardisMatrix& m) {
     const Table& table = kernels();
     return m.type == TARDIS_BF16 ? table.add_bf16 : m.type == TARDIS_FP32 ? table.add_f32 : table.add_low_bit;

@@ -17,8 +17,7 @@
 namespace tardis {
 namespace {
 
-constexpr int64_t kAddColumns = 2304;  // of a task that adds rows: its outputs fit the first cache
-constexpr int64_t kAddEntries = 256;  // of the list, that all tokens add before any adds the next
+constexpr int64_t kAddEntries = 1024;  // of the list, that all tokens add before any adds the next
 constexpr int64_t kSlice = 8;  // rows of the predictor between which rows of the fold are prefetched
 constexpr int64_t kFetched = 20480;  // bytes of the fold in a task that predicts
 constexpr int64_t kShared = 1 << 17;  // bytes; waking threads for less costs more than it brings
@@ -28,12 +27,6 @@ struct Widened {
     float at[kBlockRows];
     Widened(const TardisVector& v, int64_t begin, int64_t end) { kernels().widen(v, begin, end - begin, at); }
 };
-
-float number(const TardisVector& v, int64_t i) {
-    float value;
-    kernels().widen(v, i, 1, &value);
-    return value;
-}
 
 // Number i is read soon.
 inline __attribute__((always_inline)) void prefetch(const TardisVector& v, int64_t i) {
@@ -199,67 +192,63 @@ private:
         fixed_.count = to;
     }
 
-    // Replaces predictions by residuals, for the tokens that fix the neuron.
+    // Entries of the list and tokens that fix them, of one task.
+    struct FixedPairs {
+        int32_t entry[kBlockRows * kMaxTokens], row[kBlockRows * kMaxTokens], token[kBlockRows * kMaxTokens];
+        float z[kBlockRows * kMaxTokens];
+        int64_t count = 0;
+        void add(int64_t e, int32_t neuron, int64_t t) {
+            entry[count] = static_cast<int32_t>(e), row[count] = neuron;
+            token[count++] = static_cast<int32_t>(t);
+        }
+    };
+
+    // Replaces predictions by residuals, for the tokens that fix the neuron. Each product is one row's with one token, so
+    // that what a token gets does not depend on the others in its batch.
     void residuals() {
-        const bool product = ffn_.up.type != TARDIS_NONE;
-        const Input& in = product ? inputs_.for_matrix(ffn_.up, batch_.activation_bits) : x_;
-        const int threads = threads_for(product ? fixed_.count * row_bytes(ffn_.up) : 0, batch_.threads);
+        const int64_t bytes = ffn_.up.type == TARDIS_NONE ? 0 : row_bytes(ffn_.up);
+        const Input& in = bytes ? inputs_.for_matrix(ffn_.up, batch_.activation_bits) : x_;
+        const int threads = threads_for(fixed_.count * bytes, batch_.threads);
         const int64_t block = block_rows(fixed_.count, threads);
         parallel(threads, blocks(fixed_.count, block), [&](int64_t task) {
             const int64_t begin = task * block, end = std::min(begin + block, fixed_.count);
-            float z[kMaxTokens * kBlockRows];
-            if (product) products(in, begin, end, z);
-            for (int64_t e = begin; e < end; ++e) residual(e, product ? z + e - begin : nullptr);
+            FixedPairs pairs;
+            if (ffn_.up.type == TARDIS_LOW_BIT) multiply_by_token(in, begin, end, pairs);
+            else multiply_by_row(in, begin, end, pairs);
+            for (int64_t i = 0; i < pairs.count; ++i) residual(pairs.entry[i], pairs.token[i], bytes ? pairs.z[i] : 0);
         });
     }
 
-    // z[token * kBlockRows + e - begin] = row e of `up` times the token, where it fixes the neuron. Each product is one
-    // row's with one token, so that what a token gets does not depend on the others in its batch.
-    void products(const Input& in, int64_t begin, int64_t end, float* z) {
-        if (ffn_.up.type != TARDIS_LOW_BIT) return pairs(in, begin, end, z);
-        const Product product = product_of(ffn_.up);
-        for (int64_t t = 0; t < tokens_; ++t) {
-            int32_t rows[kBlockRows], places[kBlockRows];
-            float own[kBlockRows];
-            int64_t count = 0;
-            for (int64_t e = begin; e < end; ++e) {
-                if (!fixes(e, t)) continue;
-                rows[count] = fixed_.index[e];
-                places[count++] = static_cast<int32_t>(e - begin);
-            }
-            if (count) product(ffn_.up, {rows, 0, count, count}, of_token(in, t), own);
-            for (int64_t j = 0; j < count; ++j) z[t * kBlockRows + places[j]] = own[j];
-        }
+    // Row by row, so that each is read from memory once.
+    void multiply_by_row(const Input& in, int64_t begin, int64_t end, FixedPairs& pairs) {
+        for (int64_t e = begin; e < end; ++e)
+            for (uint64_t left = fixed_.tokens[e]; left; left &= left - 1)
+                pairs.add(e, fixed_.index[e], __builtin_ctzll(left));
+        if (ffn_.up.type == TARDIS_NONE) return;
+        pair_product_of(ffn_.up)(ffn_.up, {pairs.row, pairs.token, pairs.count}, in, pairs.z);
     }
 
-    // The same, row by row: each is read from memory once, while the one before is multiplied.
-    void pairs(const Input& in, int64_t begin, int64_t end, float* z) {
+    // Token by token: these products take some rows and one token.
+    void multiply_by_token(const Input& in, int64_t begin, int64_t end, FixedPairs& pairs) {
         const Product product = product_of(ffn_.up);
-        int32_t rows[kBlockRows * kMaxTokens];
-        int64_t count = 0, at = 0;
-        for (int64_t e = begin; e < end; ++e)
-            for (int n = __builtin_popcountll(fixed_.tokens[e]); n > 0; --n) rows[count++] = fixed_.index[e];
-        for (int64_t e = begin; e < end; ++e) {
-            for (uint64_t left = fixed_.tokens[e]; left; left &= left - 1, ++at) {
-                const int64_t t = __builtin_ctzll(left);
-                product(ffn_.up, {rows, at, at + 1, count}, of_token(in, t), z + t * kBlockRows + e - begin);
-            }
+        for (int64_t t = 0; t < tokens_; ++t) {
+            const int64_t first = pairs.count;
+            for (int64_t e = begin; e < end; ++e)
+                if (fixes(e, t)) pairs.add(e, fixed_.index[e], t);
+            const int64_t count = pairs.count - first;
+            if (count) product(ffn_.up, {pairs.row + first, 0, count, count}, of_token(in, t), pairs.z + first);
         }
     }
 
     bool fixes(int64_t e, int64_t t) const { return (fixed_.tokens[e] >> t) & 1; }
 
-    // z: the products of entry e with what `up` holds, by token; null if it holds nothing.
-    void residual(int64_t e, const float* z) {
+    // z: the product of entry e with what `up` holds.
+    void residual(int64_t e, int64_t t, float z) {
         const bool predicted = ffn_.down.type == TARDIS_LOW_BIT;  // `up` is what the predictor leaves
         const int64_t i = fixed_.index[e];
-        const float b1 = number(ffn_.b1, i), slope = number(ffn_.slope, i), offset = number(ffn_.offset, i);
-        float* r = fixed_.z + e * tokens_;
-        for (int64_t t = 0; t < tokens_; ++t) {
-            if (!fixes(e, t)) continue;
-            const float at = (z ? z[t * kBlockRows] : 0) + (predicted ? r[t] : b1);
-            r[t] = activate(ffn_.activation, at) - slope * at - offset;
-        }
+        float& r = fixed_.z[e * tokens_ + t];
+        const float at = z + (predicted ? r : number(ffn_.b1, i));
+        r = activate(ffn_.activation, at) - number(ffn_.slope, i) * at - number(ffn_.offset, i);
     }
 
     void add() {
@@ -268,9 +257,7 @@ private:
         const int64_t unit = low_bit ? 1 : 64;  // a line of memory or two, so that no two threads read the same one
         const int64_t width = low_bit ? layout->block_count : d_;
         const int threads = threads_for(fixed_.count * row_bytes(ffn_.down), batch_.threads);
-        const int64_t parts = threads == 1 ? 1 : (low_bit ? 2 : 4) * threads;
-        const int64_t share = std::min(width / parts, low_bit ? width : kAddColumns);
-        const int64_t step = std::max<int64_t>((share + unit - 1) / unit, 1) * unit;
+        const int64_t step = blocks(blocks(width, threads), unit) * unit;  // one task each: long runs of a row are fast
         parallel(threads, blocks(width, step), [&](int64_t task) {
             const Range range = {task * step, std::min((task + 1) * step, width)};
             for (int64_t e = 0; e < fixed_.count; e += kAddEntries)

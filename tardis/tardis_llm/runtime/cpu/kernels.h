@@ -84,6 +84,15 @@ struct Rows {
 // out[token * kBlockRows + i - begin] = row i . x, for at most kBlockRows rows.
 using Product = void (*)(const TardisMatrix&, const Rows&, const Input&, float* out);
 
+// Pairs of a row and a token.
+struct Pairs {
+    const int32_t *row, *token;
+    int64_t count;
+};
+
+// out[i] = row row[i] . token token[i]. No pair's product depends on the others.
+using PairProduct = void (*)(const TardisMatrix&, const Pairs&, const Input&, float* out);
+
 // What is added to one token's outputs: sum over e of r[e] * row index[e].
 struct Terms {
     const int32_t* index;
@@ -107,6 +116,7 @@ using Outside = uint64_t (*)(const float* z, const float* low, const float* high
 
 struct Table {
     Product bf16, f32, low_bit;
+    PairProduct pairs_bf16, pairs_f32;
     Accumulate add_bf16, add_f32, add_low_bit;
     Widen widen;
     Outside outside;
@@ -146,6 +156,16 @@ static inline float from_fp16(uint16_t value) {
     bits |= sign;
     memcpy(&result, &bits, sizeof result);
     return result;
+}
+
+// Number i of a vector in fp32; zero where there is no vector.
+static inline float number(const TardisVector& v, int64_t i) {
+    switch (v.type) {
+        case TARDIS_BF16: return from_bf16(static_cast<const uint16_t*>(v.data)[i]);
+        case TARDIS_FP16: return from_fp16(static_cast<const uint16_t*>(v.data)[i]);
+        case TARDIS_FP32: return static_cast<const float*>(v.data)[i];
+        default: return 0;
+    }
 }
 
 }  // namespace tardis
