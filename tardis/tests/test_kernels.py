@@ -6,6 +6,7 @@ of a low-bit product are rounded to 16 (or 8) bits per token and group, sums are
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import subprocess
@@ -452,13 +453,13 @@ def test_what_the_kernels_would_misread_is_refused() -> None:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tokens of every call of the kernels' folded FFN."""
     seen: list[int] = []
-    stock = ops.folded_ffn
+    stock = library.Kernels.folded_ffn
 
-    def spy(x: Tensor, *others: object) -> Tensor:
-        seen.append(len(x))
-        return stock(x, *others)  # type: ignore[arg-type]
+    def spy(kernels: library.Kernels, ffn: library.FFN, batch: library.Batch) -> None:
+        seen.append(batch.tokens)
+        stock(kernels, ffn, batch)
 
-    monkeypatch.setattr(ops, "folded_ffn", spy)
+    monkeypatch.setattr(library.Kernels, "folded_ffn", spy)
     return seen
 
 
@@ -471,13 +472,30 @@ def test_the_module_uses_the_kernels_where_they_can(calls: list[int]) -> None:
     module(x[:MAX_TOKENS], dense)
     assert module(x[:6].view(2, 3, 40), dense).shape == (2, 3, 40)
     torch.testing.assert_close(module(x, dense)[:1], module(x[:1], dense))  # some at a time
-    assert calls == [1, MAX_TOKENS, 6, MAX_TOKENS + 1, 1]
+    assert calls == [1, MAX_TOKENS, 6, MAX_TOKENS, 1, 1]
     module(x[:0], dense)
     module(x[:1].clone().requires_grad_(), dense)
     module(x[:1], dense._replace(w2=dense.w2.contiguous()))  # W2 does not lie neuron by neuron
     half, half_dense = make(40, 96, Storage(48), torch.float16)
     FoldedFFN(half, "gelu")(x[:1].half(), half_dense)
-    assert len(calls) == 5
+    assert len(calls) == 6
+
+
+@needs_library
+@torch.no_grad()
+def test_a_module_that_has_run_follows_its_tensors(calls: list[int]) -> None:
+    folded, dense = make(40, 96, Storage(48), torch.float32)
+    module = FoldedFFN(folded, "gelu")
+    x = correlated(3, 40)
+    before = module(x, dense)
+    copied = copy.deepcopy(module)
+    module.fold.bias.data = module.fold.bias + 1
+    torch.testing.assert_close(module(x, dense), before + 1)
+    moved = dense._replace(w2=(2 * dense.w2.T).contiguous().T)
+    twice = reference.folded_ffn(x, module.weights, moved, ACTIVATIONS["gelu"])
+    torch.testing.assert_close(module(x, moved), twice, rtol=1e-2, atol=1e-2)
+    assert torch.equal(copied(x, dense), before)
+    assert len(calls) == 4
 
 
 @needs_library

@@ -14,6 +14,7 @@ So each family's residuals, dropout and return types stay its own.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from ..folding.fold import FoldedWeights
 from ..folding.lowbit import PackedMatrix
 from ..folding.stack import Fallback, dense_fold
 from . import ops
+from .cpu.library import MAX_TOKENS
 
 
 def folded_ffn(
@@ -148,6 +150,9 @@ class FoldedFFN(nn.Module):
         self.down = LowBit(fallback.down) if fallback else None
         for name in ("low", "high", "slope", "offset"):
             self.register_buffer(name, getattr(weights, name))
+        self._states = [state for module in self.modules() for state in (module._parameters, module._buffers)]
+        self._ready: ops.PreparedFFN | None = None
+        self._ready_for: tuple[object, ...] = ()
 
     @property
     def weights(self) -> FoldedWeights:
@@ -171,13 +176,40 @@ class FoldedFFN(nn.Module):
         """
         if self.exact:
             return dense_ffn(x, dense, ACTIVATIONS[self.activation])
-        weights, tokens = self.weights, x.reshape(-1, x.shape[-1])
+        tokens = x.reshape(-1, x.shape[-1])
+        ready = self._prepared(tokens, dense)
+        if ready is not None:
+            return ready(tokens.contiguous()).view(x.shape)
+        weights = self.weights
         if ops.runs(tokens, weights, dense):
             return ops.folded_ffn(tokens, weights, dense, self.activation).view(x.shape)
         if weights.fallback is not None:
             w1, w2 = weights.fallback.matrices(weights.predictor, x.dtype)
             dense = dense._replace(w1=w1, w2=w2)
         return folded_ffn(tokens, weights, dense, ACTIVATIONS[self.activation]).view(x.shape)
+
+    def _prepared(self, x: Tensor, dense: FFNWeights) -> ops.PreparedFFN | None:
+        """The FFN for the kernels while it decodes x [tokens, d], put together again when a tensor has moved.
+
+        Decoding reads weights that push all else out of the caches: looking up every tensor of an FFN would then take a
+        tenth of the time of its products.
+        """
+        decoding = type(x) is Tensor and len(x) <= MAX_TOKENS and ops.takes(x)
+        if not decoding or torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return None
+        own = [tensor for state in self._states for tensor in state.values()]
+        tensors = [tensor for tensor in (*own, dense.w1, dense.b1, dense.w2) if tensor is not None]
+        made_from = (x.dtype, *map(Tensor.data_ptr, tensors))
+        if made_from != self._ready_for:
+            weights = self.weights
+            runs = ops.runs(x, weights, dense)
+            self._ready = ops.prepared(weights, dense, self.activation) if runs else None
+            self._ready_for = made_from
+        return self._ready
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what points to memory."""
+        return {**self.__dict__, "_ready": None, "_ready_for": ()}
 
 
 class KeptLinear(nn.Module):

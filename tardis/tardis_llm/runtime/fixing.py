@@ -49,10 +49,11 @@ class Fixing:
         """[tokens, d] in the dtype of x [tokens, d]."""
         if not len(x):
             return torch.empty_like(x)
-        if not ops.takes(x[:1]):
+        if not ops.takes(x):
             return self._masked(x)
-        parts = [self._prepared(some) for some in x.contiguous().split(MAX_TOKENS)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if len(x) <= MAX_TOKENS:
+            return self._prepared(x.contiguous())
+        return torch.cat([self._prepared(some) for some in x.contiguous().split(MAX_TOKENS)])
 
     @cached_property
     def _prepared(self) -> ops.PreparedFFN:
@@ -77,7 +78,7 @@ class Fixing:
 
 def packed_linear(x: Tensor, weight: PackedMatrix, bias: Tensor | None) -> Tensor:
     """x W^T + bias, [tokens, out] in the dtype of x [tokens, in], for a fold in few bits."""
-    if not ops.takes(x[:1]):
+    if not ops.takes(x):
         return F.linear(x, weight.dequantise().to(x.dtype), bias)
     parts = [
         torch.ops.tardis.lowbit_linear(some, weight.planes, weight.scale, weight.group_size, bias)

@@ -116,6 +116,7 @@ class PreparedFFN:
         ranges: Sequence[Tensor],
     ) -> None:
         parts = [_parts(matrix) for matrix in matrices]
+        self._run = _loaded().folded_ffn
         self._tensors = [*(tensor for each in parts for tensor in each), bias, b1, *ranges]  # which must stay alive
         _check_alike(*self._tensors)
         predictor = matrices[1]
@@ -130,8 +131,14 @@ class PreparedFFN:
         if x.shape[1] != self._d:
             raise TardisError(f"x {list(x.shape)} does not fit an FFN of width {self._d}.")
         y = torch.empty_like(x)
-        _loaded().folded_ffn(self._ffn, Batch.of(x, y, ACTIVATION_BITS))
+        self._run(self._ffn, Batch.of(x, y, ACTIVATION_BITS))
         return y
+
+
+def prepared(folded: FoldedWeights, dense: FFNWeights, activation: str) -> PreparedFFN:
+    """A folded FFN, where it `runs`, with its arguments put together; they are those of `folded_ffn`."""
+    ranges = [folded.low, folded.high, folded.slope, folded.offset]
+    return PreparedFFN(activation, _matrices(folded, dense), folded.bias, dense.b1, ranges)
 
 
 def _matrices(folded: FoldedWeights, dense: FFNWeights) -> list[Tensor | PackedMatrix | None]:

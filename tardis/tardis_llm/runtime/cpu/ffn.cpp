@@ -141,9 +141,10 @@ private:
         const int64_t begin = task * block_, end = std::min(begin + block_, h_);
         const Product product = product_of(ffn_.predictor);
         float zhat[kMaxTokens * kBlockRows];
-        for (int64_t i = begin; i < end; i += kSlice) {
-            product(ffn_.predictor, {nullptr, i, std::min(i + kSlice, end), h_}, in, zhat + i - begin);
-            prefetch_fold(soon + (i - begin) * kFetched / kBlockRows, kSlice * kFetched / kBlockRows);
+        const int64_t slice = ffn_.fold.type == TARDIS_NONE ? kBlockRows : kSlice;
+        for (int64_t i = begin; i < end; i += slice) {
+            product(ffn_.predictor, {nullptr, i, std::min(i + slice, end), h_}, in, zhat + i - begin);
+            prefetch_fold(soon + (i - begin) * kFetched / kBlockRows, slice * kFetched / kBlockRows);
         }
         const OutOfRange out(ffn_, begin, end, tokens_, zhat);
         int64_t at = begin;
