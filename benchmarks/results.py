@@ -35,14 +35,14 @@ BEGIN, END = "<!-- results: made by benchmarks/results.py -->", "<!-- end of res
 
 BENCHES = {
     "bench-1-falcon-7b-bf16.json": "Falcon-7B, fold and fallback in bf16",
-    "bench-2-falcon-7b-int4.json": "Falcon-7B, 16 layers, int8 fold, int4 fallback, attention and head in int4",
+    "bench-2-falcon-7b-int4.json": "Falcon-7B, 16 layers, fold, fallback, attention and head in int4",
 }
 
 SPEED = """Bytes bound what folding can gain, because the dense kernel reads memory about as fast as it can be read: the
-quotient of the MB read. The targets of 4 times in bf16 and 6 times stacked are not met by one thread. What is left is
-arithmetic, of which the predictor has most: it has to unpack and multiply 64 weights of 2 bits in about the time in
-which 16 bytes arrive. At batch 8 the tokens together fix a third of the neurons, and what a token costs in arithmetic
-no longer hides behind the bytes. The machine is shared, and its read bandwidth is measured once per run: trust the
+quotient of the MB read. The targets of 4 times in bf16 and 6 times stacked are not met: 4.2 would need every byte at the
+dense kernel's pace, and rows of fixed neurons come from all over a matrix, at three quarters of it, while low-bit rows
+take arithmetic to unpack. At batch 8 the tokens together fix a third of the neurons, and what a token costs in
+arithmetic no longer hides behind the bytes. The machine is shared, and its read bandwidth is measured once per run: trust the
 ratios, which are of neighbouring runs, before the shares of it."""
 
 MODELS = """Models with random weights of the published shapes, their folds random too, with ranges that 5 % of the
