@@ -39,9 +39,9 @@ BENCHES = {
 }
 
 SPEED = """Bytes bound what folding can gain, because the dense kernel reads memory about as fast as it can be read: the
-quotient of the MB read. The targets of 4 times in bf16 and 6 times stacked are not met: 4.2 would need every byte at the
-dense kernel's pace, and rows of fixed neurons come from all over a matrix, at three quarters of it, while low-bit rows
-take arithmetic to unpack. At batch 8 the tokens together fix a third of the neurons, and what a token costs in
+quotient of the MB read. The targets of 4 times in bf16 and 6 times stacked are not met: 4.2 would need every byte at
+the dense kernel's pace, and rows of fixed neurons come from all over a matrix, at three quarters of it, while low-bit
+rows take arithmetic to unpack. At batch 8 the tokens together fix a third of the neurons, and what a token costs in
 arithmetic no longer hides behind the bytes. The machine is shared, and its read bandwidth is measured once per run: trust the
 ratios, which are of neighbouring runs, before the shares of it."""
 
