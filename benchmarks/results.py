@@ -42,8 +42,8 @@ SPEED = """Bytes bound what folding can gain, because the dense kernel reads mem
 quotient of the MB read. The targets of 4 times in bf16 and 6 times stacked are not met: 4.2 would need every byte at
 the dense kernel's pace, and rows of fixed neurons come from all over a matrix, at three quarters of it, while low-bit
 rows take arithmetic to unpack. At batch 8 the tokens together fix a third of the neurons, and what a token costs in
-arithmetic no longer hides behind the bytes. The machine is shared, and its read bandwidth is measured once per run: trust the
-ratios, which are of neighbouring runs, before the shares of it."""
+arithmetic no longer hides behind the bytes. The machine is shared, and its read bandwidth is measured once per run:
+trust the ratios, which are of neighbouring runs, before the shares of it."""
 
 MODELS = """Models with random weights of the published shapes, their folds random too, with ranges that 5 % of the
 neurons leave; `kernels` is the dense model with every linear layer through our own bf16 kernel. Two threads, all
