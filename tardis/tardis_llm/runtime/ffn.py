@@ -191,8 +191,7 @@ class FoldedFFN(nn.Module):
     def _prepared(self, x: Tensor, dense: FFNWeights) -> ops.PreparedFFN | None:
         """The FFN for the kernels while it decodes x [tokens, d], put together again when a tensor has moved.
 
-        Decoding reads weights that push all else out of the caches: looking up every tensor of an FFN would then take a
-        tenth of the time of its products.
+        Decoding reads weights that push all else out of the caches; looking up every tensor of an FFN takes long then.
         """
         decoding = type(x) is Tensor and len(x) <= MAX_TOKENS and ops.takes(x)
         if not decoding or torch.compiler.is_compiling() or torch.is_grad_enabled():
@@ -206,6 +205,11 @@ class FoldedFFN(nn.Module):
             self._ready = ops.prepared(weights, dense, self.activation) if runs else None
             self._ready_for = made_from
         return self._ready
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FoldedFFN:
+        self._ready, self._ready_for = None, ()  # it would keep alive the memory that tensors leave
+        super()._apply(fn, recurse)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what points to memory."""

@@ -1,7 +1,7 @@
 // The kernels for processors with AVX-512 F, BW, DQ, VL, VNNI and BF16, and GFNI.
 //
-// Decoding is bound by memory: every weight is read once, rows ahead are prefetched, and where there are several tokens
-// a weight in a register serves up to four of them.
+// Decoding is bound by memory: every weight is read from it once, rows ahead are prefetched or several rows are read side
+// by side, and where there are several tokens a weight in a register serves some of them.
 #include "kernels.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__GFNI__) && defined(__AVX512BW__)
