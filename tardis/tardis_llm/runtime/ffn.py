@@ -28,6 +28,7 @@ from ..folding.lowbit import PackedMatrix
 from ..folding.stack import Fallback, dense_fold
 from . import ops
 from .cpu.library import MAX_TOKENS
+from .linear import linear
 
 
 def folded_ffn(
@@ -65,7 +66,7 @@ def dense_ffn(x: Tensor, dense: FFNWeights, act: Callable[[Tensor], Tensor]) -> 
         dense: its b2 is added here, where the fold has it in its bias.
         act: the activation.
     """
-    return F.linear(act(F.linear(x, dense.w1, dense.b1)), dense.w2, dense.b2)
+    return linear(act(linear(x, dense.w1, dense.b1)), dense.w2, dense.b2)
 
 
 def fixed_neurons(x: Tensor, folded: FoldedWeights, b1: Tensor | None) -> Tensor:

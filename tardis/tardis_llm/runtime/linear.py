@@ -1,4 +1,4 @@
-"""Dense linear layers through our CPU kernel while few tokens are decoded: torch's own leaves bandwidth unused then."""
+"""Dense linear layers through our CPU kernels, which use the bandwidth and take weights that lie neuron by neuron."""
 
 from __future__ import annotations
 
@@ -11,8 +11,37 @@ from . import ops
 from .cpu.library import MAX_TOKENS
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear`, by the kernels where they take x and the weight as they lie.
+
+    torch lays a weight out anew in every call, which takes longer than the product with a few dozen tokens.
+
+    Args:
+        x: [..., in].
+        weight: [out, in], contiguous, or the transpose of what is.
+        bias: [out] or None.
+
+    Returns:
+        [..., out] in the dtype of x.
+    """
+    alike = x.dtype == weight.dtype and not torch.is_grad_enabled()
+    tokens = x.numel() // x.shape[-1]
+    if alike and tokens <= MAX_TOKENS and weight.is_contiguous() and ops.takes(x):
+        y = torch.ops.tardis.bf16_linear(_flat(x), weight, bias)
+    elif alike and ops.multiplies(x, weight):
+        transposed = not weight.is_contiguous()
+        y = torch.ops.tardis.gemm(_flat(x), weight.T if transposed else weight, bias, transposed)
+    else:
+        return F.linear(x, weight, bias)
+    return y.view(*x.shape[:-1], len(weight))
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
 class KernelLinear(nn.Linear):
-    """`nn.Linear` whose product with up to 64 tokens is `tardis::bf16_linear`; otherwise it is as any other.
+    """`nn.Linear` by `linear`.
 
     Args:
         weight: [out, in], shared, not copied.
@@ -27,15 +56,11 @@ class KernelLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., out] for x [..., in], in the dtype of x."""
-        alike = x.dtype == self.weight.dtype and self.weight.is_contiguous() and not torch.is_grad_enabled()
-        if not alike or x.numel() > MAX_TOKENS * x.shape[-1] or not ops.takes(x):
-            return F.linear(x, self.weight, self.bias)
-        y: Tensor = torch.ops.tardis.bf16_linear(x.reshape(-1, x.shape[-1]).contiguous(), self.weight, self.bias)
-        return y.view(*x.shape[:-1], self.out_features)
+        return linear(x, self.weight, self.bias)
 
 
 def kernel_linear(layer: nn.Module) -> KernelLinear:
-    """The same layer through the kernel. Conv1D, which stores its weight transposed, is laid out anew, in a copy."""
+    """The same layer through the kernels. Conv1D, which stores its weight transposed, is laid out anew, in a copy."""
     weight, bias = layer.get_parameter("weight"), getattr(layer, "bias", None)
     if isinstance(layer, Conv1D):
         weight = nn.Parameter(weight.T.contiguous(), requires_grad=False)

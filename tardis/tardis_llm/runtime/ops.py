@@ -1,11 +1,12 @@
 """The CPU kernels as torch operators, with shapes for tracing, so that `torch.compile` and others can use them.
 
     tardis::bf16_linear     y = x W^T + b
+    tardis::gemm            the same for any number of tokens, all in bf16, where W may lie as its transpose
     tardis::lowbit_linear   the same with W in few bits
     tardis::fixed_neurons   which neurons the predictor finds out of their range
     tardis::folded_ffn      a whole folded FFN
 
-Each takes up to 64 tokens x [tokens, d] in bf16 or fp32, contiguous. `ffn.folded_ffn` specifies what they compute;
+The others take up to 64 tokens x [tokens, d] in bf16 or fp32, contiguous. `ffn.folded_ffn` specifies what they compute;
 sums are in fp32 throughout, and where x meets a low-bit matrix it is rounded to 8 bits (or 16, where asked for), with
 one scale per token and group of columns, 512 at most. So what a predictor finds differs from the reference for few
 neurons that are next to a bound. One that only selects, beside dense fallback weights, never gets more than 8 bits.
@@ -23,7 +24,7 @@ from ..architectures import FFNWeights
 from ..errors import TardisError
 from ..folding.fold import FoldedWeights
 from ..folding.lowbit import PackedMatrix
-from .cpu.library import FFN, MAX_TOKENS, Batch, Kernels, Matrix, Vector, available, open_library
+from .cpu.library import FFN, MAX_TOKENS, Batch, Kernels, Matrix, Vector, available, has_gemm, open_library
 
 #: dtypes of the inputs, and so of the models
 DTYPES = (torch.bfloat16, torch.float32)
@@ -34,6 +35,7 @@ _ACTIVATIONS = list(ACTIVATIONS)
 #: where the operators are defined
 library = torch.library.Library("tardis", "DEF")
 library.define("bf16_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+library.define("gemm(Tensor x, Tensor weight, Tensor? bias, bool transposed) -> Tensor")
 library.define(
     "lowbit_linear(Tensor x, Tensor planes, Tensor scale, int group_size, Tensor? bias, "
     f"int activation_bits={ACTIVATION_BITS}) -> Tensor"
@@ -52,6 +54,13 @@ library.define(
 def takes(x: Tensor) -> bool:
     """Whether the kernels are there and take inputs like x [..., d], `MAX_TOKENS` of them at a time."""
     return x.device.type == "cpu" and x.dtype in DTYPES and x.numel() > 0 and available()
+
+
+def multiplies(x: Tensor, weight: Tensor) -> bool:
+    """Whether `gemm` takes inputs like x [..., in] and a weight [out, in] or its transpose as it lies in memory."""
+    bf16 = x.dtype == weight.dtype == torch.bfloat16 and x.device.type == weight.device.type == "cpu"
+    lies = weight.dim() == 2 and (weight.is_contiguous() or weight.T.is_contiguous())
+    return bf16 and lies and weight.shape[-1] % 2 == 0 and x.numel() > 0 and has_gemm()
 
 
 def runs(x: Tensor, folded: FoldedWeights, dense: FFNWeights) -> bool:
@@ -220,6 +229,18 @@ def _bf16_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
+def _gemm(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    """x [tokens, in], weight [out, in], or [in, out] if it is `transposed`: [tokens, out], all in bf16."""
+    _check_alike(x, weight, bias)
+    inputs, outputs = weight.shape if transposed else weight.T.shape
+    if x.dim() != 2 or x.shape[1] != inputs or not x.dtype == weight.dtype == torch.bfloat16:
+        raise TardisError(f"x is {x.dtype} {list(x.shape)}, and [tokens, {inputs}] in bf16 is wanted.")
+    y = x.new_empty(len(x), outputs)
+    if len(x):
+        _loaded().gemm(Matrix.of(weight), transposed, _vector(bias, outputs), Batch.of(x, y, 16))
+    return y
+
+
 def _lowbit_linear(
     x: Tensor,
     planes: Tensor,
@@ -288,6 +309,7 @@ def _folded_ffn(
 
 
 library.impl("bf16_linear", _bf16_linear, "CPU")
+library.impl("gemm", _gemm, "CPU")
 library.impl("lowbit_linear", _lowbit_linear, "CPU")
 library.impl("fixed_neurons", _fixed_neurons, "CPU")
 library.impl("folded_ffn", _folded_ffn, "CPU")
@@ -296,6 +318,11 @@ library.impl("folded_ffn", _folded_ffn, "CPU")
 @torch.library.register_fake("tardis::bf16_linear")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.register_fake("tardis::gemm")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1 if transposed else 0])
 
 
 @torch.library.register_fake("tardis::lowbit_linear")

@@ -2,37 +2,12 @@
 //
 // Decoding is bound by memory: every weight is read from it once, rows ahead are prefetched or several rows are read side
 // by side, and where there are several tokens a weight in a register serves some of them.
-#include "kernels.h"
+#include "avx512.h"
 
-#if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__GFNI__) && defined(__AVX512BW__)
-#include <immintrin.h>
+#if defined(TARDIS_AVX512)
 
 namespace tardis {
 namespace {
-
-#define TARDIS_INLINE __attribute__((always_inline))
-
-// GCC drops calls of a function that only prefetches, unless they are inlined from the start.
-inline TARDIS_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
-
-__mmask16 first16(int64_t n) { return static_cast<__mmask16>(n >= 16 ? 0xffff : (1u << n) - 1); }
-__mmask64 first64(int64_t n) { return n >= 64 ? ~0ull : (1ull << n) - 1; }
-__mmask32 first32(int64_t n) { return n >= 32 ? 0xffffffffu : (1u << n) - 1; }
-
-// Loops over registers, which only stay in registers if their numbers are constants for the compiler from the start.
-template <int N>
-struct Constant {
-    constexpr operator int() const { return N; }
-};
-
-// body(0), ..., body(N - 1).
-template <int N, int k = 0, typename F>
-inline TARDIS_INLINE void each(const F& body) {
-    if constexpr (k < N) {
-        body(Constant<k>{});
-        each<N, k + 1>(body);
-    }
-}
 
 // ---- dense rows ----------------------------------------------------------------------------------------------------
 
@@ -68,108 +43,64 @@ struct F32 {
     static __m512 widen(const Number* p, __mmask16 k) { return _mm512_maskz_loadu_ps(k, p); }
 };
 
-// One row and one token, in four sums that do not wait for each other. `ahead` is a row to come.
-template <typename K>
-float dot(const typename K::Number* w, const typename K::Number* ahead, const typename K::Number* x, int64_t n) {
-    constexpr int64_t step = K::kWidth;
-    __m512 sum[4] = {};
+constexpr int kTileRows = 4, kTileTokens = 6;  // whose sums stay in registers
+
+// Some rows times T tokens. `ahead`, as much memory as the rows have, is fetched meanwhile; null: nothing.
+template <typename K, int T>
+void tile(
+    const typename K::Number* const (&w)[kTileRows], const typename K::Number* ahead, const typename K::Number* x,
+    int64_t stride, int64_t columns, float (*out)[kTileRows]
+) {
+    __m512 sum[kTileRows][T] = {};
+    const auto step = [&](int64_t k, const auto& load) TARDIS_INLINE {
+        typename K::Vector weights[kTileRows];
+        each<kTileRows>([&](auto r) TARDIS_INLINE { weights[r] = load(w[r] + k); });
+        each<T>([&](auto t) TARDIS_INLINE {
+            const auto v = K::load(x + t * stride + k);
+            each<kTileRows>([&](auto r) TARDIS_INLINE { sum[r][t] = K::add_product(sum[r][t], weights[r], v); });
+        });
+    };
     int64_t k = 0;
-    for (; k + 4 * step <= n; k += 4 * step) {
-        for (int j = 0; j < 4; ++j) {
-            prefetch(ahead + k + j * step);
-            sum[j] = K::add_product(sum[j], K::load(w + k + j * step), K::load(x + k + j * step));
-        }
+    for (; k + K::kWidth <= columns; k += K::kWidth) {
+        if (ahead) each<kTileRows>([&](auto r) TARDIS_INLINE { prefetch(ahead + kTileRows * k + r * K::kWidth); });
+        step(k, [](const auto* p) TARDIS_INLINE { return K::load(p); });
     }
-    for (; k < n; k += step) {
-        prefetch(ahead + k);
-        sum[0] = K::add_product(sum[0], K::load(w + k, n - k), K::load(x + k));
-    }
-    return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
+    if (k < columns) step(k, [&](const auto* p) TARDIS_INLINE { return K::load(p, columns - k); });
+    each<T>([&](auto t) TARDIS_INLINE {
+        each<kTileRows>([&](auto r) TARDIS_INLINE { out[t][r] = _mm512_reduce_add_ps(sum[r][t]); });
+    });
 }
 
-constexpr int64_t kStripe = 16;  // rows that are multiplied by some tokens a chunk of columns after the other
-constexpr int64_t kChunk = 2048;  // bytes of a row: with as much of eight tokens' inputs they fit the first cache
-constexpr int64_t kBlocksAhead = 2;  // from a block that is multiplied to one that is prefetched
-
-// Rows begin..end-1, at most kStripe, and T tokens from number `token`, R rows at a time.
-template <typename K, int R, int T>
-class Stripe {
-public:
-    Stripe(const TardisMatrix& m, const Rows& rows, int64_t begin, int64_t end, const Input& x, int64_t token)
-        : m_(m), rows_(rows), begin_(begin), blocks_((end - begin + R - 1) / R),
-          in_(K::input(x) + token * x.stride), stride_(x.stride), prefetching_(token == 0) {
-        for (int64_t k = 0; k < m.columns; k += kColumns)
-            for (int64_t b = 0; b < blocks_; ++b) add(b, k, k + kColumns < m.columns ? k + kColumns : m.columns);
-    }
-
-    float result(int64_t i, int64_t t) const { return _mm512_reduce_add_ps(sum_[i - begin_][t]); }
-
-private:
-    using Number = typename K::Number;
-    static constexpr int64_t kColumns = kChunk / static_cast<int64_t>(sizeof(Number));
-
-    const Number* row(int64_t i) const { return static_cast<const Number*>(m_.data) + rows_.at(i) * m_.columns; }
-
-    // The products of block b in the columns k..end-1.
-    void add(int64_t b, int64_t k, int64_t end) {
-        const Number *w[R], *ahead[R];
-        int64_t next = b + kBlocksAhead, shift = 0;
-        if (next >= blocks_ && k + kColumns < m_.columns) next -= blocks_, shift = kColumns;
-        else if (next >= blocks_) shift = -k;  // a stripe to come, from its first column
-        for (int r = 0; r < R; ++r) w[r] = row(begin_ + b * R + r), ahead[r] = row(begin_ + next * R + r) + shift;
-        __m512 sum[R][T];
-        __m512(*sums)[T] = sum_ + b * R;
-        each<R>([&](auto r) TARDIS_INLINE { each<T>([&](auto t) TARDIS_INLINE { sum[r][t] = sums[r][t]; }); });
-        const auto step = [&](const auto& load) TARDIS_INLINE {
-            typename K::Vector weights[R];
-            each<R>([&](auto r) TARDIS_INLINE { weights[r] = load(w[r] + k); });
-            each<T>([&](auto t) TARDIS_INLINE {
-                const auto v = K::load(in_ + t * stride_ + k);
-                each<R>([&](auto r) TARDIS_INLINE { sum[r][t] = K::add_product(sum[r][t], weights[r], v); });
-            });
-        };
-        for (; k + K::kWidth <= end; k += K::kWidth) {
-            if (prefetching_) each<R>([&](auto r) TARDIS_INLINE { prefetch(ahead[r] + k); });
-            step([](const Number* p) TARDIS_INLINE { return K::load(p); });
-        }
-        if (k < end) step([&](const Number* p) TARDIS_INLINE { return K::load(p, end - k); });
-        each<R>([&](auto r) TARDIS_INLINE { each<T>([&](auto t) TARDIS_INLINE { sums[r][t] = sum[r][t]; }); });
-    }
-
-    const TardisMatrix& m_;
-    const Rows& rows_;
-    const int64_t begin_, blocks_;
-    const Number* const in_;
-    const int64_t stride_;
-    const bool prefetching_;
-    __m512 sum_[kStripe][T] = {};
+template <typename K>
+constexpr decltype(&tile<K, 1>) kTiles[] = {
+    nullptr, tile<K, 1>, tile<K, 2>, tile<K, 3>, tile<K, 4>, tile<K, 5>, tile<K, 6>,
 };
 
-template <typename K, int R, int T>
-void stripe(
-    const TardisMatrix& m, const Rows& rows, int64_t begin, int64_t end, const Input& x, int64_t token, float* out
-) {
-    const Stripe<K, R, T> all(m, rows, begin, end, x, token);
-    for (int64_t t = 0; t < T; ++t)
-        for (int64_t i = begin; i < end; ++i) out[(token + t) * kBlockRows + i - rows.begin] = all.result(i, t);
-}
+constexpr int64_t kTilesAhead = 2;  // from rows that are multiplied to those that are prefetched
 
 template <typename K>
 void product_dense(const TardisMatrix& m, const Rows& rows, const Input& x, float* out) {
-    if (x.tokens == 1) {
-        const auto* w = static_cast<const typename K::Number*>(m.data);
-        for (int64_t i = rows.begin; i < rows.end; ++i)
-            *out++ = dot<K>(w + rows.at(i) * m.columns, w + rows.at(i + 1) * m.columns, K::input(x), m.columns);
-        return;
+    const auto* data = static_cast<const typename K::Number*>(m.data);
+    for (int64_t i = rows.begin; i < rows.end; i += kTileRows) {
+        const typename K::Number* w[kTileRows];
+        for (int r = 0; r < kTileRows; ++r) w[r] = data + rows.at(i + r) * m.columns;
+        const bool more = i + (kTilesAhead + 1) * kTileRows <= rows.total;
+        const auto* ahead = more ? data + rows.at(i + kTilesAhead * kTileRows) * m.columns : nullptr;
+        for (int64_t t = 0, end; t < x.tokens; t = end, ahead = nullptr) {
+            end = t + kTileTokens < x.tokens ? t + kTileTokens : x.tokens;
+            float some[kTileTokens][kTileRows];
+            kTiles<K>[end - t](w, ahead, K::input(x) + t * x.stride, x.stride, m.columns, some);
+            for (int64_t j = t; j < end; ++j)
+                for (int r = 0; r < kTileRows && i + r < rows.end; ++r)
+                    out[j * kBlockRows + i + r - rows.begin] = some[j - t][r];
+        }
     }
-    for (int64_t begin = rows.begin; begin < rows.end; begin += kStripe) {
-        const int64_t end = begin + kStripe < rows.end ? begin + kStripe : rows.end;
-        int64_t t = 0;
-        for (; t + 8 <= x.tokens; t += 8) stripe<K, 2, 8>(m, rows, begin, end, x, t, out);
-        for (; t + 4 <= x.tokens; t += 4) stripe<K, 4, 4>(m, rows, begin, end, x, t, out);
-        for (; t + 2 <= x.tokens; t += 2) stripe<K, 4, 2>(m, rows, begin, end, x, t, out);
-        for (; t < x.tokens; ++t) stripe<K, 4, 1>(m, rows, begin, end, x, t, out);
-    }
+}
+
+// With more tokens than a tile has it pays to pack weights.
+void product_bf16(const TardisMatrix& m, const Rows& rows, const Input& x, float* out) {
+    if (x.tokens <= kTileTokens || rows.index) return product_dense<Bf16>(m, rows, x, out);
+    gemm_avx512(m, false, {rows.begin, rows.end}, {x.bf16, x.tokens, x.stride}, out, kBlockRows);
 }
 
 // Rows from all over a matrix that are read at once: the processor fetches each ahead as it would a single one.
@@ -653,8 +584,8 @@ uint64_t outside(const float* z, const float* low, const float* high, int64_t co
 }
 
 const Table kTable = {
-    product_dense<Bf16>, product_dense<F32>, product_low_bit, product_pairs<Bf16>, product_pairs<F32>,
-    add_dense<Bf16>,     add_dense<F32>,     add_low_bit,     widen,               outside,
+    product_bf16,    product_dense<F32>, product_low_bit, product_pairs<Bf16>, product_pairs<F32>, gemm_avx512,
+    add_dense<Bf16>, add_dense<F32>,     add_low_bit,     widen,               outside,
 };
 
 }  // namespace

@@ -34,12 +34,18 @@ inline __attribute__((always_inline)) void prefetch(const TardisVector& v, int64
     if (v.type != TARDIS_NONE) __builtin_prefetch(static_cast<const char*>(v.data) + i * size);
 }
 
-void store(const TardisBatch& batch, int64_t at, float value) {
-    if (batch.type == TARDIS_FP32) {
-        static_cast<float*>(batch.y)[at] = value;
-    } else {
-        static_cast<uint16_t*>(batch.y)[at] = to_bf16(value);
-    }
+// Outputs from number `at` on, in the type of the batch.
+void store(const TardisBatch& batch, int64_t at, const float* values, int64_t count) {
+    auto* f32 = static_cast<float*>(batch.y) + at;
+    auto* bf16 = static_cast<uint16_t*>(batch.y) + at;
+    if (batch.type == TARDIS_FP32) std::copy(values, values + count, f32);
+    else std::transform(values, values + count, bf16, to_bf16);
+}
+
+// The same with a bias added.
+void store(const TardisBatch& batch, int64_t at, float* values, const float* bias, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) values[i] += bias[i];
+    store(batch, at, values, count);
 }
 
 int64_t row_bytes(const TardisMatrix& m) {
@@ -269,7 +275,7 @@ private:
                 begin = layout->blocks[begin].column, end = last.column + last.columns;
             }
             for (int64_t t = 0; t < tokens_; ++t)
-                for (int64_t j = begin; j < end; ++j) store(batch_, t * d_ + j, y_[t * stride_ + j]);
+                store(batch_, t * d_ + begin, y_ + t * stride_ + begin, end - begin);
         });
     }
 
@@ -313,9 +319,26 @@ void linear(const TardisMatrix& weight, const TardisVector& bias, const TardisBa
         product_of(weight)(weight, {nullptr, begin, end, weight.rows}, x, out);
         const Widened b(bias, begin, end);
         for (int64_t t = 0; t < batch.tokens; ++t)
-            for (int64_t i = begin; i < end; ++i)
-                store(batch, t * weight.rows + i, out[t * kBlockRows + i - begin] + b.at[i - begin]);
+            store(batch, t * weight.rows + begin, out + t * kBlockRows, b.at, end - begin);
     });
+}
+
+// Rows of the weight are outputs, and a task reads some of them from end to end; transposed, it reads long pieces of all.
+void gemm(const TardisMatrix& weight, bool transposed, const TardisVector& bias, const TardisBatch& batch) {
+    const int64_t inputs = transposed ? weight.rows : weight.columns;
+    const int64_t outputs = transposed ? weight.columns : weight.rows, step = transposed ? kGemmOutputs : kBlockRows;
+    const auto* x = static_cast<const uint16_t*>(batch.x);
+    for (int64_t first = 0; first < batch.tokens; first += kGemmTokens) {
+        const Tokens tokens = {x + first * inputs, std::min(kGemmTokens, batch.tokens - first), inputs};
+        parallel(batch.threads, blocks(outputs, step), [&](int64_t task) {
+            const Range range = {task * step, std::min((task + 1) * step, outputs)};
+            float out[kGemmTokens * kGemmOutputs], b[kGemmOutputs];
+            kernels().gemm(weight, transposed, range, tokens, out, step);
+            kernels().widen(bias, range.begin, range.end - range.begin, b);
+            for (int64_t t = 0; t < tokens.count; ++t)
+                store(batch, (first + t) * outputs + range.begin, out + t * step, b, range.end - range.begin);
+        });
+    }
 }
 
 void fixed(const TardisFFN& ffn, const TardisBatch& batch) {

@@ -5,6 +5,7 @@
 namespace tardis {
 
 void linear(const TardisMatrix& weight, const TardisVector& bias, const TardisBatch& batch);
+void gemm(const TardisMatrix& weight, bool transposed, const TardisVector& bias, const TardisBatch& batch);
 void fixed(const TardisFFN& ffn, const TardisBatch& batch);
 void folded_ffn(const TardisFFN& ffn, const TardisBatch& batch);
 

@@ -62,13 +62,25 @@ using namespace tardis;
 
 extern "C" {
 
-int32_t tardis_abi() { return 3; }
+int32_t tardis_abi() { return 4; }
 
 void tardis_use_openmp(void* parallel) { use_openmp(reinterpret_cast<OpenMP>(parallel)); }
 
 int32_t tardis_linear(const TardisMatrix* weight, const TardisVector* bias, const TardisBatch* batch) {
     if (!sound(*weight) || !sound(*batch) || !fits(*weight, *batch)) return TARDIS_BAD_ARGUMENT;
     return guarded([&] { linear(*weight, *bias, *batch); });
+}
+
+int32_t tardis_has_gemm() { return kernels().gemm != nullptr; }
+
+int32_t tardis_gemm(
+    const TardisMatrix* weight, int32_t transposed, const TardisVector* bias, const TardisBatch* batch
+) {
+    const int64_t inputs = transposed ? weight->rows : weight->columns;
+    const bool bf16 = weight->type == TARDIS_BF16 && batch->type == TARDIS_BF16;
+    if (!tardis_has_gemm() || !sound(*weight) || !bf16 || inputs % 2 || !batch->x || !batch->y || batch->tokens < 1)
+        return TARDIS_BAD_ARGUMENT;
+    return guarded([&] { gemm(*weight, transposed, *bias, *batch); });
 }
 
 int32_t tardis_fixed(const TardisFFN* ffn, const TardisBatch* batch) {

@@ -59,6 +59,12 @@ void tardis_use_openmp(void* parallel);
 
 // y = x W^T + bias.
 int32_t tardis_linear(const TardisMatrix* weight, const TardisVector* bias, const TardisBatch* batch);
+// The same for any number of tokens, all in bf16, and for a weight that is [inputs, outputs] if `transposed`. The number of
+// inputs is even. TARDIS_BAD_ARGUMENT where the processor lacks what it needs, as `tardis_has_gemm` says.
+int32_t tardis_gemm(
+    const TardisMatrix* weight, int32_t transposed, const TardisVector* bias, const TardisBatch* batch
+);
+int32_t tardis_has_gemm();
 // y [tokens, h] uint8: 1 for the neurons whose prediction is not within [low, high], NaN included.
 int32_t tardis_fixed(const TardisFFN* ffn, const TardisBatch* batch);
 // y = x fold^T + bias + sum over fixed neurons of residual * W2 column; the first two where they are given.

@@ -71,6 +71,11 @@ inline Input of_token(const Input& x, int64_t t) {
     return one;
 }
 
+// Columns begin..end-1 of dense rows, or the blocks begin..end-1 of low-bit ones, or outputs.
+struct Range {
+    int64_t begin, end;
+};
+
 // Rows begin..end-1 of a list of `total`: those numbered index[i], or i itself.
 struct Rows {
     const int32_t* index;
@@ -83,6 +88,18 @@ struct Rows {
 
 // out[token * kBlockRows + i - begin] = row i . x, for at most kBlockRows rows.
 using Product = void (*)(const TardisMatrix&, const Rows&, const Input&, float* out);
+
+// Many tokens in bf16, [count, stride].
+struct Tokens {
+    const uint16_t* x;
+    int64_t count, stride;
+};
+
+constexpr int64_t kGemmTokens = 256, kGemmOutputs = 256;  // of a call, at most
+
+// Of bf16 weights, which are [outputs, inputs], or [inputs, outputs] if `transposed`:
+// out[token * stride + i - begin] = output i. An odd number of inputs wants a zero behind each token's.
+using Gemm = void (*)(const TardisMatrix&, bool transposed, Range outputs, const Tokens&, float* out, int64_t stride);
 
 // Pairs of a row and a token.
 struct Pairs {
@@ -100,11 +117,6 @@ struct Terms {
     int64_t count;
 };
 
-// Columns begin..end-1 of dense rows, or the blocks begin..end-1 of low-bit ones.
-struct Range {
-    int64_t begin, end;
-};
-
 // y[column] += terms, for the columns of a range.
 using Accumulate = void (*)(const TardisMatrix&, const Layout*, const Terms&, Range, float* y);
 
@@ -117,6 +129,7 @@ using Outside = uint64_t (*)(const float* z, const float* low, const float* high
 struct Table {
     Product bf16, f32, low_bit;
     PairProduct pairs_bf16, pairs_f32;
+    Gemm gemm;  // null where there is none
     Accumulate add_bf16, add_f32, add_low_bit;
     Widen widen;
     Outside outside;
@@ -133,12 +146,13 @@ static inline float from_bf16(uint16_t value) {
     return result;
 }
 
-// To the nearest, ties to even; NaN stays NaN.
+// To the nearest, ties to even; NaN stays NaN. Without branches, so that loops of it are vectorised.
 static inline uint16_t to_bf16(float value) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
-    return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+    const uint32_t nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, nan = (bits >> 16) | 0x40u;
+    const bool is_nan = static_cast<int32_t>(bits & 0x7fffffffu) > 0x7f800000;
+    return static_cast<uint16_t>(is_nan ? nan : nearest);
 }
 
 // The exponent is moved by a multiplication, which is exact, subnormal numbers included.

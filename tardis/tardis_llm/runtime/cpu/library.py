@@ -25,7 +25,7 @@ from ...folding.lowbit import PackedMatrix
 ISAS = ("portable", "avx2", "avx512")
 #: tokens of the largest batch
 MAX_TOKENS = 64
-_ABI = 3
+_ABI = 4
 _VARIABLE = "TARDIS_KERNELS"
 _SUFFIXES = {"win32": ".dll", "darwin": ".so"}
 _TYPES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
@@ -155,6 +155,15 @@ class Kernels:
         """y = x W^T + bias."""
         self._call("tardis_linear", weight, bias, batch)
 
+    @property
+    def has_gemm(self) -> bool:
+        """Whether the instruction set in use has what `gemm` needs."""
+        return bool(self._library.tardis_has_gemm())
+
+    def gemm(self, weight: Matrix, transposed: bool, bias: Vector, batch: Batch) -> None:
+        """y = x W^T + bias, or x W + bias if W is `transposed`, in bf16 for any number of tokens."""
+        self._call("tardis_gemm", weight, transposed, bias, batch)
+
     def fixed(self, ffn: FFN, batch: Batch) -> None:
         """y: a byte per token and neuron, 1 where the prediction leaves the neuron's range."""
         self._call("tardis_fixed", ffn, batch)
@@ -167,8 +176,9 @@ class Kernels:
         """Read a contiguous tensor with all of torch's threads and add up its 64-bit words."""
         return int(self._library.tardis_read(data.data_ptr(), data.nbytes // 8, torch.get_num_threads()))
 
-    def _call(self, name: str, *arguments: ctypes.Structure) -> None:
-        status = getattr(self._library, name)(*map(ctypes.byref, arguments))
+    def _call(self, name: str, *arguments: ctypes.Structure | bool) -> None:
+        given = (each if isinstance(each, bool) else ctypes.byref(each) for each in arguments)
+        status = getattr(self._library, name)(*given)
         if status:
             raise TardisError(f"the kernel {name} got {_ERRORS.get(status, 'an error')}; set {_VARIABLE}=off to go on.")
 
@@ -198,6 +208,13 @@ def kernels() -> Kernels | None:
 def available() -> bool:
     """Whether there are `kernels` to use; they may not come or go while the program runs."""
     return kernels() is not None
+
+
+@torch.compiler.assume_constant_result
+def has_gemm() -> bool:
+    """Whether there is `Kernels.gemm`."""
+    library = kernels()
+    return library is not None and library.has_gemm
 
 
 @functools.cache

@@ -1,0 +1,42 @@
+// What the kernels for processors with AVX-512 share.
+#pragma once
+#include "kernels.h"
+
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__GFNI__) && defined(__AVX512BW__)
+#define TARDIS_AVX512
+#include <immintrin.h>
+
+namespace tardis {
+
+// Of `avx512_gemm.cpp`; see `Gemm`.
+void gemm_avx512(const TardisMatrix& m, bool transposed, Range outputs, const Tokens& x, float* out, int64_t stride);
+
+namespace {
+
+#define TARDIS_INLINE __attribute__((always_inline))
+
+// GCC drops calls of a function that only prefetches, unless they are inlined from the start.
+inline TARDIS_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+inline __mmask16 first16(int64_t n) { return static_cast<__mmask16>(n >= 16 ? 0xffff : (1u << n) - 1); }
+inline __mmask64 first64(int64_t n) { return n >= 64 ? ~0ull : (1ull << n) - 1; }
+inline __mmask32 first32(int64_t n) { return n >= 32 ? 0xffffffffu : (1u << n) - 1; }
+
+// Loops over registers, which only stay in registers if their numbers are constants for the compiler from the start.
+template <int N>
+struct Constant {
+    constexpr operator int() const { return N; }
+};
+
+// body(0), ..., body(N - 1).
+template <int N, int k = 0, typename F>
+inline TARDIS_INLINE void each(const F& body) {
+    if constexpr (k < N) {
+        body(Constant<k>{});
+        each<N, k + 1>(body);
+    }
+}
+
+}  // namespace
+}  // namespace tardis
+#endif
