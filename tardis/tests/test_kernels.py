@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -479,6 +480,17 @@ def test_the_module_uses_the_kernels_where_they_can(calls: list[int]) -> None:
     half, half_dense = make(40, 96, Storage(48), torch.float16)
     FoldedFFN(half, "gelu")(x[:1].half(), half_dense)
     assert len(calls) == 6
+
+
+@needs_library
+@torch.no_grad()
+def test_a_module_that_moves_lets_go_of_what_it_leaves() -> None:
+    folded, dense = make(40, 96, Storage(48), torch.float32)
+    module, x = FoldedFFN(folded, "gelu"), correlated(3, 40)
+    module(x, dense)
+    left = weakref.ref(module._ready)
+    module.to(torch.float32)
+    assert left() is None
 
 
 @needs_library

@@ -103,55 +103,63 @@ void product_bf16(const TardisMatrix& m, const Rows& rows, const Input& x, float
     gemm_avx512(m, false, {rows.begin, rows.end}, {x.bf16, x.tokens, x.stride}, out, kBlockRows);
 }
 
-// Rows from all over a matrix that are read at once: the processor fetches each ahead as it would a single one.
-constexpr int kScattered = 8;
-
-template <typename K>
-using ScatteredRows = const typename K::Number* [kScattered];
+// Rows from all over a matrix that are multiplied side by side: the processor fetches each ahead as it would a single
+// one, once it has seen some lines of it, so that those of the next rows are asked for beforehand.
+constexpr int kPairsAtOnce = 6, kFirstLines = 4;
 
 template <typename K>
 void product_pairs(const TardisMatrix& m, const Pairs& pairs, const Input& x, float* out) {
-    const auto* data = static_cast<const typename K::Number*>(m.data);
-    for (int64_t i = 0; i < pairs.count; i += kScattered) {
-        ScatteredRows<K> w, in;
-        __m512 sum[kScattered] = {};
-        each<kScattered>([&](auto r) TARDIS_INLINE {
-            const int64_t at = i + r < pairs.count ? i + r : pairs.count - 1;
-            w[r] = data + pairs.row[at] * m.columns, in[r] = K::input(x) + pairs.token[at] * x.stride;
+    const auto last = [&](int64_t i) { return i < pairs.count ? i : pairs.count - 1; };
+    const auto row = [&](int64_t i) {
+        return static_cast<const typename K::Number*>(m.data) + pairs.row[last(i)] * m.columns;
+    };
+    for (int64_t i = 0; i < pairs.count; i += kPairsAtOnce) {
+        const typename K::Number *w[kPairsAtOnce], *in[kPairsAtOnce];
+        __m512 sum[kPairsAtOnce] = {};
+        each<kPairsAtOnce>([&](auto r) TARDIS_INLINE {
+            w[r] = row(i + r), in[r] = K::input(x) + pairs.token[last(i + r)] * x.stride;
+            const auto* next = row(i + kPairsAtOnce + r);
+            each<kFirstLines>([&](auto l) TARDIS_INLINE { prefetch(next + l * K::kWidth); });
         });
         int64_t k = 0;
         for (; k + K::kWidth <= m.columns; k += K::kWidth)
-            each<kScattered>([&](auto r) TARDIS_INLINE {
+            each<kPairsAtOnce>([&](auto r) TARDIS_INLINE {
                 sum[r] = K::add_product(sum[r], K::load(w[r] + k), K::load(in[r] + k));
             });
         if (k < m.columns)
-            each<kScattered>([&](auto r) TARDIS_INLINE {
+            each<kPairsAtOnce>([&](auto r) TARDIS_INLINE {
                 sum[r] = K::add_product(sum[r], K::load(w[r] + k, m.columns - k), K::load(in[r] + k));
             });
-        each<kScattered>([&](auto r) TARDIS_INLINE {
+        each<kPairsAtOnce>([&](auto r) TARDIS_INLINE {
             if (i + r < pairs.count) out[i + r] = _mm512_reduce_add_ps(sum[r]);
         });
     }
 }
 
+// Rows that are added together, so that sums are loaded and stored once for all of them.
+constexpr int kRowsAtOnce = 8;
+
+template <typename K>
+using RowsAtOnce = const typename K::Number* [kRowsAtOnce];
+
 // y += factor[0] w[0] + factor[1] w[1] + ... for n numbers.
 template <typename K>
 void add_rows(
-    float* y, const ScatteredRows<K>& w, const ScatteredRows<K>& ahead, const __m512* factor, int64_t n
+    float* y, const RowsAtOnce<K>& w, const RowsAtOnce<K>& ahead, const __m512* factor, int64_t n
 ) {
     int64_t k = 0;
     for (; k + K::kWidth <= n; k += K::kWidth) {
-        each<kScattered>([&](auto e) TARDIS_INLINE { prefetch(ahead[e] + k); });
+        each<kRowsAtOnce>([&](auto e) TARDIS_INLINE { prefetch(ahead[e] + k); });
         for (int64_t j = k; j < k + K::kWidth; j += 16) {
             __m512 sum = _mm512_loadu_ps(y + j);
-            each<kScattered>([&](auto e) TARDIS_INLINE { sum = _mm512_fmadd_ps(factor[e], K::widen(w[e] + j), sum); });
+            each<kRowsAtOnce>([&](auto e) TARDIS_INLINE { sum = _mm512_fmadd_ps(factor[e], K::widen(w[e] + j), sum); });
             _mm512_storeu_ps(y + j, sum);
         }
     }
     for (; k < n; k += 16) {
         const __mmask16 some = first16(n - k);
         __m512 sum = _mm512_maskz_loadu_ps(some, y + k);
-        each<kScattered>([&](auto e) TARDIS_INLINE { sum = _mm512_fmadd_ps(factor[e], K::widen(w[e] + k, some), sum); });
+        each<kRowsAtOnce>([&](auto e) TARDIS_INLINE { sum = _mm512_fmadd_ps(factor[e], K::widen(w[e] + k, some), sum); });
         _mm512_mask_storeu_ps(y + k, some, sum);
     }
 }
@@ -162,11 +170,11 @@ void add_dense(const TardisMatrix& m, const Layout*, const Terms& terms, Range r
         const int64_t i = terms.index[e < terms.count ? e : terms.count - 1];
         return static_cast<const typename K::Number*>(m.data) + i * m.columns + range.begin;
     };
-    for (int64_t first = 0; first < terms.count; first += kScattered) {
-        ScatteredRows<K> w, ahead;
-        __m512 factor[kScattered];
-        for (int64_t e = 0; e < kScattered; ++e) {
-            w[e] = row(first + e), ahead[e] = row(first + kScattered + e);
+    for (int64_t first = 0; first < terms.count; first += kRowsAtOnce) {
+        RowsAtOnce<K> w, ahead;
+        __m512 factor[kRowsAtOnce];
+        for (int64_t e = 0; e < kRowsAtOnce; ++e) {
+            w[e] = row(first + e), ahead[e] = row(first + kRowsAtOnce + e);
             factor[e] = _mm512_set1_ps(first + e < terms.count ? terms.r[first + e] : 0.0f);
         }
         add_rows<K>(y + range.begin, w, ahead, factor, range.end - range.begin);
