@@ -20,7 +20,7 @@ needs_gemm = pytest.mark.skipif(
 )
 #: tokens of tiles and blocks, and some more or fewer
 TOKENS = [1, 5, 6, 7, MAX_TOKENS + 1, 256, 263]
-#: (out, in): smaller than a register; divisible by nothing; more outputs than a task; more inputs than are packed at once
+#: (out, in): smaller than a register; divisible by nothing; more outputs than a task; more inputs than are packed
 SHAPES = [(3, 6), (37, 100), (300, 34), (70, 518)]
 
 
