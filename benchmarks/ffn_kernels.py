@@ -133,7 +133,7 @@ def variants(shape: Shape) -> list[Variant]:
 
 def read_bandwidth(kernels: Kernels, repeats: int = 7) -> float:
     """Bytes per second at which torch's threads read 512 MiB; the best of some tries."""
-    data = torch.ones(2**26, dtype=torch.int64)
+    data = contiguous_in_huge_pages(torch.ones(2**26, dtype=torch.int64))
     best = 0.0
     for _ in range(repeats):
         start = time.perf_counter()

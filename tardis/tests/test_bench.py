@@ -238,6 +238,13 @@ def test_a_model_of_ones_own_is_measured_too(tardis: Callable[..., Result], tiny
     assert figures["pays_up_to"] is not None
 
 
+def test_an_unknown_rival_is_refused_before_a_model_is_made(
+    tardis: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("tardis_llm.cli.bench.shaped_model", lambda *_: pytest.fail("a model was made"))
+    assert_refused(tardis("bench", "--shape", "falcon-7b", "--against", "dense,kernel"), "no variant 'kernel'")
+
+
 def test_a_checkpoint_is_measured_and_records_its_crossover(
     tardis: Callable[..., Result], fold: Callable[..., Result], tiny_dir: Path, tmp_path: Path
 ):

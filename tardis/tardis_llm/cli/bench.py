@@ -81,7 +81,7 @@ def bench(
     checkpoint = bool(model) and is_folded(Path(model))
     if record and not checkpoint:
         raise InvalidInputError("--record writes into a folded directory; give one as MODEL.")
-    kinds = [part.strip() for part in against.split(",") if part.strip()]
+    kinds = _kinds(against, checkpoint)
     if checkpoint:
         variants = _variants_of_checkpoint(model, kinds)
     else:
@@ -110,6 +110,15 @@ def bench(
     if paying:
         show.say(_verdict(paying, record))
     show.say(clock.sentence())
+
+
+def _kinds(against: str, checkpoint: bool) -> list[str]:
+    """The rivals asked for. One that is none is refused before a model is made; beside a checkpoint it may be a model."""
+    kinds = [part.strip() for part in against.split(",") if part.strip()]
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown and not checkpoint:
+        raise InvalidInputError(f"there is no variant {unknown[0]!r}; choose from {', '.join(KINDS)}.")
+    return kinds
 
 
 def _variants_of_dense(

@@ -96,14 +96,16 @@ int32_t tardis_folded_ffn(const TardisFFN* ffn, const TardisBatch* batch) {
 }
 
 uint64_t tardis_read(const uint64_t* data, int64_t words, int32_t threads) {
-    constexpr int64_t kBlock = 1 << 17;
+    constexpr int64_t kBlock = 1 << 17, kAhead = 2048;
     std::atomic<uint64_t> total{0};
     parallel(threads, (words + kBlock - 1) / kBlock, [&](int64_t number) {
         uint64_t sums[8] = {};
         const int64_t end = std::min(words, (number + 1) * kBlock);
         int64_t i = number * kBlock;
-        for (; i + 8 <= end; i += 8)
+        for (; i + 8 <= end; i += 8) {
+            __builtin_prefetch(data + i + kAhead);
             for (int j = 0; j < 8; ++j) sums[j] += data[i + j];
+        }
         for (; i < end; ++i) sums[0] += data[i];
         for (int j = 1; j < 8; ++j) sums[0] += sums[j];
         total.fetch_add(sums[0], std::memory_order_relaxed);
