@@ -48,8 +48,8 @@ trust the ratios, which are of neighbouring runs, before the shares of it."""
 MODELS = """Models with random weights of the published shapes, their folds random too, with ranges that 5 % of the
 neurons leave; `kernels` is the dense model with every linear layer through our own bf16 kernel. Two threads, all
 weights in huge pages. The int4 comparison is of 16 of the 32 layers, because both forms and the weights that they are
-made of do not fit 24 GiB together. The model in bf16 was measured with the kernels of commit 655ed1a, before those that
-the other figures on speed are of."""
+made of do not fit 24 GiB together. Both were measured with earlier kernels than one FFN: the model in bf16 with those
+of commit 655ed1a, the one in int4 with those of 0cebcc4."""
 
 HEAD = """# Results
 

@@ -113,7 +113,7 @@ def bench(
 
 
 def _kinds(against: str, checkpoint: bool) -> list[str]:
-    """The rivals asked for. One that is none is refused before a model is made; beside a checkpoint it may be a model."""
+    """The rivals asked for. What is none is refused before a model is made; beside a checkpoint it may be a model."""
     kinds = [part.strip() for part in against.split(",") if part.strip()]
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown and not checkpoint:
