@@ -55,5 +55,5 @@ def huge_bytes() -> int:
 def test_large_copies_lie_in_huge_pages():
     tensor, before = torch.randn(64 * MIB // 4), huge_bytes()
     copy = contiguous_in_huge_pages(tensor)
-    assert torch.equal(copy, tensor)
+    assert torch.equal(copy, tensor) and copy.data_ptr() % (2 * MIB) == 0
     assert huge_bytes() - before >= 32 * MIB

@@ -121,6 +121,14 @@ def test_what_the_kernels_do_not_take_goes_to_torch(calls: list[str]) -> None:
 
 
 @needs_gemm
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_operator_passes_the_checks_of_torch(transposed: bool) -> None:
+    weight = bf16(12, 10, seed=2) if transposed else bf16(10, 12, seed=2)
+    call = torch.ops.tardis.gemm.default, (bf16(8, 12, seed=1), weight, bf16(10, seed=3), transposed)
+    torch.library.opcheck(*call, test_utils=("test_schema", "test_faketensor"))
+
+
+@needs_gemm
 def test_what_gemm_would_misread_is_refused() -> None:
     x, weight, gemm = bf16(8, 12, seed=1), bf16(10, 12, seed=2), torch.ops.tardis.gemm
     for call in (
@@ -140,5 +148,7 @@ def test_without_avx512_torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> Non
     x, weight = bf16(80, 12, seed=1), bf16(10, 12, seed=2)
     with BUILT.using("portable"):
         assert not ops.multiplies(x, weight)
+        with torch.no_grad():
+            assert torch.equal(linear(x, weight, None), F.linear(x, weight))
         with pytest.raises(TardisError):
             torch.ops.tardis.gemm(x, weight, None, False)
