@@ -5,7 +5,8 @@
 Weights are random, and the ranges are set so that the wanted share of the neurons is fixed. Every round runs each
 variant once, so that what else the machine does falls on all of them; ratios are taken within rounds. Before each run
 the variant's weights are out of the caches where all of them together are larger than these, as in a whole model. All
-weights are in huge pages, as `tardis generate` has them.
+weights are in huge pages, as `tardis generate` has them. Our kernels, dense and folded, are called with arguments that
+are put together once, as folded layers of models and engines call them, without torch's dispatch.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from tardis_llm.folding.fold import FoldedWeights
 from tardis_llm.folding.lowbit import PackedMatrix, pack
 from tardis_llm.folding.stack import Fallback
 from tardis_llm.runtime import ops
-from tardis_llm.runtime.cpu.library import Kernels, open_library
+from tardis_llm.runtime.cpu.library import Batch, Kernels, Matrix, Vector, open_library
 
 _ACTIVATION = "gelu"
 _GROUP = 256
@@ -105,6 +106,18 @@ def fixed(x: Tensor, folded: FoldedWeights) -> Tensor:
     return out
 
 
+def prepared_linear(kernels: Kernels, weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """The product with a dense weight, by the kernels."""
+    matrix, bias = Matrix.of(weight), Vector.of(None)
+
+    def run(x: Tensor) -> Tensor:
+        y = x.new_empty(len(x), len(weight))
+        kernels.linear(matrix, bias, Batch.of(x, y, 16))
+        return y
+
+    return run
+
+
 def folded_variant(name: str, folded: FoldedWeights, dense: FFNWeights) -> Variant:
     """A folded FFN by the kernels."""
     fold = folded.weight
@@ -112,19 +125,20 @@ def folded_variant(name: str, folded: FoldedWeights, dense: FFNWeights) -> Varia
     neuron = (folded.fallback.nbytes if folded.fallback else dense.w1.nbytes + dense.w2.nbytes) / len(dense.w1)
     return Variant(
         name,
-        lambda x: ops.folded_ffn(x, folded, dense, _ACTIVATION),
+        ops.prepared(folded, dense, _ACTIVATION),
         lambda x: always + round(int(fixed(x, folded).any(0).sum()) * neuron),
     )
 
 
-def variants(shape: Shape) -> list[Variant]:
+def variants(kernels: Kernels, shape: Shape) -> list[Variant]:
     """Dense and folded FFNs of a shape; the first is what the others are compared with."""
     dense = FFNWeights(random_matrix(shape.h, shape.d), None, random_matrix(shape.h, shape.d).T, None)
-    down, act, linear = random_matrix(shape.d, shape.h), ACTIVATIONS[_ACTIVATION], torch.ops.tardis.bf16_linear
+    down, act = random_matrix(shape.d, shape.h), ACTIVATIONS[_ACTIVATION]
+    up_own, down_own = prepared_linear(kernels, dense.w1), prepared_linear(kernels, down)
     size = dense.w1.nbytes + down.nbytes
     predictor = random_packed(shape.h, shape.d, shape.bits)
     return [
-        Variant("dense, our bf16 kernel", lambda x: linear(act(linear(x, dense.w1, None)), down, None), lambda x: size),
+        Variant("dense, our bf16 kernel", lambda x: down_own(act(up_own(x))), lambda x: size),
         Variant("dense, F.linear", lambda x: F.linear(act(F.linear(x, dense.w1)), down), lambda x: size),
         folded_variant("folded, bf16", folded_weights(shape, predictor, False), dense),
         folded_variant("folded, int8 fold + int4 fallback", folded_weights(shape, predictor, True), dense),
@@ -216,7 +230,7 @@ def main() -> None:
     if kernels is None:
         raise SystemExit("the CPU kernels are not built; install a C++ compiler and reinstall tardis-llm.")
     torch.manual_seed(0)
-    todo = variants(Shape(args.d, args.h, args.bits, args.fix_rate))
+    todo = variants(kernels, Shape(args.d, args.h, args.bits, args.fix_rate))
     machine = {
         "cpu": processor(),
         "threads": torch.get_num_threads(),

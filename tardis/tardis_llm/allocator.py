@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-import sys
+import mmap
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of glibc's mallopt
 _MIB = 2**20
-_HUGE_PAGE, _MADV_HUGEPAGE = 2 * _MIB, 14
+_HUGE_PAGE = 2 * _MIB
 
 
 def keep_freed_memory() -> bool:
@@ -56,24 +56,20 @@ def contiguous_in_huge_pages(tensor: Tensor) -> Tensor:
     most to folded FFNs, whose fixing reads rows here and there. The copy begins with a page: processors fetch lines of
     memory in pairs, and pieces of rows that share none with their neighbours come up to 1.3 times as fast.
     """
-    advise = _advise()
-    if advise is None or not _gains(tensor):
+    if not _gains(tensor) or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty_like(tensor, memory_format=torch.contiguous_format).copy_(tensor)
-    raw = torch.empty(tensor.nbytes + _HUGE_PAGE, dtype=torch.uint8)
+    raw = _mapped(tensor.nbytes + _HUGE_PAGE)
     begin = -raw.data_ptr() % _HUGE_PAGE
-    advise(raw.data_ptr() + begin, tensor.nbytes, _MADV_HUGEPAGE)  # if refused, pages are small ones
     return raw[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def _mapped(size: int) -> Tensor:
+    """[size] bytes of their own: what malloc gives may be memory that was used before, in small pages."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a system without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _gains(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.nbytes >= 2 * _HUGE_PAGE
-
-
-@functools.cache
-def _advise() -> ctypes._NamedFuncPointer | None:
-    """`madvise` of Linux; None elsewhere."""
-    if not sys.platform.startswith("linux"):
-        return None
-    advise = ctypes.CDLL(None).madvise
-    advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return advise

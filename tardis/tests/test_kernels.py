@@ -333,6 +333,30 @@ def test_results_do_not_depend_on_the_number_of_threads(isa: str, storage: Stora
     assert all(torch.equal(y, results[0][0]) for group in results for y in group)
 
 
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+def test_what_a_token_gets_does_not_depend_on_its_batch(isa: str, storage: Storage) -> None:
+    folded, dense = make(72, 2900, storage, torch.float32)
+    x = correlated(5, 72)
+    fixed = predicted(x, folded, dense.b1, 8)
+    assert fixed.any(0).sum() > 1100 and len(set(fixed.sum(1).tolist())) == 5  # in more than one round, all unequal
+    alone = torch.cat([ops.folded_ffn(one, folded, dense, "gelu") for one in x.split(1)])
+    assert torch.equal(ops.folded_ffn(x, folded, dense, "gelu"), alone)
+
+
+def test_residuals_of_any_size_are_rounded_relative_to_their_neighbours(isa: str) -> None:
+    folded, dense = make(40, 150, Storage(48, 8, 4), torch.float32, ranges="all")
+    x = correlated(3, 40)
+    for size in (1e-4, 1e4):
+        fallback = folded.fallback
+        assert fallback is not None
+        down = replace(fallback.down, scale=(fallback.down.scale.float() * size).half())
+        scaled = replace(
+            folded, fallback=replace(fallback, down=down), slope=0 * folded.slope, offset=0 * folded.offset
+        )
+        y, bound = specified(x, scaled, dense, "gelu")
+        assert_within(ops.folded_ffn(x, scaled, dense, "gelu", 16), y, bound)
+
+
 @needs_library
 def test_calls_from_several_threads_at_once_do_not_disturb_each_other(threads: None) -> None:
     torch.set_num_threads(2)

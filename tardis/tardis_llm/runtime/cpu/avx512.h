@@ -8,7 +8,9 @@
 
 namespace tardis {
 
-// Of `avx512_gemm.cpp`; see `Gemm`.
+// Of `avx512_lowbit.cpp` and `avx512_gemm.cpp`; see `Product`, `Accumulate`, `Gemm`.
+void product_low_bit_avx512(const TardisMatrix& m, const Rows& rows, const Input& x, float* out);
+void add_low_bit_avx512(const TardisMatrix& m, const Layout* layout, const Terms& terms, Range range, float* y);
 void gemm_avx512(const TardisMatrix& m, bool transposed, Range outputs, const Tokens& x, float* out, int64_t stride);
 
 namespace {

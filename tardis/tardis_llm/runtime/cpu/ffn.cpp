@@ -18,6 +18,7 @@ namespace tardis {
 namespace {
 
 constexpr int64_t kAddEntries = 1024;  // of the list, that all tokens add before any adds the next
+constexpr int64_t kLine = 16;  // numbers in a line of memory, or half of them
 constexpr int64_t kSlice = 8;  // rows of the predictor between which rows of the fold are prefetched
 constexpr int64_t kFetched = 20480;  // bytes of the fold in a task that predicts
 constexpr int64_t kShared = 1 << 17;  // bytes; waking threads for less costs more than it brings
@@ -146,6 +147,8 @@ private:
     void predict(const Input& in, int64_t task, int64_t soon) {
         const int64_t begin = task * block_, end = std::min(begin + block_, h_);
         const Product product = product_of(ffn_.predictor);
+        for (const TardisVector* v : {&ffn_.b1, &ffn_.low, &ffn_.high})
+            for (int64_t i = begin; i < end; i += kLine) prefetch(*v, i);
         float zhat[kMaxTokens * kBlockRows];
         const int64_t slice = ffn_.fold.type == TARDIS_NONE ? kBlockRows : kSlice;
         for (int64_t i = begin; i < end; i += slice) {
@@ -199,11 +202,11 @@ private:
         fixed_.count = to;
     }
 
-    // Entries of the list and tokens that fix them, of one task.
+    // Entries of the list and the tokens that fix them.
     struct FixedPairs {
-        int32_t entry[kBlockRows * kMaxTokens], row[kBlockRows * kMaxTokens], token[kBlockRows * kMaxTokens];
-        float z[kBlockRows * kMaxTokens];
-        int64_t count = 0;
+        int32_t *entry, *row, *token;
+        float* z;
+        int64_t count;
         void add(int64_t e, int32_t neuron, int64_t t) {
             entry[count] = static_cast<int32_t>(e), row[count] = neuron;
             token[count++] = static_cast<int32_t>(t);
@@ -215,35 +218,52 @@ private:
     void residuals() {
         const int64_t bytes = ffn_.up.type == TARDIS_NONE ? 0 : row_bytes(ffn_.up);
         const Input& in = bytes ? inputs_.for_matrix(ffn_.up, batch_.activation_bits) : x_;
+        const bool low_bit = ffn_.up.type == TARDIS_LOW_BIT;
+        const FixedPairs pairs = low_bit ? pairs_by_token() : pairs_by_row();
         const int threads = threads_for(fixed_.count * bytes, batch_.threads);
-        const int64_t block = block_rows(fixed_.count, threads);
-        parallel(threads, blocks(fixed_.count, block), [&](int64_t task) {
-            const int64_t begin = task * block, end = std::min(begin + block, fixed_.count);
-            FixedPairs pairs;
-            if (ffn_.up.type == TARDIS_LOW_BIT) multiply_by_token(in, begin, end, pairs);
-            else multiply_by_row(in, begin, end, pairs);
-            for (int64_t i = 0; i < pairs.count; ++i) residual(pairs.entry[i], pairs.token[i], bytes ? pairs.z[i] : 0);
+        const int64_t block = block_rows(pairs.count, threads);
+        parallel(threads, blocks(pairs.count, block), [&](int64_t task) {
+            const int64_t begin = task * block, end = std::min(begin + block, pairs.count);
+            if (low_bit) multiply_rows(in, pairs, begin, end);
+            else if (bytes) pair_product_of(ffn_.up)(ffn_.up, {pairs.row, pairs.token, begin, end, pairs.count}, in, pairs.z + begin);
+            for (int64_t i = begin; i < end; ++i) residual(pairs.entry[i], pairs.token[i], bytes ? pairs.z[i] : 0);
         });
     }
 
     // Row by row, so that each is read from memory once.
-    void multiply_by_row(const Input& in, int64_t begin, int64_t end, FixedPairs& pairs) {
-        for (int64_t e = begin; e < end; ++e)
+    FixedPairs pairs_by_row() {
+        FixedPairs pairs = no_pairs();
+        for (int64_t e = 0; e < fixed_.count; ++e)
             for (uint64_t left = fixed_.tokens[e]; left; left &= left - 1)
                 pairs.add(e, fixed_.index[e], __builtin_ctzll(left));
-        if (ffn_.up.type == TARDIS_NONE) return;
-        pair_product_of(ffn_.up)(ffn_.up, {pairs.row, pairs.token, pairs.count}, in, pairs.z);
+        return pairs;
     }
 
-    // Token by token: these products take some rows and one token.
-    void multiply_by_token(const Input& in, int64_t begin, int64_t end, FixedPairs& pairs) {
-        const Product product = product_of(ffn_.up);
-        for (int64_t t = 0; t < tokens_; ++t) {
-            const int64_t first = pairs.count;
-            for (int64_t e = begin; e < end; ++e)
+    // Token by token: products with low-bit rows take some of these and one token.
+    FixedPairs pairs_by_token() {
+        FixedPairs pairs = no_pairs();
+        for (int64_t t = 0; t < tokens_; ++t)
+            for (int64_t e = 0; e < fixed_.count; ++e)
                 if (fixes(e, t)) pairs.add(e, fixed_.index[e], t);
-            const int64_t count = pairs.count - first;
-            if (count) product(ffn_.up, {pairs.row + first, 0, count, count}, of_token(in, t), pairs.z + first);
+        return pairs;
+    }
+
+    // With room for those that are fixed.
+    FixedPairs no_pairs() const {
+        static thread_local Scratch<int32_t> numbers;
+        static thread_local Scratch<float> z;
+        int64_t count = 0;
+        for (int64_t e = 0; e < fixed_.count; ++e) count += __builtin_popcountll(fixed_.tokens[e]);
+        int32_t* at = numbers.get(3 * count);
+        return {at, at + count, at + 2 * count, z.get(count), 0};
+    }
+
+    // Pairs begin..end-1, those of a token together.
+    void multiply_rows(const Input& in, const FixedPairs& pairs, int64_t begin, int64_t end) {
+        for (int64_t i = begin, next; i < end; i = next) {
+            const int32_t t = pairs.token[i];
+            for (next = i + 1; next < end && pairs.token[next] == t;) ++next;
+            product_of(ffn_.up)(ffn_.up, {pairs.row, i, next, pairs.count}, of_token(in, t), pairs.z + i);
         }
     }
 
@@ -267,8 +287,9 @@ private:
         const int64_t step = blocks(blocks(width, threads), unit) * unit;  // one task each: long runs of a row are fast
         parallel(threads, blocks(width, step), [&](int64_t task) {
             const Range range = {task * step, std::min((task + 1) * step, width)};
+            int64_t done[kMaxTokens] = {};
             for (int64_t e = 0; e < fixed_.count; e += kAddEntries)
-                add_entries(layout, e, std::min(e + kAddEntries, fixed_.count), range);
+                add_entries(layout, std::min(e + kAddEntries, fixed_.count), done, range);
             int64_t begin = range.begin, end = range.end;
             if (low_bit) {
                 const Block& last = layout->blocks[end - 1];
@@ -279,18 +300,22 @@ private:
         });
     }
 
-    void add_entries(const Layout* layout, int64_t begin, int64_t end, Range range) {
+    // Of each token a multiple of what kernels round together, but at the end of the list, so that what it gets does not
+    // depend on the others in its batch. done: how far each token is.
+    void add_entries(const Layout* layout, int64_t end, int64_t* done, Range range) {
         const Accumulate accumulate = accumulate_of(ffn_.down);
         for (int64_t t = 0; t < tokens_; ++t) {
-            int32_t index[kAddEntries];
-            float r[kAddEntries];
+            int32_t index[kAddEntries + kTermsTogether], entry[kAddEntries + kTermsTogether];
+            float r[kAddEntries + kTermsTogether];
             int64_t count = 0;
-            for (int64_t e = begin; e < end; ++e) {
-                index[count] = fixed_.index[e];
+            for (int64_t e = done[t]; e < end; ++e) {
+                entry[count] = static_cast<int32_t>(e), index[count] = fixed_.index[e];
                 r[count] = fixed_.z[e * tokens_ + t];
                 count += fixes(e, t);  // not a branch, which would go wrong for every neuron that is fixed
             }
-            if (count) accumulate(ffn_.down, layout, {index, r, count}, range, y_ + t * stride_);
+            const int64_t kept = end < fixed_.count ? count % kTermsTogether : 0;
+            done[t] = kept ? entry[count - kept] : end;
+            if (count > kept) accumulate(ffn_.down, layout, {index, r, count - kept}, range, y_ + t * stride_);
         }
     }
 

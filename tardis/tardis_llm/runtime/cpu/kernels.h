@@ -101,14 +101,16 @@ constexpr int64_t kGemmTokens = 256, kGemmOutputs = 256;  // of a call, at most
 // out[token * stride + i - begin] = output i. An odd number of inputs wants a zero behind each token's.
 using Gemm = void (*)(const TardisMatrix&, bool transposed, Range outputs, const Tokens&, float* out, int64_t stride);
 
-// Pairs of a row and a token.
+// Pairs begin..end-1 of a row and a token, of a list of `total`.
 struct Pairs {
     const int32_t *row, *token;
-    int64_t count;
+    int64_t begin, end, total;
 };
 
-// out[i] = row row[i] . token token[i]. No pair's product depends on the others.
+// out[i - begin] = row row[i] . token token[i]. No pair's product depends on the others.
 using PairProduct = void (*)(const TardisMatrix&, const Pairs&, const Input&, float* out);
+
+constexpr int64_t kTermsTogether = 8;  // which may share their rounding, counted from the first on
 
 // What is added to one token's outputs: sum over e of r[e] * row index[e].
 struct Terms {
