@@ -134,49 +134,54 @@ void product_pairs(const TardisMatrix& m, const Pairs& pairs, const Input& x, fl
     }
 }
 
-// Rows that are added together, so that sums are loaded and stored once for all of them.
-constexpr int kRowsAtOnce = kTermsTogether;
-
-template <typename K>
-using RowsAtOnce = const typename K::Number* [kRowsAtOnce];
-
-// y += factor[0] w[0] + factor[1] w[1] + ... for n numbers.
-template <typename K>
+// y += factor[0] w[0] + factor[1] w[1] + ... for n numbers of N rows: sums are loaded and stored once for all of them.
+template <typename K, int N>
 void add_rows(
-    float* y, const RowsAtOnce<K>& w, const RowsAtOnce<K>& ahead, const __m512* factor, int64_t n
+    float* y, const typename K::Number* const (&w)[N], const typename K::Number* const (&ahead)[N],
+    const __m512 (&factor)[N], int64_t n
 ) {
     int64_t k = 0;
     for (; k + K::kWidth <= n; k += K::kWidth) {
-        each<kRowsAtOnce>([&](auto e) TARDIS_INLINE { prefetch(ahead[e] + k); });
+        each<N>([&](auto e) TARDIS_INLINE { prefetch(ahead[e] + k); });
         for (int64_t j = k; j < k + K::kWidth; j += 16) {
             __m512 sum = _mm512_loadu_ps(y + j);
-            each<kRowsAtOnce>([&](auto e) TARDIS_INLINE { sum = _mm512_fmadd_ps(factor[e], K::widen(w[e] + j), sum); });
+            each<N>([&](auto e) TARDIS_INLINE { sum = _mm512_fmadd_ps(factor[e], K::widen(w[e] + j), sum); });
             _mm512_storeu_ps(y + j, sum);
         }
     }
     for (; k < n; k += 16) {
         const __mmask16 some = first16(n - k);
         __m512 sum = _mm512_maskz_loadu_ps(some, y + k);
-        each<kRowsAtOnce>([&](auto e) TARDIS_INLINE { sum = _mm512_fmadd_ps(factor[e], K::widen(w[e] + k, some), sum); });
+        each<N>([&](auto e) TARDIS_INLINE { sum = _mm512_fmadd_ps(factor[e], K::widen(w[e] + k, some), sum); });
         _mm512_mask_storeu_ps(y + k, some, sum);
     }
 }
 
-template <typename K>
-void add_dense(const TardisMatrix& m, const Layout*, const Terms& terms, Range range, float* y) {
+template <typename K, int N>
+void add_together(const TardisMatrix& m, const Terms& terms, Range range, float* y) {
     const auto row = [&](int64_t e) {
         const int64_t i = terms.index[e < terms.count ? e : terms.count - 1];
         return static_cast<const typename K::Number*>(m.data) + i * m.columns + range.begin;
     };
-    for (int64_t first = 0; first < terms.count; first += kRowsAtOnce) {
-        RowsAtOnce<K> w, ahead;
-        __m512 factor[kRowsAtOnce];
-        for (int64_t e = 0; e < kRowsAtOnce; ++e) {
-            w[e] = row(first + e), ahead[e] = row(first + kRowsAtOnce + e);
+    for (int64_t first = 0; first < terms.count; first += N) {
+        const typename K::Number *w[N], *ahead[N];
+        __m512 factor[N];
+        for (int64_t e = 0; e < N; ++e) {
+            w[e] = row(first + e), ahead[e] = row(first + N + e);
             factor[e] = _mm512_set1_ps(first + e < terms.count ? terms.r[first + e] : 0.0f);
         }
-        add_rows<K>(y + range.begin, w, ahead, factor, range.end - range.begin);
+        add_rows<K, N>(y + range.begin, w, ahead, factor, range.end - range.begin);
     }
+}
+
+constexpr int64_t kPage = 4096;  // bytes, between which lines of memory get the same few places in the first cache
+
+// Many rows that begin with a page would drive each other out of that cache.
+template <typename K>
+void add_dense(const TardisMatrix& m, const Layout*, const Terms& terms, Range range, float* y) {
+    const bool pages = m.columns * sizeof(typename K::Number) % kPage == 0;
+    if (pages) add_together<K, kTermsTogether / 2>(m, terms, range, y);
+    else add_together<K, kTermsTogether>(m, terms, range, y);
 }
 
 void widen(const TardisVector& v, int64_t begin, int64_t count, float* out) {
