@@ -43,8 +43,8 @@ quotient of the MB read is 4.2 in bf16 and 7.3 stacked. The targets of 4 times a
 nearly every byte at the dense kernel's pace, and rows of fixed neurons come from all over a matrix, at four fifths of
 it, while low-bit rows take arithmetic to unpack. At batch 8 the tokens together fix a third of the neurons, and what a
 token costs in arithmetic no longer hides behind the bytes. All kernels are called with arguments that are put together
-once, as folded layers call them. The machine is shared, and its read bandwidth is measured once per run: trust the ratios,
-which are of neighbouring runs, before the shares of it."""
+once, as folded layers call them. The machine is shared, and its read bandwidth is measured once per run: trust the
+ratios, which are of neighbouring runs, before the shares of it."""
 
 MODELS = """Models with random weights of the published shapes, their folds random too, with ranges that 5 % of the
 neurons leave; `kernels` is the dense model with every linear layer through our own bf16 kernel. Two threads, all
