@@ -47,7 +47,7 @@ once, as folded layers call them. The machine is shared, and its read bandwidth 
 ratios, which are of neighbouring runs, before the shares of it."""
 
 PACKED = """These were measured before fixing multiplied codes with residuals that are rounded to 16 bits. With it,
-32,768 tokens gave 1.00031, 1.00013 and 1.00034 times the simulated perplexity at 17 %, 12.5 % and 8.5 % of the bytes."""
+32,768 tokens gave 1.00031, 1.00013 and 1.00034 times the simulated perplexity at 17, 12.5 and 8.5 % of the bytes."""
 
 MODELS = """Models with random weights of the published shapes, their folds random too, with ranges that 5 % of the
 neurons leave; `kernels` is the dense model with every linear layer through our own bf16 kernel. Two threads, all
