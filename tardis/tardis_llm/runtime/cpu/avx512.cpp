@@ -206,8 +206,9 @@ uint64_t outside(const float* z, const float* low, const float* high, int64_t co
 }
 
 const Table kTable = {
-    product_bf16,    product_dense<F32>, product_low_bit_avx512, product_pairs<Bf16>, product_pairs<F32>, gemm_avx512,
-    add_dense<Bf16>, add_dense<F32>,     add_low_bit_avx512,     widen,               outside,
+    product_bf16,    product_dense<F32>, product_low_bit_avx512, product_pairs<Bf16>, product_pairs<F32>,
+    gemm_avx512,     add_dense<Bf16>,    add_dense<F32>,         add_low_bit_avx512,  widen,
+    outside,
 };
 
 }  // namespace

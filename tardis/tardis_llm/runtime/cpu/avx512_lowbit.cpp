@@ -334,7 +334,8 @@ struct Factors {
 
 using Stored = uint8_t[kTogether][8][64];
 
-// Four rows' codes side by side: vector i has those of columns 16 * l + 4 * i and three following in its 128 bits number l.
+// Four rows' codes side by side: vector i has, in its 128 bits number l, those of columns 16 * l + 4 * i and three
+// following.
 inline TARDIS_INLINE void interleave(const __m512i (&row)[4], __m512i (&four)[4]) {
     const __m512i low[] = {_mm512_unpacklo_epi8(row[0], row[1]), _mm512_unpacklo_epi8(row[2], row[3])};
     const __m512i high[] = {_mm512_unpackhi_epi8(row[0], row[1]), _mm512_unpackhi_epi8(row[2], row[3])};
@@ -379,9 +380,10 @@ inline TARDIS_INLINE void add_piece(float* y, const Piece& piece, const Stored& 
     const __m512 unit = _mm512_set1_ps(factors.unit[piece.group]);
     float* to = y + piece.column - piece.first;
     in_order(sum, [&](auto i, __m512 of) TARDIS_INLINE {
+        float* at = to + 16 * i;
         const auto here = static_cast<__mmask16>(some >> 16 * i);
-        if constexpr (whole) _mm512_storeu_ps(to + 16 * i, _mm512_fmadd_ps(unit, of, _mm512_loadu_ps(to + 16 * i)));
-        else _mm512_mask_storeu_ps(to + 16 * i, here, _mm512_fmadd_ps(unit, of, _mm512_maskz_loadu_ps(here, to + 16 * i)));
+        if constexpr (whole) _mm512_storeu_ps(at, _mm512_fmadd_ps(unit, of, _mm512_loadu_ps(at)));
+        else _mm512_mask_storeu_ps(at, here, _mm512_fmadd_ps(unit, of, _mm512_maskz_loadu_ps(here, at)));
     });
 }
 

@@ -18,7 +18,6 @@ namespace tardis {
 namespace {
 
 constexpr int64_t kAddEntries = 1024;  // of the list, that all tokens add before any adds the next
-constexpr int64_t kLine = 16;  // numbers in a line of memory, or half of them
 constexpr int64_t kSlice = 8;  // rows of the predictor between which rows of the fold are prefetched
 constexpr int64_t kFetched = 20480;  // bytes of the fold in a task that predicts
 constexpr int64_t kShared = 1 << 17;  // bytes; waking threads for less costs more than it brings
@@ -147,8 +146,6 @@ private:
     void predict(const Input& in, int64_t task, int64_t soon) {
         const int64_t begin = task * block_, end = std::min(begin + block_, h_);
         const Product product = product_of(ffn_.predictor);
-        for (const TardisVector* v : {&ffn_.b1, &ffn_.low, &ffn_.high})
-            for (int64_t i = begin; i < end; i += kLine) prefetch(*v, i);
         float zhat[kMaxTokens * kBlockRows];
         const int64_t slice = ffn_.fold.type == TARDIS_NONE ? kBlockRows : kSlice;
         for (int64_t i = begin; i < end; i += slice) {
@@ -224,8 +221,9 @@ private:
         const int64_t block = block_rows(pairs.count, threads);
         parallel(threads, blocks(pairs.count, block), [&](int64_t task) {
             const int64_t begin = task * block, end = std::min(begin + block, pairs.count);
+            const Pairs some = {pairs.row, pairs.token, begin, end, pairs.count};
             if (low_bit) multiply_rows(in, pairs, begin, end);
-            else if (bytes) pair_product_of(ffn_.up)(ffn_.up, {pairs.row, pairs.token, begin, end, pairs.count}, in, pairs.z + begin);
+            else if (bytes) pair_product_of(ffn_.up)(ffn_.up, some, in, pairs.z + begin);
             for (int64_t i = begin; i < end; ++i) residual(pairs.entry[i], pairs.token[i], bytes ? pairs.z[i] : 0);
         });
     }
