@@ -20,6 +20,34 @@ namespace {
 // GCC drops calls of a function that only prefetches, unless they are inlined from the start.
 inline TARDIS_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
+// What is left of a `Fetch` that is spread over some steps.
+class Fetching {
+public:
+    Fetching(const Fetch* fetch, int64_t steps) {
+        if (!fetch || !fetch->count) return;
+        piece_ = fetch->pieces, last_ = piece_ + fetch->count - 1, at_ = piece_->begin, left_ = piece_->lines;
+        pace_ = (fetch->lines() + steps - 1) / steps;
+    }
+
+    TARDIS_INLINE void step() {
+        for (int64_t n = pace_; n > 0; --n) {
+            _mm_prefetch(at_, _MM_HINT_T1);
+            at_ += 64;
+            if (--left_ == 0) next();
+        }
+    }
+
+private:
+    TARDIS_INLINE void next() {
+        if (piece_ == last_) return static_cast<void>(pace_ = 0);
+        ++piece_, at_ = piece_->begin, left_ = piece_->lines;
+    }
+
+    const Fetch::Piece *piece_ = nullptr, *last_ = nullptr;
+    const char* at_ = nullptr;
+    int64_t left_ = 0, pace_ = 0;
+};
+
 inline __mmask16 first16(int64_t n) { return static_cast<__mmask16>(n >= 16 ? 0xffff : (1u << n) - 1); }
 inline __mmask64 first64(int64_t n) { return n >= 64 ? ~0ull : (1ull << n) - 1; }
 inline __mmask32 first32(int64_t n) { return n >= 32 ? 0xffffffffu : (1u << n) - 1; }

@@ -20,9 +20,9 @@ constexpr int64_t kLine = 64;
 using Panel = uint16_t[kDepth / 2][2 * kPanel];
 
 // Pieces of memory that are fetched in as many steps of something else.
-class Fetch {
+class Upcoming {
 public:
-    Fetch(const void* begin, int64_t pieces, int64_t bytes, int64_t stride, int64_t steps)
+    Upcoming(const void* begin, int64_t pieces, int64_t bytes, int64_t stride, int64_t steps)
         : at_(static_cast<const char*>(begin)), left_(pieces * bytes / kLine), bytes_(bytes), stride_(stride) {
         while (pace_ < 8 && pace_ * steps < left_) pace_ *= 2;
     }
@@ -143,7 +143,7 @@ struct Weights {
     }
 
     // Of all its weights.
-    Fetch fetch(int64_t steps) const {
+    Upcoming fetch(int64_t steps) const {
         const int64_t stride = 2 * m.columns;
         if (transposed) return {row(inputs.begin) + outputs.begin, depth(), 2 * width(), stride, steps};
         return {row(outputs.begin) + inputs.begin, width(), 2 * depth(), stride, steps};
@@ -157,7 +157,7 @@ struct Weights {
 
 // Adds the products of some pairs of inputs to the sums of T tokens and a panel's outputs, which begin at zero.
 template <int T, int lines>
-void tile(const Panel& panel, const Tokens& x, int64_t pairs, bool begin, float* out, int64_t stride, Fetch& next) {
+void tile(const Panel& panel, const Tokens& x, int64_t pairs, bool begin, float* out, int64_t stride, Upcoming& next) {
     __m512 sum[T][kVectors];
     const auto all = [&](const auto& body) TARDIS_INLINE {
         each<T>([&](auto t) TARDIS_INLINE { each<kVectors>([&](auto v) TARDIS_INLINE { body(t, v); }); });
@@ -165,7 +165,7 @@ void tile(const Panel& panel, const Tokens& x, int64_t pairs, bool begin, float*
     all([&](auto t, auto v) TARDIS_INLINE {
         sum[t][v] = begin ? _mm512_setzero_ps() : _mm512_loadu_ps(out + t * stride + 16 * v);
     });
-    Fetch fetch = next;  // its numbers stay in registers
+    Upcoming fetch = next;  // its numbers stay in registers
     for (int64_t p = 0; p < pairs; ++p) {
         if constexpr (lines > 0) fetch.template step<lines>();
         __m512i weights[kVectors], inputs[T];
@@ -215,7 +215,7 @@ void gemm_avx512(const TardisMatrix& m, bool transposed, Range outputs, const To
         const Weights then = {m, transposed, last ? behind : outputs, from(last ? 0 : k + kDepth, kDepth, all)};
         now.pack(panels);
         const int64_t pairs = (now.depth() + 1) / 2, width = now.width();
-        Fetch next = then.fetch(groups * pairs * ((width + kPanel - 1) / kPanel));
+        Upcoming next = then.fetch(groups * pairs * ((width + kPanel - 1) / kPanel));
         for (int64_t i = 0; i < width; i += kPanel) {
             for (int64_t g = 0; g < groups; ++g) {
                 const int64_t t = g * x.count / groups, end = (g + 1) * x.count / groups;

@@ -18,8 +18,9 @@ namespace tardis {
 namespace {
 
 constexpr int64_t kAddEntries = 1024;  // of the list, that all tokens add before any adds the next
-constexpr int64_t kSlice = 8;  // rows of the predictor between which rows of the fold are prefetched
-constexpr int64_t kFetched = 20480;  // bytes of the fold in a task that predicts
+constexpr int64_t kMaxFound = kMaxTokens * kBlockRows * 3 / 2;  // pairs of rows and tokens that wait for their products
+constexpr int64_t kAheadTokens = 8;  // from which on memory has time for rows of W1 while others are predicted
+constexpr int64_t kReady = 1 << 18;  // bytes of such rows that are multiplied together
 constexpr int64_t kShared = 1 << 17;  // bytes; waking threads for less costs more than it brings
 
 // Some numbers of a vector, in fp32.
@@ -103,7 +104,12 @@ class Folded {
 public:
     Folded(const TardisFFN& ffn, const TardisBatch& batch)
         : ffn_(ffn), batch_(batch), tokens_(batch.tokens), h_(ffn.predictor.rows), d_(ffn.predictor.columns),
-          inputs_(batch, d_), x_(inputs_.for_matrix(ffn.predictor, selecting_bits())), stride_(x_.stride) {
+          inputs_(batch, d_), x_(inputs_.for_matrix(ffn.predictor, selecting_bits())), stride_(x_.stride),
+          fold_x_(inputs_.for_matrix(ffn.fold, batch.activation_bits)),
+          up_x_(inputs_.for_matrix(ffn.up, batch.activation_bits)),
+          down_layout_(ffn.down.type == TARDIS_LOW_BIT ? &inputs_.layout_of(ffn.down) : nullptr),
+          threads_(threads_for(h_ * row_bytes(ffn.predictor) + d_ * row_bytes(ffn.fold), batch.threads)),
+          block_(block_rows(h_, threads_)), fold_block_(block_rows(d_, threads_)) {
         static thread_local Scratch<int32_t> index, counts;
         static thread_local Scratch<uint64_t> tokens;
         static thread_local Scratch<float> z, y;
@@ -113,45 +119,92 @@ public:
     }
 
     void run() {
-        predict_and_fold();
-        compact();
-        residuals();
-        add();
+        const int64_t width = down_layout_ ? down_layout_->block_count : d_;
+        const int64_t unit = down_layout_ ? 1 : 64;  // a line of memory or two, so that no two threads read the same one
+        const int64_t step = blocks(blocks(width, threads_), unit) * unit;  // one task each: long runs of a row are fast
+        Tasks first(blocks(h_, block_) + blocks(d_, fold_block_)), second(blocks(width, step));
+        Gate joined;
+        auto work = [&] {
+            Worker worker(*this);
+            const int64_t own = first.run([&](int64_t task) { worker.run(task); });
+            worker.finish();
+            if (first.finish(own)) join_lists(), joined.open();
+            joined.wait();
+            second.run([&](int64_t task) { add({task * step, std::min((task + 1) * step, width)}); });
+        };
+        on_threads(threads_, work);
     }
 
 private:
     // Of the inputs where they meet the predictor: 8 will do for what only selects, as it is of few bits itself.
     int32_t selecting_bits() const { return ffn_.down.type == TARDIS_LOW_BIT ? batch_.activation_bits : 8; }
 
-    // A task lists what its rows fix where the list of all rows would be.
-    void predict_and_fold() {
-        const Input &in = x_, &fold_in = inputs_.for_matrix(ffn_.fold, batch_.activation_bits);
-        const int64_t bytes = h_ * row_bytes(ffn_.predictor) + d_ * row_bytes(ffn_.fold);
-        const int threads = threads_for(bytes, batch_.threads);
-        block_ = block_rows(h_, threads);
-        const int64_t fold_block = block_rows(d_, threads), folding = blocks(d_, fold_block);
-        const int64_t all = blocks(h_, block_) + folding;
-        // Evenly mixed: predicting is bound by arithmetic and folding by memory, so that threads do both at once.
-        parallel(threads, all, [&](int64_t task) {
-            const int64_t before = task * folding / all;
-            if ((task + 1) * folding / all == before) {
-                const int64_t since = task - (before * all + folding - 1) / folding;  // the last fold task
-                return predict(in, task - before, before * fold_block * row_bytes(ffn_.fold) + since * kFetched);
-            }
-            fold(fold_in, before * fold_block, std::min((before + 1) * fold_block, d_));
-        });
-    }
+    // Pairs of an entry of the list and a token that fixes it.
+    struct Found {
+        int32_t row[kMaxFound], token[kMaxFound], entry[kMaxFound];
+        int64_t count = 0;
+        void add(int32_t r, int32_t t, int32_t e) { row[count] = r, token[count] = t, entry[count++] = e; }
+    };
 
-    // Memory has time for bytes `soon` and following of the fold meanwhile.
-    void predict(const Input& in, int64_t task, int64_t soon) {
-        const int64_t begin = task * block_, end = std::min(begin + block_, h_);
-        const Product product = product_of(ffn_.predictor);
-        float zhat[kMaxTokens * kBlockRows];
-        const int64_t slice = ffn_.fold.type == TARDIS_NONE ? kBlockRows : kSlice;
-        for (int64_t i = begin; i < end; i += slice) {
-            product(ffn_.predictor, {nullptr, i, std::min(i + slice, end), h_}, in, zhat + i - begin);
-            prefetch_fold(soon + (i - begin) * kFetched / kBlockRows, slice * kFetched / kBlockRows);
+    // A thread's part of the first pass.
+    class Worker {
+    public:
+        explicit Worker(Folded& ffn) : ffn_(ffn), ahead_(ffn.tokens_ >= kAheadTokens && ffn.up_bytes() > 0) {}
+
+        // Evenly mixed: predicting is bound by arithmetic and folding by memory, so that threads do both at once.
+        void run(int64_t task) {
+            const int64_t folding = blocks(ffn_.d_, ffn_.fold_block_), all = blocks(ffn_.h_, ffn_.block_) + folding;
+            const int64_t before = task * folding / all;
+            if ((task + 1) * folding / all == before) predict(task - before);
+            else ffn_.fold(before);
         }
+
+        void finish() { multiply(found_.count); }
+
+    private:
+        void predict(int64_t task) {
+            if (found_.count + kBlockRows * ffn_.tokens_ > kMaxFound) multiply(found_.count);
+            Fetch::Piece pieces[kBlockRows];
+            const Fetch fetch = {pieces, ahead_ ? new_rows(pieces) : 0};
+            const int64_t ready = found_.count;
+            ffn_.predict(task, fetch, found_);
+            asked_ = ready;
+            if (ahead_ && ready * ffn_.up_bytes() >= kReady) multiply(ready);
+        }
+
+        int64_t new_rows(Fetch::Piece* pieces) const {
+            const int64_t bytes = ffn_.up_bytes();
+            const auto* data = static_cast<const char*>(ffn_.ffn_.up.data);
+            int64_t count = 0;
+            for (int64_t i = asked_; i < found_.count; ++i)
+                if (i == asked_ || found_.row[i] != found_.row[i - 1])
+                    pieces[count++] = {data + found_.row[i] * bytes, blocks(bytes, 64)};
+            return count;
+        }
+
+        // The first `count` pairs.
+        void multiply(int64_t count) {
+            if (count == 0) return;
+            ffn_.multiply(found_, count);
+            const int64_t left = found_.count - count;
+            for (int32_t* list : {found_.row, found_.token, found_.entry})
+                std::copy(list + count, list + found_.count, list);
+            found_.count = left, asked_ -= std::min(asked_, count);
+        }
+
+        Folded& ffn_;
+        const bool ahead_;
+        Found found_;
+        int64_t asked_ = 0;  // rows before this pair were asked for
+    };
+
+    int64_t up_bytes() const { return ffn_.up.type == TARDIS_NONE ? 0 : row_bytes(ffn_.up); }
+
+    // Lists what a task's rows fix where the list of all rows would be.
+    void predict(int64_t task, const Fetch& fetch, Found& found) {
+        const int64_t begin = task * block_, end = std::min(begin + block_, h_);
+        float zhat[kMaxTokens * kBlockRows];
+        product_of(ffn_.predictor)(ffn_.predictor, {nullptr, begin, end, h_, &fetch}, x_, zhat);
         const OutOfRange out(ffn_, begin, end, tokens_, zhat);
         int64_t at = begin;
         for (uint64_t left = out.any; left; left &= left - 1, ++at) {
@@ -161,6 +214,8 @@ private:
                 tokens |= ((out.token[t] >> i) & 1) << t;
                 fixed_.z[at * tokens_ + t] = zhat[t * kBlockRows + i];
             }
+            for (uint64_t some = tokens; some; some &= some - 1)
+                found.add(static_cast<int32_t>(begin + i), __builtin_ctzll(some), static_cast<int32_t>(at));
             for (const TardisVector* v : {&ffn_.b1, &ffn_.slope, &ffn_.offset}) prefetch(*v, begin + i);
             fixed_.index[at] = static_cast<int32_t>(begin + i);
             fixed_.tokens[at] = tokens;
@@ -168,24 +223,51 @@ private:
         counts_[task] = static_cast<int32_t>(at - begin);
     }
 
-    inline __attribute__((always_inline)) void prefetch_fold(int64_t from, int64_t bytes) const {
-        const auto* data = static_cast<const char*>(ffn_.fold.data);
-        const int64_t end = data ? std::min(from + bytes, d_ * row_bytes(ffn_.fold)) : 0;
-        for (int64_t at = from; at < end; at += 64) __builtin_prefetch(data + at, 0, 2);
-    }
-
     // Without a fold, the outputs begin at the bias.
-    void fold(const Input& in, int64_t begin, int64_t end) {
+    void fold(int64_t task) {
+        const int64_t begin = task * fold_block_, end = std::min(begin + fold_block_, d_);
         float out[kMaxTokens * kBlockRows] = {};
-        if (ffn_.fold.type != TARDIS_NONE) product_of(ffn_.fold)(ffn_.fold, {nullptr, begin, end, d_}, in, out);
+        if (ffn_.fold.type != TARDIS_NONE) product_of(ffn_.fold)(ffn_.fold, {nullptr, begin, end, d_}, fold_x_, out);
         const Widened bias(ffn_.bias, begin, end);
         for (int64_t t = 0; t < tokens_; ++t)
             for (int64_t j = begin; j < end; ++j)
                 y_[t * stride_ + j] = out[t * kBlockRows + j - begin] + bias.at[j - begin];
     }
 
+    // Replaces predictions by residuals. Each product is one row's with one token, so that what a token gets does not
+    // depend on the others in its batch.
+    void multiply(const Found& found, int64_t count) {
+        if (ffn_.up.type == TARDIS_LOW_BIT) return multiply_by_token(found, count);
+        float z[kBlockRows] = {};
+        for (int64_t begin = 0; begin < count; begin += kBlockRows) {
+            const int64_t end = std::min(begin + kBlockRows, count);
+            const Pairs pairs = {found.row, found.token, begin, end, count};
+            if (up_bytes()) pair_product_of(ffn_.up)(ffn_.up, pairs, up_x_, z);
+            for (int64_t i = begin; i < end; ++i) residual(found.entry[i], found.token[i], z[i - begin]);
+        }
+    }
+
+    // Products with low-bit rows take some of these and one token.
+    void multiply_by_token(const Found& found, int64_t count) {
+        int32_t order[kMaxFound], row[kMaxFound];
+        int64_t ends[kMaxTokens + 1] = {};
+        for (int64_t i = 0; i < count; ++i) ++ends[found.token[i] + 1];
+        for (int64_t t = 0; t < tokens_; ++t) ends[t + 1] += ends[t];
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t to = ends[found.token[i]]++;
+            order[to] = static_cast<int32_t>(i), row[to] = found.row[i];
+        }
+        float z[kBlockRows];
+        for (int64_t t = 0, begin = 0; t < tokens_; ++t)
+            for (int64_t end; begin < ends[t]; begin = end) {
+                end = std::min(begin + kBlockRows, ends[t]);
+                product_of(ffn_.up)(ffn_.up, {row, begin, end, count}, of_token(up_x_, t), z);
+                for (int64_t i = begin; i < end; ++i) residual(found.entry[order[i]], t, z[i - begin]);
+            }
+    }
+
     // Joins the tasks' lists.
-    void compact() {
+    void join_lists() {
         int64_t to = 0;
         for (int64_t task = 0; task < blocks(h_, block_); ++task) {
             const int64_t from = task * block_, count = counts_[task];
@@ -199,72 +281,6 @@ private:
         fixed_.count = to;
     }
 
-    // Entries of the list and the tokens that fix them.
-    struct FixedPairs {
-        int32_t *entry, *row, *token;
-        float* z;
-        int64_t count;
-        void add(int64_t e, int32_t neuron, int64_t t) {
-            entry[count] = static_cast<int32_t>(e), row[count] = neuron;
-            token[count++] = static_cast<int32_t>(t);
-        }
-    };
-
-    // Replaces predictions by residuals, for the tokens that fix the neuron. Each product is one row's with one token, so
-    // that what a token gets does not depend on the others in its batch.
-    void residuals() {
-        const int64_t bytes = ffn_.up.type == TARDIS_NONE ? 0 : row_bytes(ffn_.up);
-        const Input& in = bytes ? inputs_.for_matrix(ffn_.up, batch_.activation_bits) : x_;
-        const bool low_bit = ffn_.up.type == TARDIS_LOW_BIT;
-        const FixedPairs pairs = low_bit ? pairs_by_token() : pairs_by_row();
-        const int threads = threads_for(fixed_.count * bytes, batch_.threads);
-        const int64_t block = block_rows(pairs.count, threads);
-        parallel(threads, blocks(pairs.count, block), [&](int64_t task) {
-            const int64_t begin = task * block, end = std::min(begin + block, pairs.count);
-            const Pairs some = {pairs.row, pairs.token, begin, end, pairs.count};
-            if (low_bit) multiply_rows(in, pairs, begin, end);
-            else if (bytes) pair_product_of(ffn_.up)(ffn_.up, some, in, pairs.z + begin);
-            for (int64_t i = begin; i < end; ++i) residual(pairs.entry[i], pairs.token[i], bytes ? pairs.z[i] : 0);
-        });
-    }
-
-    // Row by row, so that each is read from memory once.
-    FixedPairs pairs_by_row() {
-        FixedPairs pairs = no_pairs();
-        for (int64_t e = 0; e < fixed_.count; ++e)
-            for (uint64_t left = fixed_.tokens[e]; left; left &= left - 1)
-                pairs.add(e, fixed_.index[e], __builtin_ctzll(left));
-        return pairs;
-    }
-
-    // Token by token: products with low-bit rows take some of these and one token.
-    FixedPairs pairs_by_token() {
-        FixedPairs pairs = no_pairs();
-        for (int64_t t = 0; t < tokens_; ++t)
-            for (int64_t e = 0; e < fixed_.count; ++e)
-                if (fixes(e, t)) pairs.add(e, fixed_.index[e], t);
-        return pairs;
-    }
-
-    // With room for those that are fixed.
-    FixedPairs no_pairs() const {
-        static thread_local Scratch<int32_t> numbers;
-        static thread_local Scratch<float> z;
-        int64_t count = 0;
-        for (int64_t e = 0; e < fixed_.count; ++e) count += __builtin_popcountll(fixed_.tokens[e]);
-        int32_t* at = numbers.get(3 * count);
-        return {at, at + count, at + 2 * count, z.get(count), 0};
-    }
-
-    // Pairs begin..end-1, those of a token together.
-    void multiply_rows(const Input& in, const FixedPairs& pairs, int64_t begin, int64_t end) {
-        for (int64_t i = begin, next; i < end; i = next) {
-            const int32_t t = pairs.token[i];
-            for (next = i + 1; next < end && pairs.token[next] == t;) ++next;
-            product_of(ffn_.up)(ffn_.up, {pairs.row, i, next, pairs.count}, of_token(in, t), pairs.z + i);
-        }
-    }
-
     bool fixes(int64_t e, int64_t t) const { return (fixed_.tokens[e] >> t) & 1; }
 
     // z: the product of entry e with what `up` holds.
@@ -276,26 +292,17 @@ private:
         r = activate(ffn_.activation, at) - number(ffn_.slope, i) * at - number(ffn_.offset, i);
     }
 
-    void add() {
-        const bool low_bit = ffn_.down.type == TARDIS_LOW_BIT;
-        const Layout* layout = low_bit ? &inputs_.layout_of(ffn_.down) : nullptr;
-        const int64_t unit = low_bit ? 1 : 64;  // a line of memory or two, so that no two threads read the same one
-        const int64_t width = low_bit ? layout->block_count : d_;
-        const int threads = threads_for(fixed_.count * row_bytes(ffn_.down), batch_.threads);
-        const int64_t step = blocks(blocks(width, threads), unit) * unit;  // one task each: long runs of a row are fast
-        parallel(threads, blocks(width, step), [&](int64_t task) {
-            const Range range = {task * step, std::min((task + 1) * step, width)};
-            int64_t done[kMaxTokens] = {};
-            for (int64_t e = 0; e < fixed_.count; e += kAddEntries)
-                add_entries(layout, std::min(e + kAddEntries, fixed_.count), done, range);
-            int64_t begin = range.begin, end = range.end;
-            if (low_bit) {
-                const Block& last = layout->blocks[end - 1];
-                begin = layout->blocks[begin].column, end = last.column + last.columns;
-            }
-            for (int64_t t = 0; t < tokens_; ++t)
-                store(batch_, t * d_ + begin, y_ + t * stride_ + begin, end - begin);
-        });
+    // Columns of dense outputs, or blocks of columns.
+    void add(Range range) {
+        int64_t done[kMaxTokens] = {};
+        for (int64_t e = 0; e < fixed_.count; e += kAddEntries)
+            add_entries(down_layout_, std::min(e + kAddEntries, fixed_.count), done, range);
+        if (down_layout_) {
+            const Block &first = down_layout_->blocks[range.begin], &last = down_layout_->blocks[range.end - 1];
+            range = {first.column, last.column + last.columns};
+        }
+        for (int64_t t = 0; t < tokens_; ++t)
+            store(batch_, t * d_ + range.begin, y_ + t * stride_ + range.begin, range.end - range.begin);
     }
 
     // Of each token a multiple of what kernels round together, but at the end of the list, so that what it gets does not
@@ -323,10 +330,13 @@ private:
     Inputs inputs_;
     const Input& x_;
     const int64_t stride_;
+    const Input &fold_x_, &up_x_;
+    const Layout* down_layout_;
+    const int threads_;
+    const int64_t block_, fold_block_;  // rows of a task
     FixedNeurons fixed_;
     float* y_;
-    int32_t* counts_;
-    int64_t block_ = 0;
+    int32_t* counts_;  // entries of each task
 };
 
 }  // namespace

@@ -1,7 +1,11 @@
 #include "threads.h"
 
 #include <atomic>
+#include <thread>
 
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
 #ifndef _WIN32
 #include <pthread.h>
 #endif
@@ -12,17 +16,13 @@ namespace {
 std::atomic<OpenMP> openmp{nullptr};
 std::atomic<bool> started{false};  // threads, by a call from here
 
-struct Tasks {
-    std::atomic<int64_t> next;
-    const int64_t count;
-    const Task task;
-    const void* const context;
+constexpr int kSpins = 4096;  // before a waiting thread lets others have its processor
 
-    static void work(void* tasks) {
-        auto& all = *static_cast<Tasks*>(tasks);
-        for (int64_t i; (i = all.next.fetch_add(1, std::memory_order_relaxed)) < all.count;) all.task(all.context, i);
-    }
-};
+inline void pause() {
+#if defined(__x86_64__) || defined(_M_X64)
+    _mm_pause();
+#endif
+}
 
 #ifndef _WIN32
 void after_fork() {
@@ -36,12 +36,19 @@ const int registered = pthread_atfork(nullptr, nullptr, after_fork);
 
 void use_openmp(OpenMP parallel) { openmp = parallel; }
 
-void run_tasks(int threads, int64_t count, Task task, const void* context) {
-    Tasks tasks{{0}, count, task, context};
-    const OpenMP run = threads > 1 && count > 1 ? openmp.load(std::memory_order_relaxed) : nullptr;
-    if (!run) return Tasks::work(&tasks);
+void run_on_threads(int threads, void (*function)(void*), void* context) {
+    const OpenMP run = threads > 1 ? openmp.load(std::memory_order_relaxed) : nullptr;
+    if (!run) return function(context);
     started = true;
-    run(Tasks::work, &tasks, static_cast<unsigned>(threads), 0);
+    run(function, context, static_cast<unsigned>(threads), 0);
+}
+
+// Not long: what is waited for is a task that another thread has begun.
+void Gate::wait() const {
+    for (int spins = 0; !open_.load(std::memory_order_acquire); ++spins) {
+        if (spins < kSpins) pause();
+        else std::this_thread::yield();
+    }
 }
 
 }  // namespace tardis

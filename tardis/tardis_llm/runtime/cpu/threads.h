@@ -1,6 +1,7 @@
 // Numbered tasks shared out among the threads of OpenMP that torch uses as well: threads of our own would fight for the
 // cores with torch's, which go on spinning for a while after each of its operations.
 #pragma once
+#include <atomic>
 #include <cstdint>
 
 namespace tardis {
@@ -11,19 +12,53 @@ using OpenMP = void (*)(void (*function)(void*), void* data, unsigned threads, u
 // From now on, run tasks on its threads; null: on the calling one only, as at first.
 void use_openmp(OpenMP parallel);
 
-using Task = void (*)(const void* context, int64_t number);
+// Runs function(context) on at most `threads` threads at once, the caller one of them; returns when all have. A forked
+// child whose parent has done so has none of its parent's threads, and runs it once. It must not throw.
+void run_on_threads(int threads, void (*function)(void*), void* context);
 
-// Runs task(context, 0..count-1) on at most `threads` threads, the caller one of them; returns when all are done. A
-// forked child whose parent has done so runs them one by one: it has none of its parent's threads. A task must not
-// throw.
-void run_tasks(int threads, int64_t count, Task task, const void* context);
+// The same for anything that can be called.
+template <typename F>
+void on_threads(int threads, F& body) {
+    run_on_threads(threads, [](void* context) { (*static_cast<F*>(context))(); }, &body);
+}
 
-// The same for anything that can be called with a number.
+// Numbers 0..count-1, handed out to threads.
+class Tasks {
+public:
+    explicit Tasks(int64_t count) : count_(count) {}
+
+    // body(number) for as many as this thread gets: how many those were.
+    template <typename F>
+    int64_t run(F&& body) {
+        int64_t own = 0;
+        for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_; ++own) body(i);
+        return own;
+    }
+
+    // Says that some are done. True if these were the last: for one thread only, which sees what all have done.
+    bool finish(int64_t some) { return done_.fetch_add(some, std::memory_order_acq_rel) + some == count_ && some > 0; }
+
+private:
+    const int64_t count_;
+    std::atomic<int64_t> next_{0}, done_{0};
+};
+
+// Lets threads pass once it is open.
+class Gate {
+public:
+    void open() { open_.store(true, std::memory_order_release); }
+    void wait() const;
+
+private:
+    std::atomic<bool> open_{false};
+};
+
+// body(0..count-1) on at most `threads` threads.
 template <typename F>
 void parallel(int threads, int64_t count, const F& body) {
-    run_tasks(
-        threads, count, [](const void* context, int64_t number) { (*static_cast<const F*>(context))(number); }, &body
-    );
+    Tasks tasks(count);
+    auto run = [&] { tasks.run(body); };
+    on_threads(count > 1 ? threads : 1, run);
 }
 
 }  // namespace tardis
