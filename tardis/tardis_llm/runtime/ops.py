@@ -137,8 +137,8 @@ class PreparedFFN:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[tokens, d] for x [tokens, d]."""
-        _check(x)
-        if x.shape[1] != self._d:
+        if not (_fits(x) and x.shape[1] == self._d):
+            _check(x)
             raise TardisError(f"x {list(x.shape)} does not fit an FFN of width {self._d}.")
         y = torch.empty_like(x)
         self._run(self._ffn, Batch.of(x, y, ACTIVATION_BITS))
@@ -205,17 +205,22 @@ def _ffn(
     return FFN(*made, _vector(bias, d), *vectors, _ACTIVATIONS.index(activation))
 
 
+def _fits(x: Tensor) -> bool:
+    """Whether the kernels take x."""
+    return x.dtype in DTYPES and x.dim() == 2 and len(x) <= MAX_TOKENS and x.is_cpu and x.is_contiguous()
+
+
 def _check(x: Tensor, *tensors: Tensor | None) -> None:
     """Refuse what the kernels would misread."""
     _check_alike(x, *tensors)
-    if x.dtype not in DTYPES or x.dim() != 2 or len(x) > MAX_TOKENS:
+    if not _fits(x):
         wanted = f"[tokens, d] in bf16 or fp32 with at most {MAX_TOKENS} tokens"
         raise TardisError(f"x is {x.dtype} {list(x.shape)}, and the CPU kernels take {wanted}.")
 
 
 def _check_alike(*tensors: Tensor | None) -> None:
     for tensor in tensors:
-        if tensor is not None and not (tensor.is_contiguous() and tensor.device.type == "cpu"):
+        if tensor is not None and not (tensor.is_cpu and tensor.is_contiguous()):
             raise TardisError("the CPU kernels take contiguous tensors in main memory; call .contiguous() first.")
 
 

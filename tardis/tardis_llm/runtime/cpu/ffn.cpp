@@ -1,8 +1,8 @@
-// The folded FFN in three passes over its weights, each shared out among the threads:
+// The folded FFN in two passes over its weights, each shared out among the threads:
 //
-//   1. rows of the predictor, giving each token's fixed neurons, and rows of the fold;
-//   2. W1 of the neurons that any token fixes, giving residuals;
-//   3. W2 columns of these, added to the outputs; a thread owns some of the outputs' columns.
+//   1. rows of the predictor, giving each token's fixed neurons; rows of the fold; and W1 of the neurons that any token
+//      fixes, giving residuals, as soon as a thread has found some of them;
+//   2. W2 columns of these, added to the outputs; a thread owns some of the outputs' columns.
 //
 // Nothing depends on which thread does what, so results are the same for every number of threads.
 #include "ffn.h"
@@ -20,7 +20,7 @@ namespace {
 constexpr int64_t kAddEntries = 1024;  // of the list, that all tokens add before any adds the next
 constexpr int64_t kMaxFound = kMaxTokens * kBlockRows * 3 / 2;  // pairs of rows and tokens that wait for their products
 constexpr int64_t kAheadTokens = 8;  // from which on memory has time for rows of W1 while others are predicted
-constexpr int64_t kReady = 1 << 18;  // bytes of such rows that are multiplied together
+constexpr int64_t kReady = 1 << 17;  // bytes of such rows that are multiplied together
 constexpr int64_t kShared = 1 << 17;  // bytes; waking threads for less costs more than it brings
 
 // Some numbers of a vector, in fp32.
@@ -107,7 +107,7 @@ public:
           inputs_(batch, d_), x_(inputs_.for_matrix(ffn.predictor, selecting_bits())), stride_(x_.stride),
           fold_x_(inputs_.for_matrix(ffn.fold, batch.activation_bits)),
           up_x_(inputs_.for_matrix(ffn.up, batch.activation_bits)),
-          down_layout_(ffn.down.type == TARDIS_LOW_BIT ? &inputs_.layout_of(ffn.down) : nullptr),
+          down_layout_(ffn.down.type == TARDIS_LOW_BIT ? &layout_for(d_, ffn.down.group_size).view() : nullptr),
           threads_(threads_for(h_ * row_bytes(ffn.predictor) + d_ * row_bytes(ffn.fold), batch.threads)),
           block_(block_rows(h_, threads_)), fold_block_(block_rows(d_, threads_)) {
         static thread_local Scratch<int32_t> index, counts;
@@ -139,14 +139,15 @@ private:
     // Of the inputs where they meet the predictor: 8 will do for what only selects, as it is of few bits itself.
     int32_t selecting_bits() const { return ffn_.down.type == TARDIS_LOW_BIT ? batch_.activation_bits : 8; }
 
-    // Pairs of an entry of the list and a token that fixes it.
+    // Pairs of a neuron and a token that fixes it, and the neuron's number in the list.
     struct Found {
         int32_t row[kMaxFound], token[kMaxFound], entry[kMaxFound];
         int64_t count = 0;
         void add(int32_t r, int32_t t, int32_t e) { row[count] = r, token[count] = t, entry[count++] = e; }
     };
 
-    // A thread's part of the first pass.
+    // A thread's part of the first pass. What it finds in one task, it multiplies after another: meanwhile rows of W1 come
+    // from memory, for which predicting several tokens leaves time.
     class Worker {
     public:
         explicit Worker(Folded& ffn) : ffn_(ffn), ahead_(ffn.tokens_ >= kAheadTokens && ffn.up_bytes() > 0) {}
@@ -162,6 +163,7 @@ private:
         void finish() { multiply(found_.count); }
 
     private:
+        // Asks for the rows that the last task has found.
         void predict(int64_t task) {
             if (found_.count + kBlockRows * ffn_.tokens_ > kMaxFound) multiply(found_.count);
             Fetch::Piece pieces[kBlockRows];
@@ -178,7 +180,7 @@ private:
             int64_t count = 0;
             for (int64_t i = asked_; i < found_.count; ++i)
                 if (i == asked_ || found_.row[i] != found_.row[i - 1])
-                    pieces[count++] = {data + found_.row[i] * bytes, blocks(bytes, 64)};
+                    pieces[count++] = {data + found_.row[i] * bytes, data + (found_.row[i] + 1) * bytes};
             return count;
         }
 

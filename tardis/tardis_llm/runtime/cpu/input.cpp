@@ -64,6 +64,14 @@ void GroupLayout::add_piece(const Block& block, int64_t bit, int64_t first, int6
     pieces_.push_back({small(bit), small(first), small(count), small(column), small(group), 0});
 }
 
+const GroupLayout& layout_for(int64_t columns, int64_t group_size) {
+    static thread_local std::vector<std::unique_ptr<const GroupLayout>> made;
+    for (const auto& each : made)
+        if (each->columns() == columns && each->group_size() == group_size) return *each;
+    made.push_back(std::make_unique<const GroupLayout>(columns, group_size));
+    return *made.back();
+}
+
 Inputs::Inputs(const TardisBatch& batch, int64_t columns)
     : plain_{}, threads_(batch.threads) {
     const int64_t stride = padded(columns);
@@ -84,14 +92,10 @@ const Input& Inputs::for_matrix(const TardisMatrix& m, int32_t bits) {
     return found.input;
 }
 
-const Layout& Inputs::layout_of(const TardisMatrix& m) { return variant(m, 2).layout.view(); }
-
 Inputs::Variant& Inputs::variant(const TardisMatrix& m, int32_t halves) {
-    for (const auto& each : variants_) {
-        const GroupLayout& layout = each->layout;
-        if (layout.columns() == m.columns && layout.group_size() == m.group_size && each->halves == halves) return *each;
-    }
-    variants_.push_back(std::make_unique<Variant>(m.columns, m.group_size, halves));
+    for (const auto& each : variants_)
+        if (&each->layout == &layout_for(m.columns, m.group_size) && each->halves == halves) return *each;
+    variants_.push_back(std::make_unique<Variant>(m, halves));
     return *variants_.back();
 }
 

@@ -46,6 +46,9 @@ private:
     Layout layout_;
 };
 
+// Made when first asked for, and kept by the thread that calls.
+const GroupLayout& layout_for(int64_t columns, int64_t group_size);
+
 // A batch of inputs widened and padded, and quantised for each layout that is asked for.
 class Inputs {
 public:
@@ -53,13 +56,11 @@ public:
     // With the quantised values that `m` needs, made when first asked for; not from several threads at once. `bits` are
     // 8 or 16.
     const Input& for_matrix(const TardisMatrix& m, int32_t bits);
-    // How the columns of `m` lie.
-    const Layout& layout_of(const TardisMatrix& m);
 
 private:
     struct Variant {
-        Variant(int64_t columns, int64_t group_size, int32_t parts) : layout(columns, group_size), halves(parts) {}
-        GroupLayout layout;
+        Variant(const TardisMatrix& m, int32_t parts) : layout(layout_for(m.columns, m.group_size)), halves(parts) {}
+        const GroupLayout& layout;
         const int32_t halves;
         Numbers<int8_t> values;
         Numbers<float> scale, sum;

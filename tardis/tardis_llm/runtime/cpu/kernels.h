@@ -80,14 +80,13 @@ struct Range {
 // requests of which there are many at once.
 struct Fetch {
     struct Piece {
-        const char* begin;
-        int64_t lines;
+        const char *begin, *end;
     };
     const Piece* pieces;
     int64_t count;
     int64_t lines() const {
         int64_t all = 0;
-        for (int64_t i = 0; i < count; ++i) all += pieces[i].lines;
+        for (int64_t i = 0; i < count; ++i) all += (pieces[i].end - pieces[i].begin + 63) / 64;
         return all;
     }
 };

@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from ctypes import byref
 from pathlib import Path
 
 import torch
@@ -153,7 +154,7 @@ class Kernels:
 
     def linear(self, weight: Matrix, bias: Vector, batch: Batch) -> None:
         """y = x W^T + bias."""
-        self._call("tardis_linear", weight, bias, batch)
+        _done(self._library.tardis_linear(byref(weight), byref(bias), byref(batch)), "linear")
 
     @property
     def has_gemm(self) -> bool:
@@ -162,25 +163,24 @@ class Kernels:
 
     def gemm(self, weight: Matrix, transposed: bool, bias: Vector, batch: Batch) -> None:
         """y = x W^T + bias, or x W + bias if W is `transposed`, in bf16 for any number of tokens."""
-        self._call("tardis_gemm", weight, transposed, bias, batch)
+        _done(self._library.tardis_gemm(byref(weight), transposed, byref(bias), byref(batch)), "gemm")
 
     def fixed(self, ffn: FFN, batch: Batch) -> None:
         """y: a byte per token and neuron, 1 where the prediction leaves the neuron's range."""
-        self._call("tardis_fixed", ffn, batch)
+        _done(self._library.tardis_fixed(byref(ffn), byref(batch)), "fixed")
 
     def folded_ffn(self, ffn: FFN, batch: Batch) -> None:
         """y: the output of the folded FFN."""
-        self._call("tardis_folded_ffn", ffn, batch)
+        _done(self._library.tardis_folded_ffn(byref(ffn), byref(batch)), "folded_ffn")
 
     def read(self, data: Tensor) -> int:
         """Read a contiguous tensor with all of torch's threads and add up its 64-bit words."""
         return int(self._library.tardis_read(data.data_ptr(), data.nbytes // 8, torch.get_num_threads()))
 
-    def _call(self, name: str, *arguments: ctypes.Structure | bool) -> None:
-        given = (each if isinstance(each, bool) else ctypes.byref(each) for each in arguments)
-        status = getattr(self._library, name)(*given)
-        if status:
-            raise TardisError(f"the kernel {name} got {_ERRORS.get(status, 'an error')}; set {_VARIABLE}=off to go on.")
+
+def _done(status: int, kernel: str) -> None:
+    if status:
+        raise TardisError(f"the kernel {kernel} got {_ERRORS.get(status, 'an error')}; set {_VARIABLE}=off to go on.")
 
 
 @functools.cache
