@@ -322,10 +322,13 @@ def test_nan_comes_out_where_it_came_in_and_nowhere_else(isa: str, storage: Stor
     assert torch.equal(y[others], expected[others])
 
 
+@pytest.mark.parametrize("tokens", [3, 9])
 @pytest.mark.parametrize("storage", STORAGES, ids=str)
-def test_results_do_not_depend_on_the_number_of_threads(isa: str, storage: Storage, threads: None) -> None:
+def test_results_do_not_depend_on_the_number_of_threads(
+    isa: str, storage: Storage, tokens: int, threads: None
+) -> None:
     folded, dense = make(264, 700, storage, torch.bfloat16)
-    x = correlated(3, 264).bfloat16()
+    x = correlated(tokens, 264).bfloat16()
     results = []
     for count in (1, 2, 5):
         torch.set_num_threads(count)
@@ -333,12 +336,13 @@ def test_results_do_not_depend_on_the_number_of_threads(isa: str, storage: Stora
     assert all(torch.equal(y, results[0][0]) for group in results for y in group)
 
 
+@pytest.mark.parametrize("tokens", [5, 9, 64])  # 64 find more at once than wait for their products
 @pytest.mark.parametrize("storage", STORAGES, ids=str)
-def test_what_a_token_gets_does_not_depend_on_its_batch(isa: str, storage: Storage) -> None:
+def test_what_a_token_gets_does_not_depend_on_its_batch(isa: str, storage: Storage, tokens: int) -> None:
     folded, dense = make(72, 2900, storage, torch.float32)
-    x = correlated(5, 72)
+    x = correlated(tokens, 72)
     fixed = predicted(x, folded, dense.b1, 8)
-    assert fixed.any(0).sum() > 1100 and len(set(fixed.sum(1).tolist())) == 5  # in more than one round, all unequal
+    assert fixed.any(0).sum() > 1100 and len(set(fixed.sum(1).tolist())) >= 5  # in more than one round, unequal
     alone = torch.cat([ops.folded_ffn(one, folded, dense, "gelu") for one in x.split(1)])
     assert torch.equal(ops.folded_ffn(x, folded, dense, "gelu"), alone)
 
