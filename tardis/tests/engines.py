@@ -49,10 +49,12 @@ def heads(name: str) -> dict[str, int]:
     return {"n_head" if name in ("gpt2", "gpt_bigcode", "gptj", "bloom") else "num_attention_heads": 2}
 
 
-def save_tiny(name: str, directory: Path, settings: FoldConfig = SETTINGS) -> PreTrainedModel:
+def save_tiny(
+    name: str, directory: Path, settings: FoldConfig = SETTINGS, linear_bits: int | None = None
+) -> PreTrainedModel:
     """Fold a tiny model into a directory; returns it as transformers has it."""
     model = tiny_model(name, **(heads(name) if name not in NOT_SERVED else {}))
-    save_folded(model, fold(model, text(), settings), directory, tiny_tokenizer())
+    save_folded(model, fold(model, text(), replace(settings, linear_bits=linear_bits)), directory, tiny_tokenizer())
     return model
 
 

@@ -324,9 +324,7 @@ def test_nan_comes_out_where_it_came_in_and_nowhere_else(isa: str, storage: Stor
 
 @pytest.mark.parametrize("tokens", [3, 9])
 @pytest.mark.parametrize("storage", STORAGES, ids=str)
-def test_results_do_not_depend_on_the_number_of_threads(
-    isa: str, storage: Storage, tokens: int, threads: None
-) -> None:
+def test_results_do_not_depend_on_the_number_of_threads(isa: str, storage: Storage, tokens: int, threads: None) -> None:
     folded, dense = make(264, 700, storage, torch.bfloat16)
     x = correlated(tokens, 264).bfloat16()
     results = []

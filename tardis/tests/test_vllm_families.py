@@ -10,21 +10,31 @@ from typing import NamedTuple
 import pytest
 import torch
 from engines import NOT_SERVED, STACKED, complete, engine, greedy, heads, needs_vllm, save_tiny
-from folds import SETTINGS, text
-from models import CAUSAL_NAMES, tiny_model, tiny_tokenizer, tokens
+from folds import SETTINGS
+from models import CAUSAL_NAMES, tiny_model, tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from tardis_llm import fold, save_folded
+from tardis_llm import FoldConfig
 from tardis_llm.checkpoint import RECORD
 from tardis_llm.errors import CheckpointError, UnsupportedModelError
 from tardis_llm.integrations.vllm.names import check_served
-from tardis_llm.linears import quantise_linears
 
 pytestmark = needs_vllm
 
 SERVED = [name for name in CAUSAL_NAMES if name not in NOT_SERVED]
 IN_FEW_BITS = ["gpt2", "falcon_alibi", "opt", "gpt_neox"]
+#: linear layers outside the FFNs in few bits: vLLM's own classes and its Transformers backend, heads shared and not
+LINEARS = {
+    "gpt2": 4,
+    "bloom": 8,
+    "falcon_alibi": 8,
+    "falcon_new_decoder": 4,
+    "gptj": 8,
+    "opt": 4,
+    "gpt_neox": 4,
+    "phi": 8,
+}
 
 
 class Made(NamedTuple):
@@ -39,12 +49,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
     """Folds by name, all of them before vLLM's first engine: that changes the classes of transformers which it uses."""
     folds = {}
     partial = replace(SETTINGS, layers=(0, 2))
-    wanted = [(name, name, SETTINGS) for name in SERVED] + [
-        (f"{name} in few bits", name, STACKED) for name in IN_FEW_BITS
+    wanted: list[tuple[str, str, FoldConfig, int | None]] = [
+        *((name, name, SETTINGS, None) for name in SERVED),
+        *((f"{name} in few bits", name, STACKED, None) for name in IN_FEW_BITS),
+        *((f"{name} with linears", name, SETTINGS, bits) for name, bits in LINEARS.items()),
+        ("gpt2 in part", "gpt2", partial, None),
+        ("opt all in few bits", "opt", replace(STACKED, layers=(0, 2)), 8),
     ]
-    for key, name, settings in [*wanted, ("gpt2 in part", "gpt2", partial)]:
+    for key, name, settings, bits in wanted:
         directory = tmp_path_factory.mktemp("made")
-        folds[key] = Made(directory, greedy(save_tiny(name, directory, settings), tokens(3, 20), 16))
+        folds[key] = Made(directory, greedy(save_tiny(name, directory, settings, bits), tokens(3, 20), 16))
     return folds
 
 
@@ -61,6 +75,15 @@ def test_every_family_generates_as_in_transformers(name: str, made: dict[str, Ma
 @pytest.mark.parametrize("name", IN_FEW_BITS)
 def test_folds_and_fallback_weights_in_few_bits_generate_as_in_transformers(name: str, made: dict[str, Made]):
     assert_same_text(made[f"{name} in few bits"])
+
+
+@pytest.mark.parametrize("name", LINEARS)
+def test_linear_layers_in_few_bits_generate_as_in_transformers(name: str, made: dict[str, Made]):
+    assert_same_text(made[f"{name} with linears"])
+
+
+def test_all_in_few_bits_but_the_ffns_that_are_not_folded(made: dict[str, Made]):
+    assert_same_text(made["opt all in few bits"])
 
 
 def test_blocks_that_are_not_folded_stay_dense(made: dict[str, Made]):
@@ -119,14 +142,13 @@ def test_a_gated_model_is_refused_before_its_weights_are_read(tiny_gpt2: tuple, 
         pass
 
 
-def test_linear_layers_in_few_bits_are_refused_before_weights_are_read(tmp_path: Path):
-    model = tiny_model("gpt2", **heads("gpt2"))
-    report = fold(model, text(), SETTINGS)
-    quantise_linears(model, 8)
-    save_folded(model, report, tmp_path, tiny_tokenizer())
+def test_linear_layers_in_unlike_bits_are_refused_before_weights_are_read(tmp_path: Path):
+    save_tiny("gpt2", tmp_path, linear_bits=8)
     (tmp_path / "model.safetensors").unlink()
-    message = r"linear layers outside the FFNs.*lm_head and 6 others.*Fold without --linears"
-    with pytest.raises(UnsupportedModelError, match=message), engine(tmp_path):
+    settings = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    settings["linears"]["lm_head"] = 4
+    edit_config(tmp_path, quantization_config=settings)
+    with pytest.raises(CheckpointError, match=r"linear layers in \[4, 8\] bits.*tardis generate"), engine(tmp_path):
         pass
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from tardis_llm import FoldConfig
 from tardis_llm.checkpoint import record_crossover
-from tardis_llm.errors import InvalidInputError
+from tardis_llm.errors import CheckpointError, InvalidInputError
 from tardis_llm.runtime.prefill import Prefill
 
 pytestmark = needs_vllm
@@ -120,9 +120,9 @@ def test_prompts_whose_beginning_is_in_the_cache(tiny_gpt2: Tiny):
     assert list(output.outputs[0].token_ids) == greedy(model, other, 12)[0]
 
 
-@pytest.mark.parametrize("settings", [SETTINGS, STACKED], ids=["dense", "few bits"])
-def test_compiled_by_torch(settings: FoldConfig, tmp_path: Path):
-    model = save_tiny("gpt2", tmp_path, settings)
+@pytest.mark.parametrize(("settings", "linear_bits"), [(SETTINGS, None), (STACKED, 4)], ids=["dense", "few bits"])
+def test_compiled_by_torch(settings: FoldConfig, linear_bits: int | None, tmp_path: Path):
+    model = save_tiny("gpt2", tmp_path, settings, linear_bits)
     ids = tokens(3, 20)
     with engine(tmp_path, enforce_eager=False) as llm:
         assert complete(llm, ids, 16) == greedy(model, ids, 16)
@@ -170,12 +170,15 @@ if __name__ == "__main__":
 
 # Both are `auto`. The first has dense FFNs for its prompts of 40 tokens, which come one by one: an engine in a process
 # of its own begins when the first is there, and whom it mixes with whom decides what is dense. It has biases that vLLM
-# adds outside of the FFN. The second, all folded, sums attention and FFN over the processes at once
+# adds outside of the FFN. The second, all folded and in few bits, sums attention and FFN over the processes at once
 @pytest.mark.parametrize(
-    ("name", "settings", "together"), [("falcon_alibi", SETTINGS, 1), ("falcon_new_decoder", STACKED, 3)]
+    ("name", "settings", "linear_bits", "together"),
+    [("falcon_alibi", SETTINGS, None, 1), ("falcon_new_decoder", STACKED, 8, 3)],
 )
-def test_neurons_shared_among_two_processes(name: str, settings: FoldConfig, together: int, tmp_path: Path):
-    model = save_tiny(name, tmp_path, settings)
+def test_neurons_shared_among_two_processes(
+    name: str, settings: FoldConfig, linear_bits: int | None, together: int, tmp_path: Path
+):
+    model = save_tiny(name, tmp_path, settings, linear_bits)
     ids = tokens(3, 40)
     both = environment(VLLM_ENABLE_V1_MULTIPROCESSING="1", VLLM_CPU_OMP_THREADS_BIND="0|1")
     command = [sys.executable, "-c", IN_TWO, str(tmp_path), json.dumps([part.tolist() for part in ids.split(together)])]
@@ -184,3 +187,13 @@ def test_neurons_shared_among_two_processes(name: str, settings: FoldConfig, tog
     assert line is not None, done.stderr[-3000:]
     expected = [row for part in ids.split(together) for row in greedy(model, part, 16, "auto")]
     assert json.loads(line.removeprefix("TOKENS")) == expected
+
+
+def test_inputs_with_one_scale_in_common_are_not_shared_among_processes():
+    from vllm.model_executor.layers.linear import LinearBase
+
+    from tardis_llm.integrations.vllm.linears import LowBitMethod
+
+    method = LowBitMethod(4, "h.0.attn.c_proj")
+    with pytest.raises(CheckpointError, match=r"c_proj has 192 inputs, which 2 processes cannot share.*--linears int8"):
+        method.create_weights(LinearBase.__new__(LinearBase), 96, [64], 192, 64, torch.float32)

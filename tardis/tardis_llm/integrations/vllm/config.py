@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -11,12 +10,13 @@ from transformers import PreTrainedConfig
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from ...architectures import Family
 from ...checkpoint import METHOD, CheckpointConfig, LayerFormat
 from ...errors import CheckpointError
 from ...runtime.prefill import CROSSOVER
-from .names import block_index, check_served
+from .linears import LowBitMethod
+from .names import Projections, block_index, check_served, linear_bits
 
 
 @register_quantization_config(METHOD)
@@ -24,17 +24,22 @@ class TardisConfig(QuantizationConfig):
     """The folded layers of a checkpoint, for vLLM.
 
     Every linear layer stays vLLM's own; `models` then pairs those of each FFN. Only the dense weights that low-bit ones
-    stand for get no memory.
+    stand for get no memory, and linear layers in few bits another product.
 
     Args:
         layers: the format of each folded FFN by its name in the checkpoint.
         crossover: tokens at once up to which folding is faster.
+        linears: bits of each linear layer that is stored in few, by its name in the checkpoint.
     """
 
-    def __init__(self, layers: dict[str, LayerFormat], crossover: int = CROSSOVER) -> None:
+    _projections: Projections  # from `maybe_update_config` on
+
+    def __init__(
+        self, layers: dict[str, LayerFormat], crossover: int = CROSSOVER, linears: dict[str, int] | None = None
+    ) -> None:
         super().__init__()
         self.layers, self.crossover = layers, crossover
-        self._empty: re.Pattern[str] | None = None  # the names of linear layers without weights
+        self._linears, self.linear_bits = linears or {}, linear_bits(linears or {})
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> TardisConfig:
@@ -45,7 +50,8 @@ class TardisConfig(QuantizationConfig):
         """
         checkpoint = CheckpointConfig(**config)
         layers = {name: LayerFormat.from_config(name, values) for name, values in checkpoint.layers.items()}
-        return cls(layers, CROSSOVER if checkpoint.crossover is None else checkpoint.crossover)
+        crossover = CROSSOVER if checkpoint.crossover is None else checkpoint.crossover
+        return cls(layers, crossover, checkpoint.linears)
 
     def maybe_update_config(
         self, model_name: str, hf_config: PreTrainedConfig | None = None, revision: str | None = None
@@ -60,13 +66,17 @@ class TardisConfig(QuantizationConfig):
             raise CheckpointError(f"{model_name}: vLLM gave no config to check; update tardis-llm to one made for it.")
         family = check_served(hf_config)
         stacked = [block_index(name, family) for name, layer in self.layers.items() if layer.fallback_bits]
-        self._empty = _parts(family, stacked) if stacked else None
+        self._projections = Projections(family, stacked, self._linears)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """vLLM's own method for a linear layer; None for what is none."""
-        if not isinstance(layer, LinearBase):
+        """How a linear layer or the head is stored and multiplied with; None for what is neither."""
+        if not isinstance(layer, LinearBase | ParallelLMHead):
             return None
-        return NoWeight() if self._empty and self._empty.search(prefix) else UnquantizedLinearMethod()
+        if self._projections.empty(prefix):
+            return NoWeight()
+        if self.linear_bits and self._projections.in_few_bits(prefix):
+            return LowBitMethod(self.linear_bits, prefix)
+        return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
 
     def get_name(self) -> str:
         """As `quant_method` in config.json."""
@@ -94,9 +104,3 @@ class NoWeight(UnquantizedLinearMethod):
         """As vLLM's own, without memory."""
         with torch.device("meta"):
             super().create_weights(*args, **kwargs)
-
-
-def _parts(family: Family, blocks: list[int]) -> re.Pattern[str]:
-    """Matches the full names of up and down projections of some blocks."""
-    numbers, parts = "|".join(map(str, blocks)), "|".join(map(re.escape, (family.up, family.down)))
-    return re.compile(rf"(?:^|\.){re.escape(family.layers)}\.(?:{numbers})\.(?:{parts})$")

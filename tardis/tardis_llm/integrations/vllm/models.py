@@ -24,6 +24,7 @@ from ...checkpoint import PREFIX
 from ...errors import CheckpointError
 from .config import TardisConfig
 from .ffn import ServedFFN, install
+from .linears import install_head
 from .names import architectures, block_index, check_served, stock_name
 from .prefill import Choice
 from .weights import FoldLoader
@@ -65,6 +66,8 @@ class TardisModel(nn.Module):
         stock: Any = super()  # of the class that `_make` gives it
         with _stock(config):
             stock.__init__(vllm_config=vllm_config, prefix=prefix)
+        if settings.linear_bits:
+            install_head(self, settings.linear_bits)
         self._model = vllm_config.model_config.model
         self._folded = _install_all(self, check_served(config), settings, vllm_config)
 

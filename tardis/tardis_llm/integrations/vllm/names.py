@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -10,6 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ...architectures import FAMILIES, Family, family_of
 from ...checkpoint import PREFIX
 from ...errors import CheckpointError, UnsupportedModelError
+from ...linears import check_bits
 
 #: the key of the mode of prompts, a `Prefill`, in vLLM's `additional_config`
 PREFILL_OPTION = "tardis_prefill"
@@ -30,8 +32,8 @@ def check_served(config: PreTrainedConfig) -> Family:
     """The row of the table for a folded checkpoint's config.
 
     Raises:
-        UnsupportedModelError: TARDIS does not fold such models, they are encoders, vLLM has none, or linear layers
-            outside the FFNs are in few bits.
+        UnsupportedModelError: TARDIS does not fold such models, they are encoders, or vLLM has none.
+        CheckpointError, InvalidInputError: see `linear_bits`.
     """
     from vllm import ModelRegistry
 
@@ -41,12 +43,7 @@ def check_served(config: PreTrainedConfig) -> Family:
             f"in vLLM, folded encoders such as {family.model_type} are not served; use transformers."
         )
     settings = config.quantization_config
-    linears = settings["linears"] if isinstance(settings, dict) and "linears" in settings else {}
-    if linears:
-        raise UnsupportedModelError(
-            f"in vLLM, linear layers outside the FFNs cannot be in few bits yet, and here {next(iter(linears))} and "
-            f"{len(linears) - 1} others are. Fold without --linears, or use transformers (`tardis generate`)."
-        )
+    linear_bits(settings["linears"] if isinstance(settings, dict) and "linears" in settings else {})
     stock = stock_name(config)
     if stock not in ModelRegistry.get_supported_archs():
         served = (name.removeprefix(PREFIX) for name in architectures())
@@ -71,3 +68,53 @@ def block_index(name: str, family: Family) -> int:
             "or fold the model again."
         )
     return int(found[1])
+
+
+def linear_bits(linears: Mapping[str, int]) -> int | None:
+    """The bits of the linear layers that are stored in few, by their names in the checkpoint; None if there are none.
+
+    Raises:
+        CheckpointError: they differ.
+        InvalidInputError: nothing stores linear layers in so many bits, or what multiplies is not installed.
+    """
+    if not linears:
+        return None
+    bits = set(linears.values())
+    if len(bits) > 1:
+        raise CheckpointError(
+            f"config.json has linear layers in {sorted(bits)} bits, and vLLM is served all in the same; fold the model "
+            "again, or use transformers (`tardis generate`)."
+        )
+    check_bits(*bits)
+    return bits.pop()
+
+
+class Projections:
+    """How the linear layers of a model of vLLM are stored, by their names in it.
+
+    vLLM may have other names than the checkpoint has, and one layer for several, but for the projections of FFNs.
+
+    Args:
+        family: of the model.
+        stacked: numbers of the blocks with low-bit weights in the place of dense ones.
+        linears: names in the checkpoint of the linear layers in few bits: all but those of FFNs, and dense FFNs or not.
+    """
+
+    def __init__(self, family: Family, stacked: Iterable[int], linears: Iterable[str]) -> None:
+        layers, parts = re.escape(family.layers), "|".join(map(re.escape, (family.up, family.down)))
+        self._projection = re.compile(rf"(?:^|\.)({layers}\.\d+\.(?:{parts}))$")
+        self._empty = {f"{family.layers}.{index}.{part}" for index in stacked for part in (family.up, family.down)}
+        self._few = {self._of_ffn(name) for name in linears} | {None}
+
+    def empty(self, name: str) -> bool:
+        """Whether a layer has no weight."""
+        return self._of_ffn(name) in self._empty
+
+    def in_few_bits(self, name: str) -> bool:
+        """Whether a layer is in few bits, where some are."""
+        return self._of_ffn(name) in self._few
+
+    def _of_ffn(self, name: str) -> str | None:
+        """What of a name says which projection of which FFN it is; None for other layers."""
+        found = self._projection.search(name)
+        return found[1] if found else None

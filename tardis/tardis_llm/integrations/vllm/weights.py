@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ from ...workspace import digest, read_json
 from .ffn import ServedFFN
 
 _MARK = ".tardis."
+_HEAD = ("lm_head.codes", "lm_head.scale")
 
 
 class FoldLoader:
@@ -30,6 +32,9 @@ class FoldLoader:
         self._model, self._folded, self._directory = model, folded, directory
         record = Path(directory) / RECORD
         self._digests = read_json(record).get("tensors", {}) if record.is_file() else {}
+        # not by the stock class: BLOOM's takes no head but a shared one
+        self._head: dict[str, Any] = {name: part for name, part in model.named_parameters() if name in _HEAD}
+        self._loaded: set[str] = set()
         self._missing = {f"{name}{_MARK}{key}" for name, ffn in folded.items() if ffn for key in ffn.state_dict()}
 
     def others(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -42,6 +47,9 @@ class FoldLoader:
             self._verify(name, tensor)
             if _MARK in name:
                 self._load(name, tensor)
+            elif name in self._head:
+                self._head[name].weight_loader(self._head[name], tensor)
+                self._loaded.add(name)
             elif tensor.numel():  # empty where low-bit weights stand for it
                 yield name, tensor
 
@@ -55,7 +63,7 @@ class FoldLoader:
             CheckpointError: the files lack a tensor.
         """
         stock = {name for name, value in self._model.named_parameters() if _MARK not in f".{name}" and value.numel()}
-        missing = sorted(self._missing | (stock - loaded))
+        missing = sorted(self._missing | (stock - loaded - self._loaded))
         if missing:
             raise CheckpointError(
                 f"the weight files of {self._directory} lack {len(missing)} tensors, the first is {missing[0]}. Copy "

@@ -1,0 +1,112 @@
+"""Linear layers of vLLM's models outside the FFNs, and the head, in few bits: those of `runtime.lowbit_linear`.
+
+vLLM's own layers stay, and load codes and scales as they would load a weight: what each family has stored together or
+apart, and what share a rank has, remains their business. Only the product is ours. To `torch.compile` it is one
+operator, `tardis::served_linear`, that finds its layer by name as `tardis::served_ffn` does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.linear import LinearMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.utils import set_weight_attrs
+
+from ...errors import CheckpointError
+from ...runtime import ops
+from ...runtime.lowbit_linear import KINDS, LowBitLinear
+
+ops.library.define("served_linear(Tensor x, str name, int outputs) -> Tensor")
+
+
+def _served_linear(x: Tensor, name: str, outputs: int) -> Tensor:
+    """[..., outputs] for x [..., inputs], by the layer of that name in the engine that is running."""
+    layer: LowBitMethod = get_forward_context().no_compile_layers[name]
+    return layer.linear(x)
+
+
+ops.library.impl("served_linear", _served_linear, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("tardis::served_linear")
+def _(x: Tensor, name: str, outputs: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], outputs)
+
+
+class LowBitMethod(LinearMethodBase):
+    """One linear layer in few bits, or a rank's share of it; vLLM's layer has codes and scales until all are loaded.
+
+    Args:
+        bits: in `KINDS`.
+        name: of the layer in vLLM's model.
+    """
+
+    linear: LowBitLinear
+
+    def __init__(self, bits: int, name: str) -> None:
+        self._bits, self._name = bits, f"{name}.tardis"
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **attributes: Any,
+    ) -> None:
+        """Give a layer `codes` and `scale` without content, shaped for a rank's share.
+
+        Raises:
+            CheckpointError: the share would divide inputs that have one scale in common.
+        """
+        inputs, outputs = input_size_per_partition, sum(output_partition_sizes)
+        device = torch.get_default_device()
+        self.linear = KINDS[self._bits].empty((outputs, inputs), None, params_dtype, device)
+        whole = KINDS[self._bits].empty((1, input_size), None, params_dtype, device)
+        if whole.codes.shape[1] * inputs != self.linear.codes.shape[1] * input_size:
+            raise CheckpointError(
+                f"{self._name.removesuffix('.tardis')} has {input_size} inputs, which {input_size // inputs} processes "
+                f"cannot share in {self._bits} bits: groups of them have one scale. Serve with fewer processes, or "
+                "fold with --linears int8."
+            )
+        for key in ("codes", "scale"):
+            part = self.linear.get_parameter(key)
+            layer.register_parameter(key, part)
+            set_weight_attrs(part, {"output_dim": 0, **({"input_dim": 1} if part.dim() == 2 else {}), **attributes})
+        get_current_vllm_config().compilation_config.static_forward_context[self._name] = self
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Take codes and scales from the layer, so that they can be put into the kernel's order."""
+        del layer.codes, layer.scale
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[..., outputs] for x [..., inputs]."""
+        if torch.compiler.is_compiling():
+            y: Tensor = torch.ops.tardis.served_linear(x, self._name, self.linear.out_features)
+        else:
+            y = self.linear(x)
+        return y if bias is None else y + bias
+
+
+def install_head(model: nn.Module, bits: int) -> None:
+    """Put the head of a model in few bits where vLLM's class did not ask how it is stored, as BLOOM's and OPT's."""
+    for name, head in model.named_modules():
+        if isinstance(head, ParallelLMHead) and not isinstance(head.quant_method, LowBitMethod):
+            del head.weight
+            head.quant_method = LowBitMethod(bits, name)
+            head.quant_method.create_weights(
+                head,
+                head.input_size_per_partition,
+                head.output_partition_sizes,
+                head.input_size,
+                head.output_size,
+                params_dtype=head.params_dtype,
+                weight_loader=head.weight_loader,
+            )
