@@ -2,6 +2,7 @@
 
     python benchmarks/vllm_decode.py decode --shape gpt2-16x2048 [--batch 1,4,8,16] [--prompt 32] [--output FILE]
     python benchmarks/vllm_decode.py decode --shape falcon-7b --layers 6
+    python benchmarks/vllm_decode.py decode --fold-bits 8 --fallback-bits 4 --linear-bits 4 --dense-bits 4
     python benchmarks/vllm_decode.py server --shape gpt2-16x2048 [--rates 0.5,1,2] [--output FILE]
 
 Run it in the environment that `make venv-vllm` makes. Weights and fold are random, with ranges that fix a stated share
@@ -34,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gptq import save_gptq
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -251,15 +253,21 @@ def load(url: str, directory: Path, rate: float, args: argparse.Namespace) -> di
 
 def make(args: argparse.Namespace, root: Path) -> dict[str, Path]:
     """The model and its fold as checkpoints below `root`; those that are there are used again."""
-    name = f"{args.shape}-{args.layers or 'all'}-{args.predictor_bits}-{args.fold_bits}-{args.fallback_bits}"
-    directories = {variant: root / f"{name}-{args.fix_rate}-{variant}" for variant in _VARIANTS}
+    given = (args.predictor_bits, args.fold_bits, args.fallback_bits, args.linear_bits, args.fix_rate)
+    kinds = args.dense_bits, "-".join(map(str, given))
+    shape = f"{args.shape}-{args.layers or 'all'}"
+    directories = {name: root / f"{shape}-{name}-{kind}" for name, kind in zip(_VARIANTS, kinds, strict=True)}
     if all((directory / "config.json").exists() for directory in directories.values()):
         return directories
     model, tokenizer = shaped_model(args.shape, args.layers), byte_tokenizer()
-    model.save_pretrained(directories["dense"])
+    if args.dense_bits:
+        save_gptq(model, directories["dense"])
+    else:
+        model.save_pretrained(directories["dense"])
     tokenizer.save_pretrained(directories["dense"])
     storage = Storage(fold_bits=args.fold_bits, fallback_bits=args.fallback_bits)
-    save_random_fold(model, directories["folded"], args.predictor_bits, storage, args.fix_rate, tokenizer)
+    others = {"tokenizer": tokenizer, "linear_bits": args.linear_bits}
+    save_random_fold(model, directories["folded"], args.predictor_bits, storage, args.fix_rate, **others)
     return directories
 
 
@@ -282,6 +290,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--predictor-bits", type=int, default=2)
     parser.add_argument("--fold-bits", type=int, help="of the fold, 4 or 8; bf16 without")
     parser.add_argument("--fallback-bits", type=int, help="of the weights that fixing reads, 4 or 8; bf16 without")
+    parser.add_argument("--linear-bits", type=int, help="of linear layers outside the FFNs, 4 or 8; bf16 without")
+    parser.add_argument("--dense-bits", type=int, choices=(4,), help="of the dense model, by vLLM's kernels; else bf16")
     parser.add_argument("--batch", default="1,4,8,16")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--prompt", type=int, default=_PROMPT, help="tokens of a prompt")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from tardis_llm.activations import ACTIVATIONS
 from tardis_llm.architectures import FFNWeights
 from tardis_llm.checkpoint import LayerFormat
 from tardis_llm.folding.fold import FoldedWeights
+from tardis_llm.folding.lowbit import PackedMatrix
 from tardis_llm.runtime import ops
 from tardis_llm.runtime.ffn import folded_ffn
 from tardis_llm.runtime.fixing import Fixing, packed_linear
@@ -60,6 +63,25 @@ def test_fix_is_the_reference_without_a_fold(
     assert y.shape == expected.shape
     # kernels round the predictor's inputs, so that a neuron on the very edge of its range may fall on the other side
     assert float((y - expected).norm()) <= (0.1 if kernels else 1e-5) * float(expected.norm())
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 65])
+@pytest.mark.parametrize("fold_bits", [None, 8])
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_fold_is_added(tokens: int, fold_bits: int | None, kernels: bool, monkeypatch: pytest.MonkeyPatch):
+    if not kernels:
+        monkeypatch.setattr(ops, "takes", lambda x: False)
+    torch.manual_seed(tokens)
+    folded = random_ffn(None, torch.float32, fold_bits)
+    dense = FFNWeights(torch.randn(H, D) / 8, torch.randn(H) / 8, torch.randn(D, H) / 8, None)
+    fold = folded.weight if fold_bits else torch.randn(D, D)
+    weight = fold.dequantise() if isinstance(fold, PackedMatrix) else fold
+    x, bias = torch.randn(tokens, D), torch.randn(D)
+    fixing = fixing_of(folded, dense)
+    expected = fixing(x) + x @ weight.T + bias
+    y = replace(fixing, fold=fold, bias=bias)(x)
+    assert y.shape == expected.shape
+    assert float((y - expected).norm()) <= (0.01 if fold_bits and kernels else 1e-5) * float(expected.norm())
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 130])

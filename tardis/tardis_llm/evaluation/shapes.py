@@ -21,6 +21,7 @@ from ..architectures import FFNSite, find_ffns
 from ..checkpoint import LayerFormat, save_folded
 from ..config import Storage
 from ..errors import InvalidInputError
+from ..linears import quantise_linears
 from ..report import FoldReport, LayerReport
 from ..runtime.ffn import FoldedFFN, install
 
@@ -165,6 +166,7 @@ def save_random_fold(
     storage: Storage = _BF16,
     fix_rate: float = 0.05,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    linear_bits: int | None = None,
 ) -> None:
     """Fold a model at random, in place, and save it as a checkpoint; its report's errors are not numbers.
 
@@ -173,12 +175,14 @@ def save_random_fold(
         directory: made if missing.
         bits, storage, fix_rate: as for `random_folds`.
         tokenizer: saved beside the model.
+        linear_bits: of the linear layers outside the FFNs.
     """
     layers = []
     for site, ffn in list(random_folds(model, bits, storage, fix_rate)):
         layers.append(_random_report(site, ffn, bits, fix_rate))
         install(model, site, ffn)
-    save_folded(model, FoldReport(layers, {"random": True}), directory, tokenizer)
+    linears = quantise_linears(model, linear_bits) if linear_bits else None
+    save_folded(model, FoldReport(layers, {"random": True}, linears=linears), directory, tokenizer)
 
 
 def _random_report(site: FFNSite, ffn: FoldedFFN, bits: int, fix_rate: float) -> LayerReport:

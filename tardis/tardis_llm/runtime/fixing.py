@@ -1,4 +1,4 @@
-"""Result fixing by itself, for engines that run the fold as a linear layer of their own.
+"""Result fixing for engines, by itself where they run the fold as a linear layer of their own, else with the fold.
 
     fix(x) = sum over i in S(x) of r_i(z_i) W2[:, i]
 
@@ -36,6 +36,8 @@ class Fixing:
         b1: [h].
         up: W1 [h, d]; beside a low-bit `down`, what the predictor leaves of it, None where that is nothing.
         down: W2 transposed, [h, d].
+        fold: C [d, d], to be added; None where the engine adds it.
+        bias: [d], of the fold.
     """
 
     activation: str
@@ -44,6 +46,8 @@ class Fixing:
     b1: Tensor | None
     up: Tensor | PackedMatrix | None
     down: Tensor | PackedMatrix
+    fold: Tensor | PackedMatrix | None = None
+    bias: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """[tokens, d] in the dtype of x [tokens, d]."""
@@ -57,8 +61,8 @@ class Fixing:
 
     @cached_property
     def _prepared(self) -> ops.PreparedFFN:
-        matrices = [None, self.predictor, self.up, self.down]
-        return ops.PreparedFFN(self.activation, matrices, None, self.b1, self.ranges)
+        matrices = [self.fold, self.predictor, self.up, self.down]
+        return ops.PreparedFFN(self.activation, matrices, self.bias, self.b1, self.ranges)
 
     def _masked(self, x: Tensor) -> Tensor:
         """By dense products; predictions and residuals are in fp32, as in the reference."""
@@ -73,7 +77,8 @@ class Fixing:
             w1 = self.up
         z = F.linear(x, w1.to(x.dtype), self.b1).float()
         residual = torch.where(fixed, ACTIVATIONS[self.activation](z) - slope * z - offset, 0.0)
-        return F.linear(residual.to(x.dtype), _dense(self.down).to(x.dtype).T)
+        y = F.linear(residual.to(x.dtype), _dense(self.down).to(x.dtype).T)
+        return y if self.fold is None else y + F.linear(x, _dense(self.fold).to(x.dtype), self.bias)
 
 
 def packed_linear(x: Tensor, weight: PackedMatrix, bias: Tensor | None) -> Tensor:
