@@ -1,4 +1,5 @@
 // The plain kernels, vectorised by the compiler for AVX2, FMA and F16C.
+#include "activations.h"
 #include "kernels.h"
 
 #ifdef __AVX2__

@@ -184,31 +184,10 @@ void add_dense(const TardisMatrix& m, const Layout*, const Terms& terms, Range r
     else add_together<K, kTermsTogether>(m, terms, range, y);
 }
 
-void widen(const TardisVector& v, int64_t begin, int64_t count, float* out) {
-    if (v.type != TARDIS_FP16) return portable_table()->widen(v, begin, count, out);
-    const auto* from = static_cast<const uint16_t*>(v.data) + begin;
-    for (int64_t j = 0; j < count; j += 16) {
-        const __mmask16 some = first16(count - j);
-        _mm512_mask_storeu_ps(out + j, some, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, from + j)));
-    }
-}
-
-uint64_t outside(const float* z, const float* low, const float* high, int64_t count) {
-    uint64_t found = 0;
-    for (int64_t j = 0; j < count; j += 16) {
-        const __mmask16 some = first16(count - j);
-        const __m512 at = _mm512_maskz_loadu_ps(some, z + j);
-        const __mmask16 below = _mm512_mask_cmp_ps_mask(some, at, _mm512_maskz_loadu_ps(some, low + j), _CMP_NGE_UQ);
-        const __mmask16 above = _mm512_mask_cmp_ps_mask(some, at, _mm512_maskz_loadu_ps(some, high + j), _CMP_NLE_UQ);
-        found |= static_cast<uint64_t>(below | above) << j;
-    }
-    return found;
-}
-
 const Table kTable = {
-    product_bf16,    product_dense<F32>, product_low_bit_avx512, product_pairs<Bf16>, product_pairs<F32>,
-    gemm_avx512,     add_dense<Bf16>,    add_dense<F32>,         add_low_bit_avx512,  widen,
-    outside,
+    product_bf16,   product_dense<F32>, product_low_bit_avx512, product_pairs<Bf16>, product_pairs<F32>, gemm_avx512,
+    add_dense<Bf16>, add_dense<F32>,     add_low_bit_avx512,     widen_avx512,        outside_avx512,     activate_avx512,
+    largest_avx512, round_avx512,
 };
 
 }  // namespace

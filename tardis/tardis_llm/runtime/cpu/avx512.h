@@ -13,6 +13,13 @@ void product_low_bit_avx512(const TardisMatrix& m, const Rows& rows, const Input
 void add_low_bit_avx512(const TardisMatrix& m, const Layout* layout, const Terms& terms, Range range, float* y);
 void gemm_avx512(const TardisMatrix& m, bool transposed, Range outputs, const Tokens& x, float* out, int64_t stride);
 
+// Of `avx512_vectors.cpp`; see `Widen` and what follows it.
+void widen_avx512(const TardisVector& v, int64_t begin, int64_t count, float* out);
+uint64_t outside_avx512(const float* z, const float* low, const float* high, int64_t count);
+void activate_avx512(int32_t activation, float* z, int64_t count);
+float largest_avx512(const float* x, int64_t count);
+int64_t round_avx512(const float* x, int64_t count, float inverse, int8_t* first, int8_t* second);
+
 namespace {
 
 #define TARDIS_INLINE __attribute__((always_inline))

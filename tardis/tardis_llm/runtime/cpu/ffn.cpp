@@ -7,7 +7,6 @@
 // Nothing depends on which thread does what, so results are the same for every number of threads.
 #include "ffn.h"
 
-#include "activations.h"
 #include "dispatch.h"
 #include "input.h"
 #include "threads.h"
@@ -245,26 +244,26 @@ private:
             const int64_t end = std::min(begin + kBlockRows, count);
             const Pairs pairs = {found.row, found.token, begin, end, count};
             if (up_bytes()) pair_product_of(ffn_.up)(ffn_.up, pairs, up_x_, z);
-            for (int64_t i = begin; i < end; ++i) residual(found.entry[i], found.token[i], z[i - begin]);
+            residuals(found.entry + begin, found.token + begin, end - begin, z);
         }
     }
 
     // Products with low-bit rows take some of these and one token.
     void multiply_by_token(const Found& found, int64_t count) {
-        int32_t order[kMaxFound], row[kMaxFound];
+        int32_t row[kMaxFound], token[kMaxFound], entry[kMaxFound];
         int64_t ends[kMaxTokens + 1] = {};
         for (int64_t i = 0; i < count; ++i) ++ends[found.token[i] + 1];
         for (int64_t t = 0; t < tokens_; ++t) ends[t + 1] += ends[t];
         for (int64_t i = 0; i < count; ++i) {
             const int64_t to = ends[found.token[i]]++;
-            order[to] = static_cast<int32_t>(i), row[to] = found.row[i];
+            row[to] = found.row[i], token[to] = found.token[i], entry[to] = found.entry[i];
         }
-        float z[kBlockRows];
+        float z[kBlockRows] = {};
         for (int64_t t = 0, begin = 0; t < tokens_; ++t)
             for (int64_t end; begin < ends[t]; begin = end) {
                 end = std::min(begin + kBlockRows, ends[t]);
                 product_of(ffn_.up)(ffn_.up, {row, begin, end, count}, of_token(up_x_, t), z);
-                for (int64_t i = begin; i < end; ++i) residual(found.entry[order[i]], t, z[i - begin]);
+                residuals(entry + begin, token + begin, end - begin, z);
             }
     }
 
@@ -285,13 +284,21 @@ private:
 
     bool fixes(int64_t e, int64_t t) const { return (fixed_.tokens[e] >> t) & 1; }
 
-    // z: the product of entry e with what `up` holds.
-    void residual(int64_t e, int64_t t, float z) {
+    // z: the products of some entries and tokens, kBlockRows at most, with what `up` holds.
+    void residuals(const int32_t* entry, const int32_t* token, int64_t count, const float* z) {
         const bool predicted = ffn_.down.type == TARDIS_LOW_BIT;  // `up` is what the predictor leaves
-        const int64_t i = fixed_.index[e];
-        float& r = fixed_.z[e * tokens_ + t];
-        const float at = z + (predicted ? r : number(ffn_.b1, i));
-        r = activate(ffn_.activation, at) - number(ffn_.slope, i) * at - number(ffn_.offset, i);
+        float at[kBlockRows], active[kBlockRows];
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t e = entry[i];
+            at[i] = z[i] + (predicted ? fixed_.z[e * tokens_ + token[i]] : number(ffn_.b1, fixed_.index[e]));
+        }
+        std::copy(at, at + count, active);
+        kernels().activate(ffn_.activation, active, count);
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t e = entry[i], row = fixed_.index[e];
+            const float line = number(ffn_.slope, row) * at[i] + number(ffn_.offset, row);
+            fixed_.z[e * tokens_ + token[i]] = active[i] - line;
+        }
     }
 
     // Columns of dense outputs, or blocks of columns.

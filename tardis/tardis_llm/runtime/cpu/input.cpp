@@ -1,9 +1,9 @@
 #include "input.h"
 
+#include "dispatch.h"
 #include "threads.h"
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 
 namespace tardis {
@@ -19,11 +19,6 @@ int32_t small(const std::vector<T>& list) {
 }
 
 int64_t padded(int64_t columns) { return (columns + kPad - 1) / kPad * kPad + kPad; }
-
-float widened(const TardisBatch& batch, int64_t at) {
-    if (batch.type == TARDIS_FP32) return static_cast<const float*>(batch.x)[at];
-    return from_bf16(static_cast<const uint16_t*>(batch.x)[at]);
-}
 
 }  // namespace
 
@@ -78,7 +73,7 @@ Inputs::Inputs(const TardisBatch& batch, int64_t columns)
     f32_.resize(static_cast<size_t>(batch.tokens * stride));
     if (batch.type == TARDIS_BF16) bf16_.resize(f32_.size());
     for (int64_t t = 0; t < batch.tokens; ++t) {
-        for (int64_t j = 0; j < columns; ++j) f32_[t * stride + j] = widened(batch, t * columns + j);
+        kernels().widen({batch.x, batch.type, 0}, t * columns, columns, &f32_[t * stride]);
         if (batch.type == TARDIS_BF16)
             memcpy(&bf16_[t * stride], static_cast<const uint16_t*>(batch.x) + t * columns, 2 * columns);
     }
@@ -124,28 +119,16 @@ void Inputs::quantise_segment(Variant& variant, int64_t token, int64_t number) {
     const float top = variant.halves == 1 ? 127.0f : 127.0f * 257.0f;
     const int64_t begin = layout.pieces[segment.piece].column, last = segment.piece + segment.pieces - 1;
     const int64_t end = layout.pieces[last].column + layout.pieces[last].count;
-    float largest = 0;
-    bool finite = true;
-    for (int64_t j = begin; j < end; ++j) {
-        const float size = std::fabs(x[j]);
-        finite &= size <= std::numeric_limits<float>::max();
-        largest = std::max(largest, size);
-    }
-    const bool zero = !finite || largest < 1e-30f;
+    const float largest = kernels().largest(x + begin, end - begin);
+    const bool finite = largest <= std::numeric_limits<float>::max(), zero = !finite || largest < 1e-30f;
     const float inverse = zero ? 0 : top / largest, unit = largest / top;
     const int64_t stride = layout.piece_count * 64;
     int8_t* values = variant.values.data() + token * variant.halves * stride;
     int64_t sum = 0;
     for (int64_t p = segment.piece; p <= last && !zero; ++p) {
-        const float* from = x + layout.pieces[p].column;
-        int8_t* to = values + 64 * p + layout.pieces[p].first;
-        for (int32_t j = 0; j < layout.pieces[p].count; ++j) {
-            const int32_t value = static_cast<int32_t>(std::lrintf(from[j] * inverse));
-            const int8_t low = static_cast<int8_t>(value & 0xff);
-            sum += value;
-            to[j] = variant.halves == 1 ? low : static_cast<int8_t>((value - low) >> 8);
-            if (variant.halves == 2) to[j + stride] = low;
-        }
+        const Piece& piece = layout.pieces[p];
+        int8_t* to = values + 64 * p + piece.first;
+        sum += kernels().round(x + piece.column, piece.count, inverse, to, variant.halves == 2 ? to + stride : nullptr);
     }
     const size_t at = static_cast<size_t>(token * layout.segment_count + number);
     variant.scale[at] = finite ? unit : std::numeric_limits<float>::quiet_NaN();

@@ -144,6 +144,15 @@ using Widen = void (*)(const TardisVector& v, int64_t begin, int64_t count, floa
 // Bit i: z[i] is not within [low[i], high[i]], NaN included. At most 64.
 using Outside = uint64_t (*)(const float* z, const float* low, const float* high, int64_t count);
 
+// z = activation(z), of the list of activations.h.
+using Activate = void (*)(int32_t activation, float* z, int64_t count);
+
+// The largest size of the numbers, infinite if one of them is or is NaN.
+using Largest = float (*)(const float* x, int64_t count);
+
+// The integers next to x * inverse; returns their sum, which fits 32 bits. Beside `second`, they are 256 * first + second.
+using Round = int64_t (*)(const float* x, int64_t count, float inverse, int8_t* first, int8_t* second);
+
 struct Table {
     Product bf16, f32, low_bit;
     PairProduct pairs_bf16, pairs_f32;
@@ -151,6 +160,9 @@ struct Table {
     Accumulate add_bf16, add_f32, add_low_bit;
     Widen widen;
     Outside outside;
+    Activate activate;
+    Largest largest;
+    Round round;
 };
 
 const Table* portable_table();

@@ -1,4 +1,5 @@
 // The kernels for any processor.
+#include "activations.h"
 #include "kernels.h"
 
 #include "generic.inc"
