@@ -268,6 +268,18 @@ def test_every_activation(isa: str, name: str, dtype: torch.dtype) -> None:
     assert_within(ops.folded_ffn(x, folded, dense, name, 16), *specified(x, folded, dense, name))
 
 
+@pytest.mark.parametrize("name", list(ACTIVATIONS))
+def test_activations_of_all_sizes(isa: str, name: str) -> None:
+    z = torch.cat([torch.linspace(-12, 12, 481), torch.tensor([1e-30, 1e-6, 40, 90, 1e4, 1e12])])
+    z = torch.cat([z, -z])
+    count, line = len(z), torch.zeros(len(z), dtype=torch.float16)
+    folded, _ = make(count, count, Storage(count), torch.float32, name, "all")
+    folded = replace(folded, weight=torch.zeros(count, count), bias=torch.zeros(count), slope=line, offset=line)
+    each_alone = neuron_major(FFNWeights(torch.diag(z), torch.zeros(count), torch.eye(count), None))
+    y = ops.folded_ffn(torch.ones(1, count), folded, each_alone, name)[0]
+    torch.testing.assert_close(y.double(), activation(name)(z.double()), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("ranges", ["none", "half", "all"])
 @pytest.mark.parametrize("storage", STORAGES, ids=str)
 @every_dtype
