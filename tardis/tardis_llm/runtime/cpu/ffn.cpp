@@ -102,6 +102,13 @@ struct FixedNeurons {
     uint64_t* tokens;  // [count], a bit per token
     float* z;          // [count, tokens]: predictions, then residuals
     int64_t count;
+
+    // Entry number e, and some that follow, are written soon.
+    __attribute__((always_inline)) void prefetch(int64_t e, int64_t all_tokens) const {
+        __builtin_prefetch(index + e, 1);
+        __builtin_prefetch(tokens + e, 1);
+        __builtin_prefetch(z + e * all_tokens, 1);
+    }
 };
 
 class Folded {
@@ -210,8 +217,9 @@ private:
     void predict(int64_t task, const Fetch& fetch, Found& found) {
         const int64_t begin = task * block_, end = std::min(begin + block_, h_);
         float zhat[kMaxTokens * kBlockRows];
-        // at d = 2048 waiting for the ranges takes a twentieth of a single token's time
+        // What is read or written once for a task: each wait for it would be behind all rows that are asked for.
         for (const TardisVector* v : {&ffn_.b1, &ffn_.low, &ffn_.high}) prefetch(*v, begin, end);
+        fixed_.prefetch(begin, tokens_);
         product_of(ffn_.predictor)(ffn_.predictor, {nullptr, begin, end, h_, &fetch}, x_, zhat);
         const OutOfRange out(ffn_, begin, end, tokens_, zhat);
         int64_t at = begin;
