@@ -54,7 +54,7 @@ library.define(
 
 def takes(x: Tensor) -> bool:
     """Whether the kernels are there and take inputs like x [..., d], `MAX_TOKENS` of them at a time."""
-    return x.device.type == "cpu" and x.dtype in DTYPES and x.numel() > 0 and available()
+    return x.is_cpu and x.dtype in DTYPES and x.numel() > 0 and available()
 
 
 def multiplies(x: Tensor, weight: Tensor) -> bool:
