@@ -52,10 +52,9 @@ PACKED = """These were measured before fixing multiplied codes with residuals th
 MODELS = """Models with random weights of the published shapes, their folds random too, with ranges that 5 % of the
 neurons leave; `kernels` is the dense model with every linear layer through our own bf16 kernel. Two threads, all
 weights in huge pages. The int4 comparison is of 16 of the 32 layers, because both forms and the weights that they are
-made of do not fit 24 GiB together. The model in bf16 was measured in a noisy hour: its fold read memory at 25 GB/s, and
-at 35 GB/s in an earlier session, with older kernels, in which it was 1.86 [1.84-2.20] times as fast as `kernels` at
-batch 1 and 0.98 [0.96-1.00] times at batch 8. Attention, head and what transformers does between the layers are the
-same in both and bound the ratio: of the bytes, 2.4 times as many are read without the fold."""
+made of do not fit 24 GiB together; it was measured with the kernels of commit ff8dc8f. Attention, head and what
+transformers does between the layers are the same in both and bound the ratio: of the bytes, 2.4 times as many are read
+without the fold, and what takes time without reading any weighs more beside it, which is why its GB/s are fewer."""
 
 HEAD = """# Results
 

@@ -19,6 +19,8 @@ DECODED = {
     "vllm_decode_gpt2.json": "GPT-2 layout",
     "vllm_decode_falcon.json": "Falcon layout",
     "vllm_decode_falcon_7b.json": "Falcon-7B",
+    "vllm_decode_falcon_few_bits.json": "Falcon layout, the fold all in few bits",
+    "vllm_decode_falcon_int4.json": "the same, and the dense model in int4",
 }
 PROMPTS = {"vllm_prompt_gpt2.json": "GPT-2 layout", "vllm_prompt_falcon.json": "Falcon layout"}
 SERVED = {"vllm_server_falcon.json": "Falcon layout"}

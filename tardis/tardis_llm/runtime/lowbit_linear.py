@@ -251,7 +251,7 @@ class Nf4Linear(LowBitLinear):
         """[out, in] fp32."""
         self.unpack()
         codes = torch.stack([self.codes >> 4, self.codes & 15], -1).flatten(1)
-        values = torch.tensor(NF4, device=codes.device)[codes.int()].unflatten(1, (-1, _GROUP))
+        values = _values(codes.device)[codes.int()].unflatten(1, (-1, _GROUP))
         return (values * self.scale.float()[..., None]).flatten(1)[:, : self.in_features]
 
     def _pack(self, codes: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
@@ -277,7 +277,7 @@ class Nf4Linear(LowBitLinear):
         columns = 2 * codes.shape[1]
         padding = columns - self.in_features
         x16 = F.pad(x.bfloat16(), (0, padding)) if padding else x.bfloat16()
-        y = torch.ops.bitsandbytes.gemv_4bit(x16, codes, (len(codes), columns), scale, _values(), _GROUP)
+        y = torch.ops.bitsandbytes.gemv_4bit(x16, codes, (len(codes), columns), scale, _values(x.device), _GROUP)
         return y[:, : self.out_features].to(x.dtype)
 
     def _written_out(self, dtype: torch.dtype) -> Tensor:
@@ -346,6 +346,7 @@ def multiplies_nf4() -> bool:
 
 
 @cache
-def _values() -> Tensor:
-    """The values of the codes, by which the kernel tells NF4 from others."""
-    return torch.tensor(NF4)
+def _values(device: torch.device) -> Tensor:
+    """The values of the codes; one tensor for all calls, as a CUDA graph cannot copy another to its device."""
+    with torch.inference_mode(False):
+        return torch.tensor(NF4, device=device)
