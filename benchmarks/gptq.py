@@ -11,9 +11,8 @@ from transformers import PreTrainedModel
 
 from tardis_llm.linears import linear_layers
 
-GROUP = 64  # input weights that share a scale
-_ZERO = 8  # the code of zero
-_CODES = 8  # in an int32
+BITS, GROUP = 4, 64  # of a weight; input weights that share a scale
+_ZEROS = 0x77777777  # the code of zero less one, eight times, as the format wants it
 
 
 def save_gptq(model: PreTrainedModel, directory: Path) -> None:
@@ -28,27 +27,20 @@ def save_gptq(model: PreTrainedModel, directory: Path) -> None:
     state = {name: part for name, part in model.state_dict().items() if name.removesuffix(".weight") not in layers}
     for name, layer in layers.items():
         weight = layer.get_parameter("weight").detach()
-        rows = weight if isinstance(layer, torch.nn.Linear) else weight.T
-        state |= {f"{name}.{key}": part for key, part in packed(rows.float()).items()}
+        columns = weight.T if isinstance(layer, torch.nn.Linear) else weight
+        state |= {f"{name}.{key}": part for key, part in packed(columns.float()).items()}
     model.save_pretrained(directory, state_dict=state)
     path = directory / "config.json"
-    settings = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True}
+    settings = {"quant_method": "gptq", "bits": BITS, "group_size": GROUP, "desc_act": False, "sym": True}
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": settings}, indent=2))
 
 
 def packed(weight: Tensor) -> dict[str, Tensor]:
-    """`qweight`, `qzeros` and `scales` of a weight [out, in] fp32, `in` a multiple of `GROUP`."""
-    groups = weight.unflatten(1, (-1, GROUP))
-    scale = (groups.abs().amax(2, keepdim=True) / (_ZERO - 1)).clamp_min(1e-8).half()
-    codes = (groups / scale.float()).round_().clamp_(-_ZERO, _ZERO - 1).add_(_ZERO).flatten(1)
-    scales = scale[..., 0].T.contiguous()  # [in / GROUP, out]
-    # the format has zeros less one
-    zeros = torch.full_like(scales, _ZERO - 1)
-    return {"qweight": _words(codes.T), "qzeros": _words(zeros.T).T.contiguous(), "scales": scales}
+    """`qweight`, `qzeros` and `scales` of a weight [in, out] fp32, rounded by vLLM; `in` is a multiple of `GROUP`."""
+    from vllm.model_executor.layers.quantization.utils.quant_utils import gptq_pack, gptq_quantize_weights
+    from vllm.scalar_type import scalar_types
 
-
-def _words(codes: Tensor) -> Tensor:
-    """[n / 8, columns] int32 of codes [n, columns], the first in the lowest bits."""
-    parts = codes.to(torch.int64).unflatten(0, (-1, _CODES))
-    words = sum(parts[:, place] << (4 * place) for place in range(_CODES))
-    return torch.as_tensor(words).to(torch.int32)  # keeps the low 32 bits
+    inputs, outputs = weight.shape
+    _, codes, scales = gptq_quantize_weights(weight, scalar_types.uint4b8, GROUP)
+    zeros = torch.full((inputs // GROUP, outputs * BITS // 32), _ZEROS, dtype=torch.int32)
+    return {"qweight": gptq_pack(codes, BITS, inputs, outputs), "qzeros": zeros, "scales": scales.half()}

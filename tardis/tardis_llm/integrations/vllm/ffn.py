@@ -9,7 +9,7 @@ To `torch.compile` an FFN is one operator, `tardis::served_ffn`, which finds its
 
     y = dense FFN of x              where `Choice` says so; the dense weights are there to be fixed with
     y = fold(x) + fixing(x)         else; the fold is a linear layer of vLLM, whose product on a CPU is in the same call
-                                    of our kernels where a rank has it whole: measured, that is 4 to 20 % of the FFN
+                                    of our kernels where a rank has it whole: measured, 1.03 to 1.2 times as fast
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ class FoldLoader:
         self._digests = read_json(record).get("tensors", {}) if record.is_file() else {}
         # not by the stock class: BLOOM's takes no head but a shared one
         self._head: dict[str, Any] = {name: part for name, part in model.named_parameters() if name in _HEAD}
-        self._loaded: set[str] = set()
-        self._missing = {f"{name}{_MARK}{key}" for name, ffn in folded.items() if ffn for key in ffn.state_dict()}
+        parts = {f"{name}{_MARK}{key}" for name, ffn in folded.items() if ffn for key in ffn.state_dict()}
+        self._missing = parts | self._head.keys()
 
     def others(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors that the stock model loads.
@@ -49,7 +49,7 @@ class FoldLoader:
                 self._load(name, tensor)
             elif name in self._head:
                 self._head[name].weight_loader(self._head[name], tensor)
-                self._loaded.add(name)
+                self._missing.discard(name)
             elif tensor.numel():  # empty where low-bit weights stand for it
                 yield name, tensor
 
@@ -63,7 +63,7 @@ class FoldLoader:
             CheckpointError: the files lack a tensor.
         """
         stock = {name for name, value in self._model.named_parameters() if _MARK not in f".{name}" and value.numel()}
-        missing = sorted(self._missing | (stock - loaded - self._loaded))
+        missing = sorted(self._missing | (stock - loaded - self._head.keys()))
         if missing:
             raise CheckpointError(
                 f"the weight files of {self._directory} lack {len(missing)} tensors, the first is {missing[0]}. Copy "
