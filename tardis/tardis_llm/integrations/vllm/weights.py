@@ -63,7 +63,7 @@ class FoldLoader:
             CheckpointError: the files lack a tensor.
         """
         stock = {name for name, value in self._model.named_parameters() if _MARK not in f".{name}" and value.numel()}
-        missing = sorted(self._missing | (stock - loaded - self._head.keys()))
+        missing = sorted((self._missing | (stock - self._head.keys())) - loaded)
         if missing:
             raise CheckpointError(
                 f"the weight files of {self._directory} lack {len(missing)} tensors, the first is {missing[0]}. Copy "
