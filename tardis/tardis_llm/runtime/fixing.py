@@ -23,6 +23,7 @@ from ..activations import ACTIVATIONS
 from ..folding.lowbit import PackedMatrix
 from . import ops
 from .cpu.library import MAX_TOKENS
+from .panels import Panels
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Fixing:
 
     Attributes:
         activation: a name in `ACTIVATIONS`.
-        predictor: [h, d].
+        predictor: [h, d], in panels or not; the fold too.
         ranges: low, high, slope, offset, each [h].
         b1: [h].
         up: W1 [h, d]; beside a low-bit `down`, what the predictor leaves of it, None where that is nothing.
@@ -41,12 +42,12 @@ class Fixing:
     """
 
     activation: str
-    predictor: PackedMatrix
+    predictor: PackedMatrix | Panels
     ranges: tuple[Tensor, Tensor, Tensor, Tensor]
     b1: Tensor | None
     up: Tensor | PackedMatrix | None
     down: Tensor | PackedMatrix
-    fold: Tensor | PackedMatrix | None = None
+    fold: Tensor | PackedMatrix | Panels | None = None
     bias: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -67,7 +68,7 @@ class Fixing:
     def _masked(self, x: Tensor) -> Tensor:
         """By dense products; predictions and residuals are in fp32, as in the reference."""
         low, high, slope, offset = (each.float() for each in self.ranges)
-        coarse = self.predictor.dequantise()
+        coarse = _dense(self.predictor)
         zhat = F.linear(x.float(), coarse, None if self.b1 is None else self.b1.float())  # [tokens, h]
         fixed = ~((zhat >= low) & (zhat <= high))
         if isinstance(self.down, PackedMatrix):  # `up` is what the predictor leaves
@@ -92,5 +93,7 @@ def packed_linear(x: Tensor, weight: PackedMatrix, bias: Tensor | None) -> Tenso
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _dense(matrix: Tensor | PackedMatrix) -> Tensor:
+def _dense(matrix: Tensor | PackedMatrix | Panels) -> Tensor:
+    if isinstance(matrix, Panels):
+        matrix = matrix.matrix()
     return matrix.dequantise() if isinstance(matrix, PackedMatrix) else matrix

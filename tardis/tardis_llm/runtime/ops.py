@@ -2,6 +2,7 @@
 
     tardis::bf16_linear     y = x W^T + b
     tardis::gemm            the same for any number of tokens, all in bf16, where W may lie as its transpose
+    tardis::panels_linear   the same for any number of tokens, all in bf16, where W is in panels
     tardis::lowbit_linear   the same with W in few bits
     tardis::fixed_neurons   which neurons the predictor finds out of their range
     tardis::folded_ffn      a whole folded FFN
@@ -25,7 +26,9 @@ from ..architectures import FFNWeights
 from ..errors import TardisError
 from ..folding.fold import FoldedWeights
 from ..folding.lowbit import PackedMatrix
-from .cpu.library import FFN, MAX_TOKENS, Batch, Kernels, Matrix, Vector, available, has_gemm, open_library
+from .cpu.library import FFN, MAX_TOKENS, Batch, Kernels, Matrix, Vector, available, has_gemm, has_panels, open_library
+from .panels import ROWS as PANEL_ROWS
+from .panels import Panels, fits
 
 #: dtypes of the inputs, and so of the models
 DTYPES = (torch.bfloat16, torch.float32)
@@ -37,6 +40,7 @@ _ACTIVATIONS = list(ACTIVATIONS)
 library = torch.library.Library("tardis", "DEF")
 library.define("bf16_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 library.define("gemm(Tensor x, Tensor weight, Tensor? bias, bool transposed) -> Tensor")
+library.define("panels_linear(Tensor x, Tensor panels, Tensor? bias, int outputs) -> Tensor")
 library.define(
     "lowbit_linear(Tensor x, Tensor planes, Tensor scale, int group_size, Tensor? bias, "
     f"int activation_bits={ACTIVATION_BITS}) -> Tensor"
@@ -62,6 +66,17 @@ def multiplies(x: Tensor, weight: Tensor) -> bool:
     bf16 = x.dtype == weight.dtype == torch.bfloat16 and x.device.type == weight.device.type == "cpu"
     lies = weight.dim() == 2 and (weight.is_contiguous() or weight.T.is_contiguous())
     return bf16 and lies and weight.shape[-1] % 2 == 0 and x.numel() > 0 and has_gemm()
+
+
+def panels_of(matrix: Tensor | PackedMatrix, dtype: torch.dtype) -> Panels | None:
+    """A matrix in panels, which is a copy; None where the kernels do not take it so.
+
+    Args:
+        matrix: [out, in].
+        dtype: of the inputs that it meets.
+    """
+    device = (matrix if isinstance(matrix, Tensor) else matrix.planes).device
+    return Panels.of(matrix) if device.type == "cpu" and dtype in DTYPES and fits(matrix) and has_panels() else None
 
 
 def runs(x: Tensor, folded: FoldedWeights, dense: FFNWeights) -> bool:
@@ -111,8 +126,8 @@ class PreparedFFN:
 
     Args:
         activation: a name in `ACTIVATIONS`.
-        matrices: fold (None where something else adds it), predictor, and what fixing reads of W1 and of W2 transposed,
-            which must neither move nor change.
+        matrices: fold (None where something else adds it) and predictor, in panels or not, and what fixing reads of W1
+            and of W2 transposed, all of which must neither move nor change.
         bias: of the fold.
         b1, ranges: vectors of numbers per neuron; the ranges are low, high, slope, offset.
     """
@@ -120,20 +135,19 @@ class PreparedFFN:
     def __init__(
         self,
         activation: str,
-        matrices: Sequence[Tensor | PackedMatrix | None],
+        matrices: Sequence[Tensor | PackedMatrix | Panels | None],
         bias: Tensor | None,
         b1: Tensor | None,
         ranges: Sequence[Tensor],
     ) -> None:
-        parts = [_parts(matrix) for matrix in matrices]
         self._run = _loaded().folded_ffn
-        self._tensors = [*(tensor for each in parts for tensor in each), bias, b1, *ranges]  # which must stay alive
+        parts = [tensor for matrix in matrices for tensor in _parts(matrix)]
+        self._tensors = [*parts, bias, b1, *ranges]  # which must stay alive
         _check_alike(*self._tensors)
         predictor = matrices[1]
-        assert isinstance(predictor, PackedMatrix), "the predictor is in few bits"
-        sizes = [matrix.group_size if isinstance(matrix, PackedMatrix) else 0 for matrix in matrices]
+        assert isinstance(predictor, PackedMatrix | Panels), "the predictor is in few bits"
         self._d = predictor.columns
-        self._ffn = _ffn(activation, parts, sizes, self._d, bias, b1, ranges)
+        self._ffn = _ffn(activation, [Matrix.of(matrix) for matrix in matrices], self._d, bias, b1, ranges)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[tokens, d] for x [tokens, d]."""
@@ -158,10 +172,12 @@ def _matrices(folded: FoldedWeights, dense: FFNWeights) -> list[Tensor | PackedM
     return [folded.weight, folded.predictor, *fixing]
 
 
-def _parts(matrix: Tensor | PackedMatrix | None) -> list[Tensor]:
-    """The tensors of a matrix as the operators take it."""
+def _parts(matrix: Tensor | PackedMatrix | Panels | None) -> list[Tensor]:
+    """The tensors of a matrix, as the operators take one that is not in panels."""
     if matrix is None:
         return []
+    if isinstance(matrix, Panels):
+        return [matrix.data] if matrix.scale is None else [matrix.data, matrix.scale]
     return [matrix] if isinstance(matrix, Tensor) else [matrix.planes, matrix.scale]
 
 
@@ -192,17 +208,15 @@ def _loaded() -> Kernels:
 
 def _ffn(
     activation: str,
-    matrices: Sequence[Sequence[Tensor]],
-    group_sizes: Sequence[int],
+    matrices: Sequence[Matrix],
     d: int,
     bias: Tensor | None,
     b1: Tensor | None,
     ranges: Sequence[Tensor],
 ) -> FFN:
-    """For the kernels: four matrices as `_parts` gives them."""
-    made = [_matrix(each, d, size) for each, size in zip(matrices, group_sizes, strict=True)]
-    vectors = [_vector(each, made[1].rows) for each in (b1, *ranges)]
-    return FFN(*made, _vector(bias, d), *vectors, _ACTIVATIONS.index(activation))
+    """For the kernels: four matrices."""
+    vectors = [_vector(each, matrices[1].rows) for each in (b1, *ranges)]
+    return FFN(*matrices, _vector(bias, d), *vectors, _ACTIVATIONS.index(activation))
 
 
 def _fits(x: Tensor) -> bool:
@@ -244,6 +258,19 @@ def _gemm(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> T
     y = x.new_empty(len(x), outputs)
     if len(x):
         _loaded().gemm(Matrix.of(weight), transposed, _vector(bias, outputs), Batch.of(x, y, 16))
+    return y
+
+
+def _panels_linear(x: Tensor, panels: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+    """x [tokens, in] and the `data` of `Panels` [outputs, in]: [tokens, outputs], all in bf16."""
+    _check_alike(x, panels, bias)
+    shape = (-(-outputs // PANEL_ROWS), x.shape[-1] // 2, PANEL_ROWS, 2)
+    if x.dim() != 2 or x.shape[1] % 2 or panels.shape != shape or not x.dtype == panels.dtype == torch.bfloat16:
+        raise TardisError(f"x {list(x.shape)} does not fit panels {list(panels.shape)} of {outputs} outputs in bf16.")
+    y = x.new_empty(len(x), outputs)
+    if len(x):
+        matrix = Matrix.of(Panels(panels, None, outputs, x.shape[1], 16, x.shape[1]))
+        _loaded().gemm(matrix, False, _vector(bias, outputs), Batch.of(x, y, 16))
     return y
 
 
@@ -308,14 +335,16 @@ def _folded_ffn(
     _check(x, *fold, bias, *predictor, *ranges, b1, *up, *down)
     y = torch.empty_like(x)
     if len(x):
-        matrices = (fold, predictor, up, down)
-        ffn = _ffn(activation, matrices, group_sizes, x.shape[1], bias, b1, ranges)
+        parts = (fold, predictor, up, down)
+        matrices = [_matrix(each, x.shape[1], size) for each, size in zip(parts, group_sizes, strict=True)]
+        ffn = _ffn(activation, matrices, x.shape[1], bias, b1, ranges)
         _loaded().folded_ffn(ffn, Batch.of(x, y, activation_bits))
     return y
 
 
 library.impl("bf16_linear", _bf16_linear, "CPU")
 library.impl("gemm", _gemm, "CPU")
+library.impl("panels_linear", _panels_linear, "CPU")
 library.impl("lowbit_linear", _lowbit_linear, "CPU")
 library.impl("fixed_neurons", _fixed_neurons, "CPU")
 library.impl("folded_ffn", _folded_ffn, "CPU")
@@ -329,6 +358,11 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @torch.library.register_fake("tardis::gemm")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1 if transposed else 0])
+
+
+@torch.library.register_fake("tardis::panels_linear")
+def _(x: Tensor, panels: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+    return x.new_empty(x.shape[0], outputs)
 
 
 @torch.library.register_fake("tardis::lowbit_linear")

@@ -15,7 +15,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from ...checkpoint import METHOD, CheckpointConfig, LayerFormat
 from ...errors import CheckpointError
 from ...runtime.prefill import CROSSOVER
-from .linears import LowBitMethod
+from .linears import InPanels, LowBitMethod
 from .names import Projections, block_index, check_served, linear_bits
 
 
@@ -24,7 +24,7 @@ class TardisConfig(QuantizationConfig):
     """The folded layers of a checkpoint, for vLLM.
 
     Every linear layer stays vLLM's own; `models` then pairs those of each FFN. Only the dense weights that low-bit ones
-    stand for get no memory, and linear layers in few bits another product.
+    stand for get no memory, and the other layers our products.
 
     Args:
         layers: the format of each folded FFN by its name in the checkpoint.
@@ -76,7 +76,7 @@ class TardisConfig(QuantizationConfig):
             return NoWeight()
         if self.linear_bits and self._projections.in_few_bits(prefix):
             return LowBitMethod(self.linear_bits, prefix)
-        return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+        return InPanels() if isinstance(layer, LinearBase) else None
 
     def get_name(self) -> str:
         """As `quant_method` in config.json."""

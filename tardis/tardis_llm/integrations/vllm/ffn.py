@@ -33,6 +33,7 @@ from ...folding.lowbit import PackedMatrix
 from ...runtime import ops
 from ...runtime.ffn import LowBit, dense_ffn
 from ...runtime.fixing import Fixing, packed_linear
+from ...runtime.panels import Panels
 from .prefill import Choice
 
 ops.library.define("served_ffn(Tensor x, str name) -> Tensor")
@@ -73,6 +74,7 @@ class ServedFFN(nn.Module):
     ) -> None:
         super().__init__()
         self.layer, d, neurons = layer, up.input_size, up.weight.shape[0]
+        self._dtype = dtype
         self._projections = up, down  # in a tuple, so that they are not registered twice
         self._choice = replace(choice, mode="folded") if layer.fallback_bits else choice
         ranks = up.output_size // neurons
@@ -121,7 +123,7 @@ class ServedFFN(nn.Module):
     @cached_property
     def _fixing(self) -> Fixing:
         up, down = self._projections
-        ranges, predictor = (self.low, self.high, self.slope, self.offset), self.predictor.matrix
+        ranges, predictor = (self.low, self.high, self.slope, self.offset), self._in_panels(self.predictor)
         w1: Tensor | PackedMatrix | None = up.weight.data
         w2: Tensor | PackedMatrix = down.weight.data
         if self.down is not None:
@@ -129,8 +131,19 @@ class ServedFFN(nn.Module):
         fixing = Fixing(self.layer.activation, predictor, ranges, up.bias, w1, w2)
         if not self._at_once:
             return fixing
-        fold = self.fold.matrix if isinstance(self.fold, PackedFold) else self.fold.weight.data
-        return replace(fixing, fold=fold, bias=self.fold.bias)
+        return replace(fixing, fold=self._in_panels(self.fold), bias=self.fold.bias)
+
+    def _in_panels(self, part: Any) -> Any:
+        """The matrix of a part, in panels where the kernels take it so, and then it is nowhere else."""
+        own = part.matrix if isinstance(part, LowBit) else part.weight.data
+        panels = ops.panels_of(own, self._dtype)
+        if panels is None:
+            return own
+        if isinstance(part, LowBit):
+            part.planes, part.scale = part.planes.new_empty(0), part.scale.new_empty(0)
+        else:
+            part.weight.data = part.weight.new_empty(0)
+        return panels
 
 
 class PackedFold(LowBit):

@@ -1,7 +1,7 @@
-"""Linear layers of vLLM's models outside the FFNs, and the head, in few bits: those of `runtime.lowbit_linear`.
+"""Linear layers of vLLM's models outside the FFNs in panels, or, and the head, in few bits: `runtime.lowbit_linear`.
 
-vLLM's own layers stay, and load codes and scales as they would load a weight: what each family has stored together or
-apart, and what share a rank has, remains their business. Only the product is ours. To `torch.compile` it is one
+vLLM's own layers stay, and load weights, or codes and scales, as ever: what each family has stored together or apart,
+and what share a rank has, remains their business. Only the product is ours. To `torch.compile` one in few bits is an
 operator, `tardis::served_linear`, that finds its layer by name as `tardis::served_ffn` does.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.linear import LinearMethodBase
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.utils import set_weight_attrs
 
@@ -36,6 +36,31 @@ ops.library.impl("served_linear", _served_linear, "CompositeExplicitAutograd")
 @torch.library.register_fake("tardis::served_linear")
 def _(x: Tensor, name: str, outputs: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], outputs)
+
+
+class InPanels(UnquantizedLinearMethod):
+    """A linear layer of vLLM whose weight is put in panels where our kernels take it so; elsewhere it stays vLLM's own.
+
+    One thread, 64 tokens or fewer: measured, 1.07 to 1.5 times as fast as what vLLM has for CPUs; 128 and more: as fast.
+    """
+
+    def process_weights_after_loading(self, layer: LinearBase) -> None:
+        """Put the weight in panels."""
+        self._outputs, inputs = layer.weight.shape
+        panels = ops.panels_of(layer.weight.data, layer.weight.dtype) if inputs % 2 == 0 else None
+        self._ours = panels is not None
+        if panels is None:
+            super().process_weights_after_loading(layer)
+        else:
+            layer.weight = nn.Parameter(panels.data, requires_grad=False)
+
+    def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[..., outputs] for x [..., inputs]."""
+        if not self._ours:
+            return super().apply(layer, x, bias)
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
+        y: Tensor = torch.ops.tardis.panels_linear(flat, layer.weight, bias, self._outputs)
+        return y.view(*x.shape[:-1], self._outputs)
 
 
 class LowBitMethod(LinearMethodBase):

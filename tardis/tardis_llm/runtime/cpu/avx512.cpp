@@ -185,9 +185,10 @@ void add_dense(const TardisMatrix& m, const Layout*, const Terms& terms, Range r
 }
 
 const Table kTable = {
-    product_bf16,   product_dense<F32>, product_low_bit_avx512, product_pairs<Bf16>, product_pairs<F32>, gemm_avx512,
-    add_dense<Bf16>, add_dense<F32>,     add_low_bit_avx512,     widen_avx512,        outside_avx512,     activate_avx512,
-    largest_avx512, round_avx512,
+    product_bf16,   product_dense<F32>, product_low_bit_avx512, product_pairs<Bf16>, product_pairs<F32>,
+    gemm_avx512,    panels_avx512,      low_bit_panels_avx512,  add_dense<Bf16>,     add_dense<F32>,
+    add_low_bit_avx512, widen_avx512,   outside_avx512,         activate_avx512,     largest_avx512,
+    round_avx512,
 };
 
 }  // namespace

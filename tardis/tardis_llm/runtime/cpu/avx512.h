@@ -8,10 +8,12 @@
 
 namespace tardis {
 
-// Of `avx512_lowbit.cpp` and `avx512_gemm.cpp`; see `Product`, `Accumulate`, `Gemm`.
+// Of `avx512_lowbit.cpp`, `avx512_gemm.cpp` and `avx512_panels.cpp`; see `Product`, `Accumulate`, `Gemm`, `PanelGemm`.
 void product_low_bit_avx512(const TardisMatrix& m, const Rows& rows, const Input& x, float* out);
 void add_low_bit_avx512(const TardisMatrix& m, const Layout* layout, const Terms& terms, Range range, float* y);
 void gemm_avx512(const TardisMatrix& m, bool transposed, Range outputs, const Tokens& x, float* out, int64_t stride);
+void panels_avx512(const TardisMatrix& m, Range rows, const Tokens& x, float* out, int64_t stride);
+void low_bit_panels_avx512(const TardisMatrix& m, const Rows& rows, const Input& x, float* out);
 
 // Of `avx512_vectors.cpp`; see `Widen` and what follows it.
 void widen_avx512(const TardisVector& v, int64_t begin, int64_t count, float* out);
@@ -70,6 +72,31 @@ inline TARDIS_INLINE void each(const F& body) {
         body(Constant<k>{});
         each<N, k + 1>(body);
     }
+}
+
+// The matrix that takes bits shift..shift + count - 1 of a byte: bit i of a product is the parity of the byte's bits
+// that are in byte 7 - i of the matrix.
+constexpr int64_t taking(int shift, int count) {
+    uint64_t matrix = 0;
+    for (int i = 0; i < count; ++i) matrix |= 1ull << (8 * (7 - i) + shift + i);
+    return static_cast<int64_t>(matrix);
+}
+
+// Shift and mask of bytes in one.
+template <int shift, int count>
+inline TARDIS_INLINE __m512i bits_of_bytes(__m512i bytes) {
+    return _mm512_gf2p8affine_epi64_epi8(bytes, _mm512_set1_epi64(taking(shift, count)), 0);
+}
+
+// In every lane of 32 bits, sum and the products of four codes with four values. As an instruction by hand because GCC
+// copies every sum to another register and back around the intrinsic.
+inline TARDIS_INLINE __m512i add_dot(__m512i sum, __m512i code, __m512i values) {
+#if defined(__GNUC__) && !defined(__clang__)
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(code), "v"(values));
+    return sum;
+#else
+    return _mm512_dpbusd_epi32(sum, code, values);
+#endif
 }
 
 }  // namespace

@@ -11,20 +11,6 @@ __m512i bytes_of(int value) { return _mm512_set1_epi8(static_cast<char>(value));
 // mask ? a : b, bit by bit.
 __m512i select(int mask, __m512i a, __m512i b) { return _mm512_ternarylogic_epi64(bytes_of(mask), a, b, 0xca); }
 
-// The matrix that takes bits shift..shift + count - 1 of a byte: bit i of a product is the parity of the byte's bits
-// that are in byte 7 - i of the matrix.
-constexpr int64_t taking(int shift, int count) {
-    uint64_t matrix = 0;
-    for (int i = 0; i < count; ++i) matrix |= 1ull << (8 * (7 - i) + shift + i);
-    return static_cast<int64_t>(matrix);
-}
-
-// Shift and mask of bytes in one.
-template <int shift, int count>
-inline TARDIS_INLINE __m512i bits_of_bytes(__m512i bytes) {
-    return _mm512_gf2p8affine_epi64_epi8(bytes, _mm512_set1_epi64(taking(shift, count)), 0);
-}
-
 // 64 bytes, or the first of them. A masked load of all of them would wait for memory several times as long.
 inline TARDIS_INLINE __m512i load_bytes(const uint8_t* p, __mmask64 bytes) {
     return bytes == ~0ull ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8(bytes, p);
@@ -95,18 +81,6 @@ struct Codes {
         each<8>([&](auto k) TARDIS_INLINE { _mm512_store_si512(to[k], code<k>()); });
     }
 };
-
-// In every lane of 32 bits, sum and the products of four codes with four values. As an instruction by hand because GCC
-// copies every sum to another register and back around the intrinsic.
-inline TARDIS_INLINE __m512i add_dot(__m512i sum, __m512i code, __m512i values) {
-#if defined(__GNUC__) && !defined(__clang__)
-    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(code), "v"(values));
-    return sum;
-#else
-    return _mm512_dpbusd_epi32(sum, code, values);
-#endif
-}
-
 
 constexpr int64_t kBytesAhead = 16384;  // of rows from a tile that is multiplied to one that is prefetched
 constexpr int64_t kMaxSegments = 256;  // of a row, in these kernels

@@ -54,7 +54,7 @@ void store(const TardisBatch& batch, int64_t at, float* values, const float* bia
 }
 
 int64_t row_bytes(const TardisMatrix& m) {
-    if (m.type == TARDIS_LOW_BIT) return (m.columns + 7) / 8 * m.bits;
+    if (m.type == TARDIS_LOW_BIT || m.type == TARDIS_LOW_BIT_PANELS) return (m.columns + 7) / 8 * m.bits;
     return m.columns * (m.type == TARDIS_FP32 ? 4 : 2);
 }
 
@@ -62,9 +62,9 @@ int64_t row_bytes(const TardisMatrix& m) {
 int threads_for(int64_t bytes, int threads) { return bytes < kShared ? 1 : std::max(threads, 1); }
 
 // Rows of a task: as many as keep every thread supplied, at most kBlockRows.
-int64_t block_rows(int64_t rows, int threads) {
-    const int64_t some = (rows / (threads * 8) + 3) / 4 * 4;
-    return std::min(std::max<int64_t>(some, 4), kBlockRows);
+int64_t block_rows(const TardisMatrix& m, int64_t rows, int threads) {
+    const int64_t unit = in_panels(m) ? kPanelRows : 4, some = (rows / (threads * 8) + unit - 1) / unit * unit;
+    return std::min(std::max(some, unit), kBlockRows);
 }
 
 int64_t blocks(int64_t rows, int64_t block) { return (rows + block - 1) / block; }
@@ -118,9 +118,9 @@ public:
           inputs_(batch, d_), x_(inputs_.for_matrix(ffn.predictor, selecting_bits())), stride_(x_.stride),
           fold_x_(inputs_.for_matrix(ffn.fold, batch.activation_bits)),
           up_x_(inputs_.for_matrix(ffn.up, batch.activation_bits)),
-          down_layout_(ffn.down.type == TARDIS_LOW_BIT ? &layout_for(d_, ffn.down.group_size).view() : nullptr),
+          down_layout_(ffn.down.type == TARDIS_LOW_BIT ? &layout_for(ffn.down).view() : nullptr),
           threads_(threads_for(h_ * row_bytes(ffn.predictor) + d_ * row_bytes(ffn.fold), batch.threads)),
-          block_(block_rows(h_, threads_)), fold_block_(block_rows(d_, threads_)) {
+          block_(block_rows(ffn.predictor, h_, threads_)), fold_block_(block_rows(ffn.fold, d_, threads_)) {
         static thread_local Scratch<int32_t> index, counts;
         static thread_local Scratch<uint64_t> tokens;
         static thread_local Scratch<float> z, y;
@@ -370,7 +370,7 @@ void linear(const TardisMatrix& weight, const TardisVector& bias, const TardisBa
     Inputs inputs(batch, weight.columns);
     const Input& x = inputs.for_matrix(weight, batch.activation_bits);
     const int threads = threads_for(weight.rows * row_bytes(weight), batch.threads);
-    const int64_t block = block_rows(weight.rows, threads);
+    const int64_t block = block_rows(weight, weight.rows, threads);
     parallel(threads, blocks(weight.rows, block), [&](int64_t task) {
         const int64_t begin = task * block, end = std::min(begin + block, weight.rows);
         float out[kMaxTokens * kBlockRows];
@@ -386,13 +386,16 @@ void linear(const TardisMatrix& weight, const TardisVector& bias, const TardisBa
 void gemm(const TardisMatrix& weight, bool transposed, const TardisVector& bias, const TardisBatch& batch) {
     const int64_t inputs = transposed ? weight.rows : weight.columns;
     const int64_t outputs = transposed ? weight.columns : weight.rows, step = transposed ? kGemmOutputs : kBlockRows;
+    const bool panels = in_panels(weight);
     const auto* x = static_cast<const uint16_t*>(batch.x);
+    const int threads = threads_for(2 * inputs * outputs, batch.threads);
     for (int64_t first = 0; first < batch.tokens; first += kGemmTokens) {
         const Tokens tokens = {x + first * inputs, std::min(kGemmTokens, batch.tokens - first), inputs};
-        parallel(batch.threads, blocks(outputs, step), [&](int64_t task) {
+        parallel(threads, blocks(outputs, step), [&](int64_t task) {
             const Range range = {task * step, std::min((task + 1) * step, outputs)};
             float out[kGemmTokens * kGemmOutputs], b[kGemmOutputs];
-            kernels().gemm(weight, transposed, range, tokens, out, step);
+            if (panels) kernels().panels(weight, range, tokens, out, step);
+            else kernels().gemm(weight, transposed, range, tokens, out, step);
             kernels().widen(bias, range.begin, range.end - range.begin, b);
             for (int64_t t = 0; t < tokens.count; ++t)
                 store(batch, (first + t) * outputs + range.begin, out + t * step, b, range.end - range.begin);
@@ -405,7 +408,7 @@ void fixed(const TardisFFN& ffn, const TardisBatch& batch) {
     Inputs inputs(batch, m.columns);
     const Input& x = inputs.for_matrix(m, batch.activation_bits);
     const int threads = threads_for(m.rows * row_bytes(m), batch.threads);
-    const int64_t block = block_rows(m.rows, threads);
+    const int64_t block = block_rows(m, m.rows, threads);
     parallel(threads, blocks(m.rows, block), [&](int64_t task) {
         const int64_t begin = task * block, end = std::min(begin + block, m.rows);
         float zhat[kMaxTokens * kBlockRows];

@@ -22,7 +22,8 @@ int64_t padded(int64_t columns) { return (columns + kPad - 1) / kPad * kPad + kP
 
 }  // namespace
 
-GroupLayout::GroupLayout(int64_t columns, int64_t group_size) : columns_(columns), group_size_(group_size) {
+GroupLayout::GroupLayout(int64_t columns, int64_t group_size, bool panels)
+    : columns_(columns), group_size_(group_size), panels_(panels) {
     for (int64_t begin = 0; begin < columns; begin += kBlockColumns)
         add_block(begin, std::min(begin + kBlockColumns, columns));
     for (const Segment& segment : segments_) pieces_[segment.piece + segment.pieces - 1].last = 1;
@@ -36,7 +37,7 @@ GroupLayout::GroupLayout(int64_t columns, int64_t group_size) : columns_(columns
 }
 
 void GroupLayout::add_block(int64_t begin, int64_t end) {
-    const int64_t bytes = (end - begin + 7) / 8;
+    const int64_t bytes = panels_ ? 64 : (end - begin + 7) / 8;
     Block block = {small(begin / 8), small(bytes), small(begin), small(end - begin), small(pieces_), 0, small(segments_), 0, 0};
     for (int64_t bit = 0; bit < 8; ++bit) {
         const int64_t from = begin + bit * bytes, to = std::min(from + bytes, end);
@@ -59,11 +60,12 @@ void GroupLayout::add_piece(const Block& block, int64_t bit, int64_t first, int6
     pieces_.push_back({small(bit), small(first), small(count), small(column), small(group), 0});
 }
 
-const GroupLayout& layout_for(int64_t columns, int64_t group_size) {
+const GroupLayout& layout_for(const TardisMatrix& m) {
     static thread_local std::vector<std::unique_ptr<const GroupLayout>> made;
+    const bool panels = m.type == TARDIS_LOW_BIT_PANELS;
     for (const auto& each : made)
-        if (each->columns() == columns && each->group_size() == group_size) return *each;
-    made.push_back(std::make_unique<const GroupLayout>(columns, group_size));
+        if (each->columns() == m.columns && each->group_size() == m.group_size && each->panels() == panels) return *each;
+    made.push_back(std::make_unique<const GroupLayout>(m.columns, m.group_size, panels));
     return *made.back();
 }
 
@@ -81,7 +83,7 @@ Inputs::Inputs(const TardisBatch& batch, int64_t columns)
 }
 
 const Input& Inputs::for_matrix(const TardisMatrix& m, int32_t bits) {
-    if (m.type != TARDIS_LOW_BIT) return plain_;
+    if (m.type != TARDIS_LOW_BIT && m.type != TARDIS_LOW_BIT_PANELS) return plain_;
     Variant& found = variant(m, bits == 8 ? 1 : 2);
     if (!found.quantised) quantise(found);
     return found.input;
@@ -89,7 +91,7 @@ const Input& Inputs::for_matrix(const TardisMatrix& m, int32_t bits) {
 
 Inputs::Variant& Inputs::variant(const TardisMatrix& m, int32_t halves) {
     for (const auto& each : variants_)
-        if (&each->layout == &layout_for(m.columns, m.group_size) && each->halves == halves) return *each;
+        if (&each->layout == &layout_for(m) && each->halves == halves) return *each;
     variants_.push_back(std::make_unique<Variant>(m, halves));
     return *variants_.back();
 }

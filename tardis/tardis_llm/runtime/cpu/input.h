@@ -25,21 +25,23 @@ struct LineAllocator {
 template <typename T>
 using Numbers = std::vector<T, LineAllocator<T>>;
 
-// Owns what a `Layout` points to.
+// Owns what a `Layout` points to: of planes, or of panels, which have columns in order and need pieces and segments only.
 class GroupLayout {
 public:
-    GroupLayout(int64_t columns, int64_t group_size);
+    GroupLayout(int64_t columns, int64_t group_size, bool panels);
     GroupLayout(const GroupLayout&) = delete;
     GroupLayout& operator=(const GroupLayout&) = delete;
     const Layout& view() const { return layout_; }
     int64_t columns() const { return columns_; }
     int64_t group_size() const { return group_size_; }
+    bool panels() const { return panels_; }
 
 private:
     void add_block(int64_t begin, int64_t end);
     void add_piece(const Block& block, int64_t bit, int64_t first, int64_t column, int64_t count);
 
     int64_t columns_, group_size_;
+    bool panels_;
     std::vector<Block> blocks_;
     std::vector<Piece> pieces_;
     std::vector<Segment> segments_;
@@ -47,7 +49,7 @@ private:
 };
 
 // Made when first asked for, and kept by the thread that calls.
-const GroupLayout& layout_for(int64_t columns, int64_t group_size);
+const GroupLayout& layout_for(const TardisMatrix& m);
 
 // A batch of inputs widened and padded, and quantised for each layout that is asked for.
 class Inputs {
@@ -59,7 +61,7 @@ public:
 
 private:
     struct Variant {
-        Variant(const TardisMatrix& m, int32_t parts) : layout(layout_for(m.columns, m.group_size)), halves(parts) {}
+        Variant(const TardisMatrix& m, int32_t parts) : layout(layout_for(m)), halves(parts) {}
         const GroupLayout& layout;
         const int32_t halves;
         Numbers<int8_t> values;

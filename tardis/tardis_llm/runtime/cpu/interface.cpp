@@ -13,10 +13,20 @@
 namespace tardis {
 namespace {
 
+// Groups end where blocks of 64 inputs do, and none lies across a block of 512.
+bool fit_panels(const TardisMatrix& m) {
+    const int64_t size = m.group_size;
+    const bool bits = m.bits == 1 || m.bits == 2 || m.bits == 4 || m.bits == 8;
+    return bits && (size >= m.columns || size % 512 == 0 || (size % 64 == 0 && 512 % size == 0));
+}
+
 bool sound(const TardisMatrix& m) {
     if (!m.data || m.rows < 1 || m.columns < 1) return false;
     if (m.type == TARDIS_BF16 || m.type == TARDIS_FP32) return true;
-    return m.type == TARDIS_LOW_BIT && m.scale && m.bits >= 1 && m.bits <= 8 && m.group_size >= 1;
+    if (m.type == TARDIS_PANELS) return tardis_has_panels();
+    const bool codes = m.scale && m.bits >= 1 && m.bits <= 8 && m.group_size >= 1;
+    if (m.type == TARDIS_LOW_BIT_PANELS) return codes && tardis_has_panels() && fit_panels(m);
+    return codes && m.type == TARDIS_LOW_BIT;
 }
 
 bool sound(const TardisBatch& batch) {
@@ -27,7 +37,8 @@ bool sound(const TardisBatch& batch) {
 
 // bf16 weights meet bf16 inputs only.
 bool fits(const TardisMatrix& m, const TardisBatch& batch) {
-    return m.type == TARDIS_LOW_BIT || m.type == batch.type;
+    if (m.type == TARDIS_PANELS) return batch.type == TARDIS_BF16;
+    return m.type == TARDIS_LOW_BIT || m.type == TARDIS_LOW_BIT_PANELS || m.type == batch.type;
 }
 
 bool sound(const TardisFFN& ffn, const TardisBatch& batch) {
@@ -38,7 +49,9 @@ bool sound(const TardisFFN& ffn, const TardisBatch& batch) {
     const bool ranges = ffn.low.data && ffn.high.data && ffn.slope.data && ffn.offset.data;
     const bool up = ffn.up.type == TARDIS_NONE ? ffn.down.type == TARDIS_LOW_BIT : is(ffn.up, h);
     const bool fold = ffn.fold.type == TARDIS_NONE || is(ffn.fold, d);
-    return is(ffn.predictor, h) && ffn.predictor.type == TARDIS_LOW_BIT && fold && up && is(ffn.down, h) && ranges &&
+    const bool rows = !in_panels(ffn.up) && !in_panels(ffn.down);
+    const bool predictor = ffn.predictor.type == TARDIS_LOW_BIT || ffn.predictor.type == TARDIS_LOW_BIT_PANELS;
+    return is(ffn.predictor, h) && predictor && fold && up && rows && is(ffn.down, h) && ranges &&
            ffn.activation >= 0 && ffn.activation < kActivations;
 }
 
@@ -62,7 +75,7 @@ using namespace tardis;
 
 extern "C" {
 
-int32_t tardis_abi() { return 4; }
+int32_t tardis_abi() { return 5; }
 
 void tardis_use_openmp(void* parallel) { use_openmp(reinterpret_cast<OpenMP>(parallel)); }
 
@@ -73,11 +86,14 @@ int32_t tardis_linear(const TardisMatrix* weight, const TardisVector* bias, cons
 
 int32_t tardis_has_gemm() { return kernels().gemm != nullptr; }
 
+int32_t tardis_has_panels() { return kernels().panels != nullptr; }
+
 int32_t tardis_gemm(
     const TardisMatrix* weight, int32_t transposed, const TardisVector* bias, const TardisBatch* batch
 ) {
     const int64_t inputs = transposed ? weight->rows : weight->columns;
-    const bool bf16 = weight->type == TARDIS_BF16 && batch->type == TARDIS_BF16;
+    const bool panels = weight->type == TARDIS_PANELS && !transposed;
+    const bool bf16 = (weight->type == TARDIS_BF16 || panels) && batch->type == TARDIS_BF16;
     if (!tardis_has_gemm() || !sound(*weight) || !bf16 || inputs % 2 || !batch->x || !batch->y || batch->tokens < 1)
         return TARDIS_BAD_ARGUMENT;
     return guarded([&] { gemm(*weight, transposed, *bias, *batch); });

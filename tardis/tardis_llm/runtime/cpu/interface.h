@@ -4,6 +4,11 @@
 // a row holds the highest bits, and `scale` [rows, ceil(columns / group_size)] fp16; a weight is
 // (code - (2^bits - 1) / 2) * scale. Columns come in blocks of 512, the last one shorter: bit k (1 << k) of byte j of a
 // block of n columns is that of column k * ceil(n / 8) + j. Functions return 0, or a `Status`.
+//
+// In panels it is for products only, which then read one stretch of memory: 32 rows after the other, the last ones filled
+// up, and in them, from the first columns to the last, bf16 numbers [columns / 2, 32, 2]; or codes in 1, 2, 4 or 8 bits,
+// 32 bits per row and 32 / bits columns, of which byte j has columns j, 4 + j, ... from the lowest bits on, and scales
+// [groups, 32].
 #pragma once
 #include <cstdint>
 
@@ -13,12 +18,20 @@
 
 extern "C" {
 
-enum TardisType : int32_t { TARDIS_NONE = 0, TARDIS_BF16 = 1, TARDIS_FP16 = 2, TARDIS_FP32 = 3, TARDIS_LOW_BIT = 4 };
+enum TardisType : int32_t {
+    TARDIS_NONE = 0,
+    TARDIS_BF16 = 1,
+    TARDIS_FP16 = 2,
+    TARDIS_FP32 = 3,
+    TARDIS_LOW_BIT = 4,
+    TARDIS_PANELS = 5,
+    TARDIS_LOW_BIT_PANELS = 6,
+};
 enum TardisStatus : int32_t { TARDIS_OK = 0, TARDIS_NO_MEMORY = 1, TARDIS_BAD_ARGUMENT = 2 };
 enum TardisIsa : int32_t { TARDIS_PORTABLE = 0, TARDIS_AVX2 = 1, TARDIS_AVX512 = 2 };
 
 struct TardisMatrix {
-    const void* data;       // bf16 or fp32 numbers, or planes; null where there is no matrix
+    const void* data;       // bf16 or fp32 numbers, or planes, or panels; null where there is no matrix
     const uint16_t* scale;  // low-bit only
     int64_t rows, columns, group_size;
     int32_t type, bits;
@@ -42,7 +55,7 @@ struct TardisBatch {
 };
 
 struct TardisFFN {
-    TardisMatrix fold, predictor;  // [d, d] or none, [h, d]
+    TardisMatrix fold, predictor;  // [d, d] or none, [h, d]; of any type, low-bit
     TardisMatrix up;               // [h, d]: W1, or what the predictor leaves of it (low-bit), or none
     TardisMatrix down;             // [h, d]: W2 transposed
     TardisVector bias, b1, low, high, slope, offset;
@@ -65,6 +78,7 @@ int32_t tardis_gemm(
     const TardisMatrix* weight, int32_t transposed, const TardisVector* bias, const TardisBatch* batch
 );
 int32_t tardis_has_gemm();
+int32_t tardis_has_panels();  // whether matrices may be in panels
 // y [tokens, h] uint8: 1 for the neurons whose prediction is not within [low, high], NaN included.
 int32_t tardis_fixed(const TardisFFN* ffn, const TardisBatch* batch);
 // y = x fold^T + bias + sum over fixed neurons of residual * W2 column; the first two where they are given.

@@ -11,6 +11,7 @@ namespace tardis {
 
 constexpr int64_t kMaxTokens = 64;
 constexpr int64_t kBlockRows = 64;  // of a task
+constexpr int64_t kPanelRows = 32;
 constexpr int64_t kPad = 64;  // rows of inputs and outputs are padded with zeros to a multiple of this, and one more
 // Consecutive columns, 512 or fewer: `bytes` of every plane from `byte` on.
 struct Block {
@@ -117,6 +118,9 @@ constexpr int64_t kGemmTokens = 256, kGemmOutputs = 256;  // of a call, at most
 // out[token * stride + i - begin] = output i. An odd number of inputs wants a zero behind each token's.
 using Gemm = void (*)(const TardisMatrix&, bool transposed, Range outputs, const Tokens&, float* out, int64_t stride);
 
+// Of weights in panels, whose `outputs` begin with one: the same.
+using PanelGemm = void (*)(const TardisMatrix&, Range outputs, const Tokens&, float* out, int64_t stride);
+
 // Pairs begin..end-1 of a row and a token, of a list of `total`.
 struct Pairs {
     const int32_t *row, *token;
@@ -153,10 +157,14 @@ using Largest = float (*)(const float* x, int64_t count);
 // The integers next to x * inverse; returns their sum, which fits 32 bits. Beside `second`, they are 256 * first + second.
 using Round = int64_t (*)(const float* x, int64_t count, float inverse, int8_t* first, int8_t* second);
 
+inline bool in_panels(const TardisMatrix& m) { return m.type == TARDIS_PANELS || m.type == TARDIS_LOW_BIT_PANELS; }
+
 struct Table {
     Product bf16, f32, low_bit;
     PairProduct pairs_bf16, pairs_f32;
-    Gemm gemm;  // null where there is none
+    Gemm gemm;  // null where there is none, as the next two
+    PanelGemm panels;
+    Product low_bit_panels;
     Accumulate add_bf16, add_f32, add_low_bit;
     Widen widen;
     Outside outside;

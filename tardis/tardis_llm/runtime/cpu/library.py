@@ -21,21 +21,22 @@ from torch import Tensor
 
 from ...errors import InvalidInputError, TardisError
 from ...folding.lowbit import PackedMatrix
+from ..panels import Panels
 
 #: what the kernels are written for, by the numbers that the library has for them
 ISAS = ("portable", "avx2", "avx512")
 #: tokens of the largest batch
 MAX_TOKENS = 64
-_ABI = 4
+_ABI = 5
 _VARIABLE = "TARDIS_KERNELS"
 _SUFFIXES = {"win32": ".dll", "darwin": ".so"}
 _TYPES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
-_LOW_BIT = 4
+_LOW_BIT, _PANELS, _LOW_BIT_PANELS = 4, 5, 6
 _ERRORS = {1: "no memory for its working arrays", 2: "arguments that do not fit together"}
 
 
 class Matrix(ctypes.Structure):
-    """`TardisMatrix` of interface.h: bf16, fp32 or low-bit."""
+    """`TardisMatrix` of interface.h: bf16, fp32 or low-bit, or in panels."""
 
     _fields_ = (
         ("data", ctypes.c_void_p),
@@ -48,10 +49,15 @@ class Matrix(ctypes.Structure):
     )
 
     @classmethod
-    def of(cls, matrix: Tensor | PackedMatrix | None) -> Matrix:
+    def of(cls, matrix: Tensor | PackedMatrix | Panels | None) -> Matrix:
         """Points to a matrix, whose tensors must stay alive and contiguous."""
         if matrix is None:
             return cls()
+        if isinstance(matrix, Panels):
+            scale_at = None if matrix.scale is None else matrix.scale.data_ptr()
+            shape = matrix.rows, matrix.columns, matrix.group_size
+            kind = _PANELS if matrix.scale is None else _LOW_BIT_PANELS
+            return cls(matrix.data.data_ptr(), scale_at, *shape, kind, matrix.bits)
         if isinstance(matrix, Tensor):
             rows, columns = matrix.shape
             return cls(matrix.data_ptr(), None, rows, columns, columns, _TYPES[matrix.dtype], 0)
@@ -161,6 +167,11 @@ class Kernels:
         """Whether the instruction set in use has what `gemm` needs."""
         return bool(self._library.tardis_has_gemm())
 
+    @property
+    def has_panels(self) -> bool:
+        """Whether the instruction set in use takes matrices in panels."""
+        return bool(self._library.tardis_has_panels())
+
     def gemm(self, weight: Matrix, transposed: bool, bias: Vector, batch: Batch) -> None:
         """y = x W^T + bias, or x W + bias if W is `transposed`, in bf16 for any number of tokens."""
         _done(self._library.tardis_gemm(byref(weight), transposed, byref(bias), byref(batch)), "gemm")
@@ -215,6 +226,13 @@ def has_gemm() -> bool:
     """Whether there is `Kernels.gemm`."""
     library = kernels()
     return library is not None and library.has_gemm
+
+
+@torch.compiler.assume_constant_result
+def has_panels() -> bool:
+    """Whether the kernels take matrices in panels."""
+    library = kernels()
+    return library is not None and library.has_panels
 
 
 @functools.cache

@@ -1,0 +1,213 @@
+// Matrices in panels, for processors with AVX-512.
+//
+// A panel has 32 outputs side by side in two registers, so that sums need no adding up across a register, every number of
+// an input serves all of them, and a matrix is one stretch of memory from its first weight to its last. The products of a
+// dozen tokens then hide behind reading it.
+#include "avx512.h"
+
+#if defined(TARDIS_AVX512)
+
+namespace tardis {
+namespace {
+
+constexpr int kVectors = kPanelRows / 16;
+constexpr int kMaxTogether = 12;  // tokens, or halves of them, whose sums stay in registers
+constexpr int64_t kAhead = 8192;  // bytes from what is multiplied to what is asked for
+constexpr int64_t kDepth = 128;  // pairs of inputs whose weights stay in the first cache until all tokens have met them
+constexpr int64_t kPairBytes = 4 * kPanelRows;
+
+// body(T, first token), with the number of tokens a constant, for tokens in groups as equal as can be.
+template <int T, typename F>
+TARDIS_INLINE inline void with_constant(int64_t count, const F& body) {
+    if constexpr (T > 1) {
+        if (count < T) return with_constant<T - 1>(count, body);
+    }
+    body(Constant<T>{});
+}
+
+template <int most, typename F>
+TARDIS_INLINE inline void in_groups(int64_t tokens, const F& body) {
+    const int64_t groups = (tokens + most - 1) / most;
+    for (int64_t g = 0; g < groups; ++g) {
+        const int64_t first = g * tokens / groups, count = (g + 1) * tokens / groups - first;
+        with_constant<most>(count, [&](auto n) TARDIS_INLINE { body(n, first, g); });
+    }
+}
+
+int32_t pair_at(const uint16_t* x) {
+    int32_t pair;
+    memcpy(&pair, x, sizeof pair);
+    return pair;
+}
+
+// Adds the products of some pairs of inputs to the sums of T tokens, which begin at zero; asks for `lines` per pair.
+template <int T, int lines>
+void tile(const char* w, const char* ahead, const Tokens& x, int64_t pairs, bool begin, float* out, int64_t stride) {
+    __m512 sum[T][kVectors];
+    const auto all = [&](const auto& body) TARDIS_INLINE {
+        each<T>([&](auto t) TARDIS_INLINE { each<kVectors>([&](auto v) TARDIS_INLINE { body(t, v); }); });
+    };
+    all([&](auto t, auto v) TARDIS_INLINE {
+        sum[t][v] = begin ? _mm512_setzero_ps() : _mm512_loadu_ps(out + t * stride + 16 * v);
+    });
+    for (int64_t p = 0; p < pairs; ++p) {
+        each<lines>([&](auto l) TARDIS_INLINE { prefetch(ahead + 64 * (lines * p + l)); });
+        __m512bh weights[kVectors];
+        each<kVectors>([&](auto v) TARDIS_INLINE {
+            weights[v] = (__m512bh)_mm512_load_si512(w + kPairBytes * p + 64 * v);
+        });
+        each<T>([&](auto t) TARDIS_INLINE {
+            const auto inputs = (__m512bh)_mm512_set1_epi32(pair_at(x.x + t * x.stride + 2 * p));
+            each<kVectors>([&](auto v) TARDIS_INLINE { sum[t][v] = _mm512_dpbf16_ps(sum[t][v], weights[v], inputs); });
+        });
+    }
+    all([&](auto t, auto v) TARDIS_INLINE { _mm512_storeu_ps(out + t * stride + 16 * v, sum[t][v]); });
+}
+
+// One panel. With more tokens than registers take, some inputs' weights after the other, the next of which are asked for
+// evenly.
+void multiply(const char* w, const Tokens& x, int64_t pairs, float* out, int64_t stride) {
+    const bool once = x.count <= kMaxTogether;
+    const int64_t depth = once ? pairs : kDepth;
+    for (int64_t p = 0; p < pairs; p += depth) {
+        const int64_t some = p + depth < pairs ? depth : pairs - p;
+        const char* from = w + kPairBytes * p;
+        in_groups<kMaxTogether>(x.count, [&](auto count, int64_t first, int64_t group) TARDIS_INLINE {
+            const Tokens own = {x.x + first * x.stride + 2 * p, count, x.stride};
+            float* to = out + first * stride;
+            if (once) return tile<count, 2>(from, from + kAhead, own, some, p == 0, to, stride);
+            const char* ahead = from + kPairBytes * depth + group * 64 * some;
+            if (group < 2) tile<count, 1>(from, ahead, own, some, p == 0, to, stride);
+            else tile<count, 0>(from, ahead, own, some, p == 0, to, stride);
+        });
+    }
+}
+
+template <typename F>
+void each_panel(const Range& rows, const F& body) {
+    for (int64_t i = rows.begin; i < rows.end; i += kPanelRows) body(i / kPanelRows, i - rows.begin);
+}
+
+// ---- in few bits -----------------------------------------------------------------------------------------------------
+
+// A register has, of 16 outputs, the codes of 32 / B inputs: those of inputs 4 * q + j in byte j of each 32 bits, from bit
+// q * B on.
+template <int B, int H>
+class LowBit {
+public:
+    static constexpr int kMost = kMaxTogether / H;
+
+    LowBit(const TardisMatrix& m, const Input& x)
+        : q_(x.quantised), layout_(*q_.layout), groups_((m.columns + m.group_size - 1) / m.group_size),
+          lines_((m.columns + kColumns - 1) / kColumns), half_(static_cast<float>((1 << B) - 1) / -2) {}
+
+    void multiply(const TardisMatrix& m, int64_t panel, int64_t tokens, float* out, Fetching& fetching) const {
+        const auto* data = static_cast<const char*>(m.data) + panel * lines_ * kVectors * 64;
+        const uint16_t* scale = m.scale + panel * groups_ * kPanelRows;
+        in_groups<kMost>(tokens, [&](auto count, int64_t first, int64_t) TARDIS_INLINE {
+            some<count>(data, scale, first, out + first * kBlockRows, fetching);
+        });
+    }
+
+    int64_t lines() const { return lines_; }
+
+private:
+    static constexpr int kColumns = 32 / B;
+
+    template <int T>
+    void some(const char* w, const uint16_t* scale, int64_t token, float* out, Fetching& fetching) const {
+        alignas(64) float total[T][kPanelRows] = {};
+        const int8_t* values = q_.values + token * H * q_.stride;
+        const float *unit = q_.scale + token * layout_.segment_count, *sum = q_.sum + token * layout_.segment_count;
+        for (int64_t g = 0, line = 0; g < layout_.segment_count; ++g) {
+            const Segment& segment = layout_.segments[g];
+            const int64_t left = lines_ - line, whole = segment.pieces * 64 / kColumns, n = whole < left ? whole : left;
+            __m512i dot[T * H][kVectors] = {};
+            for (int64_t end = line + n; line < end; ++line, values += kColumns) {
+                fetching.step();
+                add_line<T>(w + line * kVectors * 64, values, dot);
+            }
+            each<kVectors>([&](auto v) TARDIS_INLINE {
+                const uint16_t* from = scale + segment.group * kPanelRows + 16 * v;
+                const __m512 own = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+                each<T>([&](auto t) TARDIS_INLINE {
+                    const int64_t at = t * layout_.segment_count + g;
+                    const __m512 middle = _mm512_set1_ps(half_ * sum[at]), step = _mm512_set1_ps(unit[at]);
+                    const __m512 product = _mm512_fmadd_ps(_mm512_cvtepi32_ps(joined<t>(dot, v)), step, middle);
+                    float* to = total[t] + 16 * v;
+                    _mm512_store_ps(to, _mm512_fmadd_ps(product, own, _mm512_load_ps(to)));
+                });
+            });
+        }
+        each<T>([&](auto t) TARDIS_INLINE { memcpy(out + t * kBlockRows, total[t], sizeof total[t]); });
+    }
+
+    template <int T>
+    TARDIS_INLINE void add_line(const char* w, const int8_t* values, __m512i (&dot)[T * H][kVectors]) const {
+        __m512i line[kVectors];
+        each<kVectors>([&](auto v) TARDIS_INLINE {
+            prefetch(w + kAhead + 64 * v);
+            line[v] = _mm512_load_si512(w + 64 * v);
+        });
+        each<8 / B>([&](auto q) TARDIS_INLINE {
+            __m512i code[kVectors];
+            each<kVectors>([&](auto v) TARDIS_INLINE {
+                if constexpr (B == 8) code[v] = line[v];
+                else if constexpr (q == 0) code[v] = _mm512_and_si512(line[v], _mm512_set1_epi8((1 << B) - 1));
+                else code[v] = bits_of_bytes<q * B, B>(line[v]);
+            });
+            each<T * H>([&](auto n) TARDIS_INLINE {
+                int32_t four;
+                memcpy(&four, values + n * q_.stride + 4 * q, sizeof four);
+                const __m512i x = _mm512_set1_epi32(four);
+                each<kVectors>([&](auto v) TARDIS_INLINE { dot[n][v] = add_dot(dot[n][v], code[v], x); });
+            });
+        });
+    }
+
+    template <int t, int N>
+    TARDIS_INLINE static __m512i joined(const __m512i (&dot)[N][kVectors], int v) {
+        if constexpr (H == 1) return dot[t][v];
+        else return _mm512_add_epi32(_mm512_slli_epi32(dot[2 * t][v], 8), dot[2 * t + 1][v]);
+    }
+
+    const Quantised& q_;
+    const Layout& layout_;
+    const int64_t groups_, lines_;
+    const float half_;
+};
+
+template <int B, int H>
+void low_bit(const TardisMatrix& m, const Rows& rows, const Input& x, float* out) {
+    const LowBit<B, H> product(m, x);
+    const int64_t groups = (x.tokens + product.kMost - 1) / product.kMost;
+    Fetching fetching(rows.fetch, (rows.end - rows.begin + kPanelRows - 1) / kPanelRows * groups * 2 * product.lines());
+    each_panel({rows.begin, rows.end}, [&](int64_t panel, int64_t at) {
+        product.multiply(m, panel, x.tokens, out + at, fetching);
+    });
+}
+
+template <int H>
+void low_bit(const TardisMatrix& m, const Rows& rows, const Input& x, float* out) {
+    if (m.bits == 1) return low_bit<1, H>(m, rows, x, out);
+    if (m.bits == 2) return low_bit<2, H>(m, rows, x, out);
+    if (m.bits == 4) return low_bit<4, H>(m, rows, x, out);
+    low_bit<8, H>(m, rows, x, out);
+}
+
+}  // namespace
+
+void panels_avx512(const TardisMatrix& m, Range rows, const Tokens& x, float* out, int64_t stride) {
+    const int64_t pairs = (m.columns + 1) / 2;
+    each_panel(rows, [&](int64_t panel, int64_t at) {
+        multiply(static_cast<const char*>(m.data) + panel * pairs * kPairBytes, x, pairs, out + at, stride);
+    });
+}
+
+void low_bit_panels_avx512(const TardisMatrix& m, const Rows& rows, const Input& x, float* out) {
+    if (x.quantised.halves == 2) return low_bit<2>(m, rows, x, out);
+    low_bit<1>(m, rows, x, out);
+}
+
+}  // namespace tardis
+#endif
