@@ -5,7 +5,7 @@
 Weights are random, and the ranges are set so that the wanted share of the neurons is fixed. Every round runs each
 variant once, so that what else the machine does falls on all of them; ratios are taken within rounds. Before each run
 the variant's weights are out of the caches where all of them together are larger than these, as in a whole model. All
-weights are in huge pages, as `tardis generate` has them. Our kernels, dense and folded, are called with arguments that
+weights are in huge pages, and those that are read whole in panels, as `tardis generate` has them. Our kernels, dense and folded, are called with arguments that
 are put together once, as folded layers of models and engines call them, without torch's dispatch.
 """
 
@@ -107,12 +107,17 @@ def fixed(x: Tensor, folded: FoldedWeights) -> Tensor:
 
 
 def prepared_linear(kernels: Kernels, weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """The product with a dense weight, by the kernels."""
-    matrix, bias = Matrix.of(weight), Vector.of(None)
+    """The product with a dense weight, by the fastest of the kernels."""
+    panels, bias = ops.panels_of(weight, weight.dtype), Vector.of(None)
+    lies = panels or weight
+    matrix = Matrix.of(lies)
 
     def run(x: Tensor) -> Tensor:
-        y = x.new_empty(len(x), len(weight))
-        kernels.linear(matrix, bias, Batch.of(x, y, 16))
+        y = x.new_empty(len(x), matrix.rows)
+        if isinstance(lies, Tensor):
+            kernels.linear(matrix, bias, Batch.of(x, y, 16))
+        else:
+            kernels.gemm(matrix, False, bias, Batch.of(x, y, 16))
         return y
 
     return run
@@ -123,9 +128,15 @@ def folded_variant(name: str, folded: FoldedWeights, dense: FFNWeights) -> Varia
     fold = folded.weight
     always = folded.predictor.nbytes + fold.nbytes + 4 * folded.low.nbytes
     neuron = (folded.fallback.nbytes if folded.fallback else dense.w1.nbytes + dense.w2.nbytes) / len(dense.w1)
+    weight = ops.panels_of(folded.weight, torch.bfloat16) or folded.weight
+    predictor = ops.panels_of(folded.predictor, torch.bfloat16) or folded.predictor
+    ranges = folded.low, folded.high, folded.slope, folded.offset
+    laid = ops.Laid(weight, folded.bias, predictor, ranges, folded.fallback)
+    run = ops.prepared(torch.empty(1, predictor.columns, dtype=torch.bfloat16), laid, dense, _ACTIVATION)
+    assert run is not None, "the kernels take such an FFN"
     return Variant(
         name,
-        ops.prepared(folded, dense, _ACTIVATION),
+        run,
         lambda x: always + round(int(fixed(x, folded).any(0).sum()) * neuron),
     )
 

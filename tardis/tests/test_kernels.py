@@ -336,14 +336,20 @@ def test_nan_comes_out_where_it_came_in_and_nowhere_else(isa: str, storage: Stor
 
 @pytest.mark.parametrize("tokens", [3, 9])
 @pytest.mark.parametrize("storage", STORAGES, ids=str)
-def test_results_do_not_depend_on_the_number_of_threads(isa: str, storage: Storage, tokens: int, threads: None) -> None:
-    folded, dense = make(264, 700, storage, torch.bfloat16)
-    x = correlated(tokens, 264).bfloat16()
+def test_results_are_the_same_each_time_and_close_for_any_number_of_threads(
+    isa: str, storage: Storage, tokens: int, threads: None
+) -> None:
+    folded, dense = make(264, 700, storage, torch.float32)
+    x = correlated(tokens, 264)
     results = []
     for count in (1, 2, 5):
         torch.set_num_threads(count)
-        results.append([ops.folded_ffn(x, folded, dense, "gelu") for _ in range(3)])
-    assert all(torch.equal(y, results[0][0]) for group in results for y in group)
+        same = [ops.folded_ffn(x, folded, dense, "gelu") for _ in range(3)]
+        assert all(torch.equal(y, same[0]) for y in same)
+        results.append(same[0])
+    # neurons are added up in other parts, and residuals that meet low-bit rows are rounded with other neighbours
+    bound = 2e-6 if storage.fallback_bits is None else 2e-4
+    assert all(float((y - results[0]).abs().max() / y.abs().max()) < bound for y in results)
 
 
 @pytest.mark.parametrize("tokens", [5, 9, 64])  # 64 find more at once than wait for their products

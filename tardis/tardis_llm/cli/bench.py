@@ -35,7 +35,7 @@ from ..evaluation.speed import (
 from ..evaluation.variants import KINDS, Variant, folded_variant, loaded_variants, rival
 from ..linears import low_bit_copies
 from ..loading import load_dense, load_model
-from ..runtime.ffn import folded_ffns
+from ..runtime.ffn import folded_ffns, lay_out
 from ..runtime.prefill import Prefill, set_prefill
 from . import output as show
 from .fold import BITS
@@ -90,6 +90,7 @@ def bench(
         variants = _variants_of_dense(dense, kinds, predictor_bits, storage, BITS[linears], fix_rate)
     for variant in variants:
         with variant.within():
+            lay_out(variant.model)
             use_huge_pages(variant.model)
     bandwidth = read_bandwidth()
     name = shape or model

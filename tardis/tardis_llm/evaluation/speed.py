@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from ..activations import ACTIVATIONS
 from ..architectures import FFNSite, FFNWeights
-from ..runtime.ffn import FoldedFFN, KeptLinear, dense_ffn, fixed_neurons, folded_ffns, install, uninstall
+from ..runtime.ffn import FoldedFFN, KeptLinear, dense_ffn, folded_ffns, install, uninstall
 from ..runtime.lowbit_linear import LowBitLinear
 from ..session import Progress
 
@@ -149,7 +149,7 @@ def count_union(model: nn.Module) -> Iterator[Union]:
 
     def count(ffn: FoldedFFN, args: tuple[Tensor, FFNWeights]) -> None:
         x, dense = args
-        fixed = fixed_neurons(x.reshape(-1, x.shape[-1]), ffn.weights, dense.b1)
+        fixed = ffn.fixed(x.reshape(-1, x.shape[-1]).contiguous(), dense)
         union.share += float(fixed.any(0).float().mean())
         union.forwards += 1
 
@@ -247,7 +247,7 @@ def step_bytes(model: PreTrainedModel, share: float = 0.0) -> float:
 def _folded_bytes(ffn: FoldedFFN, share: float) -> float:
     """What a folded FFN holds itself; dense fallback weights are its neighbours'."""
     fallback = ffn.fallback.nbytes if ffn.fallback else 0
-    return sum(tensor.nbytes for tensor in ffn.state_dict().values()) - fallback + share * fallback
+    return ffn.nbytes + share * fallback
 
 
 def cpu_name() -> str:

@@ -27,8 +27,8 @@ from ..folding.fold import FoldedWeights
 from ..folding.lowbit import PackedMatrix
 from ..folding.stack import Fallback, dense_fold
 from . import ops
-from .cpu.library import MAX_TOKENS
 from .linear import linear
+from .relaid import InPanels
 
 
 def folded_ffn(
@@ -75,7 +75,7 @@ def fixed_neurons(x: Tensor, folded: FoldedWeights, b1: Tensor | None) -> Tensor
     return ~((zhat >= folded.low.float()) & (zhat <= folded.high.float()))
 
 
-class LowBit(nn.Module):
+class LowBit(InPanels):
     """A `PackedMatrix` in a model: `planes` [rows, bits, ceil(columns / 8)] uint8, `scale` [rows, groups] fp16."""
 
     planes: Tensor
@@ -89,11 +89,22 @@ class LowBit(nn.Module):
 
     @property
     def matrix(self) -> PackedMatrix:
-        """The stored matrix."""
+        """The matrix as it is stored."""
+        stored = self.stored
+        assert isinstance(stored, PackedMatrix)
+        return stored
+
+    def _get(self) -> PackedMatrix:
         return PackedMatrix(self.planes, self.scale, self.columns, self.group_size)
 
+    def _set(self, matrix: PackedMatrix) -> None:
+        self.planes, self.scale = matrix.planes, matrix.scale
 
-class Fold(nn.Module):
+    def _clear(self) -> None:
+        self.planes, self.scale = self.planes.new_empty(0), self.scale.new_empty(0)
+
+
+class Fold(InPanels):
     """The affine part in the model's dtype: `weight` [d, d] and `bias` [d]."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
@@ -101,10 +112,14 @@ class Fold(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = nn.Parameter(bias, requires_grad=False)
 
-    @property
-    def stored(self) -> Tensor:
-        """The weight as stored."""
-        return self.weight
+    def _get(self) -> Tensor:
+        return self.weight.data
+
+    def _set(self, matrix: Tensor) -> None:
+        self.weight.data = matrix
+
+    def _clear(self) -> None:
+        self.weight.data = self.weight.new_empty(0)
 
 
 class LowBitFold(LowBit):
@@ -113,11 +128,6 @@ class LowBitFold(LowBit):
     def __init__(self, matrix: PackedMatrix, bias: Tensor) -> None:
         super().__init__(matrix)
         self.bias = nn.Parameter(bias, requires_grad=False)
-
-    @property
-    def stored(self) -> PackedMatrix:
-        """The weight as stored."""
-        return self.matrix
 
 
 class FoldedFFN(nn.Module):
@@ -156,10 +166,22 @@ class FoldedFFN(nn.Module):
         self._ready_for: tuple[object, ...] = ()
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all that it holds, as it lies, without fallback weights."""
+        parts = [self.fold.laid, self.fold.bias, self.predictor.laid, self.low, self.high, self.slope, self.offset]
+        return sum(part.nbytes for part in parts)
+
+    @property
     def weights(self) -> FoldedWeights:
-        """The stored tensors."""
+        """The stored tensors; copies of those that are in panels."""
         ranges = self.low, self.high, self.slope, self.offset
         return FoldedWeights(self.fold.stored, self.fold.bias, self.predictor.matrix, *ranges, self.fallback)
+
+    @property
+    def _laid(self) -> ops.Laid:
+        """The same as they lie."""
+        ranges = self.low, self.high, self.slope, self.offset
+        return ops.Laid(self.fold.laid, self.fold.bias, self.predictor.laid, ranges, self.fallback)
 
     @property
     def fallback(self) -> Fallback | None:
@@ -181,6 +203,8 @@ class FoldedFFN(nn.Module):
         ready = self._prepared(tokens, dense)
         if ready is not None:
             return ready(tokens.contiguous()).view(x.shape)
+        if torch.compiler.is_compiling() and self.predictor.in_panels:
+            return self._uncompiled(x, dense)
         weights = self.weights
         if ops.runs(tokens, weights, dense):
             return ops.folded_ffn(tokens, weights, dense, self.activation).view(x.shape)
@@ -189,21 +213,39 @@ class FoldedFFN(nn.Module):
             dense = dense._replace(w1=w1, w2=w2)
         return folded_ffn(tokens, weights, dense, ACTIVATIONS[self.activation]).view(x.shape)
 
+    @torch.compiler.disable
+    def _uncompiled(self, x: Tensor, dense: FFNWeights) -> Tensor:
+        """As `forward`, which the operators cannot stand for where weights are in panels."""
+        y: Tensor = self(x, dense)
+        return y
+
+    def fixed(self, x: Tensor, dense: FFNWeights) -> Tensor:
+        """[tokens, h] bool: the neurons that it fixes for inputs x [tokens, d]; arguments as `forward`."""
+        ready = self._prepared(x, dense)
+        return fixed_neurons(x, self.weights, dense.b1) if ready is None else ready.fixed(x)
+
+    def pack(self, dtype: torch.dtype) -> None:
+        """Put fold and predictor in panels for decoding on a CPU; see `Relaid`."""
+        self.fold.pack(dtype)
+        self.predictor.pack(dtype)
+
+    def unpack(self) -> None:
+        """Put fold and predictor back into the order in which they are stored."""
+        self.fold.unpack()
+        self.predictor.unpack()
+
     def _prepared(self, x: Tensor, dense: FFNWeights) -> ops.PreparedFFN | None:
-        """The FFN for the kernels while it decodes x [tokens, d], put together again when a tensor has moved.
+        """The FFN for the kernels where they take x [tokens, d], put together again when a tensor has moved.
 
         Decoding reads weights that push all else out of the caches; looking up every tensor of an FFN takes long then.
         """
-        decoding = type(x) is Tensor and len(x) <= MAX_TOKENS and ops.takes(x)
-        if not decoding or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor or not ops.takes(x):
             return None
         own = [tensor for state in self._states for tensor in state.values()]
         tensors = [tensor for tensor in (*own, dense.w1, dense.b1, dense.w2) if tensor is not None]
         made_from = (x.dtype, *map(Tensor.data_ptr, tensors))
         if made_from != self._ready_for:
-            weights = self.weights
-            runs = ops.runs(x, weights, dense)
-            self._ready = ops.prepared(weights, dense, self.activation) if runs else None
+            self._ready = ops.prepared(x, self._laid, dense, self.activation)
             self._ready_for = made_from
         return self._ready
 
@@ -305,10 +347,12 @@ def uninstall(model: nn.Module, site: FFNSite) -> None:
 
 
 def lay_out(model: nn.Module) -> None:
-    """Lay out the dense weights that fixing reads neuron by neuron now, not when a folded FFN first runs."""
+    """Lay out folded FFNs for decoding: what fixing reads neuron by neuron, and the rest in panels."""
     for module in model.modules():
         if isinstance(module, FoldedDown):
             module.lay_out_both()
+        if isinstance(module, FoldedFFN):
+            module.pack(module.fold.bias.dtype)
 
 
 def folded_ffns(model: nn.Module) -> dict[str, FoldedFFN]:

@@ -54,11 +54,7 @@ class Fixing:
         """[tokens, d] in the dtype of x [tokens, d]."""
         if not len(x):
             return torch.empty_like(x)
-        if not ops.takes(x):
-            return self._masked(x)
-        if len(x) <= MAX_TOKENS:
-            return self._prepared(x.contiguous())
-        return torch.cat([self._prepared(some) for some in x.contiguous().split(MAX_TOKENS)])
+        return self._prepared(x.contiguous()) if ops.takes(x) else self._masked(x)
 
     @cached_property
     def _prepared(self) -> ops.PreparedFFN:

@@ -12,15 +12,15 @@ from __future__ import annotations
 import logging
 import threading
 import warnings
-from collections.abc import Callable
 from functools import cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InvalidInputError, TardisError
+from .relaid import Relaid
 
 #: rows that are rounded at once, which bounds the working memory
 _ROWS = 2048
@@ -38,7 +38,7 @@ _TINY = 1e-30  # to divide zeros by
 _PACKING = threading.Lock()
 
 
-class LowBitLinear(nn.Module):
+class LowBitLinear(Relaid):
     """A linear layer whose weight [out, in] is stored in few bits.
 
     State: `codes`, `scale`, `bias` if there is one, and `weight`, which is empty but there: a loader that does not know
@@ -161,23 +161,6 @@ class LowBitLinear(nn.Module):
     def _unpack(self, *packed: Tensor) -> tuple[Tensor, Tensor]:
         """The inverse of `_pack`."""
         raise NotImplementedError
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self.unpack()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.unpack()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowBitLinear:
-        self.unpack()
-        super()._apply(fn, recurse)
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        self.unpack()
-        return self.__dict__.copy()
 
     def extra_repr(self) -> str:
         """Shape and bits, for people."""

@@ -17,6 +17,7 @@ Residuals that meet a low-bit W2 may be rounded to 16 bits, with one scale for u
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from ..architectures import FFNWeights
 from ..errors import TardisError
 from ..folding.fold import FoldedWeights
 from ..folding.lowbit import PackedMatrix
+from ..folding.stack import Fallback
 from .cpu.library import FFN, MAX_TOKENS, Batch, Kernels, Matrix, Vector, available, has_gemm, has_panels, open_library
 from .panels import ROWS as PANEL_ROWS
 from .panels import Panels, fits
@@ -35,6 +37,9 @@ DTYPES = (torch.bfloat16, torch.float32)
 #: of inputs where they meet low-bit weights: the rounding is far below that of the weights
 ACTIVATION_BITS = 8
 _ACTIVATIONS = list(ACTIVATIONS)
+
+#: a matrix as the kernels take it, or none
+Operand = Tensor | PackedMatrix | Panels | None
 
 #: where the operators are defined
 library = torch.library.Library("tardis", "DEF")
@@ -86,7 +91,11 @@ def runs(x: Tensor, folded: FoldedWeights, dense: FFNWeights) -> bool:
     """
     if not takes(x) or (torch.is_grad_enabled() and (x.requires_grad or dense.w1.requires_grad)):
         return False
-    matrices = _matrices(folded, dense)
+    return _run_on(x, _matrices(folded.weight, folded.predictor, folded.fallback, dense))
+
+
+def _run_on(x: Tensor, matrices: Sequence[Operand]) -> bool:
+    """Whether the kernels take matrices for inputs like x, which they take."""
     if any(isinstance(matrix, Tensor) and matrix.dtype != x.dtype for matrix in matrices):
         return False
     parts = [tensor for matrix in matrices for tensor in _parts(matrix)]
@@ -109,7 +118,7 @@ def folded_ffn(
         activation: a name in `ACTIVATIONS`.
         activation_bits: 8 or 16.
     """
-    matrices = _matrices(folded, dense)
+    matrices = _matrices(folded.weight, folded.predictor, folded.fallback, dense)
     fold, predictor, up, down = map(_parts, matrices)
     sizes = [matrix.group_size if isinstance(matrix, PackedMatrix) else 0 for matrix in matrices]
     ranges = [folded.low, folded.high, folded.slope, folded.offset]
@@ -121,8 +130,18 @@ def folded_ffn(
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+class Laid(NamedTuple):
+    """`FoldedWeights` as they lie, fold and predictor in panels or not; the ranges are low, high, slope, offset."""
+
+    weight: Tensor | PackedMatrix | Panels
+    bias: Tensor
+    predictor: Tensor | PackedMatrix | Panels
+    ranges: tuple[Tensor, Tensor, Tensor, Tensor]
+    fallback: Fallback | None
+
+
 class PreparedFFN:
-    """A folded FFN for the kernels, its arguments put together once: for engines, that call it again and again.
+    """A folded FFN for the kernels, its arguments put together once: for what calls it again and again.
 
     Args:
         activation: a name in `ACTIVATIONS`.
@@ -135,12 +154,12 @@ class PreparedFFN:
     def __init__(
         self,
         activation: str,
-        matrices: Sequence[Tensor | PackedMatrix | Panels | None],
+        matrices: Sequence[Operand],
         bias: Tensor | None,
         b1: Tensor | None,
         ranges: Sequence[Tensor],
     ) -> None:
-        self._run = _loaded().folded_ffn
+        self._kernels = _loaded()
         parts = [tensor for matrix in matrices for tensor in _parts(matrix)]
         self._tensors = [*parts, bias, b1, *ranges]  # which must stay alive
         _check_alike(*self._tensors)
@@ -150,29 +169,57 @@ class PreparedFFN:
         self._ffn = _ffn(activation, [Matrix.of(matrix) for matrix in matrices], self._d, bias, b1, ranges)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[tokens, d] for x [tokens, d]."""
+        """[tokens, d] for x [tokens, d], which is contiguous."""
+        if len(x) > MAX_TOKENS:
+            return torch.cat([self(some) for some in x.split(MAX_TOKENS)])
+        self._check(x)
+        y = torch.empty_like(x)
+        if len(x):
+            self._kernels.folded_ffn(self._ffn, Batch.of(x, y, ACTIVATION_BITS))
+        return y
+
+    def fixed(self, x: Tensor) -> Tensor:
+        """[tokens, h] bool: the neurons that are fixed for x [tokens, d], which is contiguous."""
+        if len(x) > MAX_TOKENS:
+            return torch.cat([self.fixed(some) for some in x.split(MAX_TOKENS)])
+        self._check(x)
+        y = torch.empty(len(x), self._ffn.predictor.rows, dtype=torch.bool)
+        if len(x):
+            self._kernels.fixed(self._ffn, Batch.of(x, y, ACTIVATION_BITS))
+        return y
+
+    def _check(self, x: Tensor) -> None:
         if not (_fits(x) and x.shape[1] == self._d):
             _check(x)
             raise TardisError(f"x {list(x.shape)} does not fit an FFN of width {self._d}.")
-        y = torch.empty_like(x)
-        self._run(self._ffn, Batch.of(x, y, ACTIVATION_BITS))
-        return y
 
 
-def prepared(folded: FoldedWeights, dense: FFNWeights, activation: str) -> PreparedFFN:
-    """A folded FFN, where it `runs`, with its arguments put together; they are those of `folded_ffn`."""
-    ranges = [folded.low, folded.high, folded.slope, folded.offset]
-    return PreparedFFN(activation, _matrices(folded, dense), folded.bias, dense.b1, ranges)
+def prepared(x: Tensor, folded: Laid, dense: FFNWeights, activation: str) -> PreparedFFN | None:
+    """A folded FFN with its arguments put together for inputs like x; None where the kernels do not take it.
+
+    Args:
+        x: [tokens, d].
+        folded: as it lies.
+        dense, activation: as for `folded_ffn`.
+    """
+    matrices = _matrices(folded.weight, folded.predictor, folded.fallback, dense)
+    if not _run_on(x, matrices):
+        return None
+    return PreparedFFN(activation, matrices, folded.bias, dense.b1, folded.ranges)
 
 
-def _matrices(folded: FoldedWeights, dense: FFNWeights) -> list[Tensor | PackedMatrix | None]:
+def _matrices(
+    fold: Tensor | PackedMatrix | Panels,
+    predictor: Tensor | PackedMatrix | Panels,
+    fallback: Fallback | None,
+    dense: FFNWeights,
+) -> list[Operand]:
     """The fold, the predictor, and what fixing reads of W1 and of W2 transposed."""
-    fallback = folded.fallback
     fixing = (dense.w1, dense.w2.T) if fallback is None else (fallback.remainder, fallback.down)
-    return [folded.weight, folded.predictor, *fixing]
+    return [fold, predictor, *fixing]
 
 
-def _parts(matrix: Tensor | PackedMatrix | Panels | None) -> list[Tensor]:
+def _parts(matrix: Operand) -> list[Tensor]:
     """The tensors of a matrix, as the operators take one that is not in panels."""
     if matrix is None:
         return []

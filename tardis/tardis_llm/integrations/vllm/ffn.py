@@ -33,7 +33,6 @@ from ...folding.lowbit import PackedMatrix
 from ...runtime import ops
 from ...runtime.ffn import LowBit, dense_ffn
 from ...runtime.fixing import Fixing, packed_linear
-from ...runtime.panels import Panels
 from .prefill import Choice
 
 ops.library.define("served_ffn(Tensor x, str name) -> Tensor")

@@ -29,32 +29,6 @@ namespace {
 // GCC drops calls of a function that only prefetches, unless they are inlined from the start.
 inline TARDIS_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
-// What is left of a `Fetch` that is spread over some steps. It may go a little beyond the ends of pieces.
-class Fetching {
-public:
-    Fetching(const Fetch* fetch, int64_t steps) {
-        if (!fetch || !fetch->count) return;
-        piece_ = fetch->pieces, last_ = piece_ + fetch->count - 1, at_ = piece_->begin, end_ = piece_->end;
-        pace_ = (fetch->lines() + steps - 1) / steps;
-    }
-
-    TARDIS_INLINE void step() {
-        for (int64_t n = 0; n < pace_; ++n) _mm_prefetch(at_ + 64 * n, _MM_HINT_T1);
-        at_ += 64 * pace_;
-        if (at_ >= end_) next();
-    }
-
-private:
-    TARDIS_INLINE void next() {
-        if (piece_ == last_) return static_cast<void>(pace_ = 0);
-        ++piece_, at_ = piece_->begin, end_ = piece_->end;
-    }
-
-    const Fetch::Piece *piece_ = nullptr, *last_ = nullptr;
-    const char *at_ = nullptr, *end_ = nullptr;
-    int64_t pace_ = 0;
-};
-
 inline __mmask16 first16(int64_t n) { return static_cast<__mmask16>(n >= 16 ? 0xffff : (1u << n) - 1); }
 inline __mmask64 first64(int64_t n) { return n >= 64 ? ~0ull : (1ull << n) - 1; }
 inline __mmask32 first32(int64_t n) { return n >= 32 ? 0xffffffffu : (1u << n) - 1; }

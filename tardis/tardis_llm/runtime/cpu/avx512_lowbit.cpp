@@ -100,7 +100,7 @@ public:
           factors_((layout_.segment_count + 15) / 16 * 16) {}
 
     // Rows from number `first` on, as far as they go.
-    void multiply(const TardisMatrix& m, const Rows& rows, int64_t first, float* out, Fetching& fetching) {
+    void multiply(const TardisMatrix& m, const Rows& rows, int64_t first, float* out) {
         const int64_t row_bytes = m.bits * layout_.row_bytes, tiles_ahead = 1 + kBytesAhead / (R * row_bytes);
         const auto* data = static_cast<const uint8_t*>(m.data);
         const uint8_t *w[R], *ahead[R];
@@ -115,7 +115,6 @@ public:
         const __m512 middle = _mm512_set1_ps(static_cast<float>((1 << m.bits) - 1) / -2);
         for (int64_t g = 0; g < layout_.segment_count; g += 16) begin(g, scale, middle, total);
         for (int64_t b = 0; b < layout_.block_count; ++b) {
-            fetching.step();
             const Block& block = layout_.blocks[b];
             const __mmask64 bytes = block.whole ? ~0ull : first64(block.bytes);
             Codes<B> codes[R];
@@ -239,25 +238,18 @@ private:
 };
 
 template <int B, int H, int T, int E>
-void sweep(const TardisMatrix& m, const Rows& rows, const Input& x, int64_t token, float* out, Fetching& fetching) {
+void sweep(const TardisMatrix& m, const Rows& rows, const Input& x, int64_t token, float* out) {
     Tile<B, H, T, E> tile(x.quantised, token);
     for (int64_t i = rows.begin; i < rows.end; i += tile.R)
-        tile.multiply(m, rows, i, out + token * kBlockRows + i - rows.begin, fetching);
-}
-
-// Blocks of all tiles: as many as if each had four rows and two tokens or halves.
-int64_t steps(const Rows& rows, const Input& x) {
-    const int64_t tiles = (rows.end - rows.begin + 3) / 4 * ((x.tokens * x.quantised.halves + 1) / 2);
-    return tiles * x.quantised.layout->block_count;
+        tile.multiply(m, rows, i, out + token * kBlockRows + i - rows.begin);
 }
 
 template <int B, int H, int E>
 void product_bits(const TardisMatrix& m, const Rows& rows, const Input& x, float* out) {
     int64_t t = 0;
-    Fetching fetching(rows.fetch, steps(rows, x));
-    for (; t + 4 <= x.tokens; t += 4) sweep<B, H, 4, E>(m, rows, x, t, out, fetching);
-    for (; t + 2 <= x.tokens; t += 2) sweep<B, H, 2, E>(m, rows, x, t, out, fetching);
-    for (; t < x.tokens; ++t) sweep<B, H, 1, E>(m, rows, x, t, out, fetching);
+    for (; t + 4 <= x.tokens; t += 4) sweep<B, H, 4, E>(m, rows, x, t, out);
+    for (; t + 2 <= x.tokens; t += 2) sweep<B, H, 2, E>(m, rows, x, t, out);
+    for (; t < x.tokens; ++t) sweep<B, H, 1, E>(m, rows, x, t, out);
 }
 
 // Codes of 3 bits are taken as of 4, and those of 5 to 7 as of 8.

@@ -101,21 +101,19 @@ public:
         : q_(x.quantised), layout_(*q_.layout), groups_((m.columns + m.group_size - 1) / m.group_size),
           lines_((m.columns + kColumns - 1) / kColumns), half_(static_cast<float>((1 << B) - 1) / -2) {}
 
-    void multiply(const TardisMatrix& m, int64_t panel, int64_t tokens, float* out, Fetching& fetching) const {
+    void multiply(const TardisMatrix& m, int64_t panel, int64_t tokens, float* out) const {
         const auto* data = static_cast<const char*>(m.data) + panel * lines_ * kVectors * 64;
         const uint16_t* scale = m.scale + panel * groups_ * kPanelRows;
         in_groups<kMost>(tokens, [&](auto count, int64_t first, int64_t) TARDIS_INLINE {
-            some<count>(data, scale, first, out + first * kBlockRows, fetching);
+            some<count>(data, scale, first, out + first * kBlockRows);
         });
     }
-
-    int64_t lines() const { return lines_; }
 
 private:
     static constexpr int kColumns = 32 / B;
 
     template <int T>
-    void some(const char* w, const uint16_t* scale, int64_t token, float* out, Fetching& fetching) const {
+    void some(const char* w, const uint16_t* scale, int64_t token, float* out) const {
         alignas(64) float total[T][kPanelRows] = {};
         const int8_t* values = q_.values + token * H * q_.stride;
         const float *unit = q_.scale + token * layout_.segment_count, *sum = q_.sum + token * layout_.segment_count;
@@ -124,7 +122,6 @@ private:
             const int64_t left = lines_ - line, whole = segment.pieces * 64 / kColumns, n = whole < left ? whole : left;
             __m512i dot[T * H][kVectors] = {};
             for (int64_t end = line + n; line < end; ++line, values += kColumns) {
-                fetching.step();
                 add_line<T>(w + line * kVectors * 64, values, dot);
             }
             each<kVectors>([&](auto v) TARDIS_INLINE {
@@ -180,10 +177,8 @@ private:
 template <int B, int H>
 void low_bit(const TardisMatrix& m, const Rows& rows, const Input& x, float* out) {
     const LowBit<B, H> product(m, x);
-    const int64_t groups = (x.tokens + product.kMost - 1) / product.kMost;
-    Fetching fetching(rows.fetch, (rows.end - rows.begin + kPanelRows - 1) / kPanelRows * groups * 2 * product.lines());
     each_panel({rows.begin, rows.end}, [&](int64_t panel, int64_t at) {
-        product.multiply(m, panel, x.tokens, out + at, fetching);
+        product.multiply(m, panel, x.tokens, out + at);
     });
 }
 

@@ -77,26 +77,10 @@ struct Range {
     int64_t begin, end;
 };
 
-// Pieces of memory that are read soon. Kernels ask for them a little at a time while they compute: processors drop
-// requests of which there are many at once.
-struct Fetch {
-    struct Piece {
-        const char *begin, *end;
-    };
-    const Piece* pieces;
-    int64_t count;
-    int64_t lines() const {
-        int64_t all = 0;
-        for (int64_t i = 0; i < count; ++i) all += (pieces[i].end - pieces[i].begin + 63) / 64;
-        return all;
-    }
-};
-
-// Rows begin..end-1 of a list of `total`: those numbered index[i], or i itself. Meanwhile `fetch`, or null.
+// Rows begin..end-1 of a list of `total`: those numbered index[i], or i itself.
 struct Rows {
     const int32_t* index;
     int64_t begin, end, total;
-    const Fetch* fetch = nullptr;
     int64_t at(int64_t i) const {
         const int64_t j = i < total ? i : total - 1;
         return index ? index[j] : j;

@@ -1,0 +1,48 @@
+// Products with one matrix.
+#include "ffn.h"
+
+#include "input.h"
+#include "tasks.h"
+
+#include <algorithm>
+
+namespace tardis {
+
+void linear(const TardisMatrix& weight, const TardisVector& bias, const TardisBatch& batch) {
+    Inputs inputs(batch, weight.columns);
+    const Input& x = inputs.for_matrix(weight, batch.activation_bits);
+    const int threads = threads_for(weight.rows * row_bytes(weight), batch.threads);
+    const int64_t block = block_rows(weight, weight.rows, threads);
+    parallel(threads, blocks(weight.rows, block), [&](int64_t task) {
+        const int64_t begin = task * block, end = std::min(begin + block, weight.rows);
+        float out[kMaxTokens * kBlockRows];
+        prefetch(bias, begin, end);
+        product_of(weight)(weight, {nullptr, begin, end, weight.rows}, x, out);
+        const Widened b(bias, begin, end);
+        for (int64_t t = 0; t < batch.tokens; ++t)
+            store(batch, t * weight.rows + begin, out + t * kBlockRows, b.at, end - begin);
+    });
+}
+
+// Rows of the weight are outputs, and a task reads some of them from end to end; transposed, it reads long pieces of all.
+void gemm(const TardisMatrix& weight, bool transposed, const TardisVector& bias, const TardisBatch& batch) {
+    const int64_t inputs = transposed ? weight.rows : weight.columns;
+    const int64_t outputs = transposed ? weight.columns : weight.rows, step = transposed ? kGemmOutputs : kBlockRows;
+    const bool panels = in_panels(weight);
+    const auto* x = static_cast<const uint16_t*>(batch.x);
+    const int threads = threads_for(2 * inputs * outputs, batch.threads);
+    for (int64_t first = 0; first < batch.tokens; first += kGemmTokens) {
+        const Tokens tokens = {x + first * inputs, std::min(kGemmTokens, batch.tokens - first), inputs};
+        parallel(threads, blocks(outputs, step), [&](int64_t task) {
+            const Range range = {task * step, std::min((task + 1) * step, outputs)};
+            float out[kGemmTokens * kGemmOutputs], b[kGemmOutputs];
+            if (panels) kernels().panels(weight, range, tokens, out, step);
+            else kernels().gemm(weight, transposed, range, tokens, out, step);
+            kernels().widen(bias, range.begin, range.end - range.begin, b);
+            for (int64_t t = 0; t < tokens.count; ++t)
+                store(batch, (first + t) * outputs + range.begin, out + t * step, b, range.end - range.begin);
+        });
+    }
+}
+
+}  // namespace tardis
