@@ -5,8 +5,9 @@
 Weights are random, and the ranges are set so that the wanted share of the neurons is fixed. Every round runs each
 variant once, so that what else the machine does falls on all of them; ratios are taken within rounds. Before each run
 the variant's weights are out of the caches where all of them together are larger than these, as in a whole model. All
-weights are in huge pages, and those that are read whole in panels, as `tardis generate` has them. Our kernels, dense and folded, are called with arguments that
-are put together once, as folded layers of models and engines call them, without torch's dispatch.
+weights are in huge pages, and those that are read whole in panels, as `tardis generate` has them; so are the dense
+model's. Our kernels, dense and folded, are called with arguments that are put together once, as folded layers of models
+and engines call them, without torch's dispatch.
 """
 
 from __future__ import annotations

@@ -64,8 +64,7 @@ class Panels:
     def matrix(self) -> Tensor | PackedMatrix:
         """The inverse of `of`."""
         if self.scale is None:
-            rows = self.data.transpose(1, 2).flatten(2).flatten(0, 1)
-            return rows[: self.rows, : self.columns].contiguous()
+            return self.data.transpose(1, 2).flatten(2).flatten(0, 1)[: self.rows].contiguous()
         parts = []
         for some in self.data.split(_SLICE // ROWS):
             codes = some.transpose(1, 2).flatten(0, 1)[..., None, :] >> _shifts(self.bits)  # [rows, lines, codes, 4]
@@ -77,7 +76,7 @@ class Panels:
 def fits(matrix: Tensor | PackedMatrix) -> bool:
     """Whether a matrix can be in panels; kernels that take them are another matter."""
     if isinstance(matrix, Tensor):
-        return matrix.dtype == torch.bfloat16 and matrix.dim() == 2 and matrix.numel() > 0
+        return matrix.dtype == torch.bfloat16 and matrix.numel() > 0 and matrix.shape[1] % 2 == 0
     size = matrix.group_size
     return matrix.bits in _BITS and (size >= matrix.columns or size % 512 == 0 or size in (64, 128, 256))
 
@@ -90,7 +89,7 @@ def _side_by_side(rows: Tensor) -> Tensor:
 
 def _pairs(weight: Tensor) -> Tensor:
     """bf16 rows in panels."""
-    return _side_by_side(F.pad(weight, (0, weight.shape[1] % 2)).unflatten(1, (-1, 2))).contiguous()
+    return _side_by_side(weight.unflatten(1, (-1, 2))).contiguous()
 
 
 def _lines(codes: Tensor, bits: int) -> Tensor:

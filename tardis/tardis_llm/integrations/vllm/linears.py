@@ -47,8 +47,8 @@ class InPanels(UnquantizedLinearMethod):
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
         """Put the weight in panels."""
-        self._outputs, inputs = layer.weight.shape
-        panels = ops.panels_of(layer.weight.data, layer.weight.dtype) if inputs % 2 == 0 else None
+        self._outputs = len(layer.weight)
+        panels = ops.panels_of(layer.weight.data, layer.weight.dtype)
         self._ours = panels is not None
         if panels is None:
             super().process_weights_after_loading(layer)

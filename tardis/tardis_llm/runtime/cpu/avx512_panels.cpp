@@ -193,7 +193,7 @@ void low_bit(const TardisMatrix& m, const Rows& rows, const Input& x, float* out
 }  // namespace
 
 void panels_avx512(const TardisMatrix& m, Range rows, const Tokens& x, float* out, int64_t stride) {
-    const int64_t pairs = (m.columns + 1) / 2;
+    const int64_t pairs = m.columns / 2;
     each_panel(rows, [&](int64_t panel, int64_t at) {
         multiply(static_cast<const char*>(m.data) + panel * pairs * kPairBytes, x, pairs, out + at, stride);
     });

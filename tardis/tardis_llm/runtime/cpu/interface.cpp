@@ -23,7 +23,7 @@ bool fit_panels(const TardisMatrix& m) {
 bool sound(const TardisMatrix& m) {
     if (!m.data || m.rows < 1 || m.columns < 1) return false;
     if (m.type == TARDIS_BF16 || m.type == TARDIS_FP32) return true;
-    if (m.type == TARDIS_PANELS) return tardis_has_panels();
+    if (m.type == TARDIS_PANELS) return tardis_has_panels() && m.columns % 2 == 0;
     const bool codes = m.scale && m.bits >= 1 && m.bits <= 8 && m.group_size >= 1;
     if (m.type == TARDIS_LOW_BIT_PANELS) return codes && tardis_has_panels() && fit_panels(m);
     return codes && m.type == TARDIS_LOW_BIT;
