@@ -34,6 +34,7 @@ from tardis_llm.folding.lowbit import PackedMatrix, pack
 from tardis_llm.folding.stack import Fallback
 from tardis_llm.runtime import ops
 from tardis_llm.runtime.cpu.library import Batch, Kernels, Matrix, Vector, open_library
+from tardis_llm.runtime.panels import Panels
 
 _ACTIVATION = "gelu"
 _GROUP = 256
@@ -107,11 +108,9 @@ def fixed(x: Tensor, folded: FoldedWeights) -> Tensor:
     return out
 
 
-def prepared_linear(kernels: Kernels, weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """The product with a dense weight, by the fastest of the kernels."""
-    panels, bias = ops.panels_of(weight, weight.dtype), Vector.of(None)
-    lies = panels or weight
-    matrix = Matrix.of(lies)
+def prepared_linear(kernels: Kernels, lies: Tensor | Panels) -> Callable[[Tensor], Tensor]:
+    """The product with a dense weight, as it lies, by the kernels."""
+    matrix, bias = Matrix.of(lies), Vector.of(None)
 
     def run(x: Tensor) -> Tensor:
         y = x.new_empty(len(x), matrix.rows)
@@ -146,11 +145,14 @@ def variants(kernels: Kernels, shape: Shape) -> list[Variant]:
     """Dense and folded FFNs of a shape; the first is what the others are compared with."""
     dense = FFNWeights(random_matrix(shape.h, shape.d), None, random_matrix(shape.h, shape.d).T, None)
     down, act = random_matrix(shape.d, shape.h), ACTIVATIONS[_ACTIVATION]
-    up_own, down_own = prepared_linear(kernels, dense.w1), prepared_linear(kernels, down)
+    up_rows, down_rows = prepared_linear(kernels, dense.w1), prepared_linear(kernels, down)
+    laid = [ops.panels_of(weight, weight.dtype) or weight for weight in (dense.w1, down)]
+    up_own, down_own = (prepared_linear(kernels, lies) for lies in laid)
     size = dense.w1.nbytes + down.nbytes
     predictor = random_packed(shape.h, shape.d, shape.bits)
     return [
         Variant("dense, our bf16 kernel", lambda x: down_own(act(up_own(x))), lambda x: size),
+        Variant("dense, our kernel row by row", lambda x: down_rows(act(up_rows(x))), lambda x: size),
         Variant("dense, F.linear", lambda x: F.linear(act(F.linear(x, dense.w1)), down), lambda x: size),
         folded_variant("folded, bf16", folded_weights(shape, predictor, False), dense),
         folded_variant("folded, int8 fold + int4 fallback", folded_weights(shape, predictor, True), dense),

@@ -38,23 +38,27 @@ BENCHES = {
     "bench-2-falcon-7b-int4.json": "Falcon-7B, 16 layers, fold, fallback, attention and head in int4",
 }
 
-SPEED = """Bytes bound what folding can gain, because the dense kernel reads memory about as fast as it can be read: the
-quotient of the MB read is 4.2 in bf16 and 7.3 stacked. The targets of 4 times and 6 times are not met: 4 would need
-nearly every byte at the dense kernel's pace, and rows of fixed neurons come from all over a matrix, at four fifths of
-it, while low-bit rows take arithmetic to unpack. At batch 8 the tokens together fix a third of the neurons, and what a
-token costs in arithmetic no longer hides behind the bytes. All kernels are called with arguments that are put together
-once, as folded layers call them. The machine is shared, and its read bandwidth is measured once per run: trust the
-ratios, which are of neighbouring runs, before the shares of it."""
+SPEED = """Weights that are read whole lie in panels, 32 outputs side by side, those of the dense FFN too: our dense
+kernel then reads memory as fast as it can be read, for up to a dozen tokens at once, and is a rival that only fewer
+bytes can beat. Their quotient is 4.2 in bf16 and 7.3 stacked. Of the targets, 6 times stacked is met with two threads,
+and 4 times in bf16 only over the kernel that reads row by row: over panels it would need nearly every byte at the dense
+kernel's pace, and rows of fixed neurons come from all over two matrices. At batch 8 the tokens together fix a third of
+the neurons, while eight tokens cost the dense FFN hardly more than one. All kernels are called with arguments that are
+put together once, as folded layers call them. The machine is shared, and its read bandwidth is measured once per run:
+trust the ratios, which are of neighbouring runs, before the shares of it."""
 
 PACKED = """These were measured before fixing multiplied codes with residuals that are rounded to 16 bits. With it,
 32,768 tokens gave 1.00031, 1.00013 and 1.00034 times the simulated perplexity at 17, 12.5 and 8.5 % of the bytes."""
 
 MODELS = """Models with random weights of the published shapes, their folds random too, with ranges that 5 % of the
 neurons leave; `kernels` is the dense model with every linear layer through our own bf16 kernel. Two threads, all
-weights in huge pages. The int4 comparison is of 16 of the 32 layers, because both forms and the weights that they are
-made of do not fit 24 GiB together; a run of commit ff8dc8f gave 1.44 [1.39-1.57] for it. Attention, head and what
+weights in huge pages. Variants share the weights that they have in common, which therefore lie row by row, as they are
+stored: all of `kernels`, and attention and head of the folded model, whose folds and predictors lie in panels. (`tardis
+generate` puts all of them in panels; 24 GiB hold no second copy here.) The int4 comparison is of 16 of the 32 layers,
+because both forms and the weights that they are made of do not fit 24 GiB together. Attention, head and what
 transformers does between the layers are the same in both and bound the ratio: of the bytes, 2.4 times as many are read
-without the fold, and what takes time without reading any weighs more beside it, which is why its GB/s are fewer."""
+without the fold, and what takes time without reading any, about a millisecond a layer, weighs more beside it, which is
+why its GB/s are fewer."""
 
 HEAD = """# Results
 

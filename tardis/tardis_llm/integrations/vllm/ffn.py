@@ -33,6 +33,7 @@ from ...folding.lowbit import PackedMatrix
 from ...runtime import ops
 from ...runtime.ffn import LowBit, dense_ffn
 from ...runtime.fixing import Fixing, packed_linear
+from .linears import InPanels
 from .prefill import Choice
 
 ops.library.define("served_ffn(Tensor x, str name) -> Tensor")
@@ -90,8 +91,8 @@ class ServedFFN(nn.Module):
             self.fold = ColumnParallelLinear(d, d, params_dtype=dtype, **settings)
         self.rows = slice(self.rank * (d // ranks), (self.rank + 1) * (d // ranks))
         self._at_once = ranks == 1 and self.low.device.type == "cpu"  # the kernels add whole folds in the same call
-        if self._at_once and not layer.fold_bits:
-            self.fold.quant_method = AsLoaded()
+        if not layer.fold_bits:
+            self.fold.quant_method = AsLoaded() if self._at_once else InPanels()
 
     def load(self, key: str, tensor: Tensor) -> None:
         """Fill a tensor from a whole one of the checkpoint, of which a rank takes its share.
@@ -103,6 +104,10 @@ class ServedFFN(nn.Module):
         if key not in own:
             raise CheckpointError(f"the weight files have a tensor tardis.{key} that config.json does not describe.")
         own[key].copy_(_share(tensor, own[key], self.rank, key))
+
+    def pack(self) -> None:
+        """Put predictor and fold in panels, where the kernels take them so; when all is loaded, before any request."""
+        self._laid = self._in_panels(self.predictor), self._in_panels(self.fold) if self._at_once else None
 
     def forward(self, x: Tensor) -> Tensor:
         """This rank's term of the output, [tokens, d], for x [tokens, d]."""
@@ -122,15 +127,13 @@ class ServedFFN(nn.Module):
     @cached_property
     def _fixing(self) -> Fixing:
         up, down = self._projections
-        ranges, predictor = (self.low, self.high, self.slope, self.offset), self._in_panels(self.predictor)
+        ranges = self.low, self.high, self.slope, self.offset
         w1: Tensor | PackedMatrix | None = up.weight.data
         w2: Tensor | PackedMatrix = down.weight.data
         if self.down is not None:
             w1, w2 = self.remainder.matrix if self.remainder else None, self.down.matrix
-        fixing = Fixing(self.layer.activation, predictor, ranges, up.bias, w1, w2)
-        if not self._at_once:
-            return fixing
-        return replace(fixing, fold=self._in_panels(self.fold), bias=self.fold.bias)
+        fixing = Fixing(self.layer.activation, self._laid[0], ranges, up.bias, w1, w2)
+        return replace(fixing, fold=self._laid[1], bias=self.fold.bias) if self._at_once else fixing
 
     def _in_panels(self, part: Any) -> Any:
         """The matrix of a part, in panels where the kernels take it so, and then it is nowhere else."""

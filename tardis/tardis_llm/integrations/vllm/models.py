@@ -81,6 +81,9 @@ class TardisModel(nn.Module):
         stock: Any = super()
         loaded: set[str] = stock.load_weights(loader.others(weights))
         loader.check(loaded)
+        for ffn in self._folded.values():
+            if ffn is not None:
+                ffn.pack()
         return loaded
 
 
