@@ -42,7 +42,7 @@ class Fixing:
     """
 
     activation: str
-    predictor: PackedMatrix | Panels
+    predictor: Tensor | PackedMatrix | Panels
     ranges: tuple[Tensor, Tensor, Tensor, Tensor]
     b1: Tensor | None
     up: Tensor | PackedMatrix | None

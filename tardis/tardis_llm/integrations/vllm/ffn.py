@@ -33,6 +33,7 @@ from ...folding.lowbit import PackedMatrix
 from ...runtime import ops
 from ...runtime.ffn import LowBit, dense_ffn
 from ...runtime.fixing import Fixing, packed_linear
+from ...runtime.panels import Panels
 from .linears import InPanels
 from .prefill import Choice
 
@@ -68,6 +69,7 @@ class ServedFFN(nn.Module):
     high: Tensor
     slope: Tensor
     offset: Tensor
+    _fold: Panels | None = None
 
     def __init__(
         self, layer: LayerFormat, up: LinearBase, down: LinearBase, choice: Choice, dtype: torch.dtype, name: str
@@ -107,7 +109,15 @@ class ServedFFN(nn.Module):
 
     def pack(self) -> None:
         """Put predictor and fold in panels, where the kernels take them so; when all is loaded, before any request."""
-        self._laid = self._in_panels(self.predictor), self._in_panels(self.fold) if self._at_once else None
+        self.predictor.pack(self._dtype)
+        if not self._at_once:
+            return
+        if isinstance(self.fold, PackedFold):
+            self.fold.pack(self._dtype)
+        else:
+            self._fold = ops.panels_of(self.fold.weight.data, self._dtype)
+            if self._fold:
+                self.fold.weight.data = self.fold.weight.new_empty(0)
 
     def forward(self, x: Tensor) -> Tensor:
         """This rank's term of the output, [tokens, d], for x [tokens, d]."""
@@ -132,20 +142,11 @@ class ServedFFN(nn.Module):
         w2: Tensor | PackedMatrix = down.weight.data
         if self.down is not None:
             w1, w2 = self.remainder.matrix if self.remainder else None, self.down.matrix
-        fixing = Fixing(self.layer.activation, self._laid[0], ranges, up.bias, w1, w2)
-        return replace(fixing, fold=self._laid[1], bias=self.fold.bias) if self._at_once else fixing
-
-    def _in_panels(self, part: Any) -> Any:
-        """The matrix of a part, in panels where the kernels take it so, and then it is nowhere else."""
-        own = part.matrix if isinstance(part, LowBit) else part.weight.data
-        panels = ops.panels_of(own, self._dtype)
-        if panels is None:
-            return own
-        if isinstance(part, LowBit):
-            part.planes, part.scale = part.planes.new_empty(0), part.scale.new_empty(0)
-        else:
-            part.weight.data = part.weight.new_empty(0)
-        return panels
+        fixing = Fixing(self.layer.activation, self.predictor.laid, ranges, up.bias, w1, w2)
+        if not self._at_once:
+            return fixing
+        fold = self.fold.laid if isinstance(self.fold, PackedFold) else self._fold or self.fold.weight.data
+        return replace(fixing, fold=fold, bias=self.fold.bias)
 
 
 class PackedFold(LowBit):
