@@ -1,1 +1,1 @@
-"""The folded FFN at run time: readable reference now, kernels behind the same functions later."""
+"""The folded FFN at run time: a readable reference, and kernels behind the same functions."""
