@@ -47,9 +47,6 @@ the neurons, while eight tokens cost the dense FFN hardly more than one. All ker
 put together once, as folded layers call them. The machine is shared, and its read bandwidth is measured once per run:
 trust the ratios, which are of neighbouring runs, before the shares of it."""
 
-PACKED = """These were measured before fixing multiplied codes with residuals that are rounded to 16 bits. With it,
-32,768 tokens gave 1.00031, 1.00013 and 1.00034 times the simulated perplexity at 17, 12.5 and 8.5 % of the bytes."""
-
 MODELS = """Models with random weights of the published shapes, their folds random too, with ranges that 5 % of the
 neurons leave; `kernels` is the dense model with every linear layer through our own bf16 kernel. Two threads, all
 weights in huge pages. Variants share the weights that they have in common, which therefore lie row by row, as they are
@@ -369,8 +366,9 @@ def packed_part(packed: dict[str, Any]) -> str:
     return (
         f"{packed['title']}; dense {packed['dense']:.2f}. The folds are stored in int4 (`--fold-dtype int4 --fallback "
         "int4`), saved, loaded, and run once through the readable reference, which writes the weights out and "
-        f"multiplies by torch, and once through the {packed['machine']['isa']} kernels, which read the packed bits. "
-        f"By `benchmarks/packed.py`.\n\n{table(head, lines)}\n\n{PACKED}"
+        f"multiplies by torch, and once through the {packed['machine']['isa']} kernels, which read the packed bits, "
+        "folds and predictors in panels. "
+        f"By `benchmarks/packed.py`.\n\n{table(head, lines)}"
     )
 
 
