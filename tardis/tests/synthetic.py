@@ -14,7 +14,7 @@ from tardis_llm.architectures import FFNWeights
 from tardis_llm.calibration.moments import BinnedMoments, SecondMoments
 from tardis_llm.config import FoldConfig
 from tardis_llm.folding.fold import DenseFFN, FoldedWeights, FoldQuality, Inputs, choose_ranges, finish, predict
-from tardis_llm.folding.lowbit import quantise
+from tardis_llm.folding.lowbit import PackedMatrix, pack, quantise
 
 Act = Callable[[Tensor], Tensor]
 
@@ -133,3 +133,11 @@ def fallback(ffn: DenseFFN, dtype: torch.dtype = torch.float32) -> FFNWeights:
 def activation(name: str) -> Act:
     """The function of that name."""
     return ACTIVATIONS[name]
+
+
+def packed(rows: int, d: int, bits: int, group_size: int) -> PackedMatrix:
+    """Random codes and scales."""
+    codes = torch.randint(2**bits, (rows, d), generator=generator(bits))
+    group_size = min(group_size, d)
+    scale = (0.1 + normal(rows, -(-d // group_size), seed=1).abs()) / 2**bits
+    return PackedMatrix(pack(codes, bits), scale.half(), d, group_size)

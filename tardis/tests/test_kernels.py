@@ -19,7 +19,7 @@ from dataclasses import replace
 import pytest
 import torch
 from models import tiny_model, tokens
-from synthetic import activation, correlated, everything_fixed, folded_with, generator, half_fixed, normal, random_ffn
+from synthetic import activation, correlated, everything_fixed, folded_with, half_fixed, normal, packed, random_ffn
 from torch import Tensor
 
 from tardis_llm.activations import ACTIVATIONS
@@ -27,7 +27,7 @@ from tardis_llm.architectures import FFNWeights, find_ffns
 from tardis_llm.config import Storage
 from tardis_llm.errors import InvalidInputError, TardisError
 from tardis_llm.folding.fold import FoldedWeights
-from tardis_llm.folding.lowbit import PackedMatrix, pack, quantise
+from tardis_llm.folding.lowbit import PackedMatrix, quantise
 from tardis_llm.folding.stack import dense_fold, quantise_fallback, store_fold
 from tardis_llm.runtime import ffn as reference
 from tardis_llm.runtime import ops
@@ -86,14 +86,6 @@ def input_rounding(x: Tensor, matrix: PackedMatrix, bits: int = 16) -> Tensor:
         steps.append((group.amax(1, keepdim=True) / (127 if bits == 8 else 32639)).expand_as(group))
     # 1 % for the rounding of the step itself and of x over the step, both in fp32
     return torch.cat(steps, 1) @ matrix.dequantise().double().abs().T * 0.505
-
-
-def packed(rows: int, d: int, bits: int, group_size: int) -> PackedMatrix:
-    """Random codes and scales."""
-    codes = torch.randint(2**bits, (rows, d), generator=generator(bits))
-    group_size = min(group_size, d)
-    scale = (0.1 + normal(rows, -(-d // group_size), seed=1).abs()) / 2**bits
-    return PackedMatrix(pack(codes, bits), scale.half(), d, group_size)
 
 
 def lowbit_linear(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None, bits: int = 16) -> Tensor:

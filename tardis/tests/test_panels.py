@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from folds import SETTINGS, text
 from models import tiny_model, tokens
-from synthetic import correlated, generator, half_fixed, normal, random_ffn
+from synthetic import correlated, generator, half_fixed, normal, packed, random_ffn
 from torch import Tensor, nn
 
 from tardis_llm import fold
@@ -37,14 +37,6 @@ SHAPES = [(3, 6), (37, 100), (70, 518), (100, 1024)]
 #: tokens of tiles and of several of them, and more than the kernels take at once
 TOKENS = [1, 2, 3, 5, 7, 8, 11, 12, 13, 24, 25, 40, MAX_TOKENS]
 BITS = [1, 2, 4, 8]
-
-
-def packed(rows: int, d: int, bits: int, group_size: int) -> PackedMatrix:
-    """Random codes and scales."""
-    codes = torch.randint(2**bits, (rows, d), generator=generator(bits))
-    group_size = min(group_size, d)
-    scale = (0.1 + normal(rows, -(-d // group_size), seed=1).abs()) / 2**bits
-    return PackedMatrix(pack(codes, bits), scale.half(), d, group_size)
 
 
 def product(x: Tensor, matrix: Panels | PackedMatrix, rows: int, bits: int) -> Tensor:
