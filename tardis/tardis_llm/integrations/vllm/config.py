@@ -15,7 +15,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from ...checkpoint import METHOD, CheckpointConfig, LayerFormat
 from ...errors import CheckpointError
 from ...runtime.prefill import CROSSOVER
-from .linears import InPanels, LowBitMethod
+from .linears import LowBitMethod, PanelsMethod
 from .names import Projections, block_index, check_served, linear_bits
 
 
@@ -76,7 +76,7 @@ class TardisConfig(QuantizationConfig):
             return NoWeight()
         if self.linear_bits and self._projections.in_few_bits(prefix):
             return LowBitMethod(self.linear_bits, prefix)
-        return InPanels() if isinstance(layer, LinearBase) else None
+        return PanelsMethod() if isinstance(layer, LinearBase) else None
 
     def get_name(self) -> str:
         """As `quant_method` in config.json."""

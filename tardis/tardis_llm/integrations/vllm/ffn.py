@@ -34,7 +34,7 @@ from ...runtime import ops
 from ...runtime.ffn import LowBit, dense_ffn
 from ...runtime.fixing import Fixing, packed_linear
 from ...runtime.panels import Panels
-from .linears import InPanels
+from .linears import PanelsMethod
 from .prefill import Choice
 
 ops.library.define("served_ffn(Tensor x, str name) -> Tensor")
@@ -94,7 +94,7 @@ class ServedFFN(nn.Module):
         self.rows = slice(self.rank * (d // ranks), (self.rank + 1) * (d // ranks))
         self._at_once = ranks == 1 and self.low.device.type == "cpu"  # the kernels add whole folds in the same call
         if not layer.fold_bits:
-            self.fold.quant_method = AsLoaded() if self._at_once else InPanels()
+            self.fold.quant_method = AsLoaded() if self._at_once else PanelsMethod()
 
     def load(self, key: str, tensor: Tensor) -> None:
         """Fill a tensor from a whole one of the checkpoint, of which a rank takes its share.

@@ -38,11 +38,11 @@ def _(x: Tensor, name: str, outputs: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], outputs)
 
 
-class InPanels(UnquantizedLinearMethod):
+class PanelsMethod(UnquantizedLinearMethod):
     """A linear layer of vLLM whose weight is put in panels where our kernels take it so; elsewhere it stays vLLM's own.
 
-    Measured with one thread, it is 1.07 to 1.5 times as fast as what vLLM has for CPUs up to 64 tokens, and as fast for
-    128; 5 % slower for 256.
+    Measured with one thread, it is 1.07 to 1.6 times as fast as vLLM's oneDNN product up to 64 tokens, and as fast for
+    128; 2 to 7 % slower for 256.
     """
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:

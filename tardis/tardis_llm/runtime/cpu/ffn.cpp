@@ -20,7 +20,7 @@ namespace tardis {
 namespace {
 
 constexpr int64_t kMaxFound = kMaxTokens * kBlockRows * 3 / 2;  // pairs of rows and tokens that wait for their products
-constexpr int kMaxParts = 32;
+constexpr int kMaxParts = 32;  // each has outputs of its own, which take memory and are added up
 constexpr int64_t kSumColumns = 512;
 
 // What leaves its range of the predictions of rows begin..end-1, to which b1 is added: bits by token, and their union.
