@@ -11,8 +11,8 @@ The others take up to 64 tokens x [tokens, d] in bf16 or fp32, contiguous. `ffn.
 sums are in fp32 throughout, and where x meets a low-bit matrix it is rounded to 8 bits (or 16, where asked for), with
 one scale per token and group of columns, 512 at most. So what a predictor finds differs from the reference for few
 neurons that are next to a bound. One that only selects, beside dense fallback weights, never gets more than 8 bits.
-Residuals that meet a low-bit W2 may be rounded to 16 bits, with one scale for up to eight of them. What a token gets does
-not depend on the others in its batch; in its last bits it may depend on the number of threads.
+Residuals that meet a low-bit W2 may be rounded to 16 bits, with one scale for up to eight of them. What a token gets
+does not depend on the others in its batch; in its last bits it may depend on the number of threads.
 """
 
 from __future__ import annotations
