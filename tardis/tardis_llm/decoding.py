@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedModel
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch._dynamo.exc import TorchDynamoException
+from transformers import CompileConfig, PreTrainedModel
 
 from .allocator import use_huge_pages
+from .errors import InvalidInputError
 from .linears import put_linears, through_kernels
 from .runtime.ffn import lay_out
 from .runtime.linear import put_in_panels
+
+#: how a step of decoding is compiled: as one graph, or not at all
+COMPILED = CompileConfig(fullgraph=True, dynamic=False, mode="default")
+COMPILED._compile_all_devices = True  # else transformers compiles on GPUs only
 
 
 def prepare_decoding(model: PreTrainedModel) -> None:
@@ -20,3 +31,37 @@ def prepare_decoding(model: PreTrainedModel) -> None:
     put_in_panels(model)
     lay_out(model)
     use_huge_pages(model)
+
+
+def compiled() -> dict[str, Any]:
+    """Arguments with which `model.generate` of transformers runs each token as one compiled graph.
+
+    Weights push everything else out of the caches, so that what Python and torch do between the layers costs memory
+    accesses; a graph has little of it. Compiling takes from seconds to a minute, and again for a longer text or other
+    batch than any before.
+    """
+    return {"cache_implementation": "static", "compile_config": COMPILED}
+
+
+def compiled_call(model: PreTrainedModel) -> Callable[..., Any]:
+    """A model's forward as `compiled` runs it, of one shape of inputs; apart from what else of it was compiled."""
+    settings = COMPILED.to_dict() | {"isolate_recompiles": True}
+    call: Callable[..., Any] = torch.compile(model.__call__, **settings)
+    return call
+
+
+@contextmanager
+def told_to_compile() -> Iterator[None]:
+    """Within the context, what cannot be compiled is said so that users know what to do.
+
+    Raises:
+        InvalidInputError: it cannot.
+    """
+    try:
+        yield
+    except TorchDynamoException as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InvalidInputError(
+            f"this model cannot be compiled here ({reason}); see that a C++ compiler is installed, or leave out "
+            "--compile."
+        ) from error

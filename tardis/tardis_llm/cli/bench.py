@@ -6,6 +6,7 @@ import resource
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -64,6 +65,9 @@ def bench(
     fallback: Annotated[Precision, typer.Option(help="Of the weights that fixing reads in a random fold.")] = "bf16",
     linears: Annotated[Precision, typer.Option(help="Of the layers outside the FFNs beside a random fold.")] = "bf16",
     fix_rate: Annotated[float, typer.Option(help="Share of the neurons that a token fixes in a random fold.")] = 0.05,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Run the steps of every variant as one compiled graph.")
+    ] = False,
     record: Annotated[bool, typer.Option(help="Write into the folded directory where folding stops paying.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -96,7 +100,8 @@ def bench(
     name = shape or model
     show.say(escape(_describe(name, bandwidth)))
     with show.progress_bars() as progress:
-        rows = [row for size in sizes for row in _measure(variants, size, prompt, prefill, steps, rounds, progress)]
+        runs = _Runs(prompt, prefill, steps, rounds, compile)
+        rows = [row for size in sizes for row in _measure(variants, size, runs, progress)]
         paying = _crossover(variants[-1], progress)
     if record and paying:
         record_crossover(Path(model), pays_up_to(paying))
@@ -105,7 +110,7 @@ def bench(
         machine = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "read_bandwidth": bandwidth}
         faster = {str(count): vars(ratio) for count, ratio in paying.items()}
         found = {"rows": rows, "crossover": faster, "pays_up_to": pays_up_to(paying) if paying else None}
-        show.print_json({"model": name, **machine, "peak_bytes": peak, **found, **clock.as_dict()})
+        show.print_json({"model": name, "compiled": compile, **machine, "peak_bytes": peak, **found, **clock.as_dict()})
         return
     _print(rows, bandwidth)
     if paying:
@@ -181,38 +186,48 @@ def _verdict(ratios: dict[int, Ratio], recorded: bool) -> str:
     return f"{said} ({figures})." + (" Recorded: prefill auto runs FFNs dense beyond that." if recorded else "")
 
 
-def _measure(
-    variants: Sequence[Variant], size: int, prompt: int, prefill: Prefill, steps: int, rounds: int, progress: Any
-) -> Iterator[dict[str, Any]]:
+@dataclass(frozen=True)
+class _Runs:
+    """What is timed of every variant: the options of `bench` by these names."""
+
+    prompt: int
+    prefill: Prefill
+    steps: int
+    rounds: int
+    compiled: bool
+
+
+def _measure(variants: Sequence[Variant], size: int, runs: _Runs, progress: Any) -> Iterator[dict[str, Any]]:
     """Prefill and decoding of every variant at one batch size."""
-    decoders = {}
+    decoders, room = {}, runs.steps if runs.compiled else None
     for variant in variants:
         with variant.within():
-            decoders[variant.name] = Decoder(variant.model, variant.prompt(size, prompt))
+            decoders[variant.name] = Decoder(variant.model, variant.prompt(size, runs.prompt), room)
 
     def decode(variant: Variant) -> float:
         with variant.within():
-            return decoders[variant.name].seconds(steps)
+            return decoders[variant.name].seconds(runs.steps)
 
     def first_token(variant: Variant) -> float:
-        ids = variant.prompt(size, prompt)
+        ids = variant.prompt(size, runs.prompt)
         with variant.within():
             decoders[variant.name].settle()
             if variant.name != _FOLDED:
                 return Decoder(variant.model, ids).prefill
-            set_prefill(variant.model, prefill)
+            set_prefill(variant.model, runs.prefill)
             try:
                 return Decoder(variant.model, ids).prefill
             finally:
                 set_prefill(variant.model, "folded")
 
-    taken = take_turns({v.name: partial(decode, v) for v in variants}, rounds, progress, f"decoding, batch {size}")
-    first = take_turns({v.name: partial(first_token, v) for v in variants}, rounds, progress, f"prompt, batch {size}")
+    turns = partial(take_turns, rounds=runs.rounds, progress=progress)
+    taken = turns({v.name: partial(decode, v) for v in variants}, stage=f"decoding, batch {size}")
+    first = turns({v.name: partial(first_token, v) for v in variants}, stage=f"prompt, batch {size}")
     own, own_first = taken[_FOLDED], first[_FOLDED]
     for variant in variants:
         name, step = variant.name, statistics.median(taken[variant.name])
         with variant.within(), count_union(variant.model) as union:
-            decoders[name].seconds(1)
+            decoders[name].step_eagerly()
             read = step_bytes(variant.model, union.mean)
         yield {
             "batch": size,

@@ -28,6 +28,9 @@ def generate(
         Prefill,
         typer.Option(help="Prompts of a folded model through its folds, its dense FFNs, or what is faster."),
     ] = "auto",
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Run each token as one compiled graph: faster, some seconds later.")
+    ] = False,
     dtype: Dtype = None,
     as_json: AsJson = False,
 ) -> None:
@@ -46,6 +49,6 @@ def generate(
     if not as_json:
         show.out.print(f"[bold]{escape(prompt)}[/]", end="")
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    text = generate_text(loaded, tokenizer, ids, max_new_tokens, temperature, seed, streamer)
+    text = generate_text(loaded, tokenizer, ids, max_new_tokens, temperature, seed, streamer, compile)
     if as_json:
         show.print_json({"model": model, "prompt": prompt, "text": text, "temperature": temperature, "seed": seed})

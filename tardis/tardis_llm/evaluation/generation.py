@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from ..architectures import family_of
+from ..decoding import compiled, told_to_compile
 from ..errors import InvalidInputError
 from ..loading import position_limit
 
@@ -45,6 +46,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     streamer: BaseStreamer | None = None,
+    compile: bool = False,
 ) -> str:
     """The text that follows ids [1, tokens].
 
@@ -54,12 +56,16 @@ def generate(
         temperature: 0 takes the likeliest token each time.
         seed: of the sampling; the global generator is left alone.
         streamer: told of tokens as they come.
+        compile: run each token as one graph; see `decoding.compiled`.
+
+    Raises:
+        InvalidInputError: it cannot be compiled.
     """
     space = room(model, tokenizer, ids)
     count = max_new_tokens if space is None else min(max_new_tokens, space)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     ending = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), told_to_compile():
         torch.manual_seed(seed)
         out = model.generate(
             ids,
@@ -68,6 +74,7 @@ def generate(
             pad_token_id=ending,
             streamer=streamer,
             **sampling,
+            **(compiled() if compile else {}),
         )
     text: str = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     return text

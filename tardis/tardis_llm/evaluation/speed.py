@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel, StaticCache
 
 from ..activations import ACTIVATIONS
 from ..architectures import FFNSite, FFNWeights
-from ..runtime.ffn import FoldedFFN, KeptLinear, dense_ffn, folded_ffns, install, uninstall
+from ..decoding import compiled_call, told_to_compile
+from ..runtime.ffn import FoldedFFN, KeptLinear, dense_ffn, folded_ffns, install, lay_out, uninstall
 from ..runtime.lowbit_linear import LowBitLinear
 from ..session import Progress
 
@@ -58,9 +59,10 @@ class Ratio:
 
 @contextmanager
 def folded(model: PreTrainedModel, folds: Sequence[tuple[FFNSite, FoldedFFN]]) -> Iterator[None]:
-    """Within the context, the model's FFNs are folded; its dense weights stay where they are."""
+    """Within the context, the model's FFNs are folded and laid out; dense weights are shared, which moves them."""
     for site, ffn in folds:
         install(model, site, ffn)
+    lay_out(model)
     try:
         yield
     finally:
@@ -89,13 +91,19 @@ class Decoder:
     Args:
         model: in eval mode, as it is when the decoder is made: its cache is what the prompt leaves.
         prompt: [batch, tokens] token ids.
+        compiled: run steps as one compiled graph, so many at most; None leaves them to torch's eager mode.
+
+    Raises:
+        InvalidInputError: the model cannot be compiled.
     """
 
     @torch.no_grad()
-    def __init__(self, model: PreTrainedModel, prompt: Tensor) -> None:
-        self.model, self.length = model, prompt.shape[1]
+    def __init__(self, model: PreTrainedModel, prompt: Tensor, compiled: int | None = None) -> None:
+        self.model = model
+        self._step: Callable[..., Any] = model if compiled is None else compiled_call(model)
+        cache = None if compiled is None else StaticCache(model.config, prompt.shape[1] + compiled)
         start = time.perf_counter()
-        output = model(input_ids=prompt, use_cache=True, **_last_logits(model))
+        output = model(input_ids=prompt, past_key_values=cache, use_cache=True, **_last_logits(model))
         self.prefill = time.perf_counter() - start
         self.cache = output.past_key_values
         self.first = output.logits[:, -1:].argmax(-1)
@@ -108,20 +116,35 @@ class Decoder:
         """
         self.settle()
         start = time.perf_counter()
-        self._decode(steps)
+        self._decode(steps, self._step)
         return (time.perf_counter() - start) / steps
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Run one step, which may lay weights out anew that another variant had in its own order."""
-        self._decode(1)
+        """Run one step, which may compile it, and lay weights out anew that another variant had in its own order."""
+        with told_to_compile():
+            self._decode(1, self._step)
 
-    def _decode(self, steps: int) -> None:
+    @torch.no_grad()
+    def step_eagerly(self) -> None:
+        """Run one step in eager mode, where hooks see what happens."""
+        self._decode(1, self.model)
+
+    def _decode(self, steps: int, step: Callable[..., Any]) -> None:
         ids = self.first
         for _ in range(steps):
-            output = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True)
+            output = step(input_ids=ids, past_key_values=self.cache, use_cache=True)
             ids = output.logits[:, -1:].argmax(-1)
-        self.cache.crop(self.length)
+        _cut(self.cache, steps)
+
+
+def _cut(cache: Cache, tokens: int) -> None:
+    """Take so many tokens off the end of a cache that holds all there were."""
+    if isinstance(cache, StaticCache):
+        for layer in cache.layers:
+            layer.cumulative_length.sub_(tokens)
+    else:
+        cache.crop(-tokens)
 
 
 def _last_logits(model: PreTrainedModel) -> dict[str, Any]:

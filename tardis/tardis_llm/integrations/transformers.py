@@ -55,6 +55,11 @@ class TardisQuantizer(HfQuantizer):
         return True
 
     @property
+    def is_compileable(self) -> bool:
+        """True: folded FFNs trace to one graph, whose shapes depend on no values."""
+        return True
+
+    @property
     def is_trainable(self) -> bool:
         """False: folds are solved for, not trained."""
         return False

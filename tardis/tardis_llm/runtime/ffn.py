@@ -27,7 +27,9 @@ from ..folding.fold import FoldedWeights
 from ..folding.lowbit import PackedMatrix
 from ..folding.stack import Fallback, dense_fold
 from . import ops
+from .fixing import Fixing
 from .linear import linear
+from .numbered import Numbered, numbered
 from .relaid import InPanels
 
 
@@ -130,7 +132,7 @@ class LowBitFold(LowBit):
         self.bias = nn.Parameter(bias, requires_grad=False)
 
 
-class FoldedFFN(nn.Module):
+class FoldedFFN(Numbered):
     """Holds what a folded FFN stores beside the dense weights; the child `tardis` of an FFN.
 
     State: `fold.weight` (or `fold.planes`, `fold.scale`), `fold.bias`, `predictor.planes`, `predictor.scale`, `low`,
@@ -199,25 +201,35 @@ class FoldedFFN(nn.Module):
         """
         if self.exact:
             return dense_ffn(x, dense, ACTIVATIONS[self.activation])
-        tokens = x.reshape(-1, x.shape[-1])
-        ready = self._prepared(tokens, dense)
-        if ready is not None:
-            return ready(tokens.contiguous()).view(x.shape)
-        if torch.compiler.is_compiling() and self.predictor.in_panels:
-            return self._uncompiled(x, dense)
-        weights = self.weights
-        if ops.runs(tokens, weights, dense):
-            return ops.folded_ffn(tokens, weights, dense, self.activation).view(x.shape)
-        if weights.fallback is not None:
-            w1, w2 = weights.fallback.matrices(weights.predictor, x.dtype)
-            dense = dense._replace(w1=w1, w2=w2)
-        return folded_ffn(tokens, weights, dense, ACTIVATIONS[self.activation]).view(x.shape)
+        run = self._traced if torch.compiler.is_compiling() else self._run
+        return run(x.reshape(-1, x.shape[-1]), dense).view(x.shape)
 
-    @torch.compiler.disable
-    def _uncompiled(self, x: Tensor, dense: FFNWeights) -> Tensor:
-        """As `forward`, which the operators cannot stand for where weights are in panels."""
-        y: Tensor = self(x, dense)
-        return y
+    def _run(self, x: Tensor, dense: FFNWeights) -> Tensor:
+        """`folded_ffn` for x [tokens, d], by the kernels where they take it."""
+        ready = self._prepared(x, dense)
+        if ready is not None:
+            return ready(x.contiguous())
+        weights = self.weights
+        if ops.runs(x, weights, dense):
+            return ops.folded_ffn(x, weights, dense, self.activation)
+        return folded_ffn(x, weights, self._written_out(x, dense), ACTIVATIONS[self.activation])
+
+    def _traced(self, x: Tensor, dense: FFNWeights) -> Tensor:
+        """The same in a graph: one operator where the kernels take x, else with shapes that depend on no values."""
+        if ops.takes(x) and not (torch.is_grad_enabled() and (x.requires_grad or dense.w1.requires_grad)):
+            y: Tensor = torch.ops.tardis.numbered_ffn(x, self.number, dense.w1, dense.b1, dense.w2)
+            return y
+        weights, (w1, b1, w2, _) = self.weights, self._written_out(x, dense)
+        ranges = weights.low, weights.high, weights.slope, weights.offset
+        fold = weights.weight, weights.bias
+        return Fixing(self.activation, weights.predictor, ranges, b1, w1, w2.T, *fold).masked(x)
+
+    def _written_out(self, x: Tensor, dense: FFNWeights) -> FFNWeights:
+        """Dense weights in the dtype of x; low-bit ones that stand for them are written out."""
+        if self.fallback is None:
+            return dense
+        w1, w2 = self.fallback.matrices(self.predictor.matrix, x.dtype)
+        return dense._replace(w1=w1, w2=w2)
 
     def fixed(self, x: Tensor, dense: FFNWeights) -> Tensor:
         """[tokens, h] bool: the neurons that it fixes for inputs x [tokens, d]; arguments as `forward`."""
@@ -323,6 +335,21 @@ class FoldedDown(KeptLinear):
             self.lay_out_both()
         y: Tensor = ffn(x, FFNWeights(up.matrix, up.bias, self.matrix, self.bias))
         return y
+
+
+def _numbered_ffn(x: Tensor, number: int, w1: Tensor, b1: Tensor | None, w2: Tensor) -> Tensor:
+    """[tokens, d] for x [tokens, d], by the `FoldedFFN` of that number; dense weights as in its `forward`."""
+    ffn: FoldedFFN = numbered(number)
+    return ffn._run(x, FFNWeights(w1, b1, w2, None))
+
+
+ops.library.define("numbered_ffn(Tensor x, int number, Tensor w1, Tensor? b1, Tensor w2) -> Tensor")
+ops.library.impl("numbered_ffn", _numbered_ffn, "CPU")
+
+
+@torch.library.register_fake("tardis::numbered_ffn")
+def _(x: Tensor, *others: object) -> Tensor:
+    return torch.empty_like(x)
 
 
 def install(model: nn.Module, site: FFNSite, ffn: FoldedFFN) -> None:

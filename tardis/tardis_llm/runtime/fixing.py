@@ -54,15 +54,15 @@ class Fixing:
         """[tokens, d] in the dtype of x [tokens, d]."""
         if not len(x):
             return torch.empty_like(x)
-        return self._prepared(x.contiguous()) if ops.takes(x) else self._masked(x)
+        return self._prepared(x.contiguous()) if ops.takes(x) else self.masked(x)
 
     @cached_property
     def _prepared(self) -> ops.PreparedFFN:
         matrices = [self.fold, self.predictor, self.up, self.down]
         return ops.PreparedFFN(self.activation, matrices, self.bias, self.b1, self.ranges)
 
-    def _masked(self, x: Tensor) -> Tensor:
-        """By dense products; predictions and residuals are in fp32, as in the reference."""
+    def masked(self, x: Tensor) -> Tensor:
+        """The same for x [tokens, d] by dense products; predictions and residuals are in fp32, as in the reference."""
         low, high, slope, offset = (each.float() for each in self.ranges)
         coarse = _dense(self.predictor)
         zhat = F.linear(x.float(), coarse, None if self.b1 is None else self.b1.float())  # [tokens, h]

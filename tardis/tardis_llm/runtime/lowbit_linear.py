@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InvalidInputError, TardisError
+from . import ops
+from .numbered import Numbered, numbered
 from .relaid import Relaid
 
 #: rows that are rounded at once, which bounds the working memory
@@ -38,7 +40,7 @@ _TINY = 1e-30  # to divide zeros by
 _PACKING = threading.Lock()
 
 
-class LowBitLinear(Relaid):
+class LowBitLinear(Numbered, Relaid):
     """A linear layer whose weight [out, in] is stored in few bits.
 
     State: `codes`, `scale`, `bias` if there is one, and `weight`, which is empty but there: a loader that does not know
@@ -108,11 +110,12 @@ class LowBitLinear(Relaid):
     def forward(self, x: Tensor) -> Tensor:
         """[..., out] for x [..., in], in the dtype of x."""
         tokens = x.reshape(-1, self.in_features)
-        if self._takes(tokens):
-            parts = [self._product(some) for some in tokens.split(_TOKENS)]
-            y = parts[0] if len(parts) == 1 else torch.cat(parts)
-        else:
+        if not self._takes(tokens):
             y = F.linear(tokens, self.dequantise().to(x.dtype))
+        elif torch.compiler.is_compiling():
+            y = torch.ops.tardis.numbered_linear(tokens, self.number, self.out_features)
+        else:
+            y = self.products(tokens)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.view(*x.shape[:-1], self.out_features)
@@ -122,8 +125,13 @@ class LowBitLinear(Relaid):
         gradients = torch.is_grad_enabled() and x.requires_grad
         return x.device.type == "cpu" and len(x) > 0 and not gradients
 
+    def products(self, x: Tensor) -> Tensor:
+        """[tokens, out] in the dtype of x [tokens, in], by the kernel and without the bias."""
+        parts = [self._product(some) for some in x.split(_TOKENS)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
     def _product(self, x: Tensor) -> Tensor:
-        """[tokens, out] in the dtype of x, by the kernel."""
+        """The same for a few tokens."""
         raise NotImplementedError
 
     @property
@@ -165,6 +173,21 @@ class LowBitLinear(Relaid):
     def extra_repr(self) -> str:
         """Shape and bits, for people."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
+
+
+def _numbered_linear(x: Tensor, number: int, outputs: int) -> Tensor:
+    """[tokens, outputs] for x [tokens, in], by the `LowBitLinear` of that number, without its bias."""
+    layer: LowBitLinear = numbered(number)
+    return layer.products(x).contiguous()
+
+
+ops.library.define("numbered_linear(Tensor x, int number, int outputs) -> Tensor")
+ops.library.impl("numbered_linear", _numbered_linear, "CPU")
+
+
+@torch.library.register_fake("tardis::numbered_linear")
+def _(x: Tensor, number: int, outputs: int) -> Tensor:
+    return x.new_empty(x.shape[0], outputs)
 
 
 class Int8Linear(LowBitLinear):

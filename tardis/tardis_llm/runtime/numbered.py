@@ -1,0 +1,44 @@
+"""Modules that are one operator to `torch.compile`, which finds them by number when it runs.
+
+Operators take tensors and numbers, no modules. What a module does with weights in an order of its own, or by another
+library's kernel, cannot be traced, and what it keeps from call to call cannot be an argument.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+from weakref import WeakValueDictionary
+
+from torch import nn
+
+
+class Numbered(nn.Module):
+    """A module with a number of its own in this process, which a copy does not share.
+
+    Attributes:
+        number: constant, so that a graph can have it.
+    """
+
+    number: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._enrol()
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        self._enrol()
+
+    def _enrol(self) -> None:
+        self.number = next(_NUMBERS)
+        _MODULES[self.number] = self
+
+
+_NUMBERS = itertools.count()
+_MODULES: WeakValueDictionary[int, Numbered] = WeakValueDictionary()
+
+
+def numbered(number: int) -> Any:
+    """The module of a number; a graph that has it lives no longer than its model."""
+    return _MODULES[number]
