@@ -261,8 +261,12 @@ class FoldedFFN(Numbered):
             self._ready_for = made_from
         return self._ready
 
+    def forget(self) -> None:
+        """Let go of what is kept from call to call, which would keep alive the memory that tensors leave."""
+        self._ready, self._ready_for = None, ()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FoldedFFN:
-        self._ready, self._ready_for = None, ()  # it would keep alive the memory that tensors leave
+        self.forget()
         super()._apply(fn, recurse)
         return self
 
@@ -364,6 +368,7 @@ def install(model: nn.Module, site: FFNSite, ffn: FoldedFFN) -> None:
 
 def uninstall(model: nn.Module, site: FFNSite) -> None:
     """Put the dense FFN back at `site`."""
+    site.parent.get_submodule("tardis").forget()
     for name, part in ((site.up_name, site.up), (site.activation_name, site.activation), (site.down_name, site.down)):
         set_module(model, name, part)
     for part in (site.up, site.down):  # strides choose the kernel, and so bits
