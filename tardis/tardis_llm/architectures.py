@@ -28,6 +28,7 @@ class Family:
         up, activation, down: dotted paths from a block to the three parts of its FFN.
         causal: whether the family generates text from left to right.
         refused_flags: config fields that, when true, make the FFN compute something else.
+        alibi: whether positions bias the attention; see `has_alibi`.
     """
 
     model_type: str
@@ -38,6 +39,7 @@ class Family:
     down: str
     causal: bool = True
     refused_flags: tuple[str, ...] = ()
+    alibi: bool = False
 
 
 _ROWS = (
@@ -51,10 +53,10 @@ _ROWS = (
     # slow_but_exact multiplies slices of the down weight and leaves out its bias.
     Family(
         "bloom", "h", "mlp", "mlp.dense_h_to_4h", "mlp.gelu_impl", "mlp.dense_4h_to_h",
-        refused_flags=("slow_but_exact",),
+        refused_flags=("slow_but_exact",), alibi=True,
     ),
     Family("phi", "layers", "mlp", "mlp.fc1", "mlp.activation_fn", "mlp.fc2"),
-    Family("mpt", "blocks", "ffn", "ffn.up_proj", "ffn.act", "ffn.down_proj"),
+    Family("mpt", "blocks", "ffn", "ffn.up_proj", "ffn.act", "ffn.down_proj", alibi=True),
     Family("opt", "decoder.layers", "", "fc1", "activation_fn", "fc2"),
     Family(
         "bert", "encoder.layer", "",
@@ -108,6 +110,11 @@ def family_of(config: PreTrainedConfig) -> Family:
                 f"{flag}=False. {supported}"
             )
     return FAMILIES[kind]
+
+
+def has_alibi(config: PreTrainedConfig) -> bool:
+    """Whether a model adds ALiBi (arXiv 2108.12409) to its attention; in Falcon's family some models do."""
+    return family_of(config).alibi or bool(getattr(config, "alibi", False))
 
 
 class FFNWeights(NamedTuple):

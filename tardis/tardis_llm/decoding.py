@@ -11,6 +11,7 @@ from torch._dynamo.exc import TorchDynamoException
 from transformers import CompileConfig, PreTrainedModel
 
 from .allocator import use_huge_pages
+from .architectures import has_alibi
 from .errors import InvalidInputError
 from .linears import put_linears, through_kernels
 from .runtime.ffn import lay_out
@@ -33,19 +34,27 @@ def prepare_decoding(model: PreTrainedModel) -> None:
     use_huge_pages(model)
 
 
-def compiled() -> dict[str, Any]:
+def compiled(model: PreTrainedModel) -> dict[str, Any]:
     """Arguments with which `model.generate` of transformers runs each token as one compiled graph.
 
     Weights push everything else out of the caches, so that what Python and torch do between the layers costs memory
     accesses; a graph has little of it. Compiling takes from seconds to a minute, and again for a longer text or other
     batch than any before.
+
+    Raises:
+        InvalidInputError: a model with ALiBi, for which transformers has no cache of a constant shape.
     """
+    if has_alibi(model.config):
+        raise InvalidInputError(
+            f"{type(model).__name__} with ALiBi cannot be compiled: transformers has no cache of a constant shape for "
+            "it. Leave out --compile."
+        )
     return {"cache_implementation": "static", "compile_config": COMPILED}
 
 
 def compiled_call(model: PreTrainedModel) -> Callable[..., Any]:
-    """A model's forward as `compiled` runs it, of one shape of inputs; apart from what else of it was compiled."""
-    settings = COMPILED.to_dict() | {"isolate_recompiles": True}
+    """A model's forward as `compiled` runs it; errors too. It shares no graphs with other calls."""
+    settings = compiled(model)["compile_config"].to_dict() | {"isolate_recompiles": True}
     call: Callable[..., Any] = torch.compile(model.__call__, **settings)
     return call
 

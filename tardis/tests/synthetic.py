@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor
 from tardis_llm.activations import ACTIVATIONS
 from tardis_llm.architectures import FFNWeights
 from tardis_llm.calibration.moments import BinnedMoments, SecondMoments
-from tardis_llm.config import FoldConfig
+from tardis_llm.config import FoldConfig, Storage
 from tardis_llm.folding.fold import DenseFFN, FoldedWeights, FoldQuality, Inputs, choose_ranges, finish, predict
 from tardis_llm.folding.lowbit import PackedMatrix, pack, quantise
+from tardis_llm.folding.stack import quantise_fallback, store_fold
 
 Act = Callable[[Tensor], Tensor]
 
@@ -128,6 +130,29 @@ def fitted(
 def fallback(ffn: DenseFFN, dtype: torch.dtype = torch.float32) -> FFNWeights:
     """The dense weights as the runtime gets them."""
     return FFNWeights(*(tensor.to(dtype) for tensor in (ffn.w1, ffn.b1, ffn.w2, ffn.b2)))
+
+
+def neuron_major(weights: FFNWeights) -> FFNWeights:
+    """The same weights, neuron by neuron in memory."""
+    return weights._replace(w2=weights.w2.T.contiguous().T)
+
+
+def stored_fold(
+    d: int, h: int, storage: Storage, dtype: torch.dtype, name: str = "gelu", ranges: str = "half"
+) -> tuple[FoldedWeights, FFNWeights]:
+    """A fold as it is stored and the dense weights, neuron by neuron; `ranges`: none, half or all are fixed."""
+    ffn = random_ffn(d, h, name)
+    make = {"none": nothing_fixed, "half": half_fixed, "all": everything_fixed}[ranges]
+    folded = make(ffn)
+    predictor = quantise(ffn.w1, 2, storage.group_size)
+    folded = replace(
+        folded,
+        weight=store_fold(folded.weight, storage, dtype, None),
+        bias=folded.bias.to(dtype),
+        predictor=predictor,
+        fallback=quantise_fallback(ffn.w1, ffn.w2, predictor, storage, None),
+    )
+    return folded, neuron_major(fallback(ffn, dtype))
 
 
 def activation(name: str) -> Act:

@@ -193,6 +193,14 @@ def random_folds_of(model, storage: Storage):  # type: ignore[no-untyped-def]
     return list(random_folds(model, 1, storage, 0.1))
 
 
+def test_a_fold_that_is_taken_out_keeps_nothing_of_the_weights_beside_it():
+    model = tiny_model("gpt2")
+    folds = random_folds_of(model, Storage(64))
+    with folded(model, folds), torch.no_grad():
+        model(tokens(1, 4))
+    assert all(ffn._ready is None for _, ffn in folds)
+
+
 def test_the_union_of_a_batch_is_at_least_what_one_token_fixes():
     model = tiny_model("gpt2")
     with folded(model, random_folds_of(model, Storage(64))), torch.no_grad():

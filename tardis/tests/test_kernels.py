@@ -19,7 +19,18 @@ from dataclasses import replace
 import pytest
 import torch
 from models import tiny_model, tokens
-from synthetic import activation, correlated, everything_fixed, folded_with, half_fixed, normal, packed, random_ffn
+from synthetic import (
+    activation,
+    correlated,
+    everything_fixed,
+    folded_with,
+    half_fixed,
+    neuron_major,
+    normal,
+    packed,
+    random_ffn,
+    stored_fold,
+)
 from torch import Tensor
 
 from tardis_llm.activations import ACTIVATIONS
@@ -28,7 +39,7 @@ from tardis_llm.config import Storage
 from tardis_llm.errors import InvalidInputError, TardisError
 from tardis_llm.folding.fold import FoldedWeights
 from tardis_llm.folding.lowbit import PackedMatrix, quantise
-from tardis_llm.folding.stack import dense_fold, quantise_fallback, store_fold
+from tardis_llm.folding.stack import dense_fold
 from tardis_llm.runtime import ffn as reference
 from tardis_llm.runtime import ops
 from tardis_llm.runtime.cpu import library
@@ -98,10 +109,6 @@ def predicted(x: Tensor, folded: FoldedWeights, b1: Tensor | None, bits: int = 1
     p, ranges = folded.predictor, (folded.low, folded.high)
     fixed: Tensor = torch.ops.tardis.fixed_neurons(x, p.planes, p.scale, p.group_size, b1, *ranges, bits)
     return fixed
-
-
-def neuron_major(weights: FFNWeights) -> FFNWeights:
-    return weights._replace(w2=weights.w2.T.contiguous().T)
 
 
 # ---- products ------------------------------------------------------------------------------------------------------
@@ -211,27 +218,6 @@ STORAGES = [Storage(48), Storage(48, 8), Storage(64, 8, 4), Storage(100, 4, 8), 
 
 
 @functools.cache
-def make(
-    d: int, h: int, storage: Storage, dtype: torch.dtype, name: str = "gelu", ranges: str = "half"
-) -> tuple[FoldedWeights, FFNWeights]:
-    """A fold as it is stored and the dense weights, neuron by neuron; `ranges`: none, half or all are fixed."""
-    ffn = random_ffn(d, h, name)
-    folded = half_fixed(ffn)
-    everywhere = torch.full((h,), torch.inf)
-    if ranges != "half":
-        folded = folded_with(ffn, *((-everywhere, everywhere) if ranges == "none" else (everywhere, -everywhere)))
-    predictor = quantise(ffn.w1, 2, storage.group_size)
-    folded = replace(
-        folded,
-        weight=store_fold(folded.weight, storage, dtype, None),
-        bias=folded.bias.to(dtype),
-        predictor=predictor,
-        fallback=quantise_fallback(ffn.w1, ffn.w2, predictor, storage, None),
-    )
-    dense = FFNWeights(*(tensor.to(dtype) for tensor in (ffn.w1, ffn.b1, ffn.w2, ffn.b2)))
-    return folded, neuron_major(dense)
-
-
 def specified(x: Tensor, folded: FoldedWeights, dense: FFNWeights, name: str, bits: int = 16) -> tuple[Tensor, Tensor]:
     """Output [tokens, d] in fp64 with the neurons that the kernels fix, and a bound on what rounding x moves it."""
     w1, b1, w2, _ = dense
@@ -255,7 +241,7 @@ def specified(x: Tensor, folded: FoldedWeights, dense: FFNWeights, name: str, bi
 @pytest.mark.parametrize("name", list(ACTIVATIONS))
 @every_dtype
 def test_every_activation(isa: str, name: str, dtype: torch.dtype) -> None:
-    folded, dense = make(40, 150, Storage(48), dtype, name)
+    folded, dense = stored_fold(40, 150, Storage(48), dtype, name)
     x = correlated(5, 40).to(dtype)
     assert_within(ops.folded_ffn(x, folded, dense, name, 16), *specified(x, folded, dense, name))
 
@@ -265,7 +251,7 @@ def test_activations_of_all_sizes(isa: str, name: str) -> None:
     z = torch.cat([torch.linspace(-12, 12, 481), torch.tensor([1e-30, 1e-6, 40, 90, 1e4, 1e12])])
     z = torch.cat([z, -z])
     count, line = len(z), torch.zeros(len(z), dtype=torch.float16)
-    folded, _ = make(count, count, Storage(count), torch.float32, name, "all")
+    folded, _ = stored_fold(count, count, Storage(count), torch.float32, name, "all")
     folded = replace(folded, weight=torch.zeros(count, count), bias=torch.zeros(count), slope=line, offset=line)
     each_alone = neuron_major(FFNWeights(torch.diag(z), torch.zeros(count), torch.eye(count), None))
     y = ops.folded_ffn(torch.ones(1, count), folded, each_alone, name)[0]
@@ -277,7 +263,7 @@ def test_activations_of_all_sizes(isa: str, name: str) -> None:
 @every_dtype
 def test_every_storage_and_fix_set(isa: str, dtype: torch.dtype, storage: Storage, ranges: str) -> None:
     for d, h in ((41, 131), (192, 300)):
-        folded, dense = make(d, h, storage, dtype, ranges=ranges)
+        folded, dense = stored_fold(d, h, storage, dtype, ranges=ranges)
         for count in (1, 2, 7, MAX_TOKENS):
             x = correlated(count, d, count).to(dtype)
             share = float(predicted(x, folded, dense.b1).double().mean())
@@ -291,7 +277,7 @@ def test_every_storage_and_fix_set(isa: str, dtype: torch.dtype, storage: Storag
 @pytest.mark.parametrize("storage", STORAGES[::2], ids=str)
 @every_dtype
 def test_the_kernels_agree_with_the_reference(isa: str, dtype: torch.dtype, storage: Storage) -> None:
-    folded, dense = make(96, 384, storage, dtype)
+    folded, dense = stored_fold(96, 384, storage, dtype)
     x = correlated(MAX_TOKENS, 96).to(dtype)
     same = predicted(x, folded, dense.b1, 16 if folded.fallback else 8) == fixed_neurons(x, folded, dense.b1)
     assert same.float().mean() > 0.99
@@ -309,14 +295,14 @@ def test_the_kernels_agree_with_the_reference(isa: str, dtype: torch.dtype, stor
 
 @pytest.mark.parametrize("storage", STORAGES[::2], ids=str)
 def test_biases_may_be_missing(isa: str, storage: Storage) -> None:
-    folded, dense = make(41, 131, storage, torch.float32)
+    folded, dense = stored_fold(41, 131, storage, torch.float32)
     x, dense = correlated(3, 41), dense._replace(b1=None, b2=None)
     assert_within(ops.folded_ffn(x, folded, dense, "gelu", 16), *specified(x, folded, dense, "gelu"))
 
 
 @pytest.mark.parametrize("storage", STORAGES, ids=str)
 def test_nan_comes_out_where_it_came_in_and_nowhere_else(isa: str, storage: Storage) -> None:
-    folded, dense = make(72, 131, storage, torch.float32)
+    folded, dense = stored_fold(72, 131, storage, torch.float32)
     clean = correlated(6, 72)
     x = clean.clone()
     x[2, 7] = torch.nan
@@ -331,7 +317,7 @@ def test_nan_comes_out_where_it_came_in_and_nowhere_else(isa: str, storage: Stor
 def test_results_are_the_same_each_time_and_close_for_any_number_of_threads(
     isa: str, storage: Storage, tokens: int, threads: None
 ) -> None:
-    folded, dense = make(264, 700, storage, torch.float32)
+    folded, dense = stored_fold(264, 700, storage, torch.float32)
     x = correlated(tokens, 264)
     results = []
     for count in (1, 2, 5):
@@ -347,7 +333,7 @@ def test_results_are_the_same_each_time_and_close_for_any_number_of_threads(
 @pytest.mark.parametrize("tokens", [5, 9, 64])  # 64 find more at once than wait for their products
 @pytest.mark.parametrize("storage", STORAGES, ids=str)
 def test_what_a_token_gets_does_not_depend_on_its_batch(isa: str, storage: Storage, tokens: int) -> None:
-    folded, dense = make(72, 2900, storage, torch.float32)
+    folded, dense = stored_fold(72, 2900, storage, torch.float32)
     x = correlated(tokens, 72)
     fixed = predicted(x, folded, dense.b1, 8)
     assert fixed.any(0).sum() > 1100 and len(set(fixed.sum(1).tolist())) >= 5  # in more than one round, unequal
@@ -356,7 +342,7 @@ def test_what_a_token_gets_does_not_depend_on_its_batch(isa: str, storage: Stora
 
 
 def test_residuals_of_any_size_are_rounded_relative_to_their_neighbours(isa: str) -> None:
-    folded, dense = make(40, 150, Storage(48, 8, 4), torch.float32, ranges="all")
+    folded, dense = stored_fold(40, 150, Storage(48, 8, 4), torch.float32, ranges="all")
     x = correlated(3, 40)
     for size in (1e-4, 1e4):
         fallback = folded.fallback
@@ -372,7 +358,9 @@ def test_residuals_of_any_size_are_rounded_relative_to_their_neighbours(isa: str
 @needs_library
 def test_calls_from_several_threads_at_once_do_not_disturb_each_other(threads: None) -> None:
     torch.set_num_threads(2)
-    cases = [(*make(264, 1000, storage, torch.bfloat16), correlated(4, 264, 1).bfloat16()) for storage in STORAGES[:3]]
+    cases = [
+        (*stored_fold(264, 1000, storage, torch.bfloat16), correlated(4, 264, 1).bfloat16()) for storage in STORAGES[:3]
+    ]
     expected = [ops.folded_ffn(x, folded, dense, "gelu") for folded, dense, x in cases]
     wrong: list[int] = []
 
@@ -439,7 +427,7 @@ def test_a_forked_child_gets_the_same_without_its_parents_threads() -> None:
 
 @needs_library
 def test_the_operators_pass_the_checks_of_torch() -> None:
-    folded, dense = make(64, 96, Storage(64, 8, 4), torch.float32)
+    folded, dense = stored_fold(64, 96, Storage(64, 8, 4), torch.float32)
     x, p = correlated(3, 64), folded.predictor
     tests = ("test_schema", "test_faketensor")
     matrix = p.planes, p.scale, p.group_size
@@ -450,17 +438,6 @@ def test_the_operators_pass_the_checks_of_torch() -> None:
     }
     for op, arguments in calls.items():
         assert set(torch.library.opcheck(op, arguments, test_utils=tests).values()) == {"SUCCESS"}
-
-
-@needs_library
-@pytest.mark.parametrize("storage", STORAGES[::2], ids=str)
-def test_a_folded_ffn_compiles_to_one_graph(storage: Storage) -> None:
-    folded, dense = make(64, 96, storage, torch.float32)
-    module, x = FoldedFFN(folded, "gelu"), correlated(3, 64)
-    torch._dynamo.reset()
-    with torch.no_grad():
-        compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
-        assert torch.equal(compiled(x, dense), module(x, dense))
 
 
 @needs_library
@@ -502,7 +479,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @needs_library
 def test_the_module_uses_the_kernels_where_they_can(calls: list[int]) -> None:
-    folded, dense = make(40, 96, Storage(48), torch.float32)
+    folded, dense = stored_fold(40, 96, Storage(48), torch.float32)
     module = FoldedFFN(folded, "gelu")
     x = correlated(MAX_TOKENS + 1, 40)
     module(x[:1], dense)
@@ -513,7 +490,7 @@ def test_the_module_uses_the_kernels_where_they_can(calls: list[int]) -> None:
     module(x[:0], dense)
     module(x[:1].clone().requires_grad_(), dense)
     module(x[:1], dense._replace(w2=dense.w2.contiguous()))  # W2 does not lie neuron by neuron
-    half, half_dense = make(40, 96, Storage(48), torch.float16)
+    half, half_dense = stored_fold(40, 96, Storage(48), torch.float16)
     FoldedFFN(half, "gelu")(x[:1].half(), half_dense)
     assert len(calls) == 6
 
@@ -521,7 +498,7 @@ def test_the_module_uses_the_kernels_where_they_can(calls: list[int]) -> None:
 @needs_library
 @torch.no_grad()
 def test_a_module_that_moves_lets_go_of_what_it_leaves() -> None:
-    folded, dense = make(40, 96, Storage(48), torch.float32)
+    folded, dense = stored_fold(40, 96, Storage(48), torch.float32)
     module, x = FoldedFFN(folded, "gelu"), correlated(3, 40)
     module(x, dense)
     left = weakref.ref(module._ready)
@@ -532,7 +509,7 @@ def test_a_module_that_moves_lets_go_of_what_it_leaves() -> None:
 @needs_library
 @torch.no_grad()
 def test_a_module_that_has_run_follows_its_tensors(calls: list[int]) -> None:
-    folded, dense = make(40, 96, Storage(48), torch.float32)
+    folded, dense = stored_fold(40, 96, Storage(48), torch.float32)
     module = FoldedFFN(folded, "gelu")
     x = correlated(3, 40)
     before = module(x, dense)
@@ -597,7 +574,7 @@ def test_without_the_library_the_reference_runs_and_says_so_once(monkeypatch: py
     monkeypatch.setattr(library, "kernels", functools.cache(library.kernels.__wrapped__))
     monkeypatch.setattr(ops, "open_library", library.open_library)
     monkeypatch.delenv("TARDIS_KERNELS", raising=False)
-    folded, dense = make(40, 96, Storage(48), torch.float32)
+    folded, dense = stored_fold(40, 96, Storage(48), torch.float32)
     x = correlated(2, 40)
     with pytest.warns(RuntimeWarning, match="not built") as caught:
         found = [FoldedFFN(folded, "gelu")(x, dense) for _ in range(2)]

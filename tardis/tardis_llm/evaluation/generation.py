@@ -74,7 +74,7 @@ def generate(
             pad_token_id=ending,
             streamer=streamer,
             **sampling,
-            **(compiled() if compile else {}),
+            **(compiled(model) if compile else {}),
         )
     text: str = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     return text

@@ -368,7 +368,9 @@ def install(model: nn.Module, site: FFNSite, ffn: FoldedFFN) -> None:
 
 def uninstall(model: nn.Module, site: FFNSite) -> None:
     """Put the dense FFN back at `site`."""
-    site.parent.get_submodule("tardis").forget()
+    ffn = site.parent.get_submodule("tardis")
+    assert isinstance(ffn, FoldedFFN), "installed before"
+    ffn.forget()
     for name, part in ((site.up_name, site.up), (site.activation_name, site.activation), (site.down_name, site.down)):
         set_module(model, name, part)
     for part in (site.up, site.down):  # strides choose the kernel, and so bits

@@ -1,0 +1,214 @@
+"""Models as compiled graphs: one graph, whatever is folded or in few bits, and the same numbers but for rounding."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Result, assert_refused
+from folds import SETTINGS, text
+from models import CAUSAL_NAMES, tiny_model, tokens
+from synthetic import correlated, stored_fold
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from transformers import PreTrainedModel
+
+from tardis_llm import fold
+from tardis_llm.config import Storage
+from tardis_llm.decoding import COMPILED, compiled, prepare_decoding
+from tardis_llm.errors import InvalidInputError
+from tardis_llm.evaluation.shapes import random_folds
+from tardis_llm.evaluation.speed import Decoder
+from tardis_llm.evaluation.variants import folded_variant
+from tardis_llm.loading import load_model
+from tardis_llm.runtime.cpu.library import open_library
+from tardis_llm.runtime.ffn import FoldedFFN
+from tardis_llm.runtime.lowbit_linear import KINDS
+from tardis_llm.runtime.numbered import numbered
+from tardis_llm.runtime.prefill import set_prefill
+
+needs_library = pytest.mark.skipif(
+    open_library() is None, reason="the CPU kernels are not built: no C++ compiler was found"
+)
+ALIBI_NAMES = ["bloom", "mpt", "falcon_alibi"]
+STORAGES = [Storage(64), Storage(64, 8, 4)]
+
+
+@pytest.fixture(autouse=True)
+def from_scratch() -> Iterator[None]:
+    """Nothing is compiled yet."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def generated(model: PreTrainedModel, **settings: Any) -> Tensor:
+    """Tokens that a model generates greedily behind prompts."""
+    greedy = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 5}
+    found: Tensor = model.generate(tokens(2, 8), **greedy, **settings)
+    return found
+
+
+def counting(model: PreTrainedModel, graphs: list[int]) -> dict[str, Any]:
+    """`decoding.compiled`, but that graphs are listed and run as they are, without code being made of them."""
+
+    def backend(graph: GraphModule, example: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(len(example))
+        return graph.forward
+
+    settings = compiled(model)
+    config = copy.copy(settings["compile_config"])
+    config.backend, config.mode = backend, None
+    return {**settings, "compile_config": config}
+
+
+@needs_library
+@torch.no_grad()
+@pytest.mark.parametrize("name", [name for name in CAUSAL_NAMES if name not in ALIBI_NAMES])
+def test_every_family_without_alibi_decodes_as_one_graph(name: str) -> None:
+    model, graphs = tiny_model(name), list[int]()
+    fold(model, text(), SETTINGS)
+    prepare_decoding(model)
+    settings = counting(model, graphs)
+    assert torch.equal(generated(model, **settings), generated(model))
+    assert torch.equal(generated(model, **settings), generated(model))
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("name", ALIBI_NAMES)
+def test_models_with_alibi_are_refused(name: str) -> None:
+    model = tiny_model(name)
+    with pytest.raises(InvalidInputError, match=r"with ALiBi cannot be compiled.*Leave out --compile"):
+        compiled(model)
+    with pytest.raises(InvalidInputError, match="cannot be compiled"):
+        Decoder(model, tokens(1, 4), compiled=3)
+
+
+@needs_library
+@torch.no_grad()
+@pytest.mark.parametrize("bits", KINDS)
+def test_folds_and_layers_in_few_bits_decode_as_one_graph(
+    bits: int, tardis: Callable[..., Result], tiny_dir: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    if bits == 4:
+        pytest.importorskip("bitsandbytes")
+    out, few = tmp_path / "out", ("--fold-dtype", "int8", "--fallback", "int4", "--linears", f"int{bits}")
+    small = ("--tokens", 4096, "--probe-tokens", 256, "--sequence-length", 32, "--predictor-bits", 1)
+    assert tardis("fold", tiny_dir, "-o", out, "--text", tiny_text, *small, *few, "--reduction", 0.5).code == 0
+    model, graphs = load_model(str(out)), list[int]()
+    prepare_decoding(model)
+    assert torch.equal(generated(model, **counting(model, graphs)), generated(model))
+    assert len(graphs) == 1
+
+
+@needs_library
+@torch.no_grad()
+def test_prompts_go_where_they_should_and_decoding_stays_one_graph() -> None:
+    model = tiny_model("falcon")
+    fold(model, text(), SETTINGS)
+    prepare_decoding(model)
+    for mode in ("folded", "exact", "auto"):
+        torch._dynamo.reset()
+        graphs: list[int] = []
+        set_prefill(model, mode)
+        assert torch.equal(generated(model, **counting(model, graphs)), generated(model))
+        assert len(graphs) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_folded_ffn_is_one_graph_with_the_kernels_and_without(storage: Storage, dtype: torch.dtype) -> None:
+    weights, dense = stored_fold(64, 96, storage, dtype)
+    module, x = FoldedFFN(weights, "gelu"), correlated(5, 64).to(dtype)  # the kernels take no fp64
+    found = torch.compile(module, backend="aot_eager", fullgraph=True)(x, dense)
+    torch.testing.assert_close(found, module(x, dense), rtol=1e-4, atol=1e-4)
+
+
+@needs_library
+def test_the_operators_pass_the_checks_of_torch() -> None:
+    weights, dense = stored_fold(64, 96, Storage(64), torch.float32)
+    ffn, x = FoldedFFN(weights, "gelu"), correlated(5, 64)
+    linear = KINDS[8].of(dense.w1, None)
+    calls = {
+        torch.ops.tardis.numbered_ffn.default: (x, ffn.number, *dense[:3]),
+        torch.ops.tardis.numbered_linear.default: (x, linear.number, 96),
+    }
+    for op, arguments in calls.items():
+        found = torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+        assert set(found.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, copy.copy], ids=["deep", "shallow"])
+def test_a_copy_has_a_number_of_its_own_and_no_module_is_kept_alive(clone: Callable[[nn.Module], nn.Module]) -> None:
+    weights, _ = stored_fold(64, 96, Storage(64), torch.float32)
+    ffn = FoldedFFN(weights, "gelu")
+    other: Any = clone(ffn)
+    assert other.number != ffn.number
+    assert numbered(other.number) is other and numbered(ffn.number) is ffn
+    number, gone = ffn.number, weakref.ref(ffn)
+    del ffn
+    gc.collect()
+    assert gone() is None
+    with pytest.raises(KeyError):
+        numbered(number)
+
+
+@needs_library
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_steps_begin_behind_the_prompt_each_time(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(COMPILED, "backend", backend)
+    model = tiny_model("falcon", dtype=torch.bfloat16)
+    variant = folded_variant(model, list(random_folds(model, 1, Storage(64), 0.1)))
+    with variant.within():
+        decoder, plain = Decoder(model, tokens(2, 8), compiled=3), Decoder(model, tokens(2, 8))
+        chosen = [record(each) for each in (decoder, plain)]
+    for _ in range(2):  # the variant's modules are put in anew
+        with variant.within():
+            for each, ids in zip((decoder, plain), chosen, strict=True):
+                ids.clear()
+                assert each.seconds(3) > 0
+        assert chosen[0] == chosen[1] and len(chosen[0]) == 4 and chosen[0][0] == chosen[0][1]
+        assert int(decoder.cache.layers[0].cumulative_length) == plain.cache.get_seq_length() == 8
+
+
+def record(decoder: Decoder) -> list[list[list[int]]]:
+    """The tokens that enter each step from now on."""
+    seen: list[list[list[int]]] = []
+    step = decoder._step
+
+    def watched(**arguments: Any) -> Any:
+        seen.append(arguments["input_ids"].tolist())
+        return step(**arguments)
+
+    decoder._step = watched
+    return seen
+
+
+def test_the_command_line_generates_the_same_text_compiled(tardis: Callable[..., Result], sample_folded: Path) -> None:
+    arguments = ("generate", sample_folded, "The history of", "--max-new-tokens", 8, "--dtype", "float32", "--json")
+    assert json.loads(tardis(*arguments, "--compile").out)["text"] == json.loads(tardis(*arguments).out)["text"]
+
+
+def test_the_command_line_measures_compiled_steps(tardis: Callable[..., Result]) -> None:
+    arguments = ("--shape", "gpt2", "--layers", 1, "--batch", 1, "--rounds", 2, "--steps", 2, "--prompt", 8)
+    figures = json.loads(tardis("bench", *arguments, "--against", "dense,kernels", "--compile", "--json").out)
+    assert figures["compiled"] and [row["variant"] for row in figures["rows"]] == ["dense", "kernels", "folded"]
+    assert figures["rows"][-1]["union_fix_rate"] == pytest.approx(0.05, abs=0.03)
+
+
+def test_without_a_compiler_it_says_what_to_do(
+    tardis: Callable[..., Result], tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+    result = tardis("generate", tiny_dir, "abc", "--compile", "--max-new-tokens", 4, "--json")
+    assert_refused(result, "see that a C++ compiler is installed, or leave out --compile")
