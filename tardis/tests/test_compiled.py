@@ -17,6 +17,7 @@ from folds import SETTINGS, text
 from models import CAUSAL_NAMES, tiny_model, tokens
 from synthetic import correlated, stored_fold
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
@@ -205,10 +206,7 @@ def test_the_command_line_measures_compiled_steps(tardis: Callable[..., Result])
     assert figures["rows"][-1]["union_fix_rate"] == pytest.approx(0.05, abs=0.03)
 
 
-def test_without_a_compiler_it_says_what_to_do(
-    tardis: Callable[..., Result], tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
-    result = tardis("generate", tiny_dir, "abc", "--compile", "--max-new-tokens", 4, "--json")
+def test_without_a_compiler_it_says_what_to_do(tardis: Callable[..., Result], tiny_dir: Path) -> None:
+    with inductor.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
+        result = tardis("generate", tiny_dir, "abc", "--compile", "--max-new-tokens", 4, "--json")
     assert_refused(result, "see that a C++ compiler is installed, or leave out --compile")
