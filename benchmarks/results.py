@@ -52,13 +52,13 @@ trust the ratios, which are of neighbouring runs, before the shares of it."""
 MODELS = """Models with random weights of the published shapes, their folds random too, with ranges that 5 % of the
 neurons leave; `kernels` is the dense model with every linear layer through our own bf16 kernel. Two threads, all
 weights in huge pages. Variants share the weights that they have in common, which therefore lie row by row, as they are
-stored: all of `kernels`, and attention and head of the folded model, whose folds and predictors lie in panels. (`tardis
-generate` puts all of them in panels; 24 GiB hold no second copy of them all.) The int4 comparison is of 16 of the 32 layers,
-because both forms and the weights that they are made of do not fit 24 GiB together. Attention, head and what
-transformers does between the layers are the same in both and bound the ratio: of the bytes, 2.4 times as many are read
-without the fold, and what takes time without reading any weighs more beside it, which is why its GB/s are fewer.
-Compiled steps (`--compile`, every variant alike) have less of it, 13 ms a token for 21 when both were taken apart once:
-a graph is little code, and weights push what eager mode runs out of the caches from layer to layer."""
+stored: all of `kernels`, and attention and head of the folded model, whose folds and predictors lie in panels.
+(`tardis generate` puts all of them in panels; 24 GiB hold no second copy of them all.) The int4 comparison is of 16 of
+the 32 layers, because both forms and the weights that they are made of do not fit 24 GiB together. Attention, head and
+what transformers does between the layers are the same in both and bound the ratio: of the bytes, 2.4 times as many are
+read without the fold, and what takes time without reading any weighs more beside it, which is why its GB/s are fewer.
+Compiled steps (`--compile`, every variant alike) have less of it, 13 ms a token for 21 when both were taken apart
+once: a graph is little code, and weights push what eager mode runs out of the caches from layer to layer."""
 
 HEAD = """# Results
 
