@@ -393,7 +393,7 @@ def prefill_part(prefill: dict[str, Any]) -> str:
     head = ["budget", "/ dense behind exact prompts", "/ dense behind folded prompts", "seconds, folded / exact"]
     return (
         f"{prefill['title']} in windows of {prefill['window']}. The first half of a window is the prompt, the second, "
-        "always folded, is judged. The prompts' times were taken once, one prompt at a time, while other work ran. By "
+        "always folded, is judged. The prompts' times were taken once, one prompt at a time, on one thread. By "
         "`benchmarks/prefill.py`.\n\n" + table(head, lines)
     )
 
