@@ -47,7 +47,7 @@ def compiled(model: PreTrainedModel) -> dict[str, Any]:
     if has_alibi(model.config):
         raise InvalidInputError(
             f"{type(model).__name__} with ALiBi cannot be compiled: transformers has no cache of a constant shape for "
-            "it. Leave out --compile."
+            "it. Decode without, leaving out --compile."
         )
     return {"cache_implementation": "static", "compile_config": COMPILED}
 

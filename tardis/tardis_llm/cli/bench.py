@@ -112,7 +112,7 @@ def bench(
         found = {"rows": rows, "crossover": faster, "pays_up_to": pays_up_to(paying) if paying else None}
         show.print_json({"model": name, "compiled": compile, **machine, "peak_bytes": peak, **found, **clock.as_dict()})
         return
-    _print(rows, bandwidth)
+    _print("Decoding, steps compiled" if compile else "Decoding", rows, bandwidth)
     if paying:
         show.say(_verdict(paying, record))
     show.say(clock.sentence())
@@ -243,8 +243,8 @@ def _measure(variants: Sequence[Variant], size: int, runs: _Runs, progress: Any)
         }
 
 
-def _print(rows: list[dict[str, Any]], bandwidth: float) -> None:
-    made = show.table("Decoding", "batch", "", "tokens/s", "fold is faster", "fixed", "MiB", "GB/s", "prompt, s")
+def _print(title: str, rows: list[dict[str, Any]], bandwidth: float) -> None:
+    made = show.table(title, "batch", "", "tokens/s", "fold is faster", "fixed", "MiB", "GB/s", "prompt, s")
     for row in rows:
         ratio, folded = row["folded_speed_up"], row["variant"] == _FOLDED
         made.add_row(

@@ -13,6 +13,7 @@ So each family's residuals, dropout and return types stay its own.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -344,7 +345,15 @@ class FoldedDown(KeptLinear):
 def _numbered_ffn(x: Tensor, number: int, w1: Tensor, b1: Tensor | None, w2: Tensor) -> Tensor:
     """[tokens, d] for x [tokens, d], by the `FoldedFFN` of that number; dense weights as in its `forward`."""
     ffn: FoldedFFN = numbered(number)
-    return ffn._run(x, FFNWeights(w1, b1, w2, None))
+    dense = FFNWeights(w1, b1, w2, None)
+    if ffn._prepared(x, dense) is None:
+        warnings.warn(
+            "a compiled model has folded FFNs whose weights do not lie as the CPU kernels read them, which makes it "
+            "slow; call tardis_llm.decoding.prepare_decoding(model) before it is compiled.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return ffn._run(x, dense)
 
 
 ops.library.define("numbered_ffn(Tensor x, int number, Tensor w1, Tensor? b1, Tensor w2) -> Tensor")
