@@ -71,7 +71,6 @@ def counting(model: PreTrainedModel, graphs: list[int]) -> dict[str, Any]:
     return {**settings, "compile_config": config}
 
 
-@needs_library
 @torch.no_grad()
 @pytest.mark.parametrize("name", [name for name in CAUSAL_NAMES if name not in ALIBI_NAMES])
 def test_every_family_without_alibi_decodes_as_one_graph(name: str) -> None:
@@ -93,7 +92,6 @@ def test_models_with_alibi_are_refused(name: str) -> None:
         Decoder(model, tokens(1, 4), compiled=3)
 
 
-@needs_library
 @torch.no_grad()
 @pytest.mark.parametrize("bits", KINDS)
 def test_folds_and_layers_in_few_bits_decode_as_one_graph(
@@ -110,7 +108,6 @@ def test_folds_and_layers_in_few_bits_decode_as_one_graph(
     assert len(graphs) == 1
 
 
-@needs_library
 @torch.no_grad()
 def test_prompts_go_where_they_should_and_decoding_stays_one_graph() -> None:
     model = tiny_model("falcon")
