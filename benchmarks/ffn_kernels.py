@@ -182,13 +182,18 @@ def measure(todo: list[Variant], x: Tensor, rounds: int) -> dict[str, list[float
     return times
 
 
+def ratio(base: list[float], own: list[float]) -> list[float]:
+    """Quartiles of how many times faster one variant is than another, from runs next to each other."""
+    return statistics.quantiles([b / t for b, t in zip(base, own, strict=True)], n=4)
+
+
 def summary(todo: list[Variant], times: dict[str, list[float]], x: Tensor, bandwidth: float) -> list[dict[str, Any]]:
-    """One row per variant: median time, ratio to the first with its quartiles, bytes and rate."""
+    """One row per variant: median time, ratios to the first two with their quartiles, bytes and rate."""
     rows = []
-    base = times[todo[0].name]
     for variant in todo:
         own = times[variant.name]
-        low, middle, high = statistics.quantiles([b / t for b, t in zip(base, own, strict=True)], n=4)
+        low, middle, high = ratio(times[todo[0].name], own)
+        low_rows, middle_rows, high_rows = ratio(times[todo[1].name], own)
         seconds, size = statistics.median(own), variant.read(x)
         rows.append(
             {
@@ -197,6 +202,8 @@ def summary(todo: list[Variant], times: dict[str, list[float]], x: Tensor, bandw
                 "ms": 1e3 * seconds,
                 "ratio": middle,
                 "ratio_quartiles": [low, high],
+                "ratio_to_rows": middle_rows,
+                "ratio_to_rows_quartiles": [low_rows, high_rows],
                 "bytes": size,
                 "gb_per_s": size / seconds / 1e9,
                 "of_bandwidth": size / seconds / bandwidth,

@@ -407,6 +407,7 @@ def kernels_part(kernels: Sequence[dict[str, Any]]) -> str:
             row["variant"],
             f"{row['ms']:.2f}",
             _spread(row["ratio"], *row["ratio_quartiles"]),
+            _spread(row["ratio_to_rows"], *row["ratio_to_rows_quartiles"]),
             f"{row['bytes'] / 1e6:.0f}",
             f"{row['gb_per_s']:.1f}",
             f"{row['of_bandwidth']:.0%}",
@@ -415,7 +416,8 @@ def kernels_part(kernels: Sequence[dict[str, Any]]) -> str:
         for row in run["rows"]
     ]
     first = kernels[0]
-    head = ["threads", "batch", "", "ms", "faster than our dense kernel", "MB read", "GB/s", "of the read bandwidth"]
+    head = ["threads", "batch", "", "ms", "faster than our dense kernel", "than the same row by row"]
+    head += ["MB read", "GB/s", "of the read bandwidth"]
     return (
         f"d = {first['settings']['d']}, h = {first['settings']['h']}, {first['settings']['bits']}-bit predictor, "
         f"{first['settings']['fix_rate']:.0%} fixed, bfloat16; {first['machine']['cpu']}. Median of "
