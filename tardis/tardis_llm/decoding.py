@@ -60,8 +60,8 @@ def compiled_call(model: PreTrainedModel) -> Callable[..., Any]:
 
 
 @contextmanager
-def told_to_compile() -> Iterator[None]:
-    """Within the context, what cannot be compiled is said so that users know what to do.
+def compile_errors_explained() -> Iterator[None]:
+    """Within the context, that something cannot be compiled is said so that users know what to do.
 
     Raises:
         InvalidInputError: it cannot.

@@ -6,10 +6,14 @@ from functools import cache
 
 import torch
 from models import tiny_model, tokens
+from synthetic import folded_with
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from tardis_llm import FoldConfig, FoldReport, fold
+from tardis_llm.architectures import find_ffns
+from tardis_llm.runtime.ffn import FoldedFFN, install
+from tardis_llm.session import dense_ffn
 
 #: quick, with room for about a third of the neurons
 SETTINGS = FoldConfig(reduction=0.5, predictor_bits=1, probe_tokens=64, sequence_length=32)
@@ -31,3 +35,15 @@ def folded_tiny(name: str) -> tuple[PreTrainedModel, FoldReport]:
 def logits(model: PreTrainedModel) -> Tensor:
     """Logits [2, 16, vocabulary] on tokens that are the same on every call."""
     return model(tokens(2, 16)).logits
+
+
+def badly_folded(name: str) -> tuple[PreTrainedModel, Tensor]:
+    """A model whose folds fix nothing, so that they differ from its dense FFNs; and its dense logits."""
+    model = tiny_model(name)
+    with torch.no_grad():
+        dense = model(tokens(2, 12)).logits
+    for site in find_ffns(model):
+        ffn = dense_ffn(site)
+        everywhere = torch.full((site.intermediate_size,), torch.inf)
+        install(model, site, FoldedFFN(folded_with(ffn, -everywhere, everywhere), ffn.activation))
+    return model, dense

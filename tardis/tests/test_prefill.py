@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from folds import badly_folded
 from models import tiny_model, tokens
-from synthetic import everything_fixed, folded_with
+from synthetic import everything_fixed
 from transformers import PreTrainedModel
 
 from tardis_llm.architectures import find_ffns
@@ -19,18 +20,6 @@ from tardis_llm.runtime.prefill import CROSSOVER, crossover, set_prefill
 from tardis_llm.session import dense_ffn
 
 FAMILIES = pytest.mark.parametrize("name", ["gpt2", "opt", "falcon", "gpt_neox"])
-
-
-def badly_folded(name: str) -> tuple[PreTrainedModel, torch.Tensor]:
-    """A model whose folds fix nothing, so that they differ from its dense FFNs; and its dense logits."""
-    model = tiny_model(name)
-    with torch.no_grad():
-        dense = model(tokens(2, 12)).logits
-    for site in find_ffns(model):
-        ffn = dense_ffn(site)
-        everywhere = torch.full((site.intermediate_size,), torch.inf)
-        install(model, site, FoldedFFN(folded_with(ffn, -everywhere, everywhere), ffn.activation))
-    return model, dense
 
 
 @FAMILIES

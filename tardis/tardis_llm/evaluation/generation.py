@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from ..architectures import family_of
-from ..decoding import compiled, told_to_compile
+from ..decoding import compile_errors_explained, compiled
 from ..errors import InvalidInputError
 from ..loading import position_limit
 
@@ -65,7 +65,7 @@ def generate(
     count = max_new_tokens if space is None else min(max_new_tokens, space)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     ending = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), told_to_compile():
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), compile_errors_explained():
         torch.manual_seed(seed)
         out = model.generate(
             ids,

@@ -23,7 +23,8 @@ from transformers import Cache, PreTrainedModel, StaticCache
 
 from ..activations import ACTIVATIONS
 from ..architectures import FFNSite, FFNWeights
-from ..decoding import compiled_call, told_to_compile
+from ..decoding import compile_errors_explained, compiled_call
+from ..errors import InvalidInputError
 from ..runtime.ffn import FoldedFFN, KeptLinear, dense_ffn, folded_ffns, install, lay_out, uninstall
 from ..runtime.lowbit_linear import LowBitLinear
 from ..session import Progress
@@ -94,14 +95,14 @@ class Decoder:
         compiled: run steps as one compiled graph, so many at most; None leaves them to torch's eager mode.
 
     Raises:
-        InvalidInputError: the model cannot be compiled.
+        InvalidInputError: the model cannot be compiled, or its constant cache cannot be cut back.
     """
 
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, prompt: Tensor, compiled: int | None = None) -> None:
         self.model = model
         self._step: Callable[..., Any] = model if compiled is None else compiled_call(model)
-        cache = None if compiled is None else StaticCache(model.config, prompt.shape[1] + compiled)
+        cache = None if compiled is None else _static_cache(model, prompt.shape[1] + compiled)
         start = time.perf_counter()
         output = model(input_ids=prompt, past_key_values=cache, use_cache=True, **_last_logits(model))
         self.prefill = time.perf_counter() - start
@@ -122,7 +123,7 @@ class Decoder:
     @torch.no_grad()
     def settle(self) -> None:
         """Run one step, which may compile it, and lay weights out anew that another variant had in its own order."""
-        with told_to_compile():
+        with compile_errors_explained():
             self._decode(1, self._step)
 
     @torch.no_grad()
@@ -136,6 +137,16 @@ class Decoder:
             output = step(input_ids=ids, past_key_values=self.cache, use_cache=True)
             ids = output.logits[:, -1:].argmax(-1)
         _cut(self.cache, steps)
+
+
+def _static_cache(model: PreTrainedModel, tokens: int) -> StaticCache:
+    cache = StaticCache(model.config, tokens)
+    if any(layer.is_sliding for layer in cache.layers):
+        raise InvalidInputError(
+            f"{type(model).__name__} attends within a sliding window, whose compiled steps cannot go back to where the "
+            "prompt ended; measure it without --compile."
+        )
+    return cache
 
 
 def _cut(cache: Cache, tokens: int) -> None:

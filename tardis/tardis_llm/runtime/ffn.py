@@ -342,17 +342,20 @@ class FoldedDown(KeptLinear):
         return y
 
 
+@torch.no_grad()
 def _numbered_ffn(x: Tensor, number: int, w1: Tensor, b1: Tensor | None, w2: Tensor) -> Tensor:
     """[tokens, d] for x [tokens, d], by the `FoldedFFN` of that number; dense weights as in its `forward`."""
     ffn: FoldedFFN = numbered(number)
     dense = FFNWeights(w1, b1, w2, None)
-    if ffn._prepared(x, dense) is None:
-        warnings.warn(
-            "a compiled model has folded FFNs whose weights do not lie as the CPU kernels read them, which makes it "
-            "slow; call tardis_llm.decoding.prepare_decoding(model) before it is compiled.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    ready = ffn._prepared(x, dense)
+    if ready is not None:
+        return ready(x.contiguous())
+    warnings.warn(
+        "a compiled model has folded FFNs whose weights do not lie as the CPU kernels read them, which makes it slow; "
+        "call tardis_llm.decoding.prepare_decoding(model) before it is compiled.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
     return ffn._run(x, dense)
 
 

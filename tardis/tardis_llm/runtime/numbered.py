@@ -1,7 +1,8 @@
 """Modules that are one operator to `torch.compile`, which finds them by number when it runs.
 
 Operators take tensors and numbers, no modules. What a module does with weights in an order of its own, or by another
-library's kernel, cannot be traced, and what it keeps from call to call cannot be an argument.
+library's kernel, cannot be traced, and what it keeps from call to call cannot be an argument. Numbers mean something in
+one process only: vLLM, which keeps graphs for the next, knows its layers by name.
 """
 
 from __future__ import annotations
