@@ -3,8 +3,9 @@
     python benchmarks/ffn_kernels.py [--d 4544 --h 18176] [--bits 2] [--fix-rate 0.05] [--batch 1,4,8] [--output FILE]
 
 Weights are random, and the ranges are set so that the wanted share of the neurons is fixed. Every round runs each
-variant once, so that what else the machine does falls on all of them; ratios are taken within rounds. Before each run
-the variant's weights are out of the caches where all of them together are larger than these, as in a whole model. All
+variant once, so that what else the machine does falls on all of them; ratios are taken within rounds. The order is drawn
+anew each round, because a run pays for the code and data that the one before it pushed out of the caches. Before each run
+the variant's weights are out of them where all of them together are larger than these, as in a whole model. All
 weights are in huge pages, and those that are read whole in panels, as `tardis generate` has them; so are the dense
 model's. Our kernels, dense and folded, are called with arguments that are put together once, as folded layers of models
 and engines call them, without torch's dispatch.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -171,10 +173,15 @@ def read_bandwidth(kernels: Kernels, repeats: int = 7) -> float:
 
 
 def measure(todo: list[Variant], x: Tensor, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each variant in each round, after one round that is not counted."""
+    """Seconds of each variant in each round, after one round that is not counted; none runs twice in succession."""
     times: dict[str, list[float]] = {variant.name: [] for variant in todo}
+    draw, order = random.Random(0), list(todo)
     for number in range(rounds + 1):
-        for variant in todo:
+        last = order[-1]
+        draw.shuffle(order)
+        if order[0] is last:
+            order.append(order.pop(0))
+        for variant in order:
             start = time.perf_counter()
             variant.run(x)
             if number:

@@ -4,6 +4,8 @@
 // by side, and where there are several tokens a weight in a register serves some of them.
 #include "avx512.h"
 
+#include <algorithm>
+
 #if defined(TARDIS_AVX512)
 
 namespace tardis {
@@ -20,13 +22,38 @@ struct Bf16 {
     static __m512 add_product(__m512 sum, Vector a, Vector b) {
         return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
     }
-    static __m512 widen(const Number* p) {
-        const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-    }
     static __m512 widen(const Number* p, __mmask16 k) {
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(k, p)), 16));
     }
+
+    // What rows are added to, a line of them at a time: numbers at even and at odd places, so that none needs widening.
+    class Sums {
+    public:
+        explicit Sums(const float* y) {
+            const __m512 first = _mm512_loadu_ps(y), second = _mm512_loadu_ps(y + 16);
+            even_ = join(first, second, kEven), odd_ = join(first, second, kOdd);
+        }
+        void add(__m512 factor, __m512i line) {
+            const __m512i upper = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000));
+            even_ = _mm512_fmadd_ps(factor, _mm512_castsi512_ps(_mm512_slli_epi32(line, 16)), even_);
+            odd_ = _mm512_fmadd_ps(factor, _mm512_castsi512_ps(_mm512_and_si512(line, upper)), odd_);
+        }
+        void store(float* y) const {
+            _mm512_storeu_ps(y, join(even_, odd_, kFirst)), _mm512_storeu_ps(y + 16, join(even_, odd_, kSecond));
+        }
+
+    private:
+        static __m512 join(__m512 a, __m512 b, const int32_t (&places)[16]) {
+            return _mm512_permutex2var_ps(a, _mm512_load_si512(places), b);
+        }
+
+        alignas(64) static constexpr int32_t kEven[] = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+        alignas(64) static constexpr int32_t kOdd[] = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+        alignas(64) static constexpr int32_t kFirst[] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+        alignas(64) static constexpr int32_t kSecond[] = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+
+        __m512 even_, odd_;
+    };
 };
 
 struct F32 {
@@ -37,8 +64,18 @@ struct F32 {
     static Vector load(const Number* p) { return _mm512_loadu_ps(p); }
     static Vector load(const Number* p, int64_t n) { return _mm512_maskz_loadu_ps(first16(n), p); }
     static __m512 add_product(__m512 sum, Vector a, Vector b) { return _mm512_fmadd_ps(a, b, sum); }
-    static __m512 widen(const Number* p) { return _mm512_loadu_ps(p); }
     static __m512 widen(const Number* p, __mmask16 k) { return _mm512_maskz_loadu_ps(k, p); }
+
+    // See those of `Bf16`.
+    class Sums {
+    public:
+        explicit Sums(const float* y) : sum_(_mm512_loadu_ps(y)) {}
+        void add(__m512 factor, __m512 line) { sum_ = _mm512_fmadd_ps(factor, line, sum_); }
+        void store(float* y) const { _mm512_storeu_ps(y, sum_); }
+
+    private:
+        __m512 sum_;
+    };
 };
 
 constexpr int kTileRows = 4, kTileTokens = 6;  // whose sums stay in registers
@@ -103,53 +140,67 @@ void product_bf16(const TardisMatrix& m, const Rows& rows, const Input& x, float
 
 // Rows from all over a matrix that are multiplied side by side: the processor fetches each ahead as it would a single
 // one, once it has seen some lines of it, so that those of the next rows are asked for beforehand.
-constexpr int kPairsAtOnce = 6, kFirstLines = 4;
+constexpr int kFirstLines = 4;
 
-template <typename K>
-void product_pairs(const TardisMatrix& m, const Pairs& pairs, const Input& x, float* out) {
+// N of them, with one token's inputs or with those of a token each.
+template <typename K, int N, bool one_token>
+void multiply_pairs(const TardisMatrix& m, const Pairs& pairs, const Input& x, float* out) {
     const auto last = [&](int64_t i) { return i < pairs.total ? i : pairs.total - 1; };
     const auto row = [&](int64_t i) {
         return static_cast<const typename K::Number*>(m.data) + pairs.row[last(i)] * m.columns;
     };
-    for (int64_t i = pairs.begin; i < pairs.end; i += kPairsAtOnce) {
-        const typename K::Number *w[kPairsAtOnce], *in[kPairsAtOnce];
-        __m512 sum[kPairsAtOnce] = {};
-        each<kPairsAtOnce>([&](auto r) TARDIS_INLINE {
+    for (int64_t i = pairs.begin; i < pairs.end; i += N) {
+        const typename K::Number *w[N], *in[N];
+        __m512 sum[N] = {};
+        for (int64_t r = 0; r < N; ++r) {
             w[r] = row(i + r), in[r] = K::input(x) + pairs.token[last(i + r)] * x.stride;
-            const auto* next = row(i + kPairsAtOnce + r);
+            const auto* next = row(i + N + r);
             each<kFirstLines>([&](auto l) TARDIS_INLINE { prefetch(next + l * K::kWidth); });
-        });
+        }
+        const auto step = [&](int64_t k, const auto& load) TARDIS_INLINE {
+            auto inputs = load(in[0] + k);
+            each<N>([&](auto r) TARDIS_INLINE {
+                if (!one_token && r > 0) inputs = load(in[r] + k);
+                sum[r] = K::add_product(sum[r], load(w[r] + k), inputs);
+            });
+        };
         int64_t k = 0;
-        for (; k + K::kWidth <= m.columns; k += K::kWidth)
-            each<kPairsAtOnce>([&](auto r) TARDIS_INLINE {
-                sum[r] = K::add_product(sum[r], K::load(w[r] + k), K::load(in[r] + k));
-            });
-        if (k < m.columns)
-            each<kPairsAtOnce>([&](auto r) TARDIS_INLINE {
-                sum[r] = K::add_product(sum[r], K::load(w[r] + k, m.columns - k), K::load(in[r] + k));
-            });
-        each<kPairsAtOnce>([&](auto r) TARDIS_INLINE {
+        for (; k + K::kWidth <= m.columns; k += K::kWidth) step(k, [](const auto* p) TARDIS_INLINE { return K::load(p); });
+        if (k < m.columns) step(k, [&](const auto* p) TARDIS_INLINE { return K::load(p, m.columns - k); });
+        each<N>([&](auto r) TARDIS_INLINE {
             if (i + r < pairs.end) out[i + r - pairs.begin] = _mm512_reduce_add_ps(sum[r]);
         });
     }
 }
 
+// As many as there are registers for their addresses.
+template <typename K>
+void product_pairs(const TardisMatrix& m, const Pairs& pairs, const Input& x, float* out) {
+    if (x.tokens == 1) multiply_pairs<K, 12, true>(m, pairs, x, out);
+    else multiply_pairs<K, 6, false>(m, pairs, x, out);
+}
+
 // y += factor[0] w[0] + factor[1] w[1] + ... for n numbers of N rows: sums are loaded and stored once for all of them.
+// Lines are fetched kLinesAhead before they are added, towards the end of the rows those of the next ones.
+constexpr int64_t kLinesAhead = 16;
+
 template <typename K, int N>
 void add_rows(
-    float* y, const typename K::Number* const (&w)[N], const typename K::Number* const (&ahead)[N],
+    float* y, const typename K::Number* const (&w)[N], const typename K::Number* const (&next)[N],
     const __m512 (&factor)[N], int64_t n
 ) {
-    int64_t k = 0;
-    for (; k + K::kWidth <= n; k += K::kWidth) {
-        each<N>([&](auto e) TARDIS_INLINE { prefetch(ahead[e] + k); });
-        for (int64_t j = k; j < k + K::kWidth; j += 16) {
-            __m512 sum = _mm512_loadu_ps(y + j);
-            each<N>([&](auto e) TARDIS_INLINE { sum = _mm512_fmadd_ps(factor[e], K::widen(w[e] + j), sum); });
-            _mm512_storeu_ps(y + j, sum);
+    const int64_t whole = n / K::kWidth * K::kWidth, last = std::max<int64_t>(whole - kLinesAhead * K::kWidth, 0);
+    const auto lines = [&](int64_t begin, int64_t end, const auto& rows, int64_t ahead) TARDIS_INLINE {
+        for (int64_t k = begin; k < end; k += K::kWidth) {
+            each<N>([&](auto e) TARDIS_INLINE { prefetch(rows[e] + ahead + k); });
+            typename K::Sums sums(y + k);
+            each<N>([&](auto e) TARDIS_INLINE { sums.add(factor[e], K::load(w[e] + k)); });
+            sums.store(y + k);
         }
-    }
-    for (; k < n; k += 16) {
+    };
+    lines(0, last, w, kLinesAhead * K::kWidth);
+    lines(last, whole, next, -last);
+    for (int64_t k = whole; k < n; k += 16) {
         const __mmask16 some = first16(n - k);
         __m512 sum = _mm512_maskz_loadu_ps(some, y + k);
         each<N>([&](auto e) TARDIS_INLINE { sum = _mm512_fmadd_ps(factor[e], K::widen(w[e] + k, some), sum); });
@@ -157,31 +208,23 @@ void add_rows(
     }
 }
 
-template <typename K, int N>
-void add_together(const TardisMatrix& m, const Terms& terms, Range range, float* y) {
+constexpr int kRowsTogether = 12;  // enough of them for memory to be read as fast as it is in one piece
+
+template <typename K>
+void add_dense(const TardisMatrix& m, const Layout*, const Terms& terms, Range range, float* y) {
     const auto row = [&](int64_t e) {
         const int64_t i = terms.index[e < terms.count ? e : terms.count - 1];
         return static_cast<const typename K::Number*>(m.data) + i * m.columns + range.begin;
     };
-    for (int64_t first = 0; first < terms.count; first += N) {
-        const typename K::Number *w[N], *ahead[N];
-        __m512 factor[N];
-        for (int64_t e = 0; e < N; ++e) {
-            w[e] = row(first + e), ahead[e] = row(first + N + e);
+    for (int64_t first = 0; first < terms.count; first += kRowsTogether) {
+        const typename K::Number *w[kRowsTogether], *next[kRowsTogether];
+        __m512 factor[kRowsTogether];
+        for (int64_t e = 0; e < kRowsTogether; ++e) {
+            w[e] = row(first + e), next[e] = row(first + kRowsTogether + e);
             factor[e] = _mm512_set1_ps(first + e < terms.count ? terms.r[first + e] : 0.0f);
         }
-        add_rows<K, N>(y + range.begin, w, ahead, factor, range.end - range.begin);
+        add_rows<K, kRowsTogether>(y + range.begin, w, next, factor, range.end - range.begin);
     }
-}
-
-constexpr int64_t kPage = 4096;  // bytes, between which lines of memory get the same few places in the first cache
-
-// Many rows that begin with a page would drive each other out of that cache.
-template <typename K>
-void add_dense(const TardisMatrix& m, const Layout*, const Terms& terms, Range range, float* y) {
-    const bool pages = m.columns * sizeof(typename K::Number) % kPage == 0;
-    if (pages) add_together<K, kTermsTogether / 2>(m, terms, range, y);
-    else add_together<K, kTermsTogether>(m, terms, range, y);
 }
 
 const Table kTable = {

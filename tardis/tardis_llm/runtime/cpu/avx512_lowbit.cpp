@@ -32,9 +32,11 @@ struct Codes {
         join();
     }
 
+    // Rows do not begin with a line of the cache: of a block's bytes in each plane, fetches the line in which they end,
+    // which leaves the row's first to `prefetch_ends`.
     TARDIS_INLINE static void prefetch_planes(const uint8_t* p, int64_t plane, int missing) {
         each<B>([&](auto b) TARDIS_INLINE {
-            if (b >= B / 2 - 1 || b >= missing) prefetch(p + (b - missing) * plane);
+            if (b >= B / 2 - 1 || b >= missing) prefetch(p + (b - missing) * plane + 63);
         });
     }
 
@@ -82,6 +84,11 @@ struct Codes {
     }
 };
 
+// Of a row, the first line; of its scales, which usually fit one line and may lie in two, the first and the last.
+inline TARDIS_INLINE void prefetch_ends(const uint8_t* row, const uint16_t* scale, int64_t groups) {
+    prefetch(row), prefetch(scale), prefetch(scale + groups - 1);
+}
+
 constexpr int64_t kBytesAhead = 16384;  // of rows from a tile that is multiplied to one that is prefetched
 constexpr int64_t kMaxSegments = 256;  // of a row, in these kernels
 
@@ -109,7 +116,7 @@ public:
             const int64_t row = rows.at(first + r), next = rows.at(first + r + tiles_ahead * R);
             w[r] = data + row * row_bytes, ahead[r] = data + next * row_bytes;
             scale[r] = m.scale + row * layout_.groups;
-            if (token_ == 0) prefetch(m.scale + next * layout_.groups);
+            if (token_ == 0) prefetch_ends(ahead[r], m.scale + next * layout_.groups, layout_.groups);
         });
         Totals total = {};
         const __m512 middle = _mm512_set1_ps(static_cast<float>((1 << m.bits) - 1) / -2);
@@ -385,7 +392,9 @@ void add_bits(const TardisMatrix& m, const Layout& layout, const Terms& terms, R
     alignas(64) Stored stored;
     for (int64_t first = 0; first < terms.count; first += kTogether) {
         const Added rows(m, layout, terms, first);
-        each<kTogether>([&](auto e) TARDIS_INLINE { prefetch(rows.scale_ahead[e]); });
+        each<kTogether>([&](auto e) TARDIS_INLINE {
+            prefetch_ends(rows.ahead[e], rows.scale_ahead[e], layout.groups);
+        });
         factors.set(rows.scale, rows.r, layout.groups, m.bits);
         for (int64_t b = range.begin; b < range.end; ++b) {
             const Block& block = layout.blocks[b];

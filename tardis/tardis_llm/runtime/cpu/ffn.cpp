@@ -160,12 +160,12 @@ private:
         // Replaces predictions by residuals. Each product is one row's with one token, so that what a token gets does not
         // depend on the others in its batch.
         void multiply() {
-            float z[kBlockRows] = {};
+            std::fill(z_, z_ + found_.count, 0.0f);
+            const Pairs pairs = {found_.row, found_.token, 0, found_.count, found_.count};
+            if (all_.up_bytes()) pair_product_of(ffn_.up)(ffn_.up, pairs, all_.up_x_, z_);
             for (int64_t begin = 0; begin < found_.count; begin += kBlockRows) {
-                const int64_t end = std::min(begin + kBlockRows, found_.count);
-                const Pairs pairs = {found_.row, found_.token, begin, end, found_.count};
-                if (all_.up_bytes()) pair_product_of(ffn_.up)(ffn_.up, pairs, all_.up_x_, z);
-                residuals(found_.row + begin, z, end - begin, found_.value + begin);
+                const int64_t some = std::min(kBlockRows, found_.count - begin);
+                residuals(found_.row + begin, z_ + begin, some, found_.value + begin);
             }
         }
 
@@ -196,6 +196,7 @@ private:
         const int64_t tokens_;
         float* const y_;
         Found found_;
+        float z_[kMaxFound];
         ByToken sorted_;
         int64_t left_[kMaxTokens] = {};  // numbers of pairs
         int32_t left_row_[kMaxTokens][kTermsTogether];
