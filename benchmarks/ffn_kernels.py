@@ -3,12 +3,12 @@
     python benchmarks/ffn_kernels.py [--d 4544 --h 18176] [--bits 2] [--fix-rate 0.05] [--batch 1,4,8] [--output FILE]
 
 Weights are random, and the ranges are set so that the wanted share of the neurons is fixed. Every round runs each
-variant once, so that what else the machine does falls on all of them; ratios are taken within rounds. The order is drawn
-anew each round, because a run pays for the code and data that the one before it pushed out of the caches. Before each run
-the variant's weights are out of them where all of them together are larger than these, as in a whole model. All
-weights are in huge pages, and those that are read whole in panels, as `tardis generate` has them; so are the dense
-model's. Our kernels, dense and folded, are called with arguments that are put together once, as folded layers of models
-and engines call them, without torch's dispatch.
+variant once, so that what else the machine does falls on all of them; ratios are taken within rounds. The order is
+drawn anew in each, because a run pays for the code and data that the one before it pushed out of the caches. A
+variant's weights are out of the caches before each of its runs where the weights of all variants are larger than these,
+as in a whole model. All weights are in huge pages, and those that are read whole in panels, as `tardis generate` has
+them; so are the dense model's. Our kernels, dense and folded, are called with arguments that are put together once, as
+folded layers of models and engines call them, without torch's dispatch.
 """
 
 from __future__ import annotations
