@@ -274,6 +274,16 @@ def test_every_storage_and_fix_set(isa: str, dtype: torch.dtype, storage: Storag
                 assert_within(y, *specified(x, folded, dense, "gelu", bits))
 
 
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+@every_dtype
+def test_rows_longer_than_what_is_fetched_ahead(isa: str, dtype: torch.dtype, storage: Storage) -> None:
+    folded, dense = stored_fold(600, 40, storage, dtype)
+    for count in (1, 7):
+        x = correlated(count, 600, count).to(dtype)
+        assert 0 < predicted(x, folded, dense.b1).sum() < 40 * count
+        assert_within(ops.folded_ffn(x, folded, dense, "gelu"), *specified(x, folded, dense, "gelu", 8))
+
+
 @pytest.mark.parametrize("storage", STORAGES[::2], ids=str)
 @every_dtype
 def test_the_kernels_agree_with_the_reference(isa: str, dtype: torch.dtype, storage: Storage) -> None:
