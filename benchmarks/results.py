@@ -42,13 +42,14 @@ BENCHES = {
 
 SPEED = """Weights that are read whole lie in panels, 32 outputs side by side, those of the dense FFN too: our dense
 kernel then reads memory as fast as it can be read, for up to a dozen tokens at once, and is a rival that only fewer
-bytes can beat. Their quotient is 4.2 in bf16 and 7.3 stacked. Of the targets, 6 times stacked is met with two threads,
-and 4 times in bf16 only over the kernel that reads row by row. Over panels that needs 95 % of the dense kernel's pace:
-predictor and fold have it; with one thread, W1 rows from all over are read at 0.9 of it, and W2 rows, which are added
-to sums, at 0.8. At batch 8 the tokens together fix a third of the neurons, while eight tokens cost the dense FFN hardly
-more than one. All kernels are called with arguments that are put together once, as folded layers call them. The machine
-is shared, and its read bandwidth is measured once per run: trust the ratios, which are of neighbouring runs, before the
-shares of it."""
+bytes can beat. Their quotient is 4.2 in bf16 and 7.3 stacked. Of the targets, 4 times in bf16 and 6 times stacked are
+met over the kernel that reads row by row. Over panels 4 times is not met, and 6 times depends on the machine: two
+threads read 48 GB/s in some minutes and 71 in others, and a run an hour before this one, in the former, had 3.9 and 6.2
+times at batch 1. 4 times needs 95 % of the dense kernel's pace: predictor and fold have it; with one thread, in a loop
+that does nothing else, W1 rows from all over are read at 0.9 of it, and W2 rows, which are added to sums, at 0.8. At
+batch 8 the tokens together fix a third of the neurons, while eight tokens cost the dense FFN hardly more than one. All
+kernels are called with arguments that are put together once, as folded layers call them. The machine is shared, and its
+read bandwidth is measured once per run: trust the ratios, which are of neighbouring runs, before the shares of it."""
 
 MODELS = """Models with random weights of the published shapes, their folds random too, with ranges that 5 % of the
 neurons leave; `kernels` is the dense model with every linear layer through our own bf16 kernel. Two threads, all

@@ -171,31 +171,28 @@ class PreparedFFN:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[tokens, d] for x [tokens, d], which is contiguous."""
-        tokens = self._tokens(x)
-        if tokens > MAX_TOKENS:
+        if len(x) > MAX_TOKENS:
             return torch.cat([self(some) for some in x.split(MAX_TOKENS)])
+        self._check(x)
         y = torch.empty_like(x)
-        if tokens:
+        if len(x):
             self._kernels.folded_ffn(self._ffn, Batch.of(x, y, ACTIVATION_BITS))
         return y
 
     def fixed(self, x: Tensor) -> Tensor:
         """[tokens, h] bool: the neurons that are fixed for x [tokens, d], which is contiguous."""
-        tokens = self._tokens(x)
-        if tokens > MAX_TOKENS:
+        if len(x) > MAX_TOKENS:
             return torch.cat([self.fixed(some) for some in x.split(MAX_TOKENS)])
-        y = torch.empty(tokens, self._ffn.predictor.rows, dtype=torch.bool)
-        if tokens:
+        self._check(x)
+        y = torch.empty(len(x), self._ffn.predictor.rows, dtype=torch.bool)
+        if len(x):
             self._kernels.fixed(self._ffn, Batch.of(x, y, ACTIVATION_BITS))
         return y
 
-    def _tokens(self, x: Tensor) -> int:
-        """How many x has, which must be as the kernels take it."""
-        shape = x.shape
-        if not (len(shape) == 2 and shape[1] == self._d and x.dtype in DTYPES and x.is_cpu and x.is_contiguous()):
-            wanted = f"contiguous [tokens, {self._d}] in bf16 or fp32 in main memory"
-            raise TardisError(f"x is {x.dtype} {list(shape)} on {x.device}, and the CPU kernels take {wanted}.")
-        return shape[0]
+    def _check(self, x: Tensor) -> None:
+        if not (_fits(x) and x.shape[1] == self._d):
+            _check(x)
+            raise TardisError(f"x {list(x.shape)} does not fit an FFN of width {self._d}.")
 
 
 def prepared(x: Tensor, folded: Laid, dense: FFNWeights, activation: str) -> PreparedFFN | None:

@@ -145,11 +145,11 @@ constexpr int kFirstLines = 4;
 // N of them, with one token's inputs or with those of a token each.
 template <typename K, int N, bool one_token>
 void multiply_pairs(const TardisMatrix& m, const Pairs& pairs, const Input& x, float* out) {
-    const auto last = [&](int64_t i) { return i < pairs.total ? i : pairs.total - 1; };
+    const auto last = [&](int64_t i) { return i < pairs.count ? i : pairs.count - 1; };
     const auto row = [&](int64_t i) {
         return static_cast<const typename K::Number*>(m.data) + pairs.row[last(i)] * m.columns;
     };
-    for (int64_t i = pairs.begin; i < pairs.end; i += N) {
+    for (int64_t i = 0; i < pairs.count; i += N) {
         const typename K::Number *w[N], *in[N];
         __m512 sum[N] = {};
         for (int64_t r = 0; r < N; ++r) {
@@ -168,7 +168,7 @@ void multiply_pairs(const TardisMatrix& m, const Pairs& pairs, const Input& x, f
         for (; k + K::kWidth <= m.columns; k += K::kWidth) step(k, [](const auto* p) TARDIS_INLINE { return K::load(p); });
         if (k < m.columns) step(k, [&](const auto* p) TARDIS_INLINE { return K::load(p, m.columns - k); });
         each<N>([&](auto r) TARDIS_INLINE {
-            if (i + r < pairs.end) out[i + r - pairs.begin] = _mm512_reduce_add_ps(sum[r]);
+            if (i + r < pairs.count) out[i + r] = _mm512_reduce_add_ps(sum[r]);
         });
     }
 }
@@ -180,15 +180,17 @@ void product_pairs(const TardisMatrix& m, const Pairs& pairs, const Input& x, fl
     else multiply_pairs<K, 6, false>(m, pairs, x, out);
 }
 
-// y += factor[0] w[0] + factor[1] w[1] + ... for n numbers of N rows: sums are loaded and stored once for all of them.
-// Lines are fetched kLinesAhead before they are added, towards the end of the rows those of the next ones.
-constexpr int64_t kLinesAhead = 16;
+constexpr int kRowsTogether = 12;  // which are added side by side
+constexpr int64_t kLinesAhead = 16;  // of a row, from the one that is added to the one that is fetched
 
-template <typename K, int N>
+// y += factor[0] w[0] + factor[1] w[1] + ... for n numbers of some rows: sums are loaded and stored once for all of them.
+// Towards the end of the rows, lines of the next ones are fetched.
+template <typename K>
 void add_rows(
-    float* y, const typename K::Number* const (&w)[N], const typename K::Number* const (&next)[N],
-    const __m512 (&factor)[N], int64_t n
+    float* y, const typename K::Number* const (&w)[kRowsTogether], const typename K::Number* const (&next)[kRowsTogether],
+    const __m512 (&factor)[kRowsTogether], int64_t n
 ) {
+    constexpr int N = kRowsTogether;
     const int64_t whole = n / K::kWidth * K::kWidth, last = std::max<int64_t>(whole - kLinesAhead * K::kWidth, 0);
     const auto lines = [&](int64_t begin, int64_t end, const auto& rows, int64_t ahead) TARDIS_INLINE {
         for (int64_t k = begin; k < end; k += K::kWidth) {
@@ -208,8 +210,6 @@ void add_rows(
     }
 }
 
-constexpr int kRowsTogether = 12;  // enough of them for memory to be read as fast as it is in one piece
-
 template <typename K>
 void add_dense(const TardisMatrix& m, const Layout*, const Terms& terms, Range range, float* y) {
     const auto row = [&](int64_t e) {
@@ -223,7 +223,7 @@ void add_dense(const TardisMatrix& m, const Layout*, const Terms& terms, Range r
             w[e] = row(first + e), next[e] = row(first + kRowsTogether + e);
             factor[e] = _mm512_set1_ps(first + e < terms.count ? terms.r[first + e] : 0.0f);
         }
-        add_rows<K, kRowsTogether>(y + range.begin, w, next, factor, range.end - range.begin);
+        add_rows<K>(y + range.begin, w, next, factor, range.end - range.begin);
     }
 }
 

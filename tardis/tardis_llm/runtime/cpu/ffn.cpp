@@ -160,9 +160,9 @@ private:
         // Replaces predictions by residuals. Each product is one row's with one token, so that what a token gets does not
         // depend on the others in its batch.
         void multiply() {
-            std::fill(z_, z_ + found_.count, 0.0f);
-            const Pairs pairs = {found_.row, found_.token, 0, found_.count, found_.count};
-            if (all_.up_bytes()) pair_product_of(ffn_.up)(ffn_.up, pairs, all_.up_x_, z_);
+            const Pairs pairs = {found_.row, found_.token, found_.count};
+            if (ffn_.up.type == TARDIS_NONE) std::fill(z_, z_ + found_.count, 0.0f);
+            else pair_product_of(ffn_.up)(ffn_.up, pairs, all_.up_x_, z_);
             for (int64_t begin = 0; begin < found_.count; begin += kBlockRows) {
                 const int64_t some = std::min(kBlockRows, found_.count - begin);
                 residuals(found_.row + begin, z_ + begin, some, found_.value + begin);
@@ -202,8 +202,6 @@ private:
         int32_t left_row_[kMaxTokens][kTermsTogether];
         float left_value_[kMaxTokens][kTermsTogether];
     };
-
-    int64_t up_bytes() const { return ffn_.up.type == TARDIS_NONE ? 0 : row_bytes(ffn_.up); }
 
     float* outputs_of(int64_t part) const { return y_ + (part + 1) * tokens_ * stride_; }
 

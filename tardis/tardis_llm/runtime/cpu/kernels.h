@@ -105,13 +105,13 @@ using Gemm = void (*)(const TardisMatrix&, bool transposed, Range outputs, const
 // Of weights in panels, whose `outputs` begin with one: the same.
 using PanelGemm = void (*)(const TardisMatrix&, Range outputs, const Tokens&, float* out, int64_t stride);
 
-// Pairs begin..end-1 of a row and a token, of a list of `total`.
+// Pairs of a row and a token.
 struct Pairs {
     const int32_t *row, *token;
-    int64_t begin, end, total;
+    int64_t count;
 };
 
-// out[i - begin] = row row[i] . token token[i]. No pair's product depends on the others.
+// out[i] = row row[i] . token token[i]. No pair's product depends on the others.
 using PairProduct = void (*)(const TardisMatrix&, const Pairs&, const Input&, float* out);
 
 constexpr int64_t kTermsTogether = 8;  // which may share their rounding, counted from the first on
