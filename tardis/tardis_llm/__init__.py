@@ -8,6 +8,7 @@ from .config import FoldConfig
 from .integrations import transformers as _transformers  # noqa: F401 - registers the quantiser
 from .pipeline import fold
 from .report import FoldReport
+from .runtime.relaid import freeze
 
-__all__ = ["FoldConfig", "FoldReport", "fold", "save_folded"]
+__all__ = ["FoldConfig", "FoldReport", "fold", "freeze", "save_folded"]
 __version__ = "0.1.0"

@@ -16,7 +16,7 @@ from .architectures import ffn_linear_names, set_module
 from .errors import InvalidInputError
 from .report import LinearsReport
 from .runtime.cpu.library import available
-from .runtime.linear import kernel_linear
+from .runtime.linear import ThroughKernels, kernel_linear
 from .runtime.lowbit_linear import KINDS, LowBitLinear, Nf4Linear
 
 
@@ -65,11 +65,11 @@ def put_linears(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, 
 def through_kernels(model: PreTrainedModel, *, ffn: bool = False) -> dict[str, nn.Module]:
     """Dense linear layers by name that share a model's weights and decode by our kernel; `put_linears` puts them in.
 
-    None where the kernel is not built. Layers that store their weight transposed are copied.
+    None where the kernel is not built. Layers that store their weight transposed are copied; those that go through the
+    kernel already are left out.
     """
-    if not available():
-        return {}
-    return {name: kernel_linear(layer) for name, layer in linear_layers(model, ffn=ffn).items()}
+    layers = linear_layers(model, ffn=ffn) if available() else {}
+    return {name: kernel_linear(layer) for name, layer in layers.items() if not isinstance(layer, ThroughKernels)}
 
 
 def linear_layers(model: PreTrainedModel, *, ffn: bool = False) -> dict[str, nn.Module]:

@@ -176,7 +176,7 @@ def test_a_folded_ffn_computes_the_same_in_panels(fold_bits: int | None) -> None
         module.unpack()
         expected, fixed = module(x, dense), module.fixed(x, dense)
         module.pack(x.dtype)
-        assert module.predictor.in_panels and module.fold.in_panels and module.predictor.planes.numel() == 0
+        assert module.predictor.in_panels and module.fold.in_panels
         # sums in another order: a neuron next to a bound may be fixed or not
         assert (module.fixed(x, dense) != fixed).float().mean() < 1e-4
         torch.testing.assert_close(module(x, dense), expected, rtol=0.02, atol=0.02)
@@ -213,7 +213,7 @@ def test_a_linear_layer_in_panels_saves_moves_and_differentiates_as_before(layer
     weight = layer.weight.clone()
     mine.pack(torch.bfloat16)
     with torch.no_grad():
-        assert mine.weight.numel() == 0 and mine(x).shape == (2, 5, 70)
+        assert mine.in_panels and mine(x).shape == (2, 5, 70)
         torch.testing.assert_close(mine(x), F.linear(x, weight, layer.bias))
     given = x.clone().requires_grad_()
     mine(given).sum().backward()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import pytest
 import torch
-from folds import badly_folded
+from folds import badly_folded, logits
 from models import tiny_model, tokens
 from synthetic import everything_fixed
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from tardis_llm.architectures import find_ffns
@@ -15,8 +19,8 @@ from tardis_llm.config import Storage
 from tardis_llm.errors import InvalidInputError
 from tardis_llm.evaluation.shapes import random_folds
 from tardis_llm.runtime.ffn import FoldedFFN, folded_ffns, install
-from tardis_llm.runtime.linear import KernelLinear, kernel_linear
-from tardis_llm.runtime.prefill import CROSSOVER, crossover, set_prefill
+from tardis_llm.runtime.linear import KernelConv1D, KernelLinear, kernel_linear
+from tardis_llm.runtime.prefill import CROSSOVER, Prefill, crossover, set_prefill
 from tardis_llm.session import dense_ffn
 
 FAMILIES = pytest.mark.parametrize("name", ["gpt2", "opt", "falcon", "gpt_neox"])
@@ -52,21 +56,57 @@ def test_auto_goes_by_the_usual_number_where_none_is_recorded():
     assert exact_with(model, (1, CROSSOVER), (1, CROSSOVER + 1)) == [False, True]
 
 
+@FAMILIES
+@torch.no_grad()
+def test_the_model_without_its_head_goes_as_the_whole_does(name: str):
+    model, _ = badly_folded(name)
+    set_prefill(model, "exact")
+    prompt = tokens(2, 12)
+    for ids in (prompt, prompt[:, :1], prompt):  # each call by itself, whatever the one before was
+        whole = model(ids, output_hidden_states=True).hidden_states[-1]
+        assert torch.equal(model.base_model(ids).last_hidden_state, whole)
+
+
+@FAMILIES
+@pytest.mark.parametrize("mode", ["exact", "auto"])
+@torch.no_grad()
+def test_threads_do_not_choose_for_each_other(name: str, mode: Prefill):
+    model, _ = badly_folded(name)
+    set_prefill(model, mode)
+    prompts = [tokens(1, length) for length in (3, 40, 1, 25, 60, 2)]
+    expected = [generated(model, ids) for ids in prompts]
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(3):
+            assert all(map(torch.equal, pool.map(partial(generated, model), prompts), expected))
+
+
+def generated(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Ten more tokens."""
+    return model.generate(ids, max_new_tokens=10, do_sample=False, pad_token_id=0, eos_token_id=None)
+
+
 def test_auto_folds_everything_where_there_are_no_dense_weights():
     model = tiny_model("gpt2")
     for site, ffn in random_folds(model, 1, Storage(64, 8, 4), 0.1):
         install(model, site, ffn)
+    before = logits(model)
     set_prefill(model, "auto")
-    assert exact_with(model, (1, CROSSOVER + 1)) == [False]
+    assert torch.equal(logits(model), before)
 
 
+@torch.no_grad()
 def exact_with(model: PreTrainedModel, *shapes: tuple[int, int]) -> list[bool]:
-    """Whether forwards with so many sequences and tokens of each were exact."""
+    """Whether forwards with so many sequences and tokens of each are those of the dense FFNs."""
+    ffns = folded_ffns(model).values()
     seen = []
     for batch, length in shapes:
-        with torch.no_grad():
-            model(tokens(batch, length))
-        seen.append(all(ffn.exact for ffn in folded_ffns(model).values()))
+        ids = tokens(batch, length)
+        found = model(ids).logits
+        for ffn in ffns:
+            ffn.exact = True
+        seen.append(torch.equal(found, model(ids).logits))
+        for ffn in ffns:
+            ffn.exact = False
     return seen
 
 
@@ -102,7 +142,8 @@ def test_a_kernel_linear_is_its_layer_and_shares_its_weight(name: str, dtype: to
     block = model.get_submodule("transformer.h.0")
     layer = block.attn.c_attn if name == "gpt2" else block.self_attention.query_key_value
     mine = kernel_linear(layer)
-    assert isinstance(mine, KernelLinear)
+    assert isinstance(mine, KernelConv1D if name == "gpt2" else KernelLinear)
+    assert torch.equal(mine.weight, layer.weight)
     assert name == "gpt2" or mine.weight is layer.weight
     for shape in ((1, 1, 64), (2, 3, 64), (1, 100, 64)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)

@@ -31,7 +31,7 @@ from . import ops
 from .fixing import Fixing
 from .linear import linear
 from .numbered import Numbered, numbered
-from .relaid import InPanels
+from .relaid import LAYOUT, InPanels, Stored, changing_layout, refuse_training
 
 
 def folded_ffn(
@@ -81,6 +81,7 @@ def fixed_neurons(x: Tensor, folded: FoldedWeights, b1: Tensor | None) -> Tensor
 class LowBit(InPanels):
     """A `PackedMatrix` in a model: `planes` [rows, bits, ceil(columns / 8)] uint8, `scale` [rows, groups] fp16."""
 
+    format_tensors = relaid = frozenset({"planes", "scale"})
     planes: Tensor
     scale: Tensor
 
@@ -89,6 +90,10 @@ class LowBit(InPanels):
         self.columns, self.group_size = matrix.columns, matrix.group_size
         self.register_buffer("planes", matrix.planes)
         self.register_buffer("scale", matrix.scale)
+
+    def forward(self) -> PackedMatrix:
+        """The matrix as it is stored; see `FoldedFFN.fetched`."""
+        return self.matrix
 
     @property
     def matrix(self) -> PackedMatrix:
@@ -110,19 +115,25 @@ class LowBit(InPanels):
 class Fold(InPanels):
     """The affine part in the model's dtype: `weight` [d, d] and `bias` [d]."""
 
+    relaid = frozenset({"weight"})
+
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = nn.Parameter(bias, requires_grad=False)
 
+    def forward(self) -> tuple[Tensor | PackedMatrix, Tensor]:
+        """The matrix as it is stored, and the bias; see `FoldedFFN.fetched`."""
+        return self.stored, self.bias
+
     def _get(self) -> Tensor:
-        return self.weight.data
+        return self.weight.detach()
 
     def _set(self, matrix: Tensor) -> None:
-        self.weight.data = matrix
+        self.weight = nn.Parameter(matrix, requires_grad=False)
 
     def _clear(self) -> None:
-        self.weight.data = self.weight.new_empty(0)
+        self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
 
 
 class LowBitFold(LowBit):
@@ -132,8 +143,12 @@ class LowBitFold(LowBit):
         super().__init__(matrix)
         self.bias = nn.Parameter(bias, requires_grad=False)
 
+    def forward(self) -> tuple[PackedMatrix, Tensor]:  # type: ignore[override]  # what a fold returns
+        """The matrix as it is stored, and the bias; see `FoldedFFN.fetched`."""
+        return self.matrix, self.bias
 
-class FoldedFFN(Numbered):
+
+class FoldedFFN(Numbered, Stored):
     """Holds what a folded FFN stores beside the dense weights; the child `tardis` of an FFN.
 
     State: `fold.weight` (or `fold.planes`, `fold.scale`), `fold.bias`, `predictor.planes`, `predictor.scale`, `low`,
@@ -144,9 +159,11 @@ class FoldedFFN(Numbered):
         activation: a name in `ACTIVATIONS`.
 
     Attributes:
-        exact: run the dense FFN instead; `prefill.set_prefill` sees to it.
+        exact: run the dense FFN instead, whatever the inputs.
+        goes_dense: whether inputs [..., d] go through the dense FFN; None folds all. `prefill.set_prefill` sees to it.
     """
 
+    format_tensors = frozenset({"low", "high", "slope", "offset"})
     low: Tensor
     high: Tensor
     slope: Tensor
@@ -156,6 +173,7 @@ class FoldedFFN(Numbered):
         super().__init__()
         self.activation = activation
         self.exact = False
+        self.goes_dense: Callable[[Tensor], bool] | None = None
         fold = weights.weight
         self.fold = LowBitFold(fold, weights.bias) if isinstance(fold, PackedMatrix) else Fold(fold, weights.bias)
         self.predictor = LowBit(weights.predictor)
@@ -165,8 +183,8 @@ class FoldedFFN(Numbered):
         for name in ("low", "high", "slope", "offset"):
             self.register_buffer(name, getattr(weights, name))
         self._states = [state for module in self.modules() for state in (module._parameters, module._buffers)]
-        self._ready: ops.PreparedFFN | None = None
-        self._ready_for: tuple[object, ...] = ()
+        #: what the tensors were when the FFN was put together for the kernels, and the outcome
+        self._ready: tuple[tuple[object, ...], ops.PreparedFFN | None] = (), None
 
     @property
     def nbytes(self) -> int:
@@ -179,6 +197,15 @@ class FoldedFFN(Numbered):
         """The stored tensors; copies of those that are in panels."""
         ranges = self.low, self.high, self.slope, self.offset
         return FoldedWeights(self.fold.stored, self.fold.bias, self.predictor.matrix, *ranges, self.fallback)
+
+    def fetched(self) -> FoldedWeights:
+        """The same, each part got by calling the module that holds it.
+
+        What puts weights in their place when a module is called, as accelerate's offloading does, then sees each call.
+        """
+        fold, bias = self.fold()
+        fallback = None if self.down is None else Fallback(self.remainder and self.remainder(), self.down())
+        return FoldedWeights(fold, bias, self.predictor(), self.low, self.high, self.slope, self.offset, fallback)
 
     @property
     def _laid(self) -> ops.Laid:
@@ -200,7 +227,9 @@ class FoldedFFN(Numbered):
             x: inputs.
             dense: its w1 and w2 are not read where low-bit weights stand for them.
         """
-        if self.exact:
+        if torch.is_grad_enabled():
+            refuse_training([*self._own(), *dense], "weights of a folded FFN are")
+        if self.exact or (self.goes_dense is not None and self.goes_dense(x)):
             return dense_ffn(x, dense, ACTIVATIONS[self.activation])
         run = self._traced if torch.compiler.is_compiling() else self._run
         return run(x.reshape(-1, x.shape[-1]), dense).view(x.shape)
@@ -210,27 +239,21 @@ class FoldedFFN(Numbered):
         ready = self._prepared(x, dense)
         if ready is not None:
             return ready(x.contiguous())
-        weights = self.weights
+        weights = self.fetched()
         if ops.runs(x, weights, dense):
             return ops.folded_ffn(x, weights, dense, self.activation)
-        return folded_ffn(x, weights, self._written_out(x, dense), ACTIVATIONS[self.activation])
+        return folded_ffn(x, weights, _written_out(x, weights, dense), ACTIVATIONS[self.activation])
 
     def _traced(self, x: Tensor, dense: FFNWeights) -> Tensor:
         """The same in a graph: one operator where the kernels take x, else with shapes that depend on no values."""
-        if ops.takes(x) and not (torch.is_grad_enabled() and (x.requires_grad or dense.w1.requires_grad)):
+        if ops.takes(x) and not (torch.is_grad_enabled() and x.requires_grad):
             y: Tensor = torch.ops.tardis.numbered_ffn(x, self.number, dense.w1, dense.b1, dense.w2)
             return y
-        weights, (w1, b1, w2, _) = self.weights, self._written_out(x, dense)
+        weights = self.weights
+        w1, b1, w2, _ = _written_out(x, weights, dense)
         ranges = weights.low, weights.high, weights.slope, weights.offset
         fold = weights.weight, weights.bias
         return Fixing(self.activation, weights.predictor, ranges, b1, w1, w2.T, *fold).masked(x)
-
-    def _written_out(self, x: Tensor, dense: FFNWeights) -> FFNWeights:
-        """Dense weights in the dtype of x; low-bit ones that stand for them are written out."""
-        if self.fallback is None:
-            return dense
-        w1, w2 = self.fallback.matrices(self.predictor.matrix, x.dtype)
-        return dense._replace(w1=w1, w2=w2)
 
     def fixed(self, x: Tensor, dense: FFNWeights) -> Tensor:
         """[tokens, h] bool: the neurons that it fixes for inputs x [tokens, d]; arguments as `forward`."""
@@ -254,17 +277,31 @@ class FoldedFFN(Numbered):
         """
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor or not ops.takes(x):
             return None
-        own = [tensor for state in self._states for tensor in state.values()]
-        tensors = [tensor for tensor in (*own, dense.w1, dense.b1, dense.w2) if tensor is not None]
+        tensors = [tensor for tensor in (*self._own(), dense.w1, dense.b1, dense.w2) if tensor is not None]
         made_from = (x.dtype, *map(Tensor.data_ptr, tensors))
-        if made_from != self._ready_for:
-            self._ready = ops.prepared(x, self._laid, dense, self.activation)
-            self._ready_for = made_from
-        return self._ready
+        key, ready = self._ready
+        if key != made_from:
+            ready = self._put_together(x, dense)
+        return ready
+
+    def _put_together(self, x: Tensor, dense: FFNWeights) -> ops.PreparedFFN | None:
+        """`_prepared` anew, while no tensor changes."""
+        with LAYOUT:
+            own = self._own()
+            if any(tensor.is_meta for tensor in own):  # offloaded: they are there only while a module is called
+                return None
+            ready = ops.prepared(x, self._laid, dense, self.activation)
+            tensors = [tensor for tensor in (*own, dense.w1, dense.b1, dense.w2) if tensor is not None]
+            self._ready = (x.dtype, *map(Tensor.data_ptr, tensors)), ready
+            return ready
+
+    def _own(self) -> list[Tensor]:
+        """All tensors that it holds, as they lie; looked up where torch keeps them, which is quicker than by name."""
+        return [tensor for state in self._states for tensor in state.values() if tensor is not None]
 
     def forget(self) -> None:
         """Let go of what is kept from call to call, which would keep alive the memory that tensors leave."""
-        self._ready, self._ready_for = None, ()
+        self._ready = (), None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FoldedFFN:
         self.forget()
@@ -273,11 +310,21 @@ class FoldedFFN(Numbered):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what points to memory."""
-        return {**self.__dict__, "_ready": None, "_ready_for": ()}
+        return {**super().__getstate__(), "_ready": ((), None)}
 
 
-class KeptLinear(nn.Module):
+def _written_out(x: Tensor, folded: FoldedWeights, dense: FFNWeights) -> FFNWeights:
+    """Dense weights in the dtype of x; low-bit ones that stand for them are written out."""
+    if folded.fallback is None:
+        return dense
+    w1, w2 = folded.fallback.matrices(folded.predictor, x.dtype)
+    return dense._replace(w1=w1, w2=w2)
+
+
+class KeptLinear(Stored):
     """The up projection of a folded FFN: keeps weights under their own names and passes its input on.
+
+    Its parameters are the dense layer's own, and frozen while they are here.
 
     Args:
         linear: whose weights to keep.
@@ -292,10 +339,12 @@ class KeptLinear(nn.Module):
     def __init__(self, linear: nn.Module, transposed: bool, stacked: bool) -> None:
         super().__init__()
         self.transposed = transposed
+        self._trained = [name for name, part in linear.named_parameters(recurse=False) if part.requires_grad]
         for name in ("weight", "bias"):
             self.register_parameter(name, getattr(linear, name))
         if stacked:
-            self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
+            self.weight = nn.Parameter(self.weight.new_empty(0))
+        self.freeze()
 
     @property
     def matrix(self) -> Tensor:
@@ -308,15 +357,27 @@ class KeptLinear(nn.Module):
         Args:
             neurons: the dimension of `matrix` that counts them.
         """
-        if self.matrix.transpose(0, neurons).is_contiguous():
+        if self._lies_by(neurons):
             return
-        with torch.inference_mode(False), torch.no_grad():
-            matrix = contiguous_in_huge_pages(self.matrix.transpose(0, neurons)).transpose(0, neurons)
-            self.weight.data = matrix.T if self.transposed else matrix
+        with changing_layout():
+            if not self._lies_by(neurons):  # no other thread was quicker
+                matrix = contiguous_in_huge_pages(self.matrix.transpose(0, neurons)).transpose(0, neurons)
+                self.weight.data = matrix.T if self.transposed else matrix
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x itself."""
-        return x
+    def _lies_by(self, neurons: int) -> bool:
+        return self.weight.is_meta or self.matrix.transpose(0, neurons).is_contiguous()
+
+    def release(self, linear: nn.Module) -> None:
+        """Give the parameters back to the dense layer as they were: set to train or not, and contiguous."""
+        for name in self._trained:
+            linear.get_parameter(name).requires_grad_()
+        weight = linear.get_parameter("weight")
+        if not weight.is_contiguous():  # strides choose the kernel, and so bits
+            weight.data = contiguous_in_huge_pages(weight.data)
+
+    def forward(self, x: Tensor | None = None) -> Any:
+        """x itself; without x, weight [out, in] and bias: see `FoldedFFN.fetched`."""
+        return (self.matrix, self.bias) if x is None else x
 
 
 class FoldedDown(KeptLinear):
@@ -333,13 +394,14 @@ class FoldedDown(KeptLinear):
             up.lay_out(neurons=0)
             self.lay_out(neurons=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Output [..., d] of the folded FFN for x [..., d]."""
+    def forward(self, x: Tensor | None = None) -> Any:
+        """Output [..., d] of the folded FFN for x [..., d]; without x, weight [out, in] and bias."""
+        if x is None:
+            return super().forward()
         up, ffn = self._others
         if not torch.compiler.is_compiling() and ops.takes(x):
             self.lay_out_both()
-        y: Tensor = ffn(x, FFNWeights(up.matrix, up.bias, self.matrix, self.bias))
-        return y
+        return ffn(x, FFNWeights(*up(), self.matrix, self.bias))
 
 
 @torch.no_grad()
@@ -383,12 +445,12 @@ def uninstall(model: nn.Module, site: FFNSite) -> None:
     ffn = site.parent.get_submodule("tardis")
     assert isinstance(ffn, FoldedFFN), "installed before"
     ffn.forget()
+    for name, part in ((site.up_name, site.up), (site.down_name, site.down)):
+        kept = model.get_submodule(name)
+        assert isinstance(kept, KeptLinear), "installed before"
+        kept.release(part)
     for name, part in ((site.up_name, site.up), (site.activation_name, site.activation), (site.down_name, site.down)):
         set_module(model, name, part)
-    for part in (site.up, site.down):  # strides choose the kernel, and so bits
-        weight = part.get_parameter("weight")
-        if not weight.is_contiguous():
-            weight.data = contiguous_in_huge_pages(weight.data)
     del site.parent.tardis
 
 

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from . import ops
 from .cpu.library import MAX_TOKENS
-from .relaid import InPanels
+from .relaid import InPanels, refuse_training
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -43,57 +43,80 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
-class KernelLinear(InPanels, nn.Linear):
-    """`nn.Linear` by the kernels.
+class ThroughKernels(InPanels):
+    """A dense linear layer by the kernels, made by `kernel_linear`; its weight may be in panels."""
 
-    Args:
-        weight: [out, in], shared, not copied, until it is put in panels.
-        bias: [out] or None.
-    """
+    weight: Tensor
+    bias: Tensor | None
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
-        nn.Module.__init__(self)
-        self._panels = None
-        self.out_features, self.in_features = weight.shape
-        self.weight = weight
-        self.register_parameter("bias", bias)
+    relaid = frozenset({"weight"})
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as [out, in], in the order in which it is stored."""
+        return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., out] for x [..., in], in the dtype of x."""
+        """[..., out] for x [..., in], in the dtype of x.
+
+        Raises:
+            InvalidInputError: it is in panels and set to train.
+        """
         panels = self._panels
         if panels is None:
-            return linear(x, self.weight, self.bias)
+            return linear(x, self.matrix, self.bias)
+        if torch.is_grad_enabled():
+            refuse_training([self._parameters["weight"]], "weights that are prepared for decoding are")
         if x.dtype != torch.bfloat16 or torch.is_grad_enabled():
-            return linear(x, self._matrix(), self.bias)
-        y: Tensor = torch.ops.tardis.panels_linear(_flat(x), panels.data, self.bias, self.out_features)
-        return y.view(*x.shape[:-1], self.out_features)
-
-    def _matrix(self) -> Tensor:
-        stored = self.stored
-        assert isinstance(stored, Tensor)
-        return stored
+            return linear(x, panels.matrix(), self.bias)
+        y: Tensor = torch.ops.tardis.panels_linear(_flat(x), panels.data, self.bias, panels.rows)
+        return y.view(*x.shape[:-1], panels.rows)
 
     def _get(self) -> Tensor:
-        return self.weight
+        return self.matrix.detach()
 
     def _set(self, matrix: Tensor) -> None:
         self.weight = nn.Parameter(matrix, requires_grad=False)
 
     def _clear(self) -> None:
-        self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
+        self._set(self.weight.new_empty(0))
+
+
+class KernelLinear(ThroughKernels, nn.Linear):
+    """`nn.Linear` by the kernels."""
+
+
+class KernelConv1D(ThroughKernels, Conv1D):
+    """Conv1D of transformers by the kernels: its weight is [in, out], and lies in memory as its transpose."""
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as [out, in], in the order in which it is stored."""
+        return self.weight.T
+
+    def _set(self, matrix: Tensor) -> None:
+        super()._set(matrix.T if matrix.dim() == 2 else matrix)
 
 
 def put_in_panels(model: nn.Module) -> None:
-    """Put the weight of every `KernelLinear` in panels that no other module of the model has."""
+    """Freeze every layer `ThroughKernels`, and put its weight in panels where no other module of the model has it."""
     owners = Counter(id(part) for module in model.modules() for part in module.parameters(recurse=False))
     for module in model.modules():
-        if isinstance(module, KernelLinear) and owners[id(module.weight)] == 1:
-            module.pack(module.weight.dtype)
+        if isinstance(module, ThroughKernels):
+            module.freeze()
+            if owners[id(module._parameters["weight"])] == 1:
+                module.pack(module.weight.dtype)
 
 
-def kernel_linear(layer: nn.Module) -> KernelLinear:
-    """The same layer through the kernels. Conv1D, which stores its weight transposed, is laid out anew, in a copy."""
-    weight, bias = layer.get_parameter("weight"), getattr(layer, "bias", None)
-    if isinstance(layer, Conv1D):
-        weight = nn.Parameter(weight.T.contiguous(), requires_grad=False)
-    return KernelLinear(weight, bias)
+def kernel_linear(layer: nn.Module) -> ThroughKernels:
+    """The same layer through the kernels: with its parameters, until they are put in panels, its hooks and its mode.
+
+    The weight of a Conv1D is laid out anew, in a copy: the kernels read a weight output by output.
+    """
+    kind = KernelConv1D if isinstance(layer, Conv1D) else KernelLinear
+    made = kind.__new__(kind)
+    made.__dict__ = {**layer.__dict__, "_parameters": dict(layer._parameters)}
+    if isinstance(made, KernelConv1D):
+        weight = made.weight
+        made.weight = nn.Parameter(weight.detach().T.contiguous().T, requires_grad=weight.requires_grad)
+    return made

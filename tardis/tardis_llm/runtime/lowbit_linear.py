@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import warnings
 from functools import cache
 from typing import ClassVar
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from ..errors import InvalidInputError, TardisError
 from . import ops
 from .numbered import Numbered, numbered
-from .relaid import Relaid
+from .relaid import Stored, changing_layout, reading_layout, refuse_training
 
 #: rows that are rounded at once, which bounds the working memory
 _ROWS = 2048
@@ -37,10 +36,9 @@ NF4 = (
 _GROUP = 64  # input weights that share a scale of NF4
 _BLOCK = 32  # rows that the kernel of bitsandbytes takes together
 _TINY = 1e-30  # to divide zeros by
-_PACKING = threading.Lock()
 
 
-class LowBitLinear(Numbered, Relaid):
+class LowBitLinear(Numbered, Stored):
     """A linear layer whose weight [out, in] is stored in few bits.
 
     State: `codes`, `scale`, `bias` if there is one, and `weight`, which is empty but there: a loader that does not know
@@ -57,6 +55,7 @@ class LowBitLinear(Numbered, Relaid):
         dtype: of the model, and of the empty weight.
     """
 
+    format_tensors = frozenset({"codes", "scale"})
     bits: ClassVar[int]
     weight: Tensor
     codes: Tensor
@@ -70,7 +69,8 @@ class LowBitLinear(Numbered, Relaid):
         self.out_features, self.in_features = shape
         self._packed: tuple[Tensor, ...] | None = None
         self.weight = nn.Parameter(torch.empty(0, dtype=dtype, device=codes.device), requires_grad=False)
-        self._store(codes, scale)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     @classmethod
@@ -109,6 +109,8 @@ class LowBitLinear(Numbered, Relaid):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., out] for x [..., in], in the dtype of x."""
+        if torch.is_grad_enabled():
+            refuse_training([self.weight], "weights in few bits are")
         tokens = x.reshape(-1, self.in_features)
         if not self._takes(tokens):
             y = F.linear(tokens, self.dequantise().to(x.dtype))
@@ -137,7 +139,8 @@ class LowBitLinear(Numbered, Relaid):
     @property
     def nbytes(self) -> int:
         """Bytes that a product reads and that stay in memory, in whatever order the codes are."""
-        weight = self._packed or (self.codes, self.scale)
+        with reading_layout():
+            weight = self._packed or (self.codes, self.scale)
         return sum(part.nbytes for part in (*weight, self.bias) if part is not None)
 
     def packed(self) -> tuple[Tensor, ...]:
@@ -145,22 +148,29 @@ class LowBitLinear(Numbered, Relaid):
         packed = self._packed
         if packed is not None:
             return packed
-        with _PACKING, torch.inference_mode(False), torch.no_grad():
+        with changing_layout():
             if self._packed is None:
                 self._packed = self._pack(self.codes, self.scale)
-                self._store(self.codes.new_empty(0), self.scale.new_empty(0))
+                self.codes, self.scale = self.codes.new_empty(0), self.scale.new_empty(0)
             return self._packed
 
     def unpack(self) -> None:
         """Put codes and scales back into the order in which they are stored."""
-        with _PACKING, torch.inference_mode(False), torch.no_grad():
+        with changing_layout():
             if self._packed is not None:
-                self._store(*self._unpack(*self._packed))
+                self.codes, self.scale = self._unpack(*self._packed)
                 self._packed = None
 
-    def _store(self, codes: Tensor, scale: Tensor) -> None:
-        self.codes = nn.Parameter(codes, requires_grad=False)
-        self.scale = nn.Parameter(scale, requires_grad=False)
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """Codes and scales in the order in which they are stored."""
+        with reading_layout():
+            if self._packed is not None:
+                self.unpack()
+            return self.codes, self.scale
+
+    def freeze(self) -> None:
+        """Take no gradients for the weight; the bias is an ordinary one."""
+        self.weight.requires_grad_(False)
 
     def _pack(self, codes: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         """For the kernel."""
@@ -208,8 +218,8 @@ class Int8Linear(LowBitLinear):
 
     def dequantise(self) -> Tensor:
         """[out, in] fp32."""
-        self.unpack()
-        return self.codes.float() * self.scale.float()[:, None]
+        codes, scale = self.stored()
+        return codes.float() * scale.float()[:, None]
 
     def _pack(self, codes: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         if not exact_in_int8():
@@ -255,10 +265,10 @@ class Nf4Linear(LowBitLinear):
 
     def dequantise(self) -> Tensor:
         """[out, in] fp32."""
-        self.unpack()
-        codes = torch.stack([self.codes >> 4, self.codes & 15], -1).flatten(1)
+        stored, scale = self.stored()
+        codes = torch.stack([stored >> 4, stored & 15], -1).flatten(1)
         values = _values(codes.device)[codes.int()].unflatten(1, (-1, _GROUP))
-        return (values * self.scale.float()[..., None]).flatten(1)[:, : self.in_features]
+        return (values * scale.float()[..., None]).flatten(1)[:, : self.in_features]
 
     def _pack(self, codes: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         padding = (0, 0, 0, -len(codes) % _BLOCK)
@@ -288,8 +298,9 @@ class Nf4Linear(LowBitLinear):
 
     def _written_out(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] in a dtype, by bitsandbytes, which is quicker at it than `dequantise`."""
-        codes, scale = self.codes.flatten()[:, None], self.scale.flatten().float()
-        shape = self.out_features, 2 * self.codes.shape[1]
+        codes, scale = self.stored()
+        shape = self.out_features, 2 * codes.shape[1]
+        codes, scale = codes.flatten()[:, None], scale.flatten().float()
         weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit(codes, scale, _GROUP, "nf4", shape, dtype)
         return weight[:, : self.in_features]
 

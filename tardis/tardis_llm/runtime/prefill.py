@@ -12,11 +12,14 @@ and `exact` cannot be.
 
 from __future__ import annotations
 
+import threading
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..architectures import layer_list
 from ..errors import InvalidInputError
 from .ffn import folded_ffns
 
@@ -40,11 +43,11 @@ def set_prefill(model: PreTrainedModel, mode: Prefill) -> None:
     """
     stacked = any(ffn.fallback for ffn in folded_ffns(model).values())
     check_prefill(mode, stacked)
-    limit = crossover(model) if mode == "auto" else None
-    _forget(model)
-    if mode == "exact" or (mode == "auto" and not stacked):
-        handle = model.register_forward_pre_hook(_Choice(model, limit), with_kwargs=True)
-        setattr(model, _HOOK, handle)
+    choices = {"folded": None, "exact": Prompts(), "auto": None if stacked else MoreThan(crossover(model))}
+    for block in layer_list(model):
+        _note_lengths(block, mode == "exact")
+    for ffn in folded_ffns(model).values():
+        ffn.goes_dense = choices[mode]
 
 
 def check_prefill(mode: str, stacked: bool) -> None:
@@ -73,32 +76,51 @@ def crossover(model: PreTrainedModel) -> int:
     return CROSSOVER if recorded is None else recorded
 
 
-def _forget(model: PreTrainedModel) -> None:
-    handle = getattr(model, _HOOK, None)
-    if handle is not None:
-        handle.remove()
-        delattr(model, _HOOK)
-    for ffn in folded_ffns(model).values():
-        ffn.exact = False
+@dataclass(frozen=True)
+class MoreThan:
+    """Whether inputs [..., d] are more than so many tokens."""
+
+    tokens: int
+
+    def __call__(self, x: Tensor) -> bool:
+        """The answer for x."""
+        return x.numel() // x.shape[-1] > self.tokens
 
 
-class _Choice:
-    """Before each forward, tells the folded FFNs whether it is exact.
+@dataclass(frozen=True)
+class Prompts:
+    """Whether inputs [batch, tokens, d] have several tokens of a sequence.
 
-    Args:
-        model: folded.
-        limit: tokens of a forward that is folded, at most; None folds what has one token per sequence.
+    Some families give their FFN all tokens in one row, [batch * tokens, d]: then it goes by the block's own inputs.
     """
 
-    def __init__(self, model: nn.Module, limit: int | None) -> None:
-        self.ffns, self.limit = list(folded_ffns(model).values()), limit
+    def __call__(self, x: Tensor) -> bool:
+        """The answer for x."""
+        return (x.shape[-2] if x.dim() > 2 else _BLOCK.tokens) > 1
 
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = [*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
-        shape = next((each.shape for each in given if isinstance(each, Tensor)), None)
-        if shape is None:
-            return  # the model says itself what it lacks
-        batch, length = shape[:2]
-        exact = length > 1 if self.limit is None else batch * length > self.limit
-        for ffn in self.ffns:
-            ffn.exact = exact
+
+class _Block(threading.local):
+    """The block that a thread is in.
+
+    Attributes:
+        tokens: of each sequence.
+    """
+
+    tokens = 1
+
+
+_BLOCK = _Block()
+
+
+def _note_lengths(block: nn.Module, on: bool) -> None:
+    """Note in each call of a block, or no longer, how many tokens of a sequence it gets."""
+    handle = block.__dict__.pop(_HOOK, None)
+    if handle is not None:
+        handle.remove()
+    if on:
+        setattr(block, _HOOK, block.register_forward_pre_hook(_note, with_kwargs=True))
+
+
+def _note(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    hidden = args[0] if args else kwargs["hidden_states"]
+    _BLOCK.tokens = hidden.shape[-2]

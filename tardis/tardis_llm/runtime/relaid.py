@@ -1,82 +1,136 @@
-"""Modules whose weights lie in another order while they compute than when they are stored."""
+"""Modules that hold weights of a checkpoint: what they store keeps its order and its dtypes, whatever lies in memory.
+
+While such a module computes, its weights may lie in another order than in files. Orders change under one lock, which
+saving, loading, copying and moving take too, so that these never meet a weight that is half put away.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Self
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import InvalidInputError
 from ..folding.lowbit import PackedMatrix
 from . import ops
 from .panels import Panels
 
+#: taken by what changes an order of memory, and by what must not see it change
+LAYOUT = threading.RLock()
 
-class Relaid(nn.Module):
-    """Puts its weights back into the order in which they are stored when it is saved, loaded, copied or moved.
 
-    So there is one copy of them at any time, and files know one order only.
+@contextmanager
+def changing_layout() -> Iterator[None]:
+    """Within the context, no other thread changes an order of memory, and tensors that are made are ordinary ones."""
+    with LAYOUT, torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def reading_layout() -> AbstractContextManager[Any]:
+    """For what reads tensors that belong together: the lock, which a graph that is being traced cannot hold."""
+    return nullcontext() if torch.compiler.is_compiling() else LAYOUT
+
+
+class Stored(nn.Module):
+    """A module whose tensors are those of a checkpoint.
+
+    Attributes:
+        format_tensors: names of its own tensors whose dtype is the format's: the kernels read them by it. They keep it
+            when the module is cast; all others follow the model's dtype.
     """
 
+    format_tensors: ClassVar[frozenset[str]] = frozenset()
+
     def unpack(self) -> None:
-        """Put the weights back, if they are not."""
-        raise NotImplementedError
+        """Put the weights into the order in which they are stored, if they are not."""
+
+    def freeze(self) -> None:
+        """Take no gradients for its own parameters."""
+        for parameter in self.parameters(recurse=False):
+            parameter.requires_grad_(False)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self.unpack()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+        with LAYOUT:
+            self.unpack()
+            super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.unpack()
-        super()._load_from_state_dict(*args, **kwargs)
+        with LAYOUT:
+            self.unpack()
+            super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.unpack()
-        super()._apply(fn, recurse)
+        """What `to`, `half`, `float`, `cuda` and `to_empty` go through."""
+        with LAYOUT:
+            self.unpack()
+            tensors = {**self._parameters, **self._buffers}
+            kept = {id(tensor) for name, tensor in tensors.items() if name in self.format_tensors}
+
+            def keeping_dtypes(tensor: Tensor) -> Tensor:
+                moved = fn(tensor)
+                return tensor.to(moved.device) if id(tensor) in kept and moved.dtype != tensor.dtype else moved
+
+            super()._apply(keeping_dtypes, recurse)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        self.unpack()
-        return self.__dict__.copy()
+        with LAYOUT:
+            self.unpack()
+            return self.__dict__.copy()
 
 
-class InPanels(Relaid):
-    """A module with one matrix, which may be in panels."""
+class InPanels(Stored):
+    """A module with one matrix, which may be in panels. Whoever reads one of its `relaid` tensors puts it back.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._panels: Panels | None = None
+    Attributes:
+        relaid: names of the tensors that the matrix is stored in.
+    """
+
+    relaid: ClassVar[frozenset[str]]
+    _panels: Panels | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """torch keeps tensors where Python does not find them, and asks here."""
+        if name in self.relaid and self._panels is not None:
+            self.unpack()
+        return super().__getattr__(name)
 
     @property
     def in_panels(self) -> bool:
-        """Whether it is."""
+        """Whether the matrix is in panels."""
         return self._panels is not None
 
     @property
     def laid(self) -> Tensor | PackedMatrix | Panels:
-        """The matrix as it lies."""
-        return self._panels or self._get()
+        """The matrix in the order in which it lies in memory."""
+        with reading_layout():
+            return self._panels or self._get()
 
     @property
     def stored(self) -> Tensor | PackedMatrix:
-        """The matrix as it is stored; where it is in panels, a copy."""
-        return self._panels.matrix() if self._panels else self._get()
+        """The matrix in the order in which it is stored; a copy where it is in panels."""
+        laid = self.laid
+        return laid.matrix() if isinstance(laid, Panels) else laid
 
     def pack(self, dtype: torch.dtype) -> None:
         """Put the matrix in panels, where the kernels take it so for inputs of this dtype."""
-        with torch.inference_mode(False), torch.no_grad():
+        with changing_layout():
             if self._panels is None:
-                self._panels = ops.panels_of(self._get(), dtype)
-                if self._panels:
+                panels = ops.panels_of(self._get(), dtype)
+                if panels:
                     self._clear()
+                    self._panels = panels
 
     def unpack(self) -> None:
-        """Put the matrix back."""
-        with torch.inference_mode(False), torch.no_grad():
-            if self._panels:
-                self._set(self._panels.matrix())
-                self._panels = None
+        """Put the matrix back into the order in which it is stored."""
+        with changing_layout():
+            panels, self._panels = self._panels, None
+            if panels:
+                self._set(panels.matrix())
 
     def _get(self) -> Tensor | PackedMatrix:
         """The matrix, which is not in panels."""
@@ -89,3 +143,34 @@ class InPanels(Relaid):
     def _clear(self) -> None:
         """Let go of what `_get` returns."""
         raise NotImplementedError
+
+
+def freeze(model: nn.Module) -> None:
+    """Take no gradients for the parts of folded FFNs and for what is stored in few bits, as when a model is loaded.
+
+    All other parameters, adapters among them, stay as they are.
+
+    Args:
+        model: folded, at least in parts.
+    """
+    for module in model.modules():
+        if isinstance(module, Stored):
+            module.freeze()
+
+
+def refuse_training(tensors: Iterable[Tensor | None], what: str) -> None:
+    """Raise where gradients would be wanted for tensors that none reaches, or that must not change alone.
+
+    Args:
+        tensors: which must not be set to train.
+        what: they are, with a verb, for the message.
+
+    Raises:
+        InvalidInputError: one is set to train.
+    """
+    if any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        raise InvalidInputError(
+            f"{what} set to train (requires_grad), which cannot be: they were solved for or rounded together. Freeze "
+            "them with tardis_llm.freeze(model) and train adapters or other layers, or train the dense model and fold "
+            "it again."
+        )

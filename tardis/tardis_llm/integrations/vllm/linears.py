@@ -103,7 +103,7 @@ class LowBitMethod(LinearMethodBase):
                 "fold with --linears int8."
             )
         for key in ("codes", "scale"):
-            part = self.linear.get_parameter(key)
+            part = nn.Parameter(self.linear.get_buffer(key), requires_grad=False)
             layer.register_parameter(key, part)
             set_weight_attrs(part, {"output_dim": 0, **({"input_dim": 1} if part.dim() == 2 else {}), **attributes})
         get_current_vllm_config().compilation_config.static_forward_context[self._name] = self
