@@ -26,8 +26,18 @@ def prepare_decoding(model: PreTrainedModel) -> None:
     """Ready a dense or folded model on the CPU for decoding, in place; for inference only.
 
     Its linear layers go through our kernel, what fixing reads is laid out neuron by neuron and all else in panels, and
-    large weights move into huge pages. Takes some times as long as copying the weights.
+    large weights move into huge pages. Takes some times as long as copying the weights. Weights that were laid out
+    anew take no gradients.
+
+    Raises:
+        InvalidInputError: weights are elsewhere than in main memory: on a GPU, or offloaded.
     """
+    elsewhere = next((name for name, part in model.named_parameters() if not part.is_cpu), None)
+    if elsewhere is not None:
+        raise InvalidInputError(
+            f"{elsewhere} is not in main memory, and decoding can be prepared on a CPU only. Load the model without "
+            "device_map, or leave the preparation out: the model computes the same without."
+        )
     put_linears(model, through_kernels(model, ffn=True))
     put_in_panels(model)
     lay_out(model)

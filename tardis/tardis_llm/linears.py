@@ -85,10 +85,26 @@ def low_bit_linears(model: nn.Module) -> dict[str, LowBitLinear]:
 
 
 def untie_head(model: PreTrainedModel) -> None:
-    """Tell transformers that the head no longer shares the embedding's weight, if it was stored in few bits."""
+    """Tell transformers that the head no longer shares the embedding's weight, if it was stored in few bits.
+
+    Such a head cannot be resized either, and a model whose embedding was resized alone would be lost.
+    """
     if isinstance(model.get_output_embeddings(), LowBitLinear):
+        model.resize_token_embeddings = refuse_resizing
         model.config.tie_word_embeddings = False
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def refuse_resizing(*sizes: object, **options: object) -> None:
+    """What `resize_token_embeddings` is of a model whose head is in few bits.
+
+    Raises:
+        InvalidInputError: always.
+    """
+    raise InvalidInputError(
+        "the head of this model is stored in few bits, and cannot be resized. Resize the embeddings of the dense model "
+        "before it is folded, or fold it without --linears."
+    )
 
 
 def empty_like(layer: nn.Module, bits: int) -> LowBitLinear:

@@ -511,7 +511,7 @@ def test_a_module_that_moves_lets_go_of_what_it_leaves() -> None:
     folded, dense = stored_fold(40, 96, Storage(48), torch.float32)
     module, x = FoldedFFN(folded, "gelu"), correlated(3, 40)
     module(x, dense)
-    left = weakref.ref(module._ready)
+    left = weakref.ref(module._ready[1])
     module.to(torch.float32)
     assert left() is None
 

@@ -17,6 +17,7 @@ from ..errors import CheckpointError
 from ..linears import check_bits, empty_like, linear_layers, put_linears, untie_head
 from ..runtime.ffn import install
 from ..runtime.lowbit_linear import KINDS
+from ..runtime.relaid import freeze
 
 register_quantization_config(METHOD)(CheckpointConfig)
 
@@ -48,6 +49,11 @@ class TardisQuantizer(HfQuantizer):
         untie_head(model)
         if checkpoint_files:
             verify([Path(file) for file in checkpoint_files], expected)
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        """Freeze what was solved for: loading makes every parameter one that trains."""
+        freeze(model)
         return model
 
     def is_serializable(self, safe_serialization: Any = None) -> bool:

@@ -365,7 +365,7 @@ class KeptLinear(Stored):
                 self.weight.data = matrix.T if self.transposed else matrix
 
     def _lies_by(self, neurons: int) -> bool:
-        return self.weight.is_meta or self.matrix.transpose(0, neurons).is_contiguous()
+        return self.matrix.transpose(0, neurons).is_contiguous()
 
     def release(self, linear: nn.Module) -> None:
         """Give the parameters back to the dense layer as they were: set to train or not, and contiguous."""
@@ -388,9 +388,9 @@ class FoldedDown(KeptLinear):
         self._others = (up, ffn)  # in a tuple, so that they are not registered, and saved, twice
 
     def lay_out_both(self) -> None:
-        """Lay out what fixing reads of the dense weights; see `lay_out`."""
+        """Lay out what fixing reads of the dense weights, unless they are offloaded; see `lay_out`."""
         up, ffn = self._others
-        if ffn.down is None:
+        if ffn.down is None and not up.weight.is_meta:
             up.lay_out(neurons=0)
             self.lay_out(neurons=1)
 

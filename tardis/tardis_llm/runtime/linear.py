@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from . import ops
 from .cpu.library import MAX_TOKENS
+from .panels import Panels
 from .relaid import InPanels, refuse_training
 
 
@@ -62,9 +63,10 @@ class ThroughKernels(InPanels):
         Raises:
             InvalidInputError: it is in panels and set to train.
         """
-        panels = self._panels
-        if panels is None:
-            return linear(x, self.matrix, self.bias)
+        panels = self._panels or self.laid
+        if isinstance(panels, Tensor):
+            return linear(x, panels, self.bias)
+        assert isinstance(panels, Panels), "a dense weight is in few bits in no order"
         if torch.is_grad_enabled():
             refuse_training([self._parameters["weight"]], "weights that are prepared for decoding are")
         if x.dtype != torch.bfloat16 or torch.is_grad_enabled():
@@ -73,7 +75,7 @@ class ThroughKernels(InPanels):
         return y.view(*x.shape[:-1], panels.rows)
 
     def _get(self) -> Tensor:
-        return self.matrix.detach()
+        return self.matrix
 
     def _set(self, matrix: Tensor) -> None:
         self.weight = nn.Parameter(matrix, requires_grad=False)

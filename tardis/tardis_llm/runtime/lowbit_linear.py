@@ -144,11 +144,16 @@ class LowBitLinear(Numbered, Stored):
         return sum(part.nbytes for part in (*weight, self.bias) if part is not None)
 
     def packed(self) -> tuple[Tensor, ...]:
-        """Codes and scales as the kernel takes them; from the first call on they are kept so, and only so."""
+        """Codes and scales as the kernel takes them; from the first call on they are kept so, and only so.
+
+        Offloaded ones are put in order for each call: accelerate fetches them for it as they are stored.
+        """
         packed = self._packed
         if packed is not None:
             return packed
         with changing_layout():
+            if hasattr(self, "_hf_hook"):
+                return self._pack(self.codes, self.scale)
             if self._packed is None:
                 self._packed = self._pack(self.codes, self.scale)
                 self.codes, self.scale = self.codes.new_empty(0), self.scale.new_empty(0)
