@@ -204,7 +204,8 @@ class FoldedFFN(Numbered, Stored):
         What puts weights in their place when a module is called, as accelerate's offloading does, then sees each call.
         """
         fold, bias = self.fold()
-        fallback = None if self.down is None else Fallback(self.remainder and self.remainder(), self.down())
+        remainder = self.remainder() if self.remainder else None
+        fallback = Fallback(remainder, self.down()) if self.down else None
         return FoldedWeights(fold, bias, self.predictor(), self.low, self.high, self.slope, self.offset, fallback)
 
     @property
@@ -401,7 +402,8 @@ class FoldedDown(KeptLinear):
         up, ffn = self._others
         if not torch.compiler.is_compiling() and ops.takes(x):
             self.lay_out_both()
-        return ffn(x, FFNWeights(*up(), self.matrix, self.bias))
+        w1, b1 = up()
+        return ffn(x, FFNWeights(w1, b1, self.matrix, self.bias))
 
 
 @torch.no_grad()

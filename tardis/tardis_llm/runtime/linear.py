@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..folding.lowbit import PackedMatrix
 from . import ops
 from .cpu.library import MAX_TOKENS
 from .panels import Panels
@@ -48,7 +49,6 @@ class ThroughKernels(InPanels):
     """A dense linear layer by the kernels, made by `kernel_linear`; its weight may be in panels."""
 
     weight: Tensor
-    bias: Tensor | None
 
     relaid = frozenset({"weight"})
 
@@ -64,13 +64,12 @@ class ThroughKernels(InPanels):
             InvalidInputError: it is in panels and set to train.
         """
         panels = self._panels or self.laid
-        if isinstance(panels, Tensor):
-            return linear(x, panels, self.bias)
-        assert isinstance(panels, Panels), "a dense weight is in few bits in no order"
+        if not isinstance(panels, Panels):
+            return linear(x, _dense(panels), self.bias)
         if torch.is_grad_enabled():
             refuse_training([self._parameters["weight"]], "weights that are prepared for decoding are")
         if x.dtype != torch.bfloat16 or torch.is_grad_enabled():
-            return linear(x, panels.matrix(), self.bias)
+            return linear(x, _dense(panels.matrix()), self.bias)
         y: Tensor = torch.ops.tardis.panels_linear(_flat(x), panels.data, self.bias, panels.rows)
         return y.view(*x.shape[:-1], panels.rows)
 
@@ -82,6 +81,11 @@ class ThroughKernels(InPanels):
 
     def _clear(self) -> None:
         self._set(self.weight.new_empty(0))
+
+
+def _dense(matrix: Tensor | PackedMatrix) -> Tensor:
+    assert isinstance(matrix, Tensor), "the weight of a dense layer is not in few bits"
+    return matrix
 
 
 class KernelLinear(ThroughKernels, nn.Linear):

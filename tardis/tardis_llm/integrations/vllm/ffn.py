@@ -166,7 +166,7 @@ class PackedFold(LowBit):
         self.bias = nn.Parameter(torch.empty(rows, dtype=dtype, device="meta"), requires_grad=False)
         self.to_empty(device=torch.get_default_device())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # vLLM calls it with inputs
         """[tokens, rows] for x [tokens, d]."""
         return packed_linear(x, self.matrix, self.bias)
 
