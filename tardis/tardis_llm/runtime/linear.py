@@ -68,7 +68,7 @@ class ThroughKernels(InPanels):
             return linear(x, _dense(panels), self.bias)
         if torch.is_grad_enabled():
             refuse_training([self._parameters["weight"]], "weights that are prepared for decoding are")
-        if x.dtype != torch.bfloat16 or torch.is_grad_enabled():
+        if x.dtype != panels.data.dtype or torch.is_grad_enabled():
             return linear(x, _dense(panels.matrix()), self.bias)
         y: Tensor = torch.ops.tardis.panels_linear(_flat(x), panels.data, self.bias, panels.rows)
         return y.view(*x.shape[:-1], panels.rows)

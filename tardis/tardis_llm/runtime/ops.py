@@ -1,13 +1,13 @@
 """The CPU kernels as torch operators, with shapes for tracing, so that `torch.compile` and others can use them.
 
     tardis::bf16_linear     y = x W^T + b
-    tardis::gemm            the same for any number of tokens, all in bf16, where W may lie as its transpose
-    tardis::panels_linear   the same for any number of tokens, all in bf16, where W is in panels
+    tardis::gemm            the same for any number of tokens, all in bf16 or fp16, where W may lie as its transpose
+    tardis::panels_linear   the same for any number of tokens, all in bf16 or fp16, where W is in panels
     tardis::lowbit_linear   the same with W in few bits
     tardis::fixed_neurons   which neurons the predictor finds out of their range
     tardis::folded_ffn      a whole folded FFN
 
-The others take up to 64 tokens x [tokens, d] in bf16 or fp32, contiguous. `ffn.folded_ffn` specifies what they compute;
+The others take up to 64 tokens x [tokens, d] in bf16, fp16 or fp32, contiguous. `ffn.folded_ffn` specifies what they compute;
 sums are in fp32 throughout, and where x meets a low-bit matrix it is rounded to 8 bits (or 16, where asked for), with
 one scale per token and group of columns, 512 at most. So what a predictor finds differs from the reference for few
 neurons that are next to a bound. One that only selects, beside dense fallback weights, never gets more than 8 bits.
@@ -31,10 +31,10 @@ from ..folding.lowbit import PackedMatrix
 from ..folding.stack import Fallback
 from .cpu.library import FFN, MAX_TOKENS, Batch, Kernels, Matrix, Vector, available, has_gemm, has_panels, open_library
 from .panels import ROWS as PANEL_ROWS
-from .panels import Panels, fits
+from .panels import TOGETHER, Panels, fits
 
 #: dtypes of the inputs, and so of the models
-DTYPES = (torch.bfloat16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 #: of inputs where they meet low-bit weights: the rounding is far below that of the weights
 ACTIVATION_BITS = 8
 _ACTIVATIONS = list(ACTIVATIONS)
@@ -69,9 +69,14 @@ def takes(x: Tensor) -> bool:
 
 def multiplies(x: Tensor, weight: Tensor) -> bool:
     """Whether `gemm` takes inputs like x [..., in] and a weight [out, in] or its transpose as it lies in memory."""
-    bf16 = x.dtype == weight.dtype == torch.bfloat16 and x.device.type == weight.device.type == "cpu"
+    alike = x.dtype == weight.dtype and x.device.type == weight.device.type == "cpu"
     lies = weight.dim() == 2 and (weight.is_contiguous() or weight.T.is_contiguous())
-    return bf16 and lies and weight.shape[-1] % 2 == 0 and x.numel() > 0 and has_gemm()
+    return alike and lies and _in_halves(x.dtype, weight.shape[-1]) and x.numel() > 0 and has_gemm()
+
+
+def _in_halves(dtype: torch.dtype, inputs: int) -> bool:
+    """Whether products of any number of tokens take numbers of 16 bits: in bf16, inputs come in pairs."""
+    return dtype in TOGETHER and inputs % TOGETHER[dtype] == 0
 
 
 def panels_of(matrix: Tensor | PackedMatrix, dtype: torch.dtype) -> Panels | None:
@@ -97,7 +102,7 @@ def runs(x: Tensor, folded: FoldedWeights, dense: FFNWeights) -> bool:
 
 def _run_on(x: Tensor, matrices: Sequence[Operand]) -> bool:
     """Whether the kernels take matrices for inputs like x, which they take."""
-    if any(isinstance(matrix, Tensor) and matrix.dtype != x.dtype for matrix in matrices):
+    if any(_dtype(matrix) not in (None, x.dtype) for matrix in matrices):
         return False
     parts = [tensor for matrix in matrices for tensor in _parts(matrix)]
     return all(tensor.is_contiguous() and tensor.device == x.device for tensor in parts)
@@ -220,6 +225,13 @@ def _matrices(
     return [fold, predictor, *fixing]
 
 
+def _dtype(matrix: Operand) -> torch.dtype | None:
+    """The dtype that inputs of a matrix need to have; None where they may have any."""
+    if isinstance(matrix, Panels):
+        return matrix.data.dtype if matrix.scale is None else None
+    return matrix.dtype if isinstance(matrix, Tensor) else None
+
+
 def _parts(matrix: Operand) -> list[Tensor]:
     """The tensors of a matrix, as the operators take one that is not in panels."""
     if matrix is None:
@@ -276,7 +288,7 @@ def _check(x: Tensor, *tensors: Tensor | None) -> None:
     """Refuse what the kernels would misread."""
     _check_alike(x, *tensors)
     if not _fits(x):
-        wanted = f"[tokens, d] in bf16 or fp32 with at most {MAX_TOKENS} tokens"
+        wanted = f"[tokens, d] in bf16, fp16 or fp32 with at most {MAX_TOKENS} tokens"
         raise TardisError(f"x is {x.dtype} {list(x.shape)}, and the CPU kernels take {wanted}.")
 
 
@@ -287,7 +299,7 @@ def _check_alike(*tensors: Tensor | None) -> None:
 
 
 def _bf16_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [tokens, in], weight [out, in] in its dtype (bf16 or fp32): [tokens, out] in the dtype of x."""
+    """x [tokens, in], weight [out, in] in its dtype (bf16, fp16 or fp32): [tokens, out] in the dtype of x."""
     _check(x, weight, bias)
     if x.shape[1] != weight.shape[1]:
         raise TardisError(f"x {list(x.shape)} does not fit a weight {list(weight.shape)}.")
@@ -298,11 +310,11 @@ def _bf16_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _gemm(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    """x [tokens, in], weight [out, in], or [in, out] if it is `transposed`: [tokens, out], all in bf16."""
+    """x [tokens, in], weight [out, in], or [in, out] if it is `transposed`: [tokens, out], all in bf16 or fp16."""
     _check_alike(x, weight, bias)
     inputs, outputs = weight.shape if transposed else weight.T.shape
-    if x.dim() != 2 or x.shape[1] != inputs or not x.dtype == weight.dtype == torch.bfloat16:
-        raise TardisError(f"x is {x.dtype} {list(x.shape)}, and [tokens, {inputs}] in bf16 is wanted.")
+    if x.dim() != 2 or x.shape[1] != inputs or x.dtype != weight.dtype or not _in_halves(x.dtype, inputs):
+        raise TardisError(f"x is {x.dtype} {list(x.shape)}; [tokens, {inputs}] in bf16 (if even) or fp16 is wanted.")
     y = x.new_empty(len(x), outputs)
     if len(x):
         _loaded().gemm(Matrix.of(weight), transposed, _vector(bias, outputs), Batch.of(x, y, 16))
@@ -310,11 +322,15 @@ def _gemm(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> T
 
 
 def _panels_linear(x: Tensor, panels: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
-    """x [tokens, in] and the `data` of `Panels` [outputs, in]: [tokens, outputs], all in bf16."""
+    """x [tokens, in] and the `data` of `Panels` [outputs, in]: [tokens, outputs], all in bf16 or fp16."""
     _check_alike(x, panels, bias)
-    shape = (-(-outputs // PANEL_ROWS), x.shape[-1] // 2, PANEL_ROWS, 2)
-    if x.dim() != 2 or x.shape[1] % 2 or panels.shape != shape or not x.dtype == panels.dtype == torch.bfloat16:
-        raise TardisError(f"x {list(x.shape)} does not fit panels {list(panels.shape)} of {outputs} outputs in bf16.")
+    together = TOGETHER.get(panels.dtype, 1)
+    shape = (-(-outputs // PANEL_ROWS), x.shape[-1] // together, PANEL_ROWS, together)
+    if x.dim() != 2 or panels.shape != shape or x.dtype != panels.dtype or not _in_halves(x.dtype, x.shape[1]):
+        raise TardisError(
+            f"x {list(x.shape)} in {x.dtype} does not fit panels {list(panels.shape)} of {outputs} outputs in "
+            f"{panels.dtype}."
+        )
     y = x.new_empty(len(x), outputs)
     if len(x):
         matrix = Matrix.of(Panels(panels, None, outputs, x.shape[1], 16, x.shape[1]))

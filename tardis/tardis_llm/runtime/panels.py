@@ -3,7 +3,8 @@
 A panel has 32 rows side by side, so that the kernels read a matrix as one stretch of memory and one number of an input
 serves 32 outputs. Only products read it so: rows of a panel do not lie together. In memory, per panel:
 
-    bf16        [columns / 2, 32, 2]
+    bf16        [columns / 2, 32, 2], as the processor multiplies pairs
+    fp16        [columns, 32, 1]
     few bits    [columns / (32 / bits), 32, 4] bytes; byte j of a row has the codes of columns j, 4 + j, ... of its
                 32 / bits columns, from the lowest bits on; and scales [groups, 32]
 """
@@ -21,6 +22,8 @@ from ..folding.lowbit import PackedMatrix, pack, unpack
 
 #: of a panel
 ROWS = 32
+#: columns that lie side by side, by the dtypes that may be in panels
+TOGETHER = {torch.bfloat16: 2, torch.float16: 1}
 _BITS = (1, 2, 4, 8)
 _SLICE = 2048  # rows that are put into panels at once, which bounds the working memory
 
@@ -30,10 +33,10 @@ class Panels:
     """A matrix [rows, columns] in panels.
 
     Attributes:
-        data: [panels, pairs, 32, 2] bf16, or [panels, lines, 32, 4] uint8.
+        data: [panels, pairs, 32, 2] bf16, [panels, columns, 32, 1] fp16, or [panels, lines, 32, 4] uint8.
         scale: [panels, groups, 32] fp16 of codes, else None.
         rows, columns: those that are no filling.
-        bits: of a code, 16 for bf16.
+        bits: of a code, 16 for bf16 and fp16.
         group_size: columns that share a scale.
     """
 
@@ -53,7 +56,7 @@ class Panels:
     def of(cls, matrix: Tensor | PackedMatrix) -> Panels:
         """A matrix that `fits`, in panels; large ones in huge pages."""
         if isinstance(matrix, Tensor):
-            data = torch.cat([_pairs(some) for some in matrix.split(_SLICE)])
+            data = torch.cat([_numbers(some) for some in matrix.split(_SLICE)])
             rows, columns = matrix.shape
             return cls(contiguous_in_huge_pages(data), None, rows, columns, 16, columns)
         codes = [_lines(unpack(some, matrix.columns), matrix.bits) for some in matrix.planes.split(_SLICE)]
@@ -76,7 +79,7 @@ class Panels:
 def fits(matrix: Tensor | PackedMatrix) -> bool:
     """Whether a matrix can be in panels; kernels that take them are another matter."""
     if isinstance(matrix, Tensor):
-        return matrix.dtype == torch.bfloat16 and matrix.numel() > 0 and matrix.shape[1] % 2 == 0
+        return matrix.dtype in TOGETHER and matrix.numel() > 0 and matrix.shape[1] % TOGETHER[matrix.dtype] == 0
     size = matrix.group_size
     return matrix.bits in _BITS and (size >= matrix.columns or size % 512 == 0 or size in (64, 128, 256))
 
@@ -87,9 +90,9 @@ def _side_by_side(rows: Tensor) -> Tensor:
     return filled.unflatten(0, (-1, ROWS)).transpose(1, 2)
 
 
-def _pairs(weight: Tensor) -> Tensor:
-    """bf16 rows in panels."""
-    return _side_by_side(weight.unflatten(1, (-1, 2))).contiguous()
+def _numbers(weight: Tensor) -> Tensor:
+    """bf16 or fp16 rows in panels."""
+    return _side_by_side(weight.unflatten(1, (-1, TOGETHER[weight.dtype]))).contiguous()
 
 
 def _lines(codes: Tensor, bits: int) -> Tensor:

@@ -3,6 +3,8 @@
 #include "kernels.h"
 
 #ifdef __AVX2__
+#include <immintrin.h>
+
 #include "generic.inc"
 
 const tardis::Table* tardis::avx2_table() { return &kTable; }

@@ -11,12 +11,13 @@
 namespace tardis {
 namespace {
 
-// How 64 bytes of a row meet 64 bytes or more of an input, for both types of numbers.
+// How 64 bytes of a row meet 64 bytes or more of an input, for every type of numbers.
 struct Bf16 {
     using Number = uint16_t;
+    using Value = uint16_t;  // of inputs
     using Vector = __m512i;
     static constexpr int64_t kWidth = 32;
-    static const Number* input(const Input& x) { return x.bf16; }
+    static const Value* input(const Input& x) { return x.bf16; }
     static Vector load(const Number* p) { return _mm512_loadu_si512(p); }
     static Vector load(const Number* p, int64_t n) { return _mm512_maskz_loadu_epi16(first32(n), p); }
     static __m512 add_product(__m512 sum, Vector a, Vector b) {
@@ -56,11 +57,49 @@ struct Bf16 {
     };
 };
 
+struct Fp16 {
+    using Number = uint16_t;
+    using Value = float;
+    struct Vector {
+        __m512 first, second;
+    };
+    static constexpr int64_t kWidth = 32;
+    static const Value* input(const Input& x) { return x.f32; }
+    static Vector load(const Number* p) { return {widen(p), widen(p + 16)}; }
+    static Vector load(const Number* p, int64_t n) { return {widen(p, first16(n)), widen(p + 16, behind16(n))}; }
+    static Vector load(const Value* p) { return {_mm512_loadu_ps(p), _mm512_loadu_ps(p + 16)}; }
+    static Vector load(const Value* p, int64_t n) {
+        return {_mm512_maskz_loadu_ps(first16(n), p), _mm512_maskz_loadu_ps(behind16(n), p + 16)};
+    }
+    static __m512 add_product(__m512 sum, const Vector& a, const Vector& b) {
+        return _mm512_fmadd_ps(a.second, b.second, _mm512_fmadd_ps(a.first, b.first, sum));
+    }
+    static __m512 widen(const Number* p) {
+        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    }
+    static __m512 widen(const Number* p, __mmask16 k) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(k, p)); }
+    static __mmask16 behind16(int64_t n) { return first16(n > 16 ? n - 16 : 0); }
+
+    // See those of `Bf16`.
+    class Sums {
+    public:
+        explicit Sums(const float* y) : first_(_mm512_loadu_ps(y)), second_(_mm512_loadu_ps(y + 16)) {}
+        void add(__m512 factor, const Vector& line) {
+            first_ = _mm512_fmadd_ps(factor, line.first, first_), second_ = _mm512_fmadd_ps(factor, line.second, second_);
+        }
+        void store(float* y) const { _mm512_storeu_ps(y, first_), _mm512_storeu_ps(y + 16, second_); }
+
+    private:
+        __m512 first_, second_;
+    };
+};
+
 struct F32 {
     using Number = float;
+    using Value = float;
     using Vector = __m512;
     static constexpr int64_t kWidth = 16;
-    static const Number* input(const Input& x) { return x.f32; }
+    static const Value* input(const Input& x) { return x.f32; }
     static Vector load(const Number* p) { return _mm512_loadu_ps(p); }
     static Vector load(const Number* p, int64_t n) { return _mm512_maskz_loadu_ps(first16(n), p); }
     static __m512 add_product(__m512 sum, Vector a, Vector b) { return _mm512_fmadd_ps(a, b, sum); }
@@ -83,7 +122,7 @@ constexpr int kTileRows = 4, kTileTokens = 6;  // whose sums stay in registers
 // Some rows times T tokens. `ahead`, as much memory as the rows have, is fetched meanwhile; null: nothing.
 template <typename K, int T>
 void tile(
-    const typename K::Number* const (&w)[kTileRows], const typename K::Number* ahead, const typename K::Number* x,
+    const typename K::Number* const (&w)[kTileRows], const typename K::Number* ahead, const typename K::Value* x,
     int64_t stride, int64_t columns, float (*out)[kTileRows]
 ) {
     __m512 sum[kTileRows][T] = {};
@@ -133,9 +172,10 @@ void product_dense(const TardisMatrix& m, const Rows& rows, const Input& x, floa
 }
 
 // With more tokens than a tile has it pays to pack weights.
-void product_bf16(const TardisMatrix& m, const Rows& rows, const Input& x, float* out) {
-    if (x.tokens <= kTileTokens || rows.index) return product_dense<Bf16>(m, rows, x, out);
-    gemm_avx512(m, false, {rows.begin, rows.end}, {x.bf16, x.tokens, x.stride}, out, kBlockRows);
+template <typename K, Gemm gemm>
+void product_half(const TardisMatrix& m, const Rows& rows, const Input& x, float* out) {
+    if (x.tokens <= kTileTokens || rows.index) return product_dense<K>(m, rows, x, out);
+    gemm(m, false, {rows.begin, rows.end}, {x.bf16, x.f32, x.tokens, x.stride}, out, kBlockRows);
 }
 
 // Rows from all over a matrix that are multiplied side by side: the processor fetches each ahead as it would a single
@@ -150,7 +190,8 @@ void multiply_pairs(const TardisMatrix& m, const Pairs& pairs, const Input& x, f
         return static_cast<const typename K::Number*>(m.data) + pairs.row[last(i)] * m.columns;
     };
     for (int64_t i = 0; i < pairs.count; i += N) {
-        const typename K::Number *w[N], *in[N];
+        const typename K::Number* w[N];
+        const typename K::Value* in[N];
         __m512 sum[N] = {};
         for (int64_t r = 0; r < N; ++r) {
             w[r] = row(i + r), in[r] = K::input(x) + pairs.token[last(i + r)] * x.stride;
@@ -227,11 +268,15 @@ void add_dense(const TardisMatrix& m, const Layout*, const Terms& terms, Range r
     }
 }
 
+template <typename K, Gemm gemm, PanelGemm panels>
+constexpr Dense kHalf = {product_half<K, gemm>, product_pairs<K>, add_dense<K>, gemm, panels};
+
 const Table kTable = {
-    product_bf16,   product_dense<F32>, product_low_bit_avx512, product_pairs<Bf16>, product_pairs<F32>,
-    gemm_avx512,    panels_avx512,      low_bit_panels_avx512,  add_dense<Bf16>,     add_dense<F32>,
-    add_low_bit_avx512, widen_avx512,   outside_avx512,         activate_avx512,     largest_avx512,
-    round_avx512,
+    kHalf<Bf16, gemm_bf16_avx512, panels_bf16_avx512>,
+    kHalf<Fp16, gemm_fp16_avx512, panels_fp16_avx512>,
+    {product_dense<F32>, product_pairs<F32>, add_dense<F32>, nullptr, nullptr},
+    product_low_bit_avx512, low_bit_panels_avx512, add_low_bit_avx512,
+    widen_avx512, outside_avx512, activate_avx512, largest_avx512, round_avx512,
 };
 
 }  // namespace

@@ -11,8 +11,10 @@ namespace tardis {
 // Of `avx512_lowbit.cpp`, `avx512_gemm.cpp` and `avx512_panels.cpp`; see `Product`, `Accumulate`, `Gemm`, `PanelGemm`.
 void product_low_bit_avx512(const TardisMatrix& m, const Rows& rows, const Input& x, float* out);
 void add_low_bit_avx512(const TardisMatrix& m, const Layout* layout, const Terms& terms, Range range, float* y);
-void gemm_avx512(const TardisMatrix& m, bool transposed, Range outputs, const Tokens& x, float* out, int64_t stride);
-void panels_avx512(const TardisMatrix& m, Range rows, const Tokens& x, float* out, int64_t stride);
+void gemm_bf16_avx512(const TardisMatrix& m, bool transposed, Range outputs, const Tokens& x, float* out, int64_t stride);
+void gemm_fp16_avx512(const TardisMatrix& m, bool transposed, Range outputs, const Tokens& x, float* out, int64_t stride);
+void panels_bf16_avx512(const TardisMatrix& m, Range rows, const Tokens& x, float* out, int64_t stride);
+void panels_fp16_avx512(const TardisMatrix& m, Range rows, const Tokens& x, float* out, int64_t stride);
 void low_bit_panels_avx512(const TardisMatrix& m, const Rows& rows, const Input& x, float* out);
 
 // Of `avx512_vectors.cpp`; see `Widen` and what follows it.
@@ -47,6 +49,37 @@ inline TARDIS_INLINE void each(const F& body) {
         each<N, k + 1>(body);
     }
 }
+
+// How panels of 16-bit numbers are multiplied: `kInputs` of them, which lie side by side, in 16 outputs at once.
+struct Bf16Panel {
+    static constexpr int kInputs = 2;
+    using Value = uint16_t;  // of inputs
+    using Vector = __m512bh;
+    static const Value* inputs(const Tokens& x) { return x.bf16; }
+    static TARDIS_INLINE Vector load(const void* weights) { return (__m512bh)_mm512_load_si512(weights); }
+    static TARDIS_INLINE Vector broadcast(const Value* x) {
+        int32_t pair;
+        memcpy(&pair, x, sizeof pair);
+        return (__m512bh)_mm512_set1_epi32(pair);
+    }
+    static TARDIS_INLINE __m512 add_product(__m512 sum, Vector weights, Vector x) {
+        return _mm512_dpbf16_ps(sum, weights, x);
+    }
+};
+
+struct Fp16Panel {
+    static constexpr int kInputs = 1;
+    using Value = float;
+    using Vector = __m512;
+    static const Value* inputs(const Tokens& x) { return x.f32; }
+    static TARDIS_INLINE Vector load(const void* weights) {
+        return _mm512_cvtph_ps(_mm256_load_si256(static_cast<const __m256i*>(weights)));
+    }
+    static TARDIS_INLINE Vector broadcast(const Value* x) { return _mm512_set1_ps(*x); }
+    static TARDIS_INLINE __m512 add_product(__m512 sum, Vector weights, Vector x) {
+        return _mm512_fmadd_ps(weights, x, sum);
+    }
+};
 
 // The matrix that takes bits shift..shift + count - 1 of a byte: bit i of a product is the parity of the byte's bits
 // that are in byte 7 - i of the matrix.

@@ -1,7 +1,7 @@
 // Dense products of many tokens, for processors with AVX-512.
 //
-// The processor multiplies pairs of bf16 numbers. So the weights of some inputs are packed into panels, which have the
-// pairs of 64 outputs side by side. A panel meets all tokens, a few at a time: it stays in the first cache and their sums
+// The weights of some inputs are packed into panels, which have 64 outputs side by side: in bf16, of which the processor
+// multiplies pairs, a pair of each; in fp16 one of each after the other. A panel meets all tokens, a few at a time: it stays in the first cache and their sums
 // in registers (Goto and van de Geijn, Anatomy of high-performance matrix multiplication, 2008). Meanwhile the weights of
 // the next inputs come from memory.
 #include "avx512.h"
@@ -78,7 +78,43 @@ TARDIS_INLINE inline __m512i load(const uint16_t* p, int64_t count) {
     return _mm512_maskz_loadu_epi16(count > 0 ? first32(count) : 0, p);
 }
 
+// How pairs of inputs lie in a panel: [outputs, 2] in bf16, [2, outputs] in fp16.
+struct Bf16 : Bf16Panel {
+    // The pairs of 16 outputs, from number i on.
+    static TARDIS_INLINE void put_pairs(uint16_t* to, int64_t i, __m512i pairs) { _mm512_store_si512(to + 2 * i, pairs); }
+
+    // Two inputs of 32 outputs.
+    static TARDIS_INLINE void put(uint16_t* to, int64_t i, __m512i first, __m512i second) {
+        const __m512i low = _mm512_load_si512(kPairs[0]), high = _mm512_load_si512(kPairs[1]);
+        _mm512_store_si512(to + 2 * i, _mm512_permutex2var_epi16(first, low, second));
+        _mm512_store_si512(to + 2 * i + kWidth, _mm512_permutex2var_epi16(first, high, second));
+    }
+
+    alignas(64) static constexpr uint16_t kPairs[2][32] = {
+        {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
+        {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63},
+    };
+};
+
+// See `Bf16`.
+struct Fp16 : Fp16Panel {
+    static TARDIS_INLINE void put_pairs(uint16_t* to, int64_t i, __m512i pairs) {
+        const __m512i apart = _mm512_permutexvar_epi16(_mm512_load_si512(kApart), pairs);
+        _mm256_store_si256(reinterpret_cast<__m256i*>(to + i), _mm512_castsi512_si256(apart));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(to + kPanel + i), _mm512_extracti64x4_epi64(apart, 1));
+    }
+
+    static TARDIS_INLINE void put(uint16_t* to, int64_t i, __m512i first, __m512i second) {
+        _mm512_store_si512(to + i, first), _mm512_store_si512(to + kPanel + i, second);
+    }
+
+    alignas(64) static constexpr uint16_t kApart[32] = {
+        0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+    };
+};
+
 // A block of the weights: some outputs by some inputs.
+template <typename K>
 struct Weights {
     const TardisMatrix& m;
     const bool transposed;
@@ -101,7 +137,7 @@ struct Weights {
             if (i + 16 <= width() && k + kWidth <= depth()) load_rows(from, m.columns, v);
             else each<16>([&](auto r) TARDIS_INLINE { v[r] = load(from + r * m.columns, i + r < width() ? depth() - k : 0); });
             transpose(v);
-            each<16>([&](auto r) TARDIS_INLINE { _mm512_store_si512(&panel[k / 2 + r][2 * (i % kPanel)], v[r]); });
+            each<16>([&](auto r) TARDIS_INLINE { K::put_pairs(panel[k / 2 + r], i % kPanel, v[r]); });
         }
     }
 
@@ -133,12 +169,9 @@ struct Weights {
 
     // Numbers of two rows, the first `left` and `right` of 64, by turns.
     TARDIS_INLINE static void join(const uint16_t* a, const uint16_t* b, int64_t left, int64_t right, uint16_t* to) {
-        const __m512i low = _mm512_load_si512(kPairs[0]), high = _mm512_load_si512(kPairs[1]);
         each<kPanel / kWidth>([&](auto j) TARDIS_INLINE {
             const int64_t k = kWidth * j;
-            const __m512i first = load(a + k, left - k), second = load(b + k, right - k);
-            _mm512_store_si512(to + 2 * k, _mm512_permutex2var_epi16(first, low, second));
-            _mm512_store_si512(to + 2 * k + kWidth, _mm512_permutex2var_epi16(first, high, second));
+            K::put(to, k, load(a + k, left - k), load(b + k, right - k));
         });
     }
 
@@ -148,16 +181,14 @@ struct Weights {
         if (transposed) return {row(inputs.begin) + outputs.begin, depth(), 2 * width(), stride, steps};
         return {row(outputs.begin) + inputs.begin, width(), 2 * depth(), stride, steps};
     }
-
-    alignas(64) static constexpr uint16_t kPairs[2][32] = {
-        {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
-        {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63},
-    };
 };
 
-// Adds the products of some pairs of inputs to the sums of T tokens and a panel's outputs, which begin at zero.
-template <int T, int lines>
-void tile(const Panel& panel, const Tokens& x, int64_t pairs, bool begin, float* out, int64_t stride, Upcoming& next) {
+// Adds the products of some steps of inputs to the sums of T tokens and a panel's outputs, which begin at zero.
+template <typename K, int T, int lines>
+void tile(
+    const Panel& panel, const typename K::Value* x, int64_t x_stride, int64_t steps, bool begin, float* out, int64_t stride,
+    Upcoming& next
+) {
     __m512 sum[T][kVectors];
     const auto all = [&](const auto& body) TARDIS_INLINE {
         each<T>([&](auto t) TARDIS_INLINE { each<kVectors>([&](auto v) TARDIS_INLINE { body(t, v); }); });
@@ -166,42 +197,39 @@ void tile(const Panel& panel, const Tokens& x, int64_t pairs, bool begin, float*
         sum[t][v] = begin ? _mm512_setzero_ps() : _mm512_loadu_ps(out + t * stride + 16 * v);
     });
     Upcoming fetch = next;  // its numbers stay in registers
-    for (int64_t p = 0; p < pairs; ++p) {
+    const uint16_t* w = panel[0];
+    for (int64_t s = 0; s < steps; ++s, w += K::kInputs * kPanel) {
         if constexpr (lines > 0) fetch.template step<lines>();
-        __m512i weights[kVectors], inputs[T];
-        each<kVectors>([&](auto v) TARDIS_INLINE { weights[v] = _mm512_load_si512(panel[p] + kWidth * v); });
-        each<T>([&](auto t) TARDIS_INLINE {
-            int32_t pair;
-            memcpy(&pair, x.x + t * x.stride + 2 * p, sizeof pair);
-            inputs[t] = _mm512_set1_epi32(pair);
-        });
-        all([&](auto t, auto v) TARDIS_INLINE {
-            sum[t][v] = _mm512_dpbf16_ps(sum[t][v], (__m512bh)weights[v], (__m512bh)inputs[t]);
-        });
+        typename K::Vector weights[kVectors], inputs[T];
+        each<kVectors>([&](auto v) TARDIS_INLINE { weights[v] = K::load(w + 16 * K::kInputs * v); });
+        each<T>([&](auto t) TARDIS_INLINE { inputs[t] = K::broadcast(x + t * x_stride + K::kInputs * s); });
+        all([&](auto t, auto v) TARDIS_INLINE { sum[t][v] = K::add_product(sum[t][v], weights[v], inputs[t]); });
     }
     next = fetch;
     all([&](auto t, auto v) TARDIS_INLINE { _mm512_storeu_ps(out + t * stride + 16 * v, sum[t][v]); });
 }
 
-using Tile = decltype(&tile<1, 0>);
-template <int lines>
-constexpr Tile kTiles[] = {
-    nullptr, tile<1, lines>, tile<2, lines>, tile<3, lines>, tile<4, lines>, tile<5, lines>, tile<6, lines>,
+template <typename K>
+using Tile = decltype(&tile<K, 1, 0>);
+template <typename K, int lines>
+constexpr Tile<K> kTiles[] = {
+    nullptr,           tile<K, 1, lines>, tile<K, 2, lines>, tile<K, 3, lines>,
+    tile<K, 4, lines>, tile<K, 5, lines>, tile<K, 6, lines>,
 };
 
-Tile tile_of(int64_t tokens, int64_t lines) {
+template <typename K>
+Tile<K> tile_of(int64_t tokens, int64_t lines) {
     switch (lines) {
-        case 0: return kTiles<0>[tokens];
-        case 1: return kTiles<1>[tokens];
-        case 2: return kTiles<2>[tokens];
-        case 4: return kTiles<4>[tokens];
-        default: return kTiles<8>[tokens];
+        case 0: return kTiles<K, 0>[tokens];
+        case 1: return kTiles<K, 1>[tokens];
+        case 2: return kTiles<K, 2>[tokens];
+        case 4: return kTiles<K, 4>[tokens];
+        default: return kTiles<K, 8>[tokens];
     }
 }
 
-}  // namespace
-
-void gemm_avx512(const TardisMatrix& m, bool transposed, Range outputs, const Tokens& x, float* out, int64_t stride) {
+template <typename K>
+void multiply(const TardisMatrix& m, bool transposed, Range outputs, const Tokens& x, float* out, int64_t stride) {
     alignas(4096) Panel panels[kGemmOutputs / kPanel];
     const int64_t all = transposed ? m.rows : m.columns, groups = (x.count + kTileTokens - 1) / kTileTokens;
     const auto from = [](int64_t begin, int64_t size, int64_t limit) -> Range {
@@ -211,20 +239,30 @@ void gemm_avx512(const TardisMatrix& m, bool transposed, Range outputs, const To
     const Range behind = from(outputs.end, outputs.end - outputs.begin, made);
     for (int64_t k = 0; k < all; k += kDepth) {
         const bool last = k + kDepth >= all;
-        const Weights now = {m, transposed, outputs, from(k, kDepth, all)};
-        const Weights then = {m, transposed, last ? behind : outputs, from(last ? 0 : k + kDepth, kDepth, all)};
+        const Weights<K> now = {m, transposed, outputs, from(k, kDepth, all)};
+        const Weights<K> then = {m, transposed, last ? behind : outputs, from(last ? 0 : k + kDepth, kDepth, all)};
         now.pack(panels);
-        const int64_t pairs = (now.depth() + 1) / 2, width = now.width();
-        Upcoming next = then.fetch(groups * pairs * ((width + kPanel - 1) / kPanel));
+        const int64_t steps = (now.depth() + K::kInputs - 1) / K::kInputs, width = now.width();
+        Upcoming next = then.fetch(groups * steps * ((width + kPanel - 1) / kPanel));
         for (int64_t i = 0; i < width; i += kPanel) {
             for (int64_t g = 0; g < groups; ++g) {
                 const int64_t t = g * x.count / groups, end = (g + 1) * x.count / groups;
-                const Tokens some = {x.x + t * x.stride + k, end - t, x.stride};
-                const Tile run = tile_of(some.count, next.lines(pairs));
-                run(panels[i / kPanel], some, pairs, k == 0, out + t * stride + i, stride, next);
+                const Tile<K> run = tile_of<K>(end - t, next.lines(steps));
+                const auto* own = K::inputs(x) + t * x.stride + k;
+                run(panels[i / kPanel], own, x.stride, steps, k == 0, out + t * stride + i, stride, next);
             }
         }
     }
+}
+
+}  // namespace
+
+void gemm_bf16_avx512(const TardisMatrix& m, bool transposed, Range outputs, const Tokens& x, float* out, int64_t stride) {
+    multiply<Bf16>(m, transposed, outputs, x, out, stride);
+}
+
+void gemm_fp16_avx512(const TardisMatrix& m, bool transposed, Range outputs, const Tokens& x, float* out, int64_t stride) {
+    multiply<Fp16>(m, transposed, outputs, x, out, stride);
 }
 
 }  // namespace tardis

@@ -13,8 +13,7 @@ namespace {
 constexpr int kVectors = kPanelRows / 16;
 constexpr int kMaxTogether = 12;  // tokens, or halves of them, whose sums stay in registers
 constexpr int64_t kAhead = 8192;  // bytes from what is multiplied to what is asked for
-constexpr int64_t kDepth = 128;  // pairs of inputs whose weights stay in the first cache until all tokens have met them
-constexpr int64_t kPairBytes = 4 * kPanelRows;
+constexpr int64_t kDepth = 256;  // inputs whose weights stay in the first cache until all tokens have met them
 
 // body(T, first token), with the number of tokens a constant, for tokens in groups as equal as can be.
 template <int T, typename F>
@@ -34,15 +33,16 @@ TARDIS_INLINE inline void in_groups(int64_t tokens, const F& body) {
     }
 }
 
-int32_t pair_at(const uint16_t* x) {
-    int32_t pair;
-    memcpy(&pair, x, sizeof pair);
-    return pair;
-}
+// The weights of inputs that lie side by side.
+template <typename K>
+constexpr int64_t kStepBytes = 2 * K::kInputs * kPanelRows;
 
-// Adds the products of some pairs of inputs to the sums of T tokens, which begin at zero; asks for `lines` per pair.
-template <int T, int lines>
-void tile(const char* w, const char* ahead, const Tokens& x, int64_t pairs, bool begin, float* out, int64_t stride) {
+// Adds the products of some steps of inputs to the sums of T tokens, which begin at zero; asks for `lines` per step.
+template <typename K, int T, int lines>
+void tile(
+    const char* w, const char* ahead, const typename K::Value* x, int64_t x_stride, int64_t steps, bool begin, float* out,
+    int64_t stride
+) {
     __m512 sum[T][kVectors];
     const auto all = [&](const auto& body) TARDIS_INLINE {
         each<T>([&](auto t) TARDIS_INLINE { each<kVectors>([&](auto v) TARDIS_INLINE { body(t, v); }); });
@@ -50,15 +50,15 @@ void tile(const char* w, const char* ahead, const Tokens& x, int64_t pairs, bool
     all([&](auto t, auto v) TARDIS_INLINE {
         sum[t][v] = begin ? _mm512_setzero_ps() : _mm512_loadu_ps(out + t * stride + 16 * v);
     });
-    for (int64_t p = 0; p < pairs; ++p) {
-        each<lines>([&](auto l) TARDIS_INLINE { prefetch(ahead + 64 * (lines * p + l)); });
-        __m512bh weights[kVectors];
+    for (int64_t s = 0; s < steps; ++s) {
+        each<lines>([&](auto l) TARDIS_INLINE { prefetch(ahead + 64 * (lines * s + l)); });
+        typename K::Vector weights[kVectors];
         each<kVectors>([&](auto v) TARDIS_INLINE {
-            weights[v] = (__m512bh)_mm512_load_si512(w + kPairBytes * p + 64 * v);
+            weights[v] = K::load(w + kStepBytes<K> * s + kStepBytes<K> / kVectors * v);
         });
         each<T>([&](auto t) TARDIS_INLINE {
-            const auto inputs = (__m512bh)_mm512_set1_epi32(pair_at(x.x + t * x.stride + 2 * p));
-            each<kVectors>([&](auto v) TARDIS_INLINE { sum[t][v] = _mm512_dpbf16_ps(sum[t][v], weights[v], inputs); });
+            const auto inputs = K::broadcast(x + t * x_stride + K::kInputs * s);
+            each<kVectors>([&](auto v) TARDIS_INLINE { sum[t][v] = K::add_product(sum[t][v], weights[v], inputs); });
         });
     }
     all([&](auto t, auto v) TARDIS_INLINE { _mm512_storeu_ps(out + t * stride + 16 * v, sum[t][v]); });
@@ -66,26 +66,36 @@ void tile(const char* w, const char* ahead, const Tokens& x, int64_t pairs, bool
 
 // One panel. With more tokens than registers take, some inputs' weights after the other, the next of which are asked for
 // evenly.
-void multiply(const char* w, const Tokens& x, int64_t pairs, float* out, int64_t stride) {
+template <typename K>
+void multiply(const char* w, const Tokens& x, int64_t steps, float* out, int64_t stride) {
+    constexpr int kLines = kStepBytes<K> / 64;
     const bool once = x.count <= kMaxTogether;
-    const int64_t depth = once ? pairs : kDepth;
-    for (int64_t p = 0; p < pairs; p += depth) {
-        const int64_t some = p + depth < pairs ? depth : pairs - p;
-        const char* from = w + kPairBytes * p;
+    const int64_t depth = once ? steps : kDepth / K::kInputs;
+    for (int64_t s = 0; s < steps; s += depth) {
+        const int64_t some = s + depth < steps ? depth : steps - s;
+        const char* from = w + kStepBytes<K> * s;
         in_groups<kMaxTogether>(x.count, [&](auto count, int64_t first, int64_t group) TARDIS_INLINE {
-            const Tokens own = {x.x + first * x.stride + 2 * p, count, x.stride};
+            const auto* own = K::inputs(x) + first * x.stride + K::kInputs * s;
             float* to = out + first * stride;
-            if (once) return tile<count, 2>(from, from + kAhead, own, some, p == 0, to, stride);
-            const char* ahead = from + kPairBytes * depth + group * 64 * some;
-            if (group < 2) tile<count, 1>(from, ahead, own, some, p == 0, to, stride);
-            else tile<count, 0>(from, ahead, own, some, p == 0, to, stride);
+            if (once) return tile<K, count, kLines>(from, from + kAhead, own, x.stride, some, s == 0, to, stride);
+            const char* ahead = from + kStepBytes<K> * depth + group * 64 * some;
+            if (group < kLines) tile<K, count, 1>(from, ahead, own, x.stride, some, s == 0, to, stride);
+            else tile<K, count, 0>(from, ahead, own, x.stride, some, s == 0, to, stride);
         });
     }
 }
 
 template <typename F>
-void each_panel(const Range& rows, const F& body) {
+inline void each_panel(const Range& rows, const F& body) {
     for (int64_t i = rows.begin; i < rows.end; i += kPanelRows) body(i / kPanelRows, i - rows.begin);
+}
+
+template <typename K>
+void product(const TardisMatrix& m, Range rows, const Tokens& x, float* out, int64_t stride) {
+    const int64_t steps = m.columns / K::kInputs;
+    each_panel(rows, [&](int64_t panel, int64_t at) {
+        multiply<K>(static_cast<const char*>(m.data) + panel * steps * kStepBytes<K>, x, steps, out + at, stride);
+    });
 }
 
 // ---- in few bits -----------------------------------------------------------------------------------------------------
@@ -192,11 +202,12 @@ void low_bit(const TardisMatrix& m, const Rows& rows, const Input& x, float* out
 
 }  // namespace
 
-void panels_avx512(const TardisMatrix& m, Range rows, const Tokens& x, float* out, int64_t stride) {
-    const int64_t pairs = m.columns / 2;
-    each_panel(rows, [&](int64_t panel, int64_t at) {
-        multiply(static_cast<const char*>(m.data) + panel * pairs * kPairBytes, x, pairs, out + at, stride);
-    });
+void panels_bf16_avx512(const TardisMatrix& m, Range rows, const Tokens& x, float* out, int64_t stride) {
+    product<Bf16Panel>(m, rows, x, out, stride);
+}
+
+void panels_fp16_avx512(const TardisMatrix& m, Range rows, const Tokens& x, float* out, int64_t stride) {
+    product<Fp16Panel>(m, rows, x, out, stride);
 }
 
 void low_bit_panels_avx512(const TardisMatrix& m, const Rows& rows, const Input& x, float* out) {

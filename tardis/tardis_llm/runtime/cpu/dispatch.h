@@ -6,28 +6,31 @@ namespace tardis {
 
 const Table& kernels();
 
-inline Product product_of(const TardisMatrix& m) {
+// For a dense matrix, in panels or not.
+inline const Dense& dense_of(const TardisMatrix& m) {
     const Table& table = kernels();
     switch (m.type) {
-        case TARDIS_BF16: return table.bf16;
-        case TARDIS_FP32: return table.f32;
-        case TARDIS_PANELS:
-            return [](const TardisMatrix& panels, const Rows& rows, const Input& x, float* out) {
-                kernels().panels(panels, {rows.begin, rows.end}, {x.bf16, x.tokens, x.stride}, out, kBlockRows);
-            };
-        case TARDIS_LOW_BIT_PANELS: return table.low_bit_panels;
-        default: return table.low_bit;
+        case TARDIS_BF16: case TARDIS_BF16_PANELS: return table.bf16;
+        case TARDIS_FP16: case TARDIS_FP16_PANELS: return table.fp16;
+        default: return table.f32;
     }
 }
 
-// Of a dense matrix.
-inline PairProduct pair_product_of(const TardisMatrix& m) {
-    return m.type == TARDIS_BF16 ? kernels().pairs_bf16 : kernels().pairs_f32;
+inline Product product_of(const TardisMatrix& m) {
+    switch (m.type) {
+        case TARDIS_LOW_BIT: return kernels().low_bit;
+        case TARDIS_LOW_BIT_PANELS: return kernels().low_bit_panels;
+        case TARDIS_BF16_PANELS: case TARDIS_FP16_PANELS:
+            return [](const TardisMatrix& panels, const Rows& rows, const Input& x, float* out) {
+                const Tokens tokens = {x.bf16, x.f32, x.tokens, x.stride};
+                dense_of(panels).panels(panels, {rows.begin, rows.end}, tokens, out, kBlockRows);
+            };
+        default: return dense_of(m).product;
+    }
 }
 
 inline Accumulate accumulate_of(const TardisMatrix& m) {
-    const Table& table = kernels();
-    return m.type == TARDIS_BF16 ? table.add_bf16 : m.type == TARDIS_FP32 ? table.add_f32 : table.add_low_bit;
+    return m.type == TARDIS_LOW_BIT ? kernels().add_low_bit : dense_of(m).add;
 }
 
 }  // namespace tardis

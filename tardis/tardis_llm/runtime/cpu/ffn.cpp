@@ -162,7 +162,7 @@ private:
         void multiply() {
             const Pairs pairs = {found_.row, found_.token, found_.count};
             if (ffn_.up.type == TARDIS_NONE) std::fill(z_, z_ + found_.count, 0.0f);
-            else pair_product_of(ffn_.up)(ffn_.up, pairs, all_.up_x_, z_);
+            else dense_of(ffn_.up).pairs(ffn_.up, pairs, all_.up_x_, z_);
             for (int64_t begin = 0; begin < found_.count; begin += kBlockRows) {
                 const int64_t some = std::min(kBlockRows, found_.count - begin);
                 residuals(found_.row + begin, z_ + begin, some, found_.value + begin);

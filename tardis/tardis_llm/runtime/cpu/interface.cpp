@@ -20,24 +20,27 @@ bool fit_panels(const TardisMatrix& m) {
     return bits && (size >= m.columns || size % 512 == 0 || (size % 64 == 0 && 512 % size == 0));
 }
 
+bool is_number(int32_t type) { return type == TARDIS_BF16 || type == TARDIS_FP16 || type == TARDIS_FP32; }
+
 bool sound(const TardisMatrix& m) {
     if (!m.data || m.rows < 1 || m.columns < 1) return false;
-    if (m.type == TARDIS_BF16 || m.type == TARDIS_FP32) return true;
-    if (m.type == TARDIS_PANELS) return tardis_has_panels() && m.columns % 2 == 0;
+    if (is_number(m.type)) return true;
+    if (m.type == TARDIS_BF16_PANELS) return tardis_has_panels() && m.columns % 2 == 0;
+    if (m.type == TARDIS_FP16_PANELS) return tardis_has_panels();
     const bool codes = m.scale && m.bits >= 1 && m.bits <= 8 && m.group_size >= 1;
     if (m.type == TARDIS_LOW_BIT_PANELS) return codes && tardis_has_panels() && fit_panels(m);
     return codes && m.type == TARDIS_LOW_BIT;
 }
 
 bool sound(const TardisBatch& batch) {
-    const bool type = batch.type == TARDIS_BF16 || batch.type == TARDIS_FP32;
     const bool bits = batch.activation_bits == 8 || batch.activation_bits == 16;
-    return batch.x && batch.y && type && bits && batch.tokens >= 1 && batch.tokens <= kMaxTokens;
+    return batch.x && batch.y && is_number(batch.type) && bits && batch.tokens >= 1 && batch.tokens <= kMaxTokens;
 }
 
-// bf16 weights meet bf16 inputs only.
+// Dense weights meet inputs of their own type only.
 bool fits(const TardisMatrix& m, const TardisBatch& batch) {
-    if (m.type == TARDIS_PANELS) return batch.type == TARDIS_BF16;
+    if (m.type == TARDIS_BF16_PANELS) return batch.type == TARDIS_BF16;
+    if (m.type == TARDIS_FP16_PANELS) return batch.type == TARDIS_FP16;
     return m.type == TARDIS_LOW_BIT || m.type == TARDIS_LOW_BIT_PANELS || m.type == batch.type;
 }
 
@@ -75,7 +78,7 @@ using namespace tardis;
 
 extern "C" {
 
-int32_t tardis_abi() { return 5; }
+int32_t tardis_abi() { return 6; }
 
 void tardis_use_openmp(void* parallel) { use_openmp(reinterpret_cast<OpenMP>(parallel)); }
 
@@ -84,17 +87,17 @@ int32_t tardis_linear(const TardisMatrix* weight, const TardisVector* bias, cons
     return guarded([&] { linear(*weight, *bias, *batch); });
 }
 
-int32_t tardis_has_gemm() { return kernels().gemm != nullptr; }
+int32_t tardis_has_gemm() { return kernels().bf16.gemm != nullptr; }
 
-int32_t tardis_has_panels() { return kernels().panels != nullptr; }
+int32_t tardis_has_panels() { return kernels().bf16.panels != nullptr; }
 
 int32_t tardis_gemm(
     const TardisMatrix* weight, int32_t transposed, const TardisVector* bias, const TardisBatch* batch
 ) {
     const int64_t inputs = transposed ? weight->rows : weight->columns;
-    const bool panels = weight->type == TARDIS_PANELS && !transposed;
-    const bool bf16 = (weight->type == TARDIS_BF16 || panels) && batch->type == TARDIS_BF16;
-    if (!tardis_has_gemm() || !sound(*weight) || !bf16 || inputs % 2 || !batch->x || !batch->y || batch->tokens < 1)
+    const bool bf16 = batch->type == TARDIS_BF16, fp16 = batch->type == TARDIS_FP16;
+    const bool dense = fits(*weight, *batch) && !(transposed && in_panels(*weight)) && ((bf16 && inputs % 2 == 0) || fp16);
+    if (!tardis_has_gemm() || !sound(*weight) || !dense || !batch->x || !batch->y || batch->tokens < 1)
         return TARDIS_BAD_ARGUMENT;
     return guarded([&] { gemm(*weight, transposed, *bias, *batch); });
 }

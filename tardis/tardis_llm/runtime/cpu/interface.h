@@ -6,9 +6,9 @@
 // block of n columns is that of column k * ceil(n / 8) + j. Functions return 0, or a `Status`.
 //
 // In panels it is for products only, which then read one stretch of memory: 32 rows after the other, the last ones filled
-// up, and in them, from the first columns to the last, bf16 numbers [columns / 2, 32, 2]; or codes in 1, 2, 4 or 8 bits,
-// 32 bits per row and 32 / bits columns, of which byte j has columns j, 4 + j, ... from the lowest bits on, and scales
-// [groups, 32].
+// up, and in them, from the first columns to the last, bf16 numbers [columns / 2, 32, 2]; or fp16 numbers [columns, 32];
+// or codes in 1, 2, 4 or 8 bits, 32 bits per row and 32 / bits columns, of which byte j has columns j, 4 + j, ... from
+// the lowest bits on, and scales [groups, 32].
 #pragma once
 #include <cstdint>
 
@@ -24,14 +24,15 @@ enum TardisType : int32_t {
     TARDIS_FP16 = 2,
     TARDIS_FP32 = 3,
     TARDIS_LOW_BIT = 4,
-    TARDIS_PANELS = 5,
+    TARDIS_BF16_PANELS = 5,
     TARDIS_LOW_BIT_PANELS = 6,
+    TARDIS_FP16_PANELS = 7,
 };
 enum TardisStatus : int32_t { TARDIS_OK = 0, TARDIS_NO_MEMORY = 1, TARDIS_BAD_ARGUMENT = 2 };
 enum TardisIsa : int32_t { TARDIS_PORTABLE = 0, TARDIS_AVX2 = 1, TARDIS_AVX512 = 2 };
 
 struct TardisMatrix {
-    const void* data;       // bf16 or fp32 numbers, or planes, or panels; null where there is no matrix
+    const void* data;       // bf16, fp16 or fp32 numbers, or planes, or panels; null where there is no matrix
     const uint16_t* scale;  // low-bit only
     int64_t rows, columns, group_size;
     int32_t type, bits;
@@ -43,7 +44,7 @@ struct TardisVector {
     int32_t unused;
 };
 
-// Inputs [tokens, d] and outputs [tokens, rows], contiguous, in `type` (bf16 or fp32); at most 64 tokens.
+// Inputs [tokens, d] and outputs [tokens, rows], contiguous, in `type` (bf16, fp16 or fp32); at most 64 tokens.
 struct TardisBatch {
     const void* x;
     void* y;
@@ -72,8 +73,9 @@ void tardis_use_openmp(void* parallel);
 
 // y = x W^T + bias.
 int32_t tardis_linear(const TardisMatrix* weight, const TardisVector* bias, const TardisBatch* batch);
-// The same for any number of tokens, all in bf16, and for a weight that is [inputs, outputs] if `transposed`. The number of
-// inputs is even. TARDIS_BAD_ARGUMENT where the processor lacks what it needs, as `tardis_has_gemm` says.
+// The same for any number of tokens, all in bf16 or all in fp16, and for a weight that is [inputs, outputs] if
+// `transposed`. In bf16 the number of inputs is even. TARDIS_BAD_ARGUMENT where the processor lacks what it needs, as
+// `tardis_has_gemm` says.
 int32_t tardis_gemm(
     const TardisMatrix* weight, int32_t transposed, const TardisVector* bias, const TardisBatch* batch
 );

@@ -90,16 +90,17 @@ struct Rows {
 // out[token * kBlockRows + i - begin] = row i . x, for at most kBlockRows rows.
 using Product = void (*)(const TardisMatrix&, const Rows&, const Input&, float* out);
 
-// Many tokens in bf16, [count, stride].
+// Many tokens, [count, stride]: in bf16 for weights in bf16, else in fp32; the other is not read.
 struct Tokens {
-    const uint16_t* x;
+    const uint16_t* bf16;
+    const float* f32;
     int64_t count, stride;
 };
 
 constexpr int64_t kGemmTokens = 256, kGemmOutputs = 256;  // of a call, at most
 
-// Of bf16 weights, which are [outputs, inputs], or [inputs, outputs] if `transposed`:
-// out[token * stride + i - begin] = output i. An odd number of inputs wants a zero behind each token's.
+// Of weights that are [outputs, inputs], or [inputs, outputs] if `transposed`: out[token * stride + i - begin] = output i.
+// In bf16 an odd number of inputs wants a zero behind each token's.
 using Gemm = void (*)(const TardisMatrix&, bool transposed, Range outputs, const Tokens&, float* out, int64_t stride);
 
 // Of weights in panels, whose `outputs` begin with one: the same.
@@ -141,15 +142,23 @@ using Largest = float (*)(const float* x, int64_t count);
 // The integers next to x * inverse; returns their sum, which fits 32 bits. Beside `second`, they are 256 * first + second.
 using Round = int64_t (*)(const float* x, int64_t count, float inverse, int8_t* first, int8_t* second);
 
-inline bool in_panels(const TardisMatrix& m) { return m.type == TARDIS_PANELS || m.type == TARDIS_LOW_BIT_PANELS; }
+inline bool in_panels(const TardisMatrix& m) {
+    return m.type == TARDIS_BF16_PANELS || m.type == TARDIS_FP16_PANELS || m.type == TARDIS_LOW_BIT_PANELS;
+}
+
+// For dense matrices of one type of numbers.
+struct Dense {
+    Product product;
+    PairProduct pairs;
+    Accumulate add;
+    Gemm gemm;  // null where there is none, as the next one
+    PanelGemm panels;
+};
 
 struct Table {
-    Product bf16, f32, low_bit;
-    PairProduct pairs_bf16, pairs_f32;
-    Gemm gemm;  // null where there is none, as the next two
-    PanelGemm panels;
-    Product low_bit_panels;
-    Accumulate add_bf16, add_f32, add_low_bit;
+    Dense bf16, fp16, f32;
+    Product low_bit, low_bit_panels;  // the second is null where there is none
+    Accumulate add_low_bit;
     Widen widen;
     Outside outside;
     Activate activate;
@@ -177,21 +186,34 @@ static inline uint16_t to_bf16(float value) {
     return static_cast<uint16_t>(is_nan ? nan : nearest);
 }
 
-// The exponent is moved by a multiplication, which is exact, subnormal numbers included.
+// Subnormal numbers are taken for a fraction behind 2^-14, which is then subtracted. Without branches, as `to_bf16`.
 static inline float from_fp16(uint16_t value) {
     const uint32_t sign = static_cast<uint32_t>(value & 0x8000u) << 16;
-    uint32_t bits = static_cast<uint32_t>(value & 0x7fffu) << 13;
+    const uint32_t size = static_cast<uint32_t>(value & 0x7fffu) << 13, shifted = size + 0x38800000u;
     float result;
-    if ((value & 0x7c00u) == 0x7c00u) {
-        bits |= 0x7f800000u;
-    } else {
-        memcpy(&result, &bits, sizeof result);
-        result *= 0x1p112f;
-        memcpy(&bits, &result, sizeof bits);
-    }
-    bits |= sign;
+    memcpy(&result, &shifted, sizeof result);
+    result -= 0x1p-14f;
+    uint32_t bits;
+    memcpy(&bits, &result, sizeof bits);
+    const uint32_t other = size + (size >= 0x0f800000u ? 0x70000000u : 0x38000000u);  // infinite and NaN, or normal
+    bits = sign | (size < 0x00800000u ? bits : other);
     memcpy(&result, &bits, sizeof result);
     return result;
+}
+
+// To the nearest, ties to even; infinite from 65520 on, and NaN stays NaN. Below 2^-14 the sum with a half ends where
+// subnormal numbers do, and rounds as they do.
+static inline uint16_t to_fp16(float value) {
+    uint32_t bits, sum;
+    memcpy(&bits, &value, sizeof bits);
+    const uint32_t sign = (bits >> 16) & 0x8000u, size = bits & 0x7fffffffu;
+    float small;
+    memcpy(&small, &size, sizeof small);
+    small += 0.5f;
+    memcpy(&sum, &small, sizeof sum);
+    const uint32_t subnormal = sum - 0x3f000000u, normal = (size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13;
+    const uint32_t large = size > 0x7f800000u ? 0x7e00u : 0x7c00u, finite = size < 0x38800000u ? subnormal : normal;
+    return static_cast<uint16_t>(sign | (size >= 0x477ff000u ? large : finite));
 }
 
 // Number i of a vector in fp32; zero where there is no vector.

@@ -27,16 +27,17 @@ from ..panels import Panels
 ISAS = ("portable", "avx2", "avx512")
 #: tokens of the largest batch
 MAX_TOKENS = 64
-_ABI = 5
+_ABI = 6
 _VARIABLE = "TARDIS_KERNELS"
 _SUFFIXES = {"win32": ".dll", "darwin": ".so"}
 _TYPES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
-_LOW_BIT, _PANELS, _LOW_BIT_PANELS = 4, 5, 6
+_LOW_BIT, _LOW_BIT_PANELS = 4, 6
+_PANELS = {torch.bfloat16: 5, torch.float16: 7}
 _ERRORS = {1: "no memory for its working arrays", 2: "arguments that do not fit together"}
 
 
 class Matrix(ctypes.Structure):
-    """`TardisMatrix` of interface.h: bf16, fp32 or low-bit, or in panels."""
+    """`TardisMatrix` of interface.h: bf16, fp16, fp32 or low-bit, or in panels."""
 
     _fields_ = (
         ("data", ctypes.c_void_p),
@@ -56,7 +57,7 @@ class Matrix(ctypes.Structure):
         if isinstance(matrix, Panels):
             scale_at = None if matrix.scale is None else matrix.scale.data_ptr()
             shape = matrix.rows, matrix.columns, matrix.group_size
-            kind = _PANELS if matrix.scale is None else _LOW_BIT_PANELS
+            kind = _PANELS[matrix.data.dtype] if matrix.scale is None else _LOW_BIT_PANELS
             return cls(matrix.data.data_ptr(), scale_at, *shape, kind, matrix.bits)
         if isinstance(matrix, Tensor):
             rows, columns = matrix.shape
@@ -173,7 +174,7 @@ class Kernels:
         return bool(self._library.tardis_has_panels())
 
     def gemm(self, weight: Matrix, transposed: bool, bias: Vector, batch: Batch) -> None:
-        """y = x W^T + bias, or x W + bias if W is `transposed`, in bf16 for any number of tokens."""
+        """y = x W^T + bias, or x W + bias if W is `transposed`, in bf16 or fp16 for any number of tokens."""
         _done(self._library.tardis_gemm(byref(weight), transposed, byref(bias), byref(batch)), "gemm")
 
     def fixed(self, ffn: FFN, batch: Batch) -> None:

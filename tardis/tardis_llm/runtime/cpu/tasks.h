@@ -29,9 +29,12 @@ inline __attribute__((always_inline)) void prefetch(const TardisVector& v, int64
 // Outputs from number `at` on, in the type of the batch.
 inline void store(const TardisBatch& batch, int64_t at, const float* values, int64_t count) {
     auto* f32 = static_cast<float*>(batch.y) + at;
-    auto* bf16 = static_cast<uint16_t*>(batch.y) + at;
-    if (batch.type == TARDIS_FP32) std::copy(values, values + count, f32);
-    else std::transform(values, values + count, bf16, to_bf16);
+    auto* half = static_cast<uint16_t*>(batch.y) + at;
+    switch (batch.type) {
+        case TARDIS_BF16: std::transform(values, values + count, half, to_bf16); break;
+        case TARDIS_FP16: std::transform(values, values + count, half, to_fp16); break;
+        default: std::copy(values, values + count, f32);
+    }
 }
 
 // The same with a bias added.
