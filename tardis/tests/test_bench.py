@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Result, assert_refused
-from models import tiny_model, tokens
+from models import tiny_model, tiny_tokenizer, tokens
 from transformers import AutoConfig
 
 from tardis_llm.architectures import find_ffns
 from tardis_llm.config import Storage
 from tardis_llm.errors import InvalidInputError
 from tardis_llm.evaluation.fix_rate import count_fixes
-from tardis_llm.evaluation.shapes import SHAPES, random_folds, shaped_model
+from tardis_llm.evaluation.shapes import SHAPES, random_folds, save_random_fold, shaped_model
 from tardis_llm.evaluation.speed import (
     CROSSOVER_TOKENS,
     Decoder,
@@ -236,6 +236,46 @@ def test_the_command_prints_both_variants_and_json(tardis: Callable[..., Result]
     assert fold["step_bytes"] < dense["step_bytes"]
     assert fold["union_fix_rate"] == pytest.approx(0.1, abs=0.05)
     assert dense["bytes_per_second"] == pytest.approx(dense["step_bytes"] / dense["step_seconds"])
+
+
+FEW = ("--batch", 1, "--rounds", 2, "--steps", 2, "--prompt", 8)
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the machine nor the crossover is measured."""
+    monkeypatch.setattr("tardis_llm.cli.bench.read_bandwidth", lambda: 1e10)
+    monkeypatch.setattr("tardis_llm.cli.bench.crossover", lambda *_: {})
+
+
+@pytest.mark.parametrize("stored", ["float16", "bfloat16", "float32"])
+def test_a_checkpoint_is_measured_in_the_dtype_that_generate_loads(
+    stored: str, tardis: Callable[..., Result], tmp_path: Path, unmeasured: None
+):
+    model, dense, fold = tiny_model("gpt2", dtype=getattr(torch, stored)), tmp_path / "dense", tmp_path / "fold"
+    model.save_pretrained(dense)
+    tiny_tokenizer().save_pretrained(dense)
+    save_random_fold(model, fold, tokenizer=tiny_tokenizer())
+    for directory in (dense, fold):
+        made = json.loads(tardis("generate", directory, "some words", "--max-new-tokens", 2, "--json").out)
+        figures = json.loads(tardis("bench", directory, *FEW, "--json").out)
+        assert made["dtype"] == figures["dtype"] == stored
+    other = "float32" if stored == "float16" else "float16"
+    result = tardis("bench", fold, *FEW, "--against", dense, "--dtype", other)
+    assert f"{fold} in {other}: " in result.err.replace("\n", "") and f"Decoding in {other}" in result.out
+
+
+def test_shapes_are_in_bfloat16_unless_another_dtype_is_asked_for(
+    tardis: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, unmeasured: None
+):
+    made = "tardis_llm.cli.bench.shaped_model"
+    monkeypatch.setattr(made, lambda name, layers, dtype: tiny_model("gpt2", dtype=dtype))
+    shape = ("bench", "--shape", "gpt2", "--layers", 1, *FEW)
+    assert json.loads(tardis(*shape, "--json").out)["dtype"] == "bfloat16"
+    assert json.loads(tardis(*shape, "--dtype", "float16", "--json").out)["dtype"] == "float16"
+    monkeypatch.setattr(made, lambda *_: pytest.fail("a model was made"))
+    assert_refused(tardis(*shape, "--dtype", "float64"), "float32, bfloat16, float16")
+    assert_refused(tardis(*shape, "--dtype", "float16", "--fallback", "bf16"), "parts in bf16 are asked for")
 
 
 def test_a_model_of_ones_own_is_measured_too(tardis: Callable[..., Result], tiny_dir: Path):

@@ -13,6 +13,7 @@ from tardis_llm.checkpoint import LayerFormat
 from tardis_llm.folding.fold import FoldedWeights
 from tardis_llm.folding.lowbit import PackedMatrix
 from tardis_llm.runtime import ops
+from tardis_llm.runtime.cpu.library import available
 from tardis_llm.runtime.ffn import folded_ffn
 from tardis_llm.runtime.fixing import Fixing, packed_linear
 
@@ -82,6 +83,26 @@ def test_a_fold_is_added(tokens: int, fold_bits: int | None, kernels: bool, monk
     y = replace(fixing, fold=fold, bias=bias)(x)
     assert y.shape == expected.shape
     assert float((y - expected).norm()) <= (0.01 if fold_bits and kernels else 1e-5) * float(expected.norm())
+
+
+@pytest.mark.skipif(not available(), reason="the CPU kernels are not built, or turned off")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fallback_bits", [None, 4])
+def test_a_served_ffn_in_halves_runs_by_the_kernels(
+    fallback_bits: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    torch.manual_seed(0)
+    folded = random_ffn(fallback_bits, dtype)
+    dense = FFNWeights(
+        *(part.to(dtype) for part in (torch.randn(H, D) / 8, torch.randn(H) / 8, torch.randn(D, H) / 8)), None
+    )
+    x = torch.randn(70, D).to(dtype)
+    fixing = replace(fixing_of(folded, dense), fold=torch.randn(D, D).to(dtype), bias=torch.randn(D).to(dtype))
+    expected = fixing.masked(x).float()
+    monkeypatch.setattr(Fixing, "masked", lambda *_: pytest.fail("not by the kernels"))
+    y = fixing(x)
+    assert y.dtype == dtype
+    assert float((y.float() - expected).norm()) <= 0.1 * float(expected.norm())
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 130])

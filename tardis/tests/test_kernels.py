@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import os
 import subprocess
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -49,14 +51,14 @@ from tardis_llm.session import dense_ffn
 
 BUILT = open_library()
 needs_library = pytest.mark.skipif(BUILT is None, reason="the CPU kernels are not built: no C++ compiler was found")
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BATCHES = [1, 2, 3, 7, 8, MAX_TOKENS]
 #: (out, in): smaller than a register, not divisible by 8, by 32 or by 64, and plain
 SHAPES = [(3, 5), (37, 100), (70, 259), (32, 512)]
 #: fp32 sums of up to some hundred products, in another order
 FP32 = 2e-6
 
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
 
 
 @pytest.fixture(params=ISAS)
@@ -84,7 +86,7 @@ def inputs(count: int, d: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def assert_within(found: Tensor, expected: Tensor, bound: Tensor | float = 0.0) -> None:
     """Apart by no more than `bound`, a rounding of sums to fp32, and one of results to the dtype of `found`."""
-    rounding = torch.finfo(found.dtype).eps * expected.abs() if found.dtype == torch.bfloat16 else 0.0
+    rounding = 0.0 if found.dtype == torch.float32 else torch.finfo(found.dtype).eps * expected.abs()
     scale = float(expected.abs().max()) if expected.numel() else 0.0
     error = (found.double() - expected).abs() - rounding - bound
     assert float(error.max()) <= FP32 * (1 + scale)
@@ -123,6 +125,40 @@ def test_dense_products(isa: str, shape: tuple[int, int], dtype: torch.dtype) ->
         expected = x.double() @ weight.double().T
         assert_within(torch.ops.tardis.bf16_linear(x, weight, None), expected)
         assert_within(torch.ops.tardis.bf16_linear(x, weight, bias), expected + bias.double())
+
+
+def every_fp16() -> Tensor:
+    """All 65,536 of them, from the least in size on."""
+    return torch.arange(2**16).to(torch.uint16).view(torch.float16)
+
+
+def test_every_fp16_number_is_read_and_written(isa: str) -> None:
+    numbers = every_fp16()
+    found = torch.ops.tardis.bf16_linear(torch.ones(1, 1).half(), numbers[:, None], None)[0]
+    torch.testing.assert_close(found, numbers, rtol=0, atol=0, equal_nan=True)
+
+
+def test_sums_are_rounded_to_fp16_as_by_torch(isa: str) -> None:
+    numbers = every_fp16()
+    numbers = numbers[numbers.isfinite()]
+    weight = torch.stack([numbers, numbers.roll(-1), numbers], 1).contiguous()
+    for parts in ((0.5, 0.5, 0.0), (0.5, 0.5, 2**-10), (0.5, 0.5, -(2**-10)), (1.5, -0.5, 0.0), (8.0, 0.0, 0.0)):
+        x = torch.tensor([parts]).half()  # halves between neighbours, next to them, elsewhere, and beyond the largest
+        expected = (weight.double() @ x.double()[0]).float().half()
+        assert torch.equal(torch.ops.tardis.bf16_linear(x, weight, None)[0], expected)
+
+
+def test_what_overflows_fp16_is_infinite_as_in_torch(isa: str) -> None:
+    weight = torch.tensor([[60000.0, 10000.0], [-60000.0, -10000.0], [60000.0, -10000.0]]).half()
+    x, bias = torch.tensor([[1.0, 1.0], [0.5, 0.5]]).half(), torch.tensor([0.0, 0.0, 60000.0]).half()
+    expected = torch.nn.functional.linear(x, weight, bias)
+    assert expected.isinf().tolist() == [[True, True, True], [False, False, True]]
+    assert torch.equal(torch.ops.tardis.bf16_linear(x, weight, bias), expected)
+    folded, dense = stored_fold(40, 150, Storage(48), torch.float16)
+    bias = folded.bias.clone()
+    bias[3], bias[5] = torch.inf, 65504
+    y = ops.folded_ffn(correlated(2, 40).half(), replace(folded, bias=bias), dense, "gelu")
+    assert y.isinf().nonzero()[:, 1].tolist() == [3, 3] and float(y[:, 5].min()) > 6e4
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -215,6 +251,12 @@ def test_nan_counts_as_out_of_range(isa: str) -> None:
 # ---- the folded FFN ------------------------------------------------------------------------------------------------
 
 STORAGES = [Storage(48), Storage(48, 8), Storage(64, 8, 4), Storage(100, 4, 8), Storage(48, None, 2)]
+#: fp16 differs from bf16 in what is dense only
+every_form = pytest.mark.parametrize(
+    ("dtype", "storage"),
+    [*itertools.product(DTYPES[:2], STORAGES), (torch.float16, STORAGES[0]), (torch.float16, STORAGES[4])],
+    ids=str,
+)
 
 
 @functools.cache
@@ -259,8 +301,7 @@ def test_activations_of_all_sizes(isa: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("ranges", ["none", "half", "all"])
-@pytest.mark.parametrize("storage", STORAGES, ids=str)
-@every_dtype
+@every_form
 def test_every_storage_and_fix_set(isa: str, dtype: torch.dtype, storage: Storage, ranges: str) -> None:
     for d, h in ((41, 131), (192, 300)):
         folded, dense = stored_fold(d, h, storage, dtype, ranges=ranges)
@@ -274,8 +315,7 @@ def test_every_storage_and_fix_set(isa: str, dtype: torch.dtype, storage: Storag
                 assert_within(y, *specified(x, folded, dense, "gelu", bits))
 
 
-@pytest.mark.parametrize("storage", STORAGES, ids=str)
-@every_dtype
+@every_form
 def test_rows_longer_than_what_is_fetched_ahead(isa: str, dtype: torch.dtype, storage: Storage) -> None:
     folded, dense = stored_fold(600, 40, storage, dtype)
     for count in (1, 7):
@@ -500,9 +540,47 @@ def test_the_module_uses_the_kernels_where_they_can(calls: list[int]) -> None:
     module(x[:0], dense)
     module(x[:1].clone().requires_grad_(), dense)
     module(x[:1], dense._replace(w2=dense.w2.contiguous()))  # W2 does not lie neuron by neuron
-    half, half_dense = stored_fold(40, 96, Storage(48), torch.float16)
-    FoldedFFN(half, "gelu")(x[:1].half(), half_dense)
     assert len(calls) == 6
+
+
+@needs_library
+@every_dtype
+@torch.no_grad()
+def test_the_module_uses_the_kernels_in_every_dtype(dtype: torch.dtype, calls: list[int]) -> None:
+    folded, dense = stored_fold(40, 96, Storage(48), dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FoldedFFN(folded, "gelu")(correlated(3, 40).to(dtype), dense)
+    assert calls == [3]
+
+
+@needs_library
+@pytest.mark.parametrize("traced", [False, True])
+@torch.no_grad()
+def test_a_dtype_that_the_kernels_do_not_take_is_said_once(calls: list[int], traced: bool) -> None:
+    ops._warn_once.cache_clear()
+    folded, dense = stored_fold(40, 96, Storage(48), torch.float64)
+    module, x = FoldedFFN(folded, "gelu"), correlated(3, 40).double()
+    run = torch.compile(lambda x: module(x, dense), backend="eager", fullgraph=True) if traced else module
+    with pytest.warns(
+        RuntimeWarning, match=r"in float64 run through the reference.*bfloat16, float16 or float32"
+    ) as said:
+        for _ in range(2):
+            run(*(x,) if traced else (x, dense))
+    assert len(said) == 1 and not calls and "dtype=" in str(said[0].message)
+
+
+@needs_library
+@torch.no_grad()
+def test_inputs_in_another_dtype_than_the_weights_are_said_once(calls: list[int]) -> None:
+    ops._warn_once.cache_clear()
+    folded, dense = stored_fold(40, 96, Storage(48), torch.float32)
+    module, x = FoldedFFN(folded, "gelu"), correlated(3, 40).bfloat16()
+    warned = pytest.warns(RuntimeWarning, match="in float32 with inputs in bfloat16.*leave out torch.autocast")
+    with warned as said, torch.autocast("cpu", torch.bfloat16):
+        module(x, dense)
+        module(x, dense)
+    assert len(said) == 1 and not calls
 
 
 @needs_library

@@ -1,6 +1,6 @@
 """Dense products of any number of tokens by the kernels, with weights that lie either way."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ needs_gemm = pytest.mark.skipif(
 TOKENS = [1, 5, 6, 7, MAX_TOKENS + 1, 256, 263]
 #: (out, in): smaller than a register; divisible by nothing; more outputs than a task; more inputs than are packed
 SHAPES = [(3, 6), (37, 100), (300, 34), (70, 518)]
+every_half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 
 
 @pytest.fixture
@@ -51,23 +52,35 @@ def bf16(*shape: int, seed: int) -> Tensor:
     return normal(*shape, seed=seed).bfloat16()
 
 
+def fp16(*shape: int, seed: int) -> Tensor:
+    return normal(*shape, seed=seed).half()
+
+
 def turned(weight: Tensor) -> Tensor:
     """The same, as the transpose of what is contiguous."""
     return weight.T.contiguous().T
 
 
 @needs_gemm
+@every_half
 @pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (37, 259)], ids=str)
 @torch.no_grad()
-def test_products_for_every_shape_and_layout(shape: tuple[int, int], tokens: int, calls: list[str]) -> None:
-    weight, bias, x = bf16(*shape, seed=1), bf16(shape[0], seed=2), bf16(tokens, shape[1], seed=3)
+def test_products_for_every_shape_and_layout(
+    shape: tuple[int, int], tokens: int, dtype: torch.dtype, calls: list[str]
+) -> None:
+    if dtype == torch.bfloat16:
+        shape = shape[0], shape[1] // 2 * 2
+    weight, bias, x = (
+        normal(*size, seed=seed).to(dtype) for seed, size in enumerate((shape, shape[:1], (tokens, shape[1])))
+    )
+    rounding = torch.finfo(dtype).eps / 2
     for given in (weight, turned(weight)):
         for b in (None, bias):
             expected = x.double() @ weight.double().T + (0 if b is None else b.double())
             size = x.double().abs() @ weight.double().abs().T  # what fp32 sums are rounded relative to
             found = linear(x, given, b).double()
-            assert ((found - expected).abs() <= 2**-8 * expected.abs() + 2**-20 * size).all()
+            assert ((found - expected).abs() <= rounding * expected.abs() + 2**-20 * size).all()
     few = tokens <= MAX_TOKENS
     assert calls == ["linear" if few else "gemm"] * 2 + ["gemm"] * 2
 
@@ -81,9 +94,10 @@ def test_leading_dimensions_stay() -> None:
 
 
 @needs_gemm
+@every_half
 @torch.no_grad()
-def test_what_a_token_gets_does_not_depend_on_the_threads(threads: None) -> None:
-    weight, x = bf16(700, 600, seed=1), bf16(300, 600, seed=2)
+def test_what_a_token_gets_does_not_depend_on_the_threads(dtype: torch.dtype, threads: None) -> None:
+    weight, x = normal(700, 600, seed=1).to(dtype), normal(300, 600, seed=2).to(dtype)
     for given in (weight, turned(weight)):
         found = []
         for count in (1, 2, 3):
@@ -93,9 +107,10 @@ def test_what_a_token_gets_does_not_depend_on_the_threads(threads: None) -> None
 
 
 @needs_gemm
+@every_half
 @torch.no_grad()
-def test_nan_stays_with_its_token() -> None:
-    weight, x = bf16(70, 130, seed=1), bf16(100, 130, seed=2)
+def test_nan_stays_with_its_token(dtype: torch.dtype) -> None:
+    weight, x = normal(70, 130, seed=1).to(dtype), normal(100, 130, seed=2).to(dtype)
     x[41, 129] = float("nan")
     for given in (weight, turned(weight)):
         spoilt = linear(x, given, None).isnan()
@@ -108,6 +123,7 @@ def test_what_the_kernels_do_not_take_goes_to_torch(calls: list[str]) -> None:
     odd, odd_weight = bf16(80, 13, seed=1), bf16(10, 13, seed=2)
     cases = (
         (x.float(), weight.float()),
+        (x.double(), weight.double()),
         (odd, odd_weight),
         (x, bf16(10, 24, seed=2)[:, ::2]),  # lies neither way
         (x.requires_grad_(), weight),
@@ -121,10 +137,11 @@ def test_what_the_kernels_do_not_take_goes_to_torch(calls: list[str]) -> None:
 
 
 @needs_gemm
+@pytest.mark.parametrize("make", [bf16, fp16])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_the_operator_passes_the_checks_of_torch(transposed: bool) -> None:
-    weight = bf16(12, 10, seed=2) if transposed else bf16(10, 12, seed=2)
-    call = torch.ops.tardis.gemm.default, (bf16(8, 12, seed=1), weight, bf16(10, seed=3), transposed)
+def test_the_operator_passes_the_checks_of_torch(transposed: bool, make: Callable[..., Tensor]) -> None:
+    weight = make(12, 10, seed=2) if transposed else make(10, 12, seed=2)
+    call = torch.ops.tardis.gemm.default, (make(8, 12, seed=1), weight, make(10, seed=3), transposed)
     torch.library.opcheck(*call, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -133,6 +150,7 @@ def test_what_gemm_would_misread_is_refused() -> None:
     x, weight, gemm = bf16(8, 12, seed=1), bf16(10, 12, seed=2), torch.ops.tardis.gemm
     for call in (
         lambda: gemm(x.float(), weight.float(), None, False),
+        lambda: gemm(x.half(), weight, None, False),
         lambda: gemm(x, weight, None, True),
         lambda: gemm(x, turned(weight), None, False),
         lambda: gemm(x, weight, bf16(11, seed=3), False),

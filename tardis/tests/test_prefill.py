@@ -135,7 +135,7 @@ def test_an_exact_ffn_computes_the_dense_output_whatever_its_fold_is():
     torch.testing.assert_close(folded(x, weights), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["gpt2", "falcon"])
 def test_a_kernel_linear_is_its_layer_and_shares_its_weight(name: str, dtype: torch.dtype):
     model = tiny_model(name, dtype=dtype)

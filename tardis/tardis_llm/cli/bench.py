@@ -35,11 +35,11 @@ from ..evaluation.speed import (
 )
 from ..evaluation.variants import KINDS, Variant, folded_variant, loaded_variants, rival
 from ..linears import low_bit_copies
-from ..loading import load_dense, load_model
+from ..loading import DTYPES, load_dense, load_model
 from ..runtime.ffn import folded_ffns, lay_out
 from ..runtime.prefill import Prefill, set_prefill
 from . import output as show
-from .fold import BITS
+from .fold import BITS, check_precision
 from .options import AsJson
 
 _FOLDED = "folded"
@@ -61,9 +61,22 @@ def bench(
     steps: Annotated[int, typer.Option(help="Tokens decoded per run.", min=1)] = 8,
     rounds: Annotated[int, typer.Option(help="Runs of each variant, taking turns.", min=2)] = 7,
     predictor_bits: Annotated[int, typer.Option(help="Of the predictor of a random fold.")] = 2,
-    fold_dtype: Annotated[Precision, typer.Option(help="Of a random fold.")] = "bf16",
-    fallback: Annotated[Precision, typer.Option(help="Of the weights that fixing reads in a random fold.")] = "bf16",
-    linears: Annotated[Precision, typer.Option(help="Of the layers outside the FFNs beside a random fold.")] = "bf16",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16 or float16, of all variants. As in the checkpoint without; bfloat16 of a shape.",
+            show_default=False,
+        ),
+    ] = None,
+    fold_dtype: Annotated[
+        Precision | None, typer.Option(help="Of a random fold; the model's own without.", show_default=False)
+    ] = None,
+    fallback: Annotated[
+        Precision | None, typer.Option(help="Of the weights that fixing reads in it; likewise.", show_default=False)
+    ] = None,
+    linears: Annotated[
+        Precision | None, typer.Option(help="Of the layers outside the FFNs beside it; likewise.", show_default=False)
+    ] = None,
     fix_rate: Annotated[float, typer.Option(help="Share of the neurons that a token fixes in a random fold.")] = 0.05,
     compile: Annotated[
         bool, typer.Option("--compile", help="Run the steps of every variant as one compiled graph.")
@@ -87,9 +100,9 @@ def bench(
         raise InvalidInputError("--record writes into a folded directory; give one as MODEL.")
     kinds = _kinds(against, checkpoint)
     if checkpoint:
-        variants = _variants_of_checkpoint(model, kinds)
+        variants = _variants_of_checkpoint(model, kinds, dtype)
     else:
-        dense = shaped_model(shape, layers) if shape else load_dense(model, "bfloat16")
+        dense = _dense_model(model, shape, layers, dtype, (fold_dtype, fallback, linears))
         storage = Storage(fold_bits=BITS[fold_dtype], fallback_bits=BITS[fallback])
         variants = _variants_of_dense(dense, kinds, predictor_bits, storage, BITS[linears], fix_rate)
     for variant in variants:
@@ -97,8 +110,8 @@ def bench(
             lay_out(variant.model)
             use_huge_pages(variant.model)
     bandwidth = read_bandwidth()
-    name = shape or model
-    show.say(escape(_describe(name, bandwidth)))
+    name, measured = shape or model, _name(variants[-1].model.dtype)
+    show.say(escape(_describe(name, measured, bandwidth)))
     with show.progress_bars() as progress:
         runs = _Runs(prompt, prefill, steps, rounds, compile)
         rows = [row for size in sizes for row in _measure(variants, size, runs, progress)]
@@ -110,9 +123,10 @@ def bench(
         machine = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "read_bandwidth": bandwidth}
         faster = {str(count): vars(ratio) for count, ratio in paying.items()}
         found = {"rows": rows, "crossover": faster, "pays_up_to": pays_up_to(paying) if paying else None}
-        show.print_json({"model": name, "compiled": compile, **machine, "peak_bytes": peak, **found, **clock.as_dict()})
+        what = {"model": name, "dtype": measured, "compiled": compile}
+        show.print_json({**what, **machine, "peak_bytes": peak, **found, **clock.as_dict()})
         return
-    _print("Decoding, steps compiled" if compile else "Decoding", rows, bandwidth)
+    _print(f"Decoding in {measured}" + (", steps compiled" if compile else ""), rows, bandwidth)
     if paying:
         show.say(_verdict(paying, record))
     show.say(clock.sentence())
@@ -137,14 +151,14 @@ def _variants_of_dense(
     return [*rivals, folded_variant(model, folds, others)]
 
 
-def _variants_of_checkpoint(directory: str, kinds: Sequence[str]) -> list[Variant]:
+def _variants_of_checkpoint(directory: str, kinds: Sequence[str], dtype: str | None) -> list[Variant]:
     """The rivals, then the folded model. Rivals are made of the dense model that is among them, if one is."""
-    folded, own_dense = loaded_variants(load_model(directory, "bfloat16"))
+    folded, own_dense = loaded_variants(load_model(directory, dtype))
     names = [kind for kind in kinds if kind not in KINDS]
     if len(names) > 1:
         raise InvalidInputError(f"--against names {' and '.join(names)}; give one dense model, and kinds of it.")
     if names:
-        dense = load_dense(names[0], "bfloat16")
+        dense = load_dense(names[0], _name(folded.model.dtype))
         made = [kind for kind in kinds if kind in KINDS]
         return [*(rival(kind, dense) for kind in dict.fromkeys(["dense", *made])), folded]
     if list(kinds) != ["dense"] or own_dense is None:
@@ -165,8 +179,33 @@ def _sizes(batch: str) -> list[int]:
     return sizes
 
 
-def _describe(name: str, bandwidth: float) -> str:
-    return f"{name}: {cpu_name()}, {torch.get_num_threads()} threads, reads memory at {bandwidth / 1e9:.1f} GB/s"
+def _dense_model(
+    model: str, shape: str, layers: int | None, dtype: str | None, parts: Sequence[Precision | None]
+) -> PreTrainedModel:
+    """Of a shape or a checkpoint, in a dtype that the parts of its fold can have beside it."""
+    if shape:
+        own = _dtype_of_shape(dtype)
+        check_precision(own, *parts)
+        return shaped_model(shape, layers, own)
+    loaded = load_dense(model, dtype)
+    check_precision(loaded.dtype, *parts)
+    return loaded
+
+
+def _dtype_of_shape(dtype: str | None) -> torch.dtype:
+    if dtype is not None and dtype not in DTYPES:
+        raise InvalidInputError(f"--dtype is {dtype!r}; give one of {', '.join(DTYPES)}.")
+    found: torch.dtype = getattr(torch, dtype or "bfloat16")
+    return found
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _describe(name: str, dtype: str, bandwidth: float) -> str:
+    machine = f"{cpu_name()}, {torch.get_num_threads()} threads, reads memory at {bandwidth / 1e9:.1f} GB/s"
+    return f"{name} in {dtype}: {machine}"
 
 
 def _crossover(variant: Variant, progress: Any) -> dict[int, Ratio]:

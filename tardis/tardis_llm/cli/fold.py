@@ -105,7 +105,7 @@ def fold(
     )
     check_output(directory, model, force, resume)
     loaded, tokenizer, windows = _load(model, text, config, dtype)
-    _check_precision(loaded, fold_dtype, fallback, linears)
+    check_precision(loaded.dtype, fold_dtype, fallback, linears)
     check_space(directory, loaded)
     report, verdict = _fold_and_check(loaded, windows, config, directory, resume)
     sample = _sample(loaded, tokenizer, windows.heldout)
@@ -163,11 +163,11 @@ def _load(
     return loaded, tokenizer, windows
 
 
-def _check_precision(model: PreTrainedModel, *wanted: Precision | None) -> None:
-    """Raise InvalidInputError where bf16 is asked for and the model is something else."""
-    if "bf16" in wanted and model.dtype != torch.bfloat16:
+def check_precision(dtype: torch.dtype, *wanted: Precision | None) -> None:
+    """Raise InvalidInputError where bf16 is asked for and the model's dtype is another."""
+    if "bf16" in wanted and dtype != torch.bfloat16:
         raise InvalidInputError(
-            f"parts in bf16 are asked for, but the model is in {str(model.dtype).removeprefix('torch.')}; add --dtype "
+            f"parts in bf16 are asked for, but the model is in {str(dtype).removeprefix('torch.')}; add --dtype "
             "bfloat16."
         )
 

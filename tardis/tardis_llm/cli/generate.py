@@ -51,4 +51,6 @@ def generate(
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     text = generate_text(loaded, tokenizer, ids, max_new_tokens, temperature, seed, streamer, compile)
     if as_json:
-        show.print_json({"model": model, "prompt": prompt, "text": text, "temperature": temperature, "seed": seed})
+        dtype = str(loaded.dtype).removeprefix("torch.")
+        settings = {"temperature": temperature, "seed": seed}
+        show.print_json({"model": model, "dtype": dtype, "prompt": prompt, "text": text, **settings})

@@ -243,6 +243,7 @@ class FoldedFFN(Numbered, Stored):
         weights = self.fetched()
         if ops.runs(x, weights, dense):
             return ops.folded_ffn(x, weights, dense, self.activation)
+        ops.warn_of_dtype(x, weights.bias.dtype)
         return folded_ffn(x, weights, _written_out(x, weights, dense), ACTIVATIONS[self.activation])
 
     def _traced(self, x: Tensor, dense: FFNWeights) -> Tensor:
@@ -250,6 +251,7 @@ class FoldedFFN(Numbered, Stored):
         if ops.takes(x) and not (torch.is_grad_enabled() and x.requires_grad):
             y: Tensor = torch.ops.tardis.numbered_ffn(x, self.number, dense.w1, dense.b1, dense.w2)
             return y
+        ops.warn_of_dtype(x, self.fold.bias.dtype)
         weights = self.weights
         w1, b1, w2, _ = _written_out(x, weights, dense)
         ranges = weights.low, weights.high, weights.slope, weights.offset

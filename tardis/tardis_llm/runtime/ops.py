@@ -7,16 +7,18 @@
     tardis::fixed_neurons   which neurons the predictor finds out of their range
     tardis::folded_ffn      a whole folded FFN
 
-The others take up to 64 tokens x [tokens, d] in bf16, fp16 or fp32, contiguous. `ffn.folded_ffn` specifies what they compute;
-sums are in fp32 throughout, and where x meets a low-bit matrix it is rounded to 8 bits (or 16, where asked for), with
-one scale per token and group of columns, 512 at most. So what a predictor finds differs from the reference for few
-neurons that are next to a bound. One that only selects, beside dense fallback weights, never gets more than 8 bits.
-Residuals that meet a low-bit W2 may be rounded to 16 bits, with one scale for up to eight of them. What a token gets
-does not depend on the others in its batch; in its last bits it may depend on the number of threads.
+The others take up to 64 tokens x [tokens, d] in bf16, fp16 or fp32, contiguous. `ffn.folded_ffn` specifies what they
+compute; sums are in fp32 throughout, and where x meets a low-bit matrix it is rounded to 8 bits (or 16, where asked
+for), with one scale per token and group of columns, 512 at most. So what a predictor finds differs from the reference
+for few neurons that are next to a bound. One that only selects, beside dense fallback weights, never gets more than 8
+bits. Residuals that meet a low-bit W2 may be rounded to 16 bits, with one scale for up to eight of them. What a token
+gets does not depend on the others in its batch; in its last bits it may depend on the number of threads.
 """
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -65,6 +67,34 @@ library.define(
 def takes(x: Tensor) -> bool:
     """Whether the kernels are there and take inputs like x [..., d], `MAX_TOKENS` of them at a time."""
     return x.is_cpu and x.dtype in DTYPES and x.numel() > 0 and available()
+
+
+def warn_of_dtype(x: Tensor, weights: torch.dtype) -> None:
+    """Say once that folded FFNs are slow where the kernels do not take inputs x, on a CPU, for weights of a dtype."""
+    if x.is_cpu and (x.dtype not in DTYPES or (x.dtype != weights and available())):
+        _warn_while_traced(x.dtype, weights)
+
+
+@torch.compiler.assume_constant_result
+def _warn_while_traced(inputs: torch.dtype, weights: torch.dtype) -> None:
+    _warn_once(inputs, weights)
+
+
+@functools.cache
+def _warn_once(inputs: torch.dtype, weights: torch.dtype) -> None:
+    found = f"in {_name(inputs)}" if inputs == weights else f"in {_name(weights)} with inputs in {_name(inputs)}"
+    remedy = "" if inputs == weights else ", and leave out torch.autocast"
+    warnings.warn(
+        f"folded FFNs {found} run through the reference, which is slow: the CPU kernels take weights and inputs of one "
+        f'dtype, {", ".join(map(_name, DTYPES[:-1]))} or {_name(DTYPES[-1])}. Load the model with dtype="bfloat16", '
+        f"or convert it by model.to(torch.bfloat16){remedy}.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def multiplies(x: Tensor, weight: Tensor) -> bool:
