@@ -1,8 +1,8 @@
-"""The folded checkpoint, format version 1: a Hugging Face directory with `tardis.*` tensors beside the dense weights.
+"""The folded checkpoint, format version 2: a Hugging Face directory with `tardis.*` tensors beside the dense weights.
 
     config.json     the family's own fields; `quantization_config`: a `CheckpointConfig`; `architectures`: Tardis<Stock>
     *.safetensors   every dense tensor under its own name, and `<ffn>.tardis.*` per folded FFN
-    tardis.json     the report of the fold, versions, and the SHA-256 of every tensor
+    tardis.json     the report of the fold, versions, and what every tensor and config.json were: see `record`
 
 W1 and W2 stay under their own names, so a loader that does not know TARDIS gets the exact dense model. Where low-bit
 fallback weights stand for them, they are empty tensors, at whose shape such a loader stops. So are the weights of
@@ -11,143 +11,25 @@ linear layers outside the FFNs that are stored in few bits, as `codes` and `scal
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers.auto import AutoHfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .config import FORMAT_VERSION
 from .errors import CheckpointError, InvalidInputError
-from .folding.fold import FoldedWeights
-from .folding.lowbit import PackedMatrix
-from .folding.stack import Fallback
+from .format import METHOD, PREFIX, CheckpointConfig, LayerFormat
 from .linears import low_bit_linears
+from .record import CONFIG, write_record
 from .report import FoldReport
-from .runtime.ffn import FoldedFFN, folded_ffns
-from .workspace import digest, read_json, write_json
+from .runtime.ffn import folded_ffns
+from .workspace import read_json, write_json
 
-METHOD = "tardis"
-RECORD = "tardis.json"
-#: what precedes the stock class name in `architectures`
-PREFIX = "Tardis"
-_CONFIG = "config.json"
 _STAGING = ".tardis-staging"
 _READABLE = 0o644  # transformers leaves weights readable by their owner alone
-
-
-@dataclass
-class CheckpointConfig(QuantizationConfigMixin):
-    """What a folded model records about itself; `quantization_config` in config.json.
-
-    Attributes:
-        layers: per folded FFN, by its full name in the model, the fields of `LayerFormat`.
-        format_version: of the checkpoint.
-        calibration: what the fold was calibrated on.
-        linears: bits per weight of each linear layer outside the FFNs that is stored in few, by its full name.
-        crossover: tokens at once up to which folding is faster than the dense FFNs; None if that was not measured.
-        quant_method: always "tardis".
-    """
-
-    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
-    calibration: dict[str, Any] = field(default_factory=dict)
-    linears: dict[str, int] = field(default_factory=dict)
-    crossover: int | None = None
-    quant_method: str = METHOD
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.format_version, int) or not 1 <= self.format_version <= FORMAT_VERSION:
-            raise CheckpointError(
-                f"this checkpoint has format version {self.format_version!r}, and this TARDIS reads 1 to "
-                f"{FORMAT_VERSION}. Update it (pip install -U tardis-llm), or fold the model again."
-            )
-        if not self.layers:
-            raise CheckpointError("config.json names no folded layers; copy the checkpoint anew, or fold again.")
-
-
-@dataclass(frozen=True)
-class LayerFormat:
-    """How one folded FFN is stored.
-
-    Attributes:
-        activation: a name in `ACTIVATIONS`.
-        bits: of the predictor.
-        group_size: input weights per scale, in every low-bit matrix.
-        range_dtype: "float16" or "float32", of ranges and lines.
-        fold_bits, fallback_bits: as in `Storage`.
-    """
-
-    activation: str
-    bits: int
-    group_size: int
-    range_dtype: str
-    fold_bits: int | None = None
-    fallback_bits: int | None = None
-
-    @classmethod
-    def from_config(cls, name: str, values: dict[str, Any]) -> LayerFormat:
-        """The format of the FFN `name` from its fields in config.json.
-
-        Raises:
-            CheckpointError: there are fields that this version does not know.
-        """
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise CheckpointError(
-                f"config.json describes {name} in a way that this version does not know ({error}); update TARDIS "
-                "(pip install -U tardis-llm), or fold again."
-            ) from error
-
-    @classmethod
-    def of(cls, ffn: FoldedFFN) -> LayerFormat:
-        """The format of a folded FFN in memory."""
-        weights, fallback = ffn.weights, ffn.fallback
-        fold_bits = weights.weight.bits if isinstance(weights.weight, PackedMatrix) else None
-        return cls(
-            activation=ffn.activation,
-            bits=weights.predictor.bits,
-            group_size=weights.predictor.group_size,
-            range_dtype=str(weights.low.dtype).removeprefix("torch."),
-            fold_bits=fold_bits,
-            fallback_bits=fallback.down.bits if fallback else None,
-        )
-
-    def empty(self, d: int, h: int, dtype: torch.dtype, device: torch.device) -> FoldedFFN:
-        """A folded FFN of this format without content.
-
-        Args:
-            d, h: width and neurons.
-            dtype: of the fold.
-            device: such as meta.
-        """
-
-        def low_bit(rows: int, bits: int) -> PackedMatrix:
-            planes = torch.empty(rows, bits, -(-d // 8), dtype=torch.uint8, device=device)
-            scale = torch.empty(rows, -(-d // self.group_size), dtype=torch.float16, device=device)
-            return PackedMatrix(planes, scale, d, self.group_size)
-
-        def values(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
-
-        fallback = None
-        if self.fallback_bits:
-            left = self.fallback_bits - self.bits
-            fallback = Fallback(low_bit(h, left) if left else None, low_bit(h, self.fallback_bits))
-        fold = low_bit(d, self.fold_bits) if self.fold_bits else values(d, d)
-        low, high, slope, offset = (values(h, dtype=getattr(torch, self.range_dtype)) for _ in range(4))
-        weights = FoldedWeights(fold, values(d), low_bit(h, self.bits), low, high, slope, offset, fallback)
-        return FoldedFFN(weights, self.activation)
 
 
 def save_folded(
@@ -178,7 +60,6 @@ def save_folded(
         model.save_pretrained(staging, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
-        _rename_architecture(staging)
         _write_record(staging, report)
         _publish(staging, directory)
     finally:
@@ -194,6 +75,28 @@ def mark_folded(model: PreTrainedModel, calibration: dict[str, Any]) -> None:
     config = CheckpointConfig(layers=formats, calibration=calibration, linears=linears)
     model.config.quantization_config = config
     model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
+    save_as_folded(model)
+
+
+def save_as_folded(model: PreTrainedModel) -> None:
+    """See that `save_pretrained` of a folded model names it as a fold, so that loaders that do not know it refuse."""
+    setattr(model, "save_pretrained", functools.partial(_save, model))  # noqa: B010 - a method of its class
+
+
+def _save(
+    model: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, push_to_hub: bool = False, **kwargs: Any
+) -> None:
+    """`save_pretrained`, with `Tardis<Stock>` under `architectures`."""
+    type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    path = Path(save_directory) / CONFIG
+    if path.is_file():  # only the main process writes it
+        config = read_json(path)
+        config["architectures"] = [f"{PREFIX}{name.removeprefix(PREFIX)}" for name in config["architectures"]]
+        write_json(path, config)
+    if push_to_hub:
+        names = ("token", "max_shard_size", "commit_message", "commit_description", "private", "revision", "create_pr")
+        given = {name: kwargs[name] for name in names if name in kwargs}
+        model.push_to_hub(kwargs.get("repo_id", Path(save_directory).name), **given)
 
 
 def record_crossover(directory: Path, tokens: int) -> None:
@@ -204,91 +107,22 @@ def record_crossover(directory: Path, tokens: int) -> None:
     """
     if not is_folded(directory):
         raise CheckpointError(f"{directory} holds no folded model to record a crossover in; fold one with tardis fold.")
-    config = read_json(directory / _CONFIG)
+    config = read_json(directory / CONFIG)
     config["quantization_config"]["crossover"] = tokens
-    write_json(directory / _CONFIG, config)
+    write_json(directory / CONFIG, config)
 
 
 def is_folded(directory: Path) -> bool:
     """Whether a directory holds a folded checkpoint."""
-    path = directory / _CONFIG
-    return path.is_file() and (read_json(path).get("quantization_config") or {}).get("quant_method") == METHOD
-
-
-def read_report(directory: Path) -> FoldReport:
-    """The report of the fold that made a checkpoint.
-
-    Raises:
-        CheckpointError: tardis.json is missing or damaged.
-    """
-    record = read_json(directory / RECORD)
-    try:
-        return FoldReport.from_dict(record["report"])
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{directory / RECORD} is damaged ({error!r}); copy the checkpoint anew.") from error
-
-
-def verify(files: Sequence[Path], expected: Sequence[str]) -> None:
-    """Check the weight files of a checkpoint: whole, complete, and as they were written.
-
-    Contents are compared where tardis.json lies beside the files.
-
-    Args:
-        files: all of them.
-        expected: names of tensors that must be there.
-
-    Raises:
-        CheckpointError: names the file and what to do.
-    """
-    record = files[0].parent / RECORD
-    digests = read_json(record).get("tensors", {}) if record.exists() else {}
-    seen = set()
-    for file in files:
-        for name, tensor in _tensors(file):
-            seen.add(name)
-            if digests and digests.get(name) != digest([tensor]):
-                raise CheckpointError(
-                    f"{file}: the tensor {name} is not the one that was written (its SHA-256 differs from {record}). "
-                    f"Copy the file anew or fold again; if you changed it on purpose, delete {record}."
-                )
-    missing = sorted((set(expected) | set(digests)) - seen)
-    if missing:
-        raise CheckpointError(
-            f"{files[0].parent} lacks {len(missing)} tensors of the folded model, the first is {missing[0]}. A weight "
-            "file is missing or from another model: copy the checkpoint anew, or fold again."
-        )
-
-
-def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of a safetensors file."""
-    try:
-        with safe_open(file, framework="pt") as handle:
-            for name in handle.keys():  # noqa: SIM118 - not a dict
-                yield name, handle.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{file} is missing, truncated or damaged ({error}). Copy it anew, or fold the model again."
-        ) from error
-
-
-def _rename_architecture(staging: Path) -> None:
-    """Call the model `Tardis<Stock>` in config.json: who goes by that name and does not know TARDIS refuses it."""
-    config = read_json(staging / _CONFIG)
-    config["architectures"] = [f"{PREFIX}{name}" for name in config["architectures"]]
-    write_json(staging / _CONFIG, config)
+    path = directory / CONFIG
+    settings = read_json(path).get("quantization_config") if path.is_file() else None
+    return isinstance(settings, dict) and settings.get("quant_method") == METHOD
 
 
 def _write_record(staging: Path, report: FoldReport) -> None:
-    files = sorted(staging.glob("*.safetensors"))
-    for file in files:
+    for file in staging.glob("*.safetensors"):
         file.chmod(_READABLE)
-    record = {
-        "format_version": FORMAT_VERSION,
-        "software": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "report": report.as_dict(),
-        "tensors": {name: digest([tensor]) for file in files for name, tensor in _tensors(file)},
-    }
-    write_json(staging / RECORD, record)
+    write_record(staging, report)
 
 
 def _publish(staging: Path, directory: Path) -> None:
@@ -298,5 +132,5 @@ def _publish(staging: Path, directory: Path) -> None:
         for stale in [*directory.glob("*.safetensors"), *directory.glob("*.safetensors.index.json")]:
             if stale.name not in new:
                 stale.unlink()
-    for name in sorted(new, key=lambda name: name == _CONFIG):
+    for name in sorted(new, key=lambda name: name == CONFIG):
         os.replace(staging / name, directory / name)

@@ -13,7 +13,7 @@ Rounding = Literal["gptq", "nearest"]
 Precision = Literal["bf16", "int8", "int4"]
 
 #: version of the checkpoint format that this package writes, and the newest that it reads
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 #: widths of a predictor's codes that the format stores
 PREDICTOR_BITS = (1, 2, 3, 4, 8)
 #: widths of what is stored in few bits: a fold, fallback weights, linear layers outside the FFNs

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,14 +24,18 @@ from transformers.utils.hub import cached_file
 
 from .architectures import FAMILIES, family_of
 from .calibration.text import default_length
-from .checkpoint import METHOD, PREFIX, RECORD, read_report
 from .errors import CheckpointError, InvalidInputError, TardisError, UnsupportedModelError
+from .format import METHOD, CheckpointConfig, stock_name
+from .record import RECORD, read_report
 from .report import FoldReport
+from .skeleton import check_blocks
+from .weight_files import headers, weight_files
 
 #: what `dtype` may be; None keeps the checkpoint's own
 DTYPES = ("float32", "bfloat16", "float16")
 
-_INDEX = "model.safetensors.index.json"
+#: classes of a classifier beyond which reading a config would take all memory
+_MOST_LABELS = 1_000_000
 #: ends of the names of encoder classes whose output is one tensor, `logits` or `last_hidden_state`
 _ENCODER_CLASSES = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
 
@@ -72,6 +76,7 @@ def load_config(model: str) -> PreTrainedConfig:
     Raises:
         UnsupportedModelError: the family is gated or unknown.
         InvalidInputError: no such directory, no usable config.json in it, or the hub cannot be reached.
+        CheckpointError: config.json is damaged, or says what cannot be.
     """
     if _is_local(model):
         _check_directory(Path(model))
@@ -84,7 +89,13 @@ def load_config(model: str) -> PreTrainedConfig:
         ) from error
     except OSError as error:
         raise _not_found(model, error) from error
+    except Exception as error:  # the library raises many kinds, all for the same reason
+        raise CheckpointError(
+            f"config.json of {model} describes no model ({_first_line(error)}); copy it anew."
+        ) from error
     family_of(config)
+    if quantisation(config) == METHOD:
+        CheckpointConfig.read(config.quantization_config)
     return config
 
 
@@ -109,23 +120,30 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 
 
 def load_report(model: str) -> FoldReport | None:
-    """The report of the fold that made a checkpoint; None for a dense model.
+    """The report of the fold that made a checkpoint; None for a dense model, and for a fold without tardis.json.
+
+    transformers leaves that file out where it saves a loaded fold anew; `is_folded` tells which of the two it is.
 
     Args:
         model: directory or hub name.
 
     Raises:
-        CheckpointError: the checkpoint is folded, and its report is missing or damaged.
+        CheckpointError: the report is damaged.
     """
-    if quantisation(load_config(model)) != METHOD:
+    if not is_folded(model):
         return None
     if _is_local(model):
-        return read_report(Path(model))
+        return read_report(Path(model)) if (Path(model) / RECORD).exists() else None
     try:
-        path = cached_file(model, RECORD)
+        path = cached_file(model, RECORD, _raise_exceptions_for_missing_entries=False)
     except OSError as error:
-        raise CheckpointError(f"{model} has no {RECORD} ({_first_line(error)}); fold the model again.") from error
-    return read_report(Path(path).parent)
+        raise _not_found(model, error) from error
+    return read_report(Path(path).parent) if path else None
+
+
+def is_folded(model: str) -> bool:
+    """Whether a directory or hub name is that of a folded model; errors as `load_config`."""
+    return quantisation(load_config(model)) == METHOD
 
 
 def window_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, wanted: int | None) -> int:
@@ -155,7 +173,7 @@ def _load(model: str, config: PreTrainedConfig, dtype: str | None) -> PreTrained
         raise InvalidInputError(f"dtype is {dtype!r}; give one of {', '.join(DTYPES)}.")
     loader = AutoModelForCausalLM if family_of(config).causal else _encoder_class(model, config)
     if _is_local(model):
-        check_weights(Path(model))
+        check_blocks(config, check_weights(Path(model)))
     try:
         loaded, info = loader.from_pretrained(
             model, dtype=getattr(torch, dtype) if dtype else "auto", output_loading_info=True
@@ -166,7 +184,7 @@ def _load(model: str, config: PreTrainedConfig, dtype: str | None) -> PreTrained
         raise CheckpointError(
             f"the weights of {model} cannot be read ({_first_line(error)}). Copy or download the model anew."
         ) from error
-    except RuntimeError as error:
+    except Exception as error:  # the library raises many kinds, all for the same reason
         raise CheckpointError(
             f"the weights of {model} do not fit its config.json ({_first_line(error)}). Copy both from the same model."
         ) from error
@@ -177,9 +195,9 @@ def _load(model: str, config: PreTrainedConfig, dtype: str | None) -> PreTrained
 
 def _encoder_class(model: str, config: PreTrainedConfig) -> Any:
     """The transformers class named in the config of an encoder."""
-    named = (config.architectures or [""])[0].removeprefix(PREFIX)
+    named = stock_name(config)
     found = getattr(transformers, named, None) if named.endswith(_ENCODER_CLASSES) else None
-    if found is None:
+    if found is None or found.config_class is not type(config):
         raise UnsupportedModelError(
             f"config.json of {model} names the class {named or 'none'!r} under `architectures`, and TARDIS needs an "
             f"encoder class that ends in {', '.join(_ENCODER_CLASSES)}; name one that fits the weights, such as "
@@ -204,31 +222,34 @@ def _check_directory(directory: Path) -> None:
     config = directory / "config.json"
     if not config.is_file():
         raise InvalidInputError(f"{directory} has no config.json; give the directory of a Hugging Face model.")
+    labels = _read_config(config).get("num_labels", 0)
+    if not isinstance(labels, int) or labels > _MOST_LABELS:
+        raise CheckpointError(f"{config} says that there are {str(labels)[:40]} labels; copy it anew.")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
     try:
-        json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{config} is no JSON ({error}); copy it anew.") from error
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no JSON ({error}); copy it anew.") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds no JSON object; copy it anew.")
+    return values
 
 
-def check_weights(directory: Path) -> None:
+def check_weights(directory: Path) -> int | None:
     """See that the weight files of a model are there and have sound headers; names the one that has not.
 
+    Returns:
+        How many tensors they hold; None where they are no safetensors files.
+
     Raises:
-        CheckpointError: a file is missing or damaged.
+        CheckpointError: a file is missing or damaged, lies elsewhere, or two have the same tensor.
     """
-    index = directory / _INDEX
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
-    files = sorted(directory / name for name in names) or sorted(directory.glob("*.safetensors"))
+    files = weight_files(directory)
     if not files and not list(directory.glob("*.bin")):
         raise CheckpointError(f"{directory} has no weights (*.safetensors); copy or download the model anew.")
-    for file in files:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{file} is missing, truncated or damaged ({_first_line(error)}). Copy or download it anew."
-            ) from error
+    return len(headers(files)) if files else None
 
 
 def quantisation(config: PreTrainedConfig) -> str | None:
@@ -236,7 +257,7 @@ def quantisation(config: PreTrainedConfig) -> str | None:
     settings = getattr(config, "quantization_config", None)
     if settings is None:
         return None
-    method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", "?")
     return str(getattr(method, "value", method))
 
 

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from .architectures import FFNSite, family_of
 from .calibration.stream import Stream
 from .calibration.text import Windows, check_enough, split_windows
-from .checkpoint import LayerFormat
 from .config import FORMAT_VERSION, FoldConfig, Storage
 from .folding.budget import check_feasible
 from .folding.fold import FoldQuality, choose_ranges, finish, predict
+from .format import LayerFormat
 from .linears import check_bits, quantise_linears
 from .planning import LayerPlan, plan
 from .report import FoldReport, LayerReport

@@ -104,11 +104,13 @@ def read_json(path: Path) -> dict[str, Any]:
     """Plain values from a file.
 
     Raises:
-        CheckpointError: it is missing or no JSON.
+        CheckpointError: it is missing, no JSON, or no object.
     """
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it is no object")
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); delete it, or copy the folder anew.") from error
     return values
 

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from tardis_llm import FoldReport, fold, save_folded
-from tardis_llm.checkpoint import RECORD, is_folded, read_report
+from tardis_llm.checkpoint import is_folded
 from tardis_llm.errors import CheckpointError, InvalidInputError
+from tardis_llm.record import RECORD, read_report
 from tardis_llm.runtime.ffn import folded_ffns
 
 
@@ -190,8 +191,8 @@ def test_a_missing_tensor_is_an_error_and_never_random(copy: Path, lost: str, re
 
 
 def test_a_checkpoint_of_a_newer_format_asks_for_an_update(copy: Path):
-    edit_config(copy, format_version=2)
-    with pytest.raises(CheckpointError, match=r"format version 2.*pip install -U"):
+    edit_config(copy, format_version=3)
+    with pytest.raises(CheckpointError, match=r"format version 3.*pip install -U"):
         AutoModelForCausalLM.from_pretrained(copy)
 
 

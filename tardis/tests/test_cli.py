@@ -16,9 +16,10 @@ from models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from tardis_llm import __version__, pipeline, sample
-from tardis_llm.checkpoint import RECORD, is_folded
+from tardis_llm.checkpoint import is_folded
 from tardis_llm.cli import demo
 from tardis_llm.evaluation import self_check
+from tardis_llm.record import RECORD
 from tardis_llm.runtime.ffn import folded_ffns
 from tardis_llm.workspace import FOLDER
 

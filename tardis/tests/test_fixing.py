@@ -9,9 +9,9 @@ import torch
 
 from tardis_llm.activations import ACTIVATIONS
 from tardis_llm.architectures import FFNWeights
-from tardis_llm.checkpoint import LayerFormat
 from tardis_llm.folding.fold import FoldedWeights
 from tardis_llm.folding.lowbit import PackedMatrix
+from tardis_llm.format import LayerFormat
 from tardis_llm.runtime import ops
 from tardis_llm.runtime.cpu.library import available
 from tardis_llm.runtime.ffn import folded_ffn

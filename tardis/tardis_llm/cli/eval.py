@@ -14,7 +14,9 @@ from ..evaluation.perplexity import Perplexity, token_perplexity, windows_of
 from ..evaluation.rolling import WordPerplexity, documents_of, word_perplexity
 from ..evaluation.tasks import TASKS, TaskScore, check_tasks, run_tasks
 from ..loading import load_model, load_report, load_tokenizer, window_length
+from ..record import RECORD
 from ..report import FoldReport
+from ..runtime.ffn import folded_ffns
 from . import output as show
 from .options import AsJson, Dtype, ModelName, TextFile
 
@@ -67,6 +69,8 @@ def evaluate(
         return
     _print(result, report, found)
     _print_tasks(scores)
+    if report is None and folded_ffns(loaded):
+        show.say(f"{model} has no {RECORD}: what its fold fixes and how many bytes that touches is not known")
     show.say(clock.sentence())
 
 

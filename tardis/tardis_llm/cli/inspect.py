@@ -14,7 +14,9 @@ from ..errors import InvalidInputError
 from ..evaluation.plots import plot_fold, plot_survey
 from ..evaluation.survey import COVERAGE, Survey, survey
 from ..folding.budget import FFNShape
-from ..loading import load_dense, load_model, load_report, load_tokenizer, window_length
+from ..format import CheckpointConfig
+from ..loading import is_folded, load_config, load_dense, load_model, load_report, load_tokenizer, window_length
+from ..record import RECORD
 from ..report import FoldReport
 from . import output as show
 from .options import AsJson, ModelName, Texts
@@ -36,10 +38,34 @@ def inspect(
     if plot:
         check_writable(plot.parent)
     report = load_report(model)
-    if report is None:
-        _inspect_dense(model, plot, text, tokens, as_json)
-    else:
+    if report is not None:
         _inspect_folded(model, report, plot, text, as_json)
+    elif is_folded(model):
+        _inspect_unrecorded(model, plot, text, as_json)
+    else:
+        _inspect_dense(model, plot, text, tokens, as_json)
+
+
+def _inspect_unrecorded(model: str, plot: Path | None, text: list[str] | None, as_json: bool) -> None:
+    """Show a fold without tardis.json, as transformers saves it anew: how it is stored, and what is not known."""
+    if plot or text:
+        raise InvalidInputError(
+            f"{model} is folded and has no {RECORD}, which holds the figures to draw; give the directory of the fold "
+            f"as tardis fold wrote it. To measure on a text: tardis eval {model}."
+        )
+    settings = CheckpointConfig.read(load_config(model).quantization_config)
+    if as_json:
+        figures = {"layers": settings.layers, "linears": settings.linears, "calibration": settings.calibration}
+        show.print_json({"model": model, "folded": True, "plot": None, "recorded": False, **figures})
+        return
+    made = show.table(f"{model}, folded", "FFN", "activation", "predictor bits", "group size", "fold", "fallback")
+    for name, layer in settings.formats().items():
+        stored = (f"int{bits}" if bits else "dense" for bits in (layer.fold_bits, layer.fallback_bits))
+        made.add_row(name, layer.activation, str(layer.bits), str(layer.group_size), *stored)
+    show.out.print(made)
+    show.out.print(
+        f"{model} has no {RECORD}: what was measured when it was folded, and what it fixes and touches, is not known"
+    )
 
 
 def _inspect_folded(model: str, report: FoldReport, plot: Path | None, text: list[str] | None, as_json: bool) -> None:

@@ -18,9 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from .. import activations
 from ..architectures import FFNSite, find_ffns
-from ..checkpoint import LayerFormat, save_folded
+from ..checkpoint import save_folded
 from ..config import Storage
 from ..errors import InvalidInputError
+from ..format import LayerFormat
 from ..linears import quantise_linears
 from ..report import FoldReport, LayerReport
 from ..runtime.ffn import FoldedFFN, install

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
-from ..architectures import FFNSite, find_ffns
-from ..checkpoint import METHOD, CheckpointConfig, LayerFormat, verify
+from ..checkpoint import save_as_folded
+from ..contents import check_headers
 from ..errors import CheckpointError
-from ..linears import check_bits, empty_like, linear_layers, put_linears, untie_head
-from ..runtime.ffn import install
-from ..runtime.lowbit_linear import KINDS
+from ..format import METHOD, CheckpointConfig
+from ..record import CONFIG, RECORD, check_bytes
 from ..runtime.relaid import freeze
+from ..skeleton import check_blocks, install_folds
+from ..weight_files import headers, weight_files
 
 register_quantization_config(METHOD)(CheckpointConfig)
 
@@ -28,32 +28,38 @@ class TardisQuantizer(HfQuantizer):
 
     requires_calibration = True
 
+    def update_tp_plan(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The config as it is; transformers shows it here before it makes the model.
+
+        Raises:
+            CheckpointError: it describes a model of more blocks than there can be.
+        """
+        directory = Path(config.name_or_path or "")
+        known = bool(config.name_or_path) and directory.is_dir()
+        check_blocks(config, len(headers(weight_files(directory))) if known else None)
+        return config
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
-        """Check the files, and replace each FFN that the checkpoint has folded.
+        """Replace each FFN that the checkpoint has folded, and check the files before any of their weights is read.
 
         Raises:
-            CheckpointError: a file is damaged or a tensor missing, or the layers are not those of the model.
+            CheckpointError: the files are damaged, or not those of config.json, or not as they were written.
         """
-        layers = self.quantization_config.layers
-        sites = {_name_in(layers, model, site): site for site in find_ffns(model)}
-        unknown = sorted(set(layers) - set(sites))
-        if unknown:
-            raise CheckpointError(
-                f"config.json folds {unknown[0]}, which this model does not have; copy config.json anew, or fold again."
-            )
-        expected = [key for name, values in layers.items() for key in _install_empty(model, name, sites[name], values)]
-        for name, bits in self.quantization_config.linears.items():
-            expected += _install_empty_linear(model, name, bits)
-        untie_head(model)
+        install_folds(model, self.quantization_config)
         if checkpoint_files:
-            verify([Path(file) for file in checkpoint_files], expected)
+            files = [Path(file) for file in checkpoint_files]
+            _check_place(files, model.config.name_or_path)
+            check_bytes(check_headers(files, model.config, self.quantization_config, model))
+        # of what is quantised already, transformers leaves renamed tensors in the dtype of the file
+        self.pre_quantized = False
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        """Freeze what was solved for: loading makes every parameter one that trains."""
-        freeze(model)
+        self.pre_quantized = True
+        save_as_folded(model)
+        freeze(model)  # loading makes every parameter one that trains
         return model
 
     def is_serializable(self, safe_serialization: Any = None) -> bool:
@@ -71,44 +77,24 @@ class TardisQuantizer(HfQuantizer):
         return False
 
 
-def _name_in(layers: dict[str, Any], model: PreTrainedModel, site: FFNSite) -> str:
-    """The name under which the checkpoint has the FFN; with and without LM head it differs by the base's prefix."""
-    base = model.base_model_prefix + "."
-    names = (site.prefix, base + site.prefix, site.prefix.removeprefix(base))
-    return next((name for name in names if name in layers), site.prefix)
+def _check_place(files: Sequence[Path], model: str | None) -> None:
+    """Refuse files that lie elsewhere than their config.json; what they link to, as in the hub's cache, may.
 
-
-def _install_empty_linear(model: PreTrainedModel, name: str, bits: int) -> list[str]:
-    """Put an empty low-bit layer in the place of a linear layer; returns what its tensors are called in the files.
-
-    A model without its head leaves out the layers of that.
+    Args:
+        files: as transformers found them.
+        model: the directory that was asked for, or a name on the hub.
     """
-    base = model.base_model_prefix + "."
-    dense = linear_layers(model)
-    found = next((each for each in (name, base + name, name.removeprefix(base)) if each in dense), None)
-    if found is None and model.base_model is model and not name.startswith(base):
-        return []
-    if found is None or bits not in KINDS:
+    places = {Path(os.path.abspath(file)).parent for file in files}
+    root = Path(os.path.abspath(model)) if model and Path(model).is_dir() else None
+    outside = sorted(place for place in places if root is not None and not _belongs(place, root))
+    if len(places) > 1 or outside:
         raise CheckpointError(
-            f"config.json stores {name} in {bits} bits, and this version and this model have no such layer; copy "
-            "config.json anew, update TARDIS (pip install -U tardis-llm), or fold again."
+            f"weight files of {model} lie in {(outside or sorted(places))[0]}, and every file of a checkpoint lies in "
+            "the directory of its config.json; copy the checkpoint anew."
         )
-    check_bits(bits)
-    layer = empty_like(dense[found], bits)
-    put_linears(model, {found: layer})
-    named = {f"{name}.{key}": torch.empty(0) for key in layer.state_dict()}
-    return list(revert_weight_conversion(model, named))  # some heads have another name in files than in memory
 
 
-def _install_empty(model: PreTrainedModel, name: str, site: FFNSite, values: dict[str, Any]) -> list[str]:
-    """Put an empty folded FFN at `site`; returns what its tensors, kept weights included, are called in the files."""
-    layer = LayerFormat.from_config(site.prefix, values)
-    weight = site.weights().w1
-    ffn = layer.empty(site.hidden_size, site.intermediate_size, weight.dtype, weight.device)
-    install(model, site, ffn)
-    kept = (
-        f"{name}{part_name.removeprefix(site.prefix)}.{key}"
-        for part_name, part in ((site.up_name, site.up), (site.down_name, site.down))
-        for key, _ in part.named_parameters()
-    )
-    return [*(f"{name}.tardis.{key}" for key in ffn.state_dict()), *kept]
+def _belongs(place: Path, root: Path) -> bool:
+    """Whether a checkpoint that was asked for in `root` may lie in `place`: there, or in a folder with a config."""
+    own = root in place.parents and (place / CONFIG).is_file()
+    return place == root or (own and not (root / RECORD).exists())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from ...checkpoint import METHOD, CheckpointConfig, LayerFormat
+from ...contents import check_directory
 from ...errors import CheckpointError
+from ...format import METHOD, CheckpointConfig, LayerFormat
 from ...runtime.prefill import CROSSOVER
 from .linears import LowBitMethod, PanelsMethod
 from .names import Projections, block_index, check_served, linear_bits
@@ -48,10 +50,9 @@ class TardisConfig(QuantizationConfig):
         Raises:
             CheckpointError: it is of a newer version, or names no layers.
         """
-        checkpoint = CheckpointConfig(**config)
-        layers = {name: LayerFormat.from_config(name, values) for name, values in checkpoint.layers.items()}
+        checkpoint = CheckpointConfig.read(config)
         crossover = CROSSOVER if checkpoint.crossover is None else checkpoint.crossover
-        return cls(layers, crossover, checkpoint.linears)
+        return cls(checkpoint.formats(), crossover, checkpoint.linears)
 
     def maybe_update_config(
         self, model_name: str, hf_config: PreTrainedConfig | None = None, revision: str | None = None
@@ -60,11 +61,13 @@ class TardisConfig(QuantizationConfig):
 
         Raises:
             UnsupportedModelError: its family is gated, unknown, or not served.
-            CheckpointError: the config's layers are not those of the family.
+            CheckpointError: config.json contradicts itself, or the files in its directory are not those of it.
         """
         if hf_config is None:
             raise CheckpointError(f"{model_name}: vLLM gave no config to check; update tardis-llm to one made for it.")
         family = check_served(hf_config)
+        if Path(model_name).is_dir():
+            check_directory(Path(model_name), hf_config)
         stacked = [block_index(name, family) for name, layer in self.layers.items() if layer.fallback_bits]
         self._projections = Projections(family, stacked, self._linears)
 

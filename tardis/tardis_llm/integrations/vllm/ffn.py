@@ -27,9 +27,9 @@ from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase, 
 from ...activations import ACTIVATIONS
 from ...allocator import contiguous_in_huge_pages
 from ...architectures import Family, FFNWeights, set_module
-from ...checkpoint import LayerFormat
 from ...errors import CheckpointError
 from ...folding.lowbit import PackedMatrix
+from ...format import LayerFormat
 from ...runtime import ops
 from ...runtime.ffn import LowBit, dense_ffn
 from ...runtime.fixing import Fixing, packed_linear

@@ -20,12 +20,13 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from ...architectures import Family
-from ...checkpoint import PREFIX
+from ...contents import Contents, contents_of
 from ...errors import CheckpointError
+from ...format import PREFIX, CheckpointConfig, stock_name
 from .config import TardisConfig
 from .ffn import ServedFFN, install
 from .linears import install_head
-from .names import architectures, block_index, check_served, stock_name
+from .names import architectures, block_index, check_served
 from .prefill import Choice
 from .weights import FoldLoader
 
@@ -68,7 +69,7 @@ class TardisModel(nn.Module):
             stock.__init__(vllm_config=vllm_config, prefix=prefix)
         if settings.linear_bits:
             install_head(self, settings.linear_bits)
-        self._model = vllm_config.model_config.model
+        self._model, self._config = vllm_config.model_config.model, config
         self._folded = _install_all(self, check_served(config), settings, vllm_config)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
@@ -77,7 +78,7 @@ class TardisModel(nn.Module):
         Raises:
             CheckpointError: a tensor is missing, damaged, or not the one that was written.
         """
-        loader = FoldLoader(self, self._folded, self._model)
+        loader = FoldLoader(self, self._folded, self._model, self._contents(), self._config.dtype)
         stock: Any = super()
         loaded: set[str] = stock.load_weights(loader.others(weights))
         loader.check(loaded)
@@ -85,6 +86,9 @@ class TardisModel(nn.Module):
             if ffn is not None:
                 ffn.pack()
         return loaded
+
+    def _contents(self) -> Contents:
+        return contents_of(self._config, CheckpointConfig.read(self._config.quantization_config))
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ...architectures import FAMILIES, Family, family_of
-from ...checkpoint import PREFIX
 from ...errors import CheckpointError, UnsupportedModelError
+from ...format import PREFIX, CheckpointConfig, stock_name
 from ...linears import check_bits
 
 #: the key of the mode of prompts, a `Prefill`, in vLLM's `additional_config`
@@ -20,12 +20,6 @@ PREFILL_OPTION = "tardis_prefill"
 def architectures() -> list[str]:
     """`Tardis<Stock class>` of every causal family of the table, those that vLLM does not serve included."""
     return [f"{PREFIX}{MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]}" for name, row in FAMILIES.items() if row.causal]
-
-
-def stock_name(config: PreTrainedConfig) -> str:
-    """The stock class that a checkpoint's config names."""
-    named = (config.architectures or [""])[0]
-    return str(named.removeprefix(PREFIX))
 
 
 def check_served(config: PreTrainedConfig) -> Family:
@@ -42,8 +36,7 @@ def check_served(config: PreTrainedConfig) -> Family:
         raise UnsupportedModelError(
             f"in vLLM, folded encoders such as {family.model_type} are not served; use transformers."
         )
-    settings = config.quantization_config
-    linear_bits(settings["linears"] if isinstance(settings, dict) and "linears" in settings else {})
+    linear_bits(CheckpointConfig.read(config.quantization_config).linears)
     stock = stock_name(config)
     if stock not in ModelRegistry.get_supported_archs():
         served = (name.removeprefix(PREFIX) for name in architectures())

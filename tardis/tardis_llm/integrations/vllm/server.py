@@ -17,8 +17,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from types import FrameType
 
-from ...checkpoint import METHOD, CheckpointConfig
 from ...errors import InvalidInputError, TardisError
+from ...format import METHOD, CheckpointConfig
 from ...loading import check_weights, load_config, quantisation
 from ...runtime.prefill import check_prefill
 from .names import PREFILL_OPTION, check_served
@@ -48,8 +48,8 @@ def check(model: str, prefill: str = "auto") -> None:
         raise InvalidInputError(
             f"{model} is not folded: fold it with `tardis fold`, or serve it as it is with `python -m {_MODULE}`."
         )
-    formats = CheckpointConfig(**config.quantization_config).layers.values()
-    check_prefill(prefill, stacked=any(layer.get("fallback_bits") for layer in formats))
+    formats = CheckpointConfig.read(config.quantization_config).formats().values()
+    check_prefill(prefill, stacked=any(layer.fallback_bits for layer in formats))
     if Path(model).is_dir():
         check_weights(Path(model))
     if importlib.util.find_spec("vllm") is None:

@@ -6,11 +6,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ...checkpoint import RECORD
+from ...contents import Contents
 from ...errors import CheckpointError
-from ...workspace import digest, read_json
+from ...record import Record
+from ...weight_files import Stored
 from .ffn import ServedFFN
 
 _MARK = ".tardis."
@@ -20,18 +22,28 @@ _HEAD = ("lm_head.codes", "lm_head.scale")
 class FoldLoader:
     """Fills folds from a checkpoint's tensors and hands everything else on.
 
-    Tensors are compared with the SHA-256 that tardis.json has of them, where it lies beside the files.
+    Every tensor is compared with what config.json describes, and with tardis.json, where that lies beside the files.
 
     Args:
         model: to be filled.
         folded: its folds by their names in the checkpoint; None where another rank has them.
         directory: of the checkpoint, or its name on the hub.
+        contents: what its files must hold.
+        dtype: that config.json says.
     """
 
-    def __init__(self, model: nn.Module, folded: dict[str, ServedFFN | None], directory: str) -> None:
-        self._model, self._folded, self._directory = model, folded, directory
-        record = Path(directory) / RECORD
-        self._digests = read_json(record).get("tensors", {}) if record.is_file() else {}
+    def __init__(
+        self,
+        model: nn.Module,
+        folded: dict[str, ServedFFN | None],
+        directory: str,
+        contents: Contents,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self._model, self._folded, self._directory = model, folded, Path(directory)
+        self._contents, self._dtype = contents, dtype
+        self._record = Record.read(self._directory)
+        self._seen: set[str] = set()
         # not by the stock class: BLOOM's takes no head but a shared one
         self._head: dict[str, Any] = {name: part for name, part in model.named_parameters() if name in _HEAD}
         parts = {f"{name}{_MARK}{key}" for name, ffn in folded.items() if ffn for key in ffn.state_dict()}
@@ -80,8 +92,11 @@ class FoldLoader:
             self._missing.discard(name)
 
     def _verify(self, name: str, tensor: Tensor) -> None:
-        if self._digests and digest([tensor.cpu()]) != self._digests.get(name):
-            raise CheckpointError(
-                f"{self._directory}: the tensor {name} is not the one that was written (its SHA-256 differs from "
-                f"{RECORD}). Copy the files anew or fold again; if you changed it on purpose, delete {RECORD}."
-            )
+        stored = Stored(self._directory, tensor.dtype, tuple(tensor.shape))
+        placed = self._contents.check(name, stored, self._dtype)
+        if placed in self._seen:
+            raise CheckpointError(f"{self._directory} has the tensor {name} twice; copy the checkpoint anew.")
+        if placed is not None:
+            self._seen.add(placed)
+        if self._record is not None:
+            self._record.check_tensor(name, tensor.cpu(), self._directory)

@@ -1,0 +1,214 @@
+"""What config.json says of a fold: `quantization_config`, read as the work of strangers and checked against itself."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .activations import ACTIVATIONS
+from .config import FORMAT_VERSION, PREDICTOR_BITS, STACKED_BITS
+from .errors import CheckpointError
+from .folding.fold import FoldedWeights
+from .folding.lowbit import PackedMatrix
+from .folding.stack import Fallback
+from .runtime.ffn import FoldedFFN
+
+METHOD = "tardis"
+#: what precedes the stock class name in `architectures`
+PREFIX = "Tardis"
+_RANGE_DTYPES = ("float16", "float32")
+_UPDATE = "update TARDIS (pip install -U tardis-llm), or fold again"
+
+
+@dataclass
+class CheckpointConfig(QuantizationConfigMixin):
+    """What a folded model records about itself; `quantization_config` in config.json.
+
+    Attributes:
+        layers: per folded FFN, by its full name in the model, the fields of `LayerFormat`.
+        format_version: of the checkpoint.
+        calibration: what the fold was calibrated on.
+        linears: bits per weight of each linear layer outside the FFNs that is stored in few, by its full name.
+        crossover: tokens at once up to which folding is faster than the dense FFNs; None if that was not measured.
+        quant_method: always "tardis".
+
+    Raises:
+        CheckpointError: a field has a type or value that it cannot have, or the format is newer.
+    """
+
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+    calibration: dict[str, Any] = field(default_factory=dict)
+    linears: dict[str, int] = field(default_factory=dict)
+    crossover: int | None = None
+    quant_method: str = METHOD
+
+    def __post_init__(self) -> None:
+        version, crossover = self.format_version, self.crossover
+        if not _whole(version) or not 1 <= version <= FORMAT_VERSION:
+            raise CheckpointError(
+                f"this checkpoint has format version {reprlib.repr(version)}, and this TARDIS reads 1 to "
+                f"{FORMAT_VERSION}. Update it (pip install -U tardis-llm), or fold the model again."
+            )
+        if not self.layers:
+            raise CheckpointError("config.json names no folded layers; copy the checkpoint anew, or fold again.")
+        for name in ("layers", "calibration", "linears"):
+            _require(isinstance(getattr(self, name), dict), name, getattr(self, name), "an object")
+        _require(crossover is None or (_whole(crossover) and crossover >= 0), "crossover", crossover, "a number from 0")
+        _require(self.quant_method == METHOD, "quant_method", self.quant_method, repr(METHOD))
+        for name, bits in self.linears.items():
+            _require(_whole(bits) and bits in STACKED_BITS, f"linears.{name}", bits, _one_of(STACKED_BITS))
+        self.formats()
+
+    @classmethod
+    def read(cls, values: object) -> CheckpointConfig:
+        """From `quantization_config` of a config.
+
+        Raises:
+            CheckpointError: see above; also for fields that this version does not know.
+        """
+        if isinstance(values, cls):
+            return values
+        if not isinstance(values, dict):
+            raise CheckpointError(f"quantization_config in config.json is {reprlib.repr(values)}; copy it anew.")
+        unknown = sorted(set(values) - set(cls.__dataclass_fields__))
+        if unknown:
+            raise CheckpointError(
+                f"quantization_config in config.json has the unknown field {unknown[0]!r}; {_UPDATE}."
+            )
+        return cls(**values)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As transformers calls it; see `read`."""
+        config = cls.read(config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def formats(self) -> dict[str, LayerFormat]:
+        """The format of each folded FFN by its name."""
+        return {name: LayerFormat.from_config(name, values) for name, values in self.layers.items()}
+
+
+@dataclass(frozen=True)
+class LayerFormat:
+    """How one folded FFN is stored.
+
+    Attributes:
+        activation: a name in `ACTIVATIONS`.
+        bits: of the predictor.
+        group_size: input weights per scale, in every low-bit matrix.
+        range_dtype: "float16" or "float32", of ranges and lines.
+        fold_bits, fallback_bits: as in `Storage`.
+    """
+
+    activation: str
+    bits: int
+    group_size: int
+    range_dtype: str
+    fold_bits: int | None = None
+    fallback_bits: int | None = None
+
+    @classmethod
+    def from_config(cls, name: str, values: Mapping[str, Any]) -> LayerFormat:
+        """The format of the FFN `name` from its fields in config.json.
+
+        Raises:
+            CheckpointError: a field is missing or unknown, or has a type or value that it cannot have.
+        """
+        _require(isinstance(values, dict), name, values, "an object")
+        try:
+            found = cls(**values)
+        except TypeError as error:
+            raise CheckpointError(
+                f"config.json describes {name} in a way that this version does not know ({error}); {_UPDATE}."
+            ) from error
+        found._check(name)
+        return found
+
+    def _check(self, name: str) -> None:
+        """Raise CheckpointError for a field whose type or value is none that it can have."""
+        choices: dict[str, tuple[object, ...]] = {
+            "activation": tuple(ACTIVATIONS),
+            "bits": PREDICTOR_BITS,
+            "range_dtype": _RANGE_DTYPES,
+            "fold_bits": (None, *STACKED_BITS),
+            "fallback_bits": (None, *STACKED_BITS),
+        }
+        for key, allowed in choices.items():
+            value = getattr(self, key)
+            plain = value is None or isinstance(value, str) or _whole(value)
+            _require(plain and value in allowed, f"{key} of {name}", value, _one_of(allowed))
+        size, fallback = self.group_size, self.fallback_bits
+        _require(_whole(size) and size > 0, f"group_size of {name}", size, "a positive number")
+        wanted = "as many as bits or more, which they include,"
+        _require(fallback is None or fallback >= self.bits, f"fallback_bits of {name}", fallback, wanted)
+
+    @classmethod
+    def of(cls, ffn: FoldedFFN) -> LayerFormat:
+        """The format of a folded FFN in memory."""
+        weights, fallback = ffn.weights, ffn.fallback
+        fold_bits = weights.weight.bits if isinstance(weights.weight, PackedMatrix) else None
+        return cls(
+            activation=ffn.activation,
+            bits=weights.predictor.bits,
+            group_size=weights.predictor.group_size,
+            range_dtype=str(weights.low.dtype).removeprefix("torch."),
+            fold_bits=fold_bits,
+            fallback_bits=fallback.down.bits if fallback else None,
+        )
+
+    def empty(self, d: int, h: int, dtype: torch.dtype, device: torch.device) -> FoldedFFN:
+        """A folded FFN of this format without content.
+
+        Args:
+            d, h: width and neurons.
+            dtype: of the fold.
+            device: such as meta.
+        """
+
+        def low_bit(rows: int, bits: int) -> PackedMatrix:
+            planes = torch.empty(rows, bits, -(-d // 8), dtype=torch.uint8, device=device)
+            scale = torch.empty(rows, -(-d // self.group_size), dtype=torch.float16, device=device)
+            return PackedMatrix(planes, scale, d, self.group_size)
+
+        def values(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        fallback = None
+        if self.fallback_bits:
+            left = self.fallback_bits - self.bits
+            fallback = Fallback(low_bit(h, left) if left else None, low_bit(h, self.fallback_bits))
+        fold = low_bit(d, self.fold_bits) if self.fold_bits else values(d, d)
+        low, high, slope, offset = (values(h, dtype=getattr(torch, self.range_dtype)) for _ in range(4))
+        weights = FoldedWeights(fold, values(d), low_bit(h, self.bits), low, high, slope, offset, fallback)
+        return FoldedFFN(weights, self.activation)
+
+
+def stock_name(config: PreTrainedConfig) -> str:
+    """The stock class that a config names under `architectures`; "" where it names none."""
+    named = config.architectures
+    first = named[0] if isinstance(named, list | tuple) and named else ""
+    return first.removeprefix(PREFIX) if isinstance(first, str) else ""
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _one_of(choices: tuple[object, ...]) -> str:
+    return f"one of {', '.join(map(str, choices))}"
+
+
+def _require(valid: bool, what: str, found: object, wanted: str) -> None:
+    if not valid:
+        raise CheckpointError(
+            f"{what} is {reprlib.repr(found)} in config.json, and {wanted} is wanted; copy config.json anew, or fold "
+            "again."
+        )

@@ -1,0 +1,128 @@
+"""Models without content, folded as config.json says: what loading fills, and what weight files are compared with."""
+
+from __future__ import annotations
+
+import copy
+import reprlib
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .activations import identify
+from .architectures import FFNSite, find_ffns
+from .errors import CheckpointError, TardisError
+from .format import CheckpointConfig, LayerFormat, stock_name
+from .linears import check_bits, empty_like, linear_layers, put_linears, untie_head
+from .runtime.ffn import install
+
+#: blocks of a model whose weight files are not known yet: more would take minutes to make, and no model has them
+_MOST_BLOCKS = 10_000
+
+
+def skeleton(config: PreTrainedConfig, settings: CheckpointConfig) -> PreTrainedModel | None:
+    """The model that a checkpoint was saved from, on meta and folded; None where config.json names no class of it.
+
+    Args:
+        config: of the family.
+        settings: of the fold.
+
+    Raises:
+        CheckpointError: the config describes no model, or a fold that does not fit it.
+    """
+    named: Any = getattr(transformers, stock_name(config) or "-", None)
+    if getattr(named, "config_class", None) is not type(config) or not issubclass(named, PreTrainedModel):
+        return None
+    own = copy.deepcopy(config)
+    own._attn_implementation = "eager"  # the weights are the same, and no other needs to be installed
+    try:
+        with torch.device("meta"):
+            model = named(own)
+    except TardisError:
+        raise
+    except Exception as error:  # the library raises many kinds, all for the same reason
+        raise CheckpointError(
+            f"config.json describes no {named.__name__} that can be made ({error}); copy config.json anew."
+        ) from error
+    install_folds(model, settings)
+    return model
+
+
+def install_folds(model: PreTrainedModel, settings: CheckpointConfig) -> None:
+    """Put empty folded FFNs and low-bit linear layers into a model, in place of those that the checkpoint has so.
+
+    Raises:
+        CheckpointError: the model has no such layers, or config.json describes them as what they cannot be.
+    """
+    formats = settings.formats()
+    sites = {_name_in(formats, model, site): site for site in find_ffns(model)}
+    unknown = sorted(set(formats) - set(sites))
+    if unknown:
+        raise CheckpointError(
+            f"config.json folds {unknown[0]}, which this model does not have; copy config.json anew, or fold again."
+        )
+    for name, layer in formats.items():
+        _check_fits(name, layer, sites[name])
+        weight = sites[name].weights().w1
+        h, d = weight.shape
+        install(model, sites[name], layer.empty(d, h, weight.dtype, weight.device))
+    for name, bits in settings.linears.items():
+        _install_empty_linear(model, name, bits)
+    untie_head(model)
+
+
+def check_blocks(config: PreTrainedConfig, tensors: int | None) -> None:
+    """Refuse a config with more blocks than there are tensors, before a model of so many is made.
+
+    Args:
+        config: of the family.
+        tensors: in the weight files; None where these are not known.
+
+    Raises:
+        CheckpointError: it has.
+    """
+    blocks = getattr(config, "num_hidden_layers", 0)
+    if not isinstance(blocks, int) or blocks < 1 or blocks > (tensors or _MOST_BLOCKS):
+        held = f"the weight files hold {tensors} tensors" if tensors else "no model has so many"
+        raise CheckpointError(
+            f"config.json says that the model has {reprlib.repr(blocks)} blocks, and {held}; copy config.json anew."
+        )
+
+
+def _check_fits(name: str, layer: LayerFormat, site: FFNSite) -> None:
+    """Raise CheckpointError where a format is not one that the FFN can have."""
+    activation = identify(site.activation)
+    if layer.activation != activation:
+        raise CheckpointError(
+            f"config.json folds {name} with the activation {layer.activation}, and the model has {activation} there; "
+            "copy config.json anew, or fold again."
+        )
+    if layer.group_size > site.hidden_size:
+        raise CheckpointError(
+            f"config.json says that {layer.group_size} weights of {name} have one scale, and rows are "
+            f"{site.hidden_size} wide; copy config.json anew, or fold again."
+        )
+
+
+def _name_in(layers: dict[str, LayerFormat], model: PreTrainedModel, site: FFNSite) -> str:
+    """The name under which the checkpoint has the FFN; with and without LM head it differs by the base's prefix."""
+    base = model.base_model_prefix + "."
+    names = (site.prefix, base + site.prefix, site.prefix.removeprefix(base))
+    return next((name for name in names if name in layers), site.prefix)
+
+
+def _install_empty_linear(model: PreTrainedModel, name: str, bits: int) -> None:
+    """Put an empty low-bit layer in the place of a linear layer; a model without its head leaves out those of that."""
+    base = model.base_model_prefix + "."
+    dense = linear_layers(model)
+    found = next((each for each in (name, base + name, name.removeprefix(base)) if each in dense), None)
+    if found is None and model.base_model is model and not name.startswith(base):
+        return
+    if found is None:
+        raise CheckpointError(
+            f"config.json stores {name} in {bits} bits, and this model has no such linear layer; copy config.json "
+            "anew, or fold again."
+        )
+    check_bits(bits)
+    put_linears(model, {found: empty_like(dense[found], bits)})
