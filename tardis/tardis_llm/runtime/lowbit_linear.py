@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import InvalidInputError, TardisError
 from . import ops
+from .cpu.operands import check_kind
 from .numbered import Numbered, numbered
 from .relaid import Stored, changing_layout, reading_layout, refuse_training
 
@@ -185,6 +186,12 @@ class LowBitLinear(Numbered, Stored):
         """The inverse of `_pack`."""
         raise NotImplementedError
 
+    def _check(self, codes: Tensor, scale: Tensor) -> None:
+        """Raise TardisError for codes and scales that kernels would misread."""
+        like = self.quantise(torch.zeros(1, self.in_features))
+        for what, part, wanted in zip(("codes", "scales"), (codes, scale), like, strict=True):
+            check_kind(what, part, (wanted.dtype,), (self.out_features, *wanted.shape[1:]))
+
     def extra_repr(self) -> str:
         """Shape and bits, for people."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
@@ -227,6 +234,7 @@ class Int8Linear(LowBitLinear):
         return codes.float() * scale.float()[:, None]
 
     def _pack(self, codes: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        self._check(codes, scale)
         if not exact_in_int8():
             return F.pad(codes.data, (0, -self.in_features % _BLOCK)), scale.data
         packed = torch.ops.onednn.qlinear_prepack(codes.data.clone(), None)
@@ -276,6 +284,7 @@ class Nf4Linear(LowBitLinear):
         return (values * scale.float()[..., None]).flatten(1)[:, : self.in_features]
 
     def _pack(self, codes: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        self._check(codes, scale)
         padding = (0, 0, 0, -len(codes) % _BLOCK)
         codes, scale = F.pad(codes.data, padding), F.pad(scale.data, padding)
         halves = torch.stack([codes >> 4, codes & 15], -1)  # [rows, columns / 2, 2]

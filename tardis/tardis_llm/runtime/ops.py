@@ -32,6 +32,7 @@ from ..folding.fold import FoldedWeights
 from ..folding.lowbit import PackedMatrix
 from ..folding.stack import Fallback
 from .cpu.library import FFN, MAX_TOKENS, Batch, Kernels, Matrix, Vector, available, has_gemm, has_panels, open_library
+from .cpu.operands import check_matrix
 from .panels import ROWS as PANEL_ROWS
 from .panels import TOGETHER, Panels, fits
 
@@ -276,9 +277,6 @@ def _matrix(parts: Sequence[Tensor], columns: int, group_size: int) -> Matrix:
     if len(parts) != 2:
         return Matrix.of(parts[0] if parts else None)
     planes, scale = parts
-    rows = len(planes)
-    if group_size < 1 or planes.shape[2] != -(-columns // 8) or scale.shape != (rows, -(-columns // group_size)):
-        raise TardisError(f"planes {list(planes.shape)} and scales {list(scale.shape)} do not fit {columns} columns.")
     return Matrix.of(PackedMatrix(planes, scale, columns, group_size))
 
 
@@ -305,6 +303,8 @@ def _ffn(
     ranges: Sequence[Tensor],
 ) -> FFN:
     """For the kernels: four matrices."""
+    if activation not in _ACTIVATIONS:
+        raise TardisError(f"the activation {activation!r} is none of {', '.join(_ACTIVATIONS)}.")
     vectors = [_vector(each, matrices[1].rows) for each in (b1, *ranges)]
     return FFN(*matrices, _vector(bias, d), *vectors, _ACTIVATIONS.index(activation))
 
@@ -331,6 +331,7 @@ def _check_alike(*tensors: Tensor | None) -> None:
 def _bf16_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [tokens, in], weight [out, in] in its dtype (bf16, fp16 or fp32): [tokens, out] in the dtype of x."""
     _check(x, weight, bias)
+    check_matrix(weight)
     if x.shape[1] != weight.shape[1]:
         raise TardisError(f"x {list(x.shape)} does not fit a weight {list(weight.shape)}.")
     y = x.new_empty(len(x), len(weight))
@@ -342,6 +343,7 @@ def _bf16_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _gemm(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
     """x [tokens, in], weight [out, in], or [in, out] if it is `transposed`: [tokens, out], all in bf16 or fp16."""
     _check_alike(x, weight, bias)
+    check_matrix(weight)
     inputs, outputs = weight.shape if transposed else weight.T.shape
     if x.dim() != 2 or x.shape[1] != inputs or x.dtype != weight.dtype or not _in_halves(x.dtype, inputs):
         raise TardisError(f"x is {x.dtype} {list(x.shape)}; [tokens, {inputs}] in bf16 (if even) or fp16 is wanted.")

@@ -22,6 +22,7 @@ from torch import Tensor
 from ...errors import InvalidInputError, TardisError
 from ...folding.lowbit import PackedMatrix
 from ..panels import Panels
+from .operands import check_matrix, check_vector
 
 #: what the kernels are written for, by the numbers that the library has for them
 ISAS = ("portable", "avx2", "avx512")
@@ -51,9 +52,10 @@ class Matrix(ctypes.Structure):
 
     @classmethod
     def of(cls, matrix: Tensor | PackedMatrix | Panels | None) -> Matrix:
-        """Points to a matrix, whose tensors must stay alive and contiguous."""
+        """Points to a matrix, whose tensors must stay alive and contiguous; raises TardisError as `check_matrix`."""
         if matrix is None:
             return cls()
+        check_matrix(matrix)
         if isinstance(matrix, Panels):
             scale_at = None if matrix.scale is None else matrix.scale.data_ptr()
             shape = matrix.rows, matrix.columns, matrix.group_size
@@ -75,8 +77,11 @@ class Vector(ctypes.Structure):
 
     @classmethod
     def of(cls, vector: Tensor | None) -> Vector:
-        """Points to a vector, which must stay alive and contiguous."""
-        return cls() if vector is None else cls(vector.data_ptr(), _TYPES[vector.dtype], 0)
+        """Points to a vector, which must stay alive and contiguous; raises TardisError as `check_vector`."""
+        if vector is None:
+            return cls()
+        check_vector(vector)
+        return cls(vector.data_ptr(), _TYPES[vector.dtype], 0)
 
 
 class Batch(ctypes.Structure):
