@@ -189,8 +189,9 @@ class LowBitLinear(Numbered, Stored):
     def _check(self, codes: Tensor, scale: Tensor) -> None:
         """Raise TardisError for codes and scales that kernels would misread."""
         like = self.quantise(torch.zeros(1, self.in_features))
-        for what, part, wanted in zip(("codes", "scales"), (codes, scale), like, strict=True):
-            check_kind(what, part, (wanted.dtype,), (self.out_features, *wanted.shape[1:]))
+        shapes = [(self.out_features, *part.shape[1:]) for part in like]
+        check_kind("codes", codes, (like[0].dtype,), shapes[0])
+        check_kind("scales", scale, (like[1].dtype, torch.float32), shapes[1])
 
     def extra_repr(self) -> str:
         """Shape and bits, for people."""
