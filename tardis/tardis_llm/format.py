@@ -64,7 +64,11 @@ class CheckpointConfig(QuantizationConfigMixin):
         _require(crossover is None or (_whole(crossover) and crossover >= 0), "crossover", crossover, "a number from 0")
         _require(self.quant_method == METHOD, "quant_method", self.quant_method, repr(METHOD))
         for name, bits in self.linears.items():
-            _require(_whole(bits) and bits in STACKED_BITS, f"linears.{name}", bits, _one_of(STACKED_BITS))
+            if not _whole(bits) or bits not in STACKED_BITS:
+                raise CheckpointError(
+                    f"config.json stores {reprlib.repr(name)[1:-1]} in {reprlib.repr(bits)} bits, and "
+                    f"{_one_of(STACKED_BITS)} is wanted; {_UPDATE}."
+                )
         self.formats()
 
     @classmethod

@@ -30,7 +30,7 @@ _FREE = frozenset(
     (
         *("_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"),
         *("bos_token_id", "eos_token_id", "task_specific_params", "id2label", "label2id"),
-        *("_attn_implementation", "attn_implementation", "output_attentions", "output_hidden_states", "return_dict"),
+        *("output_hidden_states", "return_dict"),
     )
 )
 

@@ -1,0 +1,59 @@
+"""Folded tiny models in every storage form, of random lines and ranges: made in no time, for tests of files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from models import tiny_model
+from synthetic import half_fixed
+from transformers import PreTrainedModel
+
+from tardis_llm import FoldReport, save_folded
+from tardis_llm.architectures import find_ffns
+from tardis_llm.config import Storage
+from tardis_llm.folding.lowbit import quantise
+from tardis_llm.folding.stack import quantise_fallback, store_fold
+from tardis_llm.linears import quantise_linears
+from tardis_llm.report import LayerReport
+from tardis_llm.runtime.ffn import FoldedFFN, folded_ffns, install
+from tardis_llm.session import dense_ffn
+
+#: storage of the folds, and bits of the linear layers outside them
+FORMS: dict[str, tuple[Storage, int | None]] = {
+    "plain": (Storage(), None),
+    "stacked": (Storage(32, 8, 4), None),
+    "fold in few bits": (Storage(64, 4), None),
+    "low-bit linears": (Storage(), 8),
+    "all in few bits": (Storage(32, 8, 4), 8),
+}
+
+
+def quick_fold(name: str, form: str = "plain") -> PreTrainedModel:
+    """A tiny model of a family in one of `FORMS`."""
+    storage, bits = FORMS[form]
+    model = tiny_model(name)
+    for site in find_ffns(model):
+        ffn = dense_ffn(site)
+        predictor = quantise(ffn.w1, 2, storage.group_size)
+        made = half_fixed(ffn)
+        ranges = {key: getattr(made, key).half() for key in ("low", "high", "slope", "offset")}
+        folded = replace(
+            made,
+            weight=store_fold(made.weight, storage, made.weight.dtype, None),
+            predictor=predictor,
+            fallback=quantise_fallback(ffn.w1, ffn.w2, predictor, storage, None),
+            **ranges,
+        )
+        install(model, site, FoldedFFN(folded, ffn.activation))
+    if bits:
+        quantise_linears(model, bits)
+    return model
+
+
+def save_quick(directory: Path, name: str, form: str = "plain", shard: str = "5GB") -> PreTrainedModel:
+    """Such a model, saved as a checkpoint."""
+    model = quick_fold(name, form)
+    layers = [LayerReport(name, 2, 0.5, 0.1, 0.1, None, None, 4, 2.0, 6) for name in folded_ffns(model)]
+    save_folded(model, FoldReport(layers), directory, max_shard_size=shard)
+    return model
