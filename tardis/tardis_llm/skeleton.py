@@ -125,4 +125,6 @@ def _install_empty_linear(model: PreTrainedModel, name: str, bits: int) -> None:
             "anew, or fold again."
         )
     check_bits(bits)
-    put_linears(model, {found: empty_like(dense[found], bits)})
+    with torch.device("cpu"):  # it rounds a row to learn the shapes, which is slow on meta
+        layer = empty_like(dense[found], bits)
+    put_linears(model, {found: layer})

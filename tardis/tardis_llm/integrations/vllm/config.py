@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
+from vllm.config import CompilationConfig, CompilationMode, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
@@ -67,7 +70,8 @@ class TardisConfig(QuantizationConfig):
             raise CheckpointError(f"{model_name}: vLLM gave no config to check; update tardis-llm to one made for it.")
         family = check_served(hf_config)
         if Path(model_name).is_dir():
-            check_directory(Path(model_name), hf_config)
+            with transformers_classes():
+                check_directory(Path(model_name), hf_config)
         stacked = [block_index(name, family) for name, layer in self.layers.items() if layer.fallback_bits]
         self._projections = Projections(family, stacked, self._linears)
 
@@ -98,6 +102,13 @@ class TardisConfig(QuantizationConfig):
     def get_config_filenames() -> list[str]:
         """None beside config.json."""
         return []
+
+
+@contextmanager
+def transformers_classes() -> Iterator[None]:
+    """Within the context, models of transformers can be made, whose classes vLLM may have wrapped for its engine."""
+    with set_current_vllm_config(VllmConfig(compilation_config=CompilationConfig(mode=CompilationMode.NONE))):
+        yield
 
 
 class NoWeight(UnquantizedLinearMethod):

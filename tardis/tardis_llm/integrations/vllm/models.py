@@ -23,7 +23,7 @@ from ...architectures import Family
 from ...contents import Contents, contents_of
 from ...errors import CheckpointError
 from ...format import PREFIX, CheckpointConfig, stock_name
-from .config import TardisConfig
+from .config import TardisConfig, transformers_classes
 from .ffn import ServedFFN, install
 from .linears import install_head
 from .names import architectures, block_index, check_served
@@ -88,7 +88,8 @@ class TardisModel(nn.Module):
         return loaded
 
     def _contents(self) -> Contents:
-        return contents_of(self._config, CheckpointConfig.read(self._config.quantization_config))
+        with transformers_classes():
+            return contents_of(self._config, CheckpointConfig.read(self._config.quantization_config))
 
 
 @contextmanager
