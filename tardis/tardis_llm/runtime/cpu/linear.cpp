@@ -37,7 +37,7 @@ void gemm(const TardisMatrix& weight, bool transposed, const TardisVector& bias,
     for (int64_t first = 0; first < batch.tokens; first += kGemmTokens) {
         const int64_t count = std::min(kGemmTokens, batch.tokens - first);
         if (widened) {
-            parallel(threads, count, [&](int64_t t) {
+            parallel(threads_for(2 * count * inputs, batch.threads), count, [&](int64_t t) {
                 kernels().widen({batch.x, batch.type, 0}, (first + t) * inputs, inputs, &wide[t * inputs]);
             });
         }
