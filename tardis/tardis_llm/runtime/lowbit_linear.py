@@ -153,12 +153,14 @@ class LowBitLinear(Numbered, Stored):
         if packed is not None:
             return packed
         with changing_layout():
-            if hasattr(self, "_hf_hook"):
-                return self._pack(self.codes, self.scale)
-            if self._packed is None:
-                self._packed = self._pack(self.codes, self.scale)
+            if self._packed is not None:  # another thread was quicker
+                return self._packed
+            self._check(self.codes, self.scale)
+            packed = self._pack(self.codes, self.scale)
+            if not hasattr(self, "_hf_hook"):
+                self._packed = packed
                 self.codes, self.scale = self.codes.new_empty(0), self.scale.new_empty(0)
-            return self._packed
+            return packed
 
     def unpack(self) -> None:
         """Put codes and scales back into the order in which they are stored."""
@@ -191,7 +193,7 @@ class LowBitLinear(Numbered, Stored):
         like = self.quantise(torch.zeros(1, self.in_features))
         shapes = [(self.out_features, *part.shape[1:]) for part in like]
         check_kind("codes", codes, (like[0].dtype,), shapes[0])
-        check_kind("scales", scale, (like[1].dtype, torch.float32), shapes[1])
+        check_kind("scales", scale, (like[1].dtype,), shapes[1])
 
     def extra_repr(self) -> str:
         """Shape and bits, for people."""
