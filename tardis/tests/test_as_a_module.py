@@ -19,7 +19,6 @@ from typing import NamedTuple
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from accelerate.hooks import remove_hook_from_module
 from models import CAUSAL_NAMES, ENCODER_NAMES, FAMILY_NAMES, VOCAB, tiny_model, tokens
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -33,6 +32,7 @@ from tardis_llm.decoding import prepare_decoding
 from tardis_llm.errors import InvalidInputError
 from tardis_llm.evaluation.shapes import random_folds
 from tardis_llm.linears import low_bit_linears, quantise_linears
+from tardis_llm.runtime import ops
 from tardis_llm.runtime.ffn import FoldedFFN, KeptLinear, install
 from tardis_llm.runtime.relaid import Stored
 
@@ -57,9 +57,9 @@ FORMS = {
     "dense_prepared": Form(torch.bfloat16, prepared=True),
     "folded": Form(storage=Storage(64)),
     "folded_prepared": Form(torch.bfloat16, Storage(64), prepared=True),
-    "stacked": Form(storage=Storage(64, 8, 4)),
+    "stacked": Form(storage=Storage(64, 8, 4), prepared=True),
     "stacked_prepared": Form(torch.bfloat16, Storage(64, 4, 4), prepared=True),
-    "few_bits": Form(torch.bfloat16, Storage(64, 8, 4), linears=8, prepared=True),
+    "few_bits": Form(torch.float16, Storage(64, 8, 4), linears=8, prepared=True),
     "fewer_bits": Form(storage=Storage(64, 4, 4), linears=4),
 }
 FOLDED = {name: form for name, form in FORMS.items() if form.storage}
@@ -192,7 +192,8 @@ def test_a_cast_changes_the_models_dtype_and_not_the_formats(family: str, form: 
 def test_a_cast_to_the_dtype_that_it_has_changes_nothing(family: str, form: str, model) -> None:
     before, expected = stored(model), logits(model)
     assert_same(model.to(model.dtype), expected)
-    assert_same(nn.Module.bfloat16(model) if model.dtype == torch.bfloat16 else nn.Module.float(model), expected)
+    casts = {torch.bfloat16: nn.Module.bfloat16, torch.float16: nn.Module.half, torch.float32: nn.Module.float}
+    assert_same(casts[model.dtype](model), expected)
     assert_same(model.to("cpu"), expected)
     assert_stores(model, before)
 
@@ -266,31 +267,39 @@ def test_the_base_model_of_a_checkpoint_has_its_folds(family: str, form: str, mo
 # offloading
 
 
+@pytest.fixture
+def reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folded FFNs by the reference, which offloaded ones run through: the kernels find other neurons next to bounds."""
+    monkeypatch.setattr(ops, "takes", lambda x: False)
+
+
 @every_family
 @every_fold
-def test_offloaded_weights_are_fetched(family: str, form: str, tmp_path: Path) -> None:
-    made = _made(family, form)
-    for offload in (cpu_offload, lambda model: disk_offload(model, str(tmp_path))):
-        for buffers in (False, True):
-            model = copy.deepcopy(made)
-            expected = logits(model)
-            offload(model) if not buffers else cpu_offload(model, offload_buffers=True)
-            assert any(parameter.is_meta for parameter in model.parameters())
-            assert_same(model, expected, CLOSE)
-            with pytest.raises(InvalidInputError, match="device_map"):
-                prepare_decoding(model)
-            remove_hook_from_module(model, recurse=True)
+def test_offloaded_weights_are_fetched(family: str, form: str, tmp_path: Path, reference: None) -> None:
+    made = copy.deepcopy(_made(family, form))
+    expected = logits(made)
+    for offload in (
+        cpu_offload,
+        lambda model: disk_offload(model, str(tmp_path)),
+        lambda model: cpu_offload(model, offload_buffers=True),
+    ):
+        model = copy.deepcopy(made)
+        offload(model)
+        assert any(parameter.is_meta for parameter in model.parameters())
+        assert_same(model, expected)
+        with pytest.raises(InvalidInputError, match="device_map"):
+            prepare_decoding(model)
 
 
 @every_family
 @pytest.mark.parametrize("form", ["folded", "stacked", "few_bits"])
-def test_a_checkpoint_loads_onto_disk(family: str, form: str, model, tmp_path: Path) -> None:
+def test_a_checkpoint_loads_onto_disk(family: str, form: str, model, tmp_path: Path, reference: None) -> None:
     expected = logits(model)
     too_little = {"cpu": int(0.6 * model.get_memory_footprint())}
     options = {"device_map": "auto", "max_memory": too_little, "offload_folder": str(tmp_path / "offload")}
     loaded = reloaded(model, tmp_path / "files", **options)
     assert any(parameter.is_meta for parameter in loaded.parameters())
-    assert_same(loaded, expected, CLOSE)
+    assert_same(loaded, expected)
 
 
 # training
