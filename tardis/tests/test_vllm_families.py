@@ -19,6 +19,8 @@ from tardis_llm import FoldConfig
 from tardis_llm.errors import CheckpointError, UnsupportedModelError
 from tardis_llm.integrations.vllm.names import check_served
 from tardis_llm.record import RECORD
+from tardis_llm.runtime.cpu.library import available
+from tardis_llm.runtime.fixing import Fixing
 
 pytestmark = needs_vllm
 
@@ -104,21 +106,26 @@ def test_with_every_neuron_fixed_it_is_the_dense_model(copy: Path):
     assert_same_text(Made(copy, greedy(tiny_model("gpt2", **heads("gpt2")), tokens(3, 20), 16)))
 
 
-def test_in_bfloat16_the_probabilities_are_those_of_transformers(tiny_gpt2: tuple[Path, PreTrainedModel]):
+@pytest.mark.parametrize(("dtype", "apart"), [("bfloat16", 0.15), ("float16", 0.05)])
+def test_in_halves_the_probabilities_are_those_of_transformers(
+    dtype: str, apart: float, tiny_gpt2: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+):
     from vllm import SamplingParams
 
+    if available():
+        monkeypatch.setattr(Fixing, "masked", lambda *_: pytest.fail("not by the kernels"))
     directory, _ = tiny_gpt2
     ids = tokens(2, 40)
     with torch.no_grad():
-        reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+        reference = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
         expected = reference(ids).logits.float().log_softmax(-1)
-    with engine(directory, dtype="bfloat16") as llm:
+    with engine(directory, dtype=dtype) as llm:
         prompts = [{"prompt_token_ids": row.tolist()} for row in ids]
         outputs = llm.generate(prompts, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
     for row, output, wanted in zip(ids, outputs, expected, strict=True):
         for at in range(1, len(row)):
             got = output.prompt_logprobs[at][int(row[at])].logprob
-            assert got == pytest.approx(float(wanted[at - 1, row[at]]), abs=0.15)
+            assert got == pytest.approx(float(wanted[at - 1, row[at]]), abs=apart)
 
 
 @pytest.mark.parametrize("name", NOT_SERVED)
