@@ -11,7 +11,6 @@ linear layers outside the FFNs that are stored in few bits, as `codes` and `scal
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,14 +33,13 @@ from .folding.stack import Fallback
 from .linears import low_bit_linears
 from .report import FoldReport
 from .runtime.ffn import FoldedFFN, folded_ffns
+from .saving import CONFIG, STAGING, publish, save_model, save_tokenizer, shard_bytes
 from .workspace import digest, read_json, write_json
 
 METHOD = "tardis"
 RECORD = "tardis.json"
 #: what precedes the stock class name in `architectures`
 PREFIX = "Tardis"
-_CONFIG = "config.json"
-_STAGING = ".tardis-staging"
 _READABLE = 0o644  # transformers leaves weights readable by their owner alone
 
 
@@ -155,34 +153,40 @@ def save_folded(
     report: FoldReport,
     directory: Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    max_shard_size: str = "5GB",
+    max_shard_size: int | str = "5GB",
 ) -> None:
-    """Write a folded model. What is in `directory` under the same names is replaced, config.json last.
+    """Write a folded model. A model that is in `directory` is replaced whole; see `saving.publish`.
+
+    A generation_config.json that transformers would not save is written as it is, with a warning, and so is a
+    checkpoint whose tokenizer cannot be saved.
 
     Args:
         model: folded by `tardis_llm.fold`; it gets the quantiser that a loaded one has.
         report: of the fold.
         directory: made if missing.
         tokenizer: saved beside the model.
-        max_shard_size: of one file, as transformers spells it.
+        max_shard_size: of one file: bytes, or such as "5GB" or "5GiB".
 
     Raises:
-        InvalidInputError: the model has no folded FFN.
+        InvalidInputError: the model has no folded FFN, or the size is none.
         OSError, SafetensorError: the disk is full or cannot be written; `directory` keeps what it had.
     """
+    size = shard_bytes(max_shard_size)
     mark_folded(model, report.calibration)
-    staging = directory / _STAGING
+    staging = directory / STAGING
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
-        model.save_pretrained(staging, max_shard_size=max_shard_size)
+        save_model(model, staging, size)
         if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
+            save_tokenizer(tokenizer, staging)
         _rename_architecture(staging)
         _write_record(staging, report)
-        _publish(staging, directory)
-    finally:
+    except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
+        raise
+    publish(staging, directory)
+    staging.rmdir()
 
 
 def mark_folded(model: PreTrainedModel, calibration: dict[str, Any]) -> None:
@@ -204,14 +208,14 @@ def record_crossover(directory: Path, tokens: int) -> None:
     """
     if not is_folded(directory):
         raise CheckpointError(f"{directory} holds no folded model to record a crossover in; fold one with tardis fold.")
-    config = read_json(directory / _CONFIG)
+    config = read_json(directory / CONFIG)
     config["quantization_config"]["crossover"] = tokens
-    write_json(directory / _CONFIG, config)
+    write_json(directory / CONFIG, config)
 
 
 def is_folded(directory: Path) -> bool:
     """Whether a directory holds a folded checkpoint."""
-    path = directory / _CONFIG
+    path = directory / CONFIG
     return path.is_file() and (read_json(path).get("quantization_config") or {}).get("quant_method") == METHOD
 
 
@@ -273,9 +277,9 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _rename_architecture(staging: Path) -> None:
     """Call the model `Tardis<Stock>` in config.json: who goes by that name and does not know TARDIS refuses it."""
-    config = read_json(staging / _CONFIG)
+    config = read_json(staging / CONFIG)
     config["architectures"] = [f"{PREFIX}{name}" for name in config["architectures"]]
-    write_json(staging / _CONFIG, config)
+    write_json(staging / CONFIG, config)
 
 
 def _write_record(staging: Path, report: FoldReport) -> None:
@@ -289,14 +293,3 @@ def _write_record(staging: Path, report: FoldReport) -> None:
         "tensors": {name: digest([tensor]) for file in files for name, tensor in _tensors(file)},
     }
     write_json(staging / RECORD, record)
-
-
-def _publish(staging: Path, directory: Path) -> None:
-    """Move finished files into place; a folded model that was there is replaced whole."""
-    new = sorted(path.name for path in staging.iterdir())
-    if is_folded(directory):
-        for stale in [*directory.glob("*.safetensors"), *directory.glob("*.safetensors.index.json")]:
-            if stale.name not in new:
-                stale.unlink()
-    for name in sorted(new, key=lambda name: name == _CONFIG):
-        os.replace(staging / name, directory / name)

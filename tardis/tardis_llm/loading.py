@@ -23,10 +23,12 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from .architectures import FAMILIES, family_of
+from .architectures import position_limit as model_positions
 from .calibration.text import default_length
 from .checkpoint import METHOD, PREFIX, RECORD, read_report
 from .errors import CheckpointError, InvalidInputError, TardisError, UnsupportedModelError
 from .report import FoldReport
+from .saving import is_interrupted
 
 #: what `dtype` may be; None keeps the checkpoint's own
 DTYPES = ("float32", "bfloat16", "float16")
@@ -144,8 +146,7 @@ def window_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
 
 def position_limit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
     """The most tokens that model and tokenizer allow in one text; None if neither sets a limit."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    limits = [limit for limit in (positions, tokenizer and tokenizer.model_max_length) if limit]
+    limits = [limit for limit in (model_positions(model.config), tokenizer and tokenizer.model_max_length) if limit]
     known = [int(limit) for limit in limits if limit < 2**31]  # "no limit" is 10^30 in a tokenizer
     return min(known, default=None)
 
@@ -202,6 +203,11 @@ def _check_directory(directory: Path) -> None:
     if not directory.is_dir():
         raise InvalidInputError(f"there is no directory {directory}; give a model's directory, or its name on the hub.")
     config = directory / "config.json"
+    if is_interrupted(directory):
+        raise CheckpointError(
+            f"writing a fold to {directory} was interrupted, and the model there is not complete. Run the same tardis "
+            "fold again with --resume, or save the model again."
+        )
     if not config.is_file():
         raise InvalidInputError(f"{directory} has no config.json; give the directory of a Hugging Face model.")
     try:
@@ -217,7 +223,7 @@ def check_weights(directory: Path) -> None:
         CheckpointError: a file is missing or damaged.
     """
     index = directory / _INDEX
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+    names = _indexed(index) if index.is_file() else set()
     files = sorted(directory / name for name in names) or sorted(directory.glob("*.safetensors"))
     if not files and not list(directory.glob("*.bin")):
         raise CheckpointError(f"{directory} has no weights (*.safetensors); copy or download the model anew.")
@@ -229,6 +235,20 @@ def check_weights(directory: Path) -> None:
             raise CheckpointError(
                 f"{file} is missing, truncated or damaged ({_first_line(error)}). Copy or download it anew."
             ) from error
+
+
+def _indexed(index: Path) -> set[str]:
+    """The weight files that an index names.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        return {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{index} is no index of weight files ({_first_line(error)}); copy or download it anew."
+        ) from error
 
 
 def quantisation(config: PreTrainedConfig) -> str | None:

@@ -127,7 +127,7 @@ def test_the_demo_leaves_a_directory_of_others_alone(tardis: Tardis, tmp_path: P
 
 
 def test_eval_refuses_text_that_is_missing_or_short(tardis: Tardis, tiny_dir: Path, tmp_path: Path):
-    assert_refused(tardis("eval", tiny_dir, "--text", tmp_path / "nothing.txt"), "cannot be read")
+    assert_refused(tardis("eval", tiny_dir, "--text", tmp_path / "nothing.txt"), "no text file")
     (tmp_path / "short.txt").write_text("Hello")
     assert_refused(tardis("eval", tiny_dir, "--text", tmp_path / "short.txt"), "less than two windows of 128")
 

@@ -1,17 +1,19 @@
-"""Calibration text to token windows: files or a `datasets` name in, [windows, length] token ids out."""
+"""Calibration text to token windows: documents in, [windows, length] token ids out."""
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..architectures import position_limit, vocabulary
 from ..errors import InvalidInputError
+from .documents import Documents, read_documents
 
 _SPANS = 64  # places of the text from which windows are taken, evenly spread
 _CHARACTERS_PER_TOKEN = 8  # more than any text needs; halves the odds of reading twice
@@ -44,22 +46,37 @@ class Windows:
 
 
 def read_windows(
-    sources: Sequence[str | Path], tokenizer: Tokenizer, tokens: int, length: int, heldout: float, seed: int = 0
+    sources: Sequence[str | Path],
+    tokenizer: Tokenizer,
+    tokens: int,
+    length: int,
+    heldout: float,
+    seed: int = 0,
+    field: str | None = None,
 ) -> Windows:
     """Windows from spans spread evenly over all the text of `sources`.
 
     Args:
-        sources: text files in UTF-8, or names for `datasets` as `name[:config[:split[:column]]]`.
+        sources: files or names of datasets; see `read_documents`.
         tokenizer: the model's.
         tokens: how many; fewer come back where the text is shorter.
         length: tokens per window.
         heldout: share of the windows kept apart.
         seed: shifts the spans.
+        field: of records, that holds their text; "text" without.
 
     Raises:
         InvalidInputError: no text, unreadable or empty files, or less than two windows.
     """
-    texts = [text for source in sources for text in _texts(source)]
+    documents = [read_documents(source, field) for source in sources]
+    return windows_over(documents, tokenizer, tokens, length, heldout, seed)
+
+
+def windows_over(
+    sources: Sequence[Documents], tokenizer: Tokenizer, tokens: int, length: int, heldout: float, seed: int = 0
+) -> Windows:
+    """Windows from spans spread evenly over documents; arguments and errors as `read_windows`."""
+    texts = [documents.text for documents in sources]
     total = sum(map(len, texts))
     if not total:
         raise InvalidInputError(
@@ -67,7 +84,7 @@ def read_windows(
         )
     characters = tokens * _CHARACTERS_PER_TOKEN
     spans = _spread(texts, characters, seed) if total > characters else texts
-    ids = [token for span in spans for token in _encode(tokenizer, span)]
+    ids = [token for span in spans for token in encode(tokenizer, span)]
     return split_windows(_spread_windows(torch.tensor(ids), tokens, length), length, heldout)
 
 
@@ -109,45 +126,161 @@ def check_enough(windows: Windows, d: int) -> None:
         )
 
 
-def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+def check_windows(model: PreTrainedModel, ids: Tensor, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Check that a model can take windows [count, length] of token ids; arguments and errors as the checks called."""
+    check_length(model, ids.shape[1])
+    check_tokens(model, ids, tokenizer)
+
+
+def check_length(model: PreTrainedModel, length: int) -> None:
+    """Raise InvalidInputError where a model has no positions for windows of `length` tokens."""
+    limit = position_limit(model.config)
+    if limit and length > limit:
+        raise InvalidInputError(f"windows of {length} tokens do not fit this model, which takes {limit} at most.")
+
+
+def check_tokens(model: PreTrainedModel, ids: Tensor, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Raise InvalidInputError where a model has no embedding for a token.
+
+    Args:
+        ids: of any shape.
+        tokenizer: that made them; its size is named in the error.
+    """
+    rows = vocabulary(model)
+    unknown = ids[(ids < 0) | (ids >= rows)]
+    if len(unknown):
+        size = f", and the tokenizer has {len(tokenizer):,}" if tokenizer is not None else ""
+        raise InvalidInputError(
+            f"the text has token {int(unknown[0])}, but the model has embeddings for {rows:,} tokens{size}. Give the "
+            "model the tokenizer that belongs to it, or add rows for the new tokens with "
+            "model.resize_token_embeddings and train them."
+        )
+
+
+def encode(self, text: str, add_special_tokens: bool = ..., verbose: bool = ...) -> list[int]:
+        """Token ids of a text."""
+        ...
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Calibration tokens.
+
+    Attributes:
+        fit: [windows, length] int64, to fit on.
+        heldout: [windows, length] int64, kept apart.
+    """
+
+    fit: Tensor
+    heldout: Tensor
+
+
+def read_windows(
+    sources: Sequence[str | Path],
+    tokenizer: Tokenizer,
+    tokens: int,
+    length: int,
+    heldout: float,
+    seed: int = 0,
+    field: str | None = None,
+) -> Windows:
+    """Windows from spans spread evenly over all the text of `sources`.
+
+    Args:
+        sources: files or names of datasets; see `read_documents`.
+        tokenizer: the model's.
+        tokens: how many; fewer come back where the text is shorter.
+        length: tokens per window.
+        heldout: share of the windows kept apart.
+        seed: shifts the spans.
+        field: of records, that holds their text; "text" without.
+
+    Raises:
+        InvalidInputError: no text, unreadable or empty files, or less than two windows.
+    """
+    documents = [read_documents(source, field) for source in sources]
+    return windows_over(documents, tokenizer, tokens, length, heldout, seed)
+
+
+def windows_over(
+    sources: Sequence[Documents], tokenizer: Tokenizer, tokens: int, length: int, heldout: float, seed: int = 0
+) -> Windows:
+    """Windows from spans spread evenly over documents; arguments and errors as `read_windows`."""
+    texts = [documents.text for documents in sources]
+    total = sum(map(len, texts))
+    if not total:
+        raise InvalidInputError(
+            "the calibration text is empty; give --text FILE with some text in the model's language."
+        )
+    characters = tokens * _CHARACTERS_PER_TOKEN
+    spans = _spread(texts, characters, seed) if total > characters else texts
+    ids = [token for span in spans for token in encode(tokenizer, span)]
+    return split_windows(_spread_windows(torch.tensor(ids), tokens, length), length, heldout)
+
+
+def split_windows(ids: Tensor, length: int, heldout: float) -> Windows:
+    """Cut token ids (flat, or windows already) into windows and hold back an evenly spread share of them.
+
+    Raises:
+        InvalidInputError: fewer than two windows of `length` tokens.
+    """
+    if ids.dim() == 2:
+        length = ids.shape[1]
+    flat = ids.flatten()
+    count = len(flat) // length
+    if count < 2:
+        raise InvalidInputError(
+            f"the calibration text has {len(flat)} tokens, less than two windows of {length}; give more text, raise "
+            "--tokens, or give a shorter --sequence-length."
+        )
+    windows = flat[: count * length].view(count, length).long()
+    kept = max(1, round(count * heldout))
+    chosen = torch.zeros(count, dtype=torch.bool)
+    chosen[(torch.arange(kept) * count) // kept + count // (2 * kept)] = True
+    return Windows(windows[~chosen], windows[chosen])
+
+
+def default_length(tokenizer: Tokenizer | None, positions: int | None) -> int:
+    """The longest window that tokenizer and model allow, 1024 at most."""
+    limits = [_LONGEST, positions or _LONGEST, tokenizer.model_max_length if tokenizer else _LONGEST]
+    return int(min(limits))
+
+
+def check_enough(windows: Windows, d: int) -> None:
+    """Raise InvalidInputError where there is too little text for the second moments of d inputs."""
+    have, need = windows.fit.numel(), TOKENS_PER_DIMENSION * d
+    if have < need:
+        raise InvalidInputError(
+            f"{have} calibration tokens are too few for a model of width {d}: second moments need {need} at least, and "
+            "about 64,000 serve well. Give more --text, or raise --tokens."
+        )
+
+
+def check_ids(model: PreTrainedModel, ids: Tensor, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Check that a model can take token ids [texts, length].
+
+    Args:
+        tokenizer: that made them; named in the error.
+
+    Raises:
+        InvalidInputError: texts are longer than its positions, or a token has no embedding.
+    """
+    limit, rows = position_limit(model.config), vocabulary(model)
+    if limit and ids.shape[1] > limit:
+        raise InvalidInputError(f"windows of {ids.shape[1]} tokens do not fit this model, which takes {limit} at most.")
+    least, largest = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
+    if least < 0 or largest >= rows:
+        known = f"; the tokenizer has {len(tokenizer):,}" if tokenizer is not None else ""
+        raise InvalidInputError(
+            f"the text has token {largest if largest >= rows else least}, and the model has embeddings for {rows:,} "
+            f"tokens, from 0 on{known}. Give the model with the tokenizer that belongs to it, or add rows for the "
+            "new tokens with model.resize_token_embeddings and train them."
+        )
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of a text, without those that mark its beginning and end."""
     return tokenizer.encode(text, add_special_tokens=False, verbose=False)
-
-
-def _texts(source: str | Path) -> Iterator[str]:
-    path = Path(source)
-    if path.is_file():
-        try:
-            yield path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise InvalidInputError(f"{path} is not UTF-8 text ({error}); convert it first.") from error
-    elif path.suffix or path.is_dir() or len(path.parts) > 2:
-        raise InvalidInputError(f"no text file {path}; give a path that exists, or a dataset name.")
-    else:
-        yield from _dataset_texts(str(source))
-
-
-def _dataset_texts(name: str) -> Iterator[str]:
-    """The column `text` (or the one named) of a dataset: `name[:config[:split[:column]]]`."""
-    if importlib.util.find_spec("datasets") is None:
-        raise InvalidInputError(
-            f"{name!r} is no file, and reading it as a dataset needs the package: pip install 'tardis-llm[eval]'."
-        )
-    from datasets import load_dataset
-
-    dataset, config, split, column = (*name.split(":"), *[""] * 3)[:4]
-    try:
-        rows = load_dataset(dataset, config or None, split=split or "train")
-    except Exception as error:  # the library raises many kinds, all with the same remedy
-        raise InvalidInputError(
-            f"{name!r} is neither a file nor a dataset that can be loaded ({error}); check the name, or give a file."
-        ) from error
-    column = column or "text"
-    if column not in rows.column_names:
-        raise InvalidInputError(
-            f"{dataset} has no column {column!r}; name one of {', '.join(rows.column_names)} as the fourth part of "
-            "`name:config:split:column`."
-        )
-    yield "\n\n".join(rows[column])
 
 
 def _spread(texts: list[str], characters: int, seed: int) -> list[str]:

@@ -17,7 +17,7 @@ from rich.markup import escape
 from transformers import PreTrainedModel
 
 from ..allocator import use_huge_pages
-from ..checkpoint import is_folded, record_crossover
+from ..checkpoint import METHOD, is_folded, record_crossover
 from ..config import Precision, Storage
 from ..errors import InvalidInputError
 from ..evaluation.shapes import SHAPES, random_folds, shaped_model
@@ -35,7 +35,7 @@ from ..evaluation.speed import (
 )
 from ..evaluation.variants import KINDS, Variant, folded_variant, loaded_variants, rival
 from ..linears import low_bit_copies
-from ..loading import load_dense, load_model
+from ..loading import load_config, load_dense, load_model, quantisation
 from ..runtime.ffn import folded_ffns, lay_out
 from ..runtime.prefill import Prefill, set_prefill
 from . import output as show
@@ -46,7 +46,7 @@ _FOLDED = "folded"
 
 
 def bench(
-    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="Folded directory, or a dense model.")] = "",
+    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="Directory or hub name of a folded or dense model.")] = "",
     shape: Annotated[str, typer.Option(help=f"Shape with random weights: {', '.join(SHAPES)}.")] = "",
     layers: Annotated[int | None, typer.Option(help="So many layers of the shape; all without.", min=1)] = None,
     against: Annotated[
@@ -82,8 +82,8 @@ def bench(
         raise InvalidInputError(f"give a MODEL, or --shape NAME, one of {', '.join(SHAPES)}.")
     if not 0 <= fix_rate < 1:
         raise InvalidInputError(f"--fix-rate is {fix_rate}; give a share from 0 to below 1.")
-    checkpoint = bool(model) and is_folded(Path(model))
-    if record and not checkpoint:
+    checkpoint = bool(model) and quantisation(load_config(model)) == METHOD
+    if record and not (checkpoint and is_folded(Path(model))):
         raise InvalidInputError("--record writes into a folded directory; give one as MODEL.")
     kinds = _kinds(against, checkpoint)
     if checkpoint:

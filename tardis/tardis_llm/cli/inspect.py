@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from ..calibration.text import Windows, read_windows
+from ..calibration.text import Windows
 from ..config import FoldConfig
 from ..errors import InvalidInputError
 from ..evaluation.plots import plot_fold, plot_survey
@@ -17,8 +17,9 @@ from ..folding.budget import FFNShape
 from ..loading import load_dense, load_model, load_report, load_tokenizer, window_length
 from ..report import FoldReport
 from . import output as show
-from .options import AsJson, ModelName, Texts
+from .options import AsJson, ModelName, TextField, Texts
 from .place import check_writable
+from .texts import calibration_windows, read
 
 _TOKENS = 16_384
 _BITS = (1, 2, 3, 4)
@@ -29,6 +30,7 @@ def inspect(
     model: ModelName,
     plot: Annotated[Path | None, typer.Option(help="PNG to draw.", show_default=False)] = None,
     text: Texts = None,
+    text_field: TextField = None,
     tokens: Annotated[int, typer.Option(help="Of the text, at most.")] = _TOKENS,
     as_json: AsJson = False,
 ) -> None:
@@ -37,7 +39,7 @@ def inspect(
         check_writable(plot.parent)
     report = load_report(model)
     if report is None:
-        _inspect_dense(model, plot, text, tokens, as_json)
+        _inspect_dense(model, plot, text, text_field, tokens, as_json)
     else:
         _inspect_folded(model, report, plot, text, as_json)
 
@@ -65,16 +67,18 @@ def _inspect_folded(model: str, report: FoldReport, plot: Path | None, text: lis
     _say_where(plot)
 
 
-def _inspect_dense(model: str, plot: Path | None, text: list[str] | None, tokens: int, as_json: bool) -> None:
+def _inspect_dense(
+    model: str, plot: Path | None, text: list[str] | None, field: str | None, tokens: int, as_json: bool
+) -> None:
     if plot and not text:
         raise InvalidInputError("a plot of a dense model needs text to measure on; give --text FILE.")
     windows: Windows | None = None
+    documents = read(text, field) if text else []
     loaded = load_dense(model)
     if text:
-        tokenizer = load_tokenizer(model)
-        default = FoldConfig()
+        tokenizer, config = load_tokenizer(model), FoldConfig(tokens=tokens)
         length = window_length(loaded, tokenizer, None)
-        windows = read_windows(text, tokenizer, tokens, length, default.heldout, default.seed)
+        windows = calibration_windows(documents, loaded, tokenizer, config, length)
     with show.progress_bars() as progress:
         found = survey(loaded, windows, progress)
     if plot:

@@ -77,6 +77,11 @@ def warn(text: str) -> None:
     err.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
 
 
+def show_warning(message: Warning | str, *_: object) -> None:
+    """Stands in for `warnings.showwarning`: without the line of code that warned."""
+    warn(str(message))
+
+
 def print_json(values: dict[str, Any]) -> None:
     """One JSON object on stdout; numbers that JSON does not have (NaN, infinities) become null."""
     sys.stdout.write(json.dumps(plain(values), indent=2, allow_nan=False) + "\n")
