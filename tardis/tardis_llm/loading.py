@@ -6,6 +6,7 @@ The family is checked on the config, before any weight is read; weights that the
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -157,9 +159,10 @@ def _load(model: str, config: PreTrainedConfig, dtype: str | None) -> PreTrained
     loader = AutoModelForCausalLM if family_of(config).causal else _encoder_class(model, config)
     if _is_local(model):
         check_weights(Path(model))
+    settings = _instead_of_bad_generation_config(model) if family_of(config).causal else {}
     try:
         loaded, info = loader.from_pretrained(
-            model, dtype=getattr(torch, dtype) if dtype else "auto", output_loading_info=True
+            model, dtype=getattr(torch, dtype) if dtype else "auto", output_loading_info=True, **settings
         )
     except TardisError:
         raise
@@ -174,6 +177,21 @@ def _load(model: str, config: PreTrainedConfig, dtype: str | None) -> PreTrained
     _check_complete(model, info)
     ready: PreTrainedModel = loaded.eval()
     return ready
+
+
+def _instead_of_bad_generation_config(model: str) -> dict[str, Any]:
+    """Arguments that keep transformers from a generation_config.json at which it would stop; with a warning."""
+    try:
+        GenerationConfig.from_pretrained(model)
+    except OSError:  # there is none
+        return {}
+    except Exception as error:  # of any kind, where a value has the wrong type
+        warnings.warn(
+            f"the generation_config.json of {model} cannot be used ({_first_line(error)}); its settings are left out.",
+            stacklevel=4,
+        )
+        return {"generation_config": GenerationConfig()}
+    return {}
 
 
 def _encoder_class(model: str, config: PreTrainedConfig) -> Any:

@@ -63,10 +63,13 @@ def fold(
         calibration = split_windows(calibration, config.sequence_length or _AUTO_LENGTH, config.heldout)
     sites, bits = check_fold(model, calibration, config)
     fingerprint = _fingerprint(model, calibration, config)
-    with Workspace.open(work, fingerprint, resume) if work else nullcontext() as workspace:
-        with tempfile.TemporaryDirectory(dir=work, prefix=SCRATCH) as scratch, torch.no_grad():
-            session = Session(model, sites, calibration, config, Path(scratch), progress or _silent)
-            layers = _fold_layers(session, _plan(session, bits, workspace), workspace)
+    with (
+        Workspace.open(work, fingerprint, resume) if work else nullcontext() as workspace,
+        tempfile.TemporaryDirectory(dir=work, prefix=SCRATCH) as scratch,
+        torch.no_grad(),
+    ):
+        session = Session(model, sites, calibration, config, Path(scratch), progress or _silent)
+        layers = _fold_layers(session, _plan(session, bits, workspace), workspace)
     linears = quantise_linears(model, config.linear_bits) if config.linear_bits else None
     return FoldReport(layers, config.as_dict(), _describe(calibration, fingerprint), linears)
 

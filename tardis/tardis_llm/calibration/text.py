@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..architectures import position_limit, vocabulary
+from ..config import check_seed
 from ..errors import InvalidInputError
 from .documents import Documents, read_documents
 
@@ -76,6 +77,7 @@ def windows_over(
     sources: Sequence[Documents], tokenizer: Tokenizer, tokens: int, length: int, heldout: float, seed: int = 0
 ) -> Windows:
     """Windows from spans spread evenly over documents; arguments and errors as `read_windows`."""
+    check_seed(seed)
     texts = [documents.text for documents in sources]
     total = sum(map(len, texts))
     if not total:
@@ -157,127 +159,6 @@ def check_tokens(model: PreTrainedModel, ids: Tensor, tokenizer: PreTrainedToken
         )
 
 
-def encode(self, text: str, add_special_tokens: bool = ..., verbose: bool = ...) -> list[int]:
-        """Token ids of a text."""
-        ...
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Calibration tokens.
-
-    Attributes:
-        fit: [windows, length] int64, to fit on.
-        heldout: [windows, length] int64, kept apart.
-    """
-
-    fit: Tensor
-    heldout: Tensor
-
-
-def read_windows(
-    sources: Sequence[str | Path],
-    tokenizer: Tokenizer,
-    tokens: int,
-    length: int,
-    heldout: float,
-    seed: int = 0,
-    field: str | None = None,
-) -> Windows:
-    """Windows from spans spread evenly over all the text of `sources`.
-
-    Args:
-        sources: files or names of datasets; see `read_documents`.
-        tokenizer: the model's.
-        tokens: how many; fewer come back where the text is shorter.
-        length: tokens per window.
-        heldout: share of the windows kept apart.
-        seed: shifts the spans.
-        field: of records, that holds their text; "text" without.
-
-    Raises:
-        InvalidInputError: no text, unreadable or empty files, or less than two windows.
-    """
-    documents = [read_documents(source, field) for source in sources]
-    return windows_over(documents, tokenizer, tokens, length, heldout, seed)
-
-
-def windows_over(
-    sources: Sequence[Documents], tokenizer: Tokenizer, tokens: int, length: int, heldout: float, seed: int = 0
-) -> Windows:
-    """Windows from spans spread evenly over documents; arguments and errors as `read_windows`."""
-    texts = [documents.text for documents in sources]
-    total = sum(map(len, texts))
-    if not total:
-        raise InvalidInputError(
-            "the calibration text is empty; give --text FILE with some text in the model's language."
-        )
-    characters = tokens * _CHARACTERS_PER_TOKEN
-    spans = _spread(texts, characters, seed) if total > characters else texts
-    ids = [token for span in spans for token in encode(tokenizer, span)]
-    return split_windows(_spread_windows(torch.tensor(ids), tokens, length), length, heldout)
-
-
-def split_windows(ids: Tensor, length: int, heldout: float) -> Windows:
-    """Cut token ids (flat, or windows already) into windows and hold back an evenly spread share of them.
-
-    Raises:
-        InvalidInputError: fewer than two windows of `length` tokens.
-    """
-    if ids.dim() == 2:
-        length = ids.shape[1]
-    flat = ids.flatten()
-    count = len(flat) // length
-    if count < 2:
-        raise InvalidInputError(
-            f"the calibration text has {len(flat)} tokens, less than two windows of {length}; give more text, raise "
-            "--tokens, or give a shorter --sequence-length."
-        )
-    windows = flat[: count * length].view(count, length).long()
-    kept = max(1, round(count * heldout))
-    chosen = torch.zeros(count, dtype=torch.bool)
-    chosen[(torch.arange(kept) * count) // kept + count // (2 * kept)] = True
-    return Windows(windows[~chosen], windows[chosen])
-
-
-def default_length(tokenizer: Tokenizer | None, positions: int | None) -> int:
-    """The longest window that tokenizer and model allow, 1024 at most."""
-    limits = [_LONGEST, positions or _LONGEST, tokenizer.model_max_length if tokenizer else _LONGEST]
-    return int(min(limits))
-
-
-def check_enough(windows: Windows, d: int) -> None:
-    """Raise InvalidInputError where there is too little text for the second moments of d inputs."""
-    have, need = windows.fit.numel(), TOKENS_PER_DIMENSION * d
-    if have < need:
-        raise InvalidInputError(
-            f"{have} calibration tokens are too few for a model of width {d}: second moments need {need} at least, and "
-            "about 64,000 serve well. Give more --text, or raise --tokens."
-        )
-
-
-def check_ids(model: PreTrainedModel, ids: Tensor, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Check that a model can take token ids [texts, length].
-
-    Args:
-        tokenizer: that made them; named in the error.
-
-    Raises:
-        InvalidInputError: texts are longer than its positions, or a token has no embedding.
-    """
-    limit, rows = position_limit(model.config), vocabulary(model)
-    if limit and ids.shape[1] > limit:
-        raise InvalidInputError(f"windows of {ids.shape[1]} tokens do not fit this model, which takes {limit} at most.")
-    least, largest = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
-    if least < 0 or largest >= rows:
-        known = f"; the tokenizer has {len(tokenizer):,}" if tokenizer is not None else ""
-        raise InvalidInputError(
-            f"the text has token {largest if largest >= rows else least}, and the model has embeddings for {rows:,} "
-            f"tokens, from 0 on{known}. Give the model with the tokenizer that belongs to it, or add rows for the "
-            "new tokens with model.resize_token_embeddings and train them."
-        )
-
-
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """Token ids of a text, without those that mark its beginning and end."""
     return tokenizer.encode(text, add_special_tokens=False, verbose=False)
@@ -296,7 +177,7 @@ def _spread_windows(ids: Tensor, tokens: int, length: int) -> Tensor:
     """Windows [count, length] evenly spread over flat ids, `tokens` in all; flat as they are if there are no more."""
     have, wanted = len(ids) // length, tokens // length
     if have <= wanted or wanted < 2:
-        return ids[:tokens]
+        return ids[: min(tokens, len(ids))]
     return ids[: have * length].view(have, length)[torch.arange(wanted) * have // wanted]
 
 

@@ -46,7 +46,7 @@ _FOLDED = "folded"
 
 
 def bench(
-    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="Directory or hub name of a folded or dense model.")] = "",
+    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="Folded or dense model, directory or hub name.")] = "",
     shape: Annotated[str, typer.Option(help=f"Shape with random weights: {', '.join(SHAPES)}.")] = "",
     layers: Annotated[int | None, typer.Option(help="So many layers of the shape; all without.", min=1)] = None,
     against: Annotated[
