@@ -71,7 +71,9 @@ def test_calibration_windows_are_those_of_the_same_text_in_a_plain_file(name: st
     FORMATS[name](tmp_path / name, texts, "text")
     (tmp_path / "plain.txt").write_text("\n\n".join(texts), encoding="utf-8")
     for tokens in (512, 100_000):  # spans of the text; all of it
-        one, other = (read_windows([tmp_path / file], tiny_tokenizer(), tokens, 16, 0.2) for file in (name, "plain.txt"))
+        one, other = (
+            read_windows([tmp_path / file], tiny_tokenizer(), tokens, 16, 0.2) for file in (name, "plain.txt")
+        )
         assert torch.equal(one.fit, other.fit)
         assert torch.equal(one.heldout, other.heldout)
 
