@@ -177,3 +177,15 @@ def test_seeds_of_64_bits_work(tiny_text: Path, seed: int) -> None:
     assert read_windows([tiny_text], tiny_tokenizer(), 512, 16, 0.2, FoldConfig(seed=seed).seed).fit.shape[1] == 16
     model, tokenizer = tiny_model("gpt2"), tiny_tokenizer()
     assert isinstance(generate(model, tokenizer, tokens(1, 4), 2, temperature=1.0, seed=seed), str)
+
+
+@pytest.mark.parametrize("temperature", [1e-300, float("nan")])
+def test_temperatures_that_no_score_can_be_divided_by_are_refused(temperature: float) -> None:
+    with pytest.raises(InvalidInputError, match="give 0, or a number from 0.001"):
+        generate(tiny_model("gpt2"), tiny_tokenizer(), tokens(1, 4), 2, temperature=temperature)
+
+
+@pytest.mark.parametrize("limit", [-1.0, float("nan")])
+def test_a_memory_limit_is_a_number_from_0(limit: float) -> None:
+    with pytest.raises(InvalidInputError, match="memory_limit_gib is"):
+        FoldConfig(memory_limit_gib=limit)

@@ -8,6 +8,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -266,15 +267,15 @@ def killed_at(moment: int) -> Iterator[None]:
     """Within the context, the process ends before it changes a name for the `moment`-th time."""
     with pytest.MonkeyPatch.context() as patch:
         left = [moment]
+
+        def until_killed(change: Callable[..., Any], *args: Any, **options: Any) -> Any:
+            if not left[0]:
+                raise Killed
+            left[0] -= 1
+            return change(*args, **options)
+
         for name in ("replace", "unlink", "rename", "rmdir"):
-
-            def call(*args: Any, change: Callable[..., Any] = getattr(os, name), **options: Any) -> Any:
-                if not left[0]:
-                    raise Killed
-                left[0] -= 1
-                return change(*args, **options)
-
-            patch.setattr(os, name, call)
+            patch.setattr(os, name, partial(until_killed, getattr(os, name)))
         yield
 
 

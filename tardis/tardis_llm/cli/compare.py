@@ -70,13 +70,13 @@ def compare(
     methods: Annotated[str, typer.Option(help="name or name@reduction, with commas.")] = METHODS,
     reductions: Annotated[str, typer.Option(help="For the methods named without one.")] = _REDUCTIONS,
     tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = _DEFAULT.tokens,
-    eval_tokens: Annotated[int, typer.Option(help="Evaluation tokens, evenly spread windows; 0 for all.")] = _TOKENS,
+    eval_tokens: Annotated[int, typer.Option(min=0, help="Evaluation tokens, evenly spread windows; 0 for all.")] = _TOKENS,
     window: Annotated[
         int | None, typer.Option(help="Tokens per window; what the model allows without.", show_default=False)
     ] = None,
     tasks: TaskNames = "",
     task_data: TaskData = None,
-    limit: Annotated[int, typer.Option(help="Items per task, evenly spread; 0 for all.")] = _LIMIT,
+    limit: Annotated[int, typer.Option(min=0, help="Items per task, evenly spread; 0 for all.")] = _LIMIT,
     scope: Annotated[Scope, typer.Option(help="What baselines compress; folds are of FFNs only.")] = "ffn",
     dtype: Annotated[str, typer.Option(help="Of the dense model.")] = "bfloat16",
     seed: Annotated[int, typer.Option(help="Picks the calibration windows.")] = 0,

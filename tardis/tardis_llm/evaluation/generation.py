@@ -11,9 +11,12 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..architectures import family_of
 from ..calibration.text import check_tokens
+from ..config import check_seed
 from ..decoding import compile_errors_explained, compiled
 from ..errors import InvalidInputError
 from ..loading import position_limit
+
+_COLDEST = 1e-3  # a temperature by which scores can be divided
 
 
 def prompt_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
@@ -66,8 +69,11 @@ def generate(
         compile: run each token as one graph; see `decoding.compiled`.
 
     Raises:
-        InvalidInputError: it cannot be compiled.
+        InvalidInputError: it cannot be compiled, or the temperature or the seed is out of range.
     """
+    check_seed(seed)
+    if not (temperature <= 0 or temperature >= _COLDEST):
+        raise InvalidInputError(f"temperature is {temperature}; give 0, or a number from {_COLDEST}.")
     space = room(model, tokenizer, ids)
     count = max_new_tokens if space is None else min(max_new_tokens, space)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
