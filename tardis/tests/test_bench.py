@@ -302,3 +302,8 @@ def test_a_folded_model_on_the_hub_is_timed_as_one_in_a_directory(tardis: Callab
     assert result.code == 0
     assert [row["variant"] for row in json.loads(result.out)["rows"]] == ["dense", "folded"]
     assert_refused(tardis("bench", hub, *quick, "--record"), "--record writes into a folded directory")
+
+
+def test_prompt_and_steps_stay_within_the_positions(tardis: Callable[..., Result], tiny_dir: Path):
+    command = ("bench", tiny_dir, "--batch", 1, "--prompt", 125, "--steps", 4)
+    assert_refused(tardis(*command), "windows of 129 tokens do not fit this model, which takes 128 at most")

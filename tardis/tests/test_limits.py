@@ -21,6 +21,7 @@ from tardis_llm.evaluation.generation import generate, prompt_ids
 from tardis_llm.evaluation.perplexity import token_perplexity
 from tardis_llm.evaluation.rolling import Document, word_perplexity
 from tardis_llm.evaluation.survey import survey
+from tardis_llm.integrations.lm_eval import harness_model
 from tardis_llm.loading import window_length
 
 Tardis = Callable[..., Result]
@@ -135,6 +136,14 @@ def test_every_function_that_takes_tokens_refuses_those_without_an_embedding() -
             call()
 
 
+def test_tasks_refuse_what_the_model_cannot_take() -> None:
+    model, tokenizer = tiny_model("gpt2"), endless("of the")
+    with pytest.raises(InvalidInputError, match=f"takes {POSITIONS} at most"):
+        harness_model(model, tokenizer, POSITIONS + 1)
+    with pytest.raises(InvalidInputError, match=f"the tokenizer has {VOCAB + 1}"):
+        harness_model(model, tokenizer, 32)._loglikelihood_tokens([(None, [1, VOCAB], [2])])
+
+
 def test_a_negative_token_is_none() -> None:
     with pytest.raises(InvalidInputError, match="has token -1"):
         check_windows(tiny_model("gpt2"), torch.tensor([[3, -1]]))
@@ -181,7 +190,7 @@ def test_seeds_of_64_bits_work(tiny_text: Path, seed: int) -> None:
 
 @pytest.mark.parametrize("temperature", [1e-300, float("nan")])
 def test_temperatures_that_no_score_can_be_divided_by_are_refused(temperature: float) -> None:
-    with pytest.raises(InvalidInputError, match="give 0, or a number from 0.001"):
+    with pytest.raises(InvalidInputError, match="give 0, or a number from"):
         generate(tiny_model("gpt2"), tiny_tokenizer(), tokens(1, 4), 2, temperature=temperature)
 
 

@@ -17,6 +17,7 @@ from rich.markup import escape
 from transformers import PreTrainedModel
 
 from ..allocator import use_huge_pages
+from ..calibration.text import check_length
 from ..checkpoint import METHOD, is_folded, record_crossover
 from ..config import Precision, Storage
 from ..errors import InvalidInputError
@@ -92,6 +93,7 @@ def bench(
         dense = shaped_model(shape, layers) if shape else load_dense(model, "bfloat16")
         storage = Storage(fold_bits=BITS[fold_dtype], fallback_bits=BITS[fallback])
         variants = _variants_of_dense(dense, kinds, predictor_bits, storage, BITS[linears], fix_rate)
+    check_length(variants[0].model, prompt + steps)
     for variant in variants:
         with variant.within():
             lay_out(variant.model)

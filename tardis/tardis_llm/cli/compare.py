@@ -70,7 +70,9 @@ def compare(
     methods: Annotated[str, typer.Option(help="name or name@reduction, with commas.")] = METHODS,
     reductions: Annotated[str, typer.Option(help="For the methods named without one.")] = _REDUCTIONS,
     tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = _DEFAULT.tokens,
-    eval_tokens: Annotated[int, typer.Option(min=0, help="Evaluation tokens, evenly spread windows; 0 for all.")] = _TOKENS,
+    eval_tokens: Annotated[
+        int, typer.Option(min=0, help="Evaluation tokens, evenly spread windows; 0 for all.")
+    ] = _TOKENS,
     window: Annotated[
         int | None, typer.Option(help="Tokens per window; what the model allows without.", show_default=False)
     ] = None,
