@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -152,7 +153,7 @@ def _stale(staging: Path, directory: Path) -> Iterator[Path]:
 
 
 def _move(path: Path, target: Path) -> None:
-    if target.is_dir() and not target.is_symlink():
+    if path.is_dir() and target.is_dir():
         shutil.rmtree(target)
     os.replace(path, target)
 
@@ -162,5 +163,8 @@ def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot do it for folders
+            raise
     finally:
         os.close(handle)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -323,6 +324,22 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(
     with pytest.raises(OSError, match="full"):
         save_folded(model, report, directory)
     assert names(directory) == names(checkpoints["folded-100KB"])
+
+
+@pytest.mark.parametrize(("number", "saves"), [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EIO, False)])
+def test_a_file_system_that_cannot_sync_folders_is_no_reason_to_lose_a_fold(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, saves: bool
+):
+    staging = staged(checkpoints, "folded-1GB", "folded-100KB", tmp_path / "out")
+
+    def fsync(handle: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with nullcontext() if saves else pytest.raises(OSError, match=os.strerror(number)):
+        publish(staging, tmp_path / "out")
+    left = checkpoints["folded-100KB" if saves else "folded-1GB"]
+    assert (tmp_path / "out" / "config.json").read_bytes() == (left / "config.json").read_bytes()
 
 
 def test_a_fold_into_a_folder_of_the_model_leaves_both_whole(

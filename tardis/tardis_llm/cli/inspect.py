@@ -18,7 +18,7 @@ from ..loading import load_dense, load_model, load_report, load_tokenizer, windo
 from ..report import FoldReport
 from . import output as show
 from .options import AsJson, ModelName, TextField, Texts
-from .place import check_writable
+from .place import check_plot
 from .texts import calibration_windows, read
 
 _TOKENS = 16_384
@@ -36,7 +36,7 @@ def inspect(
 ) -> None:
     """Show what folding a dense model would start from, or what a folded one consists of."""
     if plot:
-        check_writable(plot.parent)
+        check_plot(plot)
     report = load_report(model)
     if report is None:
         _inspect_dense(model, plot, text, text_field, tokens, as_json)

@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+from matplotlib.backend_bases import FigureCanvasBase
 from transformers import PreTrainedModel
 
 from ..architectures import find_ffns
@@ -55,6 +56,16 @@ def check_writable(directory: Path) -> None:
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise InvalidInputError(
             f"cannot write to {directory}: no permission, or read-only, at {nearest}. Choose another -o."
+        )
+
+
+def check_plot(path: Path) -> None:
+    """Raise InvalidInputError unless a picture can be drawn to `path`."""
+    check_writable(path.parent)
+    kinds = sorted(FigureCanvasBase.get_supported_filetypes())
+    if path.is_dir() or (path.suffix and path.suffix[1:].lower() not in kinds):
+        raise InvalidInputError(
+            f"no picture can be drawn to {path}; give a file such as fold.png, or {', '.join(kinds)}."
         )
 
 
