@@ -29,6 +29,8 @@ class Family:
         causal: whether the family generates text from left to right.
         refused_flags: config fields that, when true, make the FFN compute something else.
         alibi: whether positions bias the attention; see `has_alibi`.
+        positions: config field that limits the length of a text; "" where nothing does.
+        padding_first: whether positions are counted from behind `pad_token_id`, so that as many fewer are left.
     """
 
     model_type: str
@@ -40,6 +42,8 @@ class Family:
     causal: bool = True
     refused_flags: tuple[str, ...] = ()
     alibi: bool = False
+    positions: str = "max_position_embeddings"
+    padding_first: bool = False
 
 
 _ROWS = (
@@ -53,10 +57,11 @@ _ROWS = (
     # slow_but_exact multiplies slices of the down weight and leaves out its bias.
     Family(
         "bloom", "h", "mlp", "mlp.dense_h_to_4h", "mlp.gelu_impl", "mlp.dense_4h_to_h",
-        refused_flags=("slow_but_exact",), alibi=True,
+        refused_flags=("slow_but_exact",), alibi=True, positions="",
     ),
     Family("phi", "layers", "mlp", "mlp.fc1", "mlp.activation_fn", "mlp.fc2"),
-    Family("mpt", "blocks", "ffn", "ffn.up_proj", "ffn.act", "ffn.down_proj", alibi=True),
+    # its table of biases has an end
+    Family("mpt", "blocks", "ffn", "ffn.up_proj", "ffn.act", "ffn.down_proj", alibi=True, positions="max_seq_len"),
     Family("opt", "decoder.layers", "", "fc1", "activation_fn", "fc2"),
     Family(
         "bert", "encoder.layer", "",
@@ -64,7 +69,7 @@ _ROWS = (
     ),
     Family(
         "roberta", "encoder.layer", "",
-        "intermediate.dense", "intermediate.intermediate_act_fn", "output.dense", causal=False,
+        "intermediate.dense", "intermediate.intermediate_act_fn", "output.dense", causal=False, padding_first=True,
     ),
 )  # fmt: skip
 
@@ -115,6 +120,23 @@ def family_of(config: PreTrainedConfig) -> Family:
 def has_alibi(config: PreTrainedConfig) -> bool:
     """Whether a model adds ALiBi (arXiv 2108.12409) to its attention; in Falcon's family some models do."""
     return family_of(config).alibi or bool(getattr(config, "alibi", False))
+
+
+def position_limit(config: PreTrainedConfig) -> int | None:
+    """The most tokens that a model takes in one text; None if it sets no limit."""
+    family = family_of(config)
+    if not family.positions or getattr(config, "alibi", False):  # Falcon's, which is computed for any length
+        return None
+    limit = getattr(config, family.positions, None)
+    if limit is None:
+        return None
+    return int(limit) - (config.pad_token_id + 1 if family.padding_first else 0)
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """How many tokens a model knows: the rows of its input embedding."""
+    rows: int = model.get_input_embeddings().weight.shape[0]
+    return rows
 
 
 class FFNWeights(NamedTuple):

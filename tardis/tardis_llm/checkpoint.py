@@ -23,12 +23,12 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from .errors import CheckpointError, InvalidInputError
 from .format import METHOD, PREFIX, CheckpointConfig, LayerFormat
 from .linears import low_bit_linears
-from .record import CONFIG, write_record
+from .record import write_record
 from .report import FoldReport
 from .runtime.ffn import folded_ffns
+from .saving import CONFIG, STAGING, publish, save_model, save_tokenizer, shard_bytes
 from .workspace import read_json, write_json
 
-_STAGING = ".tardis-staging"
 _READABLE = 0o644  # transformers leaves weights readable by their owner alone
 
 
@@ -37,33 +37,39 @@ def save_folded(
     report: FoldReport,
     directory: Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    max_shard_size: str = "5GB",
+    max_shard_size: int | str = "5GB",
 ) -> None:
-    """Write a folded model. What is in `directory` under the same names is replaced, config.json last.
+    """Write a folded model. A model that is in `directory` is replaced whole; see `saving.publish`.
+
+    A generation_config.json that transformers would not save is written as it is, with a warning, and so is a
+    checkpoint whose tokenizer cannot be saved.
 
     Args:
         model: folded by `tardis_llm.fold`; it gets the quantiser that a loaded one has.
         report: of the fold.
         directory: made if missing.
         tokenizer: saved beside the model.
-        max_shard_size: of one file, as transformers spells it.
+        max_shard_size: of one file: bytes, or such as "5GB" or "5GiB".
 
     Raises:
-        InvalidInputError: the model has no folded FFN.
+        InvalidInputError: the model has no folded FFN, or the size is none.
         OSError, SafetensorError: the disk is full or cannot be written; `directory` keeps what it had.
     """
+    size = shard_bytes(max_shard_size)
     mark_folded(model, report.calibration)
-    staging = directory / _STAGING
+    staging = directory / STAGING
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
-        model.save_pretrained(staging, max_shard_size=max_shard_size)
+        save_model(model, staging, size)
         if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
+            save_tokenizer(tokenizer, staging)
         _write_record(staging, report)
-        _publish(staging, directory)
-    finally:
+    except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
+        raise
+    publish(staging, directory)
+    staging.rmdir()
 
 
 def mark_folded(model: PreTrainedModel, calibration: dict[str, Any]) -> None:
@@ -123,14 +129,3 @@ def _write_record(staging: Path, report: FoldReport) -> None:
     for file in staging.glob("*.safetensors"):
         file.chmod(_READABLE)
     write_record(staging, report)
-
-
-def _publish(staging: Path, directory: Path) -> None:
-    """Move finished files into place; a folded model that was there is replaced whole."""
-    new = sorted(path.name for path in staging.iterdir())
-    if is_folded(directory):
-        for stale in [*directory.glob("*.safetensors"), *directory.glob("*.safetensors.index.json")]:
-            if stale.name not in new:
-                stale.unlink()
-    for name in sorted(new, key=lambda name: name == CONFIG):
-        os.replace(staging / name, directory / name)

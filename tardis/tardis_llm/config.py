@@ -100,8 +100,11 @@ class FoldConfig:
         _require(self.group_size > 0, "group_size", self.group_size, "a positive number of weights, such as 256")
         _require(self.damping is None or self.damping >= 0, "damping", self.damping, "a number from 0, such as 0.01")
         _require(0 < self.heldout <= 0.5, "heldout", self.heldout, "a share between 0 and 0.5")
+        limit = self.memory_limit_gib
+        _require(limit >= 0, "memory_limit_gib", limit, "a number of GiB from 0")
         for name in ("tokens", "probe_tokens", "batch_tokens"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number of tokens")
+        check_seed(self.seed)
         length = self.sequence_length
         _require(length is None or length >= 2, "sequence_length", length, "at least 2 tokens")
 
@@ -113,6 +116,11 @@ class FoldConfig:
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values, for records and fingerprints."""
         return asdict(self)
+
+
+def check_seed(seed: int) -> None:
+    """Raise InvalidInputError where torch takes no such seed."""
+    _require(-(2**63) <= seed < 2**64, "seed", seed, "a whole number of at most 64 bits, such as 0")
 
 
 def _require(valid: bool, name: str, value: object, remedy: str) -> None:

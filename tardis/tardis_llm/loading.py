@@ -6,6 +6,7 @@ The family is checked on the config, before any weight is read; weights that the
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -23,11 +25,13 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from .architectures import FAMILIES, family_of
+from .architectures import position_limit as model_positions
 from .calibration.text import default_length
 from .errors import CheckpointError, InvalidInputError, TardisError, UnsupportedModelError
 from .format import METHOD, CheckpointConfig, stock_name
 from .record import RECORD, read_report
 from .report import FoldReport
+from .saving import is_interrupted
 from .skeleton import check_blocks
 from .weight_files import headers, weight_files
 
@@ -162,8 +166,7 @@ def window_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
 
 def position_limit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
     """The most tokens that model and tokenizer allow in one text; None if neither sets a limit."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    limits = [limit for limit in (positions, tokenizer and tokenizer.model_max_length) if limit]
+    limits = [limit for limit in (model_positions(model.config), tokenizer and tokenizer.model_max_length) if limit]
     known = [int(limit) for limit in limits if limit < 2**31]  # "no limit" is 10^30 in a tokenizer
     return min(known, default=None)
 
@@ -174,9 +177,10 @@ def _load(model: str, config: PreTrainedConfig, dtype: str | None) -> PreTrained
     loader = AutoModelForCausalLM if family_of(config).causal else _encoder_class(model, config)
     if _is_local(model):
         check_blocks(config, check_weights(Path(model)))
+    settings = _instead_of_bad_generation_config(model) if family_of(config).causal else {}
     try:
         loaded, info = loader.from_pretrained(
-            model, dtype=getattr(torch, dtype) if dtype else "auto", output_loading_info=True
+            model, dtype=getattr(torch, dtype) if dtype else "auto", output_loading_info=True, **settings
         )
     except TardisError:
         raise
@@ -191,6 +195,21 @@ def _load(model: str, config: PreTrainedConfig, dtype: str | None) -> PreTrained
     _check_complete(model, info)
     ready: PreTrainedModel = loaded.eval()
     return ready
+
+
+def _instead_of_bad_generation_config(model: str) -> dict[str, Any]:
+    """Arguments that keep transformers from a generation_config.json at which it would stop; with a warning."""
+    try:
+        GenerationConfig.from_pretrained(model)
+    except OSError:  # there is none
+        return {}
+    except Exception as error:  # of any kind, where a value has the wrong type
+        warnings.warn(
+            f"the generation_config.json of {model} cannot be used ({_first_line(error)}); its settings are left out.",
+            stacklevel=4,
+        )
+        return {"generation_config": GenerationConfig()}
+    return {}
 
 
 def _encoder_class(model: str, config: PreTrainedConfig) -> Any:
@@ -220,6 +239,11 @@ def _check_directory(directory: Path) -> None:
     if not directory.is_dir():
         raise InvalidInputError(f"there is no directory {directory}; give a model's directory, or its name on the hub.")
     config = directory / "config.json"
+    if is_interrupted(directory):
+        raise CheckpointError(
+            f"writing a fold to {directory} was interrupted, and the model there is not complete. Run the same tardis "
+            "fold again with --resume, or save the model again."
+        )
     if not config.is_file():
         raise InvalidInputError(f"{directory} has no config.json; give the directory of a Hugging Face model.")
     labels = _read_config(config).get("num_labels", 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 
 from .architectures import FFNSite, family_of
 from .calibration.stream import Stream
-from .calibration.text import Windows, check_enough, split_windows
+from .calibration.text import Windows, check_enough, check_windows, split_windows
 from .config import FORMAT_VERSION, FoldConfig, Storage
 from .folding.budget import check_feasible
 from .folding.fold import FoldQuality, choose_ranges, finish, predict
@@ -24,7 +25,7 @@ from .planning import LayerPlan, plan
 from .report import FoldReport, LayerReport
 from .runtime.ffn import FoldedFFN, install
 from .session import Progress, Session, advance_to, choose_sites, dense_ffn, ffn_shape, inputs_at
-from .workspace import SCRATCH, Workspace, digest
+from .workspace import SCRATCH, Workspace, differences, digest, state_of
 
 _AUTO_BITS = {"error": (1, 2, 3, 4), "coverage": (2,)}  # the paper has 2
 _AUTO_LENGTH = 256
@@ -60,19 +61,55 @@ def fold(
     config = config or FoldConfig()
     if not isinstance(calibration, Windows):
         calibration = split_windows(calibration, config.sequence_length or _AUTO_LENGTH, config.heldout)
-    sites = choose_sites(model, config)
-    if config.linear_bits:
-        check_bits(config.linear_bits)
-    check_enough(calibration, sites[0].hidden_size)
-    allowed = (config.predictor_bits,) if config.predictor_bits else _AUTO_BITS[config.policy]
-    bits = check_feasible([ffn_shape(site) for site in sites], allowed, config.storage, config.reduction)
+    sites, bits = check_fold(model, calibration, config)
     fingerprint = _fingerprint(model, calibration, config)
-    workspace = Workspace(work, fingerprint, resume) if work else None
-    with tempfile.TemporaryDirectory(dir=work, prefix=SCRATCH) as scratch, torch.no_grad():
+    with (
+        Workspace.open(work, fingerprint, resume) if work else nullcontext() as workspace,
+        tempfile.TemporaryDirectory(dir=work, prefix=SCRATCH) as scratch,
+        torch.no_grad(),
+    ):
         session = Session(model, sites, calibration, config, Path(scratch), progress or _silent)
         layers = _fold_layers(session, _plan(session, bits, workspace), workspace)
     linears = quantise_linears(model, config.linear_bits) if config.linear_bits else None
     return FoldReport(layers, config.as_dict(), _describe(calibration, fingerprint), linears)
+
+
+def check_fold(
+    model: PreTrainedModel, calibration: Windows, config: FoldConfig
+) -> tuple[list[FFNSite], tuple[int, ...]]:
+    """The FFNs to fold and the predictor widths to choose from; everything that can be refused is refused here.
+
+    Raises:
+        UnsupportedModelError, InvalidInputError, InfeasibleBudgetError: as `fold`.
+    """
+    sites = choose_sites(model, config)
+    if config.linear_bits:
+        check_bits(config.linear_bits)
+    for ids in (calibration.fit, calibration.heldout):
+        check_windows(model, ids)
+    check_enough(calibration, sites[0].hidden_size)
+    allowed = (config.predictor_bits,) if config.predictor_bits else _AUTO_BITS[config.policy]
+    return sites, check_feasible([ffn_shape(site) for site in sites], allowed, config.storage, config.reduction)
+
+
+def changes(report: FoldReport, model: PreTrainedModel, calibration: Windows, config: FoldConfig) -> list[str]:
+    """What differs between a finished fold and one of this dense model, text and settings; nothing if it is the same.
+
+    Args:
+        report: of the finished fold.
+    """
+    fingerprint = _fingerprint(model, calibration, config)
+    asked = {"config": fingerprint["config"], "calibration": _describe(calibration, fingerprint)}
+    return list(differences({"config": report.config, "calibration": report.calibration}, asked))
+
+
+def is_left_over(work: Path, report: FoldReport) -> bool:
+    """Whether what `work` keeps is of the finished fold, or of none that could still go on."""
+    found = state_of(work)
+    if found is None:
+        return True
+    known = report.calibration["model_sha256"], report.calibration["text_sha256"], report.config
+    return (found["model"]["sha256"], found["text"]["sha256"], found["config"]) == known
 
 
 def _plan(session: Session, bits: tuple[int, ...], workspace: Workspace | None) -> list[LayerPlan]:

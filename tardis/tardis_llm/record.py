@@ -20,11 +20,11 @@ from torch import Tensor
 from .config import FORMAT_VERSION
 from .errors import CheckpointError
 from .report import FoldReport
+from .saving import CONFIG
 from .weight_files import Stored, described, directory_of, headers, tensors
 from .workspace import digest, read_json, write_json
 
 RECORD = "tardis.json"
-CONFIG = "config.json"
 #: fields of config.json that do not change what a model computes: they may be edited
 _FREE = frozenset(
     (

@@ -23,6 +23,7 @@ from .folding.fold import DenseFFN, Inputs
 Progress = Callable[[str, int, int], None]
 
 _GIB = 2**30
+_BUFFERS = 2  # of one stream: hidden states, and the inputs of one FFN
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,19 @@ class Session:
 
     def stream(self, ids: Tensor) -> Stream:
         """Windows of token ids [windows, length] at the start of the model."""
-        # two buffers share the limit: hidden states, and the inputs of one FFN
-        limit = self.config.memory_limit_gib * _GIB / 2
-        return Stream(self.model, ids, self.scratch, limit, self.config.batch_tokens)
+        return Stream(self.model, ids, self.scratch, _buffer_limit(self.config), self.config.batch_tokens)
+
+
+def _buffer_limit(config: FoldConfig) -> float:
+    """Bytes of a buffer that stay in memory: hidden states and the inputs of one FFN share the limit."""
+    return config.memory_limit_gib * _GIB / _BUFFERS
+
+
+def hidden_bytes_on_disk(model: PreTrainedModel, windows: Windows, config: FoldConfig) -> int:
+    """Bytes of hidden states that a fold keeps in files, because they exceed the memory limit."""
+    per_token = find_ffns(model)[0].hidden_size * model.dtype.itemsize
+    buffers = (ids.numel() * per_token for ids in (windows.fit, windows.heldout))
+    return sum(_BUFFERS * buffer for buffer in buffers if buffer > _buffer_limit(config))
 
 
 def inputs_at(site: FFNSite, fit: Stream, heldout: Stream) -> Inputs:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,11 @@ from .errors import CheckpointError, InvalidInputError
 FOLDER = ".tardis-fold"
 #: beginning of the names of folders in it that a run needs for itself
 SCRATCH = "scratch-"
-_STATE = "state.json"
+#: file that a process locks while it works in a folder
+LOCK = ".tardis-lock"
+_STATE, _PLAN = "state.json", "plan.json"
+#: names of what a fold keeps, but for the state, which says what all of it belongs to
+_KEPT = (_PLAN, "layer-*", "*.partial", f"{SCRATCH}*")
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
@@ -31,33 +37,106 @@ def digest(tensors: Iterable[Tensor]) -> str:
     return sha.hexdigest()
 
 
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Within the context, no other process works in `folder`, which is made if missing.
+
+    Raises:
+        InvalidInputError: another one does, or the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"no permission to write in {folder}")
+    except OSError as error:
+        raise InvalidInputError(f"cannot write to {folder} ({error}); choose another output folder.") from error
+    path = folder / LOCK
+    handle = _locked(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _locked(path: Path) -> int:
+    """An open and locked file at `path`."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(handle)
+            raise InvalidInputError(
+                f"another process is folding into {path.parent}; wait until it has ended, or choose another output "
+                "folder."
+            ) from error
+        except OSError:  # a file system without locks: a user who starts one fold at a time needs none
+            return handle
+        if _is_at(handle, path):
+            return handle
+        os.close(handle)  # who held it has removed it in between
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def discard(root: Path) -> None:
+    """Delete what a fold keeps in its folder, and the folder if nothing else is there.
+
+    The state goes last: layers without it would look like those of any fold.
+    """
+    _discard_kept(root)
+    (root / _STATE).unlink(missing_ok=True)
+    if not any(root.iterdir()):
+        root.rmdir()
+
+
+def _discard_kept(root: Path) -> None:
+    for path in {path for pattern in _KEPT for path in root.glob(pattern)}:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def state_of(root: Path) -> dict[str, Any] | None:
+    """The fingerprint of the fold that `root` keeps layers of; None without."""
+    path = root / _STATE
+    return read_json(path) if path.exists() else None
+
+
 class Workspace:
     """Finished layers, the plan and the fingerprint of one fold below `root`.
 
     Args:
-        root: folder of the fold, made if missing.
+        root: folder of the fold, where no other process works; see `open`.
         fingerprint: nested plain values that say what is folded, from what, and how.
         resume: go on with what is there.
 
     Raises:
-        InvalidInputError: the folder cannot be written; something is there and `resume` was not asked for, or it
-            belongs to another fold (the message names what differs).
+        InvalidInputError: something is there and `resume` was not asked for, or it belongs to another fold (the
+            message names what differs).
     """
 
     def __init__(self, root: Path, fingerprint: dict[str, Any], resume: bool) -> None:
         self.root = root
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            if not os.access(root, os.W_OK):
-                raise PermissionError(f"no permission to write in {root}")
-        except OSError as error:
-            raise InvalidInputError(f"cannot write to {root} ({error}); choose another output folder.") from error
-        state = root / _STATE
-        if state.exists():
-            self._check(read_json(state), fingerprint, resume)
-        write_json(state, fingerprint)
-        for stale in root.glob(f"{SCRATCH}*"):  # of a run that was killed
-            shutil.rmtree(stale)
+        found = state_of(root)
+        if found is not None:
+            self._check(found, fingerprint, resume)
+        else:
+            _discard_kept(root)  # without a state it may be of any fold
+        write_json(root / _STATE, fingerprint)
+        for stale in [*root.glob(f"{SCRATCH}*"), *root.glob("*.partial")]:  # of a run that was killed
+            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+
+    @classmethod
+    @contextmanager
+    def open(cls, root: Path, fingerprint: dict[str, Any], resume: bool) -> Iterator[Workspace]:
+        """A workspace that no other process may open; arguments and errors as the class, and as `only_one`."""
+        with only_one(root):
+            yield cls(root, fingerprint, resume)
 
     def _check(self, found: dict[str, Any], fingerprint: dict[str, Any], resume: bool) -> None:
         if not resume:
@@ -91,13 +170,8 @@ class Workspace:
     def save_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Save tensors; they are there in full or not at all."""
         path = self.root / f"{name}.safetensors"
-        partial = path.with_suffix(".partial")
-        save_file({key: value.contiguous() for key, value in tensors.items()}, partial)
-        _commit(partial, path)
-
-    def remove(self) -> None:
-        """Delete the folder."""
-        shutil.rmtree(self.root)
+        with _in_one_step(path) as partial:
+            save_file({key: value.contiguous() for key, value in tensors.items()}, partial)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -117,16 +191,22 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write plain values in one step: readers see the old file or the new one."""
+    with _in_one_step(path) as partial:
+        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _in_one_step(path: Path) -> Iterator[Path]:
+    """A file to write, which then is put on the disk and under its name; it is gone if it could not be written."""
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    _commit(partial, path)
-
-
-def _commit(partial: Path, path: Path) -> None:
-    """Put a written file on the disk and under its name."""
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def differences(old: Any, new: Any, name: str = "") -> Iterable[str]:

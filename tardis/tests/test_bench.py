@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from conftest import Result, assert_refused
 from models import tiny_model, tiny_tokenizer, tokens
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from tardis_llm.architectures import find_ffns
 from tardis_llm.config import Storage
@@ -321,3 +322,28 @@ def test_a_checkpoint_is_measured_and_records_its_crossover(
 )
 def test_wrong_arguments_are_refused(tardis: Callable[..., Result], arguments: tuple[str, ...], message: str):
     assert_refused(tardis("bench", *arguments), message)
+
+
+@pytest.fixture
+def hub(tiny_gpt2: tuple[Path, PreTrainedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a folded model that was downloaded from the hub."""
+    folder = tmp_path / "models--someone--folded"
+    shutil.copytree(tiny_gpt2[0], folder / "snapshots" / "0")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return "someone/folded"
+
+
+def test_a_folded_model_on_the_hub_is_timed_as_one_in_a_directory(tardis: Callable[..., Result], hub: str):
+    quick = ("--batch", 1, "--steps", 1, "--rounds", 2, "--prompt", 4)
+    result = tardis("bench", hub, *quick, "--json")
+    assert result.code == 0
+    assert [row["variant"] for row in json.loads(result.out)["rows"]] == ["dense", "folded"]
+    assert_refused(tardis("bench", hub, *quick, "--record"), "--record writes into a folded directory")
+
+
+def test_prompt_and_steps_stay_within_the_positions(tardis: Callable[..., Result], tiny_dir: Path):
+    command = ("bench", tiny_dir, "--batch", 1, "--prompt", 125, "--steps", 4)
+    assert_refused(tardis(*command), "windows of 129 tokens do not fit this model, which takes 128 at most")

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -127,7 +128,7 @@ def test_the_demo_leaves_a_directory_of_others_alone(tardis: Tardis, tmp_path: P
 
 
 def test_eval_refuses_text_that_is_missing_or_short(tardis: Tardis, tiny_dir: Path, tmp_path: Path):
-    assert_refused(tardis("eval", tiny_dir, "--text", tmp_path / "nothing.txt"), "cannot be read")
+    assert_refused(tardis("eval", tiny_dir, "--text", tmp_path / "nothing.txt"), "no text file")
     (tmp_path / "short.txt").write_text("Hello")
     assert_refused(tardis("eval", tiny_dir, "--text", tmp_path / "short.txt"), "less than two windows of 128")
 
@@ -137,6 +138,8 @@ def test_inspect_refuses_what_it_cannot_draw(tardis: Tardis, tiny_dir: Path, sam
     assert_refused(tardis("inspect", sample_folded, "--text", "a.txt"), "to measure on a text: tardis eval")
     (tmp_path / "file").write_text("mine")
     assert_refused(tardis("inspect", sample_folded, "--plot", tmp_path / "file" / "a.png"), "is no directory")
+    for place in (tmp_path, tmp_path / "a.docx"):
+        assert_refused(tardis("inspect", sample_folded, "--plot", place), "no picture can be drawn to")
 
 
 def test_generate_refuses_an_empty_prompt_and_an_encoder(tardis: Tardis, tiny_dir: Path, tmp_path: Path):
@@ -172,6 +175,21 @@ def test_too_little_space_is_found_before_the_work_starts(
     result = fold(out=small_disk("512k") / "out")
     assert_refused(result, "512.00 KiB free, and this fold needs about")
     assert "Free space, or choose another -o" in result.err
+
+
+@pytest.mark.parametrize("arguments", [(), ("--fold-dtype", "int8", "--fallback", "int8"), ("--memory-limit", "0")])
+def test_the_space_asked_for_is_what_the_fold_takes(
+    fold: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+):
+    with monkeypatch.context() as patch:
+        patch.setattr("tardis_llm.cli.fold.discard", lambda _: None)
+        assert fold(*arguments, out=tmp_path / "whole").code == 0
+    taken = sum(path.stat().st_size for path in (tmp_path / "whole").rglob("*.safetensors"))
+    if "--memory-limit" in arguments:
+        taken += 4_096 * 64 * 4 * 2  # tokens x width x float32, hidden states and inputs
+    for share, code in ((0.9, 1), (1.1, 0)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=share * taken: SimpleNamespace(free=free))
+        assert fold(*arguments, out=tmp_path / str(share)).code == code
 
 
 @pytest.mark.parametrize("size", ["32k", "512k"])  # full at the first layers; full at the checkpoint

@@ -193,3 +193,12 @@ def test_a_model_without_positions_of_its_own_goes_by_the_tokenizer():
     tokenizer.model_max_length = 10**30  # what transformers writes for "no limit"
     assert position_limit(tiny_model("bloom"), tokenizer) is None
     assert window_length(tiny_model("bloom"), tokenizer, None) == 1024
+
+
+@pytest.mark.parametrize(
+    "index", ["", "{", "[]", "null", "{}", '{"weight_map": []}', '{"weight_map": null}', '{"weight_map": 3}', "\xff"]
+)
+def test_a_damaged_index_is_named(copy: Path, index: str):
+    (copy / "model.safetensors.index.json").write_text(index, encoding="latin-1")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json is no index .*copy or download"):
+        load_model(str(copy))

@@ -1,17 +1,20 @@
-"""Calibration text to token windows: files or a `datasets` name in, [windows, length] token ids out."""
+"""Calibration text to token windows: documents in, [windows, length] token ids out."""
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..architectures import position_limit, vocabulary
+from ..config import check_seed
 from ..errors import InvalidInputError
+from .documents import Documents, read_documents
 
 _SPANS = 64  # places of the text from which windows are taken, evenly spread
 _CHARACTERS_PER_TOKEN = 8  # more than any text needs; halves the odds of reading twice
@@ -44,22 +47,38 @@ class Windows:
 
 
 def read_windows(
-    sources: Sequence[str | Path], tokenizer: Tokenizer, tokens: int, length: int, heldout: float, seed: int = 0
+    sources: Sequence[str | Path],
+    tokenizer: Tokenizer,
+    tokens: int,
+    length: int,
+    heldout: float,
+    seed: int = 0,
+    field: str | None = None,
 ) -> Windows:
     """Windows from spans spread evenly over all the text of `sources`.
 
     Args:
-        sources: text files in UTF-8, or names for `datasets` as `name[:config[:split[:column]]]`.
+        sources: files or names of datasets; see `read_documents`.
         tokenizer: the model's.
         tokens: how many; fewer come back where the text is shorter.
         length: tokens per window.
         heldout: share of the windows kept apart.
         seed: shifts the spans.
+        field: of records, that holds their text; "text" without.
 
     Raises:
         InvalidInputError: no text, unreadable or empty files, or less than two windows.
     """
-    texts = [text for source in sources for text in _texts(source)]
+    documents = [read_documents(source, field) for source in sources]
+    return windows_over(documents, tokenizer, tokens, length, heldout, seed)
+
+
+def windows_over(
+    sources: Sequence[Documents], tokenizer: Tokenizer, tokens: int, length: int, heldout: float, seed: int = 0
+) -> Windows:
+    """Windows from spans spread evenly over documents; arguments and errors as `read_windows`."""
+    check_seed(seed)
+    texts = [documents.text for documents in sources]
     total = sum(map(len, texts))
     if not total:
         raise InvalidInputError(
@@ -67,7 +86,7 @@ def read_windows(
         )
     characters = tokens * _CHARACTERS_PER_TOKEN
     spans = _spread(texts, characters, seed) if total > characters else texts
-    ids = [token for span in spans for token in _encode(tokenizer, span)]
+    ids = [token for span in spans for token in encode(tokenizer, span)]
     return split_windows(_spread_windows(torch.tensor(ids), tokens, length), length, heldout)
 
 
@@ -109,45 +128,40 @@ def check_enough(windows: Windows, d: int) -> None:
         )
 
 
-def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+def check_windows(model: PreTrainedModel, ids: Tensor, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Check that a model can take windows [count, length] of token ids; arguments and errors as the checks called."""
+    check_length(model, ids.shape[1])
+    check_tokens(model, ids, tokenizer)
+
+
+def check_length(model: PreTrainedModel, length: int) -> None:
+    """Raise InvalidInputError where a model has no positions for windows of `length` tokens."""
+    limit = position_limit(model.config)
+    if limit and length > limit:
+        raise InvalidInputError(f"windows of {length} tokens do not fit this model, which takes {limit} at most.")
+
+
+def check_tokens(model: PreTrainedModel, ids: Tensor, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Raise InvalidInputError where a model has no embedding for a token.
+
+    Args:
+        ids: of any shape.
+        tokenizer: that made them; its size is named in the error.
+    """
+    rows = vocabulary(model)
+    unknown = ids[(ids < 0) | (ids >= rows)]
+    if len(unknown):
+        size = f", and the tokenizer has {len(tokenizer):,}" if tokenizer is not None else ""
+        raise InvalidInputError(
+            f"the text has token {int(unknown[0])}, but the model has embeddings for {rows:,} tokens{size}. Give the "
+            "model the tokenizer that belongs to it, or add rows for the new tokens with "
+            "model.resize_token_embeddings and train them."
+        )
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of a text, without those that mark its beginning and end."""
     return tokenizer.encode(text, add_special_tokens=False, verbose=False)
-
-
-def _texts(source: str | Path) -> Iterator[str]:
-    path = Path(source)
-    if path.is_file():
-        try:
-            yield path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise InvalidInputError(f"{path} is not UTF-8 text ({error}); convert it first.") from error
-    elif path.suffix or path.is_dir() or len(path.parts) > 2:
-        raise InvalidInputError(f"no text file {path}; give a path that exists, or a dataset name.")
-    else:
-        yield from _dataset_texts(str(source))
-
-
-def _dataset_texts(name: str) -> Iterator[str]:
-    """The column `text` (or the one named) of a dataset: `name[:config[:split[:column]]]`."""
-    if importlib.util.find_spec("datasets") is None:
-        raise InvalidInputError(
-            f"{name!r} is no file, and reading it as a dataset needs the package: pip install 'tardis-llm[eval]'."
-        )
-    from datasets import load_dataset
-
-    dataset, config, split, column = (*name.split(":"), *[""] * 3)[:4]
-    try:
-        rows = load_dataset(dataset, config or None, split=split or "train")
-    except Exception as error:  # the library raises many kinds, all with the same remedy
-        raise InvalidInputError(
-            f"{name!r} is neither a file nor a dataset that can be loaded ({error}); check the name, or give a file."
-        ) from error
-    column = column or "text"
-    if column not in rows.column_names:
-        raise InvalidInputError(
-            f"{dataset} has no column {column!r}; name one of {', '.join(rows.column_names)} as the fourth part of "
-            "`name:config:split:column`."
-        )
-    yield "\n\n".join(rows[column])
 
 
 def _spread(texts: list[str], characters: int, seed: int) -> list[str]:
@@ -163,7 +177,7 @@ def _spread_windows(ids: Tensor, tokens: int, length: int) -> Tensor:
     """Windows [count, length] evenly spread over flat ids, `tokens` in all; flat as they are if there are no more."""
     have, wanted = len(ids) // length, tokens // length
     if have <= wanted or wanted < 2:
-        return ids[:tokens]
+        return ids[: min(tokens, len(ids))]
     return ids[: have * length].view(have, length)[torch.arange(wanted) * have // wanted]
 
 

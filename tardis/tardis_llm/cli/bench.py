@@ -17,6 +17,7 @@ from rich.markup import escape
 from transformers import PreTrainedModel
 
 from ..allocator import use_huge_pages
+from ..calibration.text import check_length
 from ..checkpoint import is_folded, record_crossover
 from ..config import Precision, Storage
 from ..errors import InvalidInputError
@@ -34,8 +35,9 @@ from ..evaluation.speed import (
     take_turns,
 )
 from ..evaluation.variants import KINDS, Variant, folded_variant, loaded_variants, rival
+from ..format import METHOD
 from ..linears import low_bit_copies
-from ..loading import DTYPES, load_dense, load_model
+from ..loading import DTYPES, load_config, load_dense, load_model, quantisation
 from ..runtime.ffn import folded_ffns, lay_out
 from ..runtime.prefill import Prefill, set_prefill
 from . import output as show
@@ -46,7 +48,7 @@ _FOLDED = "folded"
 
 
 def bench(
-    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="Folded directory, or a dense model.")] = "",
+    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="Folded or dense model, directory or hub name.")] = "",
     shape: Annotated[str, typer.Option(help=f"Shape with random weights: {', '.join(SHAPES)}.")] = "",
     layers: Annotated[int | None, typer.Option(help="So many layers of the shape; all without.", min=1)] = None,
     against: Annotated[
@@ -95,8 +97,8 @@ def bench(
         raise InvalidInputError(f"give a MODEL, or --shape NAME, one of {', '.join(SHAPES)}.")
     if not 0 <= fix_rate < 1:
         raise InvalidInputError(f"--fix-rate is {fix_rate}; give a share from 0 to below 1.")
-    checkpoint = bool(model) and is_folded(Path(model))
-    if record and not checkpoint:
+    checkpoint = bool(model) and quantisation(load_config(model)) == METHOD
+    if record and not (checkpoint and is_folded(Path(model))):
         raise InvalidInputError("--record writes into a folded directory; give one as MODEL.")
     kinds = _kinds(against, checkpoint)
     if checkpoint:
@@ -105,6 +107,7 @@ def bench(
         dense = _dense_model(model, shape, layers, dtype, (fold_dtype, fallback, linears))
         storage = Storage(fold_bits=BITS[fold_dtype], fallback_bits=BITS[fallback])
         variants = _variants_of_dense(dense, kinds, predictor_bits, storage, BITS[linears], fix_rate)
+    check_length(variants[0].model, prompt + steps)
     for variant in variants:
         with variant.within():
             lay_out(variant.model)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from .. import __version__
 from ..baselines import NAMES as BASELINES
 from ..baselines import Scope
-from ..calibration.text import read_windows
+from ..calibration.text import check_windows
 from ..config import FoldConfig
 from ..errors import InvalidInputError
 from ..evaluation.compare import Cell, Comparison, Row, Tasks, as_records, row
@@ -29,9 +29,10 @@ from ..evaluation.tasks import ACCURACIES, TASKS, Metric, check_tasks
 from ..loading import load_config, load_dense, load_tokenizer, window_length
 from ..workspace import digest
 from . import output as show
-from .eval import read_text
-from .options import AsJson, ModelName, Texts
+from .options import AsJson, ModelName, TextField, Texts
 from .place import check_writable
+from .stopping import stoppable
+from .texts import calibration_windows, read
 
 #: folds in few bits at the bytes where they are at home, everything else at each of the reductions
 METHODS = ",".join(
@@ -49,7 +50,7 @@ _DEFAULT = FoldConfig()
 
 Output = Annotated[Path, typer.Option("-o", "--output", help="Directory of the results; gone on with if there.")]
 Evaluation = Annotated[
-    Path, typer.Option("--eval-text", help="Text to judge perplexity on, none of it calibrated on.", show_default=False)
+    str, typer.Option("--eval-text", help="Text to judge perplexity on, none of it calibrated on.", show_default=False)
 ]
 TaskNames = Annotated[
     str,
@@ -65,16 +66,19 @@ def compare(
     directory: Output,
     eval_text: Evaluation,
     text: Texts = None,
+    text_field: TextField = None,
     methods: Annotated[str, typer.Option(help="name or name@reduction, with commas.")] = METHODS,
     reductions: Annotated[str, typer.Option(help="For the methods named without one.")] = _REDUCTIONS,
     tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = _DEFAULT.tokens,
-    eval_tokens: Annotated[int, typer.Option(help="Evaluation tokens, evenly spread windows; 0 for all.")] = _TOKENS,
+    eval_tokens: Annotated[
+        int, typer.Option(min=0, help="Evaluation tokens, evenly spread windows; 0 for all.")
+    ] = _TOKENS,
     window: Annotated[
         int | None, typer.Option(help="Tokens per window; what the model allows without.", show_default=False)
     ] = None,
     tasks: TaskNames = "",
     task_data: TaskData = None,
-    limit: Annotated[int, typer.Option(help="Items per task, evenly spread; 0 for all.")] = _LIMIT,
+    limit: Annotated[int, typer.Option(min=0, help="Items per task, evenly spread; 0 for all.")] = _LIMIT,
     scope: Annotated[Scope, typer.Option(help="What baselines compress; folds are of FFNs only.")] = "ffn",
     dtype: Annotated[str, typer.Option(help="Of the dense model.")] = "bfloat16",
     seed: Annotated[int, typer.Option(help="Picks the calibration windows.")] = 0,
@@ -90,11 +94,12 @@ def compare(
     wanted = _tasks(tasks, task_data, limit)
     config = FoldConfig(tokens=tokens, sequence_length=window, seed=seed)
     check_writable(directory)
-    comparison = _prepare(model, text, eval_text, eval_tokens, wanted, config, scope, dtype, directory)
+    comparison = _prepare(model, text, text_field, eval_text, eval_tokens, wanted, config, scope, dtype, directory)
     comparison.open()
     title = _title(comparison)
     show.say(escape(title))
-    cells = _run(comparison, chosen)
+    with stoppable(lambda: "Finished methods are kept: run the same command again to go on behind them."):
+        cells = _run(comparison, chosen)
     rows = [row(cell, cells[0]) for cell in cells]
     _write(directory, rows, title)
     if as_json:
@@ -128,7 +133,8 @@ def _tasks(names: str, data: Path | None, limit: int) -> Tasks:
 def _prepare(
     model: str,
     text: Sequence[str] | None,
-    eval_text: Path,
+    field: str | None,
+    eval_text: str,
     eval_tokens: int,
     tasks: Tasks,
     config: FoldConfig,
@@ -141,10 +147,12 @@ def _prepare(
     if not text:
         raise InvalidInputError("calibration needs text: give --text FILE (repeatable), none of it in --eval-text.")
     tokenizer = load_tokenizer(model)
+    *documents, judged = read([*text, eval_text], field)
     dense = load_dense(model, dtype)
     length = window_length(dense, tokenizer, config.sequence_length)
-    calibration = read_windows(text, tokenizer, config.tokens, length, config.heldout, config.seed)
-    evaluation = _spread(windows_of(read_text(eval_text), tokenizer, length), eval_tokens)
+    calibration = calibration_windows(documents, dense, tokenizer, config, length)
+    evaluation = _spread(windows_of(judged.text, tokenizer, length), eval_tokens)
+    check_windows(dense, evaluation, tokenizer)
     record = {
         "model": {"name": Path(model).name, "sha256": digest(dense.state_dict().values()), "dtype": dtype},
         "calibration": {
@@ -154,7 +162,7 @@ def _prepare(
             "sha256": digest([calibration.fit, calibration.heldout]),
         },
         "evaluation": {
-            "file": eval_text.name,
+            "file": Path(eval_text).name,
             "tokens": evaluation.numel(),
             "window": length,
             "sha256": digest([evaluation]),

@@ -8,17 +8,20 @@ from typing import Annotated, Any, Literal
 import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..calibration.documents import Documents
+from ..calibration.text import check_windows
 from ..errors import InvalidInputError
 from ..evaluation.fix_rate import count_fixes, measured
 from ..evaluation.perplexity import Perplexity, token_perplexity, windows_of
-from ..evaluation.rolling import WordPerplexity, documents_of, word_perplexity
+from ..evaluation.rolling import Document, WordPerplexity, documents_of, word_perplexity
 from ..evaluation.tasks import TASKS, TaskScore, check_tasks, run_tasks
 from ..loading import load_model, load_report, load_tokenizer, window_length
 from ..record import RECORD
 from ..report import FoldReport
 from ..runtime.ffn import folded_ffns
 from . import output as show
-from .options import AsJson, Dtype, ModelName, TextFile
+from .options import AsJson, Dtype, ModelName, TextField, TextFile
+from .texts import read
 
 Recipe = Literal["tokens", "words"]
 
@@ -26,6 +29,7 @@ Recipe = Literal["tokens", "words"]
 def evaluate(
     model: ModelName,
     text: TextFile = None,
+    text_field: TextField = None,
     tasks: Annotated[
         str | None,
         typer.Option(help=f"Tasks of lm-eval, such as blimp,lambada; all: {', '.join(TASKS)}.", show_default=False),
@@ -52,7 +56,7 @@ def evaluate(
     """Measure the perplexity of a dense or folded model on a text, and its zero-shot accuracy on tasks."""
     clock = show.Clock()
     names = [name.strip() for name in tasks.split(",")] if tasks is not None else []
-    content = _check(text, names if tasks is not None else None, task_data, limit)
+    content = _check(text, text_field, names if tasks is not None else None, task_data, limit)
     report = load_report(model)
     tokenizer = load_tokenizer(model)
     loaded = load_model(model, dtype)
@@ -74,46 +78,36 @@ def evaluate(
     show.say(clock.sentence())
 
 
-def read_text(path: Any) -> str:
-    """The text of a file.
-
-    Raises:
-        InvalidInputError: it is missing or not UTF-8.
-    """
-    try:
-        content: str = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InvalidInputError(f"{path} is not UTF-8 text ({error}); convert it first.") from error
-    except OSError as error:
-        raise InvalidInputError(f"{path} cannot be read ({error.strerror}); give a text file.") from error
-    return content
-
-
-def _check(text: Path | None, names: list[str] | None, data: Path | None, limit: int | None) -> str | None:
+def _check(
+    text: str | None, field: str | None, names: list[str] | None, data: Path | None, limit: int | None
+) -> Documents | None:
     """The text to measure on, if there is one; raises InvalidInputError on wrong input before anything is loaded."""
     if text is None and names is None:
         raise InvalidInputError("there is nothing to measure; give --text FILE, --tasks NAMES or both.")
     if names is not None:
         check_tasks(names, data, limit)
-    return None if text is None else read_text(text)
+    return None if text is None else read([text], field)[0]
 
 
 def _perplexity(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    content: str,
+    content: Documents,
     recipe: Recipe,
     length: int,
     progress: Any,
 ) -> Perplexity | WordPerplexity:
     if recipe == "words":
-        return word_perplexity(model, tokenizer, documents_of(content), length, progress)
-    return token_perplexity(model, windows_of(content, tokenizer, length), progress)
+        texts = [Document.of(text) for text in content.texts] if content.records else documents_of(content.text)
+        return word_perplexity(model, tokenizer, texts, length, progress)
+    windows = windows_of(content.text, tokenizer, length)
+    check_windows(model, windows, tokenizer)
+    return token_perplexity(model, windows, progress)
 
 
 def _figures(
     model: str,
-    text: Path | None,
+    text: str | None,
     dtype: str,
     result: Perplexity | WordPerplexity | None,
     report: FoldReport | None,
@@ -122,7 +116,7 @@ def _figures(
 ) -> dict[str, Any]:
     return {
         "model": model,
-        "text": text and str(text),
+        "text": text,
         "dtype": dtype.removeprefix("torch."),
         "measure": result and _kind(result),
         "perplexity": result and result.as_dict(),

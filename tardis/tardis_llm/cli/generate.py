@@ -8,6 +8,7 @@ import typer
 from rich.markup import escape
 from transformers import TextStreamer
 
+from ..config import check_seed
 from ..decoding import prepare_decoding
 from ..errors import InvalidInputError
 from ..evaluation.generation import generate as generate_text
@@ -37,6 +38,7 @@ def generate(
     """Generate text with a dense or folded model."""
     if not prompt.strip():
         raise InvalidInputError("the prompt is empty; give some words to go on from.")
+    check_seed(seed)
     tokenizer = load_tokenizer(model)
     loaded = load_model(model, dtype)
     prepare_decoding(loaded)

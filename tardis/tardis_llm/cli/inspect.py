@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from ..calibration.text import Windows, read_windows
+from ..calibration.text import Windows
 from ..config import FoldConfig
 from ..errors import InvalidInputError
 from ..evaluation.plots import plot_fold, plot_survey
@@ -19,8 +19,9 @@ from ..loading import is_folded, load_config, load_dense, load_model, load_repor
 from ..record import RECORD
 from ..report import FoldReport
 from . import output as show
-from .options import AsJson, ModelName, Texts
-from .place import check_writable
+from .options import AsJson, ModelName, TextField, Texts
+from .place import check_plot
+from .texts import calibration_windows, read
 
 _TOKENS = 16_384
 _BITS = (1, 2, 3, 4)
@@ -31,19 +32,20 @@ def inspect(
     model: ModelName,
     plot: Annotated[Path | None, typer.Option(help="PNG to draw.", show_default=False)] = None,
     text: Texts = None,
+    text_field: TextField = None,
     tokens: Annotated[int, typer.Option(help="Of the text, at most.")] = _TOKENS,
     as_json: AsJson = False,
 ) -> None:
     """Show what folding a dense model would start from, or what a folded one consists of."""
     if plot:
-        check_writable(plot.parent)
+        check_plot(plot)
     report = load_report(model)
     if report is not None:
         _inspect_folded(model, report, plot, text, as_json)
     elif is_folded(model):
         _inspect_unrecorded(model, plot, text, as_json)
     else:
-        _inspect_dense(model, plot, text, tokens, as_json)
+        _inspect_dense(model, plot, text, text_field, tokens, as_json)
 
 
 def _inspect_unrecorded(model: str, plot: Path | None, text: list[str] | None, as_json: bool) -> None:
@@ -91,16 +93,18 @@ def _inspect_folded(model: str, report: FoldReport, plot: Path | None, text: lis
     _say_where(plot)
 
 
-def _inspect_dense(model: str, plot: Path | None, text: list[str] | None, tokens: int, as_json: bool) -> None:
+def _inspect_dense(
+    model: str, plot: Path | None, text: list[str] | None, field: str | None, tokens: int, as_json: bool
+) -> None:
     if plot and not text:
         raise InvalidInputError("a plot of a dense model needs text to measure on; give --text FILE.")
     windows: Windows | None = None
+    documents = read(text, field) if text else []
     loaded = load_dense(model)
     if text:
-        tokenizer = load_tokenizer(model)
-        default = FoldConfig()
+        tokenizer, config = load_tokenizer(model), FoldConfig(tokens=tokens)
         length = window_length(loaded, tokenizer, None)
-        windows = read_windows(text, tokenizer, tokens, length, default.heldout, default.seed)
+        windows = calibration_windows(documents, loaded, tokenizer, config, length)
     with show.progress_bars() as progress:
         found = survey(loaded, windows, progress)
     if plot:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -18,7 +19,7 @@ from .eval import evaluate
 from .fold import fold
 from .generate import generate
 from .inspect import inspect
-from .output import explain, fail, quiet
+from .output import explain, fail, quiet, show_warning
 from .serve import serve
 
 app = typer.Typer(
@@ -54,7 +55,7 @@ def tardis(
 
 
 def main() -> None:
-    """Run the command line and exit: 0 done, 1 error, 2 refused or wrong usage, 130 interrupted."""
+    """Run the command line and exit: 0 done, 1 error, 2 refused or wrong usage, 130, 143 or 129 interrupted."""
     keep_freed_memory()
     sys.exit(run(sys.argv[1:]))
 
@@ -63,7 +64,9 @@ def run(args: list[str]) -> int:
     """Run the command line on `args`; returns the exit code."""
     quiet()
     try:
-        app(args, prog_name="tardis")
+        with warnings.catch_warnings():
+            warnings.showwarning = show_warning
+            app(args, prog_name="tardis")
     except SystemExit as done:
         return int(done.code or 0)
     except TardisError as error:

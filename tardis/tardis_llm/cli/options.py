@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,8 +11,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16; as in the checkpoint without.", show_default=False)
 ]
-Texts = Annotated[
-    list[str] | None,
-    typer.Option("--text", help="Text file in UTF-8, or dataset as name:config:split:column. Repeatable."),
+_SOURCES = "Text in UTF-8; records in .jsonl, .json, .csv, .tsv or .parquet; or a dataset as name:config:split:column."
+Texts = Annotated[list[str] | None, typer.Option("--text", help=f"{_SOURCES} Repeatable.", show_default=False)]
+TextFile = Annotated[str | None, typer.Option("--text", help=_SOURCES, show_default=False)]
+TextField = Annotated[
+    str | None, typer.Option(help="Field of the records that holds their text; 'text' without.", show_default=False)
 ]
-TextFile = Annotated[Path | None, typer.Option("--text", help="Text file in UTF-8.", show_default=False)]

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 import transformers
 from huggingface_hub.utils import logging as hub_logging
@@ -75,6 +75,18 @@ def fail(text: str) -> None:
 def warn(text: str) -> None:
     """A warning, in yellow on stderr."""
     err.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
+
+
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Stands in for `warnings.showwarning`, without the line of code that warned."""
+    warn(str(message))
 
 
 def print_json(values: dict[str, Any]) -> None:

@@ -6,14 +6,20 @@ import os
 import shutil
 from pathlib import Path
 
+from matplotlib.backend_bases import FigureCanvasBase
 from transformers import PreTrainedModel
 
 from ..architectures import find_ffns
+from ..calibration.text import Windows
+from ..checkpoint import is_folded
+from ..config import PREDICTOR_BITS, FoldConfig
 from ..errors import InvalidInputError
-from ..workspace import FOLDER
+from ..saving import STAGING
+from ..session import ffn_shape, hidden_bytes_on_disk
+from ..workspace import FOLDER, LOCK
 from .output import size
 
-_FOLD_SHARE = 0.25  # of the FFN bytes: what a fold adds, fold weight, predictor and ranges
+_OURS = (FOLDER, STAGING, LOCK)  # what an interrupted fold leaves
 
 
 def check_output(directory: Path, model: str, force: bool, resume: bool) -> None:
@@ -22,7 +28,7 @@ def check_output(directory: Path, model: str, force: bool, resume: bool) -> None
     Args:
         model: what is folded; its own directory is never written to.
         force: it may hold something already.
-        resume: it may hold what an interrupted fold left.
+        resume: it may hold what an interrupted fold left, or a finished fold.
 
     Raises:
         InvalidInputError: it cannot be written, or holds something else.
@@ -30,13 +36,13 @@ def check_output(directory: Path, model: str, force: bool, resume: bool) -> None
     check_writable(directory)
     if directory.exists() and Path(model).exists() and directory.samefile(model):
         raise InvalidInputError(f"{directory} holds the model to fold itself; choose another -o.")
-    if force or not directory.exists() or (resume and (directory / FOLDER).is_dir()):
+    if force or not directory.exists() or (resume and ((directory / FOLDER).is_dir() or is_folded(directory))):
         return
-    others = sorted(path.name for path in directory.iterdir() if path.name != FOLDER)
+    others = sorted(path.name for path in directory.iterdir() if path.name not in _OURS)
     if others:
         raise InvalidInputError(
             f"{directory} is not empty (it holds {others[0]}{' and more' if others[1:] else ''}). Choose another -o, "
-            "or say --force to write there: files of the same names are replaced, others stay."
+            "or say --force to write there: a model is replaced whole, other files stay."
         )
 
 
@@ -53,20 +59,34 @@ def check_writable(directory: Path) -> None:
         )
 
 
-def check_space(directory: Path, model: PreTrainedModel) -> None:
-    """Raise InvalidInputError where a folded `model` and its finished layers would not fit on the disk."""
-    dense = sum(weight.nbytes for weight in model.parameters())
-    ffn = sum(weight.nbytes for site in find_ffns(model) for weight in site.weights() if weight is not None)
+def check_plot(path: Path) -> None:
+    """Raise InvalidInputError unless a picture can be drawn to `path`."""
+    check_writable(path.parent)
+    kinds = sorted(FigureCanvasBase.get_supported_filetypes())
+    if path.is_dir() or (path.suffix and path.suffix[1:].lower() not in kinds):
+        raise InvalidInputError(
+            f"no picture can be drawn to {path}; give a file such as fold.png, or {', '.join(kinds)}."
+        )
+
+
+def check_space(directory: Path, model: PreTrainedModel, windows: Windows, config: FoldConfig) -> None:
+    """Raise InvalidInputError where a fold of `model` and what it keeps meanwhile would not fit on the disk."""
+    sites = find_ffns(model)
+    chosen = [ffn_shape(site) for site in sites if config.layers is None or site.index in config.layers]
+    outside = sum(weight.nbytes for weight in model.parameters()) - sum(shape.dense for shape in chosen)
+    bits = config.predictor_bits or (config.fallback_bits or max(PREDICTOR_BITS[:-1]))
+    stored = sum(shape.touched(bits, config.storage, 1.0) for shape in chosen)
+    dense = 0 if config.fallback_bits else sum(shape.dense for shape in chosen)
     kept = directory / FOLDER
     finished = sum(path.stat().st_size for path in kept.rglob("*") if path.is_file()) if kept.is_dir() else 0
-    # the layers are there twice for a moment: in the work folder, and in the checkpoint
-    need = dense + 2 * _FOLD_SHARE * ffn - finished
+    # for a moment the layers are there twice: in the work folder, without dense weights, and in the checkpoint
+    need = outside + stored + max(0, stored - dense - finished) + hidden_bytes_on_disk(model, windows, config)
     nearest = directory.absolute()
     while not nearest.exists():
         nearest = nearest.parent
     free = shutil.disk_usage(nearest).free
     if free < need:
         raise InvalidInputError(
-            f"{directory} has {size(free)} free, and this fold needs about {size(need)}: {size(dense)} for the dense "
-            "weights and the rest for what folding adds. Free space, or choose another -o."
+            f"{directory} has {size(free)} free, and this fold needs about {size(need)} while it is made. Free space, "
+            "or choose another -o."
         )

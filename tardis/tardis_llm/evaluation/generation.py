@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from ..architectures import family_of
+from ..calibration.text import check_tokens
+from ..config import check_seed
 from ..decoding import compile_errors_explained, compiled
 from ..errors import InvalidInputError
 from ..loading import position_limit
+
+_COLDEST = 1e-3  # a temperature by which scores can be divided
 
 
 def prompt_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
     """Token ids [1, tokens] of a prompt that leaves room for an answer.
 
     Raises:
-        InvalidInputError: it is empty, too long, or the model is an encoder.
+        InvalidInputError: it is empty, too long, has a token that the model does not know, or the model is an encoder.
     """
     if not family_of(model.config).causal:
         raise InvalidInputError(f"{type(model).__name__} is an encoder, which generates no text; give a causal model.")
     ids: Tensor = tokenizer(prompt, return_tensors="pt", verbose=False).input_ids.long()
     if not ids.numel():
         raise InvalidInputError("the prompt is empty; give some words to go on from.")
+    check_tokens(model, ids, tokenizer)
     limit = position_limit(model, tokenizer)
     if limit and ids.shape[1] >= limit:
         raise InvalidInputError(
@@ -50,6 +57,9 @@ def generate(
 ) -> str:
     """The text that follows ids [1, tokens].
 
+    Of the model's generation_config.json only its ends of text count: what else is there may ask for other ways to
+    decode, and not all of it works.
+
     Args:
         ids: as from `prompt_ids`.
         max_new_tokens: fewer come where the model ends the text or its positions are used up.
@@ -59,22 +69,38 @@ def generate(
         compile: run each token as one graph; see `decoding.compiled`.
 
     Raises:
-        InvalidInputError: it cannot be compiled.
+        InvalidInputError: it cannot be compiled, or the temperature or the seed is out of range.
     """
+    check_seed(seed)
+    if not (temperature <= 0 or temperature >= _COLDEST):
+        raise InvalidInputError(f"temperature is {temperature}; give 0, or a number from {_COLDEST}.")
     space = room(model, tokenizer, ids)
     count = max_new_tokens if space is None else min(max_new_tokens, space)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    ending = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    plain = copy.copy(model)  # shares everything but this attribute
+    plain.generation_config = _ends(model, tokenizer)
     with torch.random.fork_rng(devices=[]), torch.no_grad(), compile_errors_explained():
         torch.manual_seed(seed)
-        out = model.generate(
+        out = plain.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=count,
-            pad_token_id=ending,
             streamer=streamer,
+            tokenizer=tokenizer,
             **sampling,
             **(compiled(model) if compile else {}),
         )
     text: str = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     return text
+
+
+def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """Settings that say where a text ends, and nothing else."""
+    given = model.generation_config
+    ends = given.eos_token_id if isinstance(given.eos_token_id, list) else [given.eos_token_id]
+    known = [token for token in ends if isinstance(token, int) and token >= 0]
+    if not known and tokenizer.eos_token_id is not None:
+        known = [tokenizer.eos_token_id]
+    padding = next((token for token in (tokenizer.pad_token_id, *known) if token is not None), None)
+    words = given.stop_strings if isinstance(given.stop_strings, str | list) else None
+    return GenerationConfig(eos_token_id=known or None, pad_token_id=padding, stop_strings=words or None)

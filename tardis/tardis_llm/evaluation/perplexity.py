@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..architectures import family_of
-from ..calibration.text import Tokenizer
+from ..calibration.text import Tokenizer, check_windows, encode
 from ..errors import InvalidInputError
 from ..session import Progress
 
@@ -65,7 +65,7 @@ def windows_of(text: str, tokenizer: Tokenizer, length: int) -> Tensor:
     Raises:
         InvalidInputError: there is less than two windows of text, too little for a standard error.
     """
-    ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False, verbose=False), dtype=torch.long)
+    ids = torch.tensor(encode(tokenizer, text), dtype=torch.long)
     count = len(ids) // length
     if count < 2:
         raise InvalidInputError(
@@ -82,7 +82,7 @@ def token_perplexity(model: PreTrainedModel, windows: Tensor, progress: Progress
     negative log-likelihood over windows, times the perplexity (delta method).
 
     Raises:
-        InvalidInputError: the model is an encoder, or there is less than two windows.
+        InvalidInputError: the model is an encoder, there is less than two windows, or it cannot take their tokens.
     """
     if not family_of(model.config).causal:
         raise InvalidInputError(
@@ -91,6 +91,7 @@ def token_perplexity(model: PreTrainedModel, windows: Tensor, progress: Progress
     count, length = windows.shape
     if count < 2:
         raise InvalidInputError("a standard error needs two windows at least; give more text or shorter windows.")
+    check_windows(model, windows)
     return Perplexity.of(torch.cat(list(_losses(model, windows, progress))), length)
 
 

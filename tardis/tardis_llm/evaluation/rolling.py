@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..architectures import family_of
+from ..calibration.text import check_length, check_tokens
 from ..errors import InvalidInputError
 from ..session import Progress
 
@@ -164,8 +165,8 @@ def word_perplexity(
         progress: told of the windows done.
 
     Raises:
-        InvalidInputError: the model is an encoder, there are less than two documents, or the tokenizer has no token
-            for the beginning or the end of a text.
+        InvalidInputError: the model is an encoder, there are less than two documents, the tokenizer has no token for
+            the beginning or the end of a text, or the model cannot take their tokens or the length.
     """
     if not family_of(model.config).causal:
         raise InvalidInputError(
@@ -178,6 +179,9 @@ def word_perplexity(
         )
     prefix = _prefix(tokenizer)
     texts = [tokenizer.encode(document.text, verbose=False) for document in documents]
+    check_length(model, length)
+    for ids in texts:
+        check_tokens(model, torch.tensor([prefix, *ids]), tokenizer)
     windows = [window for number, ids in enumerate(texts) for window in _windows(number, [prefix, *ids], length)]
     losses = torch.zeros(len(documents), dtype=torch.float64)
     for window, loss in _losses(model, windows, progress):

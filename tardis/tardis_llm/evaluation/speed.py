@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel, StaticCache
 
 from ..activations import ACTIVATIONS
-from ..architectures import FFNSite, FFNWeights
+from ..architectures import FFNSite, FFNWeights, position_limit
 from ..decoding import compile_errors_explained, compiled_call
 from ..errors import InvalidInputError
 from ..runtime.ffn import FoldedFFN, KeptLinear, dense_ffn, folded_ffns, install, lay_out, uninstall
@@ -239,7 +239,7 @@ def _call_of(model: PreTrainedModel, ffn: FoldedFFN, tokens: int) -> tuple[Tenso
     calls: list[tuple[Tensor, FFNWeights]] = []
     handle = ffn.register_forward_pre_hook(lambda module, args: calls.append(args))
     config = model.config.get_text_config()
-    length = min(tokens, getattr(config, "max_position_embeddings", tokens))
+    length = min(tokens, position_limit(model.config) or tokens)
     ids = torch.randint(config.vocab_size, (-(-tokens // length), length), generator=torch.Generator().manual_seed(4))
     try:
         with torch.no_grad():

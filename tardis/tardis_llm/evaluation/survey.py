@@ -16,7 +16,7 @@ from .. import activations
 from ..architectures import FFNSite, find_ffns
 from ..calibration.moments import BinnedMoments, chunks, pre_activation_moments
 from ..calibration.stream import Stream
-from ..calibration.text import Windows, check_enough
+from ..calibration.text import Windows, check_enough, check_windows
 from ..folding.fold import DenseFFN, Inputs, target_moments
 from ..folding.ranges import Ranges, coverage_ranges
 from ..folding.refit import affine_error, refit
@@ -86,6 +86,8 @@ def survey(model: PreTrainedModel, windows: Windows | None = None, progress: Pro
     if windows is None:
         return Survey(layers, [], 0)
     check_enough(windows, sites[0].hidden_size)
+    for ids in (windows.fit, windows.heldout):
+        check_windows(model, ids)
     found, ranges = [], []
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
         fit, heldout = (

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..architectures import family_of
+from ..calibration.text import check_length, check_tokens
 from ..errors import InvalidInputError
 from ..session import Progress
 
@@ -73,13 +74,14 @@ def harness_model(
         batch_tokens: tokens per forward; as fits the device without.
 
     Raises:
-        InvalidInputError: lm-eval is not installed, or the model is an encoder.
+        InvalidInputError: lm-eval is not installed, the model is an encoder, or it does not take so many tokens.
     """
     check_available()
     if not family_of(model.config).causal:
         raise InvalidInputError(
             f"{type(model).__name__} is an encoder, which gives text no probability; give a causal language model."
         )
+    check_length(model, length)
     if batch_tokens is None:
         batch_tokens = BATCH_TOKENS_CPU if model.device.type == "cpu" else BATCH_TOKENS_GPU
     with quiet():
@@ -178,6 +180,7 @@ def _harness_class() -> type:
         @torch.no_grad()
         def _model_call(self, inps: Tensor, attn_mask: None = None, labels: None = None) -> Tensor:
             """Logits [batch, at most length, vocabulary] for ids [batch, length]; HFLM counts from their end."""
+            check_tokens(self.model, inps, self.tokenizer)
             kept = {"logits_to_keep": self._scored} if self._partial else {}
             logits: Tensor = self.model(input_ids=inps, use_cache=False, **kept).logits
             return logits

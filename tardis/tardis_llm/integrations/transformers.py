@@ -14,8 +14,9 @@ from ..checkpoint import save_as_folded
 from ..contents import check_headers
 from ..errors import CheckpointError
 from ..format import METHOD, CheckpointConfig
-from ..record import CONFIG, RECORD, check_bytes
+from ..record import RECORD, check_bytes
 from ..runtime.relaid import freeze
+from ..saving import CONFIG
 from ..skeleton import check_blocks, install_folds
 from ..weight_files import headers, weight_files
 
