@@ -1,4 +1,4 @@
-"""From what users give to a sorted run: key types of sequences, sorting, values of one dtype."""
+"""From what users give to a sorted run: key types of sequences, sorting."""
 
 from __future__ import annotations
 
@@ -8,31 +8,39 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from .engine import Engine
+from .inputs import as_sequence
 from .keys import Codes, KeyType
 from .state import Run
+from .values import as_values
 
 Ints = NDArray[np.int64]
 
 
-def key_type_of(keys: Any, dtype: DTypeLike | None) -> KeyType:
-    """The key type asked for, else that of the keys, else int64."""
-    if dtype is not None:
-        return KeyType.of(dtype)
-    if hasattr(keys, "dtype"):
-        return KeyType.of(keys.dtype)
-    if isinstance(keys, list | tuple | range) and all(isinstance(key, int) for key in keys):
-        return KeyType.of(np.int64)  # NumPy would choose by the values, and floats for some
-    return KeyType.of(np.asarray(keys).dtype)
+def run_of(
+    keys: ArrayLike, values: ArrayLike | None, dtype: DTypeLike | None, engine: Engine
+) -> tuple[KeyType, Run]:
+    """The key type and the run of keys in any order."""
+    given = as_sequence(keys)
+    key_type = KeyType.of(_dtype_of(given) if dtype is None else dtype)
+    return key_type, _sorted_run(key_type, given, values, engine)
 
 
-def sorted_run(key_type: KeyType, keys: ArrayLike, values: ArrayLike | None, engine: Engine) -> Run:
-    """A run of keys in any order."""
-    codes = key_type.encode_any(list(keys) if isinstance(keys, range) else keys)
+def _dtype_of(keys: NDArray[Any] | list[Any]) -> DTypeLike:
+    """The dtype of keys; that of Python ints is int64, where NumPy would choose by their values, and floats for some."""
+    if isinstance(keys, list) and all(isinstance(key, int) for key in keys):
+        return np.int64
+    return np.asarray(keys).dtype
+
+
+def _sorted_run(
+    key_type: KeyType, keys: NDArray[Any] | list[Any], values: ArrayLike | None, engine: Engine
+) -> Run:
+    codes = key_type.encode_any(keys)
     if values is None:
-        return Run.of(_sorted_copy(codes, keys), None, engine)
+        return Run.of(_sorted_copy(codes, key_type), None, engine)
     values = as_values(values, len(codes))
     if _ascending(codes):
-        codes, values = _sorted_copy(codes, keys), values.copy()
+        codes, values = _sorted_copy(codes, key_type), values.copy()
     else:
         order = np.argsort(codes, kind="stable")
         codes, values = codes[order], values[order]
@@ -43,11 +51,11 @@ def sorted_run(key_type: KeyType, keys: ArrayLike, values: ArrayLike | None, eng
     return Run.of(codes, values, engine)
 
 
-def _sorted_copy(codes: Codes, keys: Any) -> Codes:
-    """Sorted codes that no one else can change."""
+def _sorted_copy(codes: Codes, key_type: KeyType) -> Codes:
+    """Sorted codes that no one else can change: those of uint64 keys are the caller's keys themselves."""
     if not _ascending(codes):
         return np.sort(codes)
-    return codes.copy() if isinstance(keys, np.ndarray) and np.may_share_memory(codes, keys) else codes
+    return codes.copy() if key_type.dtype == np.uint64 else codes
 
 
 def _ascending(codes: Codes) -> bool:
@@ -60,32 +68,3 @@ def unique_last(codes: Codes) -> tuple[Codes, Ints]:
     ordered = codes[order]
     last = np.append(ordered[1:] != ordered[:-1], True)[: len(codes)]
     return ordered[last], order[last]
-
-
-def as_values(values: ArrayLike, count: int) -> NDArray[Any]:
-    """One value per key, in an array of one dimension."""
-    array = np.asarray(values)
-    if array.ndim != 1:
-        raise ValueError(f"values have {array.ndim} dimensions: give one per key, for rows their numbers")
-    if len(array) != count:
-        raise ValueError(f"{len(array)} values for {count} keys: give one per key")
-    return array
-
-
-def values_like(values: Any, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
-    """New values in the dtype of a map's; refuses those that it would cut off."""
-    if dtype.hasobject:
-        array = np.empty(len(values), dtype=object)
-        array[:] = values
-        return as_values(array, count)
-    array = as_values(values, count)
-    longer = dtype.kind in "SU" and array.dtype.itemsize > dtype.itemsize
-    if np.can_cast(array.dtype, dtype, casting="same_kind") and not longer:
-        if dtype.kind not in "iu":
-            return array.astype(dtype)
-    elif longer or array.dtype.kind not in "iu" or dtype.kind not in "iu":
-        raise TypeError(f"values of dtype {array.dtype} for a map of {dtype}: make the map with values of that dtype")
-    cast = array.astype(dtype)
-    if not np.array_equal(cast, array):
-        raise OverflowError(f"a value does not fit {dtype}: make the map with values of a wider dtype")
-    return cast

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from . import storage
 from .adaptation import Models
-from .building import key_type_of, sorted_run
+from .building import run_of
 from .engine import choose
 from .packing import pack, unpack
 from .reader import Reader
@@ -60,9 +60,9 @@ class Index(Writer):
         merging: Merging = "inline",
         memory: int = 16,
     ) -> None:
-        key_type = key_type_of(keys, dtype)
-        run = sorted_run(key_type, keys, values, choose(engine))
-        self._begin(State.of(key_type, choose(engine), run), Models(memory), merging)
+        chosen = choose(engine)
+        key_type, run = run_of(keys, values, dtype, chosen)
+        self._begin(State.of(key_type, chosen, run), Models(memory), merging)
 
     # ---- copies and files
 

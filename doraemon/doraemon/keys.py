@@ -8,8 +8,8 @@ above every code. What is then counted is what exact comparison of the numbers w
 from __future__ import annotations
 
 import math
-import operator
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import times
+from .exact import as_number
+from .inputs import as_scalar, as_sequence
 
 Codes = NDArray[np.uint64]
 Mask = NDArray[np.bool_]
@@ -54,7 +56,7 @@ class KeyType:
     @classmethod
     def of(cls, dtype: DTypeLike) -> KeyType:
         """The key type of a NumPy dtype; refuses those that are not supported."""
-        dtype = np.dtype(dtype).newbyteorder("=")
+        dtype = _as_dtype(dtype).newbyteorder("=")
         if dtype.str[1:] == "M8":
             raise TypeError("datetime64 keys need a unit: give dtype='datetime64[ns]', say")
         if dtype.kind == "M" and dtype.str[4].isdigit():
@@ -80,6 +82,14 @@ class KeyType:
     def top(self) -> int:
         """The largest code."""
         return (1 << self.bits) - 1
+
+    @cached_property
+    def ends(self) -> tuple[int, int]:
+        """The least and the largest code that a key can have: NaN and NaT have none."""
+        if self.is_float:
+            least, largest = self._encode_floats(np.array([-np.inf, np.inf], dtype=self.dtype)).tolist()
+            return least, largest
+        return int(self.dtype.kind == "M"), self.top
 
     # ---- keys, which must be in the type's domain
 
@@ -147,14 +157,15 @@ class KeyType:
 
     def cut_one(self, query: Any) -> Cut:
         """Where one query cuts the codes."""
+        query = as_scalar(query)
         if self.dtype.kind == "M":
-            cuts = self.cuts(np.array([_as_time(query)]))
+            cuts = self.cuts(np.array([times.as_time(query)]))
             exact = cuts.exact is None or bool(cuts.exact[0])
             return Cut(None if cuts.above is not None and cuts.above[0] else int(cuts.codes[0]), exact)
-        number = _as_number(query)
+        number = as_number(query)
         return self._cut_float_domain(number) if self.is_float else self._cut_int_domain(number)
 
-    def _cut_int_domain(self, query: int | float) -> Cut:
+    def _cut_int_domain(self, query: int | float | Fraction) -> Cut:
         if isinstance(query, float) and math.isinf(query):
             return Cut(None, False) if query > 0 else Cut(0, False)
         whole = math.ceil(query)
@@ -164,12 +175,12 @@ class KeyType:
             return Cut(0, False)
         return Cut(code, whole == query) if code <= self.top else Cut(None, False)
 
-    def _cut_float_domain(self, query: int | float) -> Cut:
-        """The least float that is not below the query; Python compares ints and floats exactly."""
+    def _cut_float_domain(self, query: int | float | Fraction) -> Cut:
+        """The least float that is not below the query; Python compares ints, fractions and floats exactly."""
         try:
             with np.errstate(over="ignore"):
-                near = self.dtype.type(query)
-        except OverflowError:  # an int beyond the largest float64
+                near = self.dtype.type(float(query))
+        except OverflowError:  # beyond the largest float64
             near = self.dtype.type(math.inf if query > 0 else -math.inf)
         if float(near) < query:
             near = np.nextafter(near, self.dtype.type(math.inf))
@@ -177,11 +188,9 @@ class KeyType:
 
     def cuts(self, queries: ArrayLike) -> Cuts:
         """Where many queries cut the codes. Arrays of the index's own dtype take the short way."""
-        if isinstance(queries, str) or not hasattr(queries, "__iter__"):
-            raise TypeError(f"{queries!r} is not a sequence: ask for one key with bisect_left, `in` or get")
-        if not hasattr(queries, "__array__"):
-            return self._cut_each(queries)
-        array = np.asarray(queries)
+        array = as_sequence(queries)
+        if isinstance(array, list):
+            return self._cut_each(array)
         if array.ndim != 1:
             raise ValueError(f"queries have {array.ndim} dimensions: flatten them with ravel()")
         if array.dtype.newbyteorder("=") == self.dtype:
@@ -205,6 +214,8 @@ class KeyType:
 
     def _cut_times(self, array: NDArray[Any]) -> Cuts:
         """Times of another unit: finer ones are rounded up, coarser ones are multiples of ours or beyond its reach."""
+        if array.dtype.kind in "OU":
+            return self._cut_each(array)
         if array.dtype.kind != "M":
             raise TypeError(f"queries of dtype {array.dtype} for an index of {self.dtype}: give datetime64 values")
         _refuse_missing(np.isnat(array), "NaT", "np.isnat")
@@ -217,7 +228,7 @@ class KeyType:
         codes = np.where(below, np.uint64(0), self.encode(inside.view(self.dtype)))
         return Cuts(codes, ~(below | above), above)
 
-    def _cut_each(self, queries: Any) -> Cuts:
+    def _cut_each(self, queries: list[Any] | NDArray[Any]) -> Cuts:
         """One by one, for lists and for arrays that no cast maps exactly."""
         quick = self._plain_list(queries)
         if quick is not None:
@@ -227,10 +238,10 @@ class KeyType:
         exact = np.array([cut.exact for cut in cuts], dtype=np.bool_)
         return Cuts(codes, exact, np.array([cut.code is None for cut in cuts], dtype=np.bool_))
 
-    def _plain_list(self, queries: Any) -> NDArray[Any] | None:
+    def _plain_list(self, queries: list[Any] | NDArray[Any]) -> NDArray[Any] | None:
         """A list of Python numbers as an array, if NumPy makes one without passing ints through float."""
         plain = {"i": int, "u": int, "f": float}.get(self.dtype.kind)
-        if self.dtype == np.float32 or not isinstance(queries, list | tuple):
+        if self.dtype == np.float32 or not isinstance(queries, list):
             return None
         if not all(type(query) is plain for query in queries):
             return None
@@ -249,20 +260,8 @@ def _union(a: Mask | None, b: Mask | None) -> Mask | None:
     return a if b is None else b if a is None else a | b
 
 
-def _as_number(query: Any) -> int | float:
-    """A Python int, or a Python float that is a number."""
-    if isinstance(query, float | np.floating):
-        if math.isnan(query):
-            raise ValueError("NaN has no place in an order: drop such keys with keys[~np.isnan(keys)]")
-        return float(query)
+def _as_dtype(dtype: DTypeLike) -> np.dtype[Any]:
     try:
-        return operator.index(query)
+        return np.dtype(dtype)
     except TypeError:
-        raise TypeError(f"{query!r} is not a number: ask with an int, a float or a NumPy number") from None
-
-
-def _as_time(query: Any) -> np.datetime64:
-    try:
-        return np.datetime64(query)
-    except (TypeError, ValueError):
-        raise TypeError(f"{query!r} is not a time: ask with a datetime64, a datetime or an ISO string") from None
+        raise TypeError(f"keys of dtype {dtype} are not supported: convert them to {SUPPORTED}") from None

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from .base import Base
+from .inputs import as_sequence
 from .state import State
+from .values import beside, dtype_beside
 
 Side = Literal["left", "right"]
 Ints = NDArray[np.int64]
@@ -198,6 +200,28 @@ class Reader(Base):
         keys = self.range()
         return iter(keys if keys.dtype.kind == "M" else keys.tolist())
 
+    def __reversed__(self) -> Iterator[Any]:
+        """The keys, descending, as they were when the iteration began. O(n) memory.
+
+        >>> from doraemon import Index
+        >>> list(reversed(Index([2, 1])))
+        [2, 1]
+        """
+        keys = self.range()[::-1]
+        return iter(keys if keys.dtype.kind == "M" else keys.tolist())
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        """All keys, ascending: what NumPy and pandas make of the index. O(n).
+
+        >>> from doraemon import Index
+        >>> import numpy as np
+        >>> np.asarray(Index([5, 1, 3], [50, 10, 30]))
+        array([1, 3, 5])
+        """
+        if copy is False:
+            raise ValueError("the keys are decoded into a new array: ask for a copy")
+        return self.range().astype(self.dtype if dtype is None else dtype, copy=False)
+
     # ---- batches
 
     def searchsorted(self, queries: ArrayLike, side: Side = "left") -> Ints:
@@ -227,7 +251,8 @@ class Reader(Base):
     def get_many(self, queries: ArrayLike, default: Any = _REQUIRED) -> NDArray[Any]:
         """A map's value for each query, the default where it is absent. q model searches.
 
-        Without a default, KeyError for the first query that is absent.
+        Without a default, KeyError for the first query that is absent. The result has the dtype of the values, or one
+        that holds the default and every value as well, or is an array of objects where no dtype does.
 
         >>> from doraemon import Index
         >>> Index([1, 3], [10, 30]).get_many([3, 2], default=-1)
@@ -235,19 +260,15 @@ class Reader(Base):
         """
         state = self._state
         values = self._require_values(state)
-        at = state.find_many(queries)
+        given = as_sequence(queries)
+        at = state.find_many(given)
         absent = at < 0
-        if not absent.any():
-            return state.values_at(at)
-        if default is _REQUIRED:
+        if default is not _REQUIRED:
+            return beside(state.values_at(at[~absent]), absent, default, dtype_beside(default, values.dtype))
+        if absent.any():
             first = int(np.argmax(absent))
-            query = np.asarray(queries, dtype=object)[first]
-            raise KeyError(f"query {first}, {query!r}, is absent: give a default to look up keys that may be")
-        common = object if values.dtype.hasobject else np.result_type(values, np.asarray(default))
-        result = np.empty(len(at), dtype=common)
-        result[absent] = default
-        result[~absent] = state.values_at(at[~absent])
-        return result
+            raise KeyError(f"query {first}, {given[first]!s}, is absent: give a default to look up keys that may be")
+        return state.values_at(at)
 
     def count(self, low: ArrayLike, high: ArrayLike) -> Any:
         """How many keys are from `low` on and below `high`: an int, or for arrays of ends an int64 array.
@@ -265,7 +286,9 @@ class Reader(Base):
         return int(counted) if np.ndim(counted) == 0 else counted
 
 
-def _ranks_of(state: State, ends: ArrayLike) -> Ints | int:
+def _ranks_of(state: State, ends: Any) -> Ints | int:
+    if isinstance(ends, Iterator):
+        ends = list(ends)
     return state.rank(ends, right=False) if np.ndim(ends) == 0 else state.ranks(ends, right=False)
 
 

@@ -113,7 +113,8 @@ class State:
         source = self.run.values if at < n else self.delta.values
         if source is None:
             raise _no_values()
-        return source[at if at < n else at - n]
+        value = source[at if at < n else at - n]
+        return value.copy() if isinstance(value, np.void) else value  # a record is a view of where it is stored
 
     def values_at(self, at: Ints) -> Values:
         """The values at what `find_many` said, of which none may be ABSENT."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,36 @@ _FACTORS = {"as": 1, "fs": 1000, "ps": 1000, "ns": 1000, "us": 1000, "ms": 1000,
 _FACTORS |= {"m": 60, "h": 60, "D": 24, "W": 7}
 _CALENDAR = {"M": 1, "Y": 12}  #: whose days are not all as long
 _YEARS = 10**7  #: as far from 1970 as NumPy turns years into days
+
+
+def as_time(given: Any) -> np.datetime64:
+    """One time, with all its digits. Times with a zone become those of UTC.
+
+    Raises TypeError if it is not a time.
+    """
+    if hasattr(given, "to_datetime64"):  # pandas': as a datetime, which it also is, it would lose its nanoseconds
+        return np.datetime64(given.to_datetime64())
+    if isinstance(given, datetime.datetime) and given.tzinfo is not None:
+        given = given.astimezone(datetime.UTC).replace(tzinfo=None)
+    if not isinstance(given, np.datetime64 | datetime.date | str):
+        raise _no_time(given)
+    try:
+        return np.datetime64(given)
+    except ValueError:
+        raise _no_time(given) from None
+
+
+def as_duration(given: Any) -> np.timedelta64:
+    """One length of time, with all its digits. Raises TypeError if it is none."""
+    if hasattr(given, "to_timedelta64"):
+        return np.timedelta64(given.to_timedelta64())
+    if not isinstance(given, np.timedelta64 | datetime.timedelta):
+        raise TypeError(f"{given!r} is not a length of time: give a timedelta64 or a timedelta")
+    return np.timedelta64(given)
+
+
+def _no_time(given: Any) -> TypeError:
+    return TypeError(f"{given!r} is not a time: ask with a datetime64, a datetime or an ISO string")
 
 
 def unit_of(dtype: np.dtype[Any]) -> int:

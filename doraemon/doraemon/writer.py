@@ -11,11 +11,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import adaptation
 from .adaptation import Adaptation, Models
-from .building import unique_last, values_like
+from .building import unique_last
 from .delta import Delta, add_counts, put
 from .keys import Codes
 from .reader import Reader
 from .state import State
+from .values import values_like
 
 Merging = Literal["inline", "background", "manual"]
 _REQUIRED: Any = object()
