@@ -1,9 +1,9 @@
 """A learned range index whose accuracy follows the queries: exact, batched, mutable, persistent."""
 
 from .adaptation import Adaptation
+from .errors import CorruptFileError
 from .explanation import Explanation
 from .index import Index, Snapshot
-from .storage import CorruptFileError
 from .workload import Match, Memory, distance, drift, signature
 
 __all__ = [

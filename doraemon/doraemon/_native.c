@@ -320,6 +320,24 @@ WIDE static void ranks_many(const uint64_t *codes, int64_t n, const uint64_t *qu
     }
 }
 
+/* Whether the model leads to every key of the run, within the errors that its leaves state. */
+static int leads_to_all(const Search *s)
+{
+    for (int64_t b = 0; b < s->n_buckets; b++) {
+        const Bucket *bucket = s->buckets + b;
+        for (int64_t i = bucket->start; i < bucket[1].start; i++) {
+            double fraction;
+            if (i > bucket->start && s->keys[i] == s->keys[i - 1])
+                continue;
+            const Leaf *leaf = leaf_of(s, bucket, s->keys[i], &fraction);
+            double predicted = (double)leaf->base + (double)leaf->slope * fraction;
+            if (!(fabs(predicted - (double)(i - bucket->start)) <= (double)leaf->radius))
+                return 0;
+        }
+    }
+    return 1;
+}
+
 /* ------------------------------------------------------------------ fit */
 
 enum { STEEPEST = 1 << 21 }; /* a steeper line's base would not be a whole position in a float any more */
@@ -527,10 +545,10 @@ static int code_of(int kind, PyObject *key, uint64_t *code)
         return 0;
     if (PyLong_Check(key))
         return code_of_int(kind, key, code);
-    if (!PyIndex_Check(key))
+    if (!PyIndex_Check(key) || PySequence_Check(key)) /* an array may be masked: the slow path looks at it */
         return 0;
     PyObject *whole = PyNumber_Index(key); /* NumPy's integers */
-    if (whole == NULL) { /* an array, say: the slow path names what is wrong with it */
+    if (whole == NULL) { /* the slow path names what is wrong with it */
         PyErr_Clear();
         return 0;
     }
@@ -607,11 +625,22 @@ static PyObject *view_search(PyObject *self, PyObject *args)
     return NULL;
 }
 
+static PyObject *view_holds(PyObject *self, PyObject *unused)
+{
+    int holds;
+    (void)unused;
+    Py_BEGIN_ALLOW_THREADS
+    holds = leads_to_all(&((View *)self)->search);
+    Py_END_ALLOW_THREADS
+    return PyBool_FromLong(holds);
+}
+
 static PyMethodDef view_methods[] = {
     {"left", view_left, METH_O, "How many keys are below the key; -2 if Python has to map it."},
     {"right", view_right, METH_O, "How many keys are not above the key; -2 if Python has to map it."},
     {"find", view_find, METH_O, "Position in the run, n + position in the delta, -1 if absent; -2 as above."},
     {"search", view_search, METH_VARARGS, "search(asked, right, codes, out): the same for a batch of codes."},
+    {"holds", view_holds, METH_NOARGS, "Whether the model leads to every key, within the errors that it states."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -65,8 +65,10 @@ def adapt(state: State, memory: Models) -> tuple[State, Adaptation]:
 
 def carry_over(memory: Models, old: State, new: State) -> Models:
     """The memory for a run that was merged from another: its signatures over the new buckets, and leaves to suit."""
-    if len(new.run) == 0 or old.run is new.run:
+    if old.run is new.run:
         return memory
+    if len(new.run) == 0:
+        return Models(memory.capacity)  # workloads of no buckets
     edges, starts = rank_of_buckets(old.run, new.run.codes), new.run.model.starts
 
     def change(known: Signature, bits: Bits) -> tuple[Signature, Bits]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from . import storage
 from .adaptation import Models
 from .explanation import Explanation, explain
-from .packing import pack
+from .packing import pack, unpack
 from .state import State
 
 
@@ -20,6 +20,7 @@ class Base:
 
     _state: State
     _memory: Models
+    _OWN: ClassVar[frozenset[str]] = frozenset({"_state", "_memory"})  #: attributes that are not a subclass's
 
     def __len__(self) -> int:
         """How many keys there are, copies counted. O(1).
@@ -78,6 +79,43 @@ class Base:
         state = self._state
         kind = "map" if self.is_map else "multiset"
         return f"<{type(self).__name__}: {kind} of {state.length:,} {state.key_type.dtype} keys>"
+
+    # ---- copies, which are of the same class and have the same attributes
+
+    def __copy__(self) -> Self:
+        """The same at this moment, sharing what cannot change. O(1)."""
+        other = type(self).__new__(type(self))
+        other._set_attributes(self._attributes())
+        other._restore(self._state, self._memory.copy(), *self._options())
+        return other
+
+    def __getstate__(self) -> object:
+        """What pickles and deep copies hold. O(1), as the arrays are not copied."""
+        packed = pack(self._state, self._memory)
+        return packed, self._state.engine, self._options(), self._attributes()
+
+    def __setstate__(self, saved: Any) -> None:
+        """Become what was pickled, with NumPy's engine where that was used or the other is not there."""
+        packed, engine, options, attributes = saved
+        self._set_attributes(attributes)
+        self._restore(*unpack(*packed, engine="numpy" if engine == "numpy" else None), *options)
+
+    def _restore(self, state: State, memory: Models) -> None:
+        self._state, self._memory = state, memory
+
+    def _options(self) -> tuple[Any, ...]:
+        """What `_restore` takes beside the state and the memory."""
+        return ()
+
+    def _attributes(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a subclass added: in its dictionary, and in slots."""
+        found: Any = object.__getstate__(self)
+        named, slots = found if isinstance(found, tuple) else (found, None)
+        return {name: value for name, value in (named or {}).items() if name not in self._OWN}, slots or {}
+
+    def _set_attributes(self, attributes: tuple[dict[str, Any], dict[str, Any]]) -> None:
+        for name, value in (attributes[0] | attributes[1]).items():
+            object.__setattr__(self, name, value)
 
     @staticmethod
     def _require_values(state: State) -> NDArray[Any]:

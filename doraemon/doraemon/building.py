@@ -16,9 +16,7 @@ from .values import as_values
 Ints = NDArray[np.int64]
 
 
-def run_of(
-    keys: ArrayLike, values: ArrayLike | None, dtype: DTypeLike | None, engine: Engine
-) -> tuple[KeyType, Run]:
+def run_of(keys: ArrayLike, values: ArrayLike | None, dtype: DTypeLike | None, engine: Engine) -> tuple[KeyType, Run]:
     """The key type and the run of keys in any order."""
     given = as_sequence(keys)
     key_type = KeyType.of(_dtype_of(given) if dtype is None else dtype)
@@ -32,9 +30,7 @@ def _dtype_of(keys: NDArray[Any] | list[Any]) -> DTypeLike:
     return np.asarray(keys).dtype
 
 
-def _sorted_run(
-    key_type: KeyType, keys: NDArray[Any] | list[Any], values: ArrayLike | None, engine: Engine
-) -> Run:
+def _sorted_run(key_type: KeyType, keys: NDArray[Any] | list[Any], values: ArrayLike | None, engine: Engine) -> Run:
     codes = key_type.encode_any(keys)
     if values is None:
         return Run.of(_sorted_copy(codes, key_type), None, engine)

@@ -21,6 +21,8 @@ from .splicing import ranks, splice
 
 Ints = NDArray[np.int64]
 Values = NDArray[Any]
+MOST_STAMPS = 1 << 62
+FEW_COPIES = 1 << 20  #: that a saved delta may always add
 Count = Callable[[Codes], Ints]  #: how many keys of the run have each code
 
 
@@ -79,6 +81,14 @@ class Delta:
     def _without_noops(self) -> Delta:
         """Without entries that say what the run says."""
         return self._where((self.net != 0) if self.values is None else (self.counts > 0) | (self.present > 0))
+
+
+def is_compact(net: Ints, n: int) -> bool:
+    """Whether a delta of a run of n keys adds about as many copies as there are keys and entries, or few.
+
+    Other deltas are merged before they are saved: how much memory an index takes then follows from its file's size.
+    """
+    return float(np.maximum(net, 0).sum(dtype=np.float64)) <= n + len(net) + FEW_COPIES
 
 
 def add_counts(delta: Delta, codes: Codes, change: Ints, stamp: int, count: Count) -> Delta:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any
+from typing import Self
 
 from numpy.typing import ArrayLike, DTypeLike
 
@@ -12,7 +11,8 @@ from . import storage
 from .adaptation import Models
 from .building import run_of
 from .engine import choose
-from .packing import pack, unpack
+from .errors import CorruptFileError
+from .packing import unpack
 from .reader import Reader
 from .state import State
 from .writer import Merging, Writer
@@ -23,9 +23,6 @@ class Snapshot(Reader):
 
     def __init__(self, state: State, memory: Models) -> None:
         self._state, self._memory = state, memory
-
-    def __reduce__(self) -> tuple[Callable[..., Snapshot], tuple[Any, ...]]:
-        return _unpickled_snapshot, pack(self._state, self._memory)
 
 
 class Index(Writer):
@@ -62,7 +59,7 @@ class Index(Writer):
     ) -> None:
         chosen = choose(engine)
         key_type, run = run_of(keys, values, dtype, chosen)
-        self._begin(State.of(key_type, chosen, run), Models(memory), merging)
+        self._restore(State.of(key_type, chosen, run), Models(memory), merging)
 
     # ---- copies and files
 
@@ -77,8 +74,10 @@ class Index(Writer):
         """
         return Snapshot(self._state, self._memory.copy())
 
-    def copy(self) -> Index:
+    def copy(self) -> Self:
         """An index with the same keys that changes independently. O(1), as both share the run.
+
+        `copy.copy` does the same. A subclass's attributes are shared; `copy.deepcopy` copies them as well.
 
         >>> index = Index([1])
         >>> other = index.copy()
@@ -86,7 +85,7 @@ class Index(Writer):
         >>> len(index), len(other)
         (1, 2)
         """
-        return self._of(self._state, self._memory.copy(), self._merging)
+        return self.__copy__()
 
     @classmethod
     def open(
@@ -97,14 +96,18 @@ class Index(Writer):
         verify: bool = True,
         engine: str | None = None,
         merging: Merging = "inline",
-    ) -> Index:
-        """An index that `save` wrote. Sizes are checked; `CorruptFileError` says what is wrong.
+    ) -> Self:
+        """An index that `save` wrote; of a subclass, made without its `__init__`.
 
-        O(n); with `mmap` and without `verify` O(buckets), as keys are then read from the disk when they are searched.
+        `CorruptFileError` says what is wrong with the file. Its header, all sizes and all numbers of the model are
+        checked always, so that no file makes a search leave its arrays.
+
+        O(n); with `mmap` and without `verify` O(leaves + d), as keys are then read from the disk when they are searched.
 
         Args:
             mmap: map keys and values into memory instead of copying them. Changes stay in memory until `save`.
-            verify: compare the checksums as well, which reads all of the file.
+            verify: compare the checksums as well, and check that the keys are in order and that what the model and
+                the changes say of them is true. This reads all of the file.
 
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as directory:
@@ -112,26 +115,11 @@ class Index(Writer):
         ...     Index.open(f"{directory}/two.dora", mmap=True).bisect_right(1)
         1
         """
-        header, arrays = storage.read(path, mmap, verify)
+        chosen = choose(engine)
         try:
-            state, memory = unpack(header, arrays, engine)
-        except (KeyError, IndexError, ValueError) as error:
-            raise storage.CorruptFileError(f"{os.fspath(path)} does not hold a whole index: save it anew") from error
-        return cls._of(state, memory, merging)
-
-    @classmethod
-    def _of(cls, state: State, memory: Models, merging: Merging) -> Index:
+            state, memory = unpack(*storage.read(path, mmap, verify), chosen, verify)
+        except CorruptFileError as error:
+            raise CorruptFileError(f"{os.fspath(path)} {error}") from None
         index = cls.__new__(cls)
-        index._begin(state, memory, merging)
+        index._restore(state, memory, merging)
         return index
-
-    def __reduce__(self) -> tuple[Callable[..., Index], tuple[Any, ...]]:
-        return _unpickled, (*pack(self._state, self._memory), self._merging)
-
-
-def _unpickled(header: storage.Header, arrays: storage.Arrays, merging: Merging) -> Index:
-    return Index._of(*unpack(header, arrays), merging)
-
-
-def _unpickled_snapshot(header: storage.Header, arrays: storage.Arrays) -> Snapshot:
-    return Snapshot(*unpack(header, arrays))

@@ -26,7 +26,9 @@ def as_sequence(given: Any) -> NDArray[Any] | list[Any]:
     if isinstance(given, memoryview | bytearray | array.array):
         return np.asarray(given)
     if isinstance(given, str | bytes) or not hasattr(given, "__iter__"):
-        raise TypeError(f"{given!r} is not a sequence: give a list or an array, or ask for one key with bisect_left, `in` or get")
+        raise TypeError(
+            f"{given!r} is not a sequence: give a list or an array, or ask for one key with bisect_left, `in` or get"
+        )
     return _array_of(given) if hasattr(given, "__array__") else list(given)
 
 

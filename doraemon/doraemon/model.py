@@ -108,25 +108,6 @@ class Model:
         row = np.arange(len(bucket)) - np.repeat(np.cumsum(counts) - counts, counts) + first[bucket]
         return self.pool.rows[row, 2].astype(np.float64), bucket
 
-    def check(self, keys: Codes) -> None:
-        """Raise ValueError unless searching `keys` with this model stays inside its arrays."""
-        place = self.buckets["place"][:-1]
-        first, bits = place >> np.uint64(8), place & np.uint64(0xFF)
-        last = first + (np.uint64(1) << bits)
-        valid = (
-            len(self.buckets) == len(self.bounds) + 1 == len(self.bits) + 1
-            and (len(keys) > 0) == (len(self.bounds) > 0)
-            and bool((bits == self.bits).all())
-            and bool((bits <= MAX_BITS).all())
-            and bool((last <= len(self.pool.rows)).all())
-            and int(self.starts[0]) == 0
-            and int(self.starts[-1]) == len(keys)
-            and bool((self.depths > 0).all())
-            and np.array_equal(self.bounds, keys[self.starts[:-1]])
-        )
-        if not valid:
-            raise ValueError("the model does not belong to these keys: build the index anew from its keys")
-
 
 def leaf_count(bits: Bits) -> int:
     return int((np.int64(1) << bits.astype(np.int64)).sum())
@@ -140,7 +121,7 @@ def build(keys: Codes, engine: Engine, shares: Floats | None = None) -> Model:
     bounds = keys[starts[:-1]]
     buckets["low"][:-1] = bounds
     bits = choose_bits(np.diff(starts), shares)
-    buckets["scale"][:-1] = _scales(keys, starts, bits)
+    buckets["scale"][:-1] = bucket_scales(keys, starts, bits)
     pool = LeafPool.empty(len(bounds), 2 * leaf_count(bits) + 64)
     return refit(Model(bounds, buckets, bits, pool), keys, bits, engine)[0]
 
@@ -206,13 +187,13 @@ def _refit(model: Model, keys: Codes, bits: Bits, engine: Engine) -> tuple[Model
     return Model(model.bounds, buckets, bits, pool), missing
 
 
-def _scales(keys: Codes, starts: Ints, bits: Bits) -> Floats:
+def bucket_scales(keys: Codes, starts: Ints, bits: Bits) -> Floats:
     """Leaves per unit of code. A bucket's width reaches to the first key of the next, which it serves as well."""
     if len(bits) == 0:
         return np.zeros(0)
     last = np.minimum(starts[1:], len(keys) - 1)
     width = (keys[last] - keys[starts[:-1]]).astype(np.float64)
-    return np.divide(np.exp2(bits.astype(np.float64)), width, out=np.zeros(len(bits)), where=width > 0)
+    return np.divide(np.ldexp(1.0, bits.astype(np.int32)), width, out=np.zeros(len(bits)), where=width > 0)
 
 
 def _enlarged(pool: LeafPool, more: int) -> LeafPool:

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .adaptation import Models
-from .delta import Delta
+from .adaptation import Models, carry_over
+from .checking import check, check_keys, check_values
+from .delta import Delta, is_compact
 from .engine import choose
+from .errors import damaged
 from .heat import Heat
-from .keys import KeyType
 from .model import LeafPool, Model
 from .state import Run, State
 from .storage import Arrays, Header
@@ -19,6 +20,9 @@ from .storage import Arrays, Header
 
 def pack(state: State, memory: Models) -> tuple[Header, Arrays]:
     """Everything of a state and the model memory; values only where there are any."""
+    if not is_compact(state.delta.net, len(state.run)):
+        merged = state.merged()
+        state, memory = merged, carry_over(memory, state, merged)
     run, delta, model = state.run, state.delta, state.run.model
     header = {"dtype": state.key_type.dtype.str.replace(">", "<"), "memory": memory.capacity}
     arrays = {
@@ -41,21 +45,41 @@ def pack(state: State, memory: Models) -> tuple[Header, Arrays]:
     return header, arrays
 
 
-def unpack(header: Header, arrays: Arrays, engine: str | None = None) -> tuple[State, Models]:
-    """What `pack` was given. Raises ValueError if the parts do not fit together."""
-    codes, chosen = arrays["run.codes"], choose(engine)
+def unpack(header: Header, arrays: Arrays, engine: str | None = None, verify: bool = False) -> tuple[State, Models]:
+    """What `pack` was given.
+
+    Args:
+        verify: check also what only the keys can tell, in O(n).
+
+    Raises:
+        CorruptFileError: header and arrays are not those of an index.
+    """
+    key_type, codes, chosen = check(header, arrays), arrays["run.codes"], choose(engine)
     pool = LeafPool(arrays["model.rows"], len(arrays["model.rows"]), arrays["model.where"].copy())
     buckets = arrays["model.buckets"].copy()
     model = Model(buckets["low"][:-1].copy(), buckets, arrays["model.bits"].copy(), pool)
-    model.check(codes)
     heat = Heat(len(model.bits), arrays["run.heat"].copy())
     run = Run(codes, arrays.get("run.values"), model, heat, arrays["run.trained"])
     parts = [arrays[f"delta.{name}"] for name in ("codes", "net", "present")]
     delta = Delta(parts[0], parts[1], parts[2], arrays.get("delta.values"), arrays["delta.stamps"], chosen)
-    memory = Models(header["memory"])
-    for known, bits in zip(arrays["memory.signatures"], arrays["memory.bits"], strict=True):
-        memory.remember(known, bits, merge_within=0.0)
-    return State.of(KeyType.of(header["dtype"]), chosen, run, delta), memory
+    state = State.of(key_type, chosen, run, delta)
+    if verify:
+        _verify(state)
+    known = zip(arrays["memory.signatures"], arrays["memory.bits"], strict=True)
+    return state, Models.of(known, header["memory"])
+
+
+def _verify(state: State) -> None:
+    """Raise CorruptFileError unless everything that answers rest on is true."""
+    run, delta = state.run, state.delta
+    check_keys(run.codes, run.values is not None, state.key_type)
+    for name, values in (("run.values", run.values), ("delta.values", delta.values)):
+        if values is not None:
+            check_values(name, values)
+    if not np.array_equal(state.count_in_run(delta.codes), delta.present):
+        raise damaged("delta.present has other counts than the keys")
+    if not state.view.holds():
+        raise damaged("model.rows has lines that do not lead to the keys")
 
 
 def _stacked(rows: list[NDArray[Any]], width: int, dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 
 from .delta import Delta
 from .engine import Engine, native
+from .fitting import BATCH
 from .heat import SAMPLING
 from .keys import Codes
 from .model import Model
 
+Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 RUN, RANK, LOCATE = 0, 1, 2  #: what a batch is asked: rank in the run, in the index, or position of the very code
@@ -28,6 +30,7 @@ class View(Protocol):
     def right(self, key: object, /) -> int: ...
     def find(self, key: object, /) -> int: ...
     def search(self, asked: int, right: int, codes: Codes, out: Ints, /) -> None: ...
+    def holds(self) -> bool: ...
 
 
 def make_view(engine: Engine, kind: int, codes: Codes, model: Model, hits: NDArray[np.uint64], delta: Delta) -> View:
@@ -65,6 +68,19 @@ class NumpyView:
         entry = np.where(past, len(self.delta), np.searchsorted(self.delta.codes, queries))
         out[:] = out + self.delta.moved[entry] if asked == RANK else self._locate(queries, out, entry)
 
+    def holds(self) -> bool:
+        """Whether the model's leaves lead to every key of the run, within the errors that they state."""
+        starts = self.model.starts
+        for first in range(0, len(self.codes), BATCH):
+            rank = np.arange(first, min(first + BATCH, len(self.codes)))
+            bucket = np.searchsorted(starts, rank, side="right") - 1
+            codes = self.codes[rank]
+            new = (rank == starts[bucket]) | (codes != self.codes[np.maximum(rank - 1, 0)])
+            centre, radius = self._predicted(bucket[new], codes[new])
+            if not (np.abs(centre - (rank - starts[bucket])[new]) <= radius).all():
+                return False
+        return True
+
     def _search_one(self, asked: int, right: int, query: int) -> int:
         query += right  # a Python int: nothing wraps
         rank = self._run_rank(query)
@@ -99,16 +115,21 @@ class NumpyView:
 
     def _windows(self, bucket: Ints, queries: Codes) -> tuple[Ints, Ints]:
         """Where the leaves say that the ranks are; the window's width is at least 1."""
+        centre, radius = self._predicted(bucket, queries)
+        start = self.model.starts[bucket]
+        depth = self.model.starts[bucket + 1] - start
+        low = start + np.clip(centre - radius, 0, depth).astype(np.int64)
+        return low, start + np.clip(centre + radius + 1, 0, depth).astype(np.int64)
+
+    def _predicted(self, bucket: Ints, queries: Codes) -> tuple[Floats, Floats]:
+        """The ranks in the buckets that the leaves say, and how far off those of keys may be."""
         at = self.model.buckets[bucket]
         code = np.maximum(queries, at["low"]) - at["low"]
         leaves = (np.uint64(1) << (at["place"] & np.uint64(0xFF))).astype(np.float64)
         t = np.minimum(code.astype(np.float64) * at["scale"], leaves)
         leaf = np.minimum(t, leaves - 1).astype(np.int64)
         base, slope, radius = self.model.pool.rows[(at["place"] >> np.uint64(8)).astype(np.int64) + leaf].T
-        centre = base + slope * (t - leaf)
-        depth = self.model.starts[bucket + 1] - at["start"]
-        low = at["start"] + np.clip(centre - radius, 0, depth).astype(np.int64)
-        return low, at["start"] + np.clip(centre + radius + 1, 0, depth).astype(np.int64)
+        return base + slope * (t - leaf), radius
 
     def _halve(self, queries: Codes, low: Ints, high: Ints) -> Ints:
         """Binary search of every query in its own window."""

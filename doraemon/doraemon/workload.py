@@ -13,7 +13,7 @@ bin. Whatever was fitted for one can be kept in a `Memory` and found again when 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -184,6 +184,18 @@ class Memory(Generic[T]):
         found = tuple(entry for entry in self._entries if entry.signature is match.signature)
         self._entries = others + found
         return match
+
+    @classmethod
+    def of(cls, entries: Iterable[tuple[Signature, T]], capacity: int = 16) -> Memory[T]:
+        """A memory of given entries, oldest first. O(entries * bins).
+
+        >>> len(Memory.of([(signature([1, 2]), "a"), (signature([2, 1]), "b")]))
+        2
+        """
+        memory = cls(capacity)
+        kept = tuple(_Entry(known, value) for known, value in entries)
+        memory._entries = kept[max(0, len(kept) - capacity) :]
+        return memory
 
     def copy(self) -> Memory[T]:
         """A memory of the same entries that changes independently. O(1).

@@ -30,7 +30,9 @@ class Writer(Reader):
     In the complexities, d is the number of changes since the last merge.
     """
 
-    def _begin(self, state: State, memory: Models, merging: Merging) -> None:
+    _OWN = Reader._OWN | {"_merging", "_lock", "_stamp", "_merger", "_copied"}
+
+    def _restore(self, state: State, memory: Models, merging: Merging = "inline") -> None:
         if merging not in get_args(Merging):
             raise ValueError(f"merging {merging!r}: choose 'inline', 'background' or 'manual'")
         self._state, self._memory, self._merging = state, memory, merging
@@ -38,6 +40,9 @@ class Writer(Reader):
         self._stamp = int(state.delta.stamps.max(initial=0))
         self._merger: threading.Thread | None = None
         self._copied = 0  # entries of deltas copied by changes since the last merge
+
+    def _options(self) -> tuple[Merging]:
+        return (self._merging,)
 
     def insert(self, key: Any, value: Any = _REQUIRED) -> None:
         """Add one key: another copy in a multiset; in a map a new one, KeyError if it is there. O(d).
