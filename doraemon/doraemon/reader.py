@@ -287,9 +287,11 @@ class Reader(Base):
 
 
 def _ranks_of(state: State, ends: Any) -> Ints | int:
-    if isinstance(ends, Iterator):
-        ends = list(ends)
-    return state.rank(ends, right=False) if np.ndim(ends) == 0 else state.ranks(ends, right=False)
+    if hasattr(ends, "__array__"):
+        alone = np.ndim(ends) == 0
+    else:
+        alone = isinstance(ends, str | bytes) or not hasattr(ends, "__iter__")
+    return state.rank(ends, right=False) if alone else state.ranks(ends, right=False)
 
 
 def _key_or_none(state: State, rank: int) -> Any | None:

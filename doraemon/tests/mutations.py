@@ -25,7 +25,23 @@ from doraemon import CorruptFileError, Index, storage
 from doraemon.keys import KeyType
 
 ODD: list[Any] = [None, True, False, -1, 0, 1, 2, 7, 63, 2**31, 2**32, 2**40, 2**62, 2**63, 2**64, 10**30, 10**4000]
-ODD += [0.5, 1e308, math.nan, math.inf, "", "O", "<i8", "<f8", "<u8", "|u1", "<U3", "|V8", "<M8[ns]", "<i4,<i4", "x" * 99]
+ODD += [
+    0.5,
+    1e308,
+    math.nan,
+    math.inf,
+    "",
+    "O",
+    "<i8",
+    "<f8",
+    "<u8",
+    "|u1",
+    "<U3",
+    "|V8",
+    "<M8[ns]",
+    "<i4,<i4",
+    "x" * 99,
+]
 ODD += [[], {}, [[]], [1], [2**40, 2**40], [-1], {"names": 1}, [["a", "<i4"]], "\x00", "run.codes", "delta.net"]
 NUMBERS = [0, 1, 2, 3, 20, 21, 255, 256, 2**31, 2**32, 2**38, 2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
 FLOATS = [0.0, -1.0, 1.0, 0.5, 1e-300, 1e18, 1e30, 1e300, math.inf, -math.inf, math.nan]

@@ -152,7 +152,7 @@ def test_a_wrong_engine_is_not_blamed_on_the_file(tmp_path: Path) -> None:
 def test_headers_that_are_none_are_refused(text: bytes, tmp_path: Path) -> None:
     path = tmp_path / "index"
     path.write_bytes(storage._PREFIX.pack(storage.MAGIC, 1, len(text), zlib.crc32(text)) + text)
-    with pytest.raises(CorruptFileError, match="header|missing"):
+    with pytest.raises(CorruptFileError, match=r"header|missing"):
         Index.open(path)
     path.write_bytes(storage._PREFIX.pack(storage.MAGIC, 1, 2**32 - 1, zlib.crc32(text)) + text)
     with pytest.raises(CorruptFileError, match="header"):
