@@ -45,7 +45,7 @@ def _array_of(given: Any) -> NDArray[Any]:
     dtype = getattr(given, "dtype", None)
     if not isinstance(dtype, np.dtype) and _has_missing(given):
         raise ValueError("an entry is missing: drop such entries with dropna(), or fill them with fillna()")
-    wanted = _numpy_dtype(dtype)
+    wanted = numpy_dtype(dtype)
     return np.asarray(given) if wanted is None else np.asarray(given, dtype=wanted)
 
 
@@ -54,7 +54,7 @@ def _has_missing(given: Any) -> bool:
     return test is not None and bool(np.asarray(test()).any())
 
 
-def _numpy_dtype(dtype: Any) -> np.dtype[Any] | None:
+def numpy_dtype(dtype: Any) -> np.dtype[Any] | None:
     """The NumPy dtype of pandas' nullable dtypes and of times with a zone; None for all others."""
     if isinstance(dtype, np.dtype):
         return None

@@ -238,6 +238,7 @@ def test_nullable_integers_keep_all_digits(dtype: str, engine: str) -> None:
     assert index.dtype == index.values().dtype == np.dtype(dtype.lower().split("[")[0])
     assert index.keys().tolist() == index.values().tolist() == [2**53 + 1, 2**62 + 1]
     assert index.contains(given).all() and not index.contains(given - 1).any()
+    assert Index([1], dtype=given.dtype).dtype == index.dtype
 
 
 @pytest.mark.parametrize("dtype", ["Float32", "Float64", "float64[pyarrow]"])
@@ -304,7 +305,8 @@ def test_timestamps_keep_all_digits(unit: str, engine: str) -> None:
 def test_times_with_a_zone_are_those_of_utc(hold: Any, engine: str) -> None:
     zoned = pd.date_range("2020-03-28", periods=4, freq="D", tz="Europe/Berlin")  # the clock changes on the way
     plain = zoned.tz_convert("UTC").tz_localize(None).to_numpy()
-    index = Index(hold(zoned), dtype=None if hasattr(hold(zoned), "tz") or hold is pd.Series else plain.dtype)
+    dtype = None if hasattr(hold(zoned), "tz") or hold is pd.Series else plain.dtype
+    index = Index(hold(zoned), dtype=dtype, engine=engine)
     np.testing.assert_array_equal(index.keys(), plain)
     assert index.searchsorted(hold(zoned)).tolist() == index.searchsorted(plain).tolist() == [0, 1, 2, 3]
     assert [index.bisect_left(time) for time in zoned] == [0, 1, 2, 3]
