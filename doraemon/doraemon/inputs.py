@@ -32,6 +32,13 @@ def as_sequence(given: Any) -> NDArray[Any] | list[Any]:
     return _array_of(given) if hasattr(given, "__array__") else list(given)
 
 
+def holds_items(given: Any) -> bool:
+    """Whether it holds items, however many, and is not one item itself."""
+    if hasattr(given, "__array__"):
+        return np.ndim(given) > 0
+    return hasattr(given, "__iter__") and not isinstance(given, str | bytes)
+
+
 def refuse_masked(given: Any) -> None:
     """Raise ValueError if an entry of a masked array is masked."""
     if isinstance(given, np.ma.MaskedArray):
