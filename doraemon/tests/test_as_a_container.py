@@ -573,7 +573,7 @@ def test_neither_values_nor_the_default_are_changed(number: int, engine: str) ->
 def test_what_was_handed_in_may_change_afterwards(hold: Any, dtype: str, engine: str) -> None:
     keys, values = np.arange(0, 100, 10).astype(dtype), np.arange(10)
     if hold is memoryview and keys.dtype.kind == "M":
-        pytest.skip("times have no buffers")
+        hold = np.asarray  # times have no buffers
     index = Index(hold(keys), hold(values), engine=engine)
     multiset, more = Index(hold(keys), engine=engine), Index(keys[:0], values[:0], engine=engine)
     more.extend(hold(keys), hold(values))
@@ -636,11 +636,13 @@ COPIES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("how", COPIES)
-@pytest.mark.parametrize("cls", [Named, Slotted])
+SLOTLESS = ("pickle 0", "pickle 1")  #: protocols that know no slots
+
+
+@pytest.mark.parametrize(
+    ("cls", "how"), [(Named, how) for how in COPIES] + [(Slotted, how) for how in COPIES if how not in SLOTLESS]
+)
 def test_copies_are_of_the_same_class_with_the_same_attributes(how: str, cls: Any, engine: str) -> None:
-    if how in ("pickle 0", "pickle 1") and cls is Slotted:
-        pytest.skip("these protocols have no slots")
     index = cls([1, 2], [10, 20], name="prices", engine=engine, merging="manual", memory=3)
     index.update(3, 30)
     other = COPIES[how](index)
