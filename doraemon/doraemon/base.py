@@ -96,9 +96,9 @@ class Base:
 
     def __setstate__(self, saved: Any) -> None:
         """Become what was pickled, with NumPy's engine where that was used or the other is not there."""
-        packed, engine, options, attributes = saved
+        (header, arrays), engine, options, attributes = saved
         self._set_attributes(attributes)
-        self._restore(*unpack(*packed, engine="numpy" if engine == "numpy" else None), *options)
+        self._restore(*unpack(header, arrays, "numpy" if engine == "numpy" else None), *options)
 
     def _restore(self, state: State, memory: Models) -> None:
         self._state, self._memory = state, memory

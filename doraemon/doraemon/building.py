@@ -24,7 +24,7 @@ def run_of(keys: ArrayLike, values: ArrayLike | None, dtype: DTypeLike | None, e
 
 
 def _dtype_of(keys: NDArray[Any] | list[Any]) -> DTypeLike:
-    """The dtype of keys; that of Python ints is int64, where NumPy would choose by their values, and floats for some."""
+    """The dtype of keys; of Python ints int64, where NumPy would choose by their values, and floats for some."""
     if isinstance(keys, list) and all(isinstance(key, int) for key in keys):
         return np.int64
     return np.asarray(keys).dtype

@@ -9,7 +9,13 @@ import numpy as np
 
 Described = str | dict[str, Any]
 _PLAIN = re.compile(r"[<|][biufcMmSUV][0-9]+(\[[0-9]*[a-zA-Z]+\])?")
-_LAYOUT = {"names": str, "formats": (str, dict), "shapes": list, "offsets": int, "titles": (str, type(None))}
+_LAYOUT: dict[str, Any] = {
+    "names": str,
+    "formats": (str, dict),
+    "shapes": list,
+    "offsets": int,
+    "titles": (str, type(None)),
+}
 
 
 def described(dtype: np.dtype[Any]) -> Described:
@@ -59,7 +65,7 @@ def _parsed(description: Any) -> np.dtype[Any]:
         if not all(isinstance(item, kind) for item in column):
             raise TypeError("a field of another type")
     names, formats, shapes, offsets, titles = columns
-    layout = {
+    layout: Any = {
         "names": names,
         "formats": [np.dtype((_parsed(kind), tuple(shape))) for kind, shape in zip(formats, shapes, strict=True)],
         "offsets": offsets,

@@ -22,9 +22,10 @@ def as_number(given: Any) -> int | float | Fraction:
     if isinstance(given, float | np.floating | decimal.Decimal):
         return _as_real(given)
     if isinstance(given, numbers.Rational) and not isinstance(given, numbers.Integral):
-        return Fraction(given.numerator, given.denominator)
+        return Fraction(int(given.numerator), int(given.denominator))
     try:
-        return operator.index(given)
+        whole: int = operator.index(given)
+        return whole
     except TypeError:
         raise TypeError(f"{given!r} is not a number: ask with an int, a float or a NumPy number") from None
 

@@ -66,7 +66,7 @@ def _points(keys: Codes, ends: Ints, scales: Floats, sizes: Ints) -> tuple[Ints,
     distinct = (position == ends[bucket, 0]) | (keys[position] != keys[position - 1])
     bucket, position = bucket[distinct], position[distinct]
     t = (keys[position] - keys[ends[bucket, 0]]).astype(np.float64) * scales[bucket]
-    leaf = np.minimum(t.astype(np.int64), sizes[bucket] - 1)
+    leaf = np.minimum(t, sizes[bucket] - 1).astype(np.int64)
     row = leaf + (np.cumsum(sizes) - sizes)[bucket]
     return bucket, position, row, t - leaf
 

@@ -102,7 +102,8 @@ class Index(Writer):
         `CorruptFileError` says what is wrong with the file. Its header, all sizes and all numbers of the model are
         checked always, so that no file makes a search leave its arrays.
 
-        O(n); with `mmap` and without `verify` O(leaves + d), as keys are then read from the disk when they are searched.
+        O(n); with `mmap` and without `verify` O(leaves + d), as keys are then read from the disk when they are
+        searched.
 
         Args:
             mmap: map keys and values into memory instead of copying them. Changes stay in memory until `save`.

@@ -32,6 +32,13 @@ def as_sequence(given: Any) -> NDArray[Any] | list[Any]:
     return _array_of(given) if hasattr(given, "__array__") else list(given)
 
 
+def holds_items(given: Any) -> bool:
+    """Whether it holds items, however many, and is not one item itself."""
+    if hasattr(given, "__array__"):
+        return np.ndim(given) > 0
+    return hasattr(given, "__iter__") and not isinstance(given, str | bytes)
+
+
 def refuse_masked(given: Any) -> None:
     """Raise ValueError if an entry of a masked array is masked."""
     if isinstance(given, np.ma.MaskedArray):
@@ -45,7 +52,7 @@ def _array_of(given: Any) -> NDArray[Any]:
     dtype = getattr(given, "dtype", None)
     if not isinstance(dtype, np.dtype) and _has_missing(given):
         raise ValueError("an entry is missing: drop such entries with dropna(), or fill them with fillna()")
-    wanted = _numpy_dtype(dtype)
+    wanted = numpy_dtype(dtype)
     return np.asarray(given) if wanted is None else np.asarray(given, dtype=wanted)
 
 
@@ -54,7 +61,7 @@ def _has_missing(given: Any) -> bool:
     return test is not None and bool(np.asarray(test()).any())
 
 
-def _numpy_dtype(dtype: Any) -> np.dtype[Any] | None:
+def numpy_dtype(dtype: Any) -> np.dtype[Any] | None:
     """The NumPy dtype of pandas' nullable dtypes and of times with a zone; None for all others."""
     if isinstance(dtype, np.dtype):
         return None

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import times
 from .exact import as_number
-from .inputs import as_scalar, as_sequence
+from .inputs import as_scalar, as_sequence, numpy_dtype
 
 Codes = NDArray[np.uint64]
 Mask = NDArray[np.bool_]
@@ -260,8 +260,8 @@ def _union(a: Mask | None, b: Mask | None) -> Mask | None:
     return a if b is None else b if a is None else a | b
 
 
-def _as_dtype(dtype: DTypeLike) -> np.dtype[Any]:
+def _as_dtype(dtype: Any) -> np.dtype[Any]:
     try:
-        return np.dtype(dtype)
+        return numpy_dtype(dtype) or np.dtype(dtype)
     except TypeError:
         raise TypeError(f"keys of dtype {dtype} are not supported: convert them to {SUPPORTED}") from None

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from .base import Base
-from .inputs import as_sequence
+from .inputs import as_sequence, holds_items
 from .state import State
 from .values import beside, dtype_beside
 
@@ -207,8 +207,7 @@ class Reader(Base):
         >>> list(reversed(Index([2, 1])))
         [2, 1]
         """
-        keys = self.range()[::-1]
-        return iter(keys if keys.dtype.kind == "M" else keys.tolist())
+        return iter(list(self)[::-1])
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         """All keys, ascending: what NumPy and pandas make of the index. O(n).
@@ -287,9 +286,7 @@ class Reader(Base):
 
 
 def _ranks_of(state: State, ends: Any) -> Ints | int:
-    if isinstance(ends, Iterator):
-        ends = list(ends)
-    return state.rank(ends, right=False) if np.ndim(ends) == 0 else state.ranks(ends, right=False)
+    return state.ranks(ends, right=False) if holds_items(ends) else state.rank(ends, right=False)
 
 
 def _key_or_none(state: State, rank: int) -> Any | None:

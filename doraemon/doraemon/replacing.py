@@ -117,13 +117,17 @@ def _take_owner_and_mode(number: int, old: os.stat_result | None) -> None:
     if old is None or sys.platform == "win32":
         return
     mode = stat.S_IMODE(old.st_mode)
-    if (new.st_uid, new.st_gid) != (old.st_uid, old.st_gid):
+    if _owner(new) != _owner(old):
         try:
             os.fchown(number, old.st_uid, old.st_gid)
         except PermissionError:
             mode &= ~stat.S_IRWXG  # what the old group might do is not for another one
     if mode != stat.S_IMODE(os.fstat(number).st_mode):
         os.fchmod(number, mode)
+
+
+def _owner(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_uid, status.st_gid
 
 
 @cache

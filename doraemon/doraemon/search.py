@@ -14,6 +14,8 @@ from .fitting import BATCH
 from .heat import SAMPLING
 from .keys import Codes
 from .model import Model
+from .splicing import ranks
+from .steps import Steps
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -44,6 +46,8 @@ def make_view(engine: Engine, kind: int, codes: Codes, model: Model, hits: NDArr
 class NumpyView:
     """The same search without the C extension: windows of all queries of a batch are halved together."""
 
+    engine: Engine = "numpy"
+
     def __init__(self, codes: Codes, model: Model, hits: NDArray[np.uint64], delta: Delta) -> None:
         self.codes, self.model, self.hits, self.delta = codes, model, hits, delta
         self._random = np.random.default_rng()
@@ -59,13 +63,14 @@ class NumpyView:
         if len(codes) == 1:
             out[0] = self._search_one(asked, right, int(codes[0]))
             return
-        past = codes == np.uint64(2**64 - 1) if right else np.zeros(len(codes), np.bool_)
+        past = codes == np.uint64(2**64 - 1) if right else np.False_
         queries = codes + np.uint64(1) * ~past if right else codes
-        out[:] = np.where(past, len(self.codes), self._run_ranks(queries))
+        rank = self._run_ranks(queries)
+        out[:] = np.where(past, len(self.codes), rank) if right else rank
         if asked == RUN or len(self.delta) == 0:
             out[:] = self._found_in_run(queries, out) if asked == LOCATE else out
             return
-        entry = np.where(past, len(self.delta), np.searchsorted(self.delta.codes, queries))
+        entry = np.where(past, len(self.delta), ranks(self.delta.codes, queries, False, self.engine))
         out[:] = out + self.delta.moved[entry] if asked == RANK else self._locate(queries, out, entry)
 
     def holds(self) -> bool:
@@ -162,3 +167,16 @@ class NumpyView:
         changed = (entry < len(self.delta)) & (self.delta.codes[inside] == queries)
         in_delta = np.where(self.delta.alive[inside] > 0, len(self.codes) + inside, ABSENT)
         return np.where(changed, in_delta, self._found_in_run(queries, rank))
+
+
+class StepView(NumpyView):
+    """Batches over a run of few distinct codes, for both engines. Its searches use no model and are not counted."""
+
+    def __init__(
+        self, steps: Steps, codes: Codes, model: Model, hits: NDArray[np.uint64], delta: Delta, engine: Engine
+    ) -> None:
+        super().__init__(codes, model, hits, delta)
+        self.steps, self.engine = steps, engine
+
+    def _run_ranks(self, queries: Codes) -> Ints:
+        return self.steps.starts[ranks(self.steps.codes, queries, False, self.engine)]

@@ -14,7 +14,8 @@ from .engine import Engine
 from .heat import Heat, rebucket, shares_of
 from .keys import Codes, KeyType
 from .model import Model, bucket_starts, build
-from .search import LOCATE, NOT_HERE, RANK, RUN, View, make_view
+from .search import LOCATE, NOT_HERE, RANK, RUN, SMALL, StepView, View, make_view
+from .steps import Steps, find_steps
 from .workload import Signature
 
 Ints = NDArray[np.int64]
@@ -46,6 +47,11 @@ class Run:
     def __len__(self) -> int:
         return len(self.codes)
 
+    @cached_property
+    def steps(self) -> Steps | None:
+        """The distinct codes, if they are few; those of a map are not."""
+        return find_steps(self.codes) if self.values is None else None
+
 
 @dataclass(frozen=True, eq=False)
 class State:
@@ -70,8 +76,17 @@ class State:
     def search(self, asked: int, codes: Codes, right: bool = False) -> Ints:
         """What the view says of a batch of codes."""
         out = np.empty(len(codes), dtype=np.int64)
-        self.view.search(asked, int(right), codes, out)
+        view = self.view if len(codes) < SMALL or self._step_view is None else self._step_view
+        view.search(asked, int(right), codes, out)
         return out
+
+    @cached_property
+    def _step_view(self) -> StepView | None:
+        """What searches batches where the run's distinct codes are few."""
+        run, steps = self.run, self.run.steps
+        if steps is None:
+            return None
+        return StepView(steps, run.codes, run.model, run.heat.hits, self.delta, self.engine)
 
     def rank(self, query: Any, right: bool) -> int:
         """How many keys are below the query, or (`right`) not above it."""

@@ -131,10 +131,8 @@ def _entry(entry: Any, size: int) -> _Entry:
     name, shape, offset, crc = entry["name"], entry["shape"], entry["offset"], entry["crc32"]
     if not isinstance(name, str) or not isinstance(shape, list) or len(shape) > 2:
         raise TypeError("an array without a name or a shape")
-    most = [*[size] * len(shape), 2**63, 2**32]
-    if not all(
-        type(number) is int and 0 <= number < end for number, end in zip([*shape, offset, crc], most, strict=True)
-    ):
+    numbers = [*((length, size) for length in shape), (offset, size), (crc, 2**32)]
+    if not all(type(number) is int and 0 <= number <= most for number, most in numbers):
         raise TypeError(f"array {name!r} has sizes that are no sizes")
     return _Entry(name, parsed(entry["dtype"]), tuple(shape), offset, crc)
 

@@ -31,7 +31,7 @@ def as_values(given: Any, count: int) -> Values:
         raise ValueError(f"values have {array.ndim} dimensions: give one per key, for rows their numbers")
     if len(array) != count:
         raise ValueError(f"{len(array)} values for {count} keys: give one per key")
-    return array.astype(array.dtype.newbyteorder("="), copy=False)
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
 def _array_of(given: Any) -> Values:

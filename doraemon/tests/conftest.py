@@ -17,6 +17,7 @@ settings.load_profile("default")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--examples", type=int, default=6, help="examples per stateful test")
     parser.addoption("--crashes", type=int, default=6, help="how often a writer is killed")
+    parser.addoption("--mutations", type=int, default=150, help="how many changed files are opened, with each engine")
     parser.addoption("--stress", type=float, default=2.0, help="seconds of each thread test")
 
 

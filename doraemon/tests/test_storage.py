@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from doraemon import CorruptFileError, Index, storage
+from doraemon import CorruptFileError, Index, replacing, storage
 
 
 def written(path: Path, **options: Any) -> Path:
@@ -152,3 +152,213 @@ def test_a_killed_writer_loses_nothing_that_it_saved(tmp_path: Path, request: py
         assert number in (saved[-1], saved[-1] + 1)
         np.testing.assert_array_equal(index.keys(), np.arange(20_000) * number)
         assert (index.values() == number).all()
+        assert [entry.name for entry in tmp_path.iterdir()] == ["index.dora"]
+
+
+# ---- the place of a file
+
+fcntl: Any = sys.modules.get("fcntl")  # not everywhere
+posix = pytest.mark.skipif(os.name != "posix", reason="links, modes and locks are POSIX's")
+
+
+@posix
+@pytest.mark.parametrize("kind", ["relative", "absolute", "of a link", "to a folder", "to nothing"])
+def test_a_link_stays_and_its_target_is_written(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "years").mkdir()
+    target, link = tmp_path / "years" / "2024.dora", tmp_path / "current.dora"
+    if kind != "to nothing":
+        Index([1, 2]).save(target)
+    if kind == "of a link":
+        (tmp_path / "middle").symlink_to("years/2024.dora")
+    if kind == "to a folder":
+        (tmp_path / "folder").symlink_to("years")
+        link = tmp_path / "folder" / "2024.dora"
+    else:
+        link.symlink_to({"absolute": target, "of a link": "middle"}.get(kind, "years/2024.dora"))
+    Index([1, 2, 3]).save(link)
+    assert link.is_symlink() == (kind != "to a folder")
+    assert len(Index.open(target)) == len(Index.open(link)) == 3
+    assert [entry.name for entry in (tmp_path / "years").iterdir()] == ["2024.dora"]
+
+
+@posix
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o644, 0o660, 0o444, 0o400])
+def test_a_file_keeps_its_mode(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "index"
+    Index([1]).save(path)
+    path.chmod(mode)
+    seen = []
+    original = os.fsync
+
+    def look(number: int) -> None:
+        seen.append(stat.S_IMODE(os.fstat(number).st_mode))
+        original(number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", look)
+        Index([1, 2]).save(path)
+    assert stat.S_IMODE(path.stat().st_mode) == seen[0] == mode
+    assert len(Index.open(path)) == 2
+
+
+@posix
+def test_another_group_gets_none_of_the_old_one_s_rights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "index"
+    Index([1]).save(path)
+    path.chmod(0o664)
+
+    def refuse(number: int, owner: int, group: int) -> None:
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(os, "fchown", refuse)
+    real = os.fstat
+    monkeypatch.setattr(replacing, "_owner", lambda status: (status.st_uid, status.st_gid, status.st_ino))
+    Index([1, 2]).save(path)
+    assert stat.S_IMODE(real(os.open(path, os.O_RDONLY)).st_mode) == 0o604
+
+
+@posix
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device"])
+def test_what_is_no_file_is_not_replaced(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "there"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/null")
+    with pytest.raises(OSError, match="not a file"):
+        Index([1]).save(path)
+    assert not path.is_file()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["there"]
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "\u00e9" * 127, "a b", ".hidden", "[1]*?", "a.dora.unfinished"])
+def test_names_of_any_kind(tmp_path: Path, name: str) -> None:
+    Index([1]).save(tmp_path / name)
+    Index([1, 2]).save(tmp_path / name)
+    assert len(Index.open(tmp_path / name)) == 2
+    assert [entry.name for entry in tmp_path.iterdir()] == [name]
+
+
+# ---- what killed writers leave
+
+STOPS = """
+import os, sys, time
+from doraemon import Index
+os.fsync = lambda number: (print("written", flush=True), time.sleep(100))
+Index(range(1000)).save(sys.argv[1])
+"""
+
+
+def begun(path: Path) -> subprocess.Popen[str]:
+    """A writer that has written all of a file and not yet renamed it."""
+    writer = subprocess.Popen([sys.executable, "-c", STOPS, str(path)], stdout=subprocess.PIPE, text=True)
+    assert writer.stdout is not None and writer.stdout.readline() == "written\n"
+    return writer
+
+
+def unfinished(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".unfinished"))
+
+
+@posix
+@pytest.mark.parametrize("how", ["open", "save", "save to a link"])
+def test_what_dead_writers_left_is_cleared_and_nothing_else(tmp_path: Path, how: str) -> None:
+    path, other, link = tmp_path / "index.dora", tmp_path / "index.dora.old", tmp_path / "link"
+    Index([1]).save(path)
+    link.symlink_to(path)
+    writers = [begun(path), begun(path), begun(other)]
+    assert len(unfinished(tmp_path)) == 3
+    (tmp_path / ".index.dora.notes.unfinished").touch()
+    try:
+        Index.open(path)
+        Index([1, 2]).save(path)
+        assert len(unfinished(tmp_path)) == 4  # their writers live
+        writers[0].kill()
+        writers[0].wait()
+        if how == "open":
+            Index.open(path)
+        else:
+            Index([1, 2]).save(path if how == "save" else link)
+        assert len(unfinished(tmp_path)) == 3
+        writers[2].kill()
+        writers[2].wait()
+        Index.open(path)
+        assert len(unfinished(tmp_path)) == 3  # another path's
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.wait()
+            if writer.stdout is not None:
+                writer.stdout.close()
+    Index.open(path)
+    assert len(unfinished(tmp_path)) == 2
+
+
+@posix
+def test_writers_on_other_machines_are_given_a_day(tmp_path: Path) -> None:
+    path = tmp_path / "index"
+    Index([1]).save(path)
+    names = [f".index.{boot}0123456789abcdef.unfinished" for boot in ("", "00000000.")]
+    for name in names:
+        (tmp_path / name).touch()
+    Index.open(path)
+    assert unfinished(tmp_path) == sorted(names)
+    for name in names:
+        os.utime(tmp_path / name, (time.time() - 90_000,) * 2)
+    Index.open(path)
+    assert unfinished(tmp_path) == []
+
+
+@posix
+def test_a_file_that_was_cleared_before_it_was_locked_is_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, tries = tmp_path / "index", []
+    original = fcntl.flock
+
+    def late(number: int, operation: int) -> None:
+        if not tries:
+            for entry in tmp_path.glob(".*.unfinished"):
+                entry.unlink()
+        tries.append(operation)
+        original(number, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    Index([1, 2]).save(path)
+    assert len(tries) == 2
+    assert len(Index.open(path)) == 2
+
+
+@posix
+def test_opening_does_not_need_to_clear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "index"
+    Index([1]).save(path)
+    (tmp_path / ".index.00000000.01234567.unfinished").touch()
+    os.utime(tmp_path / ".index.00000000.01234567.unfinished", (0, 0))
+
+    def refuse(*given: Any) -> None:
+        raise PermissionError("not yours")
+
+    for name in ("unlink", "scandir"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, refuse)
+            assert len(Index.open(path)) == 1
+
+
+def test_a_file_that_is_replaced_while_it_is_opened_is_still_one_file(tmp_path: Path) -> None:
+    """Its size is that of what was opened, not of what has the name a moment before."""
+    path = tmp_path / "index"
+    Index(range(10_000)).save(path)
+    with pytest.MonkeyPatch.context() as patch:
+        original = Path.open
+
+        def late(self: Path, *given: Any, **options: Any) -> Any:
+            if self == path:
+                patch.undo()
+                Index([1]).save(path)
+            return original(self, *given, **options)
+
+        patch.setattr(Path, "open", late)
+        assert len(Index.open(path)) == 1
