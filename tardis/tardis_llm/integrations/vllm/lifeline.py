@@ -6,6 +6,7 @@ before or after the process was started makes no difference. The first process t
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import threading
@@ -34,12 +35,20 @@ def tie() -> None:
 
 
 def _watch(path: Path) -> None:
-    threading.Thread(target=_end_with_owner, args=(path,), name="lifeline", daemon=True).start()
+    thread = threading.Thread(target=_end_with_owner, args=(path,), name="lifeline", daemon=True)
+    thread.start()
+    atexit.register(_let_end, thread, path)
+
+
+def _let_end(thread: threading.Thread, path: Path) -> None:
+    """Wait for the end that the thread makes, where it is due: the main thread may end as it sees others end."""
+    if RunDirectory(path).owner_has_ended():
+        thread.join()
 
 
 def _end_with_owner(path: Path) -> None:
     directory, me = RunDirectory(path), os.getpid()
-    directory.wait_for_owner()
+    directory.owner_has_ended(wait=True)
     if os.getsid(me) == me:
         directory.record(me)
         session.kill(me)

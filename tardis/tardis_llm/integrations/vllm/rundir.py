@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -49,8 +50,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock: int | None = None
-        self._recorded: dict[str, int] = {}
-        self._listed: set[str] = set()
+        self._listings: deque[set[str]] = deque(maxlen=3)
 
     @classmethod
     def create(cls, under: Path) -> RunDirectory:
@@ -62,26 +62,33 @@ class RunDirectory:
         made.path = visible
         return made
 
-    def wait_for_owner(self) -> None:
-        """Return when the process that made the directory has ended, in whatever way."""
-        with contextlib.suppress(FileNotFoundError):  # the owner has cleared it
-            self._take(fcntl.LOCK_SH)
+    def owner_has_ended(self, wait: bool = False) -> bool:
+        """Whether the process that made the directory has ended, in whatever way; after waiting for it, it has."""
+        try:
+            self._take(fcntl.LOCK_SH if wait else fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except FileNotFoundError:  # it has cleared the directory
+            pass
+        return True
 
     def record(self, number: int) -> None:
-        """Write down the shared memory of a session's processes, if any has come or gone since the last time."""
-        listed = set(os.listdir(SHARED)) if SHARED.is_dir() else set()
-        if listed == self._listed:
-            return
-        self._listed = listed
-        self._recorded.update(segments_of(process.pid for process in session.members(number)))
+        """Write down the shared memory of a session's processes, if any has come or gone lately."""
+        self._listings.append(set(os.listdir(SHARED)) if SHARED.is_dir() else set())
+        if self._listings.count(self._listings[-1]) == self._listings.maxlen:
+            return  # and not at the second time: what is listed may not be mapped yet
+        found = self._recorded() | segments_of(process.pid for process in session.members(number))
         draft = self.path / f"{_SEGMENTS}.new"
-        draft.write_text(json.dumps(self._recorded), encoding="utf-8")
+        draft.write_text(json.dumps(found), encoding="utf-8")
         draft.replace(self.path / _SEGMENTS)
+
+    def _recorded(self) -> dict[str, int]:
+        path = self.path / _SEGMENTS
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
     def clear(self) -> None:
         """Remove the directory and the shared memory that it names, but for what a living process has mapped."""
-        path = self.path / _SEGMENTS
-        recorded = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        recorded = self._recorded()
         used = segments_of(int(name) for name in os.listdir("/proc") if name.isdigit()) if recorded else {}
         for name, inode in recorded.items():
             if name not in used:

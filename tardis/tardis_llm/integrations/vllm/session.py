@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Iterator
 
 import psutil
 
@@ -29,19 +30,33 @@ def kill(session: int) -> None:
 
     A tracker ends by itself once all whom it serves have, and unlinks the shared memory and semaphores of the killed.
     """
-    deadline = time.monotonic() + _GONE_SECONDS
-    while (living := [each for each in members(session) if not _is_spared(each)]) and time.monotonic() < deadline:
+    for living in _until_gone(session):
         for process in living:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        time.sleep(0.02)  # one that was killed may just have started another
+            if not _is_spared(process):
+                _kill(process)
+        if all(map(_is_spared, living)):
+            return
 
 
 def end(session: int) -> None:
     """Kill a session that this process is not in, and wait until its trackers have cleared up."""
     kill(session)
-    _, living = psutil.wait_procs(members(session), _GONE_SECONDS)
-    for process in living:
+    for _ in _until_gone(session):
+        pass
+    for process in members(session):
+        _kill(process)
+
+
+def _until_gone(session: int) -> Iterator[list[psutil.Process]]:
+    """What lives of a session, again and again, as one that was killed may just have started another."""
+    deadline = time.monotonic() + _GONE_SECONDS
+    while (living := members(session)) and time.monotonic() < deadline:
+        yield living
+        time.sleep(0.02)
+
+
+def _kill(process: psutil.Process) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
         process.kill()
 
 
