@@ -6,8 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import shared_memory
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import NamedTuple
 
 import psutil
 import pytest
+from processes import alive, wait_until
 
 import tardis_llm
 from tardis_llm.integrations.vllm.lifeline import RUN_DIRECTORY
@@ -63,8 +63,6 @@ def command(method, under):
 if __name__ == "__main__":
     server(sys.argv[2]) if sys.argv[1] == "server" else command(sys.argv[2], sys.argv[3])
 """
-#: much longer than any process of the script needs for anything
-SECONDS = 20.0
 
 
 class Running(NamedTuple):
@@ -101,20 +99,6 @@ def running(tmp_path: Path, method: str, under: Path) -> Iterator[Running]:
     finally:
         process.kill()
         process.wait()
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 linux = pytest.mark.skipif(not SHARED.is_dir(), reason="named shared memory is no file here")
@@ -171,7 +155,7 @@ def test_a_process_that_starts_after_its_command_has_ended_ends(cleared: bool, t
         directory.clear()
     (script := tmp_path / "script.py").write_text(SCRIPT)
     variables = {**os.environ, RUN_DIRECTORY: str(directory.path)}
-    done = subprocess.run([sys.executable, script, "server", "spawn", tmp_path], env=variables, timeout=SECONDS)
+    done = subprocess.run([sys.executable, script, "server", "spawn", tmp_path], env=variables, timeout=20)
     assert done.returncode == -signal.SIGKILL
 
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 from engines import environment, needs_vllm, save_tiny
+from processes import free_port
 
 httpx = pytest.importorskip("httpx", reason="httpx is not installed; it comes with vLLM: make venv-vllm")
 
@@ -55,12 +56,6 @@ class Client(NamedTuple):
         while self.requests() and time.monotonic() < deadline:
             time.sleep(0.2)
         assert self.requests() == 0
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def start(directory: Path, log: Path, *options: object) -> Client:
