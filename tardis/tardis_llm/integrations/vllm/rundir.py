@@ -26,8 +26,9 @@ _LOCK, _SEGMENTS = "lock", "segments.json"
 
 
 def base() -> Path:
-    """Where run directories are: beside the shared memory that they name, which ends with the machine as they do."""
-    return SHARED if os.access(SHARED, os.W_OK) else Path(tempfile.gettempdir())
+    """Where run directories are: beside the shared memory that they name, or else where names of sockets stay short."""
+    short = [path for path in (SHARED, Path("/tmp")) if os.access(path, os.W_OK)]
+    return short[0] if short else Path(tempfile.gettempdir())
 
 
 def segments_of(pids: Iterable[int]) -> dict[str, int]:
