@@ -146,8 +146,9 @@ def test_what_a_wholly_killed_server_left_is_cleared_and_a_living_ones_is_not(tm
         assert all(map(alive, living.pids))
 
 
+@pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("cleared", [True, False])
-def test_a_process_that_starts_after_its_command_has_ended_ends(cleared: bool, tmp_path: Path):
+def test_a_process_that_starts_after_its_command_has_ended_ends(cleared: bool, first: bool, tmp_path: Path):
     directory = RunDirectory.create(tmp_path)
     os.close(directory._lock)  # as if this process had ended
     directory._lock = None
@@ -155,8 +156,10 @@ def test_a_process_that_starts_after_its_command_has_ended_ends(cleared: bool, t
         directory.clear()
     (script := tmp_path / "script.py").write_text(SCRIPT)
     variables = {**os.environ, RUN_DIRECTORY: str(directory.path)}
-    done = subprocess.run([sys.executable, script, "server", "spawn", tmp_path], env=variables, timeout=20)
+    command = [sys.executable, script, "server", "spawn", tmp_path]
+    done = subprocess.run(command, env=variables, timeout=20, start_new_session=first)
     assert done.returncode == -signal.SIGKILL
+    assert directory.path.exists() == (not cleared and not first)
 
 
 @linux

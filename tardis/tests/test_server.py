@@ -97,18 +97,17 @@ SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 def test_a_signal_lets_requests_in_flight_finish(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setenv("STUB_SECONDS", "1")
+    monkeypatch.setenv("STUB_SECONDS", "0.5")
     with watched(tmp_path) as command:
-        assert command.end(number) > 1
+        assert command.end(number) > 0.5
         assert command.log.endswith("finished\n")
         assert command.said == f"ready http://127.0.0.1:{command.port}\nstopped\n"
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-def test_a_second_signal_ends_it_at_once(number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_second_signal_ends_it_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("STUB_SECONDS", "60")
     with watched(tmp_path) as command:
-        assert command.end(signal.SIGTERM, number) < 3
+        assert command.end(signal.SIGTERM, signal.SIGINT) < 3
         assert "finished" not in command.log
 
 

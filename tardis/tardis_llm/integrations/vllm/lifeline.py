@@ -35,6 +35,8 @@ def tie() -> None:
 
 
 def _watch(path: Path) -> None:
+    if RunDirectory(path).owner_has_ended():
+        _end(path)
     thread = threading.Thread(target=_end_with_owner, args=(path,), name="lifeline", daemon=True)
     thread.start()
     atexit.register(_let_end, thread, path)
@@ -47,10 +49,17 @@ def _let_end(thread: threading.Thread, path: Path) -> None:
 
 
 def _end_with_owner(path: Path) -> None:
+    RunDirectory(path).owner_has_ended(wait=True)
+    _end(path)
+
+
+def _end(path: Path) -> None:
+    """End this process at once; if it is the server's first, all others before it, and clear up after them."""
     directory, me = RunDirectory(path), os.getpid()
-    directory.owner_has_ended(wait=True)
-    if os.getsid(me) == me:
-        directory.record(me)
-        session.kill(me)
-        directory.clear()
-    os.kill(me, signal.SIGKILL)
+    try:
+        if os.getsid(me) == me and path.exists():
+            directory.record(me)
+            session.kill(me)
+            directory.clear()
+    finally:
+        os.kill(me, signal.SIGKILL)
