@@ -85,7 +85,8 @@ def running(tmp_path: Path, method: str, under: Path) -> Iterator[Running]:
     tmp_path.mkdir()
     (script := tmp_path / "script.py").write_text(SCRIPT)
     (told := tmp_path / "told").mkdir()
-    process = subprocess.Popen([sys.executable, script, "command", method, under, told])
+    variables = {**os.environ, "TMPDIR": str(tmp_path)}  # where a fork server has its socket
+    process = subprocess.Popen([sys.executable, script, "command", method, under, told], env=variables)
     try:
         wait_until(lambda: len(list(told.glob("[0-9]*"))) == 3)
         words = {int(each.name): each.read_text() for each in told.iterdir()}
