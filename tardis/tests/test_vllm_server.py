@@ -4,97 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import psutil
 import pytest
-from engines import environment, needs_vllm, save_tiny
-
-httpx = pytest.importorskip("httpx", reason="httpx is not installed; it comes with vLLM: make venv-vllm")
+from engines import needs_vllm, save_tiny
+from processes import alive, wait_until
+from served import (
+    FEW,
+    PROMPT,
+    START_SECONDS,
+    STOP_SECONDS,
+    Client,
+    httpx,
+    processes_of,
+    running,
+    session_of,
+    shared_by,
+    start,
+    stream,
+    wait_for,
+)
 
 pytestmark = needs_vllm
-PROMPT = "In the beginning of the year the city"
-FEW = ("--max-num-seqs", 64, "--enforce-eager")
-START_SECONDS, STOP_SECONDS = 300, 60
-
-
-class Client(NamedTuple):
-    """A running server and its log."""
-
-    url: str
-    log: Path
-    process: subprocess.Popen[bytes]
-
-    def post(self, **fields: Any) -> httpx.Response:
-        body = {"prompt": PROMPT, "max_tokens": 32, "temperature": 0, **fields}
-        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=120)
-
-    def text(self, **fields: Any) -> str:
-        answer = self.post(**fields)
-        assert answer.status_code == 200, answer.text
-        return str(answer.json()["choices"][0]["text"])
-
-    def requests(self) -> float:
-        """Requests that the engine has, running or waiting."""
-        lines = httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines()
-        names = ("vllm:num_requests_running{", "vllm:num_requests_waiting{")
-        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(names))
-
-    def assert_idle(self) -> None:
-        deadline = time.monotonic() + 60
-        while self.requests() and time.monotonic() < deadline:
-            time.sleep(0.2)
-        assert self.requests() == 0
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-def start(directory: Path, log: Path, *options: object) -> Client:
-    """`tardis serve` as a process of its own, not yet ready."""
-    port = free_port()
-    command = [sys.executable, "-m", "tardis_llm", "serve", directory, "--port", port, *options]
-    variables = environment(VLLM_ENABLE_V1_MULTIPROCESSING="1", VLLM_LOGGING_LEVEL="INFO")
-    with log.open("wb") as file:
-        process = subprocess.Popen([*map(str, command)], stdout=file, stderr=file, env=variables)
-    return Client(f"http://127.0.0.1:{port}", log, process)
-
-
-def wait_for(client: Client, message: str) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while message not in client.log.read_text():
-        assert client.process.poll() is None, client.log.read_text()[-3000:]
-        assert time.monotonic() < deadline, client.log.read_text()[-3000:]
-        time.sleep(0.2)
-
-
-def processes_of(client: Client) -> list[str]:
-    """Command lines of our command and of all in the session of vLLM's server, which names the port."""
-    port = client.url.rpartition(":")[2]
-    running = {process.pid: process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])}
-    named = {pid for pid, command in running.items() if port in command}
-    sessions = {session_of(pid) for pid in named if any("api_server" in part for part in running[pid])}
-    return [" ".join(command) for pid, command in running.items() if pid in named or session_of(pid) in sessions]
-
-
-def session_of(pid: int) -> int | None:
-    try:
-        return os.getsid(pid)
-    except ProcessLookupError:  # it has just ended
-        return None
 
 
 @pytest.fixture(scope="module")
@@ -103,19 +41,6 @@ def server(sample_folded: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     log = tmp_path_factory.mktemp("server") / "log"
     with running(start(sample_folded, log, "--dtype", "float32", *FEW, "--prefill", "folded")) as client:
         yield client
-
-
-@contextmanager
-def running(client: Client) -> Iterator[Client]:
-    """Within the context the server is ready; at its end nothing of it is left."""
-    try:
-        wait_for(client, "ready:")
-        yield client
-    finally:
-        client.process.terminate()
-        code = client.process.wait(STOP_SECONDS)
-    assert code == 0, client.log.read_text()[-3000:]
-    assert processes_of(client) == []
 
 
 def test_ready_is_said_with_the_address(server: Client):
@@ -163,16 +88,6 @@ def test_a_stream_has_the_text_of_the_whole_answer(server: Client):
             return "".join([part async for part in stream(http, server)])
 
     assert asyncio.run(read()) == server.text()
-
-
-async def stream(http: httpx.AsyncClient, server: Client, **fields: Any) -> AsyncIterator[str]:
-    """The parts of a text as they come."""
-    body = {"prompt": PROMPT, "max_tokens": 32, "temperature": 0, "stream": True, **fields}
-    async with http.stream("POST", f"{server.url}/v1/completions", json=body) as answer:
-        assert answer.status_code == 200
-        async for line in answer.aiter_lines():
-            if line.startswith("data: ") and line != "data: [DONE]":
-                yield json.loads(line.removeprefix("data: "))["choices"][0]["text"]
 
 
 def test_200_streams_at_once_each_get_their_text(server: Client):
@@ -252,3 +167,17 @@ def test_a_server_that_fails_says_so_and_leaves_nothing(tiny_gpt2: tuple, tmp_pa
     assert client.process.wait(START_SECONDS) == 1
     assert "vLLM's server ended by itself" in client.log.read_text()
     assert processes_of(client) == []
+
+
+def test_killing_the_command_ends_all_processes_and_leaves_nothing(tmp_path: Path):
+    save_tiny("gpt2", tmp_path / "model")
+    client = start(tmp_path / "model", tmp_path / "log", "--enforce-eager")
+    wait_for(client, "ready:")
+    session = session_of(client)
+    files = shared_by(client)
+    assert len(session) >= 3  # the server, its engine, and what starts for it
+    assert files
+    client.process.kill()
+    client.process.wait()
+    wait_until(lambda: not any(map(alive, session)))
+    assert not [file for file in files if file.exists()]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,12 +22,43 @@ def serve(
     prefill: Annotated[
         Prefill, typer.Option(help="Calls with prompts through the folds, the dense FFNs, or what is faster.")
     ] = "auto",
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(help="Key that clients must send; better in a file. Repeatable.", show_default=False),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(help="File with such keys, one a line. Without either, VLLM_API_KEY.", show_default=False),
+    ] = None,
+    shutdown_timeout: Annotated[
+        int, typer.Option(help="Seconds for requests in flight when it is told to end.", min=0)
+    ] = 20,
 ) -> None:
     """Serve a folded model over the OpenAI API with vLLM. Options that are not listed here go to vLLM's server."""
+    from ..integrations.vllm import access
+
+    digests = access.gather_digests(api_key or [], api_key_file, os.environ)
+    if api_key:
+        _hide_keys(digests)
     from ..integrations.vllm import server
 
     server.check(model, prefill)
-    server.Server(model, host, port, prefill, context.args).run(
+    server.Server(model, host, port, prefill, context.args, shutdown_timeout, digests).run(
         lambda url: show.say(f"[bold green]ready:[/] {url}/v1 (stop with Ctrl-C)")
     )
     show.say("stopped.")
+
+
+def _hide_keys(digests: list[str]) -> None:
+    """Start the command anew, as the same process, without the keys that its command line shows to all users."""
+    from ..integrations.vllm import access
+
+    command = access.without_keys(sys.orig_argv)
+    if command == sys.orig_argv:  # called from Python, with no command line of its own
+        return
+    show.warn(
+        "keys on the command line can be seen by others until the command has hidden them, and stay in the shell's "
+        f"history; use --api-key-file or {access.KEYS}."
+    )
+    os.environ[access.DIGESTS] = " ".join(digests)
+    os.execv(sys.executable, command)

@@ -12,10 +12,14 @@ _MODELS = "tardis_llm.integrations.vllm.models"
 
 
 def register() -> None:
-    """Make the architectures and the quantisation method of folded checkpoints known to vLLM. Idempotent."""
+    """Make the architectures and the quantisation method of folded checkpoints known to vLLM. Idempotent.
+
+    In a process of `tardis serve`, also see to it that the process ends with the command.
+    """
     from vllm import ModelRegistry
 
-    from . import config  # noqa: F401 - registers the quantisation method
+    from . import config, lifeline  # noqa: F401 - config registers the quantisation method
 
+    lifeline.tie()
     for name in architectures():
         ModelRegistry.register_model(name, f"{_MODELS}:{name}")

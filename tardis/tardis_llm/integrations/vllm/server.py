@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import http.client
 import importlib.util
 import os
 import signal
@@ -10,7 +10,6 @@ import ssl
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
@@ -21,14 +20,21 @@ from ...errors import InvalidInputError, TardisError
 from ...format import METHOD, CheckpointConfig
 from ...loading import check_weights, load_config, quantisation
 from ...runtime.prefill import check_prefill
+from . import access, address, session
+from .launch import MODULE
+from .lifeline import RUN_DIRECTORY
 from .names import PREFILL_OPTION, check_served
+from .rundir import RunDirectory, base, clear_dead
 
-_MODULE = "vllm.entrypoints.openai.api_server"
+_LAUNCH = f"{__package__}.launch"
+_MIDDLEWARE = f"{access.__name__}.{access.RequireKey.__name__}"
 _PLUGINS = "VLLM_PLUGINS"
 _ADDITIONAL = "--additional-config"
-_EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "": "127.0.0.1"}
+_OURS = ("--host", "--port", "--prefill", "--shutdown-timeout", "--api-key", "--api-key-file")
+_REFUSED = ("--uds", "--model")
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _POLL_SECONDS = 0.5
-_GRACE_SECONDS = 30.0  # for requests in flight, and for the engine's processes to end
+_GRACE_SECONDS = 10.0  # for the engine's processes to end, when no request is in flight any more
 
 
 def check(model: str, prefill: str = "auto") -> None:
@@ -46,7 +52,7 @@ def check(model: str, prefill: str = "auto") -> None:
     config = load_config(model)
     if quantisation(config) != METHOD:
         raise InvalidInputError(
-            f"{model} is not folded: fold it with `tardis fold`, or serve it as it is with `python -m {_MODULE}`."
+            f"{model} is not folded: fold it with `tardis fold`, or serve it as it is with `python -m {MODULE}`."
         )
     formats = CheckpointConfig.read(config.quantization_config).formats().values()
     check_prefill(prefill, stacked=any(layer.fallback_bits for layer in formats))
@@ -76,29 +82,49 @@ class Server:
         host, port: where to listen.
         prefill: a `Prefill`.
         options: further options of vLLM's server, as on its command line.
+        shutdown_timeout: seconds that requests in flight have to finish when it is told to end.
+        digests: of the API keys that it asks for, see `access.gather_digests`; without any, it asks for none.
 
     Raises:
-        InvalidInputError: an option that would keep the server from being watched.
+        InvalidInputError: an option that would keep the server from being watched; the port is taken.
     """
 
-    def __init__(self, model: str, host: str, port: int, prefill: str = "auto", options: Sequence[str] = ()) -> None:
-        names = [option.partition("=")[0] for option in options if option.startswith("-")]
-        for name in ("--uds", "--model"):
-            if name in names:
-                raise InvalidInputError(f"tardis serve cannot take {name}; use `python -m {_MODULE}` with it.")
+    def __init__(
+        self,
+        model: str,
+        host: str,
+        port: int,
+        prefill: str = "auto",
+        options: Sequence[str] = (),
+        shutdown_timeout: int = 20,
+        digests: Sequence[str] = (),
+    ) -> None:
+        names = _check_options(options)
         if prefill != "auto":
             if any(name.startswith(_ADDITIONAL) for name in names):
                 raise InvalidInputError(f"give {PREFILL_OPTION} within {_ADDITIONAL}, or --prefill, and not both.")
             options = [*options, f"{_ADDITIONAL}.{PREFILL_OPTION}", prefill]
-        scheme = "https" if "--ssl-certfile" in names else "http"
-        self.url = f"{scheme}://{_EVERYWHERE.get(host, host)}:{port}"
-        self._stopping = False
-        command = [sys.executable, "-m", _MODULE, "--model", model, "--host", host, "--port", str(port), *options]
-        # a session of its own: all its processes can be ended together, and Ctrl-C reaches it only through `stop`
-        self._process = subprocess.Popen(command, start_new_session=True)
+        address.check_free(host, port)
+        clear_dead(base())
+        self.url = address.url("https" if "--ssl-certfile" in names else "http", host, port)
+        self._port, self._patience = port, shutdown_timeout + _GRACE_SECONDS
+        self._signals = 0
+        self._directory = RunDirectory.create(base())
+        command = [sys.executable, "-m", _LAUNCH, "--model", model, "--host", host, "--port", str(port)]
+        command += ["--shutdown-timeout", str(shutdown_timeout), *options, "--middleware", _MIDDLEWARE]
+        # a session of its own: all its processes can be ended together, and Ctrl-C reaches it only through `run`
+        self._process = subprocess.Popen(command, start_new_session=True, env=self._environment(digests))
+
+    def _environment(self, digests: Sequence[str]) -> dict[str, str]:
+        found = {name: value for name, value in os.environ.items() if name not in (access.KEYS, access.DIGESTS)}
+        found.setdefault("VLLM_RPC_BASE_PATH", str(self._directory.path))  # where vLLM puts its sockets
+        return {**found, RUN_DIRECTORY: str(self._directory.path), access.DIGESTS: " ".join(digests)}
 
     def run(self, ready: Callable[[str], None]) -> None:
-        """Wait until the server ends; SIGTERM and SIGINT end it, and nothing of it stays behind.
+        """Wait until the server ends; SIGTERM, SIGINT and SIGHUP end it, and nothing of it stays behind.
+
+        At the first signal requests in flight are finished, in the time that they have; at a second it ends at once.
+        A SIGHUP that the process was started to ignore, as by `nohup`, is ignored.
 
         Args:
             ready: called once, with the server's URL, when it answers.
@@ -106,39 +132,74 @@ class Server:
         Raises:
             TardisError: the server ended by itself.
         """
-        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = [number for number in _SIGNALS if not (number == signal.SIGHUP and _is_ignored(number))]
+        before = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
-            while self._process.poll() is None and not self._stopping and not self._healthy():
+            while self._goes_on() and not self._answers():
                 time.sleep(_POLL_SECONDS)
-            if self._process.poll() is None and not self._stopping:
+            if self._goes_on():
                 ready(self.url)
-            while self._process.poll() is None and not self._stopping:
+            while self._goes_on():
                 time.sleep(_POLL_SECONDS)
         finally:
             code = self._process.poll()
             self._end()
             for number, handler in before.items():
                 signal.signal(number, handler)
-        if not self._stopping:
+        if not self._signals:
             raise TardisError(f"vLLM's server ended by itself with exit code {code}; what it wrote above says why.")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._stopping = True
+        self._signals += 1
 
-    def _healthy(self) -> bool:
-        unverified = ssl._create_unverified_context()  # the certificate is the server's own business
-        try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5, context=unverified) as answer:
-                return bool(answer.status == 200)
-        except (urllib.error.URLError, OSError):
+    def _goes_on(self) -> bool:
+        """Whether the server is to go on and does; writes down on the way what it has of the machine."""
+        self._directory.record(self._process.pid)
+        return not self._signals and self._process.poll() is None
+
+    def _answers(self) -> bool:
+        """Whether the server, and not another at its address, answers."""
+        if not address.has_listener(session.members(self._process.pid), self._port):
             return False
+        unverified = ssl._create_unverified_context()  # the certificate is the server's own business
+        straight = urllib.request.build_opener(
+            urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=unverified)
+        )
+        try:
+            with straight.open(f"{self.url}/health", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except http.client.HTTPException:
+            return False
+        except OSError as error:
+            return isinstance(getattr(error, "reason", error), ssl.SSLError)  # it asks for a certificate of the client
 
     def _end(self) -> None:
         """Ask the server to end, and then end whatever is left in its session."""
+        deadline = time.monotonic() + self._patience
         if self._process.poll() is None:
             self._process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_GRACE_SECONDS)
-        with contextlib.suppress(ProcessLookupError):  # nothing was left
-            os.killpg(self._process.pid, signal.SIGKILL)
+        while self._process.poll() is None and self._signals < 2 and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+        self._directory.record(self._process.pid)
+        session.end(self._process.pid)
         self._process.wait()
+        self._directory.clear()
+
+
+def _check_options(options: Sequence[str]) -> list[str]:
+    """The names of options for vLLM, as it reads them; refuses those that `tardis serve` has to know of."""
+    if options and not options[0].startswith("-"):
+        raise InvalidInputError(f"there is one MODEL, and {options[0]!r} belongs to no option; leave it out.")
+    given = [option.partition("=")[0] for option in options if option.startswith("-")]
+    names = ["--" + name[2:].replace("_", "-") if name.startswith("--") else name for name in given]
+    for name, written in zip(names, given, strict=True):
+        if name in _REFUSED:
+            raise InvalidInputError(f"tardis serve cannot take {written}; use `python -m {MODULE}` with it.")
+        meant = [ours for ours in _OURS if name.startswith("--") and ours.startswith(name)]
+        if meant:
+            raise InvalidInputError(f"{written} is not spelled out; write {' or '.join(meant)}.")
+    return names
+
+
+def _is_ignored(number: signal.Signals) -> bool:
+    return signal.getsignal(number) is signal.SIG_IGN
