@@ -199,6 +199,7 @@ def test_a_model_without_positions_of_its_own_goes_by_the_tokenizer():
     "index", ["", "{", "[]", "null", "{}", '{"weight_map": []}', '{"weight_map": null}', '{"weight_map": 3}', "\xff"]
 )
 def test_a_damaged_index_is_named(copy: Path, index: str):
+    (copy / "model.safetensors").rename(copy / "model-00001-of-00001.safetensors")
     (copy / "model.safetensors.index.json").write_text(index, encoding="latin-1")
-    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json is no index .*copy or download"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json .*copy"):
         load_model(str(copy))

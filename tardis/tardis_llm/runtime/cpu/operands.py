@@ -12,11 +12,10 @@ from torch import Tensor
 
 from ...errors import TardisError
 from ...folding.lowbit import PackedMatrix
-from ..panels import ROWS, Panels
+from ..panels import ROWS, TOGETHER, Panels
 
 _MOST_BITS = 8
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-_HALVES = (torch.bfloat16, torch.float16)
 
 
 def check_matrix(matrix: Tensor | PackedMatrix | Panels) -> None:
@@ -75,7 +74,8 @@ def _check_packed(matrix: PackedMatrix) -> None:
 def _check_panels(matrix: Panels) -> None:
     panels, columns, size, bits = -(-matrix.rows // ROWS), matrix.columns, matrix.group_size, matrix.bits
     if matrix.scale is None:
-        check_tensor("panels", matrix.data, _HALVES, (panels, columns // 2, ROWS, 2))
+        together = TOGETHER.get(matrix.data.dtype, 1)
+        check_tensor("panels", matrix.data, TOGETHER, (panels, columns // together, ROWS, together))
         return
     if bits not in (1, 2, 4, 8) or size < 1:
         raise TardisError(f"panels cannot have {bits} bits in groups of {size}.")
