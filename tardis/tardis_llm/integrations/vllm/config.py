@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class TardisConfig(QuantizationConfig):
             raise CheckpointError(f"{model_name}: vLLM gave no config to check; update tardis-llm to one made for it.")
         family = check_served(hf_config)
         if Path(model_name).is_dir():
-            with transformers_classes():
+            with transformers_classes(hf_config):
                 check_directory(Path(model_name), hf_config)
         stacked = [block_index(name, family) for name, layer in self.layers.items() if layer.fallback_bits]
         self._projections = Projections(family, stacked, self._linears)
@@ -105,9 +106,14 @@ class TardisConfig(QuantizationConfig):
 
 
 @contextmanager
-def transformers_classes() -> Iterator[None]:
-    """Within the context, models of transformers can be made, whose classes vLLM may have wrapped for its engine."""
-    with set_current_vllm_config(VllmConfig(compilation_config=CompilationConfig(mode=CompilationMode.NONE))):
+def transformers_classes(hf_config: PreTrainedConfig) -> Iterator[None]:
+    """Within the context, transformers' model of a config can be made, though vLLM may have wrapped its class.
+
+    vLLM's backend for such models wraps classes for its engine, and what it wraps asks for an engine's config.
+    """
+    plain = VllmConfig(compilation_config=CompilationConfig(mode=CompilationMode.NONE))
+    plain.model_config = SimpleNamespace(hf_config=hf_config)
+    with set_current_vllm_config(plain):
         yield
 
 

@@ -88,7 +88,7 @@ class TardisModel(nn.Module):
         return loaded
 
     def _contents(self) -> Contents:
-        with transformers_classes():
+        with transformers_classes(self._config):
             return contents_of(self._config, CheckpointConfig.read(self._config.quantization_config))
 
 
