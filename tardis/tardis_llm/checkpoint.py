@@ -11,7 +11,6 @@ linear layers outside the FFNs that are stored in few bits, as `codes` and `scal
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
 from pathlib import Path
@@ -29,6 +28,8 @@ from .runtime.ffn import folded_ffns
 from .saving import CONFIG, STAGING, publish, save_model, save_tokenizer, shard_bytes
 from .workspace import read_json, write_json
 
+#: transformers' own, before `integrations.transformers` lets folded models be marked
+transformers_save = PreTrainedModel.save_pretrained
 _READABLE = 0o644  # transformers leaves weights readable by their owner alone
 
 
@@ -81,19 +82,18 @@ def mark_folded(model: PreTrainedModel, calibration: dict[str, Any]) -> None:
     config = CheckpointConfig(layers=formats, calibration=calibration, linears=linears)
     model.config.quantization_config = config
     model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
-    save_as_folded(model)
 
 
-def save_as_folded(model: PreTrainedModel) -> None:
-    """See that `save_pretrained` of a folded model names it as a fold, so that loaders that do not know it refuse."""
-    setattr(model, "save_pretrained", functools.partial(_save, model))  # noqa: B010 - a method of its class
-
-
-def _save(
+def save_marked(
     model: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, push_to_hub: bool = False, **kwargs: Any
 ) -> None:
-    """`save_pretrained`, with `Tardis<Stock>` under `architectures`."""
-    type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    """`save_pretrained` of a folded model: it names `Tardis<Stock>`, so that loaders that do not know TARDIS refuse.
+
+    Args:
+        model: with the quantiser of a fold.
+        save_directory, args, push_to_hub, kwargs: as transformers has them.
+    """
+    transformers_save(model, save_directory, *args, **kwargs)
     path = Path(save_directory) / CONFIG
     if path.is_file():  # only the main process writes it
         config = read_json(path)

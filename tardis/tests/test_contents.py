@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -386,6 +388,17 @@ def test_a_config_that_transformers_cannot_use_is_an_error_of_ours(copy: Path, c
     edit(copy / "config.json", lambda config: config.update(change))
     with pytest.raises(TardisError):
         load_model(str(copy))
+
+
+def test_a_loaded_fold_is_gone_when_nothing_refers_to_it(copy: Path):
+    gc.disable()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(copy)
+        seen = weakref.ref(model.transformer.wte.weight)
+        del model
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 def test_eval_and_inspect_say_what_a_fold_saved_anew_does_not_tell(

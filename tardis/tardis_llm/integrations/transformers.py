@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
-from ..checkpoint import save_as_folded
+from ..checkpoint import save_marked, transformers_save
 from ..contents import check_headers
 from ..errors import CheckpointError
 from ..format import METHOD, CheckpointConfig
@@ -59,7 +60,6 @@ class TardisQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         self.pre_quantized = True
-        save_as_folded(model)
         freeze(model)  # loading makes every parameter one that trains
         return model
 
@@ -76,6 +76,16 @@ class TardisQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """False: folds are solved for, not trained."""
         return False
+
+
+@functools.wraps(transformers_save)
+def _save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    """transformers' own, but for folded models: it has no place where a quantiser could see the config written."""
+    folded = isinstance(getattr(self, "hf_quantizer", None), TardisQuantizer)
+    (save_marked if folded else transformers_save)(self, *args, **kwargs)
+
+
+PreTrainedModel.save_pretrained = _save_pretrained
 
 
 def _check_place(files: Sequence[Path], model: str | None) -> None:
