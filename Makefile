@@ -26,9 +26,11 @@ $(VENV)/.complete: $(CONFIG) tardis/constraints.txt tardis/CMakeLists.txt $(KERN
 demo: venv
 	$(BIN)/tardis demo
 
+# One thread and one process per core: threads that share a core make tests of small models many times slower.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 test: venv
-	$(BIN)/python -m pytest -q tardis/tests
-	$(BIN)/python -m pytest -q -c $(INDEX) doraemon/tests doraemon/doraemon
+	$(PYTEST) tardis/tests
+	$(PYTEST) -c $(INDEX) doraemon/tests doraemon/doraemon
 
 # vLLM's CPU build with everything that it needs and nothing of CUDA; on a machine with a GPU, `pip install vllm` instead.
 venv-vllm: $(VENV_VLLM)/.complete

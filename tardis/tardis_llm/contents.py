@@ -21,8 +21,10 @@ from .format import CheckpointConfig
 from .record import Record
 from .runtime.ffn import FoldedFFN, LowBit
 from .runtime.lowbit_linear import LowBitLinear
+from .saving import CONFIG
 from .skeleton import check_blocks, skeleton
 from .weight_files import Stored, described, directory_of, headers, weight_files
+from .workspace import read_json
 
 _HALVES = (torch.float16, torch.bfloat16)
 _REMEDY = "Copy config.json and weights from the same checkpoint, or fold again."
@@ -190,7 +192,7 @@ def check_headers(
     found = headers(files)
     if not found:
         raise CheckpointError("the weight files hold no tensors; copy the checkpoint anew.")
-    contents_of(config, settings, model).check_all(found, config.dtype)
+    contents_of(config, settings, model).check_all(found, _said_dtype(directory_of(found), config))
     if model is not None:
         _check_loaded(Contents(model), model, found)
     record = Record.read(directory_of(found))
@@ -228,6 +230,16 @@ def _format_tensors(model: nn.Module) -> Iterable[str]:
         for kind, keys in _FORMAT.items():
             if isinstance(module, kind):
                 yield from (f"{name}.{key}" if name else key for key in keys)
+
+
+def _said_dtype(directory: Path, config: PreTrainedConfig) -> torch.dtype | None:
+    """The dtype that config.json says, if any; in `config`, transformers puts the one asked for in its place."""
+    path = directory / CONFIG
+    if not path.is_file():
+        return config.dtype
+    values = read_json(path)
+    said = getattr(torch, str(values.get("dtype", values.get("torch_dtype"))), None)
+    return said if isinstance(said, torch.dtype) else None
 
 
 def _dense_dtype(found: torch.dtype | None, model_dtype: torch.dtype | None) -> torch.dtype:

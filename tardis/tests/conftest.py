@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +11,9 @@ import pytest
 from engines import save_tiny
 from models import tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
+
+# paths of temporary folders may be long: messages must not be broken into lines within them
+os.environ["COLUMNS"] = "400"
 
 from tardis_llm import sample
 from tardis_llm.cli.main import run
