@@ -212,6 +212,26 @@ def test_a_model_that_is_emptied_can_be_filled_again(family: str, form: str, mod
     assert_stores(model, before)
 
 
+@every_family
+@every_form
+def test_other_weights_take_effect_when_they_are_loaded(family: str, form: str, model) -> None:
+    logits(model)
+    other = {name: turned(tensor) for name, tensor in model.state_dict().items()}
+    model.load_state_dict(other)
+    if FORMS[form].prepared:
+        prepare_decoding(model)
+    fresh = copy.deepcopy(_made(family, form))
+    fresh.load_state_dict(other)
+    if FORMS[form].prepared:
+        prepare_decoding(fresh)
+    assert_same(model, logits(fresh))
+
+
+def turned(tensor: Tensor) -> Tensor:
+    """The same numbers in another order, scales and ranges apart."""
+    return tensor.roll(1, 0) if tensor.dim() > 1 else tensor.clone()
+
+
 # copies and files
 
 

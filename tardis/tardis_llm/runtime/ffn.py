@@ -183,6 +183,7 @@ class FoldedFFN(Numbered, Stored):
         for name in ("low", "high", "slope", "offset"):
             self.register_buffer(name, getattr(weights, name))
         self._states = [state for module in self.modules() for state in (module._parameters, module._buffers)]
+        self._whole = self.fold, self.predictor  # what is read whole, and may be in panels
         #: what the tensors were when the FFN was put together for the kernels, and the outcome
         self._ready: tuple[tuple[object, ...], ops.PreparedFFN | None] = (), None
 
@@ -264,7 +265,7 @@ class FoldedFFN(Numbered, Stored):
         return fixed_neurons(x, self.weights, dense.b1) if ready is None else ready.fixed(x)
 
     def pack(self, dtype: torch.dtype) -> None:
-        """Put fold and predictor in panels for decoding on a CPU; see `Relaid`."""
+        """Put fold and predictor in panels for decoding on a CPU; see `InPanels`."""
         self.fold.pack(dtype)
         self.predictor.pack(dtype)
 
@@ -300,7 +301,8 @@ class FoldedFFN(Numbered, Stored):
 
     def _own(self) -> list[Tensor]:
         """All tensors that it holds, as they lie; looked up where torch keeps them, which is quicker than by name."""
-        return [tensor for state in self._states for tensor in state.values() if tensor is not None]
+        stored = [tensor for state in self._states for tensor in state.values() if tensor is not None]
+        return stored + [part._panels.data for part in self._whole if part._panels is not None]
 
     def forget(self) -> None:
         """Let go of what is kept from call to call, which would keep alive the memory that tensors leave."""
