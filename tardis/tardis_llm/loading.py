@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,12 @@ from .architectures import FAMILIES, family_of
 from .architectures import position_limit as model_positions
 from .calibration.text import default_length
 from .errors import CheckpointError, InvalidInputError, TardisError, UnsupportedModelError
-from .format import METHOD, CheckpointConfig, stock_name
+from .format import METHOD, PREFIX, CheckpointConfig, stock_name
 from .record import RECORD, read_report
 from .report import FoldReport
 from .saving import is_interrupted
 from .skeleton import check_blocks
-from .weight_files import headers, weight_files
+from .weight_files import Stored, headers, weight_files
 
 #: what `dtype` may be; None keeps the checkpoint's own
 DTYPES = ("float32", "bfloat16", "float16")
@@ -176,7 +177,10 @@ def _load(model: str, config: PreTrainedConfig, dtype: str | None) -> PreTrained
         raise InvalidInputError(f"dtype is {dtype!r}; give one of {', '.join(DTYPES)}.")
     loader = AutoModelForCausalLM if family_of(config).causal else _encoder_class(model, config)
     if _is_local(model):
-        check_blocks(config, check_weights(Path(model)))
+        found = check_weights(Path(model))
+        check_blocks(config, len(found))
+        if quantisation(config) is None:
+            _refuse_unmarked(model, config, found)
     settings = _instead_of_bad_generation_config(model) if family_of(config).causal else {}
     try:
         loaded, info = loader.from_pretrained(
@@ -261,11 +265,22 @@ def _read_config(path: Path) -> dict[str, Any]:
     return values
 
 
-def check_weights(directory: Path) -> int | None:
+def _refuse_unmarked(model: str, config: PreTrainedConfig, found: Mapping[str, Stored]) -> None:
+    """Refuse a fold whose config.json no longer says that it is one: its dense weights would be loaded alone."""
+    named = (config.architectures or [""])[0]
+    folded = sorted(name for name in found if ".tardis." in f".{name}")
+    if folded or named.startswith(PREFIX):
+        raise CheckpointError(
+            f"{model} is folded (it has {folded[0] if folded else named}), and its config.json has no "
+            "quantization_config that says how; copy config.json anew, or fold again."
+        )
+
+
+def check_weights(directory: Path) -> dict[str, Stored]:
     """See that the weight files of a model are there and have sound headers; names the one that has not.
 
     Returns:
-        How many tensors they hold; None where they are no safetensors files.
+        What the headers say, by the tensors' names; nothing where there are no safetensors files.
 
     Raises:
         CheckpointError: a file is missing or damaged, lies elsewhere, or two have the same tensor.
@@ -273,7 +288,7 @@ def check_weights(directory: Path) -> int | None:
     files = weight_files(directory)
     if not files and not list(directory.glob("*.bin")):
         raise CheckpointError(f"{directory} has no weights (*.safetensors); copy or download the model anew.")
-    return len(headers(files)) if files else None
+    return headers(files)
 
 
 def quantisation(config: PreTrainedConfig) -> str | None:

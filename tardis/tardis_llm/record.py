@@ -229,6 +229,21 @@ def read_report(directory: Path) -> FoldReport:
     if record is None:
         raise CheckpointError(f"{directory} has no {RECORD}, which holds the figures of its fold; they are not known.")
     try:
-        return FoldReport.from_dict(record.report)
+        report = FoldReport.from_dict(record.report)
+        _check_report(report)
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{record.path} is damaged ({error!r}); copy the checkpoint anew.") from error
+    return report
+
+
+def _check_report(report: FoldReport) -> None:
+    """Raise TypeError where figures are no numbers, or their names no text."""
+    for part in (*report.layers, *([report.linears] if report.linears else [])):
+        for name, value in vars(part).items():
+            unknown = value is None and name in ("damping", "loss_increase")
+            if not unknown and not isinstance(value, str if name == "prefix" else int | float):
+                raise TypeError(f"{name} {reprlib.repr(value)}")
+    if not isinstance(report.config, dict) or not isinstance(report.calibration, dict):
+        raise TypeError("config and calibration are no objects")
+    if not isinstance(report.calibration.get("tokens", 0), int):
+        raise TypeError(f"tokens {reprlib.repr(report.calibration['tokens'])}")

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from tardis_llm.errors import CheckpointError, TardisError
-from tardis_llm.loading import load_model
+from tardis_llm.loading import load_model, load_report
 from tardis_llm.record import RECORD
 from tardis_llm.runtime.ffn import folded_ffns
 
@@ -345,10 +345,27 @@ def test_files_may_be_links_as_in_the_cache_of_the_hub(shards: Path):
     assert torch.equal(output(AutoModelForCausalLM.from_pretrained(shards)), expected)
 
 
-def test_a_folder_of_a_repository_may_hold_a_checkpoint(copy: Path):
+def test_a_folder_of_a_repository_may_hold_a_checkpoint(copy: Path, shards: Path):
     expected = output(load_model(str(copy)))
-    loaded = AutoModelForCausalLM.from_pretrained(copy.parent, subfolder="copy")
+    shutil.copytree(copy, shards / "folder")
+    loaded = AutoModelForCausalLM.from_pretrained(shards, subfolder="folder")
     assert torch.equal(output(loaded), expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda report: report.update(layers=3),
+        lambda report: report["layers"][0].update(fix_rate="x"),
+        lambda report: report["layers"][0].update(prefix=None),
+        lambda report: report.update(calibration={"tokens": "x"}),
+        lambda report: report.update(config=[]),
+    ],
+)
+def test_a_report_whose_figures_are_none_is_damaged(copy: Path, change: Callable):
+    edit(copy / RECORD, lambda record: change(record["report"]))
+    with pytest.raises(CheckpointError, match="is damaged"):
+        load_report(str(copy))
 
 
 def test_a_new_classifier_may_be_trained_on_a_fold_and_a_missing_head_may_not_be_random(copy: Path, tmp_path: Path):
@@ -359,6 +376,17 @@ def test_a_new_classifier_may_be_trained_on_a_fold_and_a_missing_head_may_not_be
     assert folded_ffns(AutoModel.from_pretrained(tmp_path / "base"))
     with pytest.raises(CheckpointError, match=r"the first is lm_head\.bias"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+
+
+@pytest.mark.parametrize("named", ["TardisGPT2LMHeadModel", "GPT2LMHeadModel"])
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_fold_whose_config_no_longer_says_so_is_not_loaded_as_dense(copy: Path, named: str, recorded: bool):
+    if not recorded:
+        (copy / RECORD).unlink()
+    edit(copy / "config.json", lambda config: config.update(architectures=[named]))
+    edit(copy / "config.json", lambda config: config.pop("quantization_config"))
+    with pytest.raises(CheckpointError, match="has no quantization_config that says how"):
+        load_model(str(copy))
 
 
 def test_a_class_that_is_loaded_by_name_checks_too(copy: Path):

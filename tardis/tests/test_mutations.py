@@ -27,6 +27,7 @@ from transformers.utils import logging
 from tardis_llm.errors import TardisError
 from tardis_llm.loading import load_model, load_report
 from tardis_llm.record import RECORD
+from tardis_llm.runtime.ffn import folded_ffns
 
 CASES = int(os.environ.get("TARDIS_MUTATIONS", "0"))
 #: family, storage form and size of a shard
@@ -121,6 +122,8 @@ def check(directory: Path, way: str, expected: Tensor, auto: type) -> str:
             return "refused"
         except Exception:
             return "refused by transformers"
+        if not folded_ffns(model):
+            return "dense"  # config.json no longer names TARDIS, so transformers did not ask us
     assert torch.equal(output(model), expected)
     return "right"
 

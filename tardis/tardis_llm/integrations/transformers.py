@@ -15,7 +15,7 @@ from ..checkpoint import save_marked, transformers_save
 from ..contents import check_headers
 from ..errors import CheckpointError
 from ..format import METHOD, CheckpointConfig
-from ..record import RECORD, check_bytes
+from ..record import check_bytes
 from ..runtime.relaid import freeze
 from ..saving import CONFIG
 from ..skeleton import check_blocks, install_folds
@@ -97,6 +97,8 @@ def _check_place(files: Sequence[Path], model: str | None) -> None:
     """
     places = {Path(os.path.abspath(file)).parent for file in files}
     root = Path(os.path.abspath(model)) if model and Path(model).is_dir() else None
+    if root is not None:
+        weight_files(root)  # an index there that leads elsewhere is refused
     outside = sorted(place for place in places if root is not None and not _belongs(place, root))
     if len(places) > 1 or outside:
         raise CheckpointError(
@@ -106,6 +108,5 @@ def _check_place(files: Sequence[Path], model: str | None) -> None:
 
 
 def _belongs(place: Path, root: Path) -> bool:
-    """Whether a checkpoint that was asked for in `root` may lie in `place`: there, or in a folder with a config."""
-    own = root in place.parents and (place / CONFIG).is_file()
-    return place == root or (own and not (root / RECORD).exists())
+    """Whether a checkpoint that was asked for in `root` may lie in `place`: there, or in a folder with its config."""
+    return place == root or (root in place.parents and (place / CONFIG).is_file())
