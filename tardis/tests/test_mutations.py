@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shutil
 from collections import Counter
@@ -101,9 +102,20 @@ def test_an_edited_checkpoint_is_refused_or_the_one_that_was_saved(
             (copy / RECORD).unlink()
         kind = data.draw(st.sampled_from(_KINDS))
         mutate(copy, kind, data.draw, recorded)
+        if way == "from_pretrained" and labels(copy) > 10**6:
+            return  # transformers makes a name for each, before it asks us, until memory is full
         outcomes[kind, check(copy, way, expected, auto)] += 1
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def labels(directory: Path) -> int:
+    """The `num_labels` of config.json, where it is read and has a number there."""
+    with suppress(OSError, ValueError, RecursionError):
+        config = json.loads((directory / "config.json").read_text())
+        found = config.get("num_labels") if isinstance(config, dict) else None
+        return int(found) if isinstance(found, int | float) and found < 1e300 else 0
+    return 0
 
 
 def check(directory: Path, way: str, expected: Tensor, auto: type) -> str:
