@@ -192,7 +192,7 @@ def check_headers(
     found = headers(files)
     if not found:
         raise CheckpointError("the weight files hold no tensors; copy the checkpoint anew.")
-    contents_of(config, settings, model).check_all(found, _said_dtype(directory_of(found), config))
+    contents_of(config, settings, model).check_all(found, _stated_dtype(directory_of(found) / CONFIG))
     if model is not None:
         _check_loaded(Contents(model), model, found)
     record = Record.read(directory_of(found))
@@ -232,14 +232,11 @@ def _format_tensors(model: nn.Module) -> Iterable[str]:
                 yield from (f"{name}.{key}" if name else key for key in keys)
 
 
-def _said_dtype(directory: Path, config: PreTrainedConfig) -> torch.dtype | None:
-    """The dtype that config.json says, if any; in `config`, transformers puts the one asked for in its place."""
-    path = directory / CONFIG
-    if not path.is_file():
-        return config.dtype
-    values = read_json(path)
-    said = getattr(torch, str(values.get("dtype", values.get("torch_dtype"))), None)
-    return said if isinstance(said, torch.dtype) else None
+def _stated_dtype(path: Path) -> torch.dtype | None:
+    """The dtype that config.json says; None where it says none. In a config in memory it is the one asked for."""
+    values = read_json(path) if path.exists() else {}
+    stated = values.get("dtype") or values.get("torch_dtype")
+    return next((dtype for dtype in (torch.float32, *_HALVES) if str(dtype) == f"torch.{stated}"), None)
 
 
 def _dense_dtype(found: torch.dtype | None, model_dtype: torch.dtype | None) -> torch.dtype:

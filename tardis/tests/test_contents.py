@@ -136,6 +136,16 @@ def assert_in_bf16(model: PreTrainedModel, stored: PreTrainedModel) -> None:
     assert output(model).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_a_fold_in_half_precision_loads_in_every_dtype(form: str, stored: torch.dtype, tmp_path: Path):
+    save_quick(tmp_path / "first", "gpt2", form)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "first", dtype=stored).save_pretrained(tmp_path / "half")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=dtype)
+        assert loaded.transformer.wte.weight.dtype == loaded.lm_head.weight.dtype == dtype
+
+
 @every_family
 def test_every_tensor_is_needed_and_none_is_drawn_at_random(name: str, tmp_path: Path):
     save_quick(tmp_path, name)

@@ -78,7 +78,7 @@ class TardisModel(nn.Module):
         Raises:
             CheckpointError: a tensor is missing, damaged, or not the one that was written.
         """
-        loader = FoldLoader(self, self._folded, self._model, self._contents(), self._config.dtype)
+        loader = FoldLoader(self, self._folded, self._model, self._contents())
         stock: Any = super()
         loaded: set[str] = stock.load_weights(loader.others(weights))
         loader.check(loaded)

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ...contents import Contents
@@ -29,7 +28,6 @@ class FoldLoader:
         folded: its folds by their names in the checkpoint; None where another rank has them.
         directory: of the checkpoint, or its name on the hub.
         contents: what its files must hold.
-        dtype: that config.json says.
     """
 
     def __init__(
@@ -38,10 +36,9 @@ class FoldLoader:
         folded: dict[str, ServedFFN | None],
         directory: str,
         contents: Contents,
-        dtype: torch.dtype | None,
     ) -> None:
         self._model, self._folded, self._directory = model, folded, Path(directory)
-        self._contents, self._dtype = contents, dtype
+        self._contents = contents
         self._record = Record.read(self._directory)
         self._seen: set[str] = set()
         # not by the stock class: BLOOM's takes no head but a shared one
@@ -93,7 +90,7 @@ class FoldLoader:
 
     def _verify(self, name: str, tensor: Tensor) -> None:
         stored = Stored(self._directory, tensor.dtype, tuple(tensor.shape))
-        placed = self._contents.check(name, stored, self._dtype)
+        placed = self._contents.check(name, stored, None)
         if placed in self._seen:
             raise CheckpointError(f"{self._directory} has the tensor {name} twice; copy the checkpoint anew.")
         if placed is not None:
