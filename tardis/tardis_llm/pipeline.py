@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from .architectures import FFNSite, family_of
 from .calibration.stream import Stream
 from .calibration.text import Windows, check_enough, check_windows, split_windows
+from .checkpoint import mark_folded
 from .config import FORMAT_VERSION, FoldConfig, Storage
 from .folding.budget import check_feasible
 from .folding.fold import FoldQuality, choose_ranges, finish, predict
@@ -71,7 +72,9 @@ def fold(
         session = Session(model, sites, calibration, config, Path(scratch), progress or _silent)
         layers = _fold_layers(session, _plan(session, bits, workspace), workspace)
     linears = quantise_linears(model, config.linear_bits) if config.linear_bits else None
-    return FoldReport(layers, config.as_dict(), _describe(calibration, fingerprint), linears)
+    report = FoldReport(layers, config.as_dict(), _describe(calibration, fingerprint), linears)
+    mark_folded(model, report.calibration)
+    return report
 
 
 def check_fold(

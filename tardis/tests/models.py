@@ -79,24 +79,29 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "roberta": ("roberta", {**_COMMON, "max_position_embeddings": POSITIONS + 2}),
 }
 
+_BLOCKS = {"n_layer", "n_layers", "num_hidden_layers"}
 ENCODER_NAMES = ["bert", "roberta"]
 FAMILY_NAMES = list(_MODELS)
 CAUSAL_NAMES = [name for name in FAMILY_NAMES if name not in ENCODER_NAMES]
 
 
-def tiny_model(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
+def tiny_model(
+    name: str, seed: int = 0, dtype: torch.dtype = torch.float32, blocks: int = LAYERS, **overrides: Any
+) -> PreTrainedModel:
     """A random model in eval mode: 3 blocks, d = 64, h = 256, 320 tokens, 128 positions.
 
     Args:
         name: one of `FAMILY_NAMES`: a model type, or a variant of one such as "falcon_new_decoder".
         seed: the same seed gives the same weights; the global generator is left alone.
         dtype: dtype of the parameters.
+        blocks: how many it has.
         **overrides: fields of the family's config.
 
     Returns:
         The family's causal LM class, or its masked LM class for `ENCODER_NAMES`.
     """
     model_type, fields = _MODELS[name]
+    fields = {key: blocks if key in _BLOCKS else value for key, value in fields.items()}
     fixed = {"vocab_size": VOCAB, "bos_token_id": END, "eos_token_id": END}
     config = AutoConfig.for_model(model_type, **{**fixed, **fields, **overrides})
     auto = AutoModelForMaskedLM if name in ENCODER_NAMES else AutoModelForCausalLM

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import shared_memory
@@ -80,12 +81,17 @@ class Running(NamedTuple):
 
 
 @contextmanager
-def running(tmp_path: Path, method: str, under: Path) -> Iterator[Running]:
+def running(method: str, under: Path) -> Iterator[Running]:
     """The script's command, with its server and engine running."""
-    tmp_path.mkdir()
-    (script := tmp_path / "script.py").write_text(SCRIPT)
-    (told := tmp_path / "told").mkdir()
-    variables = {**os.environ, "TMPDIR": str(tmp_path)}  # where a fork server has its socket
+    # a fork server has its socket there, whose name must be short
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        yield from _running(Path(scratch), method, under)
+
+
+def _running(scratch: Path, method: str, under: Path) -> Iterator[Running]:
+    (script := scratch / "script.py").write_text(SCRIPT)
+    (told := scratch / "told").mkdir()
+    variables = {**os.environ, "TMPDIR": str(scratch)}
     process = subprocess.Popen([sys.executable, script, "command", method, under, told], env=variables)
     try:
         wait_until(lambda: len(list(told.glob("[0-9]*"))) == 3)
@@ -108,7 +114,7 @@ linux = pytest.mark.skipif(not SHARED.is_dir(), reason="named shared memory is n
 @linux
 @pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
 def test_killing_the_command_ends_every_process_and_clears_what_they_shared(method: str, tmp_path: Path):
-    with running(tmp_path / "one", method, tmp_path) as server:
+    with running(method, tmp_path) as server:
         session = [process.pid for process in psutil.process_iter() if sid(process.pid) == server.server]
         os.kill(server.server, signal.SIGSTOP)
         os.kill(server.command, signal.SIGKILL)
@@ -128,7 +134,7 @@ def sid(pid: int) -> int | None:
 
 @linux
 def test_what_a_wholly_killed_server_left_is_cleared_and_a_living_ones_is_not(tmp_path: Path):
-    with running(tmp_path / "one", "spawn", tmp_path) as dead, running(tmp_path / "two", "spawn", tmp_path) as living:
+    with running("spawn", tmp_path) as dead, running("spawn", tmp_path) as living:
         assert clear_dead(tmp_path) == 0
         os.kill(dead.server, signal.SIGSTOP)  # so that it does not clear up itself
         for process in psutil.process_iter():

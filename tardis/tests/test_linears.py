@@ -216,7 +216,7 @@ def test_a_head_that_shared_the_embedding_no_longer_does():
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("name", ["gpt2", "falcon", "gpt_neox", "opt_post_norm", "bert"])
+@pytest.mark.parametrize("name", ["gpt_neox", "bert"])
 def test_saving_and_loading_and_saving_again_give_the_same_logits(name: str, bits: int, tmp_path: Path):
     model, report = quantised(name, bits)
     loader = AutoModelForMaskedLM if name == "bert" else AutoModelForCausalLM
