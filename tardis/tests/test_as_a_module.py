@@ -79,7 +79,8 @@ every_exact_form = pytest.mark.parametrize("form", list(EXACT))
 @cache
 def _made(family: str, form: str) -> PreTrainedModel:
     dtype, storage, linears, prepared = FORMS[form]
-    model = tiny_model(family, dtype=dtype, blocks=2)
+    blocks = 3 if family in ENCODER_NAMES else 2  # accelerate finds no place for two blocks of an encoder
+    model = tiny_model(family, dtype=dtype, blocks=blocks)
     if storage:
         for site, ffn in list(random_folds(model, 2, storage, 0.2)):
             _give_lines(ffn)
@@ -314,7 +315,7 @@ def test_offloaded_weights_are_fetched(family: str, form: str, tmp_path: Path, r
 @pytest.mark.parametrize("form", ["folded", "stacked", "few_bits"])
 def test_a_checkpoint_loads_onto_disk(family: str, form: str, model, tmp_path: Path, reference: None) -> None:
     expected = logits(model)
-    too_little = {"cpu": int(0.6 * model.get_memory_footprint())}
+    too_little = {"cpu": int(0.75 * model.get_memory_footprint())}
     options = {"device_map": "auto", "max_memory": too_little, "offload_folder": str(tmp_path / "offload")}
     loaded = reloaded(model, tmp_path / "files", **options)
     assert any(parameter.is_meta for parameter in loaded.parameters())
