@@ -19,23 +19,16 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from .errors import CheckpointError
 from .format import CheckpointConfig
 from .record import Record
-from .runtime.ffn import FoldedFFN, LowBit
-from .runtime.lowbit_linear import LowBitLinear
+from .runtime.relaid import Stored
 from .saving import CONFIG
 from .skeleton import check_blocks, skeleton
-from .weight_files import Stored, described, directory_of, headers, weight_files
+from .weight_files import Entry, described, directory_of, headers, weight_files
 from .workspace import read_json
 
 _HALVES = (torch.float16, torch.bfloat16)
 _REMEDY = "Copy config.json and weights from the same checkpoint, or fold again."
 #: of a table that is computed when a model is loaded, beyond what the weights take
 _LARGEST_TABLE = 2**30
-#: tensors whose dtype the format says; that of all others is the model's
-_FORMAT = {
-    FoldedFFN: ("low", "high", "slope", "offset"),
-    LowBit: ("planes", "scale"),
-    LowBitLinear: ("codes", "scale"),
-}
 
 
 class Contents:
@@ -65,7 +58,7 @@ class Contents:
         tied: Mapping[str, str] = self._model.all_tied_weights_keys
         return tied.get(name, name)
 
-    def check(self, name: str, stored: Stored, model_dtype: torch.dtype | None) -> str | None:
+    def check(self, name: str, stored: Entry, model_dtype: torch.dtype | None) -> str | None:
         """See that a tensor of the files is as it must be; returns what it is called in the model, if it has it.
 
         Args:
@@ -90,7 +83,7 @@ class Contents:
             )
         return placed
 
-    def check_all(self, found: Mapping[str, Stored], model_dtype: torch.dtype | None) -> None:
+    def check_all(self, found: Mapping[str, Entry], model_dtype: torch.dtype | None) -> None:
         """See that the files hold these tensors, all of them and no others.
 
         Args:
@@ -121,7 +114,7 @@ class Contents:
         wanted = {self._source(name) for name in self._tensors if not _matches(name, ignored)}
         return sorted(wanted - {self.place(name) for name in found})
 
-    def _refuse_unknown(self, name: str, stored: Stored) -> None:
+    def _refuse_unknown(self, name: str, stored: Entry) -> None:
         ignored = self._model._keys_to_ignore_on_load_unexpected or ()
         if ".tardis." in name or not _matches(name, ignored):
             raise CheckpointError(
@@ -129,14 +122,14 @@ class Contents:
             )
 
     @staticmethod
-    def _refuse_mixture(found: Mapping[str, Stored]) -> None:
+    def _refuse_mixture(found: Mapping[str, Entry]) -> None:
         """Refuse two dtypes of 16 bits in the dense part: one of them is not what was written."""
         first = {stored.dtype: name for name, stored in found.items() if stored.dtype in _HALVES}
         if len(first) > 1:
             parts = " and ".join(f"{name} {found[name]}" for name in sorted(first.values()))
             raise CheckpointError(f"the weight files have {parts}, and a model has one dtype of 16 bits. {_REMEDY}")
 
-    def _check_tables(self, found: Mapping[str, Stored]) -> None:
+    def _check_tables(self, found: Mapping[str, Entry]) -> None:
         """Refuse tables that would be computed in loading, such as those of positions, and take all memory."""
         held = sum(stored.file.stat().st_size for stored in found.values()) if found else 0
         for name, table in self._model.named_buffers():
@@ -146,7 +139,7 @@ class Contents:
                 )
 
 
-def refuse_missing(missing: list[str], found: Mapping[str, Stored]) -> None:
+def refuse_missing(missing: list[str], found: Mapping[str, Entry]) -> None:
     """Raise CheckpointError if tensors are missing, which transformers would draw at random."""
     if missing:
         where = directory_of(found)
@@ -174,7 +167,7 @@ def contents_of(config: PreTrainedConfig, settings: CheckpointConfig, model: Pre
 
 def check_headers(
     files: Iterable[Path], config: PreTrainedConfig, settings: CheckpointConfig, model: PreTrainedModel | None = None
-) -> dict[str, Stored]:
+) -> dict[str, Entry]:
     """See that the weight files of a folded checkpoint are those that its config.json and tardis.json describe.
 
     Args:
@@ -212,7 +205,7 @@ def check_directory(directory: Path, config: PreTrainedConfig) -> None:
     check_headers(files, config, CheckpointConfig.read(config.quantization_config))
 
 
-def _check_loaded(contents: Contents, model: PreTrainedModel, found: Mapping[str, Stored]) -> None:
+def _check_loaded(contents: Contents, model: PreTrainedModel, found: Mapping[str, Entry]) -> None:
     """See that a model that is loaded from files gets from them what it must.
 
     What it has beyond the model that was saved, such as a new classifier, transformers initialises, and says so; a head
@@ -226,10 +219,10 @@ def _check_loaded(contents: Contents, model: PreTrainedModel, found: Mapping[str
 
 
 def _format_tensors(model: nn.Module) -> Iterable[str]:
+    """Names of the tensors whose dtype the format says; that of all others is the model's."""
     for name, module in model.named_modules():
-        for kind, keys in _FORMAT.items():
-            if isinstance(module, kind):
-                yield from (f"{name}.{key}" if name else key for key in keys)
+        if isinstance(module, Stored):
+            yield from (f"{name}.{key}" if name else key for key in module.format_tensors)
 
 
 def _stated_dtype(path: Path) -> torch.dtype | None:

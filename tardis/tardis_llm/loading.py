@@ -34,7 +34,7 @@ from .record import RECORD, read_report
 from .report import FoldReport
 from .saving import is_interrupted
 from .skeleton import check_blocks
-from .weight_files import Stored, headers, weight_files
+from .weight_files import Entry, headers, weight_files
 
 #: what `dtype` may be; None keeps the checkpoint's own
 DTYPES = ("float32", "bfloat16", "float16")
@@ -265,7 +265,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return values
 
 
-def _refuse_unmarked(model: str, config: PreTrainedConfig, found: Mapping[str, Stored]) -> None:
+def _refuse_unmarked(model: str, config: PreTrainedConfig, found: Mapping[str, Entry]) -> None:
     """Refuse a fold whose config.json no longer says that it is one: its dense weights would be loaded alone."""
     named = (config.architectures or [""])[0]
     folded = sorted(name for name in found if ".tardis." in f".{name}")
@@ -276,7 +276,7 @@ def _refuse_unmarked(model: str, config: PreTrainedConfig, found: Mapping[str, S
         )
 
 
-def check_weights(directory: Path) -> dict[str, Stored]:
+def check_weights(directory: Path) -> dict[str, Entry]:
     """See that the weight files of a model are there and have sound headers; names the one that has not.
 
     Returns:

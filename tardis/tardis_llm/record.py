@@ -21,7 +21,7 @@ from .config import FORMAT_VERSION
 from .errors import CheckpointError
 from .report import FoldReport
 from .saving import CONFIG
-from .weight_files import Stored, described, directory_of, headers, tensors
+from .weight_files import Entry, described, directory_of, headers, tensors
 from .workspace import digest, read_json, write_json
 
 RECORD = "tardis.json"
@@ -96,7 +96,7 @@ class Record:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{path} is damaged ({error!r}); copy the checkpoint anew.") from error
 
-    def check(self, found: Mapping[str, Stored]) -> None:
+    def check(self, found: Mapping[str, Entry]) -> None:
         """Compare names, dtypes and shapes of a checkpoint's tensors, and config.json, with what was written.
 
         Raises:
@@ -116,7 +116,7 @@ class Record:
             self._check_header(name, stored)
         self._check_config(read_json(self.path.parent / CONFIG))
 
-    def _check_header(self, name: str, stored: Stored) -> None:
+    def _check_header(self, name: str, stored: Entry) -> None:
         seal = self.seals[name]
         if seal.shape is not None and (f"torch.{seal.dtype}", seal.shape) != (str(stored.dtype), stored.shape):
             raise CheckpointError(
@@ -194,7 +194,7 @@ def bound(config: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def check_bytes(found: Mapping[str, Stored]) -> None:
+def check_bytes(found: Mapping[str, Entry]) -> None:
     """Compare every tensor of a checkpoint with tardis.json beside its files, if there is one.
 
     Raises:

@@ -29,7 +29,7 @@ _TYPES = {
 }
 
 
-class Stored(NamedTuple):
+class Entry(NamedTuple):
     """What a header says of a tensor.
 
     Attributes:
@@ -83,13 +83,13 @@ def _is_plain(name: str) -> bool:
     return name not in ("", ".", "..") and PureWindowsPath(name).name == name
 
 
-def headers(files: Iterable[Path]) -> dict[str, Stored]:
+def headers(files: Iterable[Path]) -> dict[str, Entry]:
     """What the headers of safetensors files say, by the tensors' names.
 
     Raises:
         CheckpointError: a file is missing or damaged, or two have the same tensor.
     """
-    found: dict[str, Stored] = {}
+    found: dict[str, Entry] = {}
     for file in files:
         for name, stored in _header(file).items():
             if name in found:
@@ -101,26 +101,25 @@ def headers(files: Iterable[Path]) -> dict[str, Stored]:
     return found
 
 
-def directory_of(found: Mapping[str, Stored]) -> Path:
+def directory_of(found: Mapping[str, Entry]) -> Path:
     """Where the files lie, of which there is one at least."""
     return next(iter(found.values())).file.parent
 
 
-def _header(file: Path) -> dict[str, Stored]:
+def _header(file: Path) -> dict[str, Entry]:
     if file.exists() and not file.is_file():
         raise CheckpointError(f"{file} is no file; copy it anew.")
     try:
         with safe_open(file, framework="pt") as handle:
             parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
             return {
-                name: Stored(file, _TYPES.get(part.get_dtype()), tuple(part.get_shape()))
-                for name, part in parts.items()
+                name: Entry(file, _TYPES.get(part.get_dtype()), tuple(part.get_shape())) for name, part in parts.items()
             }
     except (SafetensorError, OSError) as error:
         raise _damaged(file, error) from error
 
 
-def tensors(found: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
+def tensors(found: Mapping[str, Entry]) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors that `headers` found, read from their files one by one.
 
     Raises:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...contents import Contents
 from ...errors import CheckpointError
 from ...record import Record
-from ...weight_files import Stored
+from ...weight_files import Entry
 from .ffn import ServedFFN
 
 _MARK = ".tardis."
@@ -89,7 +89,7 @@ class FoldLoader:
             self._missing.discard(name)
 
     def _verify(self, name: str, tensor: Tensor) -> None:
-        stored = Stored(self._directory, tensor.dtype, tuple(tensor.shape))
+        stored = Entry(self._directory, tensor.dtype, tuple(tensor.shape))
         placed = self._contents.check(name, stored, None)
         if placed in self._seen:
             raise CheckpointError(f"{self._directory} has the tensor {name} twice; copy the checkpoint anew.")
