@@ -17,7 +17,7 @@ from tardis_llm import fold
 from tardis_llm.architectures import FFNWeights
 from tardis_llm.config import Storage
 from tardis_llm.decoding import prepare_decoding
-from tardis_llm.errors import TardisError
+from tardis_llm.errors import InvalidInputError, TardisError
 from tardis_llm.folding.lowbit import PackedMatrix, pack, quantise
 from tardis_llm.folding.stack import store_fold
 from tardis_llm.runtime import ffn as reference
@@ -244,6 +244,10 @@ def test_a_linear_layer_in_panels_saves_moves_and_differentiates_as_before(dtype
     torch.testing.assert_close(given.grad[0, 0], weight.sum(0))
     assert torch.equal(mine.state_dict()["weight"], weight) and not mine.in_panels
     mine.pack(dtype)
+    mine.requires_grad_(True)
+    with pytest.raises(InvalidInputError, match="train it before it is prepared"):
+        mine(x)
+    mine.requires_grad_(False)
     assert torch.equal(mine.float().weight, weight.float())
 
 

@@ -45,6 +45,12 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
+_PREPARED = (
+    "they lie in another order. Load the model anew and train it before it is prepared, or freeze them with "
+    "tardis_llm.freeze(model)."
+)
+
+
 class ThroughKernels(InPanels):
     """A dense linear layer by the kernels, made by `kernel_linear`; its weight may be in panels."""
 
@@ -67,7 +73,7 @@ class ThroughKernels(InPanels):
         if not isinstance(panels, Panels):
             return linear(x, _dense(panels), self.bias)
         if torch.is_grad_enabled():
-            refuse_training([self._parameters["weight"]], "weights that are prepared for decoding are")
+            refuse_training([self._parameters["weight"]], "weights that are prepared for decoding are", _PREPARED)
         if x.dtype != panels.data.dtype or torch.is_grad_enabled():
             return linear(x, _dense(panels.matrix()), self.bias)
         y: Tensor = torch.ops.tardis.panels_linear(_flat(x), panels.data, self.bias, panels.rows)

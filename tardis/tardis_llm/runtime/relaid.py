@@ -158,19 +158,23 @@ def freeze(model: nn.Module) -> None:
             module.freeze()
 
 
-def refuse_training(tensors: Iterable[Tensor | None], what: str) -> None:
+#: why the parts of a fold cannot train, and what can
+SOLVED = (
+    "they were solved for or rounded together. Freeze them with tardis_llm.freeze(model) and train adapters or other "
+    "layers, or train the dense model and fold it again."
+)
+
+
+def refuse_training(tensors: Iterable[Tensor | None], what: str, why: str = SOLVED) -> None:
     """Raise where gradients would be wanted for tensors that none reaches, or that must not change alone.
 
     Args:
         tensors: which must not be set to train.
         what: they are, with a verb, for the message.
+        why: they cannot, and what to do.
 
     Raises:
         InvalidInputError: one is set to train.
     """
     if any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        raise InvalidInputError(
-            f"{what} set to train (requires_grad), which cannot be: they were solved for or rounded together. Freeze "
-            "them with tardis_llm.freeze(model) and train adapters or other layers, or train the dense model and fold "
-            "it again."
-        )
+        raise InvalidInputError(f"{what} set to train (requires_grad), which cannot be: {why}")
