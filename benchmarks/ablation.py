@@ -27,10 +27,10 @@ from transformers import AutoTokenizer, PreTrainedModel
 from tardis_llm import FoldConfig, fold
 from tardis_llm.allocator import keep_freed_memory
 from tardis_llm.calibration.text import Windows, default_length, read_windows
+from tardis_llm.checkpoint.loading import load_dense
 from tardis_llm.evaluation.fix_rate import count_fixes, measured
 from tardis_llm.evaluation.perplexity import Perplexity, token_perplexity, windows_of
-from tardis_llm.loading import load_dense
-from tardis_llm.workspace import write_json
+from tardis_llm.files import write_json
 
 RESULTS = Path(__file__).parent / "results" / "ablation.json"
 BF16 = {"reduction": 0.78}

@@ -28,15 +28,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tardis_llm.activations import ACTIVATIONS
 from tardis_llm.allocator import contiguous_in_huge_pages
-from tardis_llm.architectures import FFNWeights
-from tardis_llm.folding.fold import FoldedWeights
-from tardis_llm.folding.lowbit import PackedMatrix, pack
-from tardis_llm.folding.stack import Fallback
-from tardis_llm.runtime import ops
+from tardis_llm.ffn.activations import ACTIVATIONS
+from tardis_llm.ffn.packed import PackedMatrix, pack
+from tardis_llm.ffn.weights import Fallback, FFNWeights, FoldedWeights
+from tardis_llm.runtime.cpu import ops
 from tardis_llm.runtime.cpu.library import Batch, Kernels, Matrix, Vector, open_library
-from tardis_llm.runtime.panels import Panels
+from tardis_llm.runtime.cpu.panels import Panels
 
 _ACTIVATION = "gelu"
 _GROUP = 256

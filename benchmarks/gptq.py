@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tardis_llm.linears import linear_layers
+from tardis_llm.runtime.linears.placing import linear_layers
 
 BITS, GROUP = 4, 64  # of a weight; input weights that share a scale
 _ZEROS = 0x77777777  # the code of zero less one, eight times, as the format wants it

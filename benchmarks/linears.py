@@ -28,8 +28,8 @@ from torch._inductor import config as inductor
 
 from tardis_llm.errors import TardisError
 from tardis_llm.evaluation.speed import Ratio, cpu_name, read_bandwidth
-from tardis_llm.folding.lowbit import quantise
-from tardis_llm.runtime.lowbit_linear import KINDS
+from tardis_llm.folding.rounding import quantise
+from tardis_llm.runtime.linears.lowbit import KINDS
 
 #: bytes of weights that a variant reads before it reads the same again; no cache that we know keeps so many
 _COLD_BYTES = 96 * 2**20

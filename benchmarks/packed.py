@@ -26,13 +26,13 @@ from ablation import spread
 from tardis_llm import FoldConfig, fold, save_folded
 from tardis_llm.allocator import keep_freed_memory
 from tardis_llm.calibration.text import default_length, read_windows
+from tardis_llm.checkpoint.loading import load_dense, load_model
 from tardis_llm.evaluation.perplexity import token_perplexity, windows_of
 from tardis_llm.evaluation.speed import cpu_name
-from tardis_llm.loading import load_dense, load_model
-from tardis_llm.runtime import ops
+from tardis_llm.files import write_json
+from tardis_llm.runtime.cpu import ops
 from tardis_llm.runtime.cpu.library import open_library
-from tardis_llm.runtime.ffn import folded_ffns, lay_out
-from tardis_llm.workspace import write_json
+from tardis_llm.runtime.placing import folded_ffns, lay_out
 
 RESULTS = Path(__file__).parent / "results" / "packed.json"
 REDUCTIONS = (0.83, 0.875, 0.915)

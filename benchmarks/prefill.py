@@ -23,12 +23,12 @@ from ablation import spread
 from tardis_llm import FoldConfig, fold
 from tardis_llm.allocator import keep_freed_memory
 from tardis_llm.calibration.text import default_length, read_windows
-from tardis_llm.decoding import prepare_decoding
+from tardis_llm.checkpoint.loading import load_dense
 from tardis_llm.evaluation.perplexity import windows_of
 from tardis_llm.evaluation.speed import cpu_name
-from tardis_llm.loading import load_dense
-from tardis_llm.runtime.ffn import folded_ffns
-from tardis_llm.workspace import write_json
+from tardis_llm.files import write_json
+from tardis_llm.runtime.decoding import prepare_decoding
+from tardis_llm.runtime.placing import folded_ffns
 
 RESULTS = Path(__file__).parent / "results" / "prefill.json"
 _REDUCTIONS, _TOKENS, _HELDOUT, _BATCH = (0.75, 0.78, 0.8), 65_536, 0.125, 1

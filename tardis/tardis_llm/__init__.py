@@ -3,12 +3,12 @@
 Importing the package teaches transformers to load folded checkpoints.
 """
 
-from .checkpoint import save_folded
+from .checkpoint.folded import save_folded
 from .config import FoldConfig
 from .integrations import transformers as _transformers  # noqa: F401 - registers the quantiser
-from .pipeline import fold
+from .pipeline.fold import fold
 from .report import FoldReport
-from .runtime.relaid import freeze
+from .runtime.stored import freeze
 
 __all__ = ["FoldConfig", "FoldReport", "fold", "freeze", "save_folded"]
 __version__ = "0.1.0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -105,3 +106,7 @@ class FoldReport:
         layers = [LayerReport(**layer) for layer in values["layers"]]
         linears = values.get("linears")
         return cls(layers, values["config"], values["calibration"], LinearsReport(**linears) if linears else None)
+
+
+#: called with the stage, the steps done and the steps in all
+Progress = Callable[[str, int, int], None]

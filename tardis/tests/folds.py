@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tardis_llm import FoldConfig, FoldReport, fold
-from tardis_llm.architectures import find_ffns
-from tardis_llm.runtime.ffn import FoldedFFN, install
-from tardis_llm.session import dense_ffn
+from tardis_llm.families.sites import find_ffns
+from tardis_llm.pipeline.session import dense_ffn
+from tardis_llm.runtime.modules import FoldedFFN
+from tardis_llm.runtime.placing import install
 
 #: quick, with room for about a third of the neurons
 SETTINGS = FoldConfig(reduction=0.5, predictor_bits=1, probe_tokens=64, sequence_length=32)

@@ -10,14 +10,15 @@ from synthetic import half_fixed
 from transformers import PreTrainedModel
 
 from tardis_llm import FoldReport, save_folded
-from tardis_llm.architectures import find_ffns
 from tardis_llm.config import Storage
-from tardis_llm.folding.lowbit import quantise
+from tardis_llm.families.sites import find_ffns
+from tardis_llm.folding.rounding import quantise
 from tardis_llm.folding.stack import quantise_fallback, store_fold
-from tardis_llm.linears import quantise_linears
+from tardis_llm.pipeline.session import dense_ffn
 from tardis_llm.report import LayerReport
-from tardis_llm.runtime.ffn import FoldedFFN, folded_ffns, install
-from tardis_llm.session import dense_ffn
+from tardis_llm.runtime.linears.placing import quantise_linears
+from tardis_llm.runtime.modules import FoldedFFN
+from tardis_llm.runtime.placing import folded_ffns, install
 
 #: storage of the folds, and bits of the linear layers outside them
 FORMS: dict[str, tuple[Storage, int | None]] = {

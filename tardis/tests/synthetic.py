@@ -10,12 +10,13 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from tardis_llm.activations import ACTIVATIONS
-from tardis_llm.architectures import FFNWeights
 from tardis_llm.calibration.moments import BinnedMoments, SecondMoments
 from tardis_llm.config import FoldConfig, Storage
-from tardis_llm.folding.fold import DenseFFN, FoldedWeights, FoldQuality, Inputs, choose_ranges, finish, predict
-from tardis_llm.folding.lowbit import PackedMatrix, pack, quantise
+from tardis_llm.ffn.activations import ACTIVATIONS
+from tardis_llm.ffn.packed import PackedMatrix, pack
+from tardis_llm.ffn.weights import DenseFFN, FFNWeights, FoldedWeights
+from tardis_llm.folding.fold import FoldQuality, Inputs, choose_ranges, finish, predict
+from tardis_llm.folding.rounding import quantise
 from tardis_llm.folding.stack import quantise_fallback, store_fold
 
 Act = Callable[[Tensor], Tensor]

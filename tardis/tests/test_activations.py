@@ -6,8 +6,8 @@ from torch import nn
 from transformers.activations import ACT2CLS, ACT2FN
 from transformers.models.bloom.modeling_bloom import BloomGelu
 
-from tardis_llm.activations import ACTIVATIONS, identify
 from tardis_llm.errors import UnsupportedModelError
+from tardis_llm.ffn.activations import ACTIVATIONS, identify
 
 SPELLINGS = {
     "gelu": "gelu",

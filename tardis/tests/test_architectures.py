@@ -30,16 +30,10 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from tardis_llm.activations import ACTIVATIONS, identify
-from tardis_llm.architectures import (
-    FAMILIES,
-    GATED_MODEL_TYPES,
-    family_of,
-    find_ffns,
-    layer_list,
-    set_module,
-)
 from tardis_llm.errors import InvalidInputError, UnsupportedModelError
+from tardis_llm.families.sites import find_ffns, layer_list, set_module
+from tardis_llm.families.table import FAMILIES, GATED_MODEL_TYPES, family_of
+from tardis_llm.ffn.activations import ACTIVATIONS, identify
 
 every_family = pytest.mark.parametrize("name", FAMILY_NAMES)
 

@@ -25,15 +25,16 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 from tardis_llm import freeze
-from tardis_llm.checkpoint import mark_folded
+from tardis_llm.checkpoint.folded import mark_folded
 from tardis_llm.config import Storage
-from tardis_llm.decoding import prepare_decoding
 from tardis_llm.errors import InvalidInputError
 from tardis_llm.evaluation.shapes import random_folds
-from tardis_llm.linears import low_bit_linears, quantise_linears
-from tardis_llm.runtime import ops
-from tardis_llm.runtime.ffn import FoldedFFN, KeptLinear, install
-from tardis_llm.runtime.relaid import Stored
+from tardis_llm.runtime.cpu import ops
+from tardis_llm.runtime.decoding import prepare_decoding
+from tardis_llm.runtime.linears.placing import low_bit_linears, quantise_linears
+from tardis_llm.runtime.modules import FoldedFFN, KeptLinear
+from tardis_llm.runtime.placing import install
+from tardis_llm.runtime.stored import Stored
 
 
 class Form(NamedTuple):

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tardis_llm.architectures import find_ffns, layer_list, set_module
 from tardis_llm.baselines import NAMES, BaselineReport, apply_baseline, full_name, takes_reduction
 from tardis_llm.baselines.affine import FFNMoments, best_affine
 from tardis_llm.baselines.gptq import quantise_gptq
@@ -28,6 +27,7 @@ from tardis_llm.baselines.sparsegpt import prune_sparsegpt
 from tardis_llm.baselines.wanda import prune_wanda, wanda_scores
 from tardis_llm.calibration.text import Windows, split_windows
 from tardis_llm.errors import InvalidInputError, UnsupportedModelError
+from tardis_llm.families.sites import find_ffns, layer_list, set_module
 
 every_family = pytest.mark.parametrize("name", FAMILY_NAMES)
 WINDOWS = split_windows(tokens(12, 24), 24, 0.25)

@@ -13,7 +13,7 @@ from conftest import Result, assert_refused
 from models import tiny_model, tiny_tokenizer, tokens
 from transformers import AutoConfig, PreTrainedModel
 
-from tardis_llm.architectures import find_ffns
+from tardis_llm.checkpoint.loading import load_model
 from tardis_llm.config import Storage
 from tardis_llm.errors import InvalidInputError
 from tardis_llm.evaluation.fix_rate import count_fixes
@@ -32,8 +32,8 @@ from tardis_llm.evaluation.speed import (
     take_turns,
 )
 from tardis_llm.evaluation.variants import KINDS, rival
-from tardis_llm.loading import load_model
-from tardis_llm.runtime.ffn import folded_ffns
+from tardis_llm.families.sites import find_ffns
+from tardis_llm.runtime.placing import folded_ffns
 from tardis_llm.runtime.prefill import crossover as recorded
 
 

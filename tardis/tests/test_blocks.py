@@ -9,9 +9,9 @@ from models import HIDDEN as D
 from torch import Tensor
 from transformers import AutoModel
 
-from tardis_llm.architectures import find_ffns, layer_list, only_layer
 from tardis_llm.calibration.blocks import run_block, run_head
 from tardis_llm.errors import InvalidInputError
+from tardis_llm.families.sites import find_ffns, layer_list, only_layer
 
 every_family = pytest.mark.parametrize("name", FAMILY_NAMES)
 

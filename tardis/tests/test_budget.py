@@ -11,13 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import correlated, fitted, quick, random_ffn
 
+from tardis_llm.checkpoint.format import LayerFormat
 from tardis_llm.config import PREDICTOR_BITS, Storage
 from tardis_llm.errors import InfeasibleBudgetError
-from tardis_llm.folding.budget import FFNShape, Option, check_feasible, convex_hull, split_budget
+from tardis_llm.ffn.accounting import FFNShape
+from tardis_llm.folding.budget import Option, check_feasible, convex_hull, split_budget
 from tardis_llm.folding.fold import Inputs
-from tardis_llm.folding.lowbit import quantise
-from tardis_llm.format import LayerFormat
-from tardis_llm.runtime.ffn import FoldedFFN
+from tardis_llm.folding.rounding import quantise
+from tardis_llm.runtime.modules import FoldedFFN
 
 LARGE = FFNShape(4096, 4 * 4096, 2, True)
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from tardis_llm import FoldReport, fold, save_folded
-from tardis_llm.checkpoint import is_folded
+from tardis_llm.checkpoint.folded import is_folded
+from tardis_llm.checkpoint.record import RECORD, read_report
 from tardis_llm.errors import CheckpointError, InvalidInputError
-from tardis_llm.record import RECORD, read_report
-from tardis_llm.runtime.ffn import folded_ffns
+from tardis_llm.runtime.placing import folded_ffns
 
 
 def loader(name: str) -> type:

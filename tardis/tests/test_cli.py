@@ -15,13 +15,14 @@ from conftest import Result, assert_refused
 from models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from tardis_llm import __version__, pipeline, sample
-from tardis_llm.checkpoint import is_folded
+from tardis_llm import __version__, sample
+from tardis_llm.checkpoint.folded import is_folded
+from tardis_llm.checkpoint.record import RECORD
 from tardis_llm.cli import demo
 from tardis_llm.evaluation import self_check
-from tardis_llm.record import RECORD
-from tardis_llm.runtime.ffn import folded_ffns
-from tardis_llm.workspace import FOLDER
+from tardis_llm.pipeline import fold as pipeline
+from tardis_llm.pipeline.workspace import FOLDER
+from tardis_llm.runtime.placing import folded_ffns
 
 Tardis = Callable[..., Result]
 

@@ -15,8 +15,8 @@ from conftest import Result, assert_refused
 from models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from tardis_llm.checkpoint import is_folded
-from tardis_llm.runtime.ffn import folded_ffns
+from tardis_llm.checkpoint.folded import is_folded
+from tardis_llm.runtime.placing import folded_ffns
 
 Tardis = Callable[..., Result]
 

@@ -27,7 +27,7 @@ from tardis_llm.evaluation.fix_rate import count_fixes
 from tardis_llm.evaluation.methods import DENSE, Method, parse
 from tardis_llm.evaluation.perplexity import token_perplexity
 from tardis_llm.evaluation.tasks import Metric
-from tardis_llm.runtime.ffn import folded_ffns
+from tardis_llm.runtime.placing import folded_ffns
 
 EVALUATION = torch.randint(2, 256, (6, 32), generator=torch.Generator().manual_seed(7))
 FAST = ("--tokens", 2048, "--window", 32, "--eval-tokens", 1024)

@@ -23,16 +23,16 @@ from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
 from tardis_llm import fold
+from tardis_llm.checkpoint.loading import load_model
 from tardis_llm.config import Storage
-from tardis_llm.decoding import COMPILED, compiled, prepare_decoding
 from tardis_llm.errors import InvalidInputError
 from tardis_llm.evaluation.shapes import random_folds
 from tardis_llm.evaluation.speed import Decoder
 from tardis_llm.evaluation.variants import folded_variant
-from tardis_llm.loading import load_model
 from tardis_llm.runtime.cpu.library import available
-from tardis_llm.runtime.ffn import FoldedFFN
-from tardis_llm.runtime.lowbit_linear import KINDS
+from tardis_llm.runtime.decoding import COMPILED, compiled, prepare_decoding
+from tardis_llm.runtime.linears.lowbit import KINDS
+from tardis_llm.runtime.modules import FoldedFFN
 from tardis_llm.runtime.numbered import numbered
 from tardis_llm.runtime.prefill import set_prefill
 
@@ -148,7 +148,7 @@ def test_weights_that_do_not_lie_as_the_kernels_read_them_compute_the_same_and_a
     with warnings.catch_warnings(), torch.enable_grad():  # which changes nothing, as nothing needs gradients
         warnings.simplefilter("error", RuntimeWarning)
         expected = run(x, dense)
-    with pytest.warns(RuntimeWarning, match=r"call tardis_llm.decoding.prepare_decoding"):
+    with pytest.warns(RuntimeWarning, match=r"call tardis_llm.runtime.decoding.prepare_decoding"):
         found = run(x, dense._replace(w2=dense.w2.contiguous()))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 

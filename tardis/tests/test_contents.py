@@ -27,10 +27,10 @@ from transformers import (
     PreTrainedModel,
 )
 
+from tardis_llm.checkpoint.loading import load_model, load_report
+from tardis_llm.checkpoint.record import RECORD
 from tardis_llm.errors import CheckpointError, TardisError
-from tardis_llm.loading import load_model, load_report
-from tardis_llm.record import RECORD
-from tardis_llm.runtime.ffn import folded_ffns
+from tardis_llm.runtime.placing import folded_ffns
 
 every_family = pytest.mark.parametrize("name", FAMILY_NAMES)
 #: every family in as few bits as there are, those that name tensors in their own way plain too, and every other form

@@ -7,15 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tardis_llm.activations import ACTIVATIONS
-from tardis_llm.architectures import FFNWeights
-from tardis_llm.folding.fold import FoldedWeights
-from tardis_llm.folding.lowbit import PackedMatrix
-from tardis_llm.format import LayerFormat
-from tardis_llm.runtime import ops
+from tardis_llm.checkpoint.format import LayerFormat
+from tardis_llm.ffn.activations import ACTIVATIONS
+from tardis_llm.ffn.packed import PackedMatrix
+from tardis_llm.ffn.weights import FFNWeights, FoldedWeights
+from tardis_llm.runtime.cpu import ops
 from tardis_llm.runtime.cpu.library import available
-from tardis_llm.runtime.ffn import folded_ffn
 from tardis_llm.runtime.fixing import Fixing, packed_linear
+from tardis_llm.runtime.reference import folded_ffn
 
 D, H, GROUP = 72, 200, 32
 

@@ -11,12 +11,11 @@ import torch
 from synthetic import activation, correlated, fallback, fitted, forward, normal, random_ffn, residuals
 from torch import Tensor
 
-from tardis_llm.activations import ACTIVATIONS
 from tardis_llm.calibration.moments import BINS, SPAN
 from tardis_llm.config import FoldConfig
+from tardis_llm.ffn.activations import ACTIVATIONS
+from tardis_llm.ffn.weights import DenseFFN, FoldedWeights
 from tardis_llm.folding.fold import (
-    DenseFFN,
-    FoldedWeights,
     FoldQuality,
     Inputs,
     choose_ranges,
@@ -27,7 +26,7 @@ from tardis_llm.folding.fold import (
     target_moments,
 )
 from tardis_llm.folding.ranges import Ranges, error_ranges, highest_price
-from tardis_llm.runtime.ffn import fixed_neurons, folded_ffn
+from tardis_llm.runtime.reference import fixed_neurons, folded_ffn
 
 D, H = 24, 96
 every_activation = pytest.mark.parametrize("name", list(ACTIVATIONS))

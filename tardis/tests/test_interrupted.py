@@ -23,13 +23,13 @@ from folds import SETTINGS, folded_tiny, text
 from models import tiny_model
 
 from tardis_llm import fold as fold_model
-from tardis_llm import pipeline
+from tardis_llm.checkpoint.record import RECORD
+from tardis_llm.checkpoint.saving import CONFIG
 from tardis_llm.cli import stopping
 from tardis_llm.cli.main import run
 from tardis_llm.errors import InvalidInputError
-from tardis_llm.record import RECORD
-from tardis_llm.saving import CONFIG
-from tardis_llm.workspace import FOLDER, LOCK, Workspace, discard, only_one
+from tardis_llm.pipeline import fold as pipeline
+from tardis_llm.pipeline.workspace import FOLDER, LOCK, Workspace, discard, only_one
 
 Tardis = Callable[..., Result]
 KILLS = 3
@@ -276,7 +276,7 @@ def test_a_fold_interrupted_while_it_is_published_is_refused_and_resumes(
     fold: Callable[..., Result], tardis: Tardis, out: Path
 ):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tardis_llm.saving._move", interrupted)
+        patch.setattr("tardis_llm.checkpoint.saving._move", interrupted)
         assert fold("--force", "--reduction", "0.4").code == 130
     assert not (out / CONFIG).exists()
     assert_refused(tardis("generate", out, "Hello"), "was interrupted, and the model there is not complete")

@@ -35,19 +35,20 @@ from synthetic import (
 )
 from torch import Tensor
 
-from tardis_llm.activations import ACTIVATIONS
-from tardis_llm.architectures import FFNWeights, find_ffns
 from tardis_llm.config import Storage
 from tardis_llm.errors import InvalidInputError, TardisError
-from tardis_llm.folding.fold import FoldedWeights
-from tardis_llm.folding.lowbit import PackedMatrix, quantise
-from tardis_llm.folding.stack import dense_fold
-from tardis_llm.runtime import ffn as reference
-from tardis_llm.runtime import ops
-from tardis_llm.runtime.cpu import library
+from tardis_llm.families.sites import find_ffns
+from tardis_llm.ffn.activations import ACTIVATIONS
+from tardis_llm.ffn.packed import PackedMatrix
+from tardis_llm.ffn.weights import FFNWeights, FoldedWeights, dense_fold
+from tardis_llm.folding.rounding import quantise
+from tardis_llm.pipeline.session import dense_ffn
+from tardis_llm.runtime import modules as reference
+from tardis_llm.runtime.cpu import library, ops
 from tardis_llm.runtime.cpu.library import ISAS, MAX_TOKENS, open_library
-from tardis_llm.runtime.ffn import FoldedFFN, fixed_neurons, install, uninstall
-from tardis_llm.session import dense_ffn
+from tardis_llm.runtime.modules import FoldedFFN
+from tardis_llm.runtime.placing import install, uninstall
+from tardis_llm.runtime.reference import fixed_neurons
 
 BUILT = open_library()
 needs_library = pytest.mark.skipif(BUILT is None, reason="the CPU kernels are not built: no C++ compiler was found")

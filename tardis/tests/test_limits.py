@@ -13,16 +13,16 @@ from models import CAUSAL_NAMES, ENCODER_NAMES, FAMILY_NAMES, POSITIONS, VOCAB, 
 from transformers import PreTrainedTokenizerBase
 
 from tardis_llm import fold
-from tardis_llm.architectures import position_limit, vocabulary
 from tardis_llm.calibration.text import check_windows, read_windows, split_windows
+from tardis_llm.checkpoint.loading import window_length
 from tardis_llm.config import FoldConfig
 from tardis_llm.errors import InvalidInputError
 from tardis_llm.evaluation.generation import generate, prompt_ids
 from tardis_llm.evaluation.perplexity import token_perplexity
 from tardis_llm.evaluation.rolling import Document, word_perplexity
 from tardis_llm.evaluation.survey import survey
+from tardis_llm.families.table import position_limit, vocabulary
 from tardis_llm.integrations.lm_eval import harness_model
-from tardis_llm.loading import window_length
 
 Tardis = Callable[..., Result]
 #: ALiBi without a table, computed for texts of any length

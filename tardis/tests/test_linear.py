@@ -9,10 +9,9 @@ from synthetic import normal
 from torch import Tensor
 
 from tardis_llm.errors import TardisError
-from tardis_llm.runtime import ops
-from tardis_llm.runtime.cpu import library
+from tardis_llm.runtime.cpu import library, ops
 from tardis_llm.runtime.cpu.library import MAX_TOKENS, open_library
-from tardis_llm.runtime.linear import linear
+from tardis_llm.runtime.linears.dense import linear
 
 BUILT = open_library()
 needs_gemm = pytest.mark.skipif(

@@ -23,12 +23,18 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 from tardis_llm import FoldConfig, FoldReport, fold, save_folded
-from tardis_llm.architectures import find_ffns
+from tardis_llm.checkpoint.record import RECORD, read_report
 from tardis_llm.errors import CheckpointError, InvalidInputError
-from tardis_llm.linears import linear_layers, low_bit_copies, low_bit_linears, put_linears, quantise_linears
-from tardis_llm.record import RECORD, read_report
-from tardis_llm.runtime import lowbit_linear
-from tardis_llm.runtime.lowbit_linear import KINDS, NF4, Int8Linear, LowBitLinear, Nf4Linear
+from tardis_llm.families.sites import find_ffns
+from tardis_llm.runtime.linears import lowbit as lowbit_linear
+from tardis_llm.runtime.linears.lowbit import KINDS, NF4, Int8Linear, LowBitLinear, Nf4Linear
+from tardis_llm.runtime.linears.placing import (
+    linear_layers,
+    low_bit_copies,
+    low_bit_linears,
+    put_linears,
+    quantise_linears,
+)
 
 BITS = sorted(KINDS)
 #: [out, in]: odd ones, one number, several blocks of every kernel

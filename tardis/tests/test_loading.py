@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tardis_llm import sample
-from tardis_llm.errors import CheckpointError, InvalidInputError, UnsupportedModelError
-from tardis_llm.loading import (
+from tardis_llm.checkpoint.loading import (
     load_config,
     load_dense,
     load_model,
@@ -25,7 +24,8 @@ from tardis_llm.loading import (
     position_limit,
     window_length,
 )
-from tardis_llm.runtime.ffn import folded_ffns
+from tardis_llm.errors import CheckpointError, InvalidInputError, UnsupportedModelError
+from tardis_llm.runtime.placing import folded_ffns
 
 
 @pytest.fixture

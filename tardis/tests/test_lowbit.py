@@ -13,8 +13,9 @@ from torch import Tensor
 
 from tardis_llm.config import PREDICTOR_BITS
 from tardis_llm.errors import InvalidInputError
-from tardis_llm.folding import lowbit as module
-from tardis_llm.folding.lowbit import PackedMatrix, best_scale, expand_scale, pack, quantise, unpack
+from tardis_llm.ffn.packed import PackedMatrix, expand_scale, pack, unpack
+from tardis_llm.folding import rounding as module
+from tardis_llm.folding.rounding import best_scale, quantise
 
 widths = st.sampled_from(PREDICTOR_BITS)
 every_width = pytest.mark.parametrize("bits", PREDICTOR_BITS)

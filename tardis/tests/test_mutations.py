@@ -25,10 +25,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 from transformers.utils import logging
 
+from tardis_llm.checkpoint.loading import load_model, load_report
+from tardis_llm.checkpoint.record import RECORD
 from tardis_llm.errors import TardisError
-from tardis_llm.loading import load_model, load_report
-from tardis_llm.record import RECORD
-from tardis_llm.runtime.ffn import folded_ffns
+from tardis_llm.runtime.placing import folded_ffns
 
 CASES = int(os.environ.get("TARDIS_MUTATIONS", "0"))
 #: family, storage form and size of a shard

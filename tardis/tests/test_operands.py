@@ -12,11 +12,11 @@ from torch import Tensor
 
 from tardis_llm.config import Storage
 from tardis_llm.errors import TardisError
-from tardis_llm.folding.lowbit import PackedMatrix
-from tardis_llm.runtime import ops
+from tardis_llm.ffn.packed import PackedMatrix
+from tardis_llm.runtime.cpu import ops
 from tardis_llm.runtime.cpu.library import Matrix, Vector, open_library
-from tardis_llm.runtime.lowbit_linear import KINDS
-from tardis_llm.runtime.panels import Panels
+from tardis_llm.runtime.cpu.panels import Panels
+from tardis_llm.runtime.linears.lowbit import KINDS
 
 needs_library = pytest.mark.skipif(open_library() is None, reason="the CPU kernels are not built")
 D, H = 64, 96

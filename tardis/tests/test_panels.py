@@ -14,18 +14,20 @@ from synthetic import correlated, generator, half_fixed, normal, packed, random_
 from torch import Tensor, nn
 
 from tardis_llm import fold
-from tardis_llm.architectures import FFNWeights
 from tardis_llm.config import Storage
-from tardis_llm.decoding import prepare_decoding
 from tardis_llm.errors import InvalidInputError, TardisError
-from tardis_llm.folding.lowbit import PackedMatrix, pack, quantise
+from tardis_llm.ffn.packed import PackedMatrix, pack
+from tardis_llm.ffn.weights import FFNWeights
+from tardis_llm.folding.rounding import quantise
 from tardis_llm.folding.stack import store_fold
-from tardis_llm.runtime import ffn as reference
-from tardis_llm.runtime import ops
+from tardis_llm.runtime import modules as reference
+from tardis_llm.runtime.cpu import ops
 from tardis_llm.runtime.cpu.library import MAX_TOKENS, Batch, Matrix, Vector, open_library
-from tardis_llm.runtime.ffn import FoldedFFN, folded_ffns
-from tardis_llm.runtime.linear import KernelLinear, kernel_linear, put_in_panels
-from tardis_llm.runtime.panels import Panels, fits
+from tardis_llm.runtime.cpu.panels import Panels, fits
+from tardis_llm.runtime.decoding import prepare_decoding
+from tardis_llm.runtime.linears.dense import KernelLinear, kernel_linear, put_in_panels
+from tardis_llm.runtime.modules import FoldedFFN
+from tardis_llm.runtime.placing import folded_ffns
 
 BUILT = open_library()
 needs_panels = pytest.mark.skipif(

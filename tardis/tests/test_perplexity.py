@@ -12,12 +12,13 @@ from folds import folded_tiny
 from models import ENCODER_NAMES, tiny_model, tiny_tokenizer, tokens
 
 from tardis_llm import sample
+from tardis_llm.checkpoint.loading import load_dense, load_model, load_report, load_tokenizer
 from tardis_llm.errors import InvalidInputError
 from tardis_llm.evaluation import perplexity
 from tardis_llm.evaluation.fix_rate import count_fixes, fallback_bytes, measured
 from tardis_llm.evaluation.perplexity import Perplexity, token_perplexity, windows_of
-from tardis_llm.loading import load_dense, load_model, load_report, load_tokenizer
-from tardis_llm.runtime.ffn import fixed_neurons, folded_ffns
+from tardis_llm.runtime.placing import folded_ffns
+from tardis_llm.runtime.reference import fixed_neurons
 
 SHARED = Path(__file__).parents[3] / "shared"
 

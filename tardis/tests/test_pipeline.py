@@ -10,10 +10,10 @@ from models import FAMILY_NAMES, tiny_model
 from transformers import PreTrainedModel
 
 from tardis_llm import FoldConfig, fold
-from tardis_llm.architectures import find_ffns
 from tardis_llm.errors import InfeasibleBudgetError, InvalidInputError, UnsupportedModelError
-from tardis_llm.planning import LayerPlan
-from tardis_llm.runtime.ffn import folded_ffns
+from tardis_llm.families.sites import find_ffns
+from tardis_llm.pipeline.planning import LayerPlan
+from tardis_llm.runtime.placing import folded_ffns
 
 
 @torch.no_grad()
@@ -43,7 +43,7 @@ def test_more_bytes_give_a_smaller_error():
 
 
 def test_noise_in_a_probe_does_not_make_a_layer_free():
-    from tardis_llm.planning import Probe, _above_noise
+    from tardis_llm.pipeline.planning import Probe, _above_noise
 
     probes = _above_noise([Probe(-0.01, 1.0, {}), Probe(0.02, 1.0, {}), Probe(0.05, 1.0, {})])
     assert [probe.loss_increase for probe in probes] == pytest.approx([0.002, 0.02, 0.05])
@@ -218,7 +218,7 @@ def test_layers_out_of_range_are_refused():
 
 def test_a_plan_survives_its_file(tmp_path: Path):
     fold(tiny_model("gpt2"), text(), SETTINGS, tmp_path)
-    from tardis_llm.workspace import read_json
+    from tardis_llm.files import read_json
 
     plan = [LayerPlan(**layer) for layer in read_json(tmp_path / "plan.json")["layers"]]
     assert len(plan) == 3

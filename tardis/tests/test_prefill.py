@@ -13,15 +13,16 @@ from synthetic import everything_fixed
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tardis_llm.architectures import find_ffns
-from tardis_llm.checkpoint import mark_folded
+from tardis_llm.checkpoint.folded import mark_folded
 from tardis_llm.config import Storage
 from tardis_llm.errors import InvalidInputError
 from tardis_llm.evaluation.shapes import random_folds
-from tardis_llm.runtime.ffn import FoldedFFN, folded_ffns, install
-from tardis_llm.runtime.linear import KernelConv1D, KernelLinear, kernel_linear
+from tardis_llm.families.sites import find_ffns
+from tardis_llm.pipeline.session import dense_ffn
+from tardis_llm.runtime.linears.dense import KernelConv1D, KernelLinear, kernel_linear
+from tardis_llm.runtime.modules import FoldedFFN
+from tardis_llm.runtime.placing import folded_ffns, install
 from tardis_llm.runtime.prefill import CROSSOVER, Prefill, crossover, set_prefill
-from tardis_llm.session import dense_ffn
 
 FAMILIES = pytest.mark.parametrize("name", ["gpt2", "opt", "falcon", "gpt_neox"])
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from synthetic import activation, binned, normal, quick, residuals
 from torch import Tensor
 
-from tardis_llm.activations import ACTIVATIONS, gelu, relu
 from tardis_llm.calibration.moments import BINS, BinnedMoments
+from tardis_llm.ffn.activations import ACTIVATIONS, gelu, relu
 from tardis_llm.folding.lines import fit_lines, squared_residuals
 from tardis_llm.folding.ranges import (
     Ranges,

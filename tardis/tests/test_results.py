@@ -15,11 +15,11 @@ import results
 import vllm_results
 from tardis_llm import FoldConfig
 from tardis_llm.calibration.text import default_length
+from tardis_llm.checkpoint.loading import load_dense, load_tokenizer
 from tardis_llm.evaluation.compare import Row, as_records
 from tardis_llm.evaluation.methods import Method, parse
 from tardis_llm.evaluation.perplexity import token_perplexity, windows_of
 from tardis_llm.evaluation.tasks import Metric
-from tardis_llm.loading import load_dense, load_tokenizer
 
 RECORD = {
     "model": {"name": "toy", "sha256": "0", "dtype": "bfloat16"},

@@ -13,13 +13,13 @@ from harness_data import PAGES
 from models import ENCODER_NAMES, tiny_model, tiny_tokenizer
 
 from tardis_llm import sample
+from tardis_llm.checkpoint.loading import load_dense, load_tokenizer
 from tardis_llm.errors import InvalidInputError
 from tardis_llm.evaluation import rolling
 from tardis_llm.evaluation.perplexity import token_perplexity, windows_of
 from tardis_llm.evaluation.rolling import Document, WordPerplexity, detokenise, documents_of, word_perplexity
 from tardis_llm.evaluation.tasks import TASKS, run_tasks
 from tardis_llm.integrations.lm_eval import quiet
-from tardis_llm.loading import load_dense, load_tokenizer
 
 SHORT, LONG = Document.of("A cat sat."), Document.of("The quick brown fox jumps over it.")  # 10 and 34 bytes
 

@@ -23,12 +23,14 @@ from synthetic import (
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tardis_llm.activations import ACTIVATIONS
-from tardis_llm.architectures import FFNSite, FFNWeights, find_ffns
 from tardis_llm.errors import InvalidInputError
-from tardis_llm.folding.fold import DenseFFN
-from tardis_llm.runtime.ffn import FoldedFFN, fixed_neurons, folded_ffn, folded_ffns, install, uninstall
-from tardis_llm.session import dense_ffn
+from tardis_llm.families.sites import FFNSite, find_ffns
+from tardis_llm.ffn.activations import ACTIVATIONS
+from tardis_llm.ffn.weights import DenseFFN, FFNWeights
+from tardis_llm.pipeline.session import dense_ffn
+from tardis_llm.runtime.modules import FoldedFFN
+from tardis_llm.runtime.placing import folded_ffns, install, uninstall
+from tardis_llm.runtime.reference import fixed_neurons, folded_ffn
 
 D, H = 24, 96
 FFN = random_ffn(D, H)

@@ -22,12 +22,12 @@ from models import END, tiny_model, tiny_tokenizer, tokens
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from tardis_llm import fold as fold_model
-from tardis_llm.checkpoint import save_folded
+from tardis_llm.checkpoint.folded import save_folded
+from tardis_llm.checkpoint.loading import load_model
+from tardis_llm.checkpoint.saving import STAGING, publish, shard_bytes
 from tardis_llm.errors import CheckpointError, InvalidInputError
 from tardis_llm.evaluation.generation import generate
-from tardis_llm.loading import load_model
-from tardis_llm.runtime.ffn import folded_ffns
-from tardis_llm.saving import STAGING, publish, shard_bytes
+from tardis_llm.runtime.placing import folded_ffns
 
 Tardis = Callable[..., Result]
 
@@ -319,7 +319,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(
 ):
     directory = tmp_path / "out"
     shutil.copytree(checkpoints["folded-100KB"], directory)
-    monkeypatch.setattr("tardis_llm.checkpoint._write_record", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr("tardis_llm.checkpoint.folded._write_record", lambda *_: (_ for _ in ()).throw(OSError("full")))
     model, report = folded_tiny("gpt2")
     with pytest.raises(OSError, match="full"):
         save_folded(model, report, directory)

@@ -20,15 +20,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tardis_llm import FoldConfig, fold
-from tardis_llm.architectures import FFNWeights
-from tardis_llm.checkpoint import save_folded
+from tardis_llm.checkpoint.folded import save_folded
 from tardis_llm.config import Storage
 from tardis_llm.errors import InvalidInputError
 from tardis_llm.evaluation.fix_rate import count_fixes, measured
-from tardis_llm.folding.fold import DenseFFN, FoldedWeights, Inputs
-from tardis_llm.folding.lowbit import PackedMatrix, quantise
-from tardis_llm.folding.stack import dense_fold, quantise_fallback, store_fold
-from tardis_llm.runtime.ffn import folded_ffn, folded_ffns
+from tardis_llm.ffn.packed import PackedMatrix
+from tardis_llm.ffn.weights import DenseFFN, FFNWeights, FoldedWeights, dense_fold
+from tardis_llm.folding.fold import Inputs
+from tardis_llm.folding.rounding import quantise
+from tardis_llm.folding.stack import quantise_fallback, store_fold
+from tardis_llm.runtime.placing import folded_ffns
+from tardis_llm.runtime.reference import folded_ffn
 
 D, H = 24, 96
 STACKED = replace(SETTINGS, fold_bits=8, fallback_bits=4)

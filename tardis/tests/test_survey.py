@@ -13,7 +13,6 @@ from folds import SETTINGS, folded_tiny, text
 from models import ENCODER_NAMES, FAMILY_NAMES, LAYERS, tiny_model, tiny_tokenizer, tokens
 
 from tardis_llm import fold
-from tardis_llm.architectures import find_ffns
 from tardis_llm.calibration.text import Windows, split_windows
 from tardis_llm.errors import InvalidInputError
 from tardis_llm.evaluation import self_check
@@ -21,7 +20,8 @@ from tardis_llm.evaluation.generation import generate, prompt_ids, room
 from tardis_llm.evaluation.plots import plot_fold, plot_survey
 from tardis_llm.evaluation.self_check import SelfCheck, Verdict
 from tardis_llm.evaluation.survey import survey
-from tardis_llm.runtime.ffn import folded_ffns
+from tardis_llm.families.sites import find_ffns
+from tardis_llm.runtime.placing import folded_ffns
 
 
 def windows() -> Windows:

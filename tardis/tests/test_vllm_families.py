@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tardis_llm import FoldConfig
+from tardis_llm.checkpoint.record import RECORD
 from tardis_llm.errors import CheckpointError, UnsupportedModelError
 from tardis_llm.integrations.vllm.names import check_served
-from tardis_llm.record import RECORD
 from tardis_llm.runtime.cpu.library import available
 from tardis_llm.runtime.fixing import Fixing
 

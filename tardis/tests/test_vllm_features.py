@@ -17,7 +17,7 @@ from models import tokens
 from transformers import PreTrainedModel
 
 from tardis_llm import FoldConfig
-from tardis_llm.checkpoint import record_crossover
+from tardis_llm.checkpoint.folded import record_crossover
 from tardis_llm.errors import CheckpointError, InvalidInputError
 from tardis_llm.runtime.prefill import Prefill
 

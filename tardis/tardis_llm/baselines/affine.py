@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..architectures import FFNSite, find_ffns, set_module
 from ..calibration.moments import SecondMoments, chunks
 from ..calibration.stream import Stream
 from ..calibration.text import Windows
 from ..errors import InvalidInputError
+from ..families.sites import FFNSite, find_ffns, set_module
 from ..folding.refit import Spectrum, refit
-from ..session import Progress
+from ..report import Progress
 from .inputs import finite_rows, stream_of
 from .matrices import find_matrices
 from .report import BaselineReport, MatrixReport

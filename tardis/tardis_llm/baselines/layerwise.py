@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..calibration.text import Windows
 from ..errors import InvalidInputError
-from ..session import Progress
+from ..report import Progress
 from .inputs import InputStatistics, Need, statistics_by_block
 from .matrices import Matrix, Scope, find_matrices
 from .owl import outlier_share

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..architectures import find_ffns, layer_list, layer_list_name
 from ..errors import InvalidInputError
+from ..families.sites import find_ffns, layer_list, layer_list_name
 
 #: "ffn": the two matrices of every FFN; "all": every linear layer in the blocks, those of attention too
 Scope = Literal["ffn", "all"]

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..calibration.text import Windows
 from ..errors import InvalidInputError
-from ..session import Progress
+from ..report import Progress
 from . import affine
 from .gptq import quantise_gptq
 from .inputs import InputStatistics, Need

@@ -17,8 +17,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..architectures import FFNSite, block_at, layer_list, only_layer
 from ..errors import InvalidInputError, UnsupportedModelError
+from ..families.sites import FFNSite, block_at, layer_list, only_layer
 
 
 class _BlockDone(Exception):  # noqa: N818 - a signal, not an error
@@ -124,7 +124,7 @@ def _run_until_done(
         hook.remove()
     raise UnsupportedModelError(
         f"{type(model).__name__} finished without calling block {index}; correct `layers` in the row of "
-        f"{model.config.model_type!r} in tardis_llm/architectures.py."
+        f"{model.config.model_type!r} in tardis_llm/families/table.py."
     )
 
 

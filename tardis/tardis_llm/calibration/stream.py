@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..architectures import FFNSite, family_of, layer_list
 from ..errors import InvalidInputError
+from ..families.sites import FFNSite, layer_list
+from ..families.table import family_of
 from .blocks import ffn_input, run_block, run_head
 from .hidden import hidden_buffer
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..architectures import position_limit, vocabulary
 from ..config import check_seed
 from ..errors import InvalidInputError
+from ..families.table import position_limit, vocabulary
 from .documents import Documents, read_documents
 
 _SPANS = 64  # places of the text from which windows are taken, evenly spread

@@ -18,7 +18,9 @@ from transformers import PreTrainedModel
 
 from ..allocator import use_huge_pages
 from ..calibration.text import check_length
-from ..checkpoint import is_folded, record_crossover
+from ..checkpoint.folded import is_folded, record_crossover
+from ..checkpoint.format import METHOD
+from ..checkpoint.loading import DTYPES, load_config, load_dense, load_model, quantisation
 from ..config import Precision, Storage
 from ..errors import InvalidInputError
 from ..evaluation.shapes import SHAPES, random_folds, shaped_model
@@ -35,10 +37,8 @@ from ..evaluation.speed import (
     take_turns,
 )
 from ..evaluation.variants import KINDS, Variant, folded_variant, loaded_variants, rival
-from ..format import METHOD
-from ..linears import low_bit_copies
-from ..loading import DTYPES, load_config, load_dense, load_model, quantisation
-from ..runtime.ffn import folded_ffns, lay_out
+from ..runtime.linears.placing import low_bit_copies
+from ..runtime.placing import folded_ffns, lay_out
 from ..runtime.prefill import Prefill, set_prefill
 from . import output as show
 from .fold import BITS, check_precision

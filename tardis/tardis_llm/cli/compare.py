@@ -18,6 +18,7 @@ from .. import __version__
 from ..baselines import NAMES as BASELINES
 from ..baselines import Scope
 from ..calibration.text import check_windows
+from ..checkpoint.loading import load_config, load_dense, load_tokenizer, window_length
 from ..config import FoldConfig
 from ..errors import InvalidInputError
 from ..evaluation.compare import Cell, Comparison, Row, Tasks, as_records, row
@@ -26,8 +27,7 @@ from ..evaluation.methods import DENSE, Method, parse
 from ..evaluation.perplexity import windows_of
 from ..evaluation.speed import cpu_name
 from ..evaluation.tasks import ACCURACIES, TASKS, Metric, check_tasks
-from ..loading import load_config, load_dense, load_tokenizer, window_length
-from ..workspace import digest
+from ..files import digest
 from . import output as show
 from .options import AsJson, ModelName, TextField, Texts
 from .place import check_writable

@@ -13,17 +13,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from .. import sample
 from ..calibration.text import Windows, read_windows
-from ..checkpoint import save_folded
+from ..checkpoint.folded import save_folded
+from ..checkpoint.loading import load_dense, load_tokenizer, window_length
 from ..config import FoldConfig
 from ..errors import InvalidInputError
 from ..evaluation.fix_rate import count_fixes, measured
 from ..evaluation.generation import generate, prompt_ids
 from ..evaluation.perplexity import Perplexity, token_perplexity, windows_of
 from ..evaluation.plots import plot_fold
-from ..loading import load_dense, load_tokenizer, window_length
-from ..pipeline import fold
+from ..files import write_json
+from ..pipeline.fold import fold
 from ..report import FoldReport
-from ..workspace import write_json
 from . import output as show
 from .options import AsJson
 from .place import check_writable

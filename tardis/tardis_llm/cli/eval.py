@@ -10,15 +10,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration.documents import Documents
 from ..calibration.text import check_windows
+from ..checkpoint.loading import load_model, load_report, load_tokenizer, window_length
+from ..checkpoint.record import RECORD
 from ..errors import InvalidInputError
 from ..evaluation.fix_rate import count_fixes, measured
 from ..evaluation.perplexity import Perplexity, token_perplexity, windows_of
 from ..evaluation.rolling import Document, WordPerplexity, documents_of, word_perplexity
 from ..evaluation.tasks import TASKS, TaskScore, check_tasks, run_tasks
-from ..loading import load_model, load_report, load_tokenizer, window_length
-from ..record import RECORD
 from ..report import FoldReport
-from ..runtime.ffn import folded_ffns
+from ..runtime.placing import folded_ffns
 from . import output as show
 from .options import AsJson, Dtype, ModelName, TextField, TextFile
 from .texts import read

@@ -12,21 +12,21 @@ from rich.markup import escape
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..architectures import family_of
 from ..calibration.documents import Documents
 from ..calibration.text import Windows
-from ..checkpoint import is_folded, save_folded
+from ..checkpoint.folded import is_folded, save_folded
+from ..checkpoint.loading import check_weights, load_config, load_dense, load_tokenizer, window_length
+from ..checkpoint.record import read_report
+from ..checkpoint.saving import check_savable
 from ..config import FoldConfig, Policy, Precision, Rounding
 from ..errors import InvalidInputError
 from ..evaluation.generation import generate
 from ..evaluation.self_check import SelfCheck, Verdict
-from ..loading import check_weights, load_config, load_dense, load_tokenizer, window_length
-from ..pipeline import changes, check_fold, is_left_over
-from ..pipeline import fold as fold_model
-from ..record import read_report
+from ..families.table import family_of
+from ..pipeline.fold import changes, check_fold, is_left_over
+from ..pipeline.fold import fold as fold_model
+from ..pipeline.workspace import FOLDER, discard, only_one
 from ..report import FoldReport
-from ..saving import check_savable
-from ..workspace import FOLDER, discard, only_one
 from . import output as show
 from .options import AsJson, Dtype, ModelName, TextField, Texts
 from .place import check_output, check_space

@@ -8,12 +8,12 @@ import typer
 from rich.markup import escape
 from transformers import TextStreamer
 
+from ..checkpoint.loading import load_model, load_tokenizer
 from ..config import check_seed
-from ..decoding import prepare_decoding
 from ..errors import InvalidInputError
 from ..evaluation.generation import generate as generate_text
 from ..evaluation.generation import prompt_ids, room
-from ..loading import load_model, load_tokenizer
+from ..runtime.decoding import prepare_decoding
 from ..runtime.prefill import Prefill, set_prefill
 from . import output as show
 from .options import AsJson, Dtype, ModelName

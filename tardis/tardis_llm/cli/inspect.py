@@ -9,14 +9,22 @@ import typer
 from rich.markup import escape
 
 from ..calibration.text import Windows
+from ..checkpoint.format import CheckpointConfig
+from ..checkpoint.loading import (
+    is_folded,
+    load_config,
+    load_dense,
+    load_model,
+    load_report,
+    load_tokenizer,
+    window_length,
+)
+from ..checkpoint.record import RECORD
 from ..config import FoldConfig
 from ..errors import InvalidInputError
 from ..evaluation.plots import plot_fold, plot_survey
 from ..evaluation.survey import COVERAGE, Survey, survey
-from ..folding.budget import FFNShape
-from ..format import CheckpointConfig
-from ..loading import is_folded, load_config, load_dense, load_model, load_report, load_tokenizer, window_length
-from ..record import RECORD
+from ..ffn.accounting import FFNShape
 from ..report import FoldReport
 from . import output as show
 from .options import AsJson, ModelName, TextField, Texts

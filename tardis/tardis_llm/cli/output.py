@@ -23,8 +23,7 @@ from rich.table import Table
 from safetensors import SafetensorError
 
 from ..evaluation.perplexity import Perplexity
-from ..report import FoldReport, LinearsReport
-from ..session import Progress
+from ..report import FoldReport, LinearsReport, Progress
 
 #: results go to stdout; progress, messages and errors to stderr, so that --json stays clean
 out = Console(highlight=False)

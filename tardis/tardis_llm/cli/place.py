@@ -9,14 +9,14 @@ from pathlib import Path
 from matplotlib.backend_bases import FigureCanvasBase
 from transformers import PreTrainedModel
 
-from ..architectures import find_ffns
 from ..calibration.text import Windows
-from ..checkpoint import is_folded
+from ..checkpoint.folded import is_folded
+from ..checkpoint.saving import STAGING
 from ..config import PREDICTOR_BITS, FoldConfig
 from ..errors import InvalidInputError
-from ..saving import STAGING
-from ..session import ffn_shape, hidden_bytes_on_disk
-from ..workspace import FOLDER, LOCK
+from ..families.sites import find_ffns
+from ..pipeline.session import ffn_shape, hidden_bytes_on_disk
+from ..pipeline.workspace import FOLDER, LOCK
 from .output import size
 
 _OURS = (FOLDER, STAGING, LOCK)  # what an interrupted fold leaves

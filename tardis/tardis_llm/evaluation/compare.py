@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..architectures import find_ffns
 from ..baselines import Scope, find_matrices
 from ..calibration.text import Windows
 from ..config import FoldConfig
 from ..errors import InfeasibleBudgetError, InvalidInputError
-from ..report import FoldReport
-from ..session import Progress
-from ..workspace import differences, read_json, write_json
+from ..families.sites import find_ffns
+from ..files import differences, read_json, write_json
+from ..report import FoldReport, Progress
 from .fix_rate import count_fixes, measured
 from .methods import DENSE, Method, compress
 from .perplexity import Perplexity, token_perplexity

@@ -10,10 +10,12 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from ..architectures import FFNWeights
 from ..errors import InvalidInputError
+from ..ffn.weights import FFNWeights
 from ..report import FoldReport, LayerReport
-from ..runtime.ffn import FoldedFFN, fixed_neurons, folded_ffns
+from ..runtime.modules import FoldedFFN
+from ..runtime.placing import folded_ffns
+from ..runtime.reference import fixed_neurons
 
 
 @dataclass

@@ -9,12 +9,12 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from ..architectures import family_of
 from ..calibration.text import check_tokens
+from ..checkpoint.loading import position_limit
 from ..config import check_seed
-from ..decoding import compile_errors_explained, compiled
 from ..errors import InvalidInputError
-from ..loading import position_limit
+from ..families.table import family_of
+from ..runtime.decoding import compile_errors_explained, compiled
 
 _COLDEST = 1e-3  # a temperature by which scores can be divided
 

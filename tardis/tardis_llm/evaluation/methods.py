@@ -14,9 +14,8 @@ from ..baselines import BaselineReport, Scope
 from ..calibration.text import Windows
 from ..config import FoldConfig
 from ..errors import InvalidInputError
-from ..pipeline import fold
-from ..report import FoldReport
-from ..session import Progress
+from ..pipeline.fold import fold
+from ..report import FoldReport, Progress
 
 DENSE = "dense"
 #: settings of each kind of fold, beside the reduction

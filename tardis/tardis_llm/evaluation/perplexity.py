@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..architectures import family_of
 from ..calibration.text import Tokenizer, check_windows, encode
 from ..errors import InvalidInputError
-from ..session import Progress
+from ..families.table import family_of
+from ..report import Progress
 
 _LOGITS_AT_ONCE = 2**24  # elements of the largest tensor
 _STAGE = "measuring perplexity"

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..errors import InvalidInputError
 from ..report import FoldReport, LayerReport
-from ..runtime.ffn import FoldedFFN, folded_ffns
+from ..runtime.modules import FoldedFFN
+from ..runtime.placing import folded_ffns
 from .fix_rate import fallback_bytes
 from .survey import COVERAGE, Survey
 

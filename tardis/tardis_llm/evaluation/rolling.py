@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..architectures import family_of
 from ..calibration.text import check_length, check_tokens
 from ..errors import InvalidInputError
-from ..session import Progress
+from ..families.table import family_of
+from ..report import Progress
 
 _STAGE = "measuring word perplexity"
 _LOGITS_AT_ONCE = 2**24  # elements of the largest tensor

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..architectures import family_of
 from ..calibration.stream import Stream
-from ..session import Progress
+from ..families.table import family_of
+from ..report import Progress
 from .perplexity import token_perplexity
 
 #: a fold is refused when perplexity grows by more than this factor ...

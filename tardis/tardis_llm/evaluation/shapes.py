@@ -16,15 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import activations
-from ..architectures import FFNSite, find_ffns
-from ..checkpoint import save_folded
+from ..checkpoint.folded import save_folded
+from ..checkpoint.format import LayerFormat
 from ..config import Storage
 from ..errors import InvalidInputError
-from ..format import LayerFormat
-from ..linears import quantise_linears
+from ..families.sites import FFNSite, find_ffns
+from ..ffn import activations
 from ..report import FoldReport, LayerReport
-from ..runtime.ffn import FoldedFFN, install
+from ..runtime.linears.placing import quantise_linears
+from ..runtime.modules import FoldedFFN
+from ..runtime.placing import install
 
 #: model type and the fields of its config, as published; the last two are layouts of 16 layers without the large
 #: vocabulary, whose share of the bytes would hide that of the FFNs

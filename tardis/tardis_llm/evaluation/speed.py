@@ -21,13 +21,17 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel, StaticCache
 
-from ..activations import ACTIVATIONS
-from ..architectures import FFNSite, FFNWeights, position_limit
-from ..decoding import compile_errors_explained, compiled_call
 from ..errors import InvalidInputError
-from ..runtime.ffn import FoldedFFN, KeptLinear, dense_ffn, folded_ffns, install, lay_out, uninstall
-from ..runtime.lowbit_linear import LowBitLinear
-from ..session import Progress
+from ..families.sites import FFNSite
+from ..families.table import position_limit
+from ..ffn.activations import ACTIVATIONS
+from ..ffn.weights import FFNWeights
+from ..report import Progress
+from ..runtime.decoding import compile_errors_explained, compiled_call
+from ..runtime.linears.lowbit import LowBitLinear
+from ..runtime.modules import FoldedFFN, KeptLinear
+from ..runtime.placing import folded_ffns, install, lay_out, uninstall
+from ..runtime.reference import dense_ffn
 
 _BANDWIDTH_BYTES = 2**29  # far more than any cache
 _BANDWIDTH_RUNS = 5

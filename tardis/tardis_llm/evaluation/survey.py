@@ -12,15 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .. import activations
-from ..architectures import FFNSite, find_ffns
 from ..calibration.moments import BinnedMoments, chunks, pre_activation_moments
 from ..calibration.stream import Stream
 from ..calibration.text import Windows, check_enough, check_windows
-from ..folding.fold import DenseFFN, Inputs, target_moments
+from ..families.sites import FFNSite, find_ffns
+from ..ffn import activations
+from ..ffn.weights import DenseFFN
+from ..folding.fold import Inputs, target_moments
 from ..folding.ranges import Ranges, coverage_ranges
 from ..folding.refit import affine_error, refit
-from ..session import Progress, dense_ffn
+from ..pipeline.session import dense_ffn
+from ..report import Progress
 
 #: share of a neuron's inputs that its hot range holds, for `width`
 COVERAGE = 0.8

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InvalidInputError
 from ..integrations.lm_eval import check_available, harness_model, quiet
-from ..session import Progress
+from ..report import Progress
 
 _FOLDER = Path(__file__).parent / "harness_tasks"
 #: metrics that are the mean of one value per item

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..architectures import FFNSite
 from ..errors import InvalidInputError
-from ..linears import low_bit_copies, put_linears, through_kernels
-from ..runtime.ffn import FoldedFFN, folded_ffns
+from ..families.sites import FFNSite
+from ..runtime.linears.placing import low_bit_copies, put_linears, through_kernels
+from ..runtime.modules import FoldedFFN
+from ..runtime.placing import folded_ffns
 from .speed import folded
 
 #: bits of the linear layers of a kind of rival

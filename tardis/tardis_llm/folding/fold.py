@@ -8,7 +8,6 @@ predicted pre-activation (for lines and ranges), and moments against what fixing
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,39 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..activations import ACTIVATIONS
 from ..calibration.moments import BinnedMoments, SecondMoments, chunks, pre_activation_moments
 from ..config import FoldConfig
-from .lowbit import PackedMatrix, quantise
+from ..ffn.packed import PackedMatrix
+from ..ffn.weights import DenseFFN, FoldedWeights, dense_fold
 from .ranges import Ranges, coverage_ranges_at, error_ranges, error_ranges_at, highest_price
 from .refit import DAMPINGS, Spectrum, affine_error, refit
-from .stack import Fallback, dense_fold, quantise_fallback, store_fold
-
-
-@dataclass(frozen=True)
-class DenseFFN:
-    """The weights of one FFN in fp32, biases zero where the model has none, and its activation.
-
-    Attributes:
-        w1: [h, d]; b1: [h]; w2: [d, h]; b2: [d].
-        activation: a name in `ACTIVATIONS`.
-    """
-
-    w1: Tensor
-    b1: Tensor
-    w2: Tensor
-    b2: Tensor
-    activation: str
-
-    @property
-    def act(self) -> Callable[[Tensor], Tensor]:
-        """The activation function."""
-        return ACTIVATIONS[self.activation]
-
-    @property
-    def gain(self) -> Tensor:
-        """[h] fp64, |W2[:, i]|^2: how much of a neuron's squared error reaches the output."""
-        return self.w2.square().sum(0, dtype=torch.float64)
+from .rounding import quantise
+from .stack import quantise_fallback, store_fold
 
 
 @dataclass(frozen=True)
@@ -80,28 +54,6 @@ class Inputs:
     def spectrum(self) -> Spectrum:
         """Eigenvalues and eigenvectors of the centred `fit_moments`, for every ridge regression on them."""
         return Spectrum.of(self.fit_moments)
-
-
-@dataclass(frozen=True)
-class FoldedWeights:
-    """What a folded FFN stores, as stored.
-
-    Attributes:
-        weight: [d, d] fold weight C, in the model's dtype or in few bits.
-        bias: [d] fold bias c, in the model's dtype.
-        predictor: low-bit copy of W1.
-        low, high, slope, offset: [h] ranges and lines, fp16 where the values fit it and fp32 where not.
-        fallback: what fixing reads in place of the dense weights; None where it reads these.
-    """
-
-    weight: Tensor | PackedMatrix
-    bias: Tensor
-    predictor: PackedMatrix
-    low: Tensor
-    high: Tensor
-    slope: Tensor
-    offset: Tensor
-    fallback: Fallback | None = None
 
 
 @dataclass(frozen=True)

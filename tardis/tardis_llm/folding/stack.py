@@ -7,38 +7,13 @@ both, so the fold takes up what their rounding leaves of a linear map.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from ..config import Storage
-from .lowbit import PackedMatrix, quantise
-
-
-@dataclass(frozen=True)
-class Fallback:
-    """Low-bit copies of the dense weights, for fixing.
-
-    Attributes:
-        remainder: [h, d], what the predictor leaves of W1; None where the predictor has all the bits.
-        down: [h, d], W2 transposed: one row per neuron.
-    """
-
-    remainder: PackedMatrix | None
-    down: PackedMatrix
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that fixing every neuron would read, beside the predictor."""
-        return self.down.nbytes + (self.remainder.nbytes if self.remainder else 0)
-
-    def matrices(self, predictor: PackedMatrix, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """W1 [h, d] and W2 [d, h] that these bits stand for, in `dtype`."""
-        w1 = predictor.dequantise()
-        if self.remainder:
-            w1 = w1 + self.remainder.dequantise()
-        return w1.to(dtype), self.down.dequantise().T.to(dtype)
+from ..ffn.packed import PackedMatrix
+from ..ffn.weights import Fallback
+from .rounding import quantise
 
 
 def quantise_fallback(
@@ -68,8 +43,3 @@ def store_fold(
     if storage.fold_bits is None:
         return weight.to(dtype).contiguous()  # strides choose the kernel, and so bits
     return quantise(weight, storage.fold_bits, storage.group_size, covariance)
-
-
-def dense_fold(stored: Tensor | PackedMatrix, dtype: torch.dtype) -> Tensor:
-    """The fold [d, d] that is stored, in `dtype`."""
-    return stored.dequantise().to(dtype) if isinstance(stored, PackedMatrix) else stored.to(dtype)

@@ -21,10 +21,10 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..architectures import family_of
 from ..calibration.text import check_length, check_tokens
 from ..errors import InvalidInputError
-from ..session import Progress
+from ..families.table import family_of
+from ..report import Progress
 
 #: tokens per forward. On a CPU more is no faster: the logits, all of which lm-eval normalises, leave the caches
 BATCH_TOKENS_CPU, BATCH_TOKENS_GPU = 512, 16_384

@@ -11,15 +11,15 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
-from ..checkpoint import save_marked, transformers_save
-from ..contents import check_headers
+from ..checkpoint.contents import check_headers
+from ..checkpoint.folded import save_marked, transformers_save
+from ..checkpoint.format import METHOD, CheckpointConfig
+from ..checkpoint.record import check_bytes
+from ..checkpoint.saving import CONFIG
+from ..checkpoint.skeleton import check_blocks, install_folds
+from ..checkpoint.weight_files import headers, weight_files
 from ..errors import CheckpointError
-from ..format import METHOD, CheckpointConfig
-from ..record import check_bytes
-from ..runtime.relaid import freeze
-from ..saving import CONFIG
-from ..skeleton import check_blocks, install_folds
-from ..weight_files import headers, weight_files
+from ..runtime.stored import freeze
 
 register_quantization_config(METHOD)(CheckpointConfig)
 

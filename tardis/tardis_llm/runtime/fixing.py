@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..activations import ACTIVATIONS
-from ..folding.lowbit import PackedMatrix
-from . import ops
+from ..ffn.activations import ACTIVATIONS
+from ..ffn.packed import PackedMatrix
+from .cpu import ops
 from .cpu.library import MAX_TOKENS
-from .panels import Panels
+from .cpu.panels import Panels
 
 
 @dataclass(frozen=True)

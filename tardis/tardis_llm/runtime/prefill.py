@@ -19,9 +19,9 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..architectures import layer_list
 from ..errors import InvalidInputError
-from .ffn import folded_ffns
+from ..families.sites import layer_list
+from .placing import folded_ffns
 
 Prefill = Literal["folded", "exact", "auto"]
 #: tokens at once up to which folding is taken to be faster where nothing was recorded: so it was measured in vLLM with

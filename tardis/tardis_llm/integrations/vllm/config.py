@@ -17,9 +17,9 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from ...contents import check_directory
+from ...checkpoint.contents import check_directory
+from ...checkpoint.format import METHOD, CheckpointConfig, LayerFormat
 from ...errors import CheckpointError
-from ...format import METHOD, CheckpointConfig, LayerFormat
 from ...runtime.prefill import CROSSOVER
 from .linears import LowBitMethod, PanelsMethod
 from .names import Projections, block_index, check_served, linear_bits

@@ -24,16 +24,19 @@ from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase, UnquantizedLinearMethod
 
-from ...activations import ACTIVATIONS
 from ...allocator import contiguous_in_huge_pages
-from ...architectures import Family, FFNWeights, set_module
+from ...checkpoint.format import LayerFormat
 from ...errors import CheckpointError
-from ...folding.lowbit import PackedMatrix
-from ...format import LayerFormat
-from ...runtime import ops
-from ...runtime.ffn import LowBit, dense_ffn
+from ...families.sites import set_module
+from ...families.table import Family
+from ...ffn.activations import ACTIVATIONS
+from ...ffn.packed import PackedMatrix
+from ...ffn.weights import FFNWeights
+from ...runtime.cpu import ops
+from ...runtime.cpu.panels import Panels
 from ...runtime.fixing import Fixing, packed_linear
-from ...runtime.panels import Panels
+from ...runtime.modules import LowBit
+from ...runtime.reference import dense_ffn
 from .linears import PanelsMethod
 from .prefill import Choice
 

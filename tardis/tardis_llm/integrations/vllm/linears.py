@@ -18,8 +18,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.utils import set_weight_attrs
 
 from ...errors import CheckpointError
-from ...runtime import ops
-from ...runtime.lowbit_linear import KINDS, LowBitLinear
+from ...runtime.cpu import ops
+from ...runtime.linears.lowbit import KINDS, LowBitLinear
 
 ops.library.define("served_linear(Tensor x, str name, int outputs) -> Tensor")
 

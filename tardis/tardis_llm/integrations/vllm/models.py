@@ -19,10 +19,10 @@ from vllm import ModelRegistry
 from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from ...architectures import Family
-from ...contents import Contents, contents_of
+from ...checkpoint.contents import Contents, contents_of
+from ...checkpoint.format import PREFIX, CheckpointConfig, stock_name
 from ...errors import CheckpointError
-from ...format import PREFIX, CheckpointConfig, stock_name
+from ...families.table import Family
 from .config import TardisConfig, transformers_classes
 from .ffn import ServedFFN, install
 from .linears import install_head

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ...architectures import FAMILIES, Family, family_of
+from ...checkpoint.format import PREFIX, CheckpointConfig, stock_name
 from ...errors import CheckpointError, UnsupportedModelError
-from ...format import PREFIX, CheckpointConfig, stock_name
-from ...linears import check_bits
+from ...families.table import FAMILIES, Family, family_of
+from ...runtime.linears.placing import check_bits
 
 #: the key of the mode of prompts, a `Prefill`, in vLLM's `additional_config`
 PREFILL_OPTION = "tardis_prefill"

@@ -16,9 +16,9 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from types import FrameType
 
+from ...checkpoint.format import METHOD, CheckpointConfig
+from ...checkpoint.loading import check_weights, load_config, quantisation
 from ...errors import InvalidInputError, TardisError
-from ...format import METHOD, CheckpointConfig
-from ...loading import check_weights, load_config, quantisation
 from ...runtime.prefill import check_prefill
 from . import access, address, session
 from .launch import MODULE

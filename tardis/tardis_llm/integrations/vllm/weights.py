@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...contents import Contents
+from ...checkpoint.contents import Contents
+from ...checkpoint.record import Record
+from ...checkpoint.weight_files import Entry
 from ...errors import CheckpointError
-from ...record import Record
-from ...weight_files import Entry
 from .ffn import ServedFFN
 
 _MARK = ".tardis."

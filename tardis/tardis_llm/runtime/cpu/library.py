@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidInputError, TardisError
-from ...folding.lowbit import PackedMatrix
-from ..panels import Panels
+from ...ffn.packed import PackedMatrix
 from .operands import check_matrix, check_vector
+from .panels import Panels
 
 #: what the kernels are written for, by the numbers that the library has for them
 ISAS = ("portable", "avx2", "avx512")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ...errors import TardisError
-from ...folding.lowbit import PackedMatrix
-from ..panels import ROWS, TOGETHER, Panels
+from ...ffn.packed import PackedMatrix
+from .panels import ROWS, TOGETHER, Panels
 
 _MOST_BITS = 8
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)

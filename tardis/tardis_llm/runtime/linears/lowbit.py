@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import InvalidInputError, TardisError
-from . import ops
-from .cpu.operands import check_kind
-from .numbered import Numbered, numbered
-from .relaid import Stored, changing_layout, reading_layout, refuse_training
+from ...errors import InvalidInputError, TardisError
+from ..cpu import ops
+from ..cpu.operands import check_kind
+from ..numbered import Numbered, numbered
+from ..stored import Stored, changing_layout, reading_layout, refuse_training
 
 #: rows that are rounded at once, which bounds the working memory
 _ROWS = 2048

@@ -18,64 +18,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..activations import ACTIVATIONS
 from ..allocator import contiguous_in_huge_pages
-from ..architectures import FFNSite, FFNWeights, set_module
-from ..folding.fold import FoldedWeights
-from ..folding.lowbit import PackedMatrix
-from ..folding.stack import Fallback, dense_fold
-from . import ops
+from ..ffn.activations import ACTIVATIONS
+from ..ffn.packed import PackedMatrix
+from ..ffn.weights import Fallback, FFNWeights, FoldedWeights
+from .cpu import ops
 from .fixing import Fixing
-from .linear import linear
 from .numbered import Numbered, numbered
-from .relaid import LAYOUT, InPanels, Stored, changing_layout, refuse_training
-
-
-def folded_ffn(
-    x: Tensor,
-    folded: FoldedWeights,
-    dense: FFNWeights,
-    act: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """Output [tokens, d] of a folded FFN for inputs x [tokens, d], in the dtype of x.
-
-    Rows of W1 and columns of W2 are gathered for the union of the tokens' fixed neurons, and each token adds the
-    residuals of its own. Predictions, residuals and the sum are in fp32; the matrix products in the dtype of x.
-
-    Args:
-        x: [tokens, d].
-        folded: fold, predictor, ranges and lines.
-        dense: the weights that fixing reads, in the dtype of x.
-        act: the activation.
-    """
-    fixed = fixed_neurons(x, folded, dense.b1)  # [tokens, h]
-    union = fixed.any(0).nonzero()[:, 0]
-    z = F.linear(x, dense.w1[union], None if dense.b1 is None else dense.b1[union]).float()
-    residual = act(z) - folded.slope[union].float() * z - folded.offset[union].float()
-    residual = torch.where(fixed[:, union], residual, 0.0)
-    affine = F.linear(x, dense_fold(folded.weight, x.dtype), folded.bias)
-    correction = F.linear(residual.to(x.dtype), dense.w2[:, union])
-    return (affine.float() + correction.float()).to(x.dtype)
-
-
-def dense_ffn(x: Tensor, dense: FFNWeights, act: Callable[[Tensor], Tensor]) -> Tensor:
-    """Output [..., d] of the FFN before it was folded, in the dtype of x.
-
-    Args:
-        x: [..., d].
-        dense: its b2 is added here, where the fold has it in its bias.
-        act: the activation.
-    """
-    return linear(act(linear(x, dense.w1, dense.b1)), dense.w2, dense.b2)
-
-
-def fixed_neurons(x: Tensor, folded: FoldedWeights, b1: Tensor | None) -> Tensor:
-    """[tokens, h] bool: the neurons S(x) predicted to be out of their hot range. NaN counts as out of it."""
-    zhat = F.linear(x.float(), folded.predictor.dequantise(), None if b1 is None else b1.float())
-    return ~((zhat >= folded.low.float()) & (zhat <= folded.high.float()))
+from .reference import dense_ffn, fixed_neurons, folded_ffn
+from .stored import LAYOUT, InPanels, Stored, changing_layout, refuse_training
 
 
 class LowBit(InPanels):
@@ -434,42 +387,3 @@ ops.library.impl("numbered_ffn", _numbered_ffn, "CPU")
 @torch.library.register_fake("tardis::numbered_ffn")
 def _(x: Tensor, *others: object) -> Tensor:
     return torch.empty_like(x)
-
-
-def install(model: nn.Module, site: FFNSite, ffn: FoldedFFN) -> None:
-    """Put a folded FFN into the model at `site`. Dense weights are shared, not copied; stacked, they are left out."""
-    transposed = not isinstance(site.up, nn.Linear)  # transformers' Conv1D
-    up = KeptLinear(site.up, transposed, stacked=ffn.fallback is not None)
-    set_module(model, site.up_name, up)
-    set_module(model, site.activation_name, nn.Identity())
-    set_module(model, site.down_name, FoldedDown(site.down, transposed, up, ffn))
-    site.parent.add_module("tardis", ffn)
-
-
-def uninstall(model: nn.Module, site: FFNSite) -> None:
-    """Put the dense FFN back at `site`."""
-    ffn = site.parent.get_submodule("tardis")
-    assert isinstance(ffn, FoldedFFN), "installed before"
-    ffn.forget()
-    for name, part in ((site.up_name, site.up), (site.down_name, site.down)):
-        kept = model.get_submodule(name)
-        assert isinstance(kept, KeptLinear), "installed before"
-        kept.release(part)
-    for name, part in ((site.up_name, site.up), (site.activation_name, site.activation), (site.down_name, site.down)):
-        set_module(model, name, part)
-    del site.parent.tardis
-
-
-def lay_out(model: nn.Module) -> None:
-    """Lay out folded FFNs for decoding: what fixing reads neuron by neuron, and the rest in panels."""
-    for module in model.modules():
-        if isinstance(module, FoldedDown):
-            module.lay_out_both()
-        if isinstance(module, FoldedFFN):
-            module.pack(module.fold.bias.dtype)
-
-
-def folded_ffns(model: nn.Module) -> dict[str, FoldedFFN]:
-    """Every folded FFN of a model by the prefix of its FFN, in order; the prefix is "" for none but the root."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, FoldedFFN)}
-    return {name.removesuffix("tardis").removesuffix("."): module for name, module in found.items()}

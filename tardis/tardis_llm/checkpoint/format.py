@@ -12,13 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .activations import ACTIVATIONS
-from .config import FORMAT_VERSION, PREDICTOR_BITS, STACKED_BITS
-from .errors import CheckpointError
-from .folding.fold import FoldedWeights
-from .folding.lowbit import PackedMatrix
-from .folding.stack import Fallback
-from .runtime.ffn import FoldedFFN
+from ..config import FORMAT_VERSION, PREDICTOR_BITS, STACKED_BITS
+from ..errors import CheckpointError
+from ..ffn.activations import ACTIVATIONS
+from ..ffn.packed import PackedMatrix
+from ..ffn.weights import Fallback, FoldedWeights
+from ..runtime.modules import FoldedFFN
 
 METHOD = "tardis"
 #: what precedes the stock class name in `architectures`

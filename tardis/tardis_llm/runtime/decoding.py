@@ -10,12 +10,12 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 from transformers import CompileConfig, PreTrainedModel
 
-from .allocator import use_huge_pages
-from .architectures import has_alibi
-from .errors import InvalidInputError
-from .linears import put_linears, through_kernels
-from .runtime.ffn import lay_out
-from .runtime.linear import put_in_panels
+from ..allocator import use_huge_pages
+from ..errors import InvalidInputError
+from ..families.table import has_alibi
+from .linears.dense import put_in_panels
+from .linears.placing import put_linears, through_kernels
+from .placing import lay_out
 
 #: how a step of decoding is compiled: as one graph, or not at all
 COMPILED = CompileConfig(fullgraph=True, dynamic=False, mode="default")

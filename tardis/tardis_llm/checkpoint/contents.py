@@ -16,14 +16,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
+from ..files import read_json
+from ..runtime.stored import Stored
 from .format import CheckpointConfig
 from .record import Record
-from .runtime.relaid import Stored
 from .saving import CONFIG
 from .skeleton import check_blocks, skeleton
 from .weight_files import Entry, described, directory_of, headers, weight_files
-from .workspace import read_json
 
 _HALVES = (torch.float16, torch.bfloat16)
 _REMEDY = "Copy config.json and weights from the same checkpoint, or fold again."

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .errors import CheckpointError, InvalidInputError
+from ..errors import CheckpointError, InvalidInputError
+from ..files import differences, in_one_step, read_json, write_json
 
 FOLDER = ".tardis-fold"
 #: beginning of the names of folders in it that a run needs for itself
@@ -27,14 +25,6 @@ LOCK = ".tardis-lock"
 _STATE, _PLAN = "state.json", "plan.json"
 #: names of what a fold keeps, but for the state, which says what all of it belongs to
 _KEPT = (_PLAN, "layer-*", "*.partial", f"{SCRATCH}*")
-
-
-def digest(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 of the tensors' bytes, in order."""
-    sha = hashlib.sha256()
-    for tensor in tensors:
-        sha.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()
 
 
 @contextmanager
@@ -170,54 +160,5 @@ class Workspace:
     def save_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Save tensors; they are there in full or not at all."""
         path = self.root / f"{name}.safetensors"
-        with _in_one_step(path) as partial:
+        with in_one_step(path) as partial:
             save_file({key: value.contiguous() for key, value in tensors.items()}, partial)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Plain values from a file.
-
-    Raises:
-        CheckpointError: it is missing, no JSON, or no object.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("it is no object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); delete it, or copy the folder anew.") from error
-    return values
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write plain values in one step: readers see the old file or the new one."""
-    with _in_one_step(path) as partial:
-        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _in_one_step(path: Path) -> Iterator[Path]:
-    """A file to write, which then is put on the disk and under its name; it is gone if it could not be written."""
-    partial = path.with_suffix(".partial")
-    try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def differences(old: Any, new: Any, name: str = "") -> Iterable[str]:
-    """What differs between two nested dicts, as sentences."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            yield from differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-    elif old != new:
-        yield f"{name} was {_short(old)} and is now {_short(new)}"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else text[:16] + "..."

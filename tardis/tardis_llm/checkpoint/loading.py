@@ -25,13 +25,13 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
-from .architectures import FAMILIES, family_of
-from .architectures import position_limit as model_positions
-from .calibration.text import default_length
-from .errors import CheckpointError, InvalidInputError, TardisError, UnsupportedModelError
+from ..calibration.text import default_length
+from ..errors import CheckpointError, InvalidInputError, TardisError, UnsupportedModelError
+from ..families.table import FAMILIES, family_of
+from ..families.table import position_limit as model_positions
+from ..report import FoldReport
 from .format import METHOD, PREFIX, CheckpointConfig, stock_name
 from .record import RECORD, read_report
-from .report import FoldReport
 from .saving import is_interrupted
 from .skeleton import check_blocks
 from .weight_files import Entry, headers, weight_files

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,17 +9,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from . import activations
-from .architectures import FFNSite, find_ffns
-from .calibration.stream import Stream
-from .calibration.text import Windows
-from .config import FoldConfig
-from .errors import InvalidInputError
-from .folding.budget import FFNShape
-from .folding.fold import DenseFFN, Inputs
-
-#: called with the stage, the steps done and the steps in all
-Progress = Callable[[str, int, int], None]
+from ..calibration.stream import Stream
+from ..calibration.text import Windows
+from ..config import FoldConfig
+from ..errors import InvalidInputError
+from ..families.sites import FFNSite, find_ffns
+from ..ffn import activations
+from ..ffn.accounting import FFNShape
+from ..ffn.weights import DenseFFN
+from ..folding.fold import Inputs
+from ..report import Progress
 
 _GIB = 2**30
 _BUFFERS = 2  # of one stream: hidden states, and the inputs of one FFN

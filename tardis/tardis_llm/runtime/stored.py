@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidInputError
-from ..folding.lowbit import PackedMatrix
-from . import ops
-from .panels import Panels
+from ..ffn.packed import PackedMatrix
+from .cpu import ops
+from .cpu.panels import Panels
 
 #: taken by what changes an order of memory, and by what must not see it change
 LAYOUT = threading.RLock()

@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import CheckpointError
-from .workspace import read_json
+from ..errors import CheckpointError
+from ..files import read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

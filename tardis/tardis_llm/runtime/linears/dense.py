@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..folding.lowbit import PackedMatrix
-from . import ops
-from .cpu.library import MAX_TOKENS
-from .panels import Panels
-from .relaid import InPanels, refuse_training
+from ...ffn.packed import PackedMatrix
+from ..cpu import ops
+from ..cpu.library import MAX_TOKENS
+from ..cpu.panels import Panels
+from ..stored import InPanels, refuse_training
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

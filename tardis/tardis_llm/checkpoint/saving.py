@@ -13,7 +13,7 @@ from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .errors import InvalidInputError
+from ..errors import InvalidInputError
 
 CONFIG = "config.json"
 #: folder within the directory, where a checkpoint is written before it is published

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..allocator import contiguous_in_huge_pages
-from ..folding.lowbit import PackedMatrix, pack, unpack
+from ...allocator import contiguous_in_huge_pages
+from ...ffn.packed import PackedMatrix, pack, unpack
 
 #: of a panel
 ROWS = 32

@@ -25,14 +25,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..activations import ACTIVATIONS
-from ..architectures import FFNWeights
-from ..errors import TardisError
-from ..folding.fold import FoldedWeights
-from ..folding.lowbit import PackedMatrix
-from ..folding.stack import Fallback
-from .cpu.library import FFN, MAX_TOKENS, Batch, Kernels, Matrix, Vector, available, has_gemm, has_panels, open_library
-from .cpu.operands import check_matrix
+from ...errors import TardisError
+from ...ffn.activations import ACTIVATIONS
+from ...ffn.packed import PackedMatrix
+from ...ffn.weights import Fallback, FFNWeights, FoldedWeights
+from .library import FFN, MAX_TOKENS, Batch, Kernels, Matrix, Vector, available, has_gemm, has_panels, open_library
+from .operands import check_matrix
 from .panels import ROWS as PANEL_ROWS
 from .panels import TOGETHER, Panels, fits
 

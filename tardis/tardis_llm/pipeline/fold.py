@@ -13,20 +13,23 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .architectures import FFNSite, family_of
-from .calibration.stream import Stream
-from .calibration.text import Windows, check_enough, check_windows, split_windows
-from .checkpoint import mark_folded
-from .config import FORMAT_VERSION, FoldConfig, Storage
-from .folding.budget import check_feasible
-from .folding.fold import FoldQuality, choose_ranges, finish, predict
-from .format import LayerFormat
-from .linears import check_bits, quantise_linears
+from ..calibration.stream import Stream
+from ..calibration.text import Windows, check_enough, check_windows, split_windows
+from ..checkpoint.folded import mark_folded
+from ..checkpoint.format import LayerFormat
+from ..config import FORMAT_VERSION, FoldConfig, Storage
+from ..families.sites import FFNSite
+from ..families.table import family_of
+from ..files import differences, digest
+from ..folding.budget import check_feasible
+from ..folding.fold import FoldQuality, choose_ranges, finish, predict
+from ..report import FoldReport, LayerReport, Progress
+from ..runtime.linears.placing import check_bits, quantise_linears
+from ..runtime.modules import FoldedFFN
+from ..runtime.placing import install
 from .planning import LayerPlan, plan
-from .report import FoldReport, LayerReport
-from .runtime.ffn import FoldedFFN, install
-from .session import Progress, Session, advance_to, choose_sites, dense_ffn, ffn_shape, inputs_at
-from .workspace import SCRATCH, Workspace, differences, digest, state_of
+from .session import Session, advance_to, choose_sites, dense_ffn, ffn_shape, inputs_at
+from .workspace import SCRATCH, Workspace, state_of
 
 _AUTO_BITS = {"error": (1, 2, 3, 4), "coverage": (2,)}  # the paper has 2
 _AUTO_LENGTH = 256

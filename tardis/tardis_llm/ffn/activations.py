@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .errors import UnsupportedModelError
+from ..errors import UnsupportedModelError
 
 
 def gelu(z: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def identify(module: Callable[[Tensor], Tensor]) -> str:
                 return name
     raise UnsupportedModelError(
         f"the activation {module!r} is none of those that TARDIS folds: {', '.join(ACTIVATIONS)}. Fold a "
-        "model with one of these, or add the function to ACTIVATIONS in tardis_llm/activations.py."
+        "model with one of these, or add the function to ACTIVATIONS in tardis_llm/ffn/activations.py."
     )
 
 

@@ -19,14 +19,14 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from .errors import CheckpointError, InvalidInputError
+from ..errors import CheckpointError, InvalidInputError
+from ..files import read_json, write_json
+from ..report import FoldReport
+from ..runtime.linears.placing import low_bit_linears
+from ..runtime.placing import folded_ffns
 from .format import METHOD, PREFIX, CheckpointConfig, LayerFormat
-from .linears import low_bit_linears
 from .record import write_record
-from .report import FoldReport
-from .runtime.ffn import folded_ffns
 from .saving import CONFIG, STAGING, publish, save_model, save_tokenizer, shard_bytes
-from .workspace import read_json, write_json
 
 #: transformers' own, before `integrations.transformers` lets folded models be marked
 transformers_save = PreTrainedModel.save_pretrained

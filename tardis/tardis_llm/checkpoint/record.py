@@ -17,12 +17,12 @@ import torch
 import transformers
 from torch import Tensor
 
-from .config import FORMAT_VERSION
-from .errors import CheckpointError
-from .report import FoldReport
+from ..config import FORMAT_VERSION
+from ..errors import CheckpointError
+from ..files import digest, read_json, write_json
+from ..report import FoldReport
 from .saving import CONFIG
 from .weight_files import Entry, described, directory_of, headers, tensors
-from .workspace import digest, read_json, write_json
 
 RECORD = "tardis.json"
 #: fields of config.json that do not change what a model computes: they may be edited

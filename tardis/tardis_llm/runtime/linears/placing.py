@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .architectures import ffn_linear_names, set_module
-from .errors import InvalidInputError
-from .report import LinearsReport
-from .runtime.cpu.library import available
-from .runtime.linear import ThroughKernels, kernel_linear
-from .runtime.lowbit_linear import KINDS, LowBitLinear, Nf4Linear
+from ...errors import InvalidInputError
+from ...families.sites import ffn_linear_names, set_module
+from ...report import LinearsReport
+from ..cpu.library import available
+from .dense import ThroughKernels, kernel_linear
+from .lowbit import KINDS, LowBitLinear, Nf4Linear
 
 
 def quantise_linears(model: PreTrainedModel, bits: int, *, ffn: bool = False) -> LinearsReport:

@@ -13,13 +13,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .architectures import FFNSite
-from .calibration.stream import Stream
-from .config import Storage
-from .folding.budget import FFNShape, Option, split_budget
-from .folding.fold import DenseFFN, Inputs, Predicted, choose_ranges, error_curve, predict, solve
-from .folding.ranges import share_by_error
-from .runtime.ffn import FoldedFFN, install, uninstall
+from ..calibration.stream import Stream
+from ..config import Storage
+from ..families.sites import FFNSite
+from ..ffn.accounting import FFNShape
+from ..ffn.weights import DenseFFN
+from ..folding.budget import Option, split_budget
+from ..folding.fold import Inputs, Predicted, choose_ranges, error_curve, predict, solve
+from ..folding.ranges import share_by_error
+from ..runtime.modules import FoldedFFN
+from ..runtime.placing import install, uninstall
 from .session import Session, dense_ffn, ffn_shape, inputs_at
 
 _STAGE = "measuring layers"

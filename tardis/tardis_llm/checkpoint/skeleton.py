@@ -10,12 +10,12 @@ import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .activations import identify
-from .architectures import FFNSite, find_ffns
-from .errors import CheckpointError, TardisError
+from ..errors import CheckpointError, TardisError
+from ..families.sites import FFNSite, find_ffns
+from ..ffn.activations import identify
+from ..runtime.linears.placing import check_bits, empty_like, linear_layers, put_linears, untie_head
+from ..runtime.placing import install
 from .format import CheckpointConfig, LayerFormat, stock_name
-from .linears import check_bits, empty_like, linear_layers, put_linears, untie_head
-from .runtime.ffn import install
 
 #: blocks of a model whose weight files are not known yet: more would take minutes to make, and no model has them
 _MOST_BLOCKS = 10_000

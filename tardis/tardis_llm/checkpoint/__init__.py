@@ -1,0 +1,1 @@
+"""Folded checkpoints: their format, what must be in them, writing and reading them."""

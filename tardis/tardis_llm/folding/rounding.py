@@ -1,0 +1,83 @@
+"""Round matrices to few bits: to the nearest, or by GPTQ, which spreads each error over the columns after it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import InvalidInputError
+from ..ffn.packed import ROWS_AT_ONCE, PackedMatrix, expand_scale, midpoint, pack
+from .sweep import Replace, dead_inputs, sweep
+
+_SCALE_CANDIDATES = 40  # scales tried per group, between a fifth of the largest weight and all of it
+_LEAST_SCALE = 2.0**-24  # the least positive fp16, so that nothing is divided by zero
+_BLOCK = 128  # columns rounded before the rest of the matrix is updated
+
+
+def quantise(w: Tensor, bits: int, group_size: int, covariance: Tensor | None = None) -> PackedMatrix:
+    """Round w to `bits` per weight.
+
+    Args:
+        w: [h, d] fp32.
+        bits: 1 to 8.
+        group_size: columns per scale; d or more means one scale per row.
+        covariance: [d, d] second moments of the inputs. With it each column's rounding error is spread over the columns
+            not yet rounded so as to keep the output (GPTQ, arXiv 2210.17323); None rounds to the nearest.
+
+    Raises:
+        InvalidInputError: w is not finite, or too large for fp16 scales.
+    """
+    if not bool(torch.isfinite(w).all()):
+        raise InvalidInputError("a weight of an FFN has NaN or infinite entries; reload a sound checkpoint.")
+    group_size = min(group_size, w.shape[1])
+    scale = best_scale(w, bits, group_size)
+    columns = expand_scale(scale.float(), group_size, w.shape[1])
+    codes = _nearest(w, columns, bits) if covariance is None else _gptq(w, columns, bits, covariance)
+    return PackedMatrix(pack(codes, bits), scale, w.shape[1], group_size)
+
+
+def best_scale(w: Tensor, bits: int, group_size: int) -> Tensor:
+    """[h, groups] fp16: per row and group, the scale whose nearest rounding has the least squared error."""
+    best = torch.cat([_best_scale(rows, bits, group_size) for rows in w.split(ROWS_AT_ONCE)])
+    if bool((best > torch.finfo(torch.float16).max).any()):
+        raise InvalidInputError("a weight of an FFN is too large for fp16 scales; check the checkpoint's weights.")
+    return best.half().clamp_min(_LEAST_SCALE)
+
+
+def _best_scale(w: Tensor, bits: int, group_size: int) -> Tensor:
+    """`best_scale` in fp32, for a few rows at a time."""
+    h, d = w.shape
+    groups = F.pad(w, (0, -d % group_size)).view(h, -1, group_size)
+    valid = F.pad(torch.ones(d), (0, -d % group_size)).view(-1, group_size)
+    largest = groups.abs().amax(-1).clamp_min(1e-6)
+    best, least = largest, torch.full_like(largest, torch.inf)
+    top = midpoint(bits)
+    for share in torch.linspace(0.2, 1.0, _SCALE_CANDIDATES):
+        scale = largest * share / top
+        column = scale[..., None]
+        level = _nearest(groups, column, bits).float() - top
+        error = ((level * column - groups).square() * valid).sum(-1)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return best
+
+
+def _nearest(w: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Codes whose levels are nearest to w, for scales that broadcast against it."""
+    return (w / scale + midpoint(bits)).round().clamp(0, 2**bits - 1).to(torch.uint8)
+
+
+def _gptq(w: Tensor, scale: Tensor, bits: int, covariance: Tensor) -> Tensor:
+    """Codes [h, d] uint8, column by column, each error carried to the columns after it."""
+    rows = scale.T.contiguous()  # [d, h], as the sweep has its columns
+
+    def rule(start: int, block: Tensor, diagonal: Tensor) -> Replace:
+        def replace(j: int, column: Tensor) -> Tensor:
+            at = rows[start + j]
+            return (_nearest(column, at, bits).float() - midpoint(bits)) * at
+
+        return replace
+
+    put = sweep(w, covariance, _BLOCK, rule)
+    # what no token of the calibration text had, another text may have
+    return _nearest(torch.where(dead_inputs(covariance), w, put), scale, bits)
