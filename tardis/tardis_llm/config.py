@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from .errors import InvalidInputError
+from .ffn.weights import Storage
 
 Policy = Literal["error", "coverage"]
 Rounding = Literal["gptq", "nearest"]
@@ -18,22 +19,6 @@ FORMAT_VERSION = 2
 PREDICTOR_BITS = (1, 2, 3, 4, 8)
 #: widths of what is stored in few bits: a fold, fallback weights, linear layers outside the FFNs
 STACKED_BITS = (4, 8)
-
-
-@dataclass(frozen=True)
-class Storage:
-    """How the parts of a folded FFN are stored.
-
-    Attributes:
-        group_size: input weights that share one scale, in every low-bit matrix.
-        fold_bits: bits per weight of the fold; None for the model's dtype.
-        fallback_bits: bits per weight of W1 and W2 as fixing reads them; None for the dense weights. Those of W1
-            include the predictor's, which serve both.
-    """
-
-    group_size: int = 256
-    fold_bits: int | None = None
-    fallback_bits: int | None = None
 
 
 @dataclass(frozen=True)

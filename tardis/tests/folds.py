@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from tardis_llm import FoldConfig, FoldReport, fold
 from tardis_llm.families.sites import find_ffns
-from tardis_llm.pipeline.session import dense_ffn
+from tardis_llm.pipeline.session import sound_weights
 from tardis_llm.runtime.modules import FoldedFFN
 from tardis_llm.runtime.placing import install
 
@@ -44,7 +44,7 @@ def badly_folded(name: str) -> tuple[PreTrainedModel, Tensor]:
     with torch.no_grad():
         dense = model(tokens(2, 12)).logits
     for site in find_ffns(model):
-        ffn = dense_ffn(site)
+        ffn = sound_weights(site).in_fp32()
         everywhere = torch.full((site.intermediate_size,), torch.inf)
-        install(model, site, FoldedFFN(folded_with(ffn, -everywhere, everywhere), ffn.activation))
+        install(model, site, FoldedFFN(folded_with(ffn, -everywhere, everywhere)))
     return model, dense

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from models import tiny_model
-from synthetic import half_fixed
+from synthetic import as_stored, half_fixed
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from tardis_llm import FoldReport, save_folded
-from tardis_llm.config import Storage
 from tardis_llm.families.sites import find_ffns
-from tardis_llm.folding.rounding import quantise
-from tardis_llm.folding.stack import quantise_fallback, store_fold
-from tardis_llm.pipeline.session import dense_ffn
+from tardis_llm.ffn.weights import Storage
+from tardis_llm.pipeline.session import sound_weights
 from tardis_llm.report import LayerReport
 from tardis_llm.runtime.linears.placing import quantise_linears
 from tardis_llm.runtime.modules import FoldedFFN
@@ -35,18 +35,10 @@ def quick_fold(name: str, form: str = "plain") -> PreTrainedModel:
     storage, bits = FORMS[form]
     model = tiny_model(name)
     for site in find_ffns(model):
-        ffn = dense_ffn(site)
-        predictor = quantise(ffn.w1, 2, storage.group_size)
+        ffn = sound_weights(site).in_fp32()
         made = half_fixed(ffn)
-        ranges = {key: getattr(made, key).half() for key in ("low", "high", "slope", "offset")}
-        folded = replace(
-            made,
-            weight=store_fold(made.weight, storage, made.weight.dtype, None),
-            predictor=predictor,
-            fallback=quantise_fallback(ffn.w1, ffn.w2, predictor, storage, None),
-            **ranges,
-        )
-        install(model, site, FoldedFFN(folded, ffn.activation))
+        made = replace(made, neurons=made.neurons.map(Tensor.half))
+        install(model, site, FoldedFFN(as_stored(made, ffn, storage, torch.float32)))
     if bits:
         quantise_linears(model, bits)
     return model

@@ -11,10 +11,11 @@ from hypothesis import settings
 from torch import Tensor
 
 from tardis_llm.calibration.moments import BinnedMoments, SecondMoments
-from tardis_llm.config import FoldConfig, Storage
+from tardis_llm.config import FoldConfig
 from tardis_llm.ffn.activations import ACTIVATIONS
+from tardis_llm.ffn.neuron import Neurons
 from tardis_llm.ffn.packed import PackedMatrix, pack
-from tardis_llm.ffn.weights import DenseFFN, FFNWeights, FoldedWeights
+from tardis_llm.ffn.weights import DenseFFN, FoldedWeights, Storage
 from tardis_llm.folding.fold import FoldQuality, Inputs, choose_ranges, finish, predict
 from tardis_llm.folding.rounding import quantise
 from tardis_llm.folding.stack import quantise_fallback, store_fold
@@ -71,13 +72,13 @@ def second_moments(x: Tensor, y: Tensor) -> SecondMoments:
     return moments
 
 
-def binned(u: Tensor, z: Tensor, act: Act, like: BinnedMoments | None = None) -> BinnedMoments:
-    """Binned moments of neurons [tokens, h] in bins around u, or in those of `like`."""
+def binned(u: Tensor, z: Tensor, name: str, like: BinnedMoments | None = None) -> BinnedMoments:
+    """Binned moments of neurons [tokens, h] of the activation `name` in bins around u, or in those of `like`."""
     if like is None:
-        moments = BinnedMoments.around(u.mean(0), u.std(0))
+        moments = BinnedMoments.around(name, u.mean(0), u.std(0))
     else:
-        moments = BinnedMoments(like.edge, like.width, torch.zeros_like(like.sums))
-    moments.add(u, z, act)
+        moments = BinnedMoments(name, like.edge, like.width, torch.zeros_like(like.sums))
+    moments.add(u, z)
     return moments
 
 
@@ -98,7 +99,8 @@ def folded_with(ffn: DenseFFN, low: Tensor, high: Tensor, dtype: torch.dtype = t
     slope, offset = 0.3 + 0.2 * normal(len(ffn.w1), seed=7), 0.1 * normal(len(ffn.w1), seed=8)
     weight = (ffn.w2 * slope) @ ffn.w1
     bias = ffn.w2 @ (slope * ffn.b1 + offset) + ffn.b2
-    return FoldedWeights(weight.to(dtype), bias.to(dtype), quantise(ffn.w1, 4, 16), low, high, slope, offset)
+    neurons = Neurons(ffn.activation, low, high, slope, offset)
+    return FoldedWeights(weight.to(dtype), bias.to(dtype), quantise(ffn.w1, 4, 16), neurons)
 
 
 def everything_fixed(ffn: DenseFFN, dtype: torch.dtype = torch.float32) -> FoldedWeights:
@@ -128,32 +130,36 @@ def fitted(
     return finish(ffn, inputs, predicted, choose_ranges(ffn, predicted, rate, config), config, torch.float32)
 
 
-def fallback(ffn: DenseFFN, dtype: torch.dtype = torch.float32) -> FFNWeights:
+def fallback(ffn: DenseFFN, dtype: torch.dtype = torch.float32) -> DenseFFN:
     """The dense weights as the runtime gets them."""
-    return FFNWeights(*(tensor.to(dtype) for tensor in (ffn.w1, ffn.b1, ffn.w2, ffn.b2)))
+    return DenseFFN(*(tensor.to(dtype) for tensor in (ffn.w1, ffn.b1, ffn.w2, ffn.b2)), ffn.activation)
 
 
-def neuron_major(weights: FFNWeights) -> FFNWeights:
+def neuron_major(weights: DenseFFN) -> DenseFFN:
     """The same weights, neuron by neuron in memory."""
-    return weights._replace(w2=weights.w2.T.contiguous().T)
+    return replace(weights, w2=weights.w2.T.contiguous().T)
 
 
 def stored_fold(
     d: int, h: int, storage: Storage, dtype: torch.dtype, name: str = "gelu", ranges: str = "half"
-) -> tuple[FoldedWeights, FFNWeights]:
+) -> tuple[FoldedWeights, DenseFFN]:
     """A fold as it is stored and the dense weights, neuron by neuron; `ranges`: none, half or all are fixed."""
     ffn = random_ffn(d, h, name)
     make = {"none": nothing_fixed, "half": half_fixed, "all": everything_fixed}[ranges]
-    folded = make(ffn)
+    return as_stored(make(ffn), ffn, storage, dtype), neuron_major(fallback(ffn, dtype))
+
+
+def as_stored(folded: FoldedWeights, ffn: DenseFFN, storage: Storage, dtype: torch.dtype) -> FoldedWeights:
+    """A fold of an FFN with a 2-bit predictor, and fold and fallback as stored."""
     predictor = quantise(ffn.w1, 2, storage.group_size)
-    folded = replace(
-        folded,
-        weight=store_fold(folded.weight, storage, dtype, None),
-        bias=folded.bias.to(dtype),
-        predictor=predictor,
-        fallback=quantise_fallback(ffn.w1, ffn.w2, predictor, storage, None),
-    )
-    return folded, neuron_major(fallback(ffn, dtype))
+    up, down = quantise_fallback(ffn.w1, ffn.w2, predictor, storage, None)
+    fold, bias = store_fold(folded.fold, storage, dtype, None), folded.bias.to(dtype)
+    return replace(folded, fold=fold, bias=bias, predictor=predictor, up=up, down=down)
+
+
+def edited(folded: FoldedWeights, **lines: Tensor) -> FoldedWeights:
+    """The fold with other ranges or lines."""
+    return replace(folded, neurons=replace(folded.neurons, **lines))
 
 
 def activation(name: str) -> Act:

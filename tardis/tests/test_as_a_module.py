@@ -26,10 +26,10 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, 
 
 from tardis_llm import freeze
 from tardis_llm.checkpoint.folded import mark_folded
-from tardis_llm.config import Storage
 from tardis_llm.errors import InvalidInputError
 from tardis_llm.evaluation.shapes import random_folds
-from tardis_llm.runtime.cpu import ops
+from tardis_llm.ffn.weights import Storage
+from tardis_llm.runtime.cpu.backend import CpuBackend
 from tardis_llm.runtime.decoding import prepare_decoding
 from tardis_llm.runtime.linears.placing import low_bit_linears, quantise_linears
 from tardis_llm.runtime.modules import FoldedFFN, KeptLinear
@@ -293,7 +293,7 @@ def test_the_base_model_of_a_checkpoint_has_its_folds(family: str, form: str, mo
 @pytest.fixture
 def reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """Folded FFNs by the reference, which offloaded ones run through: the kernels find other neurons next to bounds."""
-    monkeypatch.setattr(ops, "takes", lambda x: False)
+    monkeypatch.setattr(CpuBackend, "accepts", lambda self, x: False)
 
 
 @every_family

@@ -14,7 +14,6 @@ from models import tiny_model, tiny_tokenizer, tokens
 from transformers import AutoConfig, PreTrainedModel
 
 from tardis_llm.checkpoint.loading import load_model
-from tardis_llm.config import Storage
 from tardis_llm.errors import InvalidInputError
 from tardis_llm.evaluation.fix_rate import count_fixes
 from tardis_llm.evaluation.shapes import SHAPES, random_folds, save_random_fold, shaped_model
@@ -33,6 +32,7 @@ from tardis_llm.evaluation.speed import (
 )
 from tardis_llm.evaluation.variants import KINDS, rival
 from tardis_llm.families.sites import find_ffns
+from tardis_llm.ffn.weights import Storage
 from tardis_llm.runtime.placing import folded_ffns
 from tardis_llm.runtime.prefill import crossover as recorded
 

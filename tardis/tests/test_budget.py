@@ -11,16 +11,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import correlated, fitted, quick, random_ffn
 
-from tardis_llm.checkpoint.format import LayerFormat
-from tardis_llm.config import PREDICTOR_BITS, Storage
+from tardis_llm.config import PREDICTOR_BITS
 from tardis_llm.errors import InfeasibleBudgetError
-from tardis_llm.ffn.accounting import FFNShape
+from tardis_llm.ffn import accounting
+from tardis_llm.ffn.accounting import planned
+from tardis_llm.ffn.weights import DenseFFN, FoldedWeights, FoldFormat, Storage
 from tardis_llm.folding.budget import Option, check_feasible, convex_hull, split_budget
 from tardis_llm.folding.fold import Inputs
 from tardis_llm.folding.rounding import quantise
 from tardis_llm.runtime.modules import FoldedFFN
 
-LARGE = FFNShape(4096, 4 * 4096, 2, True)
+
+def shaped(d: int, h: int, weight_bytes: int, biases: bool) -> DenseFFN:
+    """An FFN of these sizes without content."""
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype={2: torch.bfloat16, 4: torch.float32}[weight_bytes], device="meta")
+
+    b1, b2 = (empty(h), empty(d)) if biases else (None, None)
+    return DenseFFN(empty(h, d), b1, empty(d, h), b2, "gelu")
+
+
+LARGE = shaped(4096, 4 * 4096, 2, True)
 
 points = st.builds(
     lambda touched, loss: Option(2, 0.0, float(touched), loss / 8), st.integers(1, 20), st.integers(0, 80)
@@ -41,49 +53,49 @@ def test_bytes_equal_those_of_the_stored_tensors(bits: int, group_size: int, d: 
     inputs = Inputs(correlated(300, d, 1), correlated(100, d, 2))
     weights, _ = fitted(ffn, inputs, 0.1)
     weights = replace(weights, predictor=quantise(ffn.w1, bits, group_size))
-    stored = sum(tensor.nbytes for tensor in FoldedFFN(weights, "gelu").state_dict().values())
-    with_biases, without = FFNShape(d, 48, 4, True), FFNShape(d, 48, 4, False)
+    stored = sum(tensor.nbytes for tensor in FoldedFFN(weights).state_dict().values())
+    with_biases, without = shaped(d, 48, 4, True), shaped(d, 48, 4, False)
     storage = Storage(group_size)
-    assert without.always(bits, storage) == stored
-    assert with_biases.always(bits, storage) == stored + ffn.b1.nbytes
-    assert without.always(bits, storage, range_bytes=4) == stored + 4 * 2 * 48
-    assert without.dense == ffn.w1.nbytes + ffn.w2.nbytes
-    assert with_biases.dense == without.dense + ffn.b1.nbytes + ffn.b2.nbytes
-    assert with_biases.per_neuron(bits, storage) == ffn.w1[0].nbytes + ffn.w2[:, 0].nbytes
+    assert planned(without, storage, bits).always == stored
+    assert planned(with_biases, storage, bits).always == stored + ffn.b1.nbytes
+    in_fp32 = replace(weights, neurons=weights.neurons.map(torch.Tensor.float))
+    assert accounting.cost(without, in_fp32).always == stored + 4 * 2 * 48
+    assert without.nbytes == ffn.w1.nbytes + ffn.w2.nbytes
+    assert with_biases.nbytes == without.nbytes + ffn.b1.nbytes + ffn.b2.nbytes
+    assert planned(with_biases, storage, bits).fixing / 48 == ffn.w1[0].nbytes + ffn.w2[:, 0].nbytes
 
 
 def test_bytes_of_an_example_by_hand() -> None:
-    shape = FFNShape(d=4, h=8, weight_bytes=2, biases=True)
-    assert shape.dense == 2 * (4 * 8 + 8 + 8 * 4 + 4)  # 152
-    assert shape.per_neuron(2, Storage(2)) == 2 * (4 + 4)
+    shape = shaped(4, 8, 2, True)
+    assert shape.nbytes == 2 * (4 * 8 + 8 + 8 * 4 + 4)  # 152
+    assert planned(shape, Storage(2), 2).fixing / shape.h == 2 * (4 + 4)
     # fold 4 x 4 + 4; 2 planes of 1 byte a row; 2 groups of 2 columns; 4 ranges and lines; up bias
-    assert shape.always(2, Storage(2)) == 2 * 20 + 8 * 2 + 8 * 2 * 2 + 8 * 4 * 2 + 8 * 2 == 168
-    assert shape.touched(2, Storage(2), 0.25) == 168 + 0.25 * 8 * 16 == 200
+    assert planned(shape, Storage(2), 2).always == 2 * 20 + 8 * 2 + 8 * 2 * 2 + 8 * 4 * 2 + 8 * 2 == 168
+    assert planned(shape, Storage(2), 2).touched(0.25) == 168 + 0.25 * 8 * 16 == 200
 
 
 def test_bytes_of_a_stacked_example_by_hand() -> None:
-    shape, storage = FFNShape(d=16, h=8, weight_bytes=2, biases=True), Storage(8, fold_bits=4, fallback_bits=4)
+    shape, storage = shaped(16, 8, 2, True), Storage(8, fold_bits=4, fallback_bits=4)
     # fold: 16 rows of 4 planes of 2 bytes and 2 scales, and its bias; predictor: 8 rows of 1 plane and 2 scales
-    assert shape.fold(storage) == 16 * (8 + 4) + 2 * 16
-    assert shape.always(1, storage) == 224 + 8 * (2 + 4) + 8 * 4 * 2 + 8 * 2 == 352
+    assert planned(shape, storage, 1).fold == 16 * (8 + 4) + 2 * 16
+    assert planned(shape, storage, 1).always == 224 + 8 * (2 + 4) + 8 * 4 * 2 + 8 * 2 == 352
     # what the predictor lacks of W1's row: 3 planes and scales; the column of W2: 4 planes and scales
-    assert shape.per_neuron(1, storage) == (6 + 4) + (8 + 4) == 22
-    assert shape.per_neuron(4, storage) == 8 + 4
-    assert shape.touched(1, storage, 0.5) == 352 + 4 * 22
+    assert planned(shape, storage, 1).fixing / shape.h == (6 + 4) + (8 + 4) == 22
+    assert planned(shape, storage, 4).fixing / shape.h == 8 + 4
+    assert planned(shape, storage, 1).touched(0.5) == 352 + 4 * 22
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
 @pytest.mark.parametrize("fallback_bits", [4, 8])
 @pytest.mark.parametrize("fold_bits", [None, 4, 8])
 def test_stacked_bytes_equal_those_of_the_stored_tensors(bits: int, fallback_bits: int, fold_bits: int | None) -> None:
-    layer = LayerFormat("gelu", bits, 24, "float16", fold_bits, fallback_bits)
-    ffn = layer.empty(40, 48, torch.bfloat16, torch.device("meta"))
-    shape, storage = FFNShape(40, 48, 2, False), Storage(24, fold_bits, fallback_bits)
-    stored = sum(tensor.nbytes for tensor in ffn.state_dict().values())
-    assert LayerFormat.of(ffn) == layer
-    assert ffn.fallback is not None
-    assert shape.always(bits, storage) == stored - ffn.fallback.nbytes
-    assert shape.per_neuron(bits, storage) * 48 == ffn.fallback.nbytes
+    form = FoldFormat("gelu", bits, 24, "float16", fold_bits, fallback_bits)
+    shape, storage = shaped(40, 48, 2, False), Storage(24, fold_bits, fallback_bits)
+    ffn = FoldedFFN(FoldedWeights.empty(form, 40, 48, torch.bfloat16, torch.device("meta")))
+    assert ffn.weights.format == form and storage.format("gelu", bits) == form
+    expected, stored = planned(shape, storage, bits), sum(tensor.nbytes for tensor in ffn.state_dict().values())
+    assert accounting.cost(shape, ffn.weights) == expected
+    assert expected.resident == expected.always + expected.fixing == stored == ffn.weights.nbytes
 
 
 def test_a_predictor_wider_than_the_fallback_weights_is_not_considered() -> None:
@@ -92,12 +104,12 @@ def test_a_predictor_wider_than_the_fallback_weights_is_not_considered() -> None
 
 def test_the_shares_of_the_design_come_out() -> None:
     whole_row = Storage(LARGE.d)
-    planes = 2 * (LARGE.always(2, whole_row) - LARGE.always(1, whole_row))
+    planes = 2 * (planned(LARGE, whole_row, 2).always - planned(LARGE, whole_row, 1).always)
     scales, ranges, bias = 2 * LARGE.h, 8 * LARGE.h, 2 * LARGE.h
-    fold = LARGE.always(2, whole_row) - planes - scales - ranges - bias
-    assert fold / LARGE.dense == pytest.approx(0.125, rel=1e-3)
-    assert planes / LARGE.dense == pytest.approx(0.0625, rel=1e-3)
-    assert LARGE.always(2, Storage(256)) - LARGE.always(2, whole_row) == (LARGE.d // 256 - 1) * scales
+    fold = planned(LARGE, whole_row, 2).always - planes - scales - ranges - bias
+    assert fold / LARGE.nbytes == pytest.approx(0.125, rel=1e-3)
+    assert planes / LARGE.nbytes == pytest.approx(0.0625, rel=1e-3)
+    assert planned(LARGE, Storage(256), 2).always - planned(LARGE, whole_row, 2).always == (LARGE.d // 256 - 1) * scales
 
 
 @pytest.mark.parametrize("biases", [False, True])
@@ -106,9 +118,9 @@ def test_the_shares_of_the_design_come_out() -> None:
 def test_at_a_reduction_of_80_percent_there_is_room_for_fixing(
     d: int, group_size: int, least: float, biases: bool
 ) -> None:
-    shape = FFNShape(d, 4 * d, 2, biases)
+    shape = shaped(d, 4 * d, 2, biases)
     assert check_feasible([shape], PREDICTOR_BITS, Storage(group_size), 0.8) == (1, 2)
-    assert shape.affordable_fix_rate(2, Storage(group_size), 0.8) >= least
+    assert planned(shape, Storage(group_size), 2).affordable_fix_rate(0.8) >= least
 
 
 @quick
@@ -116,19 +128,19 @@ def test_at_a_reduction_of_80_percent_there_is_room_for_fixing(
     st.sampled_from(PREDICTOR_BITS),
     st.integers(1, 300),
     st.floats(0.05, 0.95),
-    st.builds(FFNShape, st.integers(8, 300), st.integers(8, 1200), st.sampled_from([2, 4]), st.booleans()),
+    st.builds(shaped, st.integers(8, 300), st.integers(8, 1200), st.sampled_from([2, 4]), st.booleans()),
 )
 def test_the_affordable_fix_rate_reads_just_what_the_reduction_leaves(
-    bits: int, group_size: int, reduction: float, shape: FFNShape
+    bits: int, group_size: int, reduction: float, shape: DenseFFN
 ) -> None:
     storage = Storage(group_size)
-    rate = shape.affordable_fix_rate(bits, storage, reduction)
-    allowed = (1 - reduction) * shape.dense
+    rate = planned(shape, storage, bits).affordable_fix_rate(reduction)
+    allowed = (1 - reduction) * shape.nbytes
     if rate < 1:
-        assert shape.touched(bits, storage, rate) == pytest.approx(allowed)
+        assert planned(shape, storage, bits).touched(rate) == pytest.approx(allowed)
     else:
-        assert shape.touched(bits, storage, 1.0) <= allowed * (1 + 1e-9)
-    assert (rate < 0) == (shape.always(bits, storage) > allowed)
+        assert planned(shape, storage, bits).touched(1.0) <= allowed * (1 + 1e-9)
+    assert (rate < 0) == (planned(shape, storage, bits).always > allowed)
 
 
 @quick
@@ -212,9 +224,9 @@ def test_widths_that_leave_no_room_are_dropped() -> None:
 
 
 @pytest.mark.parametrize("bits", [PREDICTOR_BITS, (2,), (4, 8)])
-@pytest.mark.parametrize("shape", [LARGE, FFNShape(64, 256, 4, False), FFNShape(100, 256, 2, True)])
+@pytest.mark.parametrize("shape", [LARGE, shaped(64, 256, 4, False), shaped(100, 256, 2, True)])
 def test_an_infeasible_reduction_is_refused_with_the_largest_feasible_one(
-    bits: tuple[int, ...], shape: FFNShape
+    bits: tuple[int, ...], shape: DenseFFN
 ) -> None:
     with pytest.raises(InfeasibleBudgetError) as raised:
         check_feasible([shape, shape], bits, Storage(), 0.97)
@@ -230,7 +242,7 @@ def test_an_infeasible_reduction_is_refused_with_the_largest_feasible_one(
 
 
 def test_the_model_counts_as_a_whole() -> None:
-    small, large = FFNShape(64, 256, 2, True), FFNShape(2048, 8192, 2, True)
+    small, large = shaped(64, 256, 2, True), shaped(2048, 8192, 2, True)
     with pytest.raises(InfeasibleBudgetError):
         check_feasible([small], (2,), Storage(), 0.8)
     assert check_feasible([small, large], (2,), Storage(), 0.8) == (2,)

@@ -8,6 +8,7 @@ import json
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,16 @@ from transformers import PreTrainedModel
 
 from tardis_llm import fold
 from tardis_llm.checkpoint.loading import load_model
-from tardis_llm.config import Storage
 from tardis_llm.errors import InvalidInputError
 from tardis_llm.evaluation.shapes import random_folds
 from tardis_llm.evaluation.speed import Decoder
 from tardis_llm.evaluation.variants import folded_variant
+from tardis_llm.ffn.weights import Storage
 from tardis_llm.runtime.cpu.library import available
 from tardis_llm.runtime.decoding import COMPILED, compiled, prepare_decoding
 from tardis_llm.runtime.linears.lowbit import KINDS
 from tardis_llm.runtime.modules import FoldedFFN
-from tardis_llm.runtime.numbered import numbered
+from tardis_llm.runtime.operators import numbered
 from tardis_llm.runtime.prefill import set_prefill
 
 needs_library = pytest.mark.skipif(
@@ -134,7 +135,7 @@ def test_prompts_go_where_they_should_and_decoding_stays_one_graph() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_folded_ffn_is_one_graph_with_the_kernels_and_without(storage: Storage, dtype: torch.dtype) -> None:
     weights, dense = stored_fold(64, 96, storage, dtype)
-    module, x = FoldedFFN(weights, "gelu"), correlated(5, 64).to(dtype)  # the kernels take no fp64
+    module, x = FoldedFFN(weights), correlated(5, 64).to(dtype)  # the kernels take no fp64
     found = torch.compile(module, backend="aot_eager", fullgraph=True)(x, dense)
     torch.testing.assert_close(found, module(x, dense), rtol=1e-4, atol=1e-4)
 
@@ -143,23 +144,23 @@ def test_a_folded_ffn_is_one_graph_with_the_kernels_and_without(storage: Storage
 @torch.no_grad()
 def test_weights_that_do_not_lie_as_the_kernels_read_them_compute_the_same_and_are_said() -> None:
     weights, dense = stored_fold(64, 96, Storage(64), torch.float32, ranges="all")
-    module, x = FoldedFFN(weights, "gelu"), correlated(5, 64)
+    module, x = FoldedFFN(weights), correlated(5, 64)
     run = torch.compile(module, backend="aot_eager", fullgraph=True)
     with warnings.catch_warnings(), torch.enable_grad():  # which changes nothing, as nothing needs gradients
         warnings.simplefilter("error", RuntimeWarning)
         expected = run(x, dense)
     with pytest.warns(RuntimeWarning, match=r"call tardis_llm.runtime.decoding.prepare_decoding"):
-        found = run(x, dense._replace(w2=dense.w2.contiguous()))
+        found = run(x, replace(dense, w2=dense.w2.contiguous()))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 @needs_library
 def test_the_operators_pass_the_checks_of_torch() -> None:
     weights, dense = stored_fold(64, 96, Storage(64), torch.float32)
-    ffn, x = FoldedFFN(weights, "gelu"), correlated(5, 64)
+    ffn, x = FoldedFFN(weights), correlated(5, 64)
     linear = KINDS[8].of(dense.w1, None)
     calls = {
-        torch.ops.tardis.numbered_ffn.default: (x, ffn.number, *dense[:3]),
+        torch.ops.tardis.numbered_ffn.default: (x, ffn.number, *dense.tensors[:3]),
         torch.ops.tardis.numbered_linear.default: (x, linear.number, 96),
     }
     for op, arguments in calls.items():
@@ -170,7 +171,7 @@ def test_the_operators_pass_the_checks_of_torch() -> None:
 @pytest.mark.parametrize("clone", [copy.deepcopy, copy.copy], ids=["deep", "shallow"])
 def test_a_copy_has_a_number_of_its_own_and_no_module_is_kept_alive(clone: Callable[[nn.Module], nn.Module]) -> None:
     weights, _ = stored_fold(64, 96, Storage(64), torch.float32)
-    ffn = FoldedFFN(weights, "gelu")
+    ffn = FoldedFFN(weights)
     other: Any = clone(ffn)
     assert other.number != ffn.number
     assert numbered(other.number) is other and numbered(ffn.number) is ffn

@@ -85,17 +85,17 @@ def test_the_lines_of_a_linear_activation_are_found(linear: str) -> None:
     ffn = random_ffn(D, H, linear)
     folded, quality = fitted(ffn, inputs_for(), 0.0, refit=False)
     assert quality.error < 1e-4
-    torch.testing.assert_close(folded.slope.float(), torch.full((H,), 2.0), rtol=1e-3, atol=0)
+    torch.testing.assert_close(folded.neurons.slope.float(), torch.full((H,), 2.0), rtol=1e-3, atol=0)
 
 
 @every_activation
 def test_without_refit_the_fold_is_that_of_the_lines(name: str) -> None:
     ffn = random_ffn(D, H, name)
     folded, quality = fitted(ffn, inputs_for(), 0.05, refit=False)
-    slope, offset = folded.slope.double(), folded.offset.double()
+    slope, offset = folded.neurons.slope.double(), folded.neurons.offset.double()
     C = ffn.w2.double() @ torch.diag(slope) @ ffn.w1.double()
     c = ffn.w2.double() @ (slope * ffn.b1 + offset) + ffn.b2.double()
-    torch.testing.assert_close(folded.weight, C.float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(folded.fold, C.float(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(folded.bias, c.float(), rtol=1e-4, atol=1e-5)
     assert quality.damping is None
 
@@ -106,8 +106,8 @@ def test_without_refit_fold_and_all_residuals_make_the_dense_output(name: str) -
     folded, _ = fitted(ffn, inputs_for(), 0.05, refit=False)
     x = correlated(100, D, 3).double()
     z = x @ ffn.w1.double().T + ffn.b1.double()
-    r = residuals(activation(name), z, folded.slope, folded.offset)
-    y = x @ folded.weight.double().T + folded.bias.double() + r @ ffn.w2.double().T
+    r = residuals(activation(name), z, folded.neurons.slope, folded.neurons.offset)
+    y = x @ folded.fold.double().T + folded.bias.double() + r @ ffn.w2.double().T
     torch.testing.assert_close(y, forward(ffn, x), rtol=1e-5, atol=1e-5)
 
 
@@ -164,8 +164,8 @@ def test_the_fold_is_rounded_to_the_dtype_of_the_model_and_its_error_counted() -
     nothing = torch.full((H,), torch.inf)
     ranges = ranges_of(low=nothing, high=-nothing, slope=torch.full((H,), 0.5))
     folded, quality = finish(ffn, inputs, predicted, ranges, FoldConfig(), torch.bfloat16)
-    assert folded.weight.dtype == folded.bias.dtype == torch.bfloat16
-    assert folded.low.dtype == torch.float16
+    assert folded.fold.dtype == folded.bias.dtype == torch.bfloat16
+    assert folded.neurons.low.dtype == torch.float16
     assert quality.fix_rate == 1
     assert 1e-7 < quality.error < 1e-4
 
@@ -291,7 +291,7 @@ def test_an_ffn_of_a_relu_model_folds_to_contextual_sparsity() -> None:
     predicted = predict(ffn, inputs, 8, FoldConfig(group_size=16))
     ranges = error_ranges(predicted.fit, ffn.gain, 1e-6 * highest_price(predicted.fit, ffn.gain))
     folded, quality = finish(ffn, inputs, predicted, ranges, FoldConfig(refit=False), torch.float32)
-    assert folded.weight.abs().max() < 0.01
+    assert folded.fold.abs().max() < 0.01
     assert quality.error < 1e-3
     z = inputs.heldout @ ffn.w1.T + ffn.b1
     assert quality.fix_rate == pytest.approx(float((z > 0).float().mean()), abs=0.03)

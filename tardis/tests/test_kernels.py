@@ -24,6 +24,7 @@ from models import tiny_model, tokens
 from synthetic import (
     activation,
     correlated,
+    edited,
     everything_fixed,
     folded_with,
     half_fixed,
@@ -35,20 +36,21 @@ from synthetic import (
 )
 from torch import Tensor
 
-from tardis_llm.config import Storage
 from tardis_llm.errors import InvalidInputError, TardisError
 from tardis_llm.families.sites import find_ffns
 from tardis_llm.ffn.activations import ACTIVATIONS
 from tardis_llm.ffn.packed import PackedMatrix
-from tardis_llm.ffn.weights import FFNWeights, FoldedWeights, dense_fold
+from tardis_llm.ffn.weights import DenseFFN, FoldedWeights, Storage, written_out
 from tardis_llm.folding.rounding import quantise
-from tardis_llm.pipeline.session import dense_ffn
-from tardis_llm.runtime import modules as reference
-from tardis_llm.runtime.cpu import library, ops
+from tardis_llm.pipeline.session import sound_weights
+from tardis_llm.runtime import backend, slow
+from tardis_llm.runtime.backend import prepare
+from tardis_llm.runtime.cpu import library
+from tardis_llm.runtime.cpu.backend import CpuBackend, CpuFFN
 from tardis_llm.runtime.cpu.library import ISAS, MAX_TOKENS, open_library
 from tardis_llm.runtime.modules import FoldedFFN
 from tardis_llm.runtime.placing import install, uninstall
-from tardis_llm.runtime.reference import fixed_neurons
+from tardis_llm.runtime.reference import fixed_neurons, folded_ffn
 
 BUILT = open_library()
 needs_library = pytest.mark.skipif(BUILT is None, reason="the CPU kernels are not built: no C++ compiler was found")
@@ -107,11 +109,14 @@ def lowbit_linear(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None, b
     return y
 
 
-def predicted(x: Tensor, folded: FoldedWeights, b1: Tensor | None, bits: int = 16) -> Tensor:
+def kernel_ffn(x: Tensor, folded: FoldedWeights, dense: DenseFFN, bits: int = 8) -> Tensor:
+    """The output by the kernels, inputs of low-bit products rounded to 8 or 16 bits."""
+    return CpuFFN(folded.beside(dense), bits)(x)
+
+
+def predicted(x: Tensor, folded: FoldedWeights, dense: DenseFFN, bits: int = 16) -> Tensor:
     """The fixed neurons as the kernels find them."""
-    p, ranges = folded.predictor, (folded.low, folded.high)
-    fixed: Tensor = torch.ops.tardis.fixed_neurons(x, p.planes, p.scale, p.group_size, b1, *ranges, bits)
-    return fixed
+    return CpuFFN(folded.beside(dense), bits).fixed(x)
 
 
 # ---- products ------------------------------------------------------------------------------------------------------
@@ -124,8 +129,8 @@ def test_dense_products(isa: str, shape: tuple[int, int], dtype: torch.dtype) ->
     for count in BATCHES:
         x = inputs(count, shape[1], dtype)
         expected = x.double() @ weight.double().T
-        assert_within(torch.ops.tardis.bf16_linear(x, weight, None), expected)
-        assert_within(torch.ops.tardis.bf16_linear(x, weight, bias), expected + bias.double())
+        assert_within(torch.ops.tardis.linear(x, weight, None), expected)
+        assert_within(torch.ops.tardis.linear(x, weight, bias), expected + bias.double())
 
 
 def every_fp16() -> Tensor:
@@ -135,7 +140,7 @@ def every_fp16() -> Tensor:
 
 def test_every_fp16_number_is_read_and_written(isa: str) -> None:
     numbers = every_fp16()
-    found = torch.ops.tardis.bf16_linear(torch.ones(1, 1).half(), numbers[:, None], None)[0]
+    found = torch.ops.tardis.linear(torch.ones(1, 1).half(), numbers[:, None], None)[0]
     torch.testing.assert_close(found, numbers, rtol=0, atol=0, equal_nan=True)
 
 
@@ -146,7 +151,7 @@ def test_sums_are_rounded_to_fp16_as_by_torch(isa: str) -> None:
     for parts in ((0.5, 0.5, 0.0), (0.5, 0.5, 2**-10), (0.5, 0.5, -(2**-10)), (1.5, -0.5, 0.0), (8.0, 0.0, 0.0)):
         x = torch.tensor([parts]).half()  # halves between neighbours, next to them, elsewhere, and beyond the largest
         expected = (weight.double() @ x.double()[0]).float().half()
-        assert torch.equal(torch.ops.tardis.bf16_linear(x, weight, None)[0], expected)
+        assert torch.equal(torch.ops.tardis.linear(x, weight, None)[0], expected)
 
 
 def test_what_overflows_fp16_is_infinite_as_in_torch(isa: str) -> None:
@@ -154,11 +159,11 @@ def test_what_overflows_fp16_is_infinite_as_in_torch(isa: str) -> None:
     x, bias = torch.tensor([[1.0, 1.0], [0.5, 0.5]]).half(), torch.tensor([0.0, 0.0, 60000.0]).half()
     expected = torch.nn.functional.linear(x, weight, bias)
     assert expected.isinf().tolist() == [[True, True, True], [False, False, True]]
-    assert torch.equal(torch.ops.tardis.bf16_linear(x, weight, bias), expected)
+    assert torch.equal(torch.ops.tardis.linear(x, weight, bias), expected)
     folded, dense = stored_fold(40, 150, Storage(48), torch.float16)
     bias = folded.bias.clone()
     bias[3], bias[5] = torch.inf, 65504
-    y = ops.folded_ffn(correlated(2, 40).half(), replace(folded, bias=bias), dense, "gelu")
+    y = kernel_ffn(correlated(2, 40).half(), replace(folded, bias=bias), dense)
     assert y.isinf().nonzero()[:, 1].tolist() == [3, 3] and float(y[:, 5].min()) > 6e4
 
 
@@ -230,14 +235,14 @@ def test_the_portable_kernels_round_inputs_as_the_others_do() -> None:
 def test_predicted_neurons_are_those_of_the_reference(isa: str, bits: int, range_dtype: torch.dtype) -> None:
     ffn = random_ffn(100, 77)
     folded = replace(half_fixed(ffn), predictor=quantise(ffn.w1, bits, 48))
-    folded = replace(folded, low=folded.low.to(range_dtype), high=folded.high.to(range_dtype))
+    folded = edited(folded, low=folded.neurons.low.to(range_dtype), high=folded.neurons.high.to(range_dtype))
     for count in BATCHES:
         x = correlated(count, 100, count)
         zhat = x.double() @ folded.predictor.dequantise().double().T + ffn.b1
-        distance = torch.minimum((zhat - folded.low).abs(), (zhat - folded.high).abs())
+        distance = torch.minimum((zhat - folded.neurons.low).abs(), (zhat - folded.neurons.high).abs())
         clear = distance > input_rounding(x, folded.predictor) + FP32 * 10
         assert clear.double().mean() > 0.95
-        assert torch.equal(predicted(x, folded, ffn.b1)[clear], fixed_neurons(x, folded, ffn.b1)[clear])
+        assert torch.equal(predicted(x, folded, neuron_major(ffn))[clear], fixed_neurons(x, folded.beside(ffn))[clear])
 
 
 def test_nan_counts_as_out_of_range(isa: str) -> None:
@@ -246,7 +251,7 @@ def test_nan_counts_as_out_of_range(isa: str) -> None:
     folded = folded_with(ffn, -everywhere, everywhere)
     x = correlated(3, 40)
     x[1, 2] = torch.nan
-    assert predicted(x, folded, None).all(1).tolist() == [False, True, False]
+    assert predicted(x, folded, neuron_major(ffn)).all(1).tolist() == [False, True, False]
 
 
 # ---- the folded FFN ------------------------------------------------------------------------------------------------
@@ -261,23 +266,22 @@ every_form = pytest.mark.parametrize(
 
 
 @functools.cache
-def specified(x: Tensor, folded: FoldedWeights, dense: FFNWeights, name: str, bits: int = 16) -> tuple[Tensor, Tensor]:
+def specified(x: Tensor, folded: FoldedWeights, dense: DenseFFN, bits: int = 16) -> tuple[Tensor, Tensor]:
     """Output [tokens, d] in fp64 with the neurons that the kernels fix, and a bound on what rounding x moves it."""
-    w1, b1, w2, _ = dense
+    b1, neurons = dense.b1, folded.neurons
+    w1, w2 = folded.beside(dense).fallback(torch.float32)
     z_bound = torch.zeros(len(x), len(w1), dtype=torch.double)
-    if folded.fallback is not None:
-        w1, w2 = folded.fallback.matrices(folded.predictor, torch.float32)
-        for matrix in filter(None, (folded.predictor, folded.fallback.remainder)):
-            z_bound += input_rounding(x, matrix, bits)
-    x64, fixed = x.double(), predicted(x, folded, b1, 8 if folded.fallback is None else bits)
+    for matrix in filter(None, (folded.predictor, folded.up) if folded.stacked else ()):
+        z_bound += input_rounding(x, matrix, bits)
+    x64, fixed = x.double(), predicted(x, folded, dense, bits if folded.stacked else 8)
     z = x64 @ w1.double().T + (0 if b1 is None else b1.double())
-    residual = (activation(name)(z) - folded.slope.double() * z - folded.offset.double()) * fixed
-    y = x64 @ dense_fold(folded.weight, torch.float32).double().T + folded.bias.double() + residual @ w2.double().T
+    residual = (dense.act(z) - neurons.slope.double() * z - neurons.offset.double()) * fixed
+    y = x64 @ written_out(folded.fold).double().T + folded.bias.double() + residual @ w2.double().T
     # a residual moves at most as fast as relu2's slope, 2 |z|, plus the line's
-    steep = (2 + 2 * z.abs() + folded.slope.abs()) * fixed
+    steep = (2 + 2 * z.abs() + neurons.slope.abs()) * fixed
     bound = (z_bound + FP32 * (1 + z.abs())) * steep @ w2.double().abs().T
-    if isinstance(folded.weight, PackedMatrix):
-        bound = bound + input_rounding(x, folded.weight, bits)
+    if isinstance(folded.fold, PackedMatrix):
+        bound = bound + input_rounding(x, folded.fold, bits)
     return y, bound
 
 
@@ -286,7 +290,7 @@ def specified(x: Tensor, folded: FoldedWeights, dense: FFNWeights, name: str, bi
 def test_every_activation(isa: str, name: str, dtype: torch.dtype) -> None:
     folded, dense = stored_fold(40, 150, Storage(48), dtype, name)
     x = correlated(5, 40).to(dtype)
-    assert_within(ops.folded_ffn(x, folded, dense, name, 16), *specified(x, folded, dense, name))
+    assert_within(kernel_ffn(x, folded, dense, 16), *specified(x, folded, dense))
 
 
 @pytest.mark.parametrize("name", list(ACTIVATIONS))
@@ -295,9 +299,9 @@ def test_activations_of_all_sizes(isa: str, name: str) -> None:
     z = torch.cat([z, -z])
     count, line = len(z), torch.zeros(len(z), dtype=torch.float16)
     folded, _ = stored_fold(count, count, Storage(count), torch.float32, name, "all")
-    folded = replace(folded, weight=torch.zeros(count, count), bias=torch.zeros(count), slope=line, offset=line)
-    each_alone = neuron_major(FFNWeights(torch.diag(z), torch.zeros(count), torch.eye(count), None))
-    y = ops.folded_ffn(torch.ones(1, count), folded, each_alone, name)[0]
+    folded = edited(replace(folded, fold=torch.zeros(count, count), bias=torch.zeros(count)), slope=line, offset=line)
+    each_alone = neuron_major(DenseFFN(torch.diag(z), torch.zeros(count), torch.eye(count), None, name))
+    y = kernel_ffn(torch.ones(1, count), folded, each_alone)[0]
     torch.testing.assert_close(y.double(), activation(name)(z.double()), rtol=1e-6, atol=1e-6)
 
 
@@ -308,12 +312,12 @@ def test_every_storage_and_fix_set(isa: str, dtype: torch.dtype, storage: Storag
         folded, dense = stored_fold(d, h, storage, dtype, ranges=ranges)
         for count in (1, 2, 7, MAX_TOKENS):
             x = correlated(count, d, count).to(dtype)
-            share = float(predicted(x, folded, dense.b1).double().mean())
+            share = float(predicted(x, folded, dense).double().mean())
             assert share == {"none": 0.0, "all": 1.0}.get(ranges, share)
-            assert ops.runs(x, folded, dense)
+            assert isinstance(prepare(folded.beside(dense), x), CpuFFN)
             for bits in (8, 16):
-                y = ops.folded_ffn(x, folded, dense, "gelu", bits)
-                assert_within(y, *specified(x, folded, dense, "gelu", bits))
+                y = kernel_ffn(x, folded, dense, bits)
+                assert_within(y, *specified(x, folded, dense, bits))
 
 
 @every_form
@@ -321,8 +325,8 @@ def test_rows_longer_than_what_is_fetched_ahead(isa: str, dtype: torch.dtype, st
     folded, dense = stored_fold(600, 40, storage, dtype)
     for count in (1, 7):
         x = correlated(count, 600, count).to(dtype)
-        assert 0 < predicted(x, folded, dense.b1).sum() < 40 * count
-        assert_within(ops.folded_ffn(x, folded, dense, "gelu"), *specified(x, folded, dense, "gelu", 8))
+        assert 0 < predicted(x, folded, dense).sum() < 40 * count
+        assert_within(kernel_ffn(x, folded, dense), *specified(x, folded, dense, 8))
 
 
 @pytest.mark.parametrize("storage", STORAGES[::2], ids=str)
@@ -330,15 +334,12 @@ def test_rows_longer_than_what_is_fetched_ahead(isa: str, dtype: torch.dtype, st
 def test_the_kernels_agree_with_the_reference(isa: str, dtype: torch.dtype, storage: Storage) -> None:
     folded, dense = stored_fold(96, 384, storage, dtype)
     x = correlated(MAX_TOKENS, 96).to(dtype)
-    same = predicted(x, folded, dense.b1, 16 if folded.fallback else 8) == fixed_neurons(x, folded, dense.b1)
+    same = predicted(x, folded, dense, 16 if folded.stacked else 8) == fixed_neurons(x, folded.beside(dense))
     assert same.float().mean() > 0.99
     x = x[same.all(1)]  # a prediction next to a bound may fall on its other side
     assert len(x) >= 5
-    found = ops.folded_ffn(x, folded, dense, "gelu", 16)
-    if folded.fallback:
-        w1, w2 = folded.fallback.matrices(folded.predictor, dtype)
-        dense = dense._replace(w1=w1, w2=w2)
-    expected = reference.folded_ffn(x, folded, dense, ACTIVATIONS["gelu"])
+    found = kernel_ffn(x, folded, dense, 16)
+    expected = folded_ffn(x, folded.beside(dense))
     assert found.dtype == dtype
     atol = 2e-4 if dtype == torch.float32 else 16 * torch.finfo(dtype).eps  # the reference rounds in between to bf16
     torch.testing.assert_close(found, expected, rtol=0, atol=atol)
@@ -347,8 +348,8 @@ def test_the_kernels_agree_with_the_reference(isa: str, dtype: torch.dtype, stor
 @pytest.mark.parametrize("storage", STORAGES[::2], ids=str)
 def test_biases_may_be_missing(isa: str, storage: Storage) -> None:
     folded, dense = stored_fold(41, 131, storage, torch.float32)
-    x, dense = correlated(3, 41), dense._replace(b1=None, b2=None)
-    assert_within(ops.folded_ffn(x, folded, dense, "gelu", 16), *specified(x, folded, dense, "gelu"))
+    x, dense = correlated(3, 41), replace(dense, b1=None, b2=None)
+    assert_within(kernel_ffn(x, folded, dense, 16), *specified(x, folded, dense))
 
 
 @pytest.mark.parametrize("storage", STORAGES, ids=str)
@@ -357,7 +358,7 @@ def test_nan_comes_out_where_it_came_in_and_nowhere_else(isa: str, storage: Stor
     clean = correlated(6, 72)
     x = clean.clone()
     x[2, 7] = torch.nan
-    y, expected = (ops.folded_ffn(each, folded, dense, "gelu") for each in (x, clean))
+    y, expected = (kernel_ffn(each, folded, dense) for each in (x, clean))
     assert y[2].isnan().all()
     others = torch.arange(6) != 2
     assert torch.equal(y[others], expected[others])
@@ -373,7 +374,7 @@ def test_results_are_the_same_each_time_and_close_for_any_number_of_threads(
     results = []
     for count in (1, 2, 5):
         torch.set_num_threads(count)
-        same = [ops.folded_ffn(x, folded, dense, "gelu") for _ in range(3)]
+        same = [kernel_ffn(x, folded, dense) for _ in range(3)]
         assert all(torch.equal(y, same[0]) for y in same)
         results.append(same[0])
     # neurons are added up in other parts, and residuals that meet low-bit rows are rounded with other neighbours
@@ -386,24 +387,22 @@ def test_results_are_the_same_each_time_and_close_for_any_number_of_threads(
 def test_what_a_token_gets_does_not_depend_on_its_batch(isa: str, storage: Storage, tokens: int) -> None:
     folded, dense = stored_fold(72, 2900, storage, torch.float32)
     x = correlated(tokens, 72)
-    fixed = predicted(x, folded, dense.b1, 8)
+    fixed = predicted(x, folded, dense, 8)
     assert fixed.any(0).sum() > 1100 and len(set(fixed.sum(1).tolist())) >= 5  # in more than one round, unequal
-    alone = torch.cat([ops.folded_ffn(one, folded, dense, "gelu") for one in x.split(1)])
-    assert torch.equal(ops.folded_ffn(x, folded, dense, "gelu"), alone)
+    alone = torch.cat([kernel_ffn(one, folded, dense) for one in x.split(1)])
+    assert torch.equal(kernel_ffn(x, folded, dense), alone)
 
 
 def test_residuals_of_any_size_are_rounded_relative_to_their_neighbours(isa: str) -> None:
     folded, dense = stored_fold(40, 150, Storage(48, 8, 4), torch.float32, ranges="all")
     x = correlated(3, 40)
     for size in (1e-4, 1e4):
-        fallback = folded.fallback
-        assert fallback is not None
-        down = replace(fallback.down, scale=(fallback.down.scale.float() * size).half())
-        scaled = replace(
-            folded, fallback=replace(fallback, down=down), slope=0 * folded.slope, offset=0 * folded.offset
-        )
-        y, bound = specified(x, scaled, dense, "gelu")
-        assert_within(ops.folded_ffn(x, scaled, dense, "gelu", 16), y, bound)
+        assert isinstance(folded.down, PackedMatrix)
+        down = replace(folded.down, scale=(folded.down.scale.float() * size).half())
+        flat = edited(folded, slope=0 * folded.neurons.slope, offset=0 * folded.neurons.offset)
+        scaled = replace(flat, down=down)
+        y, bound = specified(x, scaled, dense)
+        assert_within(kernel_ffn(x, scaled, dense, 16), y, bound)
 
 
 @needs_library
@@ -412,13 +411,13 @@ def test_calls_from_several_threads_at_once_do_not_disturb_each_other(threads: N
     cases = [
         (*stored_fold(264, 1000, storage, torch.bfloat16), correlated(4, 264, 1).bfloat16()) for storage in STORAGES[:3]
     ]
-    expected = [ops.folded_ffn(x, folded, dense, "gelu") for folded, dense, x in cases]
+    expected = [kernel_ffn(x, folded, dense) for folded, dense, x in cases]
     wrong: list[int] = []
 
     def work(number: int) -> None:
         folded, dense, x = cases[number % 3]
         for _ in range(30):
-            if not torch.equal(ops.folded_ffn(x, folded, dense, "gelu"), expected[number % 3]):
+            if not torch.equal(kernel_ffn(x, folded, dense), expected[number % 3]):
                 wrong.append(number)
 
     running = [threading.Thread(target=work, args=(number,)) for number in range(6)]
@@ -431,27 +430,24 @@ def test_calls_from_several_threads_at_once_do_not_disturb_each_other(threads: N
 
 _FORK = """
 import os, torch, tardis_llm
-from tardis_llm.folding.lowbit import quantise
-from tardis_llm.runtime import ops
 torch.set_num_threads(2)
 x, weight = torch.ones(2, 512), torch.ones(2000, 512)
-before = torch.ops.tardis.bf16_linear(x, weight, None)  # starts the threads
+before = torch.ops.tardis.linear(x, weight, None)  # starts the threads
 child = os.fork()
 if child == 0:
-    ok = all(torch.equal(torch.ops.tardis.bf16_linear(x, weight, None), before) for _ in range(20))
+    ok = all(torch.equal(torch.ops.tardis.linear(x, weight, None), before) for _ in range(20))
     os._exit(0 if ok else 3)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-assert torch.equal(torch.ops.tardis.bf16_linear(x, weight, None), before)
+assert torch.equal(torch.ops.tardis.linear(x, weight, None), before)
 """
 
 
 _THREADS = """
 import os, torch, tardis_llm
-from tardis_llm.runtime import ops
 torch.set_num_threads(2)
 x, weight = torch.empty(2, 512), torch.empty(2000, 512)  # filling them would start threads of torch
 before = len(os.listdir("/proc/self/task"))
-torch.ops.tardis.bf16_linear(x, weight, None)
+torch.ops.tardis.linear(x, weight, None)
 during = len(os.listdir("/proc/self/task"))
 torch.nn.functional.linear(x.repeat(200, 1), weight)
 print(before, during, len(os.listdir("/proc/self/task")))
@@ -483,9 +479,8 @@ def test_the_operators_pass_the_checks_of_torch() -> None:
     tests = ("test_schema", "test_faketensor")
     matrix = p.planes, p.scale, p.group_size
     calls = {
-        torch.ops.tardis.bf16_linear.default: (x, dense.w1, dense.b1),
+        torch.ops.tardis.linear.default: (x, dense.w1, dense.b1),
         torch.ops.tardis.lowbit_linear.default: (x, *matrix, dense.b1),
-        torch.ops.tardis.fixed_neurons.default: (x, *matrix, dense.b1, folded.low, folded.high),
     }
     for op, arguments in calls.items():
         assert set(torch.library.opcheck(op, arguments, test_utils=tests).values()) == {"SUCCESS"}
@@ -495,7 +490,7 @@ def test_the_operators_pass_the_checks_of_torch() -> None:
 def test_what_the_kernels_would_misread_is_refused() -> None:
     x, weight = normal(2, 16), normal(8, 16)
     matrix = packed(8, 16, 2, 16)
-    linear, low_bit = torch.ops.tardis.bf16_linear, torch.ops.tardis.lowbit_linear
+    linear, low_bit = torch.ops.tardis.linear, torch.ops.tardis.lowbit_linear
     for call in (
         lambda: linear(x.double(), weight.double(), None),
         lambda: linear(normal(MAX_TOKENS + 1, 16), weight, None),
@@ -531,7 +526,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @needs_library
 def test_the_module_uses_the_kernels_where_they_can(calls: list[int]) -> None:
     folded, dense = stored_fold(40, 96, Storage(48), torch.float32)
-    module = FoldedFFN(folded, "gelu")
+    module = FoldedFFN(folded)
     x = correlated(MAX_TOKENS + 1, 40)
     module(x[:1], dense)
     module(x[:MAX_TOKENS], dense)
@@ -540,7 +535,7 @@ def test_the_module_uses_the_kernels_where_they_can(calls: list[int]) -> None:
     assert calls == [1, MAX_TOKENS, 6, MAX_TOKENS, 1, 1]
     module(x[:0], dense)
     module(x[:1].clone().requires_grad_(), dense)
-    module(x[:1], dense._replace(w2=dense.w2.contiguous()))  # W2 does not lie neuron by neuron
+    module(x[:1], replace(dense, w2=dense.w2.contiguous()))  # W2 does not lie neuron by neuron
     assert len(calls) == 6
 
 
@@ -551,7 +546,7 @@ def test_the_module_uses_the_kernels_in_every_dtype(dtype: torch.dtype, calls: l
     folded, dense = stored_fold(40, 96, Storage(48), dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        FoldedFFN(folded, "gelu")(correlated(3, 40).to(dtype), dense)
+        FoldedFFN(folded)(correlated(3, 40).to(dtype), dense)
     assert calls == [3]
 
 
@@ -559,9 +554,9 @@ def test_the_module_uses_the_kernels_in_every_dtype(dtype: torch.dtype, calls: l
 @pytest.mark.parametrize("traced", [False, True])
 @torch.no_grad()
 def test_a_dtype_that_the_kernels_do_not_take_is_said_once(calls: list[int], traced: bool) -> None:
-    ops._warn_once.cache_clear()
+    slow._warn_of_dtypes.cache_clear()
     folded, dense = stored_fold(40, 96, Storage(48), torch.float64)
-    module, x = FoldedFFN(folded, "gelu"), correlated(3, 40).double()
+    module, x = FoldedFFN(folded), correlated(3, 40).double()
     run = torch.compile(lambda x: module(x, dense), backend="eager", fullgraph=True) if traced else module
     with pytest.warns(
         RuntimeWarning, match=r"in float64 run through the reference.*bfloat16, float16 or float32"
@@ -574,9 +569,9 @@ def test_a_dtype_that_the_kernels_do_not_take_is_said_once(calls: list[int], tra
 @needs_library
 @torch.no_grad()
 def test_inputs_in_another_dtype_than_the_weights_are_said_once(calls: list[int]) -> None:
-    ops._warn_once.cache_clear()
+    slow._warn_of_dtypes.cache_clear()
     folded, dense = stored_fold(40, 96, Storage(48), torch.float32)
-    module, x = FoldedFFN(folded, "gelu"), correlated(3, 40).bfloat16()
+    module, x = FoldedFFN(folded), correlated(3, 40).bfloat16()
     warned = pytest.warns(RuntimeWarning, match="in float32 with inputs in bfloat16.*leave out torch.autocast")
     with warned as said, torch.autocast("cpu", torch.bfloat16):
         module(x, dense)
@@ -588,9 +583,9 @@ def test_inputs_in_another_dtype_than_the_weights_are_said_once(calls: list[int]
 @torch.no_grad()
 def test_a_module_that_moves_lets_go_of_what_it_leaves() -> None:
     folded, dense = stored_fold(40, 96, Storage(48), torch.float32)
-    module, x = FoldedFFN(folded, "gelu"), correlated(3, 40)
+    module, x = FoldedFFN(folded), correlated(3, 40)
     module(x, dense)
-    left = weakref.ref(module._ready[1])
+    left = weakref.ref(module._ready.ffn)
     module.to(torch.float32)
     assert left() is None
 
@@ -599,14 +594,14 @@ def test_a_module_that_moves_lets_go_of_what_it_leaves() -> None:
 @torch.no_grad()
 def test_a_module_that_has_run_follows_its_tensors(calls: list[int]) -> None:
     folded, dense = stored_fold(40, 96, Storage(48), torch.float32)
-    module = FoldedFFN(folded, "gelu")
+    module = FoldedFFN(folded)
     x = correlated(3, 40)
     before = module(x, dense)
     copied = copy.deepcopy(module)
     module.fold.bias.data = module.fold.bias + 1
     torch.testing.assert_close(module(x, dense), before + 1)
-    moved = dense._replace(w2=(2 * dense.w2.T).contiguous().T)
-    twice = reference.folded_ffn(x, module.weights, moved, ACTIVATIONS["gelu"])
+    moved = replace(dense, w2=(2 * dense.w2.T).contiguous().T)
+    twice = folded_ffn(x, module.weights.beside(moved))
     torch.testing.assert_close(module(x, moved), twice, rtol=1e-2, atol=1e-2)
     assert torch.equal(copied(x, dense), before)
     assert len(calls) == 4
@@ -621,14 +616,14 @@ def test_a_model_runs_through_the_kernels_and_keeps_its_weights(name: str, calls
     state = {key: value.clone() for key, value in model.state_dict().items()}
     sites = find_ffns(model)
     for site in sites:
-        ffn = dense_ffn(site)
-        install(model, site, FoldedFFN(everything_fixed(ffn), ffn.activation))
+        ffn = sound_weights(site).in_fp32()
+        install(model, site, FoldedFFN(everything_fixed(ffn)))
     logits = model(ids).logits
     assert calls == [ids.numel()] * len(sites)
     for key, value in state.items():  # laid out anew in memory, and the same
         assert torch.equal(model.state_dict()[key], value)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "takes", lambda x, at_most=0: False)
+        patch.setattr(CpuBackend, "accepts", lambda self, x: False)
         torch.testing.assert_close(model(ids).logits, logits, rtol=1e-4, atol=1e-4)
     for site in sites:
         uninstall(model, site)
@@ -640,35 +635,36 @@ def test_a_model_runs_through_the_kernels_and_keeps_its_weights(name: str, calls
 def test_the_environment_chooses_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert BUILT is not None
     monkeypatch.setenv("TARDIS_KERNELS", name)
+    monkeypatch.setattr(backend, "_setting", functools.cache(backend._setting.__wrapped__))
+    x = torch.ones(1, 8)
     with BUILT.using(BUILT.isa):  # puts the choice back
-        if name in (*BUILT.isas, ""):
-            chosen = library.kernels.__wrapped__()
-            assert chosen.isa == (name or BUILT.isas[-1])
-        elif name == "off":
-            assert library.kernels.__wrapped__() is None
-        else:
+        if name not in ("", "off", *BUILT.isas):
             with pytest.raises(InvalidInputError, match="cannot run here"):
-                library.kernels.__wrapped__()
+                backend.backend_for(x)
+        else:
+            assert backend.backend_for(x).name == ("reference" if name == "off" else "cpu")
+            assert BUILT.isa == (name if name in ISAS else BUILT.isas[-1])
+            assert (backend.lay_out(torch.ones(2, 2).half(), torch.float16) is None) == (name not in ("", "avx512"))
 
 
 def test_an_unknown_choice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TARDIS_KERNELS", "sse2")
+    monkeypatch.setattr(backend, "_setting", functools.cache(backend._setting.__wrapped__))
     with pytest.raises(InvalidInputError, match="portable, avx2, avx512"):
-        library.kernels.__wrapped__()
+        backend.backend_for(torch.ones(1, 8))
 
 
 def test_without_the_library_the_reference_runs_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "_candidates", lambda folders: [])
     monkeypatch.setattr(library, "open_library", library.open_library.__wrapped__)
     monkeypatch.setattr(library, "kernels", functools.cache(library.kernels.__wrapped__))
-    monkeypatch.setattr(ops, "open_library", library.open_library)
     monkeypatch.delenv("TARDIS_KERNELS", raising=False)
     folded, dense = stored_fold(40, 96, Storage(48), torch.float32)
     x = correlated(2, 40)
     with pytest.warns(RuntimeWarning, match="not built") as caught:
-        found = [FoldedFFN(folded, "gelu")(x, dense) for _ in range(2)]
+        found = [FoldedFFN(folded)(x, dense) for _ in range(2)]
     assert len(caught) == 1
-    expected = reference.folded_ffn(x, folded, dense, ACTIVATIONS["gelu"])
+    expected = folded_ffn(x, folded.beside(dense))
     assert all(torch.equal(y, expected) for y in found)
     with pytest.raises(TardisError, match="not built"):
-        torch.ops.tardis.bf16_linear(x, dense.w1, None)
+        torch.ops.tardis.linear(x, dense.w1, None)

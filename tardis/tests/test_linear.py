@@ -9,9 +9,10 @@ from synthetic import normal
 from torch import Tensor
 
 from tardis_llm.errors import TardisError
-from tardis_llm.runtime.cpu import library, ops
+from tardis_llm.runtime.backend import linear
+from tardis_llm.runtime.cpu import library
 from tardis_llm.runtime.cpu.library import MAX_TOKENS, open_library
-from tardis_llm.runtime.linears.dense import linear
+from tardis_llm.runtime.cpu.operators import multiplies
 
 BUILT = open_library()
 needs_gemm = pytest.mark.skipif(
@@ -164,7 +165,7 @@ def test_without_avx512_torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> Non
         pytest.skip("the CPU kernels are not built: no C++ compiler was found")
     x, weight = bf16(80, 12, seed=1), bf16(10, 12, seed=2)
     with BUILT.using("portable"):
-        assert not ops.multiplies(x, weight)
+        assert not multiplies(x, weight)
         with torch.no_grad():
             assert torch.equal(linear(x, weight, None), F.linear(x, weight))
         with pytest.raises(TardisError):

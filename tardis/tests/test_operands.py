@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from synthetic import packed, stored_fold
+from synthetic import edited, packed, stored_fold
 from torch import Tensor
 
-from tardis_llm.config import Storage
 from tardis_llm.errors import TardisError
 from tardis_llm.ffn.packed import PackedMatrix
-from tardis_llm.runtime.cpu import ops
+from tardis_llm.ffn.weights import Storage
+from tardis_llm.runtime.cpu.backend import CpuFFN
 from tardis_llm.runtime.cpu.library import Matrix, Vector, open_library
 from tardis_llm.runtime.cpu.panels import Panels
 from tardis_llm.runtime.linears.lowbit import KINDS
@@ -82,16 +82,12 @@ def test_dense_matrices_and_vectors_are_floating_aligned_and_contiguous():
 @pytest.mark.parametrize("kind", _SHORT)
 def test_a_fold_whose_vectors_do_not_fit_is_refused_when_it_is_prepared(storage: Storage, part: str, kind: str):
     folded, dense = stored_fold(D, H, storage, torch.float32)
-    x = torch.zeros(1, D)
-    edited = replace(folded, **{part: _SHORT[kind](getattr(folded, part))})
-    for each, error in ((folded, False), (edited, True)):
-        ranges = each.low, each.high, each.slope, each.offset
-        laid = ops.Laid(each.weight, each.bias, each.predictor, ranges, each.fallback)
-        if error:
-            with pytest.raises(TardisError):
-                ops.prepared(x, laid, dense, "gelu")
-        else:
-            assert ops.prepared(x, laid, dense, "gelu") is not None
+    whole = folded if part == "bias" else folded.neurons
+    changed: Any = {part: _SHORT[kind](getattr(whole, part))}
+    wrong = replace(folded, **changed) if part == "bias" else edited(folded, **changed)
+    CpuFFN(folded.beside(dense))
+    with pytest.raises(TardisError):
+        CpuFFN(wrong.beside(dense))
 
 
 @needs_library
@@ -99,14 +95,13 @@ def test_operators_refuse_what_does_not_fit():
     x, weight = torch.zeros(2, D), torch.zeros(H, D)
     planes, scale = packed(H, D, 2, 16).planes, packed(H, D, 2, 16).scale
     calls = [
-        lambda: torch.ops.tardis.bf16_linear(x, weight.double(), None),
-        lambda: torch.ops.tardis.bf16_linear(x, weight[0], None),
+        lambda: torch.ops.tardis.linear(x, weight.double(), None),
+        lambda: torch.ops.tardis.linear(x, weight[0], None),
         lambda: torch.ops.tardis.lowbit_linear(x, planes.view(torch.int8), scale, 16, None),
         lambda: torch.ops.tardis.lowbit_linear(x, planes, scale.float(), 16, None),
         lambda: torch.ops.tardis.lowbit_linear(x, planes, scale, 4, None),
         lambda: torch.ops.tardis.lowbit_linear(x, planes[:, 0], scale, 16, None),
         lambda: torch.ops.tardis.lowbit_linear(torch.zeros(2, 640), planes, scale, 16, None),
-        lambda: torch.ops.tardis.fixed_neurons(x, planes, scale, 16, None, torch.zeros(H), torch.zeros(H - 1)),
         lambda: torch.ops.tardis.gemm(x.bfloat16(), weight.bfloat16()[0], None, False),
     ]
     for call in calls:

@@ -10,24 +10,24 @@ import torch
 import torch.nn.functional as F
 from folds import SETTINGS, text
 from models import tiny_model, tokens
-from synthetic import correlated, generator, half_fixed, normal, packed, random_ffn
+from synthetic import correlated, fallback, generator, half_fixed, neuron_major, normal, packed, random_ffn
 from torch import Tensor, nn
 
 from tardis_llm import fold
-from tardis_llm.config import Storage
 from tardis_llm.errors import InvalidInputError, TardisError
 from tardis_llm.ffn.packed import PackedMatrix, pack
-from tardis_llm.ffn.weights import FFNWeights
+from tardis_llm.ffn.weights import DenseFFN, Storage
 from tardis_llm.folding.rounding import quantise
 from tardis_llm.folding.stack import store_fold
-from tardis_llm.runtime import modules as reference
-from tardis_llm.runtime.cpu import ops
+from tardis_llm.runtime.backend import lay_out, prepare
+from tardis_llm.runtime.cpu.backend import CpuFFN
 from tardis_llm.runtime.cpu.library import MAX_TOKENS, Batch, Matrix, Vector, open_library
 from tardis_llm.runtime.cpu.panels import Panels, fits
 from tardis_llm.runtime.decoding import prepare_decoding
-from tardis_llm.runtime.linears.dense import KernelLinear, kernel_linear, put_in_panels
+from tardis_llm.runtime.linears.dense import KernelLinear, kernel_linear, lay_out_linears
 from tardis_llm.runtime.modules import FoldedFFN
 from tardis_llm.runtime.placing import folded_ffns
+from tardis_llm.runtime.reference import fixed_neurons
 
 BUILT = open_library()
 needs_panels = pytest.mark.skipif(
@@ -80,8 +80,8 @@ def test_matrices_that_cannot_be_in_panels() -> None:
     assert not fits(normal(4, 8, seed=1)) and not fits(normal(4, 9, seed=1).bfloat16())
     assert not fits(packed(4, 600, 3, 64)) and not fits(packed(4, 600, 2, 48)) and not fits(packed(4, 600, 2, 192))
     assert fits(packed(4, 600, 2, 512)) and fits(packed(4, 600, 2, 600)) and fits(packed(4, 48, 2, 64))
-    assert ops.panels_of(normal(4, 8, seed=1).bfloat16().to("meta"), torch.bfloat16) is None
-    assert ops.panels_of(packed(4, 64, 2, 64), torch.float64) is None
+    assert lay_out(normal(4, 8, seed=1).bfloat16().to("meta"), torch.bfloat16) is None
+    assert lay_out(packed(4, 64, 2, 64), torch.float64) is None
 
 
 @needs_panels
@@ -157,24 +157,23 @@ def test_instruction_sets_without_panels_refuse_them() -> None:
     assert BUILT is not None
     panels, x = Panels.of(normal(10, 12, seed=1).bfloat16()), normal(8, 12, seed=2).bfloat16()
     with BUILT.using("portable"):
-        assert ops.panels_of(normal(10, 12, seed=1).bfloat16(), torch.bfloat16) is None
+        assert lay_out(normal(10, 12, seed=1).bfloat16(), torch.bfloat16) is None
         with pytest.raises(TardisError, match="do not fit together"):
             torch.ops.tardis.panels_linear(x, panels.data, None, 10)
 
 
-def folded(fold_bits: int | None, dtype: torch.dtype = torch.bfloat16) -> tuple[FoldedFFN, FFNWeights]:
+def folded(fold_bits: int | None, dtype: torch.dtype = torch.bfloat16) -> tuple[FoldedFFN, DenseFFN]:
     """A folded FFN of width 520 and its dense weights."""
     ffn = random_ffn(520, 700, "gelu")
     weights = half_fixed(ffn)
     storage = Storage(64, fold_bits)
     weights = replace(
         weights,
-        weight=store_fold(weights.weight, storage, dtype, None),
+        fold=store_fold(weights.fold, storage, dtype, None),
         bias=weights.bias.to(dtype),
         predictor=quantise(ffn.w1, 2, 64),
     )
-    dense = FFNWeights(*(tensor.to(dtype) for tensor in (ffn.w1, ffn.b1, ffn.w2, ffn.b2)))
-    return FoldedFFN(weights, "gelu"), dense._replace(w2=dense.w2.T.contiguous().T)
+    return FoldedFFN(weights), neuron_major(fallback(ffn, dtype))
 
 
 @needs_panels
@@ -185,22 +184,23 @@ def folded(fold_bits: int | None, dtype: torch.dtype = torch.bfloat16) -> tuple[
 @torch.no_grad()
 def test_a_folded_ffn_computes_the_same_in_panels(dtype: torch.dtype, fold_bits: int | None) -> None:
     module, dense = folded(fold_bits, dtype)
-    before, size = module.state_dict(), module.nbytes
+    before, size = module.state_dict(), module.current.nbytes
     for count in (1, 9, MAX_TOKENS + 3):
         x = correlated(count, 520).to(dtype)
-        module.unpack()
+        module.restore()
         expected, fixed = module(x, dense), module.fixed(x, dense)
-        module.pack(x.dtype)
-        assert module.predictor.in_panels and module.fold.in_panels
+        module.lay_out(x.dtype)
+        assert module.predictor.layout is not None and module.fold.layout is not None
         # sums in another order: a neuron next to a bound may be fixed or not
         assert (module.fixed(x, dense) != fixed).float().mean() < 1e-4
         tolerance = 2.5 * torch.finfo(dtype).eps
         torch.testing.assert_close(module(x, dense), expected, rtol=tolerance, atol=tolerance)
-    assert size <= module.nbytes <= 1.2 * size  # the last panel is filled up
-    reference_fixed = reference.fixed_neurons(x, module.weights, dense.b1)
+    module.lay_out(dtype)
+    assert size <= module.current.nbytes <= 1.2 * size  # the last panel is filled up
+    reference_fixed = fixed_neurons(x, module.weights.beside(dense))
     assert (module.fixed(x, dense) != reference_fixed).float().mean() < 0.01
     copied, after = copy.deepcopy(module), module.state_dict()
-    assert not module.predictor.in_panels and not copied.predictor.in_panels
+    assert not module.predictor.layout is not None and not copied.predictor.layout is not None
     for state in (after, copied.state_dict()):
         assert state.keys() == before.keys() and all(torch.equal(state[key], before[key]) for key in before)
 
@@ -209,9 +209,10 @@ def test_a_folded_ffn_computes_the_same_in_panels(dtype: torch.dtype, fold_bits:
 @torch.no_grad()
 def test_panels_in_another_dtype_than_the_inputs_go_to_the_reference() -> None:
     module, dense = folded(None, torch.float16)
-    module.pack(torch.float16)
-    assert ops.prepared(correlated(3, 520).half(), module._laid, dense, "gelu") is not None
-    assert ops.prepared(correlated(3, 520), module._laid, dense, "gelu") is None
+    module.lay_out(torch.float16)
+    weights = module.current.beside(dense)
+    assert isinstance(prepare(weights, correlated(3, 520).half()), CpuFFN)
+    assert not isinstance(prepare(weights, correlated(3, 520)), CpuFFN)
 
 
 @needs_panels
@@ -219,7 +220,7 @@ def test_panels_in_another_dtype_than_the_inputs_go_to_the_reference() -> None:
 @torch.no_grad()
 def test_a_compiled_model_runs_folded_ffns_in_panels(dtype: torch.dtype) -> None:
     module, dense = folded(None, dtype)
-    module.pack(dtype)
+    module.lay_out(dtype)
     x = correlated(3, 520).to(dtype)
     compiled = torch.compile(lambda x: module(x, dense) + 1, backend="eager")
     assert torch.equal(compiled(x), module(x, dense) + 1)
@@ -228,7 +229,7 @@ def test_a_compiled_model_runs_folded_ffns_in_panels(dtype: torch.dtype) -> None
 def linear_layer(dtype: torch.dtype) -> nn.Linear:
     """Without gradients."""
     made = nn.Linear(100, 70).to(dtype).requires_grad_(False)
-    made.weight.copy_(normal(70, 100, seed=1))
+    made.fold.copy_(normal(70, 100, seed=1))
     return made
 
 
@@ -237,15 +238,15 @@ def linear_layer(dtype: torch.dtype) -> nn.Linear:
 def test_a_linear_layer_in_panels_saves_moves_and_differentiates_as_before(dtype: torch.dtype) -> None:
     layer, x = linear_layer(dtype), normal(2, 5, 100, seed=2).to(dtype)
     mine, weight = kernel_linear(layer), layer.weight.clone()
-    mine.pack(dtype)
+    mine.lay_out(dtype)
     with torch.no_grad():
-        assert mine.in_panels and mine(x).shape == (2, 5, 70)
+        assert mine.layout is not None and mine(x).shape == (2, 5, 70)
         torch.testing.assert_close(mine(x), F.linear(x, weight, layer.bias))
     given = x.clone().requires_grad_()
     mine(given).sum().backward()
     torch.testing.assert_close(given.grad[0, 0], weight.sum(0))
-    assert torch.equal(mine.state_dict()["weight"], weight) and not mine.in_panels
-    mine.pack(dtype)
+    assert torch.equal(mine.state_dict()["weight"], weight) and not mine.layout is not None
+    mine.lay_out(dtype)
     mine.requires_grad_(True)
     with pytest.raises(InvalidInputError, match="train it before it is prepared"):
         mine(x)
@@ -257,8 +258,12 @@ def test_a_linear_layer_in_panels_saves_moves_and_differentiates_as_before(dtype
 def test_a_weight_that_two_modules_share_stays_as_it_lies() -> None:
     layer, other = linear_layer(torch.bfloat16), kernel_linear(nn.Linear(8, 8).bfloat16())
     model = nn.ModuleDict({"one": kernel_linear(layer), "two": kernel_linear(layer), "other": other})
-    put_in_panels(model)
-    assert [part.in_panels for part in model.values() if isinstance(part, KernelLinear)] == [False, False, True]
+    lay_out_linears(model)
+    assert [part.layout is not None for part in model.values() if isinstance(part, KernelLinear)] == [
+        False,
+        False,
+        True,
+    ]
 
 
 @needs_panels
@@ -275,7 +280,7 @@ def test_a_model_that_is_prepared_for_decoding_keeps_its_probabilities_and_its_f
     ids, before = tokens(3, 20), {key: value.clone() for key, value in model.state_dict().items()}
     expected = model(ids).logits.float().log_softmax(-1)
     prepare_decoding(model)
-    assert all(ffn.predictor.in_panels and ffn.fold.in_panels for ffn in folded_ffns(model).values())
+    assert all(ffn.predictor.layout is not None and ffn.fold.layout is not None for ffn in folded_ffns(model).values())
     torch.testing.assert_close(model(ids).logits.float().log_softmax(-1), expected, rtol=0.02, atol=0.06)
     after = model.state_dict()
     folds = [key for key in before if ".tardis." in key]

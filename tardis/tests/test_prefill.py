@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tardis_llm.checkpoint.folded import mark_folded
-from tardis_llm.config import Storage
 from tardis_llm.errors import InvalidInputError
 from tardis_llm.evaluation.shapes import random_folds
 from tardis_llm.families.sites import find_ffns
-from tardis_llm.pipeline.session import dense_ffn
+from tardis_llm.ffn.weights import Storage
+from tardis_llm.pipeline.session import sound_weights
 from tardis_llm.runtime.linears.dense import KernelConv1D, KernelLinear, kernel_linear
 from tardis_llm.runtime.modules import FoldedFFN
 from tardis_llm.runtime.placing import folded_ffns, install
@@ -126,9 +126,9 @@ def test_modes_that_cannot_be_are_refused():
 def test_an_exact_ffn_computes_the_dense_output_whatever_its_fold_is():
     model = tiny_model("gpt2")
     site = find_ffns(model)[0]
-    ffn = dense_ffn(site)
+    ffn = sound_weights(site).in_fp32()
     weights = site.weights()
-    folded = FoldedFFN(everything_fixed(ffn), ffn.activation)
+    folded = FoldedFFN(everything_fixed(ffn))
     x = torch.randn(3, site.hidden_size, generator=torch.Generator().manual_seed(0))
     expected = folded(x, weights)
     folded.fold.weight.data.zero_()

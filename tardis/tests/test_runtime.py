@@ -26,8 +26,8 @@ from transformers import PreTrainedModel
 from tardis_llm.errors import InvalidInputError
 from tardis_llm.families.sites import FFNSite, find_ffns
 from tardis_llm.ffn.activations import ACTIVATIONS
-from tardis_llm.ffn.weights import DenseFFN, FFNWeights
-from tardis_llm.pipeline.session import dense_ffn
+from tardis_llm.ffn.weights import DenseFFN
+from tardis_llm.pipeline.session import sound_weights
 from tardis_llm.runtime.modules import FoldedFFN
 from tardis_llm.runtime.placing import folded_ffns, install, uninstall
 from tardis_llm.runtime.reference import fixed_neurons, folded_ffn
@@ -50,15 +50,15 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
 
 def run(x: Tensor, folded, ffn: DenseFFN = FFN, dtype: torch.dtype = torch.float32) -> Tensor:  # type: ignore[no-untyped-def]
     """The folded FFN on x, weights and inputs in `dtype`."""
-    return folded_ffn(x.to(dtype), folded, fallback(ffn, dtype), ffn.act)
+    return folded_ffn(x.to(dtype), folded.beside(fallback(ffn, dtype)))
 
 
 def fold_sites(model: PreTrainedModel, make=half_fixed) -> list[FFNSite]:  # type: ignore[no-untyped-def]
     """Fold every FFN of a model as `make` does; returns the sites as they were."""
     sites = find_ffns(model)
     for site in sites:
-        ffn = dense_ffn(site)
-        install(model, site, FoldedFFN(make(ffn, model.dtype), ffn.activation))
+        ffn = sound_weights(site).in_fp32()
+        install(model, site, FoldedFFN(make(ffn, model.dtype)))
     return sites
 
 
@@ -73,7 +73,7 @@ def logits(model: nn.Module) -> Tensor:
 def test_with_everything_fixed_the_output_is_dense(name: str, dtype: torch.dtype) -> None:
     ffn = random_ffn(D, H, name)
     folded = everything_fixed(ffn, dtype)
-    assert fixed_neurons(X, folded, ffn.b1).all()
+    assert fixed_neurons(X, folded.beside(ffn)).all()
     y = run(X, folded, ffn, dtype)
     assert y.dtype == dtype
     assert_near(y, forward(ffn, X).to(dtype))
@@ -82,9 +82,9 @@ def test_with_everything_fixed_the_output_is_dense(name: str, dtype: torch.dtype
 @every_dtype
 def test_with_nothing_fixed_the_output_is_the_affine_map(dtype: torch.dtype) -> None:
     folded = nothing_fixed(FFN, dtype)
-    assert not fixed_neurons(X, folded, FFN.b1).any()
+    assert not fixed_neurons(X, folded.beside(FFN)).any()
     x = X.to(dtype)
-    assert torch.equal(run(X, folded, dtype=dtype), nn.functional.linear(x, folded.weight, folded.bias))
+    assert torch.equal(run(X, folded, dtype=dtype), nn.functional.linear(x, folded.fold, folded.bias))
 
 
 @pytest.mark.parametrize("name", list(ACTIVATIONS))
@@ -92,11 +92,11 @@ def test_the_output_is_fold_plus_residuals_of_the_neurons_out_of_range(name: str
     ffn = random_ffn(D, H, name)
     folded = half_fixed(ffn)
     zhat = X @ folded.predictor.dequantise().T + ffn.b1
-    fixed = (zhat < folded.low) | (zhat > folded.high)
+    fixed = (zhat < folded.neurons.low) | (zhat > folded.neurons.high)
     assert 0.3 < float(fixed.float().mean()) < 0.9
-    assert torch.equal(fixed_neurons(X, folded, ffn.b1), fixed)
-    r = residuals(activation(name), X @ ffn.w1.T + ffn.b1, folded.slope, folded.offset) * fixed
-    expected = X.double() @ folded.weight.double().T + folded.bias + r @ ffn.w2.double().T
+    assert torch.equal(fixed_neurons(X, folded.beside(ffn)), fixed)
+    r = residuals(activation(name), X @ ffn.w1.T + ffn.b1, folded.neurons.slope, folded.neurons.offset) * fixed
+    expected = X.double() @ folded.fold.double().T + folded.bias + r @ ffn.w2.double().T
     assert_near(run(X, folded, ffn), expected.float())
 
 
@@ -104,7 +104,7 @@ def test_the_output_is_fold_plus_residuals_of_the_neurons_out_of_range(name: str
 def test_a_batch_gives_what_its_tokens_give_one_by_one(dtype: torch.dtype) -> None:
     # ranges with which every token fixes a few neurons of its own, and some fix none
     folded = folded_with(FFN, torch.full((H,), -torch.inf), torch.full((H,), 2.6), dtype)
-    fixed = fixed_neurons(X, folded, FFN.b1)
+    fixed = fixed_neurons(X, folded.beside(FFN))
     assert fixed.any(0).sum() > 2 * fixed.sum(1).max()
     assert (~fixed.any(1)).any()
     one_by_one = torch.cat([run(row[None], folded, dtype=dtype) for row in X])
@@ -115,9 +115,9 @@ def test_the_bounds_themselves_are_in_range() -> None:
     folded = nothing_fixed(FFN)
     zhat = nn.functional.linear(X[:1], folded.predictor.dequantise(), FFN.b1)[0]
     exactly = folded_with(FFN, zhat, zhat)
-    assert not fixed_neurons(X[:1], exactly, FFN.b1).any()
+    assert not fixed_neurons(X[:1], exactly.beside(FFN)).any()
     above = folded_with(FFN, torch.nextafter(zhat, zhat + 1), zhat + 1)
-    assert fixed_neurons(X[:1], above, FFN.b1).all()
+    assert fixed_neurons(X[:1], above.beside(FFN)).all()
 
 
 @pytest.mark.parametrize("shape", [(D,), (5, D), (1, D), (0, D), (2, 3, D), (2, 1, 2, D)])
@@ -137,7 +137,7 @@ def test_nan_comes_out_where_it_came_in_and_nowhere_else(make) -> None:  # type:
     folded = make(FFN)
     x = X.clone()
     x[1, 5] = torch.nan
-    assert fixed_neurons(x, folded, FFN.b1)[1].all()
+    assert fixed_neurons(x, folded.beside(FFN))[1].all()
     y = run(x, folded)
     assert y[1].isnan().all()
     others = torch.arange(len(X)) != 1
@@ -148,16 +148,18 @@ def test_nan_comes_out_where_it_came_in_and_nowhere_else(make) -> None:  # type:
 def test_missing_biases_count_as_zero(make) -> None:  # type: ignore[no-untyped-def]
     zero = DenseFFN(FFN.w1, torch.zeros(H), FFN.w2, torch.zeros(D), "gelu")
     folded = make(zero)
-    without = folded_ffn(X, folded, FFNWeights(FFN.w1, None, FFN.w2, None), zero.act)
+    without = folded_ffn(X, folded.beside(DenseFFN(FFN.w1, None, FFN.w2, None, "gelu")))
     assert_near(without, run(X, folded, zero))
 
 
 def test_the_module_gives_back_the_tensors_it_was_made_of() -> None:
     folded = half_fixed(FFN)
-    module = FoldedFFN(folded, "gelu")
+    module = FoldedFFN(folded)
     back = module.weights
-    for name in ("weight", "bias", "low", "high", "slope", "offset"):
-        assert torch.equal(getattr(back, name), getattr(folded, name))
+    for mine, given in zip(
+        (back.fold, back.bias, *back.neurons.tensors), (folded.fold, folded.bias, *folded.neurons.tensors), strict=True
+    ):
+        assert torch.equal(mine, given)
     assert torch.equal(back.predictor.dequantise(), folded.predictor.dequantise())
     assert set(module.state_dict()) == OWN
     assert not any(parameter.requires_grad for parameter in module.parameters())
@@ -192,8 +194,8 @@ def test_a_folded_ffn_gets_the_input_of_the_dense_one_and_its_output_is_used(nam
     hook = site.up.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
     logits(model)
     hook.remove()
-    ffn = dense_ffn(site)
-    folded = FoldedFFN(half_fixed(ffn), ffn.activation)
+    ffn = sound_weights(site).in_fp32()
+    folded = FoldedFFN(half_fixed(ffn))
     install(model, site, folded)
     folded.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
     before = logits(model)
@@ -264,8 +266,8 @@ def test_models_in_half_precision_fold_in_their_dtype(name: str, dtype: torch.dt
 def test_single_layers_fold() -> None:
     model = tiny_model("gpt2")
     site = find_ffns(model)[1]
-    ffn = dense_ffn(site)
-    install(model, site, FoldedFFN(half_fixed(ffn), ffn.activation))
+    ffn = sound_weights(site).in_fp32()
+    install(model, site, FoldedFFN(half_fixed(ffn)))
     assert list(folded_ffns(model)) == ["transformer.h.1.mlp"]
 
 

@@ -21,11 +21,10 @@ from transformers import AutoModelForCausalLM
 
 from tardis_llm import FoldConfig, fold
 from tardis_llm.checkpoint.folded import save_folded
-from tardis_llm.config import Storage
 from tardis_llm.errors import InvalidInputError
 from tardis_llm.evaluation.fix_rate import count_fixes, measured
 from tardis_llm.ffn.packed import PackedMatrix
-from tardis_llm.ffn.weights import DenseFFN, FFNWeights, FoldedWeights, dense_fold
+from tardis_llm.ffn.weights import DenseFFN, FoldedWeights, Storage
 from tardis_llm.folding.fold import Inputs
 from tardis_llm.folding.rounding import quantise
 from tardis_llm.folding.stack import quantise_fallback, store_fold
@@ -47,41 +46,44 @@ def relative(error: Tensor, reference: Tensor) -> float:
 
 def runtime_error(folded: FoldedWeights, ffn: DenseFFN, x: Tensor) -> float:
     """As the runtime computes it, over the output's variance."""
-    dense = fallback(ffn)
-    if folded.fallback:
-        w1, w2 = folded.fallback.matrices(folded.predictor, torch.float32)
-        dense = FFNWeights(w1, dense.b1, w2, dense.b2)
     y = forward(ffn, x)
-    error = (folded_ffn(x, folded, dense, ffn.act) - y).square().sum(1).mean()
+    error = (folded_ffn(x, folded.beside(fallback(ffn))) - y).square().sum(1).mean()
     return float(error / y.var(0, correction=0).sum())
 
 
 def test_the_remainder_holds_what_the_predictor_leaves() -> None:
     w1, w2 = normal(H, D), normal(D, H, seed=3)
     predictor = quantise(w1, 2, 16)
-    stored = quantise_fallback(w1, w2, predictor, Storage(16, None, 8), None)
-    assert stored is not None
-    assert stored.remainder is not None
-    assert (stored.remainder.bits, stored.down.bits) == (6, 8)
-    assert stored.down.planes.shape[::2] == (H, D // 8)
-    up, down = stored.matrices(predictor, torch.float32)
-    torch.testing.assert_close(up, predictor.dequantise() + stored.remainder.dequantise())
+    remainder, down = quantise_fallback(w1, w2, predictor, Storage(16, None, 8), None)
+    assert remainder is not None and down is not None
+    assert (remainder.bits, down.bits) == (6, 8)
+    assert down.planes.shape[::2] == (H, D // 8)
+    up, columns = fallback_of(predictor, remainder, down)
+    torch.testing.assert_close(up, predictor.dequantise() + remainder.dequantise())
     assert relative(up - w1, w1) < 1e-3
-    assert relative(down - w2, w2) < 1e-3
+    assert relative(columns - w2, w2) < 1e-3
+
+
+def fallback_of(
+    predictor: PackedMatrix, remainder: PackedMatrix | None, down: PackedMatrix | None
+) -> tuple[Tensor, Tensor]:
+    """W1 and W2 as fixing reads them."""
+    neurons = Neurons("gelu", *torch.zeros(4, H))
+    return FoldedWeights(None, None, predictor, neurons, down, remainder).fallback(torch.float32)
 
 
 def test_a_predictor_with_all_the_bits_leaves_no_remainder() -> None:
     w1 = normal(H, D)
     predictor = quantise(w1, 4, 16)
-    stored = quantise_fallback(w1, normal(D, H), predictor, Storage(16, None, 4), None)
-    assert stored is not None
-    assert stored.remainder is None
-    assert torch.equal(stored.matrices(predictor, torch.float32)[0], predictor.dequantise())
+    remainder, down = quantise_fallback(w1, normal(D, H), predictor, Storage(16, None, 4), None)
+    assert remainder is None
+    assert torch.equal(fallback_of(predictor, remainder, down)[0], predictor.dequantise())
 
 
 def test_dense_storage_keeps_the_dense_weights() -> None:
     weight = normal(D, D)
-    assert quantise_fallback(normal(H, D), normal(D, H), quantise(normal(H, D), 2, 16), Storage(), None) is None
+    predictor = quantise(normal(H, D), 2, 16)
+    assert quantise_fallback(normal(H, D), normal(D, H), predictor, Storage(), None) == (None, None)
     assert torch.equal(store_fold(weight, Storage(), torch.bfloat16, None), weight.bfloat16())
 
 
@@ -91,7 +93,7 @@ def test_a_low_bit_fold_is_near_the_fold(bits: int, most: float) -> None:
     stored = store_fold(weight, Storage(16, bits), torch.float32, None)
     assert isinstance(stored, PackedMatrix)
     assert stored.bits == bits
-    assert relative(dense_fold(stored, torch.float32) - weight, weight) < most
+    assert relative(stored.dequantise() - weight, weight) < most
 
 
 @pytest.mark.parametrize("refit", [False, True])
@@ -99,8 +101,8 @@ def test_a_low_bit_fold_is_near_the_fold(bits: int, most: float) -> None:
 def test_quality_is_that_of_the_runtime(fold_bits: int | None, fallback_bits: int | None, refit: bool) -> None:
     ffn, data = random_ffn(D, H), inputs()
     folded, quality = fitted(ffn, data, 0.2, fold_bits=fold_bits, fallback_bits=fallback_bits, refit=refit)
-    assert isinstance(folded.weight, PackedMatrix) == (fold_bits is not None)
-    assert (folded.fallback is not None) == (fallback_bits is not None)
+    assert isinstance(folded.fold, PackedMatrix) == (fold_bits is not None)
+    assert folded.stacked == (fallback_bits is not None)
     assert quality.error == pytest.approx(runtime_error(folded, ffn, data.heldout), rel=1e-2)
 
 
@@ -113,7 +115,7 @@ def test_the_refit_takes_up_what_rounding_leaves() -> None:
     assert dense.error < refitted.error < plain.error
     # a fold solved for dense fallback weights does worse with these
     exact, _ = fitted(ffn, data, 0.4)
-    mixed = replace(exact, fallback=stacked.fallback)
+    mixed = replace(exact, up=stacked.up, down=stacked.down)
     assert runtime_error(stacked, ffn, data.heldout) < runtime_error(mixed, ffn, data.heldout)
 
 
@@ -136,9 +138,10 @@ def test_a_stacked_model_reads_and_keeps_what_it_reports(name: str) -> None:
         ffn = ffns[layer.prefix]
         stored = sum(tensor.nbytes for tensor in ffn.state_dict().values())
         assert 0 <= layer.resident - stored <= 4 * len(ffn.low)  # the up bias
-        assert ffn.fallback is not None
-        always = layer.resident - ffn.fallback.nbytes
-        assert layer.touched == pytest.approx(always + layer.fix_rate * ffn.fallback.nbytes)
+        fixing = ffn.weights.fixing
+        assert fixing > 0
+        always = layer.resident - fixing
+        assert layer.touched == pytest.approx(always + layer.fix_rate * fixing)
     assert report.dense == dense
     assert report.resident < 0.5 * report.dense
     with count_fixes(model) as counts:
@@ -151,7 +154,7 @@ def test_a_stacked_model_reads_and_keeps_what_it_reports(name: str) -> None:
 
 
 def _all(ffns: dict, prefix: str) -> int:  # type: ignore[type-arg]
-    return ffns[prefix].fallback.nbytes
+    return ffns[prefix].weights.fixing
 
 
 def test_an_interrupted_stacked_fold_resumes_to_the_same_bytes(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def replace_by_affine(model: PreTrainedModel, windows: Windows, progress: Progre
             if progress:
                 progress(_STAGE, done, len(sites))
             fit, heldout = (_moments(site, stream) for stream in streams)
-            rows.append(install(model, site, *best_affine(fit, heldout, site.weights().w1.dtype)))
+            rows.append(install(model, site, *best_affine(fit, heldout, site.parts()[0].dtype)))
             if done + 1 < len(sites):
                 for stream in streams:
                     stream.advance()
@@ -94,7 +94,7 @@ def install(model: nn.Module, site: FFNSite, weight: Tensor, bias: Tensor) -> Ma
     set_module(model, site.up_name, nn.Identity())
     set_module(model, site.activation_name, nn.Identity())
     set_module(model, site.down_name, linear.eval())
-    before = [part for part in site.weights() if part is not None]
+    before = [part for part in site.parts() if part is not None]
     dense, weights = sum(part.nbytes for part in before), sum(part.numel() for part in before if part.ndim == 2)
     stored = weight.nbytes + bias.nbytes
     return MatrixReport(site.prefix, weights, int(weight.count_nonzero()), dense, stored, stored)

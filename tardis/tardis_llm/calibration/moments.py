@@ -5,11 +5,13 @@ Everything is accumulated chunk by chunk in fp64, so memory does not grow with t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from ..ffn.activations import ACTIVATIONS
 
 #: bins per neuron, and how many standard deviations they span to each side; the outermost bins are open
 BINS, SPAN = 96, 5.0
@@ -75,12 +77,14 @@ class BinnedMoments:
     fitted without another pass over the tokens, and the noise of the predictor is part of the statistics.
 
     Attributes:
+        activation: a name in `ACTIVATIONS`, of the neurons.
         edge: [h] lower edge of the first bin.
         width: [h] width of a bin.
         sums: [6, h, BINS] fp64: count, z, z^2, a, a z, a^2.
         tokens: tokens seen.
     """
 
+    activation: str
     edge: Tensor
     width: Tensor
     sums: Tensor
@@ -88,17 +92,17 @@ class BinnedMoments:
     _rows: Tensor = field(init=False, repr=False)
 
     @classmethod
-    def around(cls, mean: Tensor, deviation: Tensor) -> BinnedMoments:
+    def around(cls, activation: str, mean: Tensor, deviation: Tensor) -> BinnedMoments:
         """Empty bins over mean +- SPAN deviations, both [h] fp32."""
         deviation = deviation.clamp_min(1e-6 * (1 + mean.abs()))
         sums = torch.zeros(6, len(mean), BINS, dtype=torch.float64)
-        return cls(mean - SPAN * deviation, 2 * SPAN / BINS * deviation, sums)
+        return cls(activation, mean - SPAN * deviation, 2 * SPAN / BINS * deviation, sums)
 
-    def add(self, u: Tensor, z: Tensor, act: Callable[[Tensor], Tensor]) -> None:
+    def add(self, u: Tensor, z: Tensor) -> None:
         """Add tokens: u and z are [tokens, h] fp32."""
         u, z = u.T.contiguous(), z.T.contiguous()
         bins = ((u - self.edge[:, None]) / self.width[:, None]).clamp_(0, BINS - 1).long()
-        a, z = act(z).double(), z.double()
+        a, z = ACTIVATIONS[self.activation](z).double(), z.double()
         one = torch.ones_like(z)
         for total, value in zip(self.sums, (one, z, z * z, a, a * z, a * a), strict=True):
             total.scatter_add_(1, bins, value)

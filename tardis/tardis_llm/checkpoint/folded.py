@@ -24,7 +24,7 @@ from ..files import read_json, write_json
 from ..report import FoldReport
 from ..runtime.linears.placing import low_bit_linears
 from ..runtime.placing import folded_ffns
-from .format import METHOD, PREFIX, CheckpointConfig, LayerFormat
+from .format import METHOD, PREFIX, CheckpointConfig
 from .record import write_record
 from .saving import CONFIG, STAGING, publish, save_model, save_tokenizer, shard_bytes
 
@@ -75,7 +75,7 @@ def save_folded(
 
 def mark_folded(model: PreTrainedModel, calibration: dict[str, Any]) -> None:
     """Give a model folded in memory what transformers needs to save it and recognise it later."""
-    formats = {name: vars(LayerFormat.of(ffn)) for name, ffn in folded_ffns(model).items()}
+    formats = {name: vars(ffn.weights.format) for name, ffn in folded_ffns(model).items()}
     if not formats:
         raise InvalidInputError("the model has no folded FFN to save; fold it first with tardis_llm.fold.")
     linears = {name: layer.bits for name, layer in low_bit_linears(model).items()}

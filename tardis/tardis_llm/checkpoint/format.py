@@ -7,17 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..config import FORMAT_VERSION, PREDICTOR_BITS, STACKED_BITS
 from ..errors import CheckpointError
 from ..ffn.activations import ACTIVATIONS
-from ..ffn.packed import PackedMatrix
-from ..ffn.weights import Fallback, FoldedWeights
-from ..runtime.modules import FoldedFFN
+from ..ffn.weights import FoldFormat
 
 METHOD = "tardis"
 #: what precedes the stock class name in `architectures`
@@ -31,7 +27,7 @@ class CheckpointConfig(QuantizationConfigMixin):
     """What a folded model records about itself; `quantization_config` in config.json.
 
     Attributes:
-        layers: per folded FFN, by its full name in the model, the fields of `LayerFormat`.
+        layers: per folded FFN, by its full name in the model, the fields of `FoldFormat`.
         format_version: of the checkpoint.
         calibration: what the fold was calibrated on.
         linears: bits per weight of each linear layer outside the FFNs that is stored in few, by its full name.
@@ -94,104 +90,45 @@ class CheckpointConfig(QuantizationConfigMixin):
         config = cls.read(config_dict)
         return (config, kwargs) if return_unused_kwargs else config
 
-    def formats(self) -> dict[str, LayerFormat]:
+    def formats(self) -> dict[str, FoldFormat]:
         """The format of each folded FFN by its name."""
-        return {name: LayerFormat.from_config(name, values) for name, values in self.layers.items()}
+        return {name: read_format(name, values) for name, values in self.layers.items()}
 
 
-@dataclass(frozen=True)
-class LayerFormat:
-    """How one folded FFN is stored.
+def read_format(name: str, values: Mapping[str, Any]) -> FoldFormat:
+    """The format of the FFN `name` from its fields in config.json.
 
-    Attributes:
-        activation: a name in `ACTIVATIONS`.
-        bits: of the predictor.
-        group_size: input weights per scale, in every low-bit matrix.
-        range_dtype: "float16" or "float32", of ranges and lines.
-        fold_bits, fallback_bits: as in `Storage`.
+    Raises:
+        CheckpointError: a field is missing or unknown, or has a type or value that it cannot have.
     """
+    _require(isinstance(values, dict), name, values, "an object")
+    try:
+        found = FoldFormat(**values)
+    except TypeError as error:
+        raise CheckpointError(
+            f"config.json describes {name} in a way that this version does not know ({error}); {_UPDATE}."
+        ) from error
+    _check_format(name, found)
+    return found
 
-    activation: str
-    bits: int
-    group_size: int
-    range_dtype: str
-    fold_bits: int | None = None
-    fallback_bits: int | None = None
 
-    @classmethod
-    def from_config(cls, name: str, values: Mapping[str, Any]) -> LayerFormat:
-        """The format of the FFN `name` from its fields in config.json.
-
-        Raises:
-            CheckpointError: a field is missing or unknown, or has a type or value that it cannot have.
-        """
-        _require(isinstance(values, dict), name, values, "an object")
-        try:
-            found = cls(**values)
-        except TypeError as error:
-            raise CheckpointError(
-                f"config.json describes {name} in a way that this version does not know ({error}); {_UPDATE}."
-            ) from error
-        found._check(name)
-        return found
-
-    def _check(self, name: str) -> None:
-        """Raise CheckpointError for a field whose type or value is none that it can have."""
-        choices: dict[str, tuple[object, ...]] = {
-            "activation": tuple(ACTIVATIONS),
-            "bits": PREDICTOR_BITS,
-            "range_dtype": _RANGE_DTYPES,
-            "fold_bits": (None, *STACKED_BITS),
-            "fallback_bits": (None, *STACKED_BITS),
-        }
-        for key, allowed in choices.items():
-            value = getattr(self, key)
-            plain = value is None or isinstance(value, str) or _whole(value)
-            _require(plain and value in allowed, f"{key} of {name}", value, _one_of(allowed))
-        size, fallback = self.group_size, self.fallback_bits
-        _require(_whole(size) and size > 0, f"group_size of {name}", size, "a positive number")
-        wanted = "as many as bits or more, which they include,"
-        _require(fallback is None or fallback >= self.bits, f"fallback_bits of {name}", fallback, wanted)
-
-    @classmethod
-    def of(cls, ffn: FoldedFFN) -> LayerFormat:
-        """The format of a folded FFN in memory."""
-        weights, fallback = ffn.weights, ffn.fallback
-        fold_bits = weights.weight.bits if isinstance(weights.weight, PackedMatrix) else None
-        return cls(
-            activation=ffn.activation,
-            bits=weights.predictor.bits,
-            group_size=weights.predictor.group_size,
-            range_dtype=str(weights.low.dtype).removeprefix("torch."),
-            fold_bits=fold_bits,
-            fallback_bits=fallback.down.bits if fallback else None,
-        )
-
-    def empty(self, d: int, h: int, dtype: torch.dtype, device: torch.device) -> FoldedFFN:
-        """A folded FFN of this format without content.
-
-        Args:
-            d, h: width and neurons.
-            dtype: of the fold.
-            device: such as meta.
-        """
-
-        def low_bit(rows: int, bits: int) -> PackedMatrix:
-            planes = torch.empty(rows, bits, -(-d // 8), dtype=torch.uint8, device=device)
-            scale = torch.empty(rows, -(-d // self.group_size), dtype=torch.float16, device=device)
-            return PackedMatrix(planes, scale, d, self.group_size)
-
-        def values(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
-
-        fallback = None
-        if self.fallback_bits:
-            left = self.fallback_bits - self.bits
-            fallback = Fallback(low_bit(h, left) if left else None, low_bit(h, self.fallback_bits))
-        fold = low_bit(d, self.fold_bits) if self.fold_bits else values(d, d)
-        low, high, slope, offset = (values(h, dtype=getattr(torch, self.range_dtype)) for _ in range(4))
-        weights = FoldedWeights(fold, values(d), low_bit(h, self.bits), low, high, slope, offset, fallback)
-        return FoldedFFN(weights, self.activation)
+def _check_format(name: str, found: FoldFormat) -> None:
+    """Raise CheckpointError for a field whose type or value is none that it can have."""
+    choices: dict[str, tuple[object, ...]] = {
+        "activation": tuple(ACTIVATIONS),
+        "bits": PREDICTOR_BITS,
+        "range_dtype": _RANGE_DTYPES,
+        "fold_bits": (None, *STACKED_BITS),
+        "fallback_bits": (None, *STACKED_BITS),
+    }
+    for key, allowed in choices.items():
+        value = getattr(found, key)
+        plain = value is None or isinstance(value, str) or _whole(value)
+        _require(plain and value in allowed, f"{key} of {name}", value, _one_of(allowed))
+    size, fallback = found.group_size, found.fallback_bits
+    _require(_whole(size) and size > 0, f"group_size of {name}", size, "a positive number")
+    wanted = "as many as bits or more, which they include,"
+    _require(fallback is None or fallback >= found.bits, f"fallback_bits of {name}", fallback, wanted)
 
 
 def stock_name(config: PreTrainedConfig) -> str:

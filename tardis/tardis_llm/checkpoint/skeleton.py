@@ -12,10 +12,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import CheckpointError, TardisError
 from ..families.sites import FFNSite, find_ffns
-from ..ffn.activations import identify
+from ..ffn.weights import FoldedWeights, FoldFormat
 from ..runtime.linears.placing import check_bits, empty_like, linear_layers, put_linears, untie_head
+from ..runtime.modules import FoldedFFN
 from ..runtime.placing import install
-from .format import CheckpointConfig, LayerFormat, stock_name
+from .format import CheckpointConfig, stock_name
 
 #: blocks of a model whose weight files are not known yet: more would take minutes to make, and no model has them
 _MOST_BLOCKS = 10_000
@@ -64,9 +65,9 @@ def install_folds(model: PreTrainedModel, settings: CheckpointConfig) -> None:
         )
     for name, layer in formats.items():
         _check_fits(name, layer, sites[name])
-        weight = sites[name].weights().w1
-        h, d = weight.shape
-        install(model, sites[name], layer.empty(d, h, weight.dtype, weight.device))
+        dense = sites[name].weights()
+        empty = FoldedWeights.empty(layer, dense.d, dense.h, dense.w1.dtype, dense.w1.device)
+        install(model, sites[name], FoldedFFN(empty))
     for name, bits in settings.linears.items():
         _install_empty_linear(model, name, bits)
     untie_head(model)
@@ -90,12 +91,12 @@ def check_blocks(config: PreTrainedConfig, tensors: int | None) -> None:
         )
 
 
-def _check_fits(name: str, layer: LayerFormat, site: FFNSite) -> None:
+def _check_fits(name: str, layer: FoldFormat, site: FFNSite) -> None:
     """Raise CheckpointError where a format is not one that the FFN can have."""
-    activation = identify(site.activation)
-    if layer.activation != activation:
+    if layer.activation != site.activation_kind:
         raise CheckpointError(
-            f"config.json folds {name} with the activation {layer.activation}, and the model has {activation} there; "
+            f"config.json folds {name} with the activation {layer.activation}, and the model has "
+            f"{site.activation_kind} there; "
             "copy config.json anew, or fold again."
         )
     if layer.group_size > site.hidden_size:
@@ -105,7 +106,7 @@ def _check_fits(name: str, layer: LayerFormat, site: FFNSite) -> None:
         )
 
 
-def _name_in(layers: dict[str, LayerFormat], model: PreTrainedModel, site: FFNSite) -> str:
+def _name_in(layers: dict[str, FoldFormat], model: PreTrainedModel, site: FFNSite) -> str:
     """The name under which the checkpoint has the FFN; with and without LM head it differs by the base's prefix."""
     base = model.base_model_prefix + "."
     names = (site.prefix, base + site.prefix, site.prefix.removeprefix(base))

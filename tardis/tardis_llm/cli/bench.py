@@ -21,7 +21,7 @@ from ..calibration.text import check_length
 from ..checkpoint.folded import is_folded, record_crossover
 from ..checkpoint.format import METHOD
 from ..checkpoint.loading import DTYPES, load_config, load_dense, load_model, quantisation
-from ..config import Precision, Storage
+from ..config import Precision
 from ..errors import InvalidInputError
 from ..evaluation.shapes import SHAPES, random_folds, shaped_model
 from ..evaluation.speed import (
@@ -37,6 +37,7 @@ from ..evaluation.speed import (
     take_turns,
 )
 from ..evaluation.variants import KINDS, Variant, folded_variant, loaded_variants, rival
+from ..ffn.weights import Storage
 from ..runtime.linears.placing import low_bit_copies
 from ..runtime.placing import folded_ffns, lay_out
 from ..runtime.prefill import Prefill, set_prefill
@@ -214,7 +215,7 @@ def _describe(name: str, dtype: str, bandwidth: float) -> str:
 def _crossover(variant: Variant, progress: Any) -> dict[int, Ratio]:
     """How much faster its FFNs are than dense ones, by tokens; empty where the dense weights are not there."""
     with variant.within():
-        if any(ffn.fallback for ffn in folded_ffns(variant.model).values()):
+        if any(ffn.stacked for ffn in folded_ffns(variant.model).values()):
             return {}
         return crossover(variant.model, progress)
 

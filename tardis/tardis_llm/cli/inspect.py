@@ -24,7 +24,7 @@ from ..config import FoldConfig
 from ..errors import InvalidInputError
 from ..evaluation.plots import plot_fold, plot_survey
 from ..evaluation.survey import COVERAGE, Survey, survey
-from ..ffn.accounting import FFNShape
+from ..ffn.accounting import planned
 from ..report import FoldReport
 from . import output as show
 from .options import AsJson, ModelName, TextField, Texts
@@ -156,11 +156,8 @@ def _print_survey(model: str, found: Survey) -> None:
 
 def _feasible(found: Survey, bits: int) -> dict[str, Any]:
     """The largest reduction with a predictor of `bits`, and the neurons fixed at others; None where none fits."""
-    shapes = [_shape(layer.d, layer.h, layer.dense) for layer in found.layers]
-    dense = sum(shape.dense for shape in shapes)
-    storage = FoldConfig().storage
-    always = sum(shape.always(bits, storage) for shape in shapes)
-    every = sum(shape.h * shape.per_neuron(bits, storage) for shape in shapes)
+    costs = [planned(ffn, FoldConfig().storage, bits) for ffn in found.ffns]
+    dense, always, every = (sum(getattr(cost, part) for cost in costs) for part in ("dense", "always", "fixing"))
     rates = {str(r): ((1 - r) * dense - always) / every for r in _REDUCTIONS}
     return {
         "bits": bits,
@@ -169,15 +166,10 @@ def _feasible(found: Survey, bits: int) -> dict[str, Any]:
     }
 
 
-def _shape(d: int, h: int, dense: int) -> FFNShape:
-    weight_bytes = dense // (2 * d * h)
-    return FFNShape(d, h, weight_bytes, biases=dense > 2 * d * h * weight_bytes)
+def _say_where(plot: Path | None) -> None:
+    if plot:
+        show.say(f"[green]drawn to {escape(str(plot))}[/]")
 
 
 def _rate(rate: float | None) -> str:
     return "does not fit" if rate is None else f"{rate:.2%}"
-
-
-def _say_where(plot: Path | None) -> None:
-    if plot:
-        show.say(f"[green]drawn to {escape(str(plot))}[/]")

@@ -15,7 +15,8 @@ from ..checkpoint.saving import STAGING
 from ..config import PREDICTOR_BITS, FoldConfig
 from ..errors import InvalidInputError
 from ..families.sites import find_ffns
-from ..pipeline.session import ffn_shape, hidden_bytes_on_disk
+from ..ffn.accounting import planned
+from ..pipeline.session import hidden_bytes_on_disk
 from ..pipeline.workspace import FOLDER, LOCK
 from .output import size
 
@@ -72,11 +73,12 @@ def check_plot(path: Path) -> None:
 def check_space(directory: Path, model: PreTrainedModel, windows: Windows, config: FoldConfig) -> None:
     """Raise InvalidInputError where a fold of `model` and what it keeps meanwhile would not fit on the disk."""
     sites = find_ffns(model)
-    chosen = [ffn_shape(site) for site in sites if config.layers is None or site.index in config.layers]
-    outside = sum(weight.nbytes for weight in model.parameters()) - sum(shape.dense for shape in chosen)
     bits = config.predictor_bits or (config.fallback_bits or max(PREDICTOR_BITS[:-1]))
-    stored = sum(shape.touched(bits, config.storage, 1.0) for shape in chosen)
-    dense = 0 if config.fallback_bits else sum(shape.dense for shape in chosen)
+    chosen = [site.weights() for site in sites if config.layers is None or site.index in config.layers]
+    dense = sum(ffn.nbytes for ffn in chosen)
+    outside = sum(weight.nbytes for weight in model.parameters()) - dense
+    stored = sum(planned(ffn, config.storage, bits).touched(1.0) for ffn in chosen)
+    dense = 0 if config.fallback_bits else dense
     kept = directory / FOLDER
     finished = sum(path.stat().st_size for path in kept.rglob("*") if path.is_file()) if kept.is_dir() else 0
     # for a moment the layers are there twice: in the work folder, without dense weights, and in the checkpoint

@@ -176,7 +176,7 @@ class Comparison:
         start = time.perf_counter()
         if method.name == DENSE:
             return self._judge(Cell(method, None, everything, everything, everything), model, progress)
-        folded = sum(w.nbytes for site in find_ffns(model) for w in site.weights() if w is not None)
+        folded = sum(site.weights().nbytes for site in find_ffns(model))
         untouched = everything - folded if method.is_fold else 0  # attention's, where it is in scope
         try:
             report = compress(

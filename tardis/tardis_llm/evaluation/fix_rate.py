@@ -11,10 +11,10 @@ from functools import partial
 from torch import Tensor, nn
 
 from ..errors import InvalidInputError
-from ..ffn.weights import FFNWeights
-from ..report import FoldReport, LayerReport
+from ..ffn.weights import DenseFFN
+from ..report import FoldReport
 from ..runtime.modules import FoldedFFN
-from ..runtime.placing import folded_ffns
+from ..runtime.placing import folded_ffns, folded_weights
 from ..runtime.reference import fixed_neurons
 
 
@@ -51,9 +51,9 @@ def count_fixes(model: nn.Module) -> Iterator[FixCounts]:
     ffns = folded_ffns(model)
     counts = FixCounts(dict.fromkeys(ffns, 0), dict.fromkeys(ffns, 0))
 
-    def count(name: str, ffn: FoldedFFN, args: tuple[Tensor, FFNWeights]) -> None:
+    def count(name: str, ffn: FoldedFFN, args: tuple[Tensor, DenseFFN]) -> None:
         x, dense = args
-        counts.add(name, fixed_neurons(x.reshape(-1, x.shape[-1]), ffn.weights, dense.b1))
+        counts.add(name, fixed_neurons(x.reshape(-1, x.shape[-1]), ffn.weights.beside(dense)))
 
     with ExitStack() as stack:
         for name, ffn in ffns.items():
@@ -72,21 +72,12 @@ def measured(report: FoldReport, model: nn.Module, rates: dict[str, float]) -> F
     Raises:
         InvalidInputError: the report is not that of the model.
     """
-    ffns = folded_ffns(model)
+    ffns = folded_weights(model)
     if set(ffns) != {layer.prefix for layer in report.layers} or set(ffns) != set(rates):
         raise InvalidInputError("report and rates are not those of this model; use those of its own checkpoint.")
-    layers = [_measured_layer(layer, ffns[layer.prefix], rates[layer.prefix]) for layer in report.layers]
+    layers = [
+        dataclasses.replace(layer, fix_rate=rate, touched=ffns[layer.prefix].touched(rate))
+        for layer in report.layers
+        for rate in [rates[layer.prefix]]
+    ]
     return dataclasses.replace(report, layers=layers)
-
-
-def fallback_bytes(layer: LayerReport, ffn: FoldedFFN) -> int:
-    """Bytes of W1 and W2 as stored, less what the predictor has of them: what fixing every neuron would read."""
-    if ffn.fallback is not None:
-        return ffn.fallback.nbytes
-    numbers = 2 * len(ffn.weights.low) * ffn.predictor.columns
-    return layer.dense // numbers * numbers  # the division leaves out the biases, far less than a byte a weight
-
-
-def _measured_layer(layer: LayerReport, ffn: FoldedFFN, rate: float) -> LayerReport:
-    touched = layer.touched + (rate - layer.fix_rate) * fallback_bytes(layer, ffn)
-    return dataclasses.replace(layer, fix_rate=rate, touched=touched)

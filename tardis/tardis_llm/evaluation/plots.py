@@ -15,10 +15,9 @@ from matplotlib.ticker import PercentFormatter
 from torch import Tensor, nn
 
 from ..errors import InvalidInputError
+from ..ffn.weights import FoldedWeights, nbytes
 from ..report import FoldReport, LayerReport
-from ..runtime.modules import FoldedFFN
-from ..runtime.placing import folded_ffns
-from .fix_rate import fallback_bytes
+from ..runtime.placing import folded_weights
 from .survey import COVERAGE, Survey
 
 matplotlib.use("Agg")  # a file is all that is wanted; no display is needed
@@ -57,10 +56,10 @@ def plot_fold(model: nn.Module, report: FoldReport, path: Path, title: str = "")
         InvalidInputError: model and report do not belong together.
         OSError: the file cannot be written.
     """
-    ffns = folded_ffns(model)
+    ffns = folded_weights(model)
     if list(ffns) != [layer.prefix for layer in report.layers]:
         raise InvalidInputError("the report is not that of this model; use the one of its own checkpoint.")
-    hot = [torch.stack([ffn.weights.low.float(), ffn.weights.high.float()]) for ffn in ffns.values()]
+    hot = [torch.stack([ffn.neurons.low.float(), ffn.neurons.high.float()]) for ffn in ffns.values()]
     names = _layer_names(list(ffns))
     with matplotlib.rc_context(STYLE):
         figure, (top, left, right) = _page()
@@ -174,7 +173,7 @@ def _error_axis(axes: Axes, names: list[str]) -> None:
     _layer_axis(axes, names)
 
 
-def _bytes(axes: Axes, layers: list[LayerReport], ffns: list[FoldedFFN], names: list[str]) -> None:
+def _bytes(axes: Axes, layers: list[LayerReport], ffns: list[FoldedWeights], names: list[str]) -> None:
     """Per layer, the bytes a token reads, stacked by part, and those that it no longer reads."""
     shares = np.array([_shares(layer, ffn) for layer, ffn in zip(layers, ffns, strict=True)])  # [layers, parts]
     parts = (
@@ -206,13 +205,16 @@ def _bytes(axes: Axes, layers: list[LayerReport], ffns: list[FoldedFFN], names: 
 _LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 1.0, "alpha": 0.85}
 
 
-def _shares(layer: LayerReport, ffn: FoldedFFN) -> tuple[float, float, float, float]:
+def _shares(layer: LayerReport, weights: FoldedWeights) -> tuple[float, float, float, float]:
     """Fold, predictor, ranges with lines and up bias, and fixing, as shares of the dense bytes."""
-    fold = sum(tensor.nbytes for tensor in ffn.fold.state_dict().values())
-    predictor = sum(tensor.nbytes for tensor in ffn.predictor.state_dict().values())
-    fixing = layer.fix_rate * fallback_bytes(layer, ffn)
-    rest = layer.touched - fold - predictor - fixing
-    return fold / layer.dense, predictor / layer.dense, rest / layer.dense, fixing / layer.dense
+    parts = (
+        nbytes(weights.fold, weights.bias),
+        nbytes(weights.predictor),
+        nbytes(weights.neurons, weights.b1),
+        layer.fix_rate * weights.fixing,
+    )
+    fold, predictor, lines, fixing = (part / layer.dense for part in parts)
+    return fold, predictor, lines, fixing
 
 
 def _layer_axis(axes: Axes, names: list[str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint.folded import save_folded
-from ..checkpoint.format import LayerFormat
-from ..config import Storage
 from ..errors import InvalidInputError
 from ..families.sites import FFNSite, find_ffns
-from ..ffn import activations
+from ..ffn.accounting import cost
+from ..ffn.weights import FoldedWeights, Storage, written_out
 from ..report import FoldReport, LayerReport
 from ..runtime.linears.placing import quantise_linears
 from ..runtime.modules import FoldedFFN
@@ -145,15 +145,10 @@ def random_folds(
     sites = find_ffns(model)
     generator = torch.Generator().manual_seed(1)
     for site, x in zip(sites, _inputs(model, sites), strict=True):
-        layer = LayerFormat(
-            activations.identify(site.activation),
-            bits,
-            min(storage.group_size, site.hidden_size),
-            "float16",
-            storage.fold_bits,
-            storage.fallback_bits,
-        )
-        ffn = layer.empty(site.hidden_size, site.intermediate_size, model.dtype, torch.device("cpu"))
+        dense = site.weights()
+        size = min(storage.group_size, dense.d)
+        form = replace(storage, group_size=size).format(dense.activation, bits)
+        ffn = FoldedFFN(FoldedWeights.empty(form, dense.d, dense.h, model.dtype, torch.device("cpu")))
         for name, tensor in ffn.state_dict().items():
             _randomise(name, tensor, generator)
         _set_ranges(ffn, site, x, fix_rate)
@@ -189,11 +184,7 @@ def save_random_fold(
 
 def _random_report(site: FFNSite, ffn: FoldedFFN, bits: int, fix_rate: float) -> LayerReport:
     """What is known of a random fold: its bytes, and the share of the neurons that it is made to fix."""
-    dense = site.weights()
-    stored = sum(tensor.nbytes for tensor in ffn.state_dict().values())
-    fallback = ffn.fallback.nbytes if ffn.fallback else dense.w1.nbytes + dense.w2.nbytes
-    resident = stored if ffn.fallback else stored + fallback
-    b1 = 0 if dense.b1 is None else dense.b1.nbytes
+    bytes_ = cost(site.weights(), ffn.weights)
     return LayerReport(
         prefix=site.prefix,
         bits=bits,
@@ -202,9 +193,9 @@ def _random_report(site: FFNSite, ffn: FoldedFFN, bits: int, fix_rate: float) ->
         linearity=math.nan,
         damping=None,
         loss_increase=None,
-        dense=sum(part.nbytes for part in dense if part is not None),
-        touched=b1 + resident - (1 - fix_rate) * fallback,
-        resident=b1 + resident,
+        dense=bytes_.dense,
+        touched=bytes_.touched(fix_rate),
+        resident=bytes_.resident,
     )
 
 
@@ -222,7 +213,7 @@ def _randomise(name: str, tensor: Tensor, generator: torch.Generator) -> None:
 def _set_ranges(ffn: FoldedFFN, site: FFNSite, x: Tensor, fix_rate: float) -> None:
     """Bounds around zero with `fix_rate` of the predictions for inputs x [tokens, d] outside."""
     b1 = site.weights().b1
-    zhat = F.linear(x.float(), ffn.predictor.matrix.dequantise(), None if b1 is None else b1.float()).abs()
+    zhat = F.linear(x.float(), written_out(ffn.predictor.matrix), None if b1 is None else b1.float()).abs()
     bound = zhat.flatten().kthvalue(max(1, round((1 - fix_rate) * zhat.numel()))).values
     ffn.low.fill_(-float(bound))
     ffn.high.fill_(float(bound))

@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,13 @@ from transformers import Cache, PreTrainedModel, StaticCache
 from ..errors import InvalidInputError
 from ..families.sites import FFNSite
 from ..families.table import position_limit
-from ..ffn.activations import ACTIVATIONS
-from ..ffn.weights import FFNWeights
+from ..ffn.weights import DenseFFN, nbytes
 from ..report import Progress
+from ..runtime.backend import dense_ffn
 from ..runtime.decoding import compile_errors_explained, compiled_call
 from ..runtime.linears.lowbit import LowBitLinear
-from ..runtime.modules import FoldedFFN, KeptLinear
-from ..runtime.placing import folded_ffns, install, lay_out, uninstall
-from ..runtime.reference import dense_ffn
+from ..runtime.modules import FoldedFFN
+from ..runtime.placing import FoldedDown, KeptLinear, folded_ffns, install, lay_out, uninstall
 
 _BANDWIDTH_BYTES = 2**29  # far more than any cache
 _BANDWIDTH_RUNS = 5
@@ -185,7 +184,7 @@ def count_union(model: nn.Module) -> Iterator[Union]:
     """Within the context, count what a batch reads together. Every FFN predicts twice then: not for timing."""
     union = Union()
 
-    def count(ffn: FoldedFFN, args: tuple[Tensor, FFNWeights]) -> None:
+    def count(ffn: FoldedFFN, args: tuple[Tensor, DenseFFN]) -> None:
         x, dense = args
         fixed = ffn.fixed(x.reshape(-1, x.shape[-1]).contiguous(), dense)
         union.share += float(fixed.any(0).float().mean())
@@ -206,14 +205,13 @@ def crossover(model: PreTrainedModel, progress: Progress) -> dict[int, Ratio]:
     """
     ffn = list(folded_ffns(model).values())[len(folded_ffns(model)) // 2]
     x, weights = _call_of(model, ffn, CROSSOVER_TOKENS[-1])
-    dense = weights._replace(w1=weights.w1.contiguous(), w2=weights.w2.contiguous())
-    by_neuron = dense._replace(w2=weights.w2.T.contiguous().T)
-    act = ACTIVATIONS[ffn.activation]
+    dense = replace(weights, w1=weights.w1.contiguous(), w2=weights.w2.contiguous())
+    by_neuron = replace(dense, w2=weights.w2.T.contiguous().T)
     found: dict[int, Ratio] = {}
     with torch.inference_mode():
         for count in CROSSOVER_TOKENS:
             some = x[:count].contiguous()
-            runs = {"dense": partial(dense_ffn, some, dense, act), "folded": partial(ffn, some, by_neuron)}
+            runs = {"dense": partial(dense_ffn, some, dense), "folded": partial(ffn, some, by_neuron)}
             timed: dict[str, Callable[[], float]] = {name: partial(_seconds, run) for name, run in runs.items()}
             taken = take_turns(timed, _CROSSOVER_ROUNDS, progress, f"crossover, {count} tokens")
             found[count] = Ratio.of(taken["dense"], taken["folded"])
@@ -238,9 +236,9 @@ def pays_up_to(ratios: dict[int, Ratio]) -> int:
     return most
 
 
-def _call_of(model: PreTrainedModel, ffn: FoldedFFN, tokens: int) -> tuple[Tensor, FFNWeights]:
+def _call_of(model: PreTrainedModel, ffn: FoldedFFN, tokens: int) -> tuple[Tensor, DenseFFN]:
     """What a folded FFN gets when the model sees so many random tokens: x [tokens, d], and the dense weights."""
-    calls: list[tuple[Tensor, FFNWeights]] = []
+    calls: list[tuple[Tensor, DenseFFN]] = []
     handle = ffn.register_forward_pre_hook(lambda module, args: calls.append(args))
     config = model.config.get_text_config()
     length = min(tokens, position_limit(model.config) or tokens)
@@ -262,30 +260,30 @@ def step_bytes(model: PreTrainedModel, share: float = 0.0) -> float:
         share: of the neurons, that at least one token of the step fixes.
     """
     head = model.get_output_embeddings()
-    exact = any(ffn.exact for ffn in folded_ffns(model).values())
     seen: set[int] = set()
 
     def read(module: nn.Module) -> float:
-        if isinstance(module, FoldedFFN):
-            return 0.0 if exact else _folded_bytes(module, share)
+        if isinstance(module, FoldedDown):
+            return _ffn_bytes(module, share)
         if isinstance(module, LowBitLinear):
             return module.nbytes
-        fixed_only = isinstance(module, KeptLinear) and not exact
         total = 0.0
-        for name, parameter in module.named_parameters(recurse=False):
+        for parameter in module.parameters(recurse=False):
             embedding = isinstance(module, nn.Embedding) and (head is None or module.weight is not head.weight)
             if not embedding and parameter.data_ptr() not in seen:
                 seen.add(parameter.data_ptr())
-                total += parameter.nbytes * (share if fixed_only and name == "weight" else 1.0)
-        return total + sum(read(child) for child in module.children())
+                total += parameter.nbytes
+        children = (child for child in module.children() if not isinstance(child, FoldedFFN | KeptLinear))
+        downs = (child for child in module.children() if isinstance(child, FoldedDown))
+        return total + sum(map(read, [*children, *downs]))
 
     return read(model)
 
 
-def _folded_bytes(ffn: FoldedFFN, share: float) -> float:
-    """What a folded FFN holds itself; dense fallback weights are its neighbours'."""
-    fallback = ffn.fallback.nbytes if ffn.fallback else 0
-    return ffn.nbytes + share * fallback
+def _ffn_bytes(down: FoldedDown, share: float) -> float:
+    """Bytes that a folded FFN reads as it lies in memory, if it fixes this share of the neurons, or none if exact."""
+    dense, down_bias = down.dense, nbytes(down.bias)
+    return dense.nbytes if down.ffn.exact else down.ffn.current.beside(dense).touched(share) + down_bias
 
 
 def cpu_name() -> str:

@@ -16,12 +16,12 @@ from ..calibration.moments import BinnedMoments, chunks, pre_activation_moments
 from ..calibration.stream import Stream
 from ..calibration.text import Windows, check_enough, check_windows
 from ..families.sites import FFNSite, find_ffns
-from ..ffn import activations
+from ..ffn.neuron import Neurons
 from ..ffn.weights import DenseFFN
 from ..folding.fold import Inputs, target_moments
-from ..folding.ranges import Ranges, coverage_ranges
+from ..folding.ranges import coverage_ranges
 from ..folding.refit import affine_error, refit
-from ..pipeline.session import dense_ffn
+from ..pipeline.session import sound_weights
 from ..report import Progress
 
 #: share of a neuron's inputs that its hot range holds, for `width`
@@ -62,11 +62,13 @@ class Survey:
         layers: in the model's order.
         ranges: per layer, low and high [2, h] fp32 of each neuron's `COVERAGE` range; empty without text.
         tokens: calibration tokens looked at.
+        ffns: the dense weights, per layer.
     """
 
     layers: list[LayerSurvey]
     ranges: list[Tensor]
     tokens: int
+    ffns: list[DenseFFN]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, without the ranges of single neurons."""
@@ -86,7 +88,7 @@ def survey(model: PreTrainedModel, windows: Windows | None = None, progress: Pro
     sites = find_ffns(model)
     layers = [_sizes(site) for site in sites]
     if windows is None:
-        return Survey(layers, [], 0)
+        return Survey(layers, [], 0, [site.weights() for site in sites])
     check_enough(windows, sites[0].hidden_size)
     for ids in (windows.fit, windows.heldout):
         check_windows(model, ids)
@@ -97,26 +99,28 @@ def survey(model: PreTrainedModel, windows: Windows | None = None, progress: Pro
         )
         for site, layer in zip(sites, layers, strict=True):
             inputs = Inputs(fit.ffn_inputs(site), heldout.ffn_inputs(site))
-            measured, hot = _measure(layer, dense_ffn(site), inputs)
+            measured, hot = _measure(layer, sound_weights(site).in_fp32(), inputs)
             found.append(measured)
             ranges.append(hot)
             fit.advance()
             heldout.advance()
             if progress:
                 progress("surveying layers", len(found), len(sites))
-    return Survey(found, ranges, windows.fit.numel())
+    return Survey(found, ranges, windows.fit.numel(), [site.weights() for site in sites])
 
 
 def _sizes(site: FFNSite) -> LayerSurvey:
-    dense = sum(weight.nbytes for weight in site.weights() if weight is not None)
-    activation = activations.identify(site.activation)
-    return LayerSurvey(site.prefix, site.hidden_size, site.intermediate_size, activation, dense)
+    ffn = site.weights()
+    return LayerSurvey(site.prefix, ffn.d, ffn.h, ffn.activation, ffn.nbytes)
 
 
 def _measure(layer: LayerSurvey, ffn: DenseFFN, inputs: Inputs) -> tuple[LayerSurvey, Tensor]:
     moments, span = _neurons(ffn, inputs)
     hot = coverage_ranges(moments, torch.full((layer.h,), COVERAGE, dtype=torch.float64))
-    low, high = torch.maximum(hot.low, span[0]), torch.minimum(hot.high, span[1])  # the outer bins are open
+    low, high = (
+        torch.maximum(hot.neurons.low, span[0]),
+        torch.minimum(hot.neurons.high, span[1]),
+    )  # the outer bins are open
     width = ((high - low) / (span[1] - span[0]).clamp_min(1e-30)).mean()
     measured = LayerSurvey(
         layer.prefix, layer.d, layer.h, layer.activation, layer.dense, linearity(ffn, inputs), float(width)
@@ -128,9 +132,9 @@ def linearity(ffn: DenseFFN, inputs: Inputs) -> float:
     """Squared error of the best affine map of x, over the variance of the output, on held-out tokens."""
     everything = torch.full((len(ffn.w1),), torch.inf)
     zero = torch.zeros(len(ffn.w1))
-    open_ranges = Ranges(-everything, everything, zero, zero, torch.empty(0))  # nothing fixed: the target is y itself
+    unbounded = Neurons(ffn.activation, -everything, everything, zero, zero)  # nothing fixed: the target is y itself
     fit, heldout = (
-        target_moments(ffn, x, ffn.w1, open_ranges, ffn.w1, ffn.w2).output for x in (inputs.fit, inputs.heldout)
+        target_moments(ffn, x, ffn.w1, unbounded, ffn.w1, ffn.w2).output for x in (inputs.fit, inputs.heldout)
     )
     affine = refit(inputs.spectrum, inputs.fit_moments, fit, inputs.heldout_moments, heldout)
     return affine_error(affine.weight, affine.bias, inputs.heldout_moments, heldout) / heldout.y_variance
@@ -138,11 +142,11 @@ def linearity(ffn: DenseFFN, inputs: Inputs) -> float:
 
 def _neurons(ffn: DenseFFN, inputs: Inputs) -> tuple[BinnedMoments, Tensor]:
     """Moments of the neurons binned by exact pre-activation, and their least and largest input, [2, h]."""
-    moments = BinnedMoments.around(*pre_activation_moments(inputs.fit_moments, ffn.w1, ffn.b1))
+    moments = BinnedMoments.around(ffn.activation, *pre_activation_moments(inputs.fit_moments, ffn.w1, ffn.biases[0]))
     least = torch.full((len(ffn.w1),), torch.inf)
     largest = -least
     for chunk in chunks(inputs.fit, len(ffn.w1)):
         z = F.linear(chunk.float(), ffn.w1, ffn.b1)
-        moments.add(z, z, ffn.act)
+        moments.add(z, z)
         least, largest = torch.minimum(least, z.amin(0)), torch.maximum(largest, z.amax(0))
     return moments, torch.stack([least, largest])

@@ -99,7 +99,7 @@ def loaded_variants(model: PreTrainedModel) -> tuple[Variant, Variant | None]:
             for ffn in ffns:
                 ffn.exact = False
 
-    there = all(ffn.fallback is None for ffn in ffns)
+    there = not any(ffn.stacked for ffn in ffns)
     return Variant("folded", model, lambda: swapped(model, layers)), Variant("dense", model, dense) if there else None
 
 

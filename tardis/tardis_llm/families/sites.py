@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import InvalidInputError
-from ..ffn.weights import FFNWeights
+from ..ffn.activations import identify
+from ..ffn.weights import DenseFFN
 from .table import Family, family_of
 
 
@@ -39,8 +41,26 @@ class FFNSite:
     activation: nn.Module = field(repr=False)
     down: nn.Module = field(repr=False)
 
-    def weights(self) -> FFNWeights:
-        """The four weight tensors as detached views, never copies, so writing to them writes to the model.
+    def weights(self) -> DenseFFN:
+        """The dense weights as detached views, never copies, so writing to them writes to the model.
+
+        Raises:
+            UnsupportedModelError: the activation is none that can be folded.
+            InvalidInputError: see `parts`.
+        """
+        return DenseFFN(*self.parts(), self.activation_kind)
+
+    @cached_property
+    def activation_kind(self) -> str:
+        """The function that the activation computes, a name in `ACTIVATIONS`.
+
+        Raises:
+            UnsupportedModelError: it is none of them.
+        """
+        return identify(self.activation)
+
+    def parts(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """w1 [h, d], b1 [h], w2 [d, h] and b2 [d] as views of the model's tensors; None for a bias that is not there.
 
         Raises:
             InvalidInputError: a part is no dense linear layer, or their shapes do not fit together.
@@ -53,17 +73,17 @@ class FFNSite:
                 f"{list(w2.shape)} [out, in]; one must be the other reversed. Reload the model from a sound "
                 "checkpoint, or correct the row of its family in tardis_llm/families/table.py."
             )
-        return FFNWeights(w1, b1, w2, b2)
+        return w1, b1, w2, b2
 
     @property
     def hidden_size(self) -> int:
         """d, the width of the FFN's input and output."""
-        return self.weights().w1.shape[1]
+        return self.parts()[0].shape[1]
 
     @property
     def intermediate_size(self) -> int:
         """h, the number of neurons."""
-        return self.weights().w1.shape[0]
+        return self.parts()[0].shape[0]
 
 
 def _linear(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
@@ -100,7 +120,7 @@ def find_ffns(model: PreTrainedModel) -> list[FFNSite]:
     name = layer_list_name(model)
     sites = [_site(family, i, f"{name}.{i}", block) for i, block in enumerate(layer_list(model))]
     for site in sites:
-        site.weights()
+        site.parts()
     return sites
 
 

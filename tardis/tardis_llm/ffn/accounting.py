@@ -1,78 +1,69 @@
-"""Bytes: what an FFN costs dense and folded.
+"""Bytes: what an FFN costs dense and folded. Every byte that is ever reported is counted here, as it is stored.
 
-`touched` is what one token reads at batch 1: the fold, the predictor with its scales, the ranges and lines, the up bias
-(the range test needs all of it), and the W1 row and W2 column of each fixed neuron; where these are stored in few bits,
-what the predictor has of the row is read already. `resident` is what stays in memory, fallback weights included.
-Everything is counted as stored.
+dense      weights and biases of the dense FFN
+touched    what one token reads at batch 1: the fold, the predictor with its scales, ranges and lines, the up bias
+           (the range test needs all of it), and the W1 rows and W2 column of each fixed neuron; where these are in
+           few bits, what the predictor has of the rows is read already
+resident   what stays in memory, fallback weights included
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from ..config import Storage
+import torch
 
-_SCALE_BYTES = 2
-RANGE_BYTES = 2  # per number; four numbers a neuron
+from .weights import DenseFFN, FoldedWeights, Storage, nbytes
 
 
 @dataclass(frozen=True)
-class FFNShape:
-    """The sizes of one FFN that its bytes depend on.
+class Cost:
+    """Bytes of one FFN.
 
     Attributes:
-        d: width of input and output.
-        h: neurons.
-        weight_bytes: bytes per dense weight.
-        biases: whether up and down have biases.
+        dense: of the dense FFN.
+        resident: of the folded one, in memory.
+        fold: of the fold and its bias.
+        predictor: of the predictor with its scales.
+        lines: of ranges and lines, and of the up bias.
+        fixing: of what a token reads beside these three, if it fixes every neuron.
     """
 
-    d: int
-    h: int
-    weight_bytes: int
-    biases: bool
+    dense: int
+    resident: int
+    fold: int
+    predictor: int
+    lines: int
+    fixing: int
 
     @property
-    def dense(self) -> int:
-        """Bytes of the dense FFN."""
-        return self.weight_bytes * (2 * self.d * self.h + (self.d + self.h if self.biases else 0))
+    def always(self) -> int:
+        """Bytes that every token reads."""
+        return self.fold + self.predictor + self.lines
 
-    def fold(self, storage: Storage) -> int:
-        """Bytes of the fold and its bias."""
-        weight = self._rows(self.d, storage.fold_bits, storage.group_size)
-        return weight + self.weight_bytes * self.d
+    def touched(self, fix_rate: float) -> float:
+        """Bytes that a token reads on average, where it fixes this share of the neurons."""
+        return self.always + fix_rate * self.fixing
 
-    def per_neuron(self, bits: int, storage: Storage) -> int:
-        """Bytes that fixing one neuron reads: W1 row, without the predictor's bits if it shares them, and W2 column.
+    def affordable_fix_rate(self, reduction: float) -> float:
+        """The fix rate at which a token reads `1 - reduction` of the dense bytes; negative if there is none."""
+        return min(1.0, ((1 - reduction) * self.dense - self.always) / self.fixing)
 
-        Args:
-            bits: of the predictor.
-        """
-        column = self._rows(1, storage.fallback_bits, storage.group_size)
-        if storage.fallback_bits is None:
-            return 2 * column
-        return column + self._rows(1, storage.fallback_bits - bits, storage.group_size)
 
-    def always(self, bits: int, storage: Storage, range_bytes: int = RANGE_BYTES) -> int:
-        """Bytes that every token reads: fold, predictor, ranges and lines, up bias."""
-        predictor = self._rows(self.h, bits, storage.group_size)
-        bias = self.weight_bytes * self.h if self.biases else 0
-        return self.fold(storage) + predictor + 4 * range_bytes * self.h + bias
+def cost(dense: DenseFFN, folded: FoldedWeights) -> Cost:
+    """Bytes of an FFN that is folded.
 
-    def touched(self, bits: int, storage: Storage, fix_rate: float) -> float:
-        """Bytes that a token reads on average."""
-        return self.always(bits, storage) + fix_rate * self.h * self.per_neuron(bits, storage)
+    Args:
+        dense: as it was.
+        folded: with or without the dense weights beside it.
+    """
+    folded = folded.beside(dense)
+    resident = folded.nbytes + (0 if folded.stacked else nbytes(dense.b2))
+    fold, lines = nbytes(folded.fold, folded.bias), nbytes(folded.neurons, folded.b1)
+    return Cost(dense.nbytes, resident, fold, folded.predictor.nbytes, lines, folded.fixing)
 
-    def affordable_fix_rate(self, bits: int, storage: Storage, reduction: float) -> float:
-        """The fix rate at which this FFN reads `1 - reduction` of its dense bytes; negative if there is none."""
-        left = (1 - reduction) * self.dense - self.always(bits, storage)
-        return min(1.0, left / (self.h * self.per_neuron(bits, storage)))
 
-    def _rows(self, count: int, bits: int | None, group_size: int) -> int:
-        """Bytes of rows of d weights: dense for no bits given, nothing for zero bits."""
-        if bits is None:
-            return count * self.d * self.weight_bytes
-        if not bits:
-            return 0
-        return count * (bits * math.ceil(self.d / 8) + math.ceil(self.d / min(group_size, self.d)) * _SCALE_BYTES)
+def planned(dense: DenseFFN, storage: Storage, bits: int) -> Cost:
+    """Bytes of an FFN if it were folded and stored so, with a predictor of so many bits."""
+    form = storage.format(dense.activation, bits)
+    return cost(dense, FoldedWeights.empty(form, dense.d, dense.h, dense.w1.dtype, torch.device("meta")))

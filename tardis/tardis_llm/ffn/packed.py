@@ -35,6 +35,13 @@ class PackedMatrix:
     columns: int
     group_size: int
 
+    @classmethod
+    def empty(cls, rows: int, columns: int, bits: int, group_size: int, device: torch.device) -> PackedMatrix:
+        """A matrix [rows, columns] without content."""
+        planes = torch.empty(rows, bits, -(-columns // 8), dtype=torch.uint8, device=device)
+        scale = torch.empty(rows, -(-columns // group_size), dtype=torch.float16, device=device)
+        return cls(planes, scale, columns, group_size)
+
     @property
     def bits(self) -> int:
         """Bits per weight."""

@@ -1,48 +1,109 @@
-"""What an FFN is: its dense weights, and what it stores once folded."""
+"""What an FFN is: its dense weights, and what a folded one reads in their place.
+
+dense     y = value(x W1^T + b1) W2^T + b2
+folded    y = x C^T + c + sum over fixed neurons i of residual_i W2[:, i]
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .activations import ACTIVATIONS
+from .neuron import Neurons
 from .packed import PackedMatrix
 
+#: tells matrices that can stand for each other: shape and dtype, or shape, bits and group size
+Kind = tuple[Any, ...]
 
-class FFNWeights(NamedTuple):
-    """The weights of one FFN, `act(x w1^T + b1) w2^T + b2`: views of the model's own tensors, in its dtype.
+
+class Layout(Protocol):
+    """A matrix in an order of memory that a backend reads fastest."""
+
+    @property
+    def data(self) -> Tensor:
+        """What holds its numbers."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of the matrix in the order in which it is stored."""
+
+    def matrix(self) -> Tensor | PackedMatrix:
+        """A copy of the matrix in the order in which it is stored."""
+
+
+#: a matrix as it is stored, dense or in few bits, or in a backend's order of memory
+Matrix = Tensor | PackedMatrix | Layout
+
+
+def stored(matrix: Matrix) -> Tensor | PackedMatrix:
+    """The matrix in the order in which it is stored."""
+    return matrix if isinstance(matrix, Tensor | PackedMatrix) else matrix.matrix()
+
+
+def kind(matrix: Matrix) -> Kind:
+    """The kind of a matrix: (rows, columns) and dtype of a dense one, (rows, columns), bits and group size else."""
+    if isinstance(matrix, Tensor):
+        return tuple(matrix.shape), matrix.dtype
+    if isinstance(matrix, PackedMatrix):
+        return (len(matrix.planes), matrix.columns), matrix.bits, matrix.group_size
+    return matrix.kind
+
+
+def written_out(matrix: Matrix) -> Tensor:
+    """The matrix as numbers: a dense one as it is, one in few bits in fp32."""
+    matrix = stored(matrix)
+    return matrix.dequantise() if isinstance(matrix, PackedMatrix) else matrix
+
+
+class Sized(Protocol):
+    """What takes bytes."""
+
+    @property
+    def nbytes(self) -> int:
+        """How many."""
+
+
+def nbytes(*parts: Sized | None) -> int:
+    """Bytes of the parts that there are."""
+    return sum(part.nbytes for part in parts if part is not None)
+
+
+@dataclass(frozen=True)
+class DenseFFN:
+    """The weights of one FFN.
 
     Attributes:
-        w1: [h, d] up weight; one row per neuron.
-        b1: [h] up bias, or None.
-        w2: [d, h] down weight; one column per neuron.
-        b2: [d] down bias, or None.
+        w1: [k h, d] up-projections; a neuron's rows lie side by side, k is 1 in a plain FFN.
+        b1: [k h], or None.
+        w2: [d, h] down-projection; one column per neuron.
+        b2: [d], or None.
+        activation: a name in `ACTIVATIONS`.
     """
 
     w1: Tensor
     b1: Tensor | None
     w2: Tensor
     b2: Tensor | None
-
-
-@dataclass(frozen=True)
-class DenseFFN:
-    """The weights of one FFN in fp32, biases zero where the model has none, and its activation.
-
-    Attributes:
-        w1: [h, d]; b1: [h]; w2: [d, h]; b2: [d].
-        activation: a name in `ACTIVATIONS`.
-    """
-
-    w1: Tensor
-    b1: Tensor
-    w2: Tensor
-    b2: Tensor
     activation: str
+
+    @property
+    def d(self) -> int:
+        """Width of input and output."""
+        return self.w1.shape[1]
+
+    @property
+    def h(self) -> int:
+        """Number of neurons."""
+        return self.w2.shape[1]
 
     @property
     def act(self) -> Callable[[Tensor], Tensor]:
@@ -54,54 +115,177 @@ class DenseFFN:
         """[h] fp64, |W2[:, i]|^2: how much of a neuron's squared error reaches the output."""
         return self.w2.square().sum(0, dtype=torch.float64)
 
-
-@dataclass(frozen=True)
-class FoldedWeights:
-    """What a folded FFN stores, as stored.
-
-    Attributes:
-        weight: [d, d] fold weight C, in the model's dtype or in few bits.
-        bias: [d] fold bias c, in the model's dtype.
-        predictor: low-bit copy of W1.
-        low, high, slope, offset: [h] ranges and lines, fp16 where the values fit it and fp32 where not.
-        fallback: what fixing reads in place of the dense weights; None where it reads these.
-    """
-
-    weight: Tensor | PackedMatrix
-    bias: Tensor
-    predictor: PackedMatrix
-    low: Tensor
-    high: Tensor
-    slope: Tensor
-    offset: Tensor
-    fallback: Fallback | None = None
-
-
-@dataclass(frozen=True)
-class Fallback:
-    """Low-bit copies of the dense weights, for fixing.
-
-    Attributes:
-        remainder: [h, d], what the predictor leaves of W1; None where the predictor has all the bits.
-        down: [h, d], W2 transposed: one row per neuron.
-    """
-
-    remainder: PackedMatrix | None
-    down: PackedMatrix
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those of w1, b1, w2, b2 that there are."""
+        return [tensor for tensor in (self.w1, self.b1, self.w2, self.b2) if tensor is not None]
 
     @property
     def nbytes(self) -> int:
-        """Bytes that fixing every neuron would read, beside the predictor."""
-        return self.down.nbytes + (self.remainder.nbytes if self.remainder else 0)
+        """Bytes of all weights and biases."""
+        return nbytes(*self.tensors)
 
-    def matrices(self, predictor: PackedMatrix, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """W1 [h, d] and W2 [d, h] that these bits stand for, in `dtype`."""
-        w1 = predictor.dequantise()
-        if self.remainder:
-            w1 = w1 + self.remainder.dequantise()
-        return w1.to(dtype), self.down.dequantise().T.to(dtype)
+    @property
+    def biases(self) -> tuple[Tensor, Tensor]:
+        """b1 and b2, zeros where there are none."""
+        b1, b2 = (torch.zeros(size) for size in (len(self.w1), self.d))
+        return b1 if self.b1 is None else self.b1, b2 if self.b2 is None else self.b2
+
+    def in_fp32(self) -> DenseFFN:
+        """The weights in fp32, contiguous, with biases of zeros where there are none: what folding computes with."""
+        b1, b2 = (bias.float() for bias in self.biases)
+        return DenseFFN(self.w1.float().contiguous(), b1, self.w2.float().contiguous(), b2, self.activation)
 
 
-def dense_fold(stored: Tensor | PackedMatrix, dtype: torch.dtype) -> Tensor:
-    """The fold [d, d] that is stored, in `dtype`."""
-    return stored.dequantise().to(dtype) if isinstance(stored, PackedMatrix) else stored.to(dtype)
+@dataclass(frozen=True)
+class FoldFormat:
+    """How one folded FFN is stored.
+
+    Attributes:
+        activation: a name in `ACTIVATIONS`.
+        bits: of the predictor.
+        group_size: input weights per scale, in every low-bit matrix.
+        range_dtype: "float16" or "float32", of ranges and lines.
+        fold_bits: bits per weight of the fold; None for the model's dtype.
+        fallback_bits: bits per weight of W1 and W2 as fixing reads them, the predictor's included; None where fixing
+            reads the dense weights.
+    """
+
+    activation: str
+    bits: int
+    group_size: int
+    range_dtype: str
+    fold_bits: int | None = None
+    fallback_bits: int | None = None
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How the parts of a folded FFN are stored.
+
+    Attributes:
+        group_size: input weights that share one scale, in every low-bit matrix.
+        fold_bits: bits per weight of the fold; None for the model's dtype.
+        fallback_bits: bits per weight of W1 and W2 as fixing reads them; None for the dense weights. Those of W1
+            include the predictor's, which serve both.
+    """
+
+    group_size: int = 256
+    fold_bits: int | None = None
+    fallback_bits: int | None = None
+
+    def format(self, activation: str, bits: int) -> FoldFormat:
+        """The format of a folded FFN with this activation and a predictor of so many bits."""
+        return FoldFormat(activation, bits, self.group_size, "float16", self.fold_bits, self.fallback_bits)
+
+
+def _bits(matrix: Matrix | None) -> int | None:
+    """Bits per weight of a matrix in few bits; None for others."""
+    _, *how = (None,) if matrix is None else kind(matrix)
+    return how[0] if len(how) == 2 else None
+
+
+@dataclass(frozen=True)
+class FoldedWeights:
+    """All that a folded FFN reads. Nothing in it changes: a new fold is a new object.
+
+    Attributes:
+        fold: [d, d] C, in the model's dtype or in few bits; None where something else adds it.
+        bias: [d] c, in the model's dtype; None with `fold`.
+        predictor: [k h, d] low-bit copy of W1.
+        neurons: lines and hot ranges, fp16 where their values fit it and fp32 where not.
+        down: [h, d] W2 transposed, one row per neuron: a view of the dense weight, or in few bits ("stacked"). None
+            where the dense weights are still to be put beside: see `beside`.
+        up: [k h, d] W1; stacked, what the predictor leaves of it, None where that is nothing.
+        b1: [k h] up bias, or None.
+    """
+
+    fold: Matrix | None
+    bias: Tensor | None
+    predictor: Matrix
+    neurons: Neurons
+    down: Tensor | PackedMatrix | None = None
+    up: Tensor | PackedMatrix | None = None
+    b1: Tensor | None = None
+
+    @classmethod
+    def empty(
+        cls, form: FoldFormat, d: int, h: int, dtype: torch.dtype, device: torch.device, rows: int | None = None
+    ) -> FoldedWeights:
+        """Weights of this format without content.
+
+        Args:
+            form: the format.
+            d, h: width and neurons.
+            dtype: of the model.
+            device: such as meta.
+            rows: of the fold, where it is a share of it; d without.
+        """
+        rows = d if rows is None else rows
+
+        def packed(rows: int, bits: int) -> PackedMatrix:
+            return PackedMatrix.empty(rows, d, bits, form.group_size, device)
+
+        def values(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        fold = packed(rows, form.fold_bits) if form.fold_bits else values(rows, d)
+        lines = [values(h, dtype=getattr(torch, form.range_dtype)) for _ in range(4)]
+        down = packed(h, form.fallback_bits) if form.fallback_bits else None
+        left = (form.fallback_bits or form.bits) - form.bits
+        up = packed(h, left) if left else None
+        return cls(fold, values(rows), packed(h, form.bits), Neurons(form.activation, *lines), down, up)
+
+    @property
+    def format(self) -> FoldFormat:
+        """How these weights are stored."""
+        _, bits, group_size = kind(self.predictor)
+        return FoldFormat(
+            activation=self.neurons.activation,
+            bits=bits,
+            group_size=group_size,
+            range_dtype=str(self.neurons.low.dtype).removeprefix("torch."),
+            fold_bits=_bits(self.fold),
+            fallback_bits=_bits(self.down),
+        )
+
+    @property
+    def stacked(self) -> bool:
+        """Whether fixing reads weights in few bits in place of the dense ones."""
+        return isinstance(self.down, PackedMatrix)
+
+    def beside(self, dense: DenseFFN) -> FoldedWeights:
+        """The weights with what fixing reads of the dense FFN: the up bias, and W1 and W2 unless they are stacked."""
+        if self.stacked:
+            return replace(self, b1=dense.b1)
+        return replace(self, b1=dense.b1, up=dense.w1, down=dense.w2.T)
+
+    def fallback(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """W1 [k h, d] and W2 [d, h] as fixing reads them, written out in `dtype` where they are in few bits."""
+        assert self.down is not None, "the dense weights are put beside first"
+        if not self.stacked:
+            assert isinstance(self.up, Tensor), "beside dense W2, W1 is dense"
+            return self.up.to(dtype), written_out(self.down).T.to(dtype)
+        w1 = written_out(self.predictor)
+        if self.up is not None:
+            w1 = w1 + written_out(self.up)
+        return w1.to(dtype), written_out(self.down).T.to(dtype)
+
+    @property
+    def always(self) -> int:
+        """Bytes that every token reads: fold, predictor, ranges and lines, biases."""
+        return nbytes(self.fold, self.bias, self.predictor, self.neurons, self.b1)
+
+    @property
+    def fixing(self) -> int:
+        """Bytes that a token reads beside, if it fixes every neuron."""
+        return nbytes(self.up, self.down)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all."""
+        return self.always + self.fixing
+
+    def touched(self, fix_rate: float) -> float:
+        """Bytes that a token reads on average at batch 1, where it fixes this share of the neurons."""
+        return self.always + fix_rate * self.fixing

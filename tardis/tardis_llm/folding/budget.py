@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..config import Storage
 from ..errors import InfeasibleBudgetError
-from ..ffn.accounting import RANGE_BYTES, FFNShape
+from ..ffn.accounting import planned
+from ..ffn.weights import DenseFFN, Storage
 
 
 @dataclass(frozen=True)
@@ -77,27 +77,25 @@ def _slope(a: Option, b: Option) -> float:
     return (b.loss - a.loss) / max(b.touched - a.touched, 1e-9)
 
 
-def check_feasible(
-    shapes: list[FFNShape], bits: tuple[int, ...], storage: Storage, reduction: float
-) -> tuple[int, ...]:
+def check_feasible(ffns: list[DenseFFN], bits: tuple[int, ...], storage: Storage, reduction: float) -> tuple[int, ...]:
     """The predictor widths, of those allowed, that leave room for fixing at this reduction.
 
     Raises:
         InfeasibleBudgetError: none does; says the largest feasible reduction and what uses the bytes.
     """
-    dense = sum(shape.dense for shape in shapes)
-    bits = tuple(b for b in bits if b <= (storage.fallback_bits or b))
-    feasible = tuple(b for b in bits if sum(s.always(b, storage) for s in shapes) <= (1 - reduction) * dense)
+    costs = {b: [planned(ffn, storage, b) for ffn in ffns] for b in bits if b <= (storage.fallback_bits or b)}
+    dense = sum(ffn.nbytes for ffn in ffns)
+    always = {b: sum(cost.always for cost in each) for b, each in costs.items()}
+    feasible = tuple(b for b in costs if always[b] <= (1 - reduction) * dense)
     if feasible:
         return feasible
-    least = min(bits)
-    always = sum(shape.always(least, storage) for shape in shapes)
-    fold = sum(shape.fold(storage) for shape in shapes)
-    ranges = sum(4 * RANGE_BYTES * shape.h for shape in shapes)
+    least = min(costs)
+    fold, predictor, lines = (
+        sum(getattr(cost, part) for cost in costs[least]) / dense for part in ("fold", "predictor", "lines")
+    )
     raise InfeasibleBudgetError(
         f"a reduction of {reduction:.4g} is not feasible: with nothing fixed at all the largest is "
-        f"{math.floor((1 - always / dense) * 1e4) / 1e4:.4f}. The limit is what every token reads: the fold takes "
-        f"{fold / dense:.2%} of the dense bytes, the {least}-bit predictor with its scales and the biases "
-        f"{(always - fold - ranges) / dense:.2%}, ranges and lines {ranges / dense:.2%}. Lower --reduction, or allow a "
-        "predictor of fewer bits or larger groups."
+        f"{math.floor((1 - always[least] / dense) * 1e4) / 1e4:.4f}. The limit is what every token reads: the fold "
+        f"takes {fold:.2%} of the dense bytes, the {least}-bit predictor with its scales {predictor:.2%}, ranges "
+        f"and lines with the up biases {lines:.2%}. Lower --reduction, or allow a predictor of fewer bits or larger groups."
     )

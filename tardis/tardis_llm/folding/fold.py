@@ -8,7 +8,7 @@ predicted pre-activation (for lines and ranges), and moments against what fixing
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..calibration.moments import BinnedMoments, SecondMoments, chunks, pre_activation_moments
 from ..config import FoldConfig
+from ..ffn.neuron import Neurons
 from ..ffn.packed import PackedMatrix
-from ..ffn.weights import DenseFFN, FoldedWeights, dense_fold
+from ..ffn.weights import DenseFFN, FoldedWeights, written_out
 from .ranges import Ranges, coverage_ranges_at, error_ranges, error_ranges_at, highest_price
 from .refit import DAMPINGS, Spectrum, affine_error, refit
 from .rounding import quantise
@@ -100,12 +101,12 @@ def predict(ffn: DenseFFN, inputs: Inputs, bits: int, config: FoldConfig) -> Pre
     """Round W1 to `bits`, and bin the neurons by what the rounded copy predicts."""
     predictor = quantise(ffn.w1, bits, config.group_size, _spread_errors(inputs, config))
     w_hat = predictor.dequantise()
-    mean, deviation = pre_activation_moments(inputs.fit_moments, w_hat, ffn.b1)
-    fit, heldout = (BinnedMoments.around(mean, deviation) for _ in range(2))
+    mean, deviation = pre_activation_moments(inputs.fit_moments, w_hat, ffn.biases[0])
+    fit, heldout = (BinnedMoments.around(ffn.activation, mean, deviation) for _ in range(2))
     for moments, tokens in ((fit, inputs.fit), (heldout, inputs.heldout)):
         for chunk in chunks(tokens, len(ffn.w1)):
             chunk = chunk.float()
-            moments.add(F.linear(chunk, w_hat, ffn.b1), F.linear(chunk, ffn.w1, ffn.b1), ffn.act)
+            moments.add(F.linear(chunk, w_hat, ffn.b1), F.linear(chunk, ffn.w1, ffn.b1))
     return Predicted(predictor, fit, heldout)
 
 
@@ -158,15 +159,16 @@ def solve(
         config: settings.
         dtype: of the model, in which the fold is stored unless `config` says otherwise.
     """
-    low, high, slope, offset = store_ranges(ranges)
-    stored = Ranges(low.float(), high.float(), slope.float(), offset.float(), ranges.inside)
+    neurons = stored_neurons(ranges.neurons)
     spread = _spread_errors(inputs, config)
     predictor, w_hat = predicted.predictor, predicted.predictor.dequantise()
-    fallback = quantise_fallback(ffn.w1, ffn.w2, predictor, config.storage, spread)
-    fixing = (ffn.w1, ffn.w2) if fallback is None else fallback.matrices(predictor, dtype)
-    fit = target_moments(ffn, inputs.fit, w_hat, stored, *fixing)
-    heldout = target_moments(ffn, inputs.heldout, w_hat, stored, *fixing)
-    weight, damping = (ffn.w2 * stored.slope) @ ffn.w1, None
+    up, down = quantise_fallback(ffn.w1, ffn.w2, predictor, config.storage, spread)
+    weights = FoldedWeights(None, None, predictor, neurons, down, up)
+    fixing = weights.fallback(dtype) if weights.stacked else (ffn.w1, ffn.w2)
+    fit = target_moments(ffn, inputs.fit, w_hat, neurons, *fixing)
+    heldout = target_moments(ffn, inputs.heldout, w_hat, neurons, *fixing)
+    slope, offset = neurons.slope.float(), neurons.offset.float()
+    weight, damping = (ffn.w2 * slope) @ ffn.w1, None
     if config.refit:
         x = inputs.fit_moments
         dampings = DAMPINGS if config.damping is None else (config.damping,)
@@ -174,11 +176,11 @@ def solve(
         weight, damping = solved.weight, solved.damping
     fold = store_fold(weight, config.storage, dtype, spread)
     if config.refit:
-        bias = (fit.left.y_sum - dense_fold(fold, dtype).double() @ x.x_sum) / x.count
+        bias = (fit.left.y_sum - written_out(fold).to(dtype).double() @ x.x_sum) / x.count
     else:
-        bias = ffn.w2 @ (stored.slope * ffn.b1 + stored.offset) + ffn.b2
-    weights = FoldedWeights(fold, bias.to(dtype), predictor, low, high, slope, offset, fallback)
-    return Solved(weights, fit, heldout, damping)
+        b1, b2 = ffn.biases
+        bias = ffn.w2 @ (slope * b1 + offset) + b2
+    return Solved(replace(weights, fold=fold, bias=bias.to(dtype)), fit, heldout, damping)
 
 
 def finish(
@@ -186,27 +188,28 @@ def finish(
 ) -> tuple[FoldedWeights, FoldQuality]:
     """`solve`, and the quality of the result on held-out tokens."""
     solved = solve(ffn, inputs, predicted, ranges, config, dtype)
-    x, heldout = inputs.heldout_moments, solved.heldout
+    x, heldout, weights = inputs.heldout_moments, solved.heldout, solved.weights
+    assert weights.fold is not None, "solving gives a fold"
+    assert weights.bias is not None, "solving gives a fold"
     affine = refit(inputs.spectrum, inputs.fit_moments, solved.fit.output, x, heldout.output)
     variance = heldout.output.y_variance
     quality = FoldQuality(
         fix_rate=heldout.fix_rate,
-        error=affine_error(dense_fold(solved.weights.weight, dtype), solved.weights.bias, x, heldout.left) / variance,
+        error=affine_error(written_out(weights.fold).to(dtype), weights.bias, x, heldout.left) / variance,
         linearity=affine_error(affine.weight, affine.bias, x, heldout.output) / variance,
         damping=solved.damping,
     )
-    return solved.weights, quality
+    return weights, quality
 
 
-def store_ranges(ranges: Ranges) -> list[Tensor]:
-    """low, high, slope, offset in fp16, or all in fp32 if a finite value overflows fp16.
+def stored_neurons(neurons: Neurons) -> Neurons:
+    """Ranges and lines in fp16, or as they are, in fp32, if a finite value overflows fp16.
 
     Ranges are rounded outwards: they keep what they contain, so that rounding fixes no more than the budget allows.
     """
-    values = [ranges.low, ranges.high, ranges.slope, ranges.offset]
-    if not all(torch.equal(torch.isfinite(v.half()), torch.isfinite(v)) for v in values):
-        return values
-    return [_half(ranges.low, -torch.inf), _half(ranges.high, torch.inf), ranges.slope.half(), ranges.offset.half()]
+    if not all(torch.equal(torch.isfinite(v.half()), torch.isfinite(v)) for v in neurons.tensors):
+        return neurons
+    return replace(neurons.map(Tensor.half), low=_half(neurons.low, -torch.inf), high=_half(neurons.high, torch.inf))
 
 
 def _half(value: Tensor, towards: float) -> Tensor:
@@ -231,29 +234,29 @@ class Targets:
     fix_rate: float
 
 
-def target_moments(ffn: DenseFFN, x: Tensor, w_hat: Tensor, ranges: Ranges, w1: Tensor, w2: Tensor) -> Targets:
+def target_moments(ffn: DenseFFN, x: Tensor, w_hat: Tensor, neurons: Neurons, w1: Tensor, w2: Tensor) -> Targets:
     """Stream inputs x [tokens, d] through the dense FFN and the fixing.
 
     Args:
         w_hat: [h, d] fp32, the dequantised predictor.
-        ranges: as stored.
+        neurons: ranges and lines as stored.
         w1, w2: [h, d] and [d, h], the weights that fixing reads: those of `ffn`, or what stands for them.
     """
     d, h = x.shape[1], len(ffn.w1)
     exact, w1, w2 = w1 is ffn.w1, w1.float(), w2.float()
     left, output = SecondMoments.zeros(d, d), SecondMoments.zeros(d, d)
-    fixed = 0
+    fixed, neurons = 0, neurons.map(Tensor.float)
     for chunk in chunks(x, h):
         chunk = chunk.float()
         z = F.linear(chunk, ffn.w1, ffn.b1)
         zhat = F.linear(chunk, w_hat, ffn.b1)
-        outside = ~((zhat >= ranges.low) & (zhat <= ranges.high))
+        outside = neurons.outside(zhat)
         a = ffn.act(z)
         y = F.linear(a, ffn.w2, ffn.b2)
         output.add(chunk, y)
         if not exact:
             z = F.linear(chunk, w1, ffn.b1)
             a = ffn.act(z)
-        left.add(chunk, y - F.linear((a - ranges.slope * z - ranges.offset) * outside, w2))
+        left.add(chunk, y - F.linear(neurons.residual(z, a) * outside, w2))
         fixed += int(outside.sum())
     return Targets(left, output, fixed / (len(x) * h))

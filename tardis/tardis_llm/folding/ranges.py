@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..calibration.moments import BINS, BinnedMoments
+from ..ffn.neuron import Neurons
 from .lines import fit_lines, squared_residuals
 
 _ROUNDS = 5  # of fitting line and range in turn; each lowers the same objective, and few are needed
@@ -28,18 +29,14 @@ _BISECTIONS = 16  # of an interval of 60 in the logarithm of a price: to 0.1 %
 
 @dataclass(frozen=True)
 class Ranges:
-    """Hot ranges and lines of an FFN's neurons; a neuron is fixed where zhat < low or zhat > high.
+    """Hot ranges of an FFN's neurons, chosen by bins of calibration statistics.
 
     Attributes:
-        low, high: [h] fp32 bounds on zhat, infinite where a side is open.
-        slope, offset: [h] fp32 line inside.
+        neurons: their ranges and lines, fp32.
         inside: [h, BINS] bool, the bins in range.
     """
 
-    low: Tensor
-    high: Tensor
-    slope: Tensor
-    offset: Tensor
+    neurons: Neurons
     inside: Tensor
 
     def fix_rate(self, moments: BinnedMoments) -> float:
@@ -53,7 +50,7 @@ class Ranges:
             moments: with the same bins.
             gain: [h] |W2[:, i]|^2.
         """
-        left = squared_residuals(moments, self.slope, self.offset) * self.inside
+        left = squared_residuals(moments, self.neurons.slope, self.neurons.offset) * self.inside
         return float((left.sum(1) * gain).sum() / moments.tokens)
 
 
@@ -200,11 +197,12 @@ def _ranges(moments: BinnedMoments, inside: Tensor) -> Ranges:
     start = inside.int().argmax(1)
     stop = start + inside.sum(1)
     low, high = (edges.gather(1, end[:, None])[:, 0] for end in (start, stop))
-    return Ranges(low, high, slope.float(), offset.float(), inside)
+    return Ranges(Neurons(moments.activation, low, high, slope.float(), offset.float()), inside)
 
 
 def _fix_all(moments: BinnedMoments) -> Ranges:
     """Empty ranges: every neuron is fixed for every token."""
     slope, offset = fit_lines(moments, torch.ones_like(moments.count, dtype=torch.bool))
     nothing = torch.full((len(slope),), torch.inf)
-    return Ranges(nothing, -nothing, slope.float(), offset.float(), torch.zeros_like(moments.count, dtype=torch.bool))
+    neurons = Neurons(moments.activation, nothing, -nothing, slope.float(), offset.float())
+    return Ranges(neurons, torch.zeros_like(moments.count, dtype=torch.bool))

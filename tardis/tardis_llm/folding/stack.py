@@ -10,16 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..config import Storage
 from ..ffn.packed import PackedMatrix
-from ..ffn.weights import Fallback
+from ..ffn.weights import Storage
 from .rounding import quantise
 
 
 def quantise_fallback(
     w1: Tensor, w2: Tensor, predictor: PackedMatrix, storage: Storage, covariance: Tensor | None
-) -> Fallback | None:
-    """The fallback weights in few bits; None where they stay dense.
+) -> tuple[PackedMatrix | None, PackedMatrix | None]:
+    """What the predictor leaves of W1, and W2 transposed, in few bits; None for what is not stored so.
 
     Args:
         w1: [h, d] fp32.
@@ -29,11 +28,11 @@ def quantise_fallback(
     """
     bits, group_size = storage.fallback_bits, storage.group_size
     if bits is None:
-        return None
+        return None, None
     remainder = None
     if bits > predictor.bits:
         remainder = quantise(w1 - predictor.dequantise(), bits - predictor.bits, group_size, covariance)
-    return Fallback(remainder, quantise(w2.T.contiguous(), bits, group_size))
+    return remainder, quantise(w2.T.contiguous(), bits, group_size)
 
 
 def store_fold(

@@ -16,10 +16,11 @@ from transformers import PreTrainedModel
 from ..calibration.stream import Stream
 from ..calibration.text import Windows, check_enough, check_windows, split_windows
 from ..checkpoint.folded import mark_folded
-from ..checkpoint.format import LayerFormat
-from ..config import FORMAT_VERSION, FoldConfig, Storage
+from ..config import FORMAT_VERSION, FoldConfig
 from ..families.sites import FFNSite
 from ..families.table import family_of
+from ..ffn.accounting import Cost, cost
+from ..ffn.weights import FoldedWeights, FoldFormat
 from ..files import differences, digest
 from ..folding.budget import check_feasible
 from ..folding.fold import FoldQuality, choose_ranges, finish, predict
@@ -28,7 +29,7 @@ from ..runtime.linears.placing import check_bits, quantise_linears
 from ..runtime.modules import FoldedFFN
 from ..runtime.placing import install
 from .planning import LayerPlan, plan
-from .session import Session, advance_to, choose_sites, dense_ffn, ffn_shape, inputs_at
+from .session import Session, advance_to, choose_sites, inputs_at, sound_weights
 from .workspace import SCRATCH, Workspace, state_of
 
 _AUTO_BITS = {"error": (1, 2, 3, 4), "coverage": (2,)}  # the paper has 2
@@ -95,7 +96,7 @@ def check_fold(
         check_windows(model, ids)
     check_enough(calibration, sites[0].hidden_size)
     allowed = (config.predictor_bits,) if config.predictor_bits else _AUTO_BITS[config.policy]
-    return sites, check_feasible([ffn_shape(site) for site in sites], allowed, config.storage, config.reduction)
+    return sites, check_feasible([site.weights() for site in sites], allowed, config.storage, config.reduction)
 
 
 def changes(report: FoldReport, model: PreTrainedModel, calibration: Windows, config: FoldConfig) -> list[str]:
@@ -142,7 +143,7 @@ def _fold_layers(session: Session, plans: list[LayerPlan], workspace: Workspace 
         if not session.config.sequential:
             advance_to(site.index + 1, fit, heldout)  # while the block is still dense
         install(session.model, site, ffn)
-        reports.append(_layer_report(site, layer, ffn, quality, session.config.storage))
+        reports.append(_layer_report(site, layer, cost(site.weights(), ffn.weights), quality))
     session.progress("folding layers", len(plans), len(plans))
     return reports
 
@@ -150,16 +151,16 @@ def _fold_layers(session: Session, plans: list[LayerPlan], workspace: Workspace 
 def _fold_layer(
     session: Session, site: FFNSite, layer: LayerPlan, fit: Stream, heldout: Stream
 ) -> tuple[FoldedFFN, FoldQuality]:
-    config, ffn = session.config, dense_ffn(site)
+    config, ffn = session.config, sound_weights(site).in_fp32()
     inputs = inputs_at(site, fit, heldout)
     predicted = predict(ffn, inputs, layer.bits, config)
     ranges = choose_ranges(ffn, predicted, layer.fix_rate, config)
     weights, quality = finish(ffn, inputs, predicted, ranges, config, session.model.dtype)
-    return FoldedFFN(weights, ffn.activation), quality
+    return FoldedFFN(weights), quality
 
 
 def _save_layer(workspace: Workspace, name: str, ffn: FoldedFFN, quality: FoldQuality) -> None:
-    workspace.save(name, {"format": vars(LayerFormat.of(ffn)), "quality": dataclasses.asdict(quality)})
+    workspace.save(name, {"format": vars(ffn.weights.format), "quality": dataclasses.asdict(quality)})
     workspace.save_tensors(name, ffn.state_dict())  # last: it says that the layer is finished
 
 
@@ -172,33 +173,22 @@ def _load_layer(
     if not tensors or not values:
         return None
     sizes = site.hidden_size, site.intermediate_size
-    ffn = LayerFormat(**values["format"]).empty(*sizes, session.model.dtype, torch.device("meta"))
+    empty = FoldedWeights.empty(FoldFormat(**values["format"]), *sizes, session.model.dtype, torch.device("meta"))
+    ffn = FoldedFFN(empty)
     ffn.load_state_dict(tensors, assign=True)
     return ffn, FoldQuality(**values["quality"])
 
 
-def _layer_report(
-    site: FFNSite, layer: LayerPlan, ffn: FoldedFFN, quality: FoldQuality, storage: Storage
-) -> LayerReport:
+def _layer_report(site: FFNSite, layer: LayerPlan, cost: Cost, quality: FoldQuality) -> LayerReport:
     """Figures of a folded layer, bytes from the tensors themselves."""
-    shape, weights = ffn_shape(site), site.weights()
-    dense = sum(w.nbytes for w in weights if w is not None)
-    stored = sum(tensor.nbytes for tensor in ffn.state_dict().values())
-    bias = weights.b1.nbytes if weights.b1 is not None else 0
-    always, per_neuron = stored + bias, shape.per_neuron(layer.bits, storage)
-    if ffn.fallback:
-        always -= ffn.fallback.nbytes
     return LayerReport(
         prefix=site.prefix,
         bits=layer.bits,
-        fix_rate=quality.fix_rate,
-        error=quality.error,
-        linearity=quality.linearity,
-        damping=quality.damping,
+        **dataclasses.asdict(quality),
         loss_increase=layer.loss_increase,
-        dense=dense,
-        touched=always + quality.fix_rate * shape.h * per_neuron,
-        resident=stored + (bias if ffn.fallback else dense),
+        dense=cost.dense,
+        touched=cost.touched(quality.fix_rate),
+        resident=cost.resident,
     )
 
 

@@ -7,23 +7,22 @@ width of predictor and fix rate follows from statistics; the layers share the by
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..calibration.stream import Stream
-from ..config import Storage
 from ..families.sites import FFNSite
-from ..ffn.accounting import FFNShape
+from ..ffn.accounting import Cost
 from ..ffn.weights import DenseFFN
 from ..folding.budget import Option, split_budget
 from ..folding.fold import Inputs, Predicted, choose_ranges, error_curve, predict, solve
 from ..folding.ranges import share_by_error
 from ..runtime.modules import FoldedFFN
 from ..runtime.placing import install, uninstall
-from .session import Session, dense_ffn, ffn_shape, inputs_at
+from .session import Session, inputs_at, sound_weights
 
 _STAGE = "measuring layers"
 _FIT = 2  # tokens a probe is fitted on, per token its loss is measured on
@@ -61,11 +60,15 @@ class Probe:
     error: float
     curves: dict[int, list[tuple[float, float]]]
 
-    def options(self, shape: FFNShape, storage: Storage) -> list[Option]:
-        """The points of the curves with their bytes, and the loss in proportion to the error."""
+    def options(self, costs: Mapping[int, Cost]) -> list[Option]:
+        """The points of the curves with their bytes, and the loss in proportion to the error.
+
+        Args:
+            costs: bytes of the layer by the predictor's bits.
+        """
         loss_per_error = self.loss_increase / max(self.error, 1e-30)
         return [
-            Option(bits, rate, shape.touched(bits, storage, rate), error * loss_per_error)
+            Option(bits, rate, costs[bits].touched(rate), error * loss_per_error)
             for bits, curve in self.curves.items()
             for rate, error in curve
         ]
@@ -92,11 +95,14 @@ def _above_noise(probes: list[Probe]) -> list[Probe]:
 
 def _split_by_loss(session: Session, probes: list[Probe]) -> list[LayerPlan]:
     """The split of least total loss; what bytes are left over then go to fixing, in proportion."""
-    shapes, storage = session.shapes, session.config.storage
-    budget = (1 - session.config.reduction) * sum(shape.dense for shape in shapes)
-    chosen = split_budget([p.options(s, storage) for p, s in zip(probes, shapes, strict=True)], budget)
+    costs = [
+        {bits: session.cost(site, bits) for bits in probe.curves}
+        for site, probe in zip(session.sites, probes, strict=True)
+    ]
+    budget = (1 - session.config.reduction) * sum(site.weights().nbytes for site in session.sites)
+    chosen = split_budget([probe.options(cost) for probe, cost in zip(probes, costs, strict=True)], budget)
     spare = budget - sum(option.touched for option in chosen)
-    fixing = sum(o.fix_rate * s.h * s.per_neuron(o.bits, storage) for o, s in zip(chosen, shapes, strict=True))
+    fixing = sum(option.fix_rate * cost[option.bits].fixing for option, cost in zip(chosen, costs, strict=True))
     stretch = 1 + spare / max(fixing, 1.0)
     return [
         LayerPlan(option.bits, min(1.0, option.fix_rate * stretch), probe.loss_increase)
@@ -107,7 +113,7 @@ def _split_by_loss(session: Session, probes: list[Probe]) -> list[LayerPlan]:
 def _split_by_error(session: Session, bits: int, probes: list[Probe]) -> list[LayerPlan]:
     """The published adaptive thresholds, first step: layers get tokens out of range in proportion to their error."""
     config = session.config
-    rates = [shape.affordable_fix_rate(bits, config.storage, config.reduction) for shape in session.shapes]
+    rates = [session.cost(site, bits).affordable_fix_rate(config.reduction) for site in session.sites]
     errors = torch.tensor([probe.loss_increase for probe in probes], dtype=torch.float64)
     shares = share_by_error(errors, sum(rates) / len(rates)).tolist()
     return [LayerPlan(bits, share, probe.loss_increase) for share, probe in zip(shares, probes, strict=True)]
@@ -139,7 +145,7 @@ class _LossMeter:
 
 def _probe(session: Session, site: FFNSite, inputs: Inputs, bits: tuple[int, ...], meter: _LossMeter) -> Probe:
     """Fold one layer alone with the narrowest predictor and measure the loss; and the error curves of every width."""
-    ffn = dense_ffn(site)
+    ffn = sound_weights(site).in_fp32()
     predicted = {width: predict(ffn, inputs, width, session.config) for width in bits}
     increase, error = _measure(session, site, ffn, inputs, predicted[bits[0]], meter)
     if session.config.policy == "coverage":
@@ -152,11 +158,11 @@ def _measure(
 ) -> tuple[float, float]:
     """Increase of the model's loss with one layer folded, and the squared error left within that layer's ranges."""
     config = session.config
-    uniform = ffn_shape(site).affordable_fix_rate(predicted.predictor.bits, config.storage, config.reduction)
+    uniform = session.cost(site, predicted.predictor.bits).affordable_fix_rate(config.reduction)
     rate = min(max(uniform, _LEAST_RATE), _LARGEST_RATE)
     ranges = choose_ranges(ffn, predicted, rate, config)
     solved = solve(ffn, inputs, predicted, ranges, config, session.model.dtype)
-    install(session.model, site, FoldedFFN(solved.weights, ffn.activation))
+    install(session.model, site, FoldedFFN(solved.weights))
     try:
         return meter.increase(), ranges.error(predicted.heldout, ffn.gain)
     finally:

@@ -14,8 +14,7 @@ from ..calibration.text import Windows
 from ..config import FoldConfig
 from ..errors import InvalidInputError
 from ..families.sites import FFNSite, find_ffns
-from ..ffn import activations
-from ..ffn.accounting import FFNShape
+from ..ffn.accounting import Cost, planned
 from ..ffn.weights import DenseFFN
 from ..folding.fold import Inputs
 from ..report import Progress
@@ -44,10 +43,9 @@ class Session:
     scratch: Path
     progress: Progress
 
-    @property
-    def shapes(self) -> list[FFNShape]:
-        """Of `sites`."""
-        return [ffn_shape(site) for site in self.sites]
+    def cost(self, site: FFNSite, bits: int) -> Cost:
+        """Bytes of the FFN at `site`, if it is folded as configured with a predictor of so many bits."""
+        return planned(site.weights(), self.config.storage, bits)
 
     def stream(self, ids: Tensor) -> Stream:
         """Windows of token ids [windows, length] at the start of the model."""
@@ -79,27 +77,18 @@ def advance_to(index: int, *streams: Stream) -> None:
             stream.advance()
 
 
-def dense_ffn(site: FFNSite) -> DenseFFN:
-    """The weights at `site` in fp32.
+def sound_weights(site: FFNSite) -> DenseFFN:
+    """The dense weights at `site`, of which none is NaN or infinite.
 
     Raises:
-        InvalidInputError: they are not finite.
+        UnsupportedModelError: the activation is none that can be folded.
+        InvalidInputError: a weight is not finite.
     """
-    w1, b1, w2, b2 = site.weights()
-    h, d = w1.shape
-    zero = {"b1": torch.zeros(h), "b2": torch.zeros(d)}
-    ffn = DenseFFN(
-        w1.float().contiguous(),
-        zero["b1"] if b1 is None else b1.float(),
-        w2.float().contiguous(),
-        zero["b2"] if b2 is None else b2.float(),
-        activations.identify(site.activation),
-    )
-    for name, value in (("up", ffn.w1), ("up bias", ffn.b1), ("down", ffn.w2), ("down bias", ffn.b2)):
-        if not bool(torch.isfinite(value).all()):
-            raise InvalidInputError(
-                f"the {name} weight of {site.prefix} has NaN or infinite entries; reload a sound checkpoint."
-            )
+    ffn = site.weights()
+    for name in ("w1", "b1", "w2", "b2"):
+        part = getattr(ffn, name)
+        if part is not None and not bool(torch.isfinite(part).all()):
+            raise InvalidInputError(f"{name} of {site.prefix} has NaN or infinite entries; reload a sound checkpoint.")
     return ffn
 
 
@@ -112,16 +101,5 @@ def choose_sites(model: PreTrainedModel, config: FoldConfig) -> list[FFNSite]:
             raise InvalidInputError(f"layers is {config.layers}; choose from 0 to {len(sites) - 1}.")
         sites = [site for site in sites if site.index in config.layers]
     for site in sites:
-        activations.identify(site.activation)
-        for part in (w for w in site.weights() if w is not None):
-            if not bool(torch.isfinite(part).all()):
-                raise InvalidInputError(
-                    f"the weights of {site.prefix} have NaN or infinite entries; reload a sound checkpoint."
-                )
+        sound_weights(site)
     return sites
-
-
-def ffn_shape(site: FFNSite) -> FFNShape:
-    """The sizes of the FFN at `site` that its bytes depend on."""
-    w1, b1, _, _ = site.weights()
-    return FFNShape(w1.shape[1], w1.shape[0], w1.element_size(), b1 is not None)

@@ -13,7 +13,7 @@ from transformers import CompileConfig, PreTrainedModel
 from ..allocator import use_huge_pages
 from ..errors import InvalidInputError
 from ..families.table import has_alibi
-from .linears.dense import put_in_panels
+from .linears.dense import lay_out_linears
 from .linears.placing import put_linears, through_kernels
 from .placing import lay_out
 
@@ -39,7 +39,7 @@ def prepare_decoding(model: PreTrainedModel) -> None:
             "device_map, or leave the preparation out: the model computes the same without."
         )
     put_linears(model, through_kernels(model, ffn=True))
-    put_in_panels(model)
+    lay_out_linears(model)
     lay_out(model)
     use_huge_pages(model)
 

@@ -1,40 +1,34 @@
-"""The folded FFN in plain torch: the specification that every kernel is tested against.
+"""The folded FFN as a module: its tensors, the prepared fold that runs, and which of the two FFNs a call goes through.
 
-Where the kernels of `ops` can, they do the same for up to 64 tokens, as in decoding; everything else runs here.
-
-    y = x C^T + c + sum over i in S(x) of r_i(z_i) W2[:, i]
-    S(x) = neurons whose predicted pre-activation zhat is not within [low_i, high_i]
-    r_i(z) = act(z) - slope_i z - offset_i
-
-In a model, a folded FFN sits in the places of the three parts that it stands for: the up projection keeps its weights
-and passes its input on, the activation does nothing, and the down projection, which keeps its weights too, returns y.
-So each family's residuals, dropout and return types stay its own.
+`FoldState` holds what a folded FFN stores, for files and devices. What runs is a `PreparedFFN` of a backend, made from
+those tensors once and kept: an immutable object behind one reference, which `swap` and every move of a tensor
+exchange. So a call sees one fold as a whole, whatever other threads do.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..allocator import contiguous_in_huge_pages
-from ..ffn.activations import ACTIVATIONS
+from ..errors import InvalidInputError
+from ..ffn.neuron import Neurons
 from ..ffn.packed import PackedMatrix
-from ..ffn.weights import Fallback, FFNWeights, FoldedWeights
-from .cpu import ops
-from .fixing import Fixing
-from .numbered import Numbered, numbered
-from .reference import dense_ffn, fixed_neurons, folded_ffn
-from .stored import LAYOUT, InPanels, Stored, changing_layout, refuse_training
+from ..ffn.weights import DenseFFN, FoldedWeights, Matrix, kind, stored
+from .backend import REFERENCE, PreparedFFN, backend_for, dense_ffn, lay_out, prepare
+from .operators import Numbered, library, numbered
+from .slow import warn_of_order, warn_of_reference
+from .stored import LAYOUT, LaidOut, Stored, changing_layout, reading_layout, refuse_training
 
 
-class LowBit(InPanels):
-    """A `PackedMatrix` in a model: `planes` [rows, bits, ceil(columns / 8)] uint8, `scale` [rows, groups] fp16."""
+class LowBit(LaidOut):
+    """A matrix in few bits: `planes` [rows, bits, ceil(columns / 8)] uint8, `scale` [rows, groups] fp16."""
 
-    format_tensors = relaid = frozenset({"planes", "scale"})
+    format_tensors = matrix_tensors = frozenset({"planes", "scale"})
     planes: Tensor
     scale: Tensor
 
@@ -44,16 +38,9 @@ class LowBit(InPanels):
         self.register_buffer("planes", matrix.planes)
         self.register_buffer("scale", matrix.scale)
 
-    def forward(self) -> PackedMatrix:
-        """The matrix as it is stored; see `FoldedFFN.fetched`."""
-        return self.matrix
-
-    @property
-    def matrix(self) -> PackedMatrix:
-        """The matrix as it is stored."""
-        stored = self.stored
-        assert isinstance(stored, PackedMatrix)
-        return stored
+    def forward(self) -> Any:
+        """The matrix in the order in which it is now; see `FoldState.fetched`."""
+        return self.current
 
     def _get(self) -> PackedMatrix:
         return PackedMatrix(self.planes, self.scale, self.columns, self.group_size)
@@ -65,19 +52,19 @@ class LowBit(InPanels):
         self.planes, self.scale = self.planes.new_empty(0), self.scale.new_empty(0)
 
 
-class Fold(InPanels):
+class Fold(LaidOut):
     """The affine part in the model's dtype: `weight` [d, d] and `bias` [d]."""
 
-    relaid = frozenset({"weight"})
+    matrix_tensors = frozenset({"weight"})
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = nn.Parameter(bias, requires_grad=False)
 
-    def forward(self) -> tuple[Tensor | PackedMatrix, Tensor]:
-        """The matrix as it is stored, and the bias; see `FoldedFFN.fetched`."""
-        return self.stored, self.bias
+    def forward(self) -> tuple[Matrix, Tensor]:
+        """The matrix in the order in which it is now, and the bias; see `FoldState.fetched`."""
+        return self.current, self.bias
 
     def _get(self) -> Tensor:
         return self.weight.detach()
@@ -96,24 +83,19 @@ class LowBitFold(LowBit):
         super().__init__(matrix)
         self.bias = nn.Parameter(bias, requires_grad=False)
 
-    def forward(self) -> tuple[PackedMatrix, Tensor]:  # type: ignore[override]  # what a fold returns
-        """The matrix as it is stored, and the bias; see `FoldedFFN.fetched`."""
-        return self.matrix, self.bias
+    def forward(self) -> tuple[Matrix, Tensor]:
+        """The matrix in the order in which it is now, and the bias; see `FoldState.fetched`."""
+        return self.current, self.bias
 
 
-class FoldedFFN(Numbered, Stored):
-    """Holds what a folded FFN stores beside the dense weights; the child `tardis` of an FFN.
+class FoldState(Stored):
+    """The tensors that a folded FFN stores beside the dense weights.
 
     State: `fold.weight` (or `fold.planes`, `fold.scale`), `fold.bias`, `predictor.planes`, `predictor.scale`, `low`,
     `high`, `slope`, `offset`; stacked, `remainder.*` and `down.*` as `predictor.*`, in place of the dense weights.
 
     Args:
-        weights: what to store.
-        activation: a name in `ACTIVATIONS`.
-
-    Attributes:
-        exact: run the dense FFN instead, whatever the inputs.
-        goes_dense: whether inputs [..., d] go through the dense FFN; None folds all. `prefill.set_prefill` sees to it.
+        weights: what to store; dense weights beside it are left to the model.
     """
 
     format_tensors = frozenset({"low", "high", "slope", "offset"})
@@ -122,266 +104,255 @@ class FoldedFFN(Numbered, Stored):
     slope: Tensor
     offset: Tensor
 
-    def __init__(self, weights: FoldedWeights, activation: str) -> None:
+    def __init__(self, weights: FoldedWeights) -> None:
         super().__init__()
-        self.activation = activation
-        self.exact = False
-        self.goes_dense: Callable[[Tensor], bool] | None = None
-        fold = weights.weight
-        self.fold = LowBitFold(fold, weights.bias) if isinstance(fold, PackedMatrix) else Fold(fold, weights.bias)
-        self.predictor = LowBit(weights.predictor)
-        fallback = weights.fallback
-        self.remainder = LowBit(fallback.remainder) if fallback and fallback.remainder else None
-        self.down = LowBit(fallback.down) if fallback else None
+        fold, bias, predictor, up, down = weights.fold, weights.bias, weights.predictor, weights.up, weights.down
+        assert isinstance(predictor, PackedMatrix), "a stored predictor is in few bits"
+        assert isinstance(fold, Tensor | PackedMatrix), "a stored fold is not laid out"
+        self.activation = weights.neurons.activation
+        self.fold = LowBitFold(fold, _there(bias)) if isinstance(fold, PackedMatrix) else Fold(fold, _there(bias))
+        self.predictor = LowBit(predictor)
+        self.remainder = LowBit(up) if isinstance(up, PackedMatrix) else None
+        self.down = LowBit(down) if isinstance(down, PackedMatrix) else None
         for name in ("low", "high", "slope", "offset"):
-            self.register_buffer(name, getattr(weights, name))
-        self._states = [state for module in self.modules() for state in (module._parameters, module._buffers)]
-        self._whole = self.fold, self.predictor  # what is read whole, and may be in panels
-        #: what the tensors were when the FFN was put together for the kernels, and the outcome
-        self._ready: tuple[tuple[object, ...], ops.PreparedFFN | None] = (), None
+            self.register_buffer(name, getattr(weights.neurons, name))
+        self._ready = _Ready((), None)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all that it holds, as it lies, without fallback weights."""
-        parts = [self.fold.laid, self.fold.bias, self.predictor.laid, self.low, self.high, self.slope, self.offset]
-        return sum(part.nbytes for part in parts)
+    def neurons(self) -> Neurons:
+        """Lines and hot ranges."""
+        return Neurons(self.activation, self.low, self.high, self.slope, self.offset)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether low-bit weights stand for the dense ones."""
+        return self.down is not None
 
     @property
     def weights(self) -> FoldedWeights:
-        """The stored tensors; copies of those that are in panels."""
-        ranges = self.low, self.high, self.slope, self.offset
-        return FoldedWeights(self.fold.stored, self.fold.bias, self.predictor.matrix, *ranges, self.fallback)
+        """What is stored, in the order of files; copies of what is laid out."""
+        return self._weights(lambda part: part.matrix)
+
+    @property
+    def current(self) -> FoldedWeights:
+        """What is stored, in the order of memory in which it is now."""
+        return self._weights(lambda part: part.current)
+
+    def _weights(self, matrix: Callable[[LaidOut], Any]) -> FoldedWeights:
+        with reading_layout():
+            parts = {name: matrix(part) for part, name in self._parts}
+            return FoldedWeights(bias=self.fold.bias, neurons=self.neurons, **parts)
 
     def fetched(self) -> FoldedWeights:
-        """The same, each part got by calling the module that holds it.
+        """The same as `current`, each part got by calling the module that holds it.
 
         What puts weights in their place when a module is called, as accelerate's offloading does, then sees each call.
         """
-        fold, bias = self.fold()
-        remainder = self.remainder() if self.remainder else None
-        fallback = Fallback(remainder, self.down()) if self.down else None
-        return FoldedWeights(fold, bias, self.predictor(), self.low, self.high, self.slope, self.offset, fallback)
+        with reading_layout():
+            fold, bias = self.fold()
+            parts = {name: part() for part, name in self._parts if part is not self.fold}
+            return FoldedWeights(fold, bias, neurons=self.neurons, **parts)
 
-    @property
-    def _laid(self) -> ops.Laid:
-        """The same as they lie."""
-        ranges = self.low, self.high, self.slope, self.offset
-        return ops.Laid(self.fold.laid, self.fold.bias, self.predictor.laid, ranges, self.fallback)
+    def lay_out(self, dtype: torch.dtype) -> None:
+        """Put what is read whole, fold and predictor, in the fastest order for inputs of a dtype."""
+        self.fold.lay_out(dtype)
+        self.predictor.lay_out(dtype)
 
-    @property
-    def fallback(self) -> Fallback | None:
-        """The low-bit weights that fixing reads; None where it reads the dense ones."""
-        if self.down is None:
-            return None
-        return Fallback(self.remainder.matrix if self.remainder else None, self.down.matrix)
+    def restore(self) -> None:
+        """Put fold and predictor back into the order in which they are stored."""
+        self.fold.restore()
+        self.predictor.restore()
 
-    def forward(self, x: Tensor, dense: FFNWeights) -> Tensor:
-        """Output [..., d] for inputs x [..., d]; see `folded_ffn`.
+    def swap(self, new: FoldedWeights) -> FoldedWeights:
+        """Exchange the fold for another one, at once: a call that runs ends with the old fold, the next has the new.
+
+        Graphs that are compiled already run the new fold, too. Its tensors are held, not copied; where the old fold was
+        laid out, so is the new one before any call waits for it.
 
         Args:
-            x: inputs.
-            dense: its w1 and w2 are not read where low-bit weights stand for them.
+            new: stored in the same format, on the same device. What it has of dense weights is left out.
+
+        Returns:
+            The old fold, to go back to.
+
+        Raises:
+            InvalidInputError: the new fold has another format, shape, dtype or device.
         """
-        if torch.is_grad_enabled():
-            refuse_training([*self._own(), *dense], "weights of a folded FFN are")
-        if self.exact or (self.goes_dense is not None and self.goes_dense(x)):
-            return dense_ffn(x, dense, ACTIVATIONS[self.activation])
-        run = self._traced if torch.compiler.is_compiling() else self._run
-        return run(x.reshape(-1, x.shape[-1]), dense).view(x.shape)
+        old = self.current
+        check_exchangeable(old, new)
+        parts = [(part, getattr(old, name), getattr(new, name)) for part, name in self._parts]
+        ready = [(part, _ordered_as(before, matrix, self.fold.bias.dtype)) for part, before, matrix in parts]
+        with changing_layout():
+            for part, matrix in ready:
+                part.exchange(matrix)
+            self.fold.bias = nn.Parameter(_there(new.bias), requires_grad=False)
+            for name in ("low", "high", "slope", "offset"):
+                setattr(self, name, getattr(new.neurons, name))
+            self.forget()
+        return old
 
-    def _run(self, x: Tensor, dense: FFNWeights) -> Tensor:
-        """`folded_ffn` for x [tokens, d], by the kernels where they take it."""
-        ready = self._prepared(x, dense)
-        if ready is not None:
-            return ready(x.contiguous())
-        weights = self.fetched()
-        if ops.runs(x, weights, dense):
-            return ops.folded_ffn(x, weights, dense, self.activation)
-        ops.warn_of_dtype(x, weights.bias.dtype)
-        return folded_ffn(x, weights, _written_out(x, weights, dense), ACTIVATIONS[self.activation])
+    @property
+    def _parts(self) -> list[tuple[LaidOut, str]]:
+        """The modules that hold a matrix, with its name in `FoldedWeights`."""
+        named = (self.fold, "fold"), (self.predictor, "predictor"), (self.remainder, "up"), (self.down, "down")
+        return [(part, name) for part, name in named if part is not None]
 
-    def _traced(self, x: Tensor, dense: FFNWeights) -> Tensor:
-        """The same in a graph: one operator where the kernels take x, else with shapes that depend on no values."""
-        if ops.takes(x) and not (torch.is_grad_enabled() and x.requires_grad):
-            y: Tensor = torch.ops.tardis.numbered_ffn(x, self.number, dense.w1, dense.b1, dense.w2)
-            return y
-        ops.warn_of_dtype(x, self.fold.bias.dtype)
-        weights = self.weights
-        w1, b1, w2, _ = _written_out(x, weights, dense)
-        ranges = weights.low, weights.high, weights.slope, weights.offset
-        fold = weights.weight, weights.bias
-        return Fixing(self.activation, weights.predictor, ranges, b1, w1, w2.T, *fold).masked(x)
+    def computed(self, weights: FoldedWeights) -> FoldedWeights:
+        """What of the weights a prepared FFN computes with: all."""
+        return weights
 
-    def fixed(self, x: Tensor, dense: FFNWeights) -> Tensor:
-        """[tokens, h] bool: the neurons that it fixes for inputs x [tokens, d]; arguments as `forward`."""
-        ready = self._prepared(x, dense)
-        return fixed_neurons(x, self.weights, dense.b1) if ready is None else ready.fixed(x)
-
-    def pack(self, dtype: torch.dtype) -> None:
-        """Put fold and predictor in panels for decoding on a CPU; see `InPanels`."""
-        self.fold.pack(dtype)
-        self.predictor.pack(dtype)
-
-    def unpack(self) -> None:
-        """Put fold and predictor back into the order in which they are stored."""
-        self.fold.unpack()
-        self.predictor.unpack()
-
-    def _prepared(self, x: Tensor, dense: FFNWeights) -> ops.PreparedFFN | None:
-        """The FFN for the kernels where they take x [tokens, d], put together again when a tensor has moved.
+    def prepared(self, x: Tensor, dense: DenseFFN) -> PreparedFFN:
+        """The FFN ready for inputs like x [tokens, d]; it is made anew when one of its tensors has moved.
 
         Decoding reads weights that push all else out of the caches; looking up every tensor of an FFN takes long then.
         """
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor or not ops.takes(x):
-            return None
-        tensors = [tensor for tensor in (*self._own(), dense.w1, dense.b1, dense.w2) if tensor is not None]
-        made_from = (x.dtype, *map(Tensor.data_ptr, tensors))
-        key, ready = self._ready
-        if key != made_from:
-            ready = self._put_together(x, dense)
-        return ready
+        if backend_for(x) is REFERENCE:
+            warn_of_reference(x, self.fold.bias.dtype)
+            return prepare(self.computed(self.fetched().beside(dense)), x)
+        key = self._key(x, dense)
+        ready = self._ready
+        return ready.ffn if ready.ffn is not None and ready.key == key else self._prepare(x, dense)
 
-    def _put_together(self, x: Tensor, dense: FFNWeights) -> ops.PreparedFFN | None:
-        """`_prepared` anew, while no tensor changes."""
+    def _prepare(self, x: Tensor, dense: DenseFFN) -> PreparedFFN:
+        """`prepared` anew, while no tensor changes."""
+        warn_of_reference(x, self.fold.bias.dtype)
         with LAYOUT:
-            own = self._own()
-            if any(tensor.is_meta for tensor in own):  # offloaded: they are there only while a module is called
-                return None
-            ready = ops.prepared(x, self._laid, dense, self.activation)
-            tensors = [tensor for tensor in (*own, dense.w1, dense.b1, dense.w2) if tensor is not None]
-            self._ready = (x.dtype, *map(Tensor.data_ptr, tensors)), ready
-            return ready
+            if any(tensor.is_meta for tensor in self._own()):  # offloaded: they are there while a module is called
+                return prepare(self.computed(self.fetched().beside(dense)), x)
+            ffn = prepare(self.computed(self.current.beside(dense)), x)
+            self._ready = _Ready(self._key(x, dense), ffn)
+            return ffn
+
+    def _key(self, x: Tensor, dense: DenseFFN) -> tuple[object, ...]:
+        """What a prepared FFN was made from: the dtype of the inputs, and where each tensor is."""
+        return x.dtype, *map(Tensor.data_ptr, (*self._own(), *dense.tensors))
 
     def _own(self) -> list[Tensor]:
         """All tensors that it holds, as they lie; looked up where torch keeps them, which is quicker than by name."""
-        stored = [tensor for state in self._states for tensor in state.values() if tensor is not None]
-        return stored + [part._panels.data for part in self._whole if part._panels is not None]
+        found = [tensor for state in self._states for tensor in state.values() if tensor is not None]
+        return found + [part.layout.data for part in (self.fold, self.predictor) if part.layout is not None]
+
+    @functools.cached_property
+    def _states(self) -> list[Mapping[str, Tensor | None]]:
+        """Where torch keeps its tensors."""
+        return [state for module in self.modules() for state in (module._parameters, module._buffers)]
 
     def forget(self) -> None:
         """Let go of what is kept from call to call, which would keep alive the memory that tensors leave."""
-        self._ready = (), None
+        self._ready = _Ready((), None)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FoldedFFN:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FoldState:
         self.forget()
         super()._apply(fn, recurse)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what points to memory."""
-        return {**super().__getstate__(), "_ready": ((), None)}
+        state = {**super().__getstate__(), "_ready": _Ready((), None)}
+        state.pop("_states", None)
+        return state
 
 
-def _written_out(x: Tensor, folded: FoldedWeights, dense: FFNWeights) -> FFNWeights:
-    """Dense weights in the dtype of x; low-bit ones that stand for them are written out."""
-    if folded.fallback is None:
-        return dense
-    w1, w2 = folded.fallback.matrices(folded.predictor, x.dtype)
-    return dense._replace(w1=w1, w2=w2)
+def _there(bias: Tensor | None) -> Tensor:
+    assert bias is not None, "a stored fold has a bias"
+    return bias
 
 
-class KeptLinear(Stored):
-    """The up projection of a folded FFN: keeps weights under their own names and passes its input on.
+def _ordered_as(old: Matrix, new: Matrix, dtype: torch.dtype) -> Matrix:
+    """The new matrix in an order of memory if the old one is, for inputs of a dtype; else in the stored order."""
+    if isinstance(old, Tensor | PackedMatrix):
+        return stored(new)
+    return (lay_out(new, dtype) or new) if isinstance(new, Tensor | PackedMatrix) else new
 
-    Its parameters are the dense layer's own, and frozen while they are here.
+
+def check_exchangeable(old: FoldedWeights, new: FoldedWeights) -> None:
+    """Raise InvalidInputError unless one fold can take the place of the other."""
+    for name, before, after in zip(("format", "shapes", "device"), _identity(old), _identity(new), strict=True):
+        if before != after:
+            raise InvalidInputError(
+                f"the new fold has another {name}: {after}, where the old one has {before}. Refit the same layer with "
+                "the same settings, and move it to the same device."
+            )
+
+
+def _identity(weights: FoldedWeights) -> tuple[object, ...]:
+    """Format, shapes and dtypes, and device of what is stored of a fold."""
+    matrices = [matrix for matrix in (weights.fold, weights.predictor) if matrix is not None]
+    if weights.stacked:
+        matrices += [matrix for matrix in (weights.up, weights.down) if matrix is not None]
+    vectors = [vector for vector in (weights.bias, *weights.neurons.tensors) if vector is not None]
+    shapes = [kind(matrix) for matrix in matrices], [(tuple(vector.shape), vector.dtype) for vector in vectors]
+    return weights.format, shapes, weights.neurons.low.device
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A prepared FFN, and what it was made from."""
+
+    key: tuple[object, ...]
+    ffn: PreparedFFN | None
+
+
+class FoldedFFN(Numbered, FoldState):
+    """A folded FFN of a transformers model; the child `tardis` of an FFN.
 
     Args:
-        linear: whose weights to keep.
-        transposed: whether it stores its weight as [in, out].
-        stacked: whether low-bit weights stand for the weight. It is then empty, but there: a loader that does not know
-            TARDIS stops at its shape, where it would draw a missing one at random.
+        weights: what to store.
+
+    Attributes:
+        exact: run the dense FFN instead, whatever the inputs.
+        goes_dense: whether inputs [..., d] go through the dense FFN; None folds all. `prefill.set_prefill` sees to it.
     """
 
-    weight: Tensor
-    bias: Tensor | None
+    def __init__(self, weights: FoldedWeights) -> None:
+        super().__init__(weights)
+        self.exact = False
+        self.goes_dense: Callable[[Tensor], bool] | None = None
 
-    def __init__(self, linear: nn.Module, transposed: bool, stacked: bool) -> None:
-        super().__init__()
-        self.transposed = transposed
-        self._trained = [name for name, part in linear.named_parameters(recurse=False) if part.requires_grad]
-        for name in ("weight", "bias"):
-            self.register_parameter(name, getattr(linear, name))
-        if stacked:
-            self.weight = nn.Parameter(self.weight.new_empty(0))
-        self.freeze()
-
-    @property
-    def matrix(self) -> Tensor:
-        """The weight as [out, in]; empty where low-bit weights stand for it."""
-        return self.weight.T if self.transposed and self.weight.dim() == 2 else self.weight
-
-    def lay_out(self, neurons: int) -> None:
-        """Lay the weight out anew in memory so that each neuron's numbers are consecutive; values and shape stay.
+    def forward(self, x: Tensor, dense: DenseFFN) -> Tensor:
+        """Outputs [..., d] for inputs x [..., d], in the dtype of x.
 
         Args:
-            neurons: the dimension of `matrix` that counts them.
+            x: inputs.
+            dense: its w1 and w2 are not read where low-bit weights stand for them.
+
+        Raises:
+            InvalidInputError: a weight is set to train.
         """
-        if self._lies_by(neurons):
-            return
-        with changing_layout():
-            if not self._lies_by(neurons):  # no other thread was quicker
-                matrix = contiguous_in_huge_pages(self.matrix.transpose(0, neurons)).transpose(0, neurons)
-                self.weight.data = matrix.T if self.transposed else matrix
+        if torch.is_grad_enabled():
+            refuse_training([*self._own(), *dense.tensors], "weights of a folded FFN are")
+        if self.exact or (self.goes_dense is not None and self.goes_dense(x)):
+            return dense_ffn(x, dense)
+        tokens = x.reshape(-1, x.shape[-1])
+        if torch.compiler.is_compiling() or type(tokens) is not Tensor:
+            return self._traced(tokens, dense).view(x.shape)
+        return self.prepared(tokens, dense)(tokens.contiguous()).view(x.shape)
 
-    def _lies_by(self, neurons: int) -> bool:
-        return self.matrix.transpose(0, neurons).is_contiguous()
+    def fixed(self, x: Tensor, dense: DenseFFN) -> Tensor:
+        """[tokens, h] bool: the neurons that it fixes for inputs x [tokens, d]; arguments as `forward`."""
+        return self.prepared(x, dense).fixed(x)
 
-    def release(self, linear: nn.Module) -> None:
-        """Give the parameters back to the dense layer as they were: set to train or not, and contiguous."""
-        for name in self._trained:
-            linear.get_parameter(name).requires_grad_()
-        weight = linear.get_parameter("weight")
-        if not weight.is_contiguous():  # strides choose the kernel, and so bits
-            weight.data = contiguous_in_huge_pages(weight.data)
-
-    def forward(self, x: Tensor | None = None) -> Any:
-        """x itself; without x, weight [out, in] and bias: see `FoldedFFN.fetched`."""
-        return (self.matrix, self.bias) if x is None else x
-
-
-class FoldedDown(KeptLinear):
-    """The down projection of a folded FFN: gets the FFN's input x and returns its output."""
-
-    def __init__(self, linear: nn.Module, transposed: bool, up: KeptLinear, ffn: FoldedFFN) -> None:
-        super().__init__(linear, transposed, stacked=ffn.fallback is not None)
-        self._others = (up, ffn)  # in a tuple, so that they are not registered, and saved, twice
-
-    def lay_out_both(self) -> None:
-        """Lay out what fixing reads of the dense weights, unless they are offloaded; see `lay_out`."""
-        up, ffn = self._others
-        if ffn.down is None and not up.weight.is_meta:
-            up.lay_out(neurons=0)
-            self.lay_out(neurons=1)
-
-    def forward(self, x: Tensor | None = None) -> Any:
-        """Output [..., d] of the folded FFN for x [..., d]; without x, weight [out, in] and bias."""
-        if x is None:
-            return super().forward()
-        up, ffn = self._others
-        if not torch.compiler.is_compiling() and ops.takes(x):
-            self.lay_out_both()
-        w1, b1 = up() if up.weight.is_meta else (up.matrix, up.bias)  # a call takes longer, and matters when offloaded
-        return ffn(x, FFNWeights(w1, b1, self.matrix, self.bias))
+    def _traced(self, x: Tensor, dense: DenseFFN) -> Tensor:
+        """One operator of a graph where a backend has kernels for x, else the reference with constant shapes."""
+        if backend_for(x) is not REFERENCE:
+            y: Tensor = torch.ops.tardis.numbered_ffn(x, self.number, dense.w1, dense.b1, dense.w2)
+            return y
+        warn_of_reference(x, self.fold.bias.dtype)
+        return prepare(self.weights.beside(dense), x)(x)
 
 
 @torch.no_grad()
 def _numbered_ffn(x: Tensor, number: int, w1: Tensor, b1: Tensor | None, w2: Tensor) -> Tensor:
     """[tokens, d] for x [tokens, d], by the `FoldedFFN` of that number; dense weights as in its `forward`."""
     ffn: FoldedFFN = numbered(number)
-    dense = FFNWeights(w1, b1, w2, None)
-    ready = ffn._prepared(x, dense)
-    if ready is not None:
-        return ready(x.contiguous())
-    warnings.warn(
-        "a compiled model has folded FFNs whose weights do not lie as the CPU kernels read them, which makes it slow; "
-        "call tardis_llm.decoding.prepare_decoding(model) before it is compiled.",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-    return ffn._run(x, dense)
+    prepared = ffn.prepared(x, DenseFFN(w1, b1, w2, None, ffn.activation))
+    if not ffn.stacked and not w2.T.is_contiguous():
+        warn_of_order()
+    return prepared(x.contiguous())
 
 
-ops.library.define("numbered_ffn(Tensor x, int number, Tensor w1, Tensor? b1, Tensor w2) -> Tensor")
-ops.library.impl("numbered_ffn", _numbered_ffn, "CPU")
+library.define("numbered_ffn(Tensor x, int number, Tensor w1, Tensor? b1, Tensor w2) -> Tensor")
+library.impl("numbered_ffn", _numbered_ffn, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("tardis::numbered_ffn")

@@ -41,7 +41,7 @@ def set_prefill(model: PreTrainedModel, mode: Prefill) -> None:
     Raises:
         InvalidInputError: no such mode, or the dense weights are not there.
     """
-    stacked = any(ffn.fallback for ffn in folded_ffns(model).values())
+    stacked = any(ffn.stacked for ffn in folded_ffns(model).values())
     check_prefill(mode, stacked)
     choices = {"folded": None, "exact": Prompts(), "auto": None if stacked else MoreThan(crossover(model))}
     for block in layer_list(model):

@@ -1,56 +1,101 @@
-"""The folded FFN in plain torch: the specification that every kernel is tested against."""
+"""The reference backend: the folded FFN in plain torch, which specifies what every kernel computes.
+
+    y = x C^T + c + sum over i in S(x) of r_i(v) W2[:, i]
+    S(x) = neurons whose predicted pre-activation is not within [low_i, high_i]
+    r_i(v) = value_i(v) - line_i(v)
+
+It takes any number of tokens, dtype and device, and lets gradients through.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ffn.weights import FFNWeights, FoldedWeights, dense_fold
-from .linears.dense import linear
+from ..ffn.packed import PackedMatrix
+from ..ffn.weights import FoldedWeights, Matrix, written_out
 
 
-def folded_ffn(
-    x: Tensor,
-    folded: FoldedWeights,
-    dense: FFNWeights,
-    act: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """Output [tokens, d] of a folded FFN for inputs x [tokens, d], in the dtype of x.
+def folded_ffn(x: Tensor, weights: FoldedWeights) -> Tensor:
+    """Outputs [tokens, d] of a folded FFN for inputs x [tokens, d], in the dtype of x.
 
-    Rows of W1 and columns of W2 are gathered for the union of the tokens' fixed neurons, and each token adds the
-    residuals of its own. Predictions, residuals and the sum are in fp32; the matrix products in the dtype of x.
+    On a CPU, rows of W1 and W2 are gathered for the union of the tokens' fixed neurons. On other devices and in graphs
+    all rows are multiplied, so that shapes depend on no values and nothing waits for the device.
+
+    Predictions, residuals and the sum are in fp32; the matrix products are in the dtype of x.
 
     Args:
         x: [tokens, d].
-        folded: fold, predictor, ranges and lines.
-        dense: the weights that fixing reads, in the dtype of x.
-        act: the activation.
+        weights: with the dense weights beside them, in the dtype of x, unless they are stacked.
     """
-    fixed = fixed_neurons(x, folded, dense.b1)  # [tokens, h]
-    union = fixed.any(0).nonzero()[:, 0]
-    z = F.linear(x, dense.w1[union], None if dense.b1 is None else dense.b1[union]).float()
-    residual = act(z) - folded.slope[union].float() * z - folded.offset[union].float()
-    residual = torch.where(fixed[:, union], residual, 0.0)
-    affine = F.linear(x, dense_fold(folded.weight, x.dtype), folded.bias)
-    correction = F.linear(residual.to(x.dtype), dense.w2[:, union])
+    fixed = fixed_neurons(x, weights)  # [tokens, h]
+    static = torch.compiler.is_compiling() or not x.is_cpu or type(x) is not Tensor
+    some = slice(None) if static else fixed.any(0).nonzero()[:, 0]
+    w1, w2 = weights.fallback(x.dtype)
+    neurons = weights.neurons.at(some)
+    rows = _rows(some, neurons.k)
+    v = F.linear(x, w1[rows], None if weights.b1 is None else weights.b1[rows]).float()
+    residual = torch.where(fixed[:, some], neurons.residual(v), 0.0)
+    correction = F.linear(residual.to(x.dtype), w2[:, some])
+    if weights.fold is None:
+        return correction
+    affine = F.linear(x, written_out(weights.fold).to(x.dtype), weights.bias)
     return (affine.float() + correction.float()).to(x.dtype)
 
 
-def dense_ffn(x: Tensor, dense: FFNWeights, act: Callable[[Tensor], Tensor]) -> Tensor:
-    """Output [..., d] of the FFN before it was folded, in the dtype of x.
-
-    Args:
-        x: [..., d].
-        dense: its b2 is added here, where the fold has it in its bias.
-        act: the activation.
-    """
-    return linear(act(linear(x, dense.w1, dense.b1)), dense.w2, dense.b2)
+def fixed_neurons(x: Tensor, weights: FoldedWeights) -> Tensor:
+    """[tokens, h] bool: the neurons S(x) that are predicted out of their hot range, for inputs x [tokens, d]."""
+    b1 = None if weights.b1 is None else weights.b1.float()
+    return weights.neurons.outside(F.linear(x.float(), written_out(weights.predictor), b1))
 
 
-def fixed_neurons(x: Tensor, folded: FoldedWeights, b1: Tensor | None) -> Tensor:
-    """[tokens, h] bool: the neurons S(x) predicted to be out of their hot range. NaN counts as out of it."""
-    zhat = F.linear(x.float(), folded.predictor.dequantise(), None if b1 is None else b1.float())
-    return ~((zhat >= folded.low.float()) & (zhat <= folded.high.float()))
+def _rows(neurons: Tensor | slice, k: int) -> Tensor | slice:
+    """Rows of W1 that belong to neurons."""
+    if k == 1 or isinstance(neurons, slice):
+        return neurons
+    return (neurons[:, None] * k + torch.arange(k)).flatten()
+
+
+@dataclass(frozen=True)
+class ReferenceFFN:
+    """A folded FFN by the reference."""
+
+    weights: FoldedWeights
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Outputs [tokens, d] for inputs x [tokens, d]."""
+        return folded_ffn(x, self.weights)
+
+    def fixed(self, x: Tensor) -> Tensor:
+        """[tokens, h] bool: the neurons that are fixed for inputs x [tokens, d]."""
+        return fixed_neurons(x, self.weights)
+
+
+class ReferenceBackend:
+    """Everything, everywhere, in plain torch."""
+
+    name = "reference"
+    dtypes: tuple[torch.dtype, ...] = ()
+    instruction_sets: tuple[str, ...] = ()
+
+    def use(self, instruction_set: str) -> None:
+        """There is nothing to choose."""
+
+    def accepts(self, x: Tensor) -> bool:
+        """Any inputs."""
+        return True
+
+    def lay_out(self, matrix: Tensor | PackedMatrix, dtype: torch.dtype) -> None:
+        """Nothing: it reads matrices as they are stored."""
+
+    def prepare(self, weights: FoldedWeights, dtype: torch.dtype) -> ReferenceFFN:
+        """The weights, which need no preparation."""
+        return ReferenceFFN(weights)
+
+    def linear(self, x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
+        """x W^T + bias, [..., out] for x [..., in]."""
+        weight = matrix if isinstance(matrix, Tensor) else written_out(matrix).to(x.dtype)
+        return F.linear(x, weight, bias)

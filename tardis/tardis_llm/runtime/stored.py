@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ..errors import InvalidInputError
 from ..ffn.packed import PackedMatrix
-from .cpu import ops
-from .cpu.panels import Panels
+from ..ffn.weights import Layout, Matrix, stored
+from .backend import lay_out
 
 #: taken by what changes an order of memory, and by what must not see it change
 LAYOUT = threading.RLock()
@@ -45,7 +45,7 @@ class Stored(nn.Module):
 
     format_tensors: ClassVar[frozenset[str]] = frozenset()
 
-    def unpack(self) -> None:
+    def restore(self) -> None:
         """Put the weights into the order in which they are stored, if they are not."""
 
     def freeze(self) -> None:
@@ -55,18 +55,18 @@ class Stored(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         with LAYOUT:
-            self.unpack()
+            self.restore()
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         with LAYOUT:
-            self.unpack()
+            self.restore()
             super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What `to`, `half`, `float`, `cuda` and `to_empty` go through."""
         with LAYOUT:
-            self.unpack()
+            self.restore()
             tensors = {**self._parameters, **self._buffers}
             kept = {id(tensor) for name, tensor in tensors.items() if name in self.format_tensors}
 
@@ -79,61 +79,68 @@ class Stored(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         with LAYOUT:
-            self.unpack()
+            self.restore()
             return self.__dict__.copy()
 
 
-class InPanels(Stored):
-    """A module with one matrix, which may be in panels. Whoever reads one of its `relaid` tensors puts it back.
+class LaidOut(Stored):
+    """A module with one matrix, which may lie in a backend's order of memory.
+
+    Whoever reads a tensor that the matrix is stored in gets it in the stored order: it is put back.
 
     Attributes:
-        relaid: names of the tensors that the matrix is stored in.
+        matrix_tensors: names of the tensors that the matrix is stored in.
     """
 
-    relaid: ClassVar[frozenset[str]]
-    _panels: Panels | None = None
+    matrix_tensors: ClassVar[frozenset[str]]
+    _layout: Layout | None = None
 
     def __getattr__(self, name: str) -> Any:
         """torch keeps tensors where Python does not find them, and asks here."""
-        if name in self.relaid and self._panels is not None:
-            self.unpack()
+        if name in self.matrix_tensors and self._layout is not None:
+            self.restore()
         return super().__getattr__(name)
 
     @property
-    def in_panels(self) -> bool:
-        """Whether the matrix is in panels."""
-        return self._panels is not None
+    def layout(self) -> Layout | None:
+        """The matrix in a backend's order of memory; None where it is in the stored order."""
+        return self._layout
 
     @property
-    def laid(self) -> Tensor | PackedMatrix | Panels:
-        """The matrix in the order in which it lies in memory."""
+    def current(self) -> Matrix:
+        """The matrix in the order in which it is now."""
         with reading_layout():
-            return self._panels or self._get()
+            return self._layout or self._get()
 
     @property
-    def stored(self) -> Tensor | PackedMatrix:
-        """The matrix in the order in which it is stored; a copy where it is in panels."""
-        laid = self.laid
-        return laid.matrix() if isinstance(laid, Panels) else laid
+    def matrix(self) -> Tensor | PackedMatrix:
+        """The matrix in the order in which it is stored; a copy where it is laid out."""
+        return stored(self.current)
 
-    def pack(self, dtype: torch.dtype) -> None:
-        """Put the matrix in panels, where the kernels take it so for inputs of this dtype."""
+    def lay_out(self, dtype: torch.dtype) -> None:
+        """Put the matrix in the order in which products with inputs of a dtype are fastest, where there is one."""
         with changing_layout():
-            if self._panels is None:
-                panels = ops.panels_of(self._get(), dtype)
-                if panels:
-                    self._clear()
-                    self._panels = panels
+            if self._layout is None:
+                self.exchange(lay_out(self._get(), dtype) or self._get())
 
-    def unpack(self) -> None:
+    def restore(self) -> None:
         """Put the matrix back into the order in which it is stored."""
         with changing_layout():
-            panels, self._panels = self._panels, None
-            if panels:
-                self._set(panels.matrix())
+            if self._layout is not None:
+                self.exchange(stored(self._layout))
+
+    def exchange(self, matrix: Matrix) -> None:
+        """Take another matrix of the same kind, in the order in which it is."""
+        with changing_layout():
+            self._layout = None
+            if isinstance(matrix, Tensor | PackedMatrix):
+                self._set(matrix)
+            else:
+                self._clear()
+                self._layout = matrix
 
     def _get(self) -> Tensor | PackedMatrix:
-        """The matrix, which is not in panels."""
+        """The matrix, which is in the stored order."""
         raise NotImplementedError
 
     def _set(self, matrix: Any) -> None:

@@ -18,10 +18,11 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from ...checkpoint.contents import check_directory
-from ...checkpoint.format import METHOD, CheckpointConfig, LayerFormat
+from ...checkpoint.format import METHOD, CheckpointConfig
 from ...errors import CheckpointError
+from ...ffn.weights import FoldFormat
 from ...runtime.prefill import CROSSOVER
-from .linears import LowBitMethod, PanelsMethod
+from .linears import LaidOutMethod, LowBitMethod
 from .names import Projections, block_index, check_served, linear_bits
 
 
@@ -41,7 +42,7 @@ class TardisConfig(QuantizationConfig):
     _projections: Projections  # from `maybe_update_config` on
 
     def __init__(
-        self, layers: dict[str, LayerFormat], crossover: int = CROSSOVER, linears: dict[str, int] | None = None
+        self, layers: dict[str, FoldFormat], crossover: int = CROSSOVER, linears: dict[str, int] | None = None
     ) -> None:
         super().__init__()
         self.layers, self.crossover = layers, crossover
@@ -84,7 +85,7 @@ class TardisConfig(QuantizationConfig):
             return NoWeight()
         if self.linear_bits and self._projections.in_few_bits(prefix):
             return LowBitMethod(self.linear_bits, prefix)
-        return PanelsMethod() if isinstance(layer, LinearBase) else None
+        return LaidOutMethod() if isinstance(layer, LinearBase) else None
 
     def get_name(self) -> str:
         """As `quant_method` in config.json."""

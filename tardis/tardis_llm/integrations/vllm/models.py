@@ -84,7 +84,7 @@ class TardisModel(nn.Module):
         loader.check(loaded)
         for ffn in self._folded.values():
             if ffn is not None:
-                ffn.pack()
+                ffn.prepare()
         return loaded
 
     def _contents(self) -> Contents:

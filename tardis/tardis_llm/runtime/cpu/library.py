@@ -1,14 +1,12 @@
 """The compiled CPU kernels: found, opened with ctypes, and told which instruction set to use.
 
-Nothing here needs a compiler or fails without the library: `kernels()` is then None. The environment variable
-`TARDIS_KERNELS` chooses: `off`, or one of `ISAS`; unset, the best that processor and build have.
+Nothing here needs a compiler or fails without the library: `kernels()` is then None.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -29,7 +27,6 @@ ISAS = ("portable", "avx2", "avx512")
 #: tokens of the largest batch
 MAX_TOKENS = 64
 _ABI = 6
-_VARIABLE = "TARDIS_KERNELS"
 _SUFFIXES = {"win32": ".dll", "darwin": ".so"}
 _TYPES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 _LOW_BIT, _LOW_BIT_PANELS = 4, 6
@@ -197,27 +194,30 @@ class Kernels:
 
 def _done(status: int, kernel: str) -> None:
     if status:
-        raise TardisError(f"the kernel {kernel} got {_ERRORS.get(status, 'an error')}; set {_VARIABLE}=off to go on.")
+        raise TardisError(
+            f"the kernel {kernel} got {_ERRORS.get(status, 'an error')}; set TARDIS_KERNELS=off to go on."
+        )
 
 
 @functools.cache
 def kernels() -> Kernels | None:
-    """The kernels to use, or None: switched off, not built, or not for this machine. Says once if they are missing.
-
-    Raises:
-        InvalidInputError: `TARDIS_KERNELS` is not what it can be here.
-    """
-    wanted = os.environ.get(_VARIABLE, "").lower()
-    if wanted == "off":
-        return None
+    """The library; None where it is not built, which is said once."""
     library = open_library()
-    if wanted and wanted not in ISAS:
-        raise InvalidInputError(f"{_VARIABLE}={wanted}: give off, {', '.join(ISAS)}, or leave it unset.")
     if library is None:
         message = "the CPU kernels of TARDIS are not built: folded FFNs run through the slower reference. Install a "
         warnings.warn(message + "C++ compiler and reinstall tardis-llm to have them.", RuntimeWarning, stacklevel=3)
-    elif wanted:
-        library.use(wanted)
+    return library
+
+
+def loaded() -> Kernels:
+    """The library.
+
+    Raises:
+        TardisError: it is not built.
+    """
+    library = open_library()
+    if library is None:
+        raise TardisError("the CPU kernels are not built; install a C++ compiler and reinstall tardis-llm.")
     return library
 
 
@@ -243,7 +243,7 @@ def has_panels() -> bool:
 
 @functools.cache
 def open_library() -> Kernels | None:
-    """The library, whatever `TARDIS_KERNELS` says; None where it is not built or cannot be opened."""
+    """The library; None where it is not built or cannot be opened."""
     for path in _candidates(sys.modules[__package__].__path__):
         if path.is_file():
             try:

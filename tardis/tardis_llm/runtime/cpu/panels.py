@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...allocator import contiguous_in_huge_pages
 from ...ffn.packed import PackedMatrix, pack, unpack
+from ...ffn.weights import Kind
 
 #: of a panel
 ROWS = 32
@@ -46,6 +47,12 @@ class Panels:
     columns: int
     bits: int
     group_size: int
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of the matrix in the order in which it is stored."""
+        shape = self.rows, self.columns
+        return (shape, self.data.dtype) if self.scale is None else (shape, self.bits, self.group_size)
 
     @property
     def nbytes(self) -> int:

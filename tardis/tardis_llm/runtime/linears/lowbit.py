@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import InvalidInputError, TardisError
-from ..cpu import ops
+from ..backend import differentiated
 from ..cpu.operands import check_kind
-from ..numbered import Numbered, numbered
+from ..operators import Numbered, library, numbered
 from ..stored import Stored, changing_layout, reading_layout, refuse_training
 
 #: rows that are rounded at once, which bounds the working memory
@@ -125,8 +125,7 @@ class LowBitLinear(Numbered, Stored):
 
     def _takes(self, x: Tensor) -> bool:
         """Whether the kernel takes x [tokens, in]: in main memory, and without gradients."""
-        gradients = torch.is_grad_enabled() and x.requires_grad
-        return x.device.type == "cpu" and len(x) > 0 and not gradients
+        return x.device.type == "cpu" and len(x) > 0 and not differentiated(x)
 
     def products(self, x: Tensor) -> Tensor:
         """[tokens, out] in the dtype of x [tokens, in], by the kernel and without the bias."""
@@ -162,7 +161,7 @@ class LowBitLinear(Numbered, Stored):
                 self.codes, self.scale = self.codes.new_empty(0), self.scale.new_empty(0)
             return packed
 
-    def unpack(self) -> None:
+    def restore(self) -> None:
         """Put codes and scales back into the order in which they are stored."""
         with changing_layout():
             if self._packed is not None:
@@ -173,7 +172,7 @@ class LowBitLinear(Numbered, Stored):
         """Codes and scales in the order in which they are stored."""
         with reading_layout():
             if self._packed is not None:
-                self.unpack()
+                self.restore()
             return self.codes, self.scale
 
     def freeze(self) -> None:
@@ -206,8 +205,8 @@ def _numbered_linear(x: Tensor, number: int, outputs: int) -> Tensor:
     return layer.products(x).contiguous()
 
 
-ops.library.define("numbered_linear(Tensor x, int number, int outputs) -> Tensor")
-ops.library.impl("numbered_linear", _numbered_linear, "CPU")
+library.define("numbered_linear(Tensor x, int number, int outputs) -> Tensor")
+library.impl("numbered_linear", _numbered_linear, "CPU")
 
 
 @torch.library.register_fake("tardis::numbered_linear")

@@ -1,6 +1,6 @@
-"""Modules that are one operator to `torch.compile`, which finds them by number when it runs.
+"""Our operators for `torch.compile`, and modules that are one operator each, found by number when a graph runs.
 
-Operators take tensors and numbers, no modules. What a module does with weights in an order of its own, or by another
+Operators get tensors and numbers, no modules. What a module does with weights in an order of their own, or by another
 library's kernel, cannot be traced, and what it keeps from call to call cannot be an argument. Numbers mean something in
 one process only: vLLM, which keeps graphs for the next, knows its layers by name.
 """
@@ -11,7 +11,11 @@ import itertools
 from typing import Any
 from weakref import WeakValueDictionary
 
+import torch
 from torch import nn
+
+#: where the operators are defined
+library = torch.library.Library("tardis", "DEF")
 
 
 class Numbered(nn.Module):
@@ -23,8 +27,8 @@ class Numbered(nn.Module):
 
     number: int
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self._enrol()
 
     def __setstate__(self, state: Any) -> None:

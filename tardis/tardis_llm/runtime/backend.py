@@ -1,0 +1,148 @@
+"""The backends that compute linear layers and folded FFNs, and the only place that chooses among them.
+
+A backend is an object of the class `Backend` below. `BACKENDS` lists them, the preferred first; the last one, the
+reference, computes everything everywhere and is what all others are tested against. A new backend is a folder beside
+this file and an entry in that list.
+
+The environment variable `TARDIS_KERNELS` restricts the choice: `off` leaves the reference alone, and the name of an
+instruction set, such as `avx2`, is for the backend that knows it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidInputError
+from ..ffn.neuron import value
+from ..ffn.packed import PackedMatrix
+from ..ffn.weights import DenseFFN, FoldedWeights, Layout, Matrix
+from .cpu.backend import CpuBackend
+from .reference import ReferenceBackend
+
+_VARIABLE = "TARDIS_KERNELS"
+
+
+class PreparedFFN(Protocol):
+    """A folded FFN that is ready to run. It changes as little as the weights that it was made from."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Outputs [tokens, d] for inputs x [tokens, d], contiguous, in the dtype of x."""
+
+    def fixed(self, x: Tensor) -> Tensor:
+        """[tokens, h] bool: the neurons that are fixed for inputs x [tokens, d], contiguous."""
+
+
+class Backend(Protocol):
+    """What a backend can do.
+
+    Attributes:
+        name: for people and tests.
+        dtypes: of the inputs that it is made for.
+        instruction_sets: values of `TARDIS_KERNELS` that it knows.
+    """
+
+    name: str
+    dtypes: tuple[torch.dtype, ...]
+    instruction_sets: tuple[str, ...]
+
+    def use(self, instruction_set: str) -> None:
+        """Use one of its instruction sets, and no other, from now on; see the errors of the backend."""
+
+    def accepts(self, x: Tensor) -> bool:
+        """Whether it is there and computes with inputs like x [..., d]: on their device, in their dtype."""
+
+    def lay_out(self, matrix: Tensor | PackedMatrix, dtype: torch.dtype) -> Layout | None:
+        """A copy of a matrix [out, in] in the order of memory in which products with inputs of a dtype are fastest.
+
+        None where it has no other order than the stored one for this matrix.
+        """
+
+    def prepare(self, weights: FoldedWeights, dtype: torch.dtype) -> PreparedFFN | None:
+        """A folded FFN made ready for inputs of a dtype; None where it cannot read the weights as they lie."""
+
+    def linear(self, x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor | None:
+        """x W^T + bias, [..., out] in the dtype of x [..., in]; None where it cannot multiply with this matrix."""
+
+
+REFERENCE = ReferenceBackend()
+BACKENDS: tuple[Backend, ...] = (CpuBackend(), REFERENCE)
+
+
+@torch.compiler.assume_constant_result
+def _kernels_wanted() -> bool:
+    """Whether any backend but the reference may run. It does not change while the program runs."""
+    return _setting() != "off"
+
+
+@functools.cache
+def _setting() -> str:
+    """`TARDIS_KERNELS`, passed on to the backend that it is for.
+
+    Raises:
+        InvalidInputError: `TARDIS_KERNELS` is not what it can be here.
+    """
+    wanted = os.environ.get(_VARIABLE, "").lower()
+    known = [name for backend in BACKENDS for name in backend.instruction_sets]
+    if wanted and wanted not in ("off", *known):
+        raise InvalidInputError(f"{_VARIABLE}={wanted}: give off, {', '.join(known)}, or leave it unset.")
+    for backend in BACKENDS:
+        if wanted in backend.instruction_sets:
+            backend.use(wanted)
+    return wanted
+
+
+def differentiated(*tensors: Tensor | None) -> bool:
+    """Whether gradients flow through one of these tensors: kernels have none, so the reference computes then."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def backend_for(x: Tensor, *weights: Tensor | None) -> Backend:
+    """The backend that computes with inputs x [..., d] and these weights.
+
+    Raises:
+        InvalidInputError: `TARDIS_KERNELS` is not what it can be here.
+    """
+    if _kernels_wanted() and not differentiated(x, *weights):
+        for backend in BACKENDS:
+            if backend.accepts(x):
+                return backend
+    return REFERENCE
+
+
+def prepare(weights: FoldedWeights, x: Tensor) -> PreparedFFN:
+    """A folded FFN made ready for inputs like x [tokens, d], by the backend for x where it reads the weights."""
+    prepared = backend_for(x).prepare(weights, x.dtype)
+    return REFERENCE.prepare(weights, x.dtype) if prepared is None else prepared
+
+
+def lay_out(matrix: Tensor | PackedMatrix, dtype: torch.dtype) -> Layout | None:
+    """A copy of a matrix in the order of memory that its backend reads fastest; see `Backend.lay_out`."""
+    for backend in BACKENDS if _kernels_wanted() else ():
+        layout = backend.lay_out(matrix, dtype)
+        if layout is not None:
+            return layout
+    return None
+
+
+def linear(x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
+    """x W^T + bias, [..., out] in the dtype of x.
+
+    Args:
+        x: [..., in].
+        matrix: W [out, in]: dense (also as the transpose of a contiguous tensor), in few bits, or laid out.
+        bias: [out] or None.
+    """
+    weight = matrix if isinstance(matrix, Tensor) else None
+    y = backend_for(x, weight, bias).linear(x, matrix, bias)
+    return REFERENCE.linear(x, matrix, bias) if y is None else y
+
+
+def dense_ffn(x: Tensor, dense: DenseFFN) -> Tensor:
+    """Outputs [..., d] of an FFN that is not folded, for inputs x [..., d] in the dtype of x."""
+    k = dense.w1.shape[0] // dense.h
+    return linear(value(linear(x, dense.w1, dense.b1), dense.act, k), dense.w2, dense.b2)

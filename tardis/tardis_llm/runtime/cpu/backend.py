@@ -1,0 +1,128 @@
+"""The CPU backend: folded FFNs and linear layers by compiled kernels, for bf16, fp16 and fp32.
+
+Sums are in fp32 throughout. Where inputs meet a low-bit matrix they are rounded to 8 bits, with one scale per token and
+group of columns, 512 at most; so what a predictor finds differs from the reference for few neurons that are next to a
+bound. Residuals that meet a low-bit W2 may be rounded to 16 bits, with one scale for up to eight of them. What a token
+gets does not depend on the others in its batch; in its last bits it may depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ...errors import TardisError
+from ...ffn.activations import ACTIVATIONS
+from ...ffn.packed import PackedMatrix
+from ...ffn.weights import FoldedWeights, Layout
+from ...ffn.weights import Matrix as AnyMatrix
+from .library import FFN, ISAS, MAX_TOKENS, Batch, Matrix, available, has_panels, kernels, loaded
+from .operators import ACTIVATION_BITS, DTYPES, by_row, check_inputs, multiplies, readable, vector
+from .panels import Panels, fits
+
+_ACTIVATIONS = list(ACTIVATIONS)
+
+
+class CpuFFN:
+    """A folded FFN by the kernels, its arguments put together once.
+
+    Args:
+        weights: whose tensors must neither move nor change.
+        activation_bits: of inputs where they meet a low-bit matrix, 8 or 16. A predictor that only selects, beside
+            dense weights, never gets more than 8.
+
+    Raises:
+        TardisError: the kernels cannot read the weights.
+    """
+
+    def __init__(self, weights: FoldedWeights, activation_bits: int = ACTIVATION_BITS) -> None:
+        self._kernels, self._bits = loaded(), activation_bits
+        self._weights = weights  # keeps alive what the kernels read
+        neurons, predictor = weights.neurons, weights.predictor
+        assert isinstance(predictor, PackedMatrix | Panels), "the predictor is in few bits"
+        if neurons.activation not in _ACTIVATIONS:
+            raise TardisError(f"the activation {neurons.activation!r} is none of {', '.join(_ACTIVATIONS)}.")
+        self._d, self._h = predictor.columns, neurons.count
+        matrices = [Matrix.of(matrix) for matrix in (weights.fold, predictor, weights.up, weights.down)]  # type: ignore[arg-type]
+        vectors = [vector(weights.bias, self._d), *(vector(each, self._h) for each in (weights.b1, *neurons.tensors))]
+        self._ffn = FFN(*matrices, *vectors, _ACTIVATIONS.index(neurons.activation))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Outputs [tokens, d] for inputs x [tokens, d], contiguous."""
+        return self._run(x, self._kernels.folded_ffn, torch.empty_like(x))
+
+    def fixed(self, x: Tensor) -> Tensor:
+        """[tokens, h] bool: the neurons that are fixed for inputs x [tokens, d], contiguous."""
+        return self._run(x, self._kernels.fixed, torch.empty(len(x), self._h, dtype=torch.bool))
+
+    def _run(self, x: Tensor, kernel: Callable[[FFN, Batch], None], y: Tensor) -> Tensor:
+        check_inputs(x, self._d)
+        for some, out in (
+            ((x, y),) if len(x) <= MAX_TOKENS else zip(x.split(MAX_TOKENS), y.split(MAX_TOKENS), strict=True)
+        ):
+            if len(some):
+                kernel(self._ffn, Batch.of(some, out, self._bits))
+        return y
+
+
+class CpuBackend:
+    """The kernels, where they are built and the processor has what they need."""
+
+    name = "cpu"
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+    instruction_sets: tuple[str, ...] = ISAS
+
+    def use(self, instruction_set: str) -> None:
+        """Use an instruction set from now on, in every thread.
+
+        Raises:
+            InvalidInputError: processor or build lack it.
+        """
+        found = kernels()
+        if found is not None:
+            found.use(instruction_set)
+
+    def accepts(self, x: Tensor) -> bool:
+        """Whether the kernels are there and take inputs like x: some numbers in bf16, fp16 or fp32 in main memory."""
+        return x.is_cpu and x.dtype in DTYPES and x.numel() > 0 and available()
+
+    def lay_out(self, matrix: Tensor | PackedMatrix, dtype: torch.dtype) -> Layout | None:
+        """A copy of the matrix in panels, if it can be so and inputs of this dtype meet it so."""
+        device = (matrix if isinstance(matrix, Tensor) else matrix.planes).device
+        return Panels.of(matrix) if device.type == "cpu" and dtype in DTYPES and fits(matrix) and has_panels() else None
+
+    def prepare(self, weights: FoldedWeights, dtype: torch.dtype) -> CpuFFN | None:
+        """A folded FFN for the kernels, if each matrix is contiguous in main memory and dense ones have this dtype."""
+        matrices = weights.fold, weights.predictor, weights.up, weights.down
+        return CpuFFN(weights) if all(readable(matrix, dtype) for matrix in matrices) else None
+
+    def linear(self, x: Tensor, matrix: AnyMatrix, bias: Tensor | None) -> Tensor | None:
+        """x W^T + bias; None for matrices of another dtype than x, and for others that no kernel multiplies."""
+        if isinstance(matrix, PackedMatrix):
+            parts = [_low_bit(some, matrix, bias) for some in _rows(x).split(MAX_TOKENS)]
+            y = parts[0] if len(parts) == 1 else torch.cat(parts)
+        elif isinstance(matrix, Panels):
+            if matrix.scale is not None or matrix.data.dtype != x.dtype:
+                return None
+            y = torch.ops.tardis.panels_linear(_rows(x), matrix.data, bias, matrix.rows)
+        else:
+            assert isinstance(matrix, Tensor), "there is no other order of memory on a CPU"
+            if by_row(x, matrix):
+                y = torch.ops.tardis.linear(_rows(x), matrix, bias)
+            elif multiplies(x, matrix):
+                transposed = not matrix.is_contiguous()
+                y = torch.ops.tardis.gemm(_rows(x), matrix.T if transposed else matrix, bias, transposed)
+            else:
+                return None
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _low_bit(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
+    y: Tensor = torch.ops.tardis.lowbit_linear(x, matrix.planes, matrix.scale, matrix.group_size, bias)
+    return y
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()
