@@ -20,7 +20,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tardis_llm.allocator import contiguous_in_huge_pages
-from tardis_llm.ffn.activations import ACTIVATIONS
+from tardis_llm.ffn.neuron import Neurons
 from tardis_llm.ffn.packed import PackedMatrix, pack
-from tardis_llm.ffn.weights import Fallback, FFNWeights, FoldedWeights
-from tardis_llm.runtime.cpu import ops
-from tardis_llm.runtime.cpu.library import Batch, Kernels, Matrix, Vector, open_library
-from tardis_llm.runtime.cpu.panels import Panels
+from tardis_llm.ffn.weights import DenseFFN, FoldedWeights, Matrix
+from tardis_llm.runtime.backend import lay_out
+from tardis_llm.runtime.cpu.backend import CpuFFN
+from tardis_llm.runtime.cpu.library import Batch, Kernels, Vector, open_library
+from tardis_llm.runtime.cpu.library import Matrix as CMatrix
 
 _ACTIVATION = "gelu"
 _GROUP = 256
@@ -94,23 +95,16 @@ def folded_weights(shape: Shape, predictor: PackedMatrix, stacked: bool) -> Fold
     d, h = shape.d, shape.h
     x = torch.randn(16, d).bfloat16()
     top = predictions(x, predictor).flatten().sort().values[int(16 * h * (1 - shape.fix_rate))]
-    high = torch.full((h,), float(top)).half()
-    low, slope, offset = torch.full((h,), -torch.inf).half(), torch.full((h,), 0.5).half(), torch.zeros(h).half()
-    fallback = Fallback(random_packed(h, d, 4 - shape.bits), random_packed(h, d, 4)) if stacked else None
+    low, high = torch.full((h,), -torch.inf), torch.full((h,), float(top))
+    neurons = Neurons(_ACTIVATION, low, high, torch.full((h,), 0.5), torch.zeros(h)).map(Tensor.half)
+    up, down = (random_packed(h, d, 4 - shape.bits), random_packed(h, d, 4)) if stacked else (None, None)
     fold = random_packed(d, d, 8) if stacked else random_matrix(d, d)
-    return FoldedWeights(fold, torch.zeros(d).bfloat16(), predictor, low, high, slope, offset, fallback)
+    return FoldedWeights(fold, torch.zeros(d).bfloat16(), predictor, neurons, down, up)
 
 
-def fixed(x: Tensor, folded: FoldedWeights) -> Tensor:
-    """[tokens, h] bool."""
-    p = folded.predictor
-    out: Tensor = torch.ops.tardis.fixed_neurons(x, p.planes, p.scale, p.group_size, None, folded.low, folded.high)
-    return out
-
-
-def prepared_linear(kernels: Kernels, lies: Tensor | Panels) -> Callable[[Tensor], Tensor]:
+def prepared_linear(kernels: Kernels, lies: Matrix) -> Callable[[Tensor], Tensor]:
     """The product with a dense weight, as it lies, by the kernels."""
-    matrix, bias = Matrix.of(lies), Vector.of(None)
+    matrix, bias = CMatrix.of(lies), Vector.of(None)  # type: ignore[arg-type]  # Panels are the only layout here
 
     def run(x: Tensor) -> Tensor:
         y = x.new_empty(len(x), matrix.rows)
@@ -123,31 +117,24 @@ def prepared_linear(kernels: Kernels, lies: Tensor | Panels) -> Callable[[Tensor
     return run
 
 
-def folded_variant(name: str, folded: FoldedWeights, dense: FFNWeights) -> Variant:
+def folded_variant(name: str, folded: FoldedWeights, dense: DenseFFN) -> Variant:
     """A folded FFN by the kernels."""
-    fold = folded.weight
-    always = folded.predictor.nbytes + fold.nbytes + 4 * folded.low.nbytes
-    neuron = (folded.fallback.nbytes if folded.fallback else dense.w1.nbytes + dense.w2.nbytes) / len(dense.w1)
-    weight = ops.panels_of(folded.weight, torch.bfloat16) or folded.weight
-    predictor = ops.panels_of(folded.predictor, torch.bfloat16) or folded.predictor
-    ranges = folded.low, folded.high, folded.slope, folded.offset
-    laid = ops.Laid(weight, folded.bias, predictor, ranges, folded.fallback)
-    run = ops.prepared(torch.empty(1, predictor.columns, dtype=torch.bfloat16), laid, dense, _ACTIVATION)
-    assert run is not None, "the kernels take such an FFN"
-    return Variant(
-        name,
-        run,
-        lambda x: always + round(int(fixed(x, folded).any(0).sum()) * neuron),
-    )
+    weights = folded.beside(dense)
+    assert isinstance(weights.fold, Tensor | PackedMatrix), "a random fold is not laid out"
+    assert isinstance(weights.predictor, PackedMatrix), "a random predictor is not laid out"
+    fold, predictor = (lay_out(part, torch.bfloat16) or part for part in (weights.fold, weights.predictor))
+    run = CpuFFN(replace(weights, fold=fold, predictor=predictor))
+    return Variant(name, run, lambda x: round(weights.touched(float(run.fixed(x).any(0).float().mean()))))
 
 
 def variants(kernels: Kernels, shape: Shape) -> list[Variant]:
     """Dense and folded FFNs of a shape; the first is what the others are compared with."""
-    dense = FFNWeights(random_matrix(shape.h, shape.d), None, random_matrix(shape.h, shape.d).T, None)
-    down, act = random_matrix(shape.d, shape.h), ACTIVATIONS[_ACTIVATION]
+    dense = DenseFFN(random_matrix(shape.h, shape.d), None, random_matrix(shape.h, shape.d).T, None, _ACTIVATION)
+    down, act = random_matrix(shape.d, shape.h), dense.act
     up_rows, down_rows = prepared_linear(kernels, dense.w1), prepared_linear(kernels, down)
-    laid = [ops.panels_of(weight, weight.dtype) or weight for weight in (dense.w1, down)]
-    up_own, down_own = (prepared_linear(kernels, lies) for lies in laid)
+    up_own, down_own = (
+        prepared_linear(kernels, lay_out(weight, weight.dtype) or weight) for weight in (dense.w1, down)
+    )
     size = dense.w1.nbytes + down.nbytes
     predictor = random_packed(shape.h, shape.d, shape.bits)
     return [

@@ -30,7 +30,7 @@ from tardis_llm.checkpoint.loading import load_dense, load_model
 from tardis_llm.evaluation.perplexity import token_perplexity, windows_of
 from tardis_llm.evaluation.speed import cpu_name
 from tardis_llm.files import write_json
-from tardis_llm.runtime.cpu import ops
+from tardis_llm.runtime.cpu.backend import CpuBackend
 from tardis_llm.runtime.cpu.library import open_library
 from tardis_llm.runtime.placing import folded_ffns, lay_out
 
@@ -59,7 +59,7 @@ def measure(model: str, windows: Any, evaluation: Tensor, reduction: float) -> d
         loaded, resident = load_model(scratch), stored_bytes(Path(scratch))
     found: dict[str, Any] = {"touched": report.touched / report.dense, "resident": resident / report.dense}
     perplexities = {}
-    reference = patch.object(ops, "takes", lambda x: False)
+    reference = patch.object(CpuBackend, "accepts", lambda self, x: False)
     for name, within in (("reference", reference), ("kernels", nullcontext())):
         if name == "kernels":
             lay_out(loaded)  # as for decoding

@@ -133,7 +133,7 @@ def test_bytes_of_a_step_are_those_of_the_weights_read():
     for storage in (Storage(64), Storage(64, 8, 4)):
         folds = random_folds_of(model, storage)
         stored = sum(t.nbytes for _, fold in folds for t in fold.state_dict().values())
-        fallback = sum(fold.fallback.nbytes for _, fold in folds if fold.fallback)
+        fallback = sum(fold.weights.fixing for _, fold in folds)
         biases = 3 * 4 * (256 + 64)
         with folded(model, folds):
             none, every = (step_bytes(model, share) for share in (0.0, 1.0))
@@ -199,7 +199,7 @@ def test_a_fold_that_is_taken_out_keeps_nothing_of_the_weights_beside_it():
     folds = random_folds_of(model, Storage(64))
     with folded(model, folds), torch.no_grad():
         model(tokens(1, 4))
-    assert all(ffn._ready[1] is None for _, ffn in folds)
+    assert all(ffn._ready.ffn is None for _, ffn in folds)
 
 
 def test_the_union_of_a_batch_is_at_least_what_one_token_fixes():

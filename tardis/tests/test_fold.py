@@ -14,6 +14,7 @@ from torch import Tensor
 from tardis_llm.calibration.moments import BINS, SPAN
 from tardis_llm.config import FoldConfig
 from tardis_llm.ffn.activations import ACTIVATIONS
+from tardis_llm.ffn.neuron import Neurons
 from tardis_llm.ffn.weights import DenseFFN, FoldedWeights
 from tardis_llm.folding.fold import (
     FoldQuality,
@@ -22,7 +23,7 @@ from tardis_llm.folding.fold import (
     error_curve,
     finish,
     predict,
-    store_ranges,
+    stored_neurons,
     target_moments,
 )
 from tardis_llm.folding.ranges import Ranges, error_ranges, highest_price
@@ -42,16 +43,16 @@ def inputs_for(tokens: int = 2000, dtype: torch.dtype = torch.float32) -> Inputs
 def output_error(folded: FoldedWeights, ffn: DenseFFN, x: Tensor) -> float:
     """Squared error of the folded FFN as the runtime computes it, over the output's variance."""
     y = forward(ffn, x)
-    error = (folded_ffn(x, folded, fallback(ffn), ffn.act) - y).square().sum(1).mean()
+    error = (folded_ffn(x, folded.beside(fallback(ffn))) - y).square().sum(1).mean()
     return float(error / y.var(0, correction=0).sum())
 
 
-def ranges_of(**values: Tensor) -> Ranges:
-    """Ranges of a few neurons with the values given, and 0 or infinity for the rest."""
+def neurons_of(**values: Tensor) -> Neurons:
+    """A few neurons with the values given, and 0 or infinity for the rest."""
     size = len(next(iter(values.values())))
     bounds = {"low": torch.full((size,), -torch.inf), "high": torch.full((size,), torch.inf)}
-    lines = {"slope": torch.zeros(size), "offset": torch.zeros(size), "inside": torch.ones(size, 1, dtype=torch.bool)}
-    return Ranges(**{**bounds, **lines, **values})
+    lines = {"slope": torch.zeros(size), "offset": torch.zeros(size)}
+    return Neurons("gelu", **{**bounds, **lines, **values})
 
 
 @cache
@@ -71,13 +72,13 @@ def linear(monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_linear_activation_folds_exactly_without_fixing(linear: str, refit: bool) -> None:
     ffn, inputs = random_ffn(D, H, linear), inputs_for()
     predicted = predict(ffn, inputs, 2, FoldConfig(group_size=16))
-    ranges = ranges_of(slope=torch.full((H,), 2.0), offset=torch.ones(H))
+    ranges = neurons_of(slope=torch.full((H,), 2.0), offset=torch.ones(H))
     folded, quality = finish(ffn, inputs, predicted, ranges, FoldConfig(refit=refit), torch.float32)
     assert quality.fix_rate == 0
     assert quality.error < 1e-6
     assert quality.linearity < 1e-6
     x = correlated(50, D, 3)
-    y = folded_ffn(x, folded, fallback(ffn), ffn.act)
+    y = folded_ffn(x, folded.beside(fallback(ffn)))
     torch.testing.assert_close(y, forward(ffn, x).float(), rtol=1e-3, atol=5e-3 if refit else 1e-4)
 
 
@@ -117,7 +118,7 @@ def test_without_refit_fold_and_all_residuals_make_the_dense_output(name: str) -
 def test_the_quality_is_what_the_runtime_gives_on_the_held_out_tokens(name: str, policy: str, refit: bool) -> None:
     ffn, inputs = random_ffn(D, H, name), inputs_for()
     folded, quality = calibrated(name, 0.02, refit, policy)
-    fixed = fixed_neurons(inputs.heldout, folded, ffn.b1)
+    fixed = fixed_neurons(inputs.heldout, folded.beside(ffn))
     assert quality.fix_rate == pytest.approx(float(fixed.double().mean()), abs=1e-4)
     assert quality.error == pytest.approx(output_error(folded, ffn, inputs.heldout), rel=1e-2)
 
@@ -162,7 +163,8 @@ def test_the_fold_is_rounded_to_the_dtype_of_the_model_and_its_error_counted() -
     ffn, inputs = random_ffn(D, H), inputs_for(dtype=torch.bfloat16)
     predicted = predict(ffn, inputs, 2, FoldConfig(group_size=16))
     nothing = torch.full((H,), torch.inf)
-    ranges = ranges_of(low=nothing, high=-nothing, slope=torch.full((H,), 0.5))
+    neurons = neurons_of(low=nothing, high=-nothing, slope=torch.full((H,), 0.5))
+    ranges = Ranges(neurons, torch.ones(H, 1, dtype=torch.bool))
     folded, quality = finish(ffn, inputs, predicted, ranges, FoldConfig(), torch.bfloat16)
     assert folded.fold.dtype == folded.bias.dtype == torch.bfloat16
     assert folded.neurons.low.dtype == torch.float16
@@ -172,13 +174,13 @@ def test_the_fold_is_rounded_to_the_dtype_of_the_model_and_its_error_counted() -
 
 def test_targets_are_the_output_and_what_fixing_leaves_of_it() -> None:
     ffn, x = random_ffn(D, H), correlated(200, D, 4)
-    ranges = ranges_of(low=ffn.b1 - 0.3, high=ffn.b1 + 0.5, slope=0.4 + 0 * ffn.b1, offset=0.1 + 0 * ffn.b1)
+    neurons = neurons_of(low=ffn.b1 - 0.3, high=ffn.b1 + 0.5, slope=0.4 + 0 * ffn.b1, offset=0.1 + 0 * ffn.b1)
     w_hat = ffn.w1 + 0.1 * normal(H, D, seed=5)
-    found = target_moments(ffn, x, w_hat, ranges, ffn.w1, ffn.w2)
+    found = target_moments(ffn, x, w_hat, neurons, ffn.w1, ffn.w2)
     zhat, z = x @ w_hat.T + ffn.b1, x @ ffn.w1.T + ffn.b1
-    fixed = (zhat < ranges.low) | (zhat > ranges.high)
+    fixed = (zhat < neurons.low) | (zhat > neurons.high)
     y = forward(ffn, x)
-    left = y - (residuals(ffn.act, z, ranges.slope, ranges.offset) * fixed) @ ffn.w2.double().T
+    left = y - (residuals(ffn.act, z, neurons.slope, neurons.offset) * fixed) @ ffn.w2.double().T
     assert found.fix_rate == pytest.approx(float(fixed.double().mean()))
     assert 0.2 < found.fix_rate < 0.8
     for moments, target in ((found.output, y), (found.left, left)):
@@ -230,31 +232,31 @@ def test_neurons_that_are_always_the_same_are_not_fixed(policy: str) -> None:
     ffn.w1[:16] = 0
     ffn.b1[:16] = torch.linspace(-5, 5, 16)
     folded, quality = fitted(ffn, inputs, 0.02, policy=policy)
-    assert fixed_neurons(inputs.heldout, folded, ffn.b1)[:, :16].float().mean() < 0.01
+    assert fixed_neurons(inputs.heldout, folded.beside(ffn))[:, :16].float().mean() < 0.01
     assert quality.fix_rate <= 0.0201
 
 
 def test_ranges_and_lines_are_stored_in_fp16() -> None:
-    values = store_ranges(ranges_of(low=torch.tensor([-1.25, -torch.inf]), offset=torch.tensor([0.5, -2.0])))
-    assert [v.dtype for v in values] == [torch.float16] * 4
-    assert [v.tolist() for v in values] == [[-1.25, -torch.inf], [torch.inf] * 2, [0, 0], [0.5, -2.0]]
+    values = stored_neurons(neurons_of(low=torch.tensor([-1.25, -torch.inf]), offset=torch.tensor([0.5, -2.0])))
+    assert [v.dtype for v in values.tensors] == [torch.float16] * 4
+    assert [v.tolist() for v in values.tensors] == [[-1.25, -torch.inf], [torch.inf] * 2, [0, 0], [0.5, -2.0]]
 
 
 @pytest.mark.parametrize("field", ["low", "high", "slope", "offset"])
 @pytest.mark.parametrize("value", [7e4, -1e30])
 def test_all_are_stored_in_fp32_if_one_overflows_fp16(field: str, value: float) -> None:
-    ranges = ranges_of(**{field: torch.tensor([0.1, value])})
-    stored = store_ranges(ranges)
-    assert [v.dtype for v in stored] == [torch.float32] * 4
-    for v, original in zip(stored, (ranges.low, ranges.high, ranges.slope, ranges.offset), strict=True):
+    neurons = neurons_of(**{field: torch.tensor([0.1, value])})
+    stored = stored_neurons(neurons)
+    assert [v.dtype for v in stored.tensors] == [torch.float32] * 4
+    for v, original in zip(stored.tensors, neurons.tensors, strict=True):
         assert torch.equal(v, original)
 
 
 def test_storing_rounds_ranges_outwards_by_no_more_than_fp16_does() -> None:
     low = torch.cat([10 * normal(500), 1e-4 * normal(500, seed=1)])
     high = low + normal(1000, seed=2).abs()
-    stored_low, stored_high, _, _ = store_ranges(ranges_of(low=low, high=high))
-    for stored, exact, outwards in ((stored_low, low, -1), (stored_high, high, 1)):
+    rounded = stored_neurons(neurons_of(low=low, high=high))
+    for stored, exact, outwards in ((rounded.low, low, -1), (rounded.high, high, 1)):
         moved = (stored.float() - exact) * outwards
         assert (moved >= 0).all()
         assert (moved <= 1e-3 * exact.abs() + 6e-8).all()
@@ -262,8 +264,8 @@ def test_storing_rounds_ranges_outwards_by_no_more_than_fp16_does() -> None:
 
 def test_empty_ranges_stay_empty() -> None:
     nothing = torch.full((3,), torch.inf)
-    low, high, _, _ = store_ranges(ranges_of(low=nothing, high=-nothing))
-    assert (low > high).all()
+    stored = stored_neurons(neurons_of(low=nothing, high=-nothing))
+    assert (stored.low > stored.high).all()
 
 
 def test_the_gain_is_the_square_of_the_column() -> None:
@@ -282,7 +284,7 @@ def test_ranges_follow_the_policy(policy: str) -> None:
     assert (
         left > 1.1 * by_error.error(predicted.heldout, ffn.gain)
         if policy == "coverage"
-        else ranges.low.equal(by_error.low)
+        else ranges.neurons.low.equal(by_error.neurons.low)
     )
 
 

@@ -229,7 +229,7 @@ def test_a_compiled_model_runs_folded_ffns_in_panels(dtype: torch.dtype) -> None
 def linear_layer(dtype: torch.dtype) -> nn.Linear:
     """Without gradients."""
     made = nn.Linear(100, 70).to(dtype).requires_grad_(False)
-    made.fold.copy_(normal(70, 100, seed=1))
+    made.weight.copy_(normal(70, 100, seed=1))
     return made
 
 

@@ -15,9 +15,9 @@ from tardis_llm import sample
 from tardis_llm.checkpoint.loading import load_dense, load_model, load_report, load_tokenizer
 from tardis_llm.errors import InvalidInputError
 from tardis_llm.evaluation import perplexity
-from tardis_llm.evaluation.fix_rate import count_fixes, fallback_bytes, measured
+from tardis_llm.evaluation.fix_rate import count_fixes, measured
 from tardis_llm.evaluation.perplexity import Perplexity, token_perplexity, windows_of
-from tardis_llm.runtime.placing import folded_ffns
+from tardis_llm.runtime.placing import folded_ffns, folded_weights
 from tardis_llm.runtime.reference import fixed_neurons
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -141,8 +141,7 @@ def test_touched_grows_with_the_rows_and_columns_of_the_neurons_fixed(name: str)
     assert everything.resident == report.resident
     at_own_rate = measured(report, model, {layer.prefix: layer.fix_rate for layer in report.layers})
     assert at_own_rate.touched == pytest.approx(report.touched)
-    ffns = folded_ffns(model)
-    assert sum(fallback_bytes(layer, ffns[layer.prefix]) for layer in report.layers) == weights
+    assert sum(ffn.fixing for ffn in folded_weights(model).values()) == weights
 
 
 def test_rates_of_another_model_are_refused():

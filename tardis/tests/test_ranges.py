@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic import activation, binned, normal, quick, residuals
+from synthetic import binned, normal, quick, residuals
 from torch import Tensor
 
 from tardis_llm.calibration.moments import BINS, BinnedMoments
-from tardis_llm.ffn.activations import ACTIVATIONS, gelu, relu
+from tardis_llm.ffn.activations import ACTIVATIONS, gelu
 from tardis_llm.folding.lines import fit_lines, squared_residuals
 from tardis_llm.folding.ranges import (
     Ranges,
@@ -40,14 +40,14 @@ def neurons(tokens: int, seed: int, noise: float = 0.2) -> tuple[Tensor, Tensor]
 
 def calibrated(name: str, noise: float = 0.2) -> tuple[BinnedMoments, BinnedMoments, Tensor]:
     """Moments of calibration tokens, of held-out ones in the same bins, and gains."""
-    fit = binned(*neurons(4000, 10, noise), activation(name))
-    held = binned(*neurons(1000, 20, noise), activation(name), like=fit)
+    fit = binned(*neurons(4000, 10, noise), name)
+    held = binned(*neurons(1000, 20, noise), name, like=fit)
     return fit, held, 0.1 + normal(NEURONS, seed=3).double().square()
 
 
 def histogram(*counts: list[float]) -> BinnedMoments:
     """Moments with these counts, one list per neuron, from the first bin on, and nothing else."""
-    moments = BinnedMoments.around(torch.zeros(len(counts)), torch.ones(len(counts)))
+    moments = BinnedMoments.around("gelu", torch.zeros(len(counts)), torch.ones(len(counts)))
     for row, count in zip(moments.count, counts, strict=True):
         row[: len(count)] = torch.tensor(count, dtype=torch.float64)
     moments.tokens = int(moments.count[0].sum())
@@ -62,7 +62,7 @@ def objective(ranges: Ranges, moments: BinnedMoments, gain: Tensor, price: float
 
 def outside(ranges: Ranges, u: Tensor) -> Tensor:
     """[tokens, h] where u is out of its range, as the runtime decides it."""
-    return ~((u >= ranges.low) & (u <= ranges.high))
+    return ranges.neurons.outside(u)
 
 
 @quick
@@ -119,8 +119,8 @@ def test_at_the_highest_price_nothing_is_fixed(name: str) -> None:
     ranges = error_ranges(fit, gain, highest_price(fit, gain))
     assert ranges.fix_rate(fit) == 0
     slope, offset = fit_lines(fit, torch.ones_like(ranges.inside))
-    torch.testing.assert_close(ranges.slope, slope.float())
-    torch.testing.assert_close(ranges.offset, offset.float())
+    torch.testing.assert_close(ranges.neurons.slope, slope.float())
+    torch.testing.assert_close(ranges.neurons.offset, offset.float())
 
 
 def test_rate_and_error_of_ranges_equal_those_on_the_tokens() -> None:
@@ -129,7 +129,7 @@ def test_rate_and_error_of_ranges_equal_those_on_the_tokens() -> None:
     u, z = neurons(1000, 20)
     fixed = outside(ranges, u)
     assert ranges.fix_rate(held) == pytest.approx(float(fixed.double().mean()), abs=1e-9)
-    left = residuals(gelu, z, ranges.slope, ranges.offset).square() * ~fixed
+    left = residuals(gelu, z, ranges.neurons.slope, ranges.neurons.offset).square() * ~fixed
     assert ranges.error(held, gain) == pytest.approx(float((left * gain).sum(1).mean()), rel=1e-6)
 
 
@@ -140,8 +140,8 @@ def test_ranges_are_the_edges_of_their_bins() -> None:
     for neuron in range(NEURONS):
         bins = ranges.inside[neuron].nonzero()[:, 0]
         assert len(bins) == bins[-1] - bins[0] + 1
-        assert ranges.low[neuron] == edges[neuron, bins[0]]
-        assert ranges.high[neuron] == edges[neuron, bins[-1] + 1]
+        assert ranges.neurons.low[neuron] == edges[neuron, bins[0]]
+        assert ranges.neurons.high[neuron] == edges[neuron, bins[-1] + 1]
 
 
 @both_policies
@@ -168,8 +168,8 @@ def test_the_error_rule_fixes_where_residual_times_gain_exceeds_a_threshold(name
     _, z = neurons(4000, 10, noise=0)
     price = 1e-2
     ranges = error_ranges(fit, gain, price)
-    exceeds = residuals(activation(name), z, ranges.slope, ranges.offset).abs() * gain.sqrt() > price**0.5
-    near = ((z - ranges.low).abs() <= fit.width) | ((z - ranges.high).abs() <= fit.width)
+    exceeds = ranges.neurons.score(z, gain.sqrt()) > price**0.5
+    near = ((z - ranges.neurons.low).abs() <= fit.width) | ((z - ranges.neurons.high).abs() <= fit.width)
     differs = (exceeds != outside(ranges, z)) & ~near
     # a range is one piece, so a neuron whose residual is small in two pieces gives one of them up
     one_piece = [not bool(d.any()) for d in differs.T]
@@ -179,12 +179,12 @@ def test_the_error_rule_fixes_where_residual_times_gain_exceeds_a_threshold(name
 
 def test_relu_becomes_contextual_sparsity() -> None:
     z = normal(4000, NEURONS, seed=10) - 0.8
-    fit = binned(z, z, relu)
+    fit = binned(z, z, "relu")
     ranges = error_ranges(fit, torch.ones(NEURONS, dtype=torch.float64), 1e-8)
-    assert ranges.slope.tolist() == ranges.offset.tolist() == [0] * NEURONS
+    assert ranges.neurons.slope.tolist() == ranges.neurons.offset.tolist() == [0] * NEURONS
     assert ranges.error(fit, torch.ones(NEURONS, dtype=torch.float64)) == 0
-    assert (ranges.low < z.min(0).values).all()
-    assert ((ranges.high <= 1e-6) & (ranges.high > -1.01 * fit.width)).all()
+    assert (ranges.neurons.low < z.min(0).values).all()
+    assert ((ranges.neurons.high <= 1e-6) & (ranges.neurons.high > -1.01 * fit.width)).all()
 
 
 @quick
@@ -256,8 +256,8 @@ def test_coverage_lines_are_fitted_inside_the_range() -> None:
     fit, _, _ = calibrated("silu")
     ranges = coverage_ranges(fit, torch.full((NEURONS,), 0.7, dtype=torch.float64))
     slope, offset = fit_lines(fit, ranges.inside)
-    torch.testing.assert_close(ranges.slope, slope.float())
-    torch.testing.assert_close(ranges.offset, offset.float())
+    torch.testing.assert_close(ranges.neurons.slope, slope.float())
+    torch.testing.assert_close(ranges.neurons.offset, offset.float())
 
 
 def test_adaptive_coverage_fixes_more_of_the_neurons_with_more_error() -> None:
@@ -273,7 +273,7 @@ def test_adaptive_coverage_fixes_more_of_the_neurons_with_more_error() -> None:
 @both_policies
 def test_of_two_equal_neurons_the_one_of_more_gain_is_fixed_more(at_rate) -> None:  # type: ignore[no-untyped-def]
     u, z = neurons(4000, 10)
-    fit = binned(u[:, [0, 0]], z[:, [0, 0]], gelu)
+    fit = binned(u[:, [0, 0]], z[:, [0, 0]], "gelu")
     ranges = at_rate(fit, fit, torch.tensor([1.0, 10.0], dtype=torch.float64), 0.1)
     kept = (fit.count * ranges.inside).sum(1)
     assert kept[1] < kept[0]

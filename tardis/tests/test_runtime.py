@@ -123,7 +123,7 @@ def test_the_bounds_themselves_are_in_range() -> None:
 @pytest.mark.parametrize("shape", [(D,), (5, D), (1, D), (0, D), (2, 3, D), (2, 1, 2, D)])
 @every_dtype
 def test_inputs_of_any_leading_shape_keep_shape_and_dtype(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    module = FoldedFFN(half_fixed(FFN, dtype), "gelu")
+    module = FoldedFFN(half_fixed(FFN, dtype))
     count = math.prod(shape[:-1])
     x = X[:count].reshape(shape).to(dtype)
     y = module(x, fallback(FFN, dtype))

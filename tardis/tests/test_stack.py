@@ -23,6 +23,7 @@ from tardis_llm import FoldConfig, fold
 from tardis_llm.checkpoint.folded import save_folded
 from tardis_llm.errors import InvalidInputError
 from tardis_llm.evaluation.fix_rate import count_fixes, measured
+from tardis_llm.ffn.neuron import Neurons
 from tardis_llm.ffn.packed import PackedMatrix
 from tardis_llm.ffn.weights import DenseFFN, FoldedWeights, Storage
 from tardis_llm.folding.fold import Inputs

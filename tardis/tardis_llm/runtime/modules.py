@@ -7,8 +7,7 @@ exchange. So a call sees one fold as a whole, whatever other threads do.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +115,8 @@ class FoldState(Stored):
         self.down = LowBit(down) if isinstance(down, PackedMatrix) else None
         for name in ("low", "high", "slope", "offset"):
             self.register_buffer(name, getattr(weights.neurons, name))
+        # where torch keeps the tensors, which is quicker to look up than names
+        self._states = [state for module in self.modules() for state in (module._parameters, module._buffers)]
         self._ready = _Ready((), None)
 
     @property
@@ -228,14 +229,9 @@ class FoldState(Stored):
         return x.dtype, *map(Tensor.data_ptr, (*self._own(), *dense.tensors))
 
     def _own(self) -> list[Tensor]:
-        """All tensors that it holds, as they lie; looked up where torch keeps them, which is quicker than by name."""
+        """All tensors that it holds, as they lie."""
         found = [tensor for state in self._states for tensor in state.values() if tensor is not None]
         return found + [part.layout.data for part in (self.fold, self.predictor) if part.layout is not None]
-
-    @functools.cached_property
-    def _states(self) -> list[Mapping[str, Tensor | None]]:
-        """Where torch keeps its tensors."""
-        return [state for module in self.modules() for state in (module._parameters, module._buffers)]
 
     def forget(self) -> None:
         """Let go of what is kept from call to call, which would keep alive the memory that tensors leave."""
@@ -248,9 +244,7 @@ class FoldState(Stored):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what points to memory."""
-        state = {**super().__getstate__(), "_ready": _Ready((), None)}
-        state.pop("_states", None)
-        return state
+        return {**super().__getstate__(), "_ready": _Ready((), None)}
 
 
 def _there(bias: Tensor | None) -> Tensor:
