@@ -62,7 +62,7 @@ def test_the_weights_reproduce_what_the_modules_compute(name: str) -> None:
     model = tiny_model(name)
     for site in find_ffns(model):
         (x, z, a), (z_out, a_out, y) = record(model, [site.up, site.activation, site.down], input_ids=tokens())
-        w1, b1, w2, b2 = site.weights()
+        w1, b1, w2, b2 = site.parts()
         act = ACTIVATIONS[identify(site.activation)]
         torch.testing.assert_close(F.linear(act(F.linear(x, w1, b1)), w2, b2), y, rtol=1e-4, atol=1e-5)
         assert torch.equal(z, z_out), "something stands between up and activation"
@@ -75,7 +75,7 @@ def test_weights_are_views_of_the_model(name: str) -> None:
     model = tiny_model(name)
     site, stored = find_ffns(model)[0], model.state_dict()
     names = [f"{part}.{kind}" for part in (site.up_name, site.down_name) for kind in ("weight", "bias")]
-    for view, key in zip(site.weights(), names, strict=True):
+    for view, key in zip(site.parts(), names, strict=True):
         assert (view is None) == (key not in stored)
         assert view is None or (view.data_ptr() == stored[key].data_ptr() and not view.requires_grad)
 

@@ -32,8 +32,8 @@ from tardis_llm.ffn.weights import Storage
 from tardis_llm.runtime.cpu.backend import CpuBackend
 from tardis_llm.runtime.decoding import prepare_decoding
 from tardis_llm.runtime.linears.placing import low_bit_linears, quantise_linears
-from tardis_llm.runtime.modules import FoldedFFN, KeptLinear
-from tardis_llm.runtime.placing import install
+from tardis_llm.runtime.modules import FoldedFFN
+from tardis_llm.runtime.placing import KeptLinear, install
 from tardis_llm.runtime.stored import Stored
 
 

@@ -105,9 +105,9 @@ def test_folds_are_counted_with_the_neurons_fixed_on_the_evaluation_text(tmp_pat
     assert cell.fix_rate == pytest.approx(sum(rates) / 3)
     touched = 0.0
     for ffn, rate in zip(folded_ffns(kept[-1]).values(), rates, strict=True):
-        assert ffn.fallback is not None
-        always = sum(tensor.nbytes for tensor in ffn.state_dict().values()) - ffn.fallback.nbytes
-        touched += always + 2 * 256 + rate * ffn.fallback.nbytes
+        fixing = ffn.weights.fixing
+        always = sum(tensor.nbytes for tensor in ffn.state_dict().values()) - fixing
+        touched += always + 2 * 256 + rate * fixing
     assert cell.touched == pytest.approx(touched)
     assert cell.resident < 0.7 * cell.dense
 

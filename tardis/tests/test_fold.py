@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 
@@ -72,7 +73,8 @@ def linear(monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_linear_activation_folds_exactly_without_fixing(linear: str, refit: bool) -> None:
     ffn, inputs = random_ffn(D, H, linear), inputs_for()
     predicted = predict(ffn, inputs, 2, FoldConfig(group_size=16))
-    ranges = neurons_of(slope=torch.full((H,), 2.0), offset=torch.ones(H))
+    neurons = neurons_of(slope=torch.full((H,), 2.0), offset=torch.ones(H))
+    ranges = Ranges(replace(neurons, activation=linear), torch.ones(H, 1, dtype=torch.bool))
     folded, quality = finish(ffn, inputs, predicted, ranges, FoldConfig(refit=refit), torch.float32)
     assert quality.fix_rate == 0
     assert quality.error < 1e-6

@@ -140,7 +140,7 @@ def test_the_best_scale_is_no_worse_than_the_largest_weight_as_the_outer_level(
 def test_scales_do_not_depend_on_how_many_rows_are_rounded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     w = normal(10, 20)
     scale = best_scale(w, 2, 8)
-    monkeypatch.setattr(module, "_ROWS", 3)
+    monkeypatch.setattr(module, "ROWS_AT_ONCE", 3)
     assert torch.equal(best_scale(w, 2, 8), scale)
 
 

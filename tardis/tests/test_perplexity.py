@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,9 +103,9 @@ def test_the_shared_sample_has_the_perplexity_of_its_card():
 
 def test_the_fix_rate_is_the_share_of_neurons_fixed():
     model, _ = folded_tiny("gpt2")
-    inputs: dict[str, torch.Tensor] = {}
+    inputs: dict[str, Any] = {}
     hooks = [
-        ffn.register_forward_pre_hook(lambda ffn, args, name=name: inputs.update({name: (args[0], args[1].b1)}))
+        ffn.register_forward_pre_hook(lambda ffn, args, name=name: inputs.update({name: args}))
         for name, ffn in folded_ffns(model).items()
     ]
     with count_fixes(model) as counts:
@@ -112,8 +113,8 @@ def test_the_fix_rate_is_the_share_of_neurons_fixed():
     for hook in hooks:
         hook.remove()
     for name, ffn in folded_ffns(model).items():
-        x, b1 = inputs[name]
-        expected = fixed_neurons(x.flatten(0, 1), ffn.weights, b1).float().mean()
+        x, dense = inputs[name]
+        expected = fixed_neurons(x.flatten(0, 1), ffn.weights.beside(dense)).float().mean()
         assert counts.rates[name] == pytest.approx(float(expected))
 
 

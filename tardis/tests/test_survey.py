@@ -59,7 +59,7 @@ def test_linearity_is_what_a_fold_of_the_first_layer_reports():
 def test_a_ffn_that_stays_where_its_activation_is_straight_is_linear():
     model = tiny_model("gpt2")
     for site in find_ffns(model):
-        w1, b1, _, _ = site.weights()
+        w1, b1, _, _ = site.parts()
         w1.mul_(1e-3)
         b1.zero_()
     assert max(layer.linearity for layer in survey(model, windows()).layers) < 1e-3

@@ -20,7 +20,7 @@ from tardis_llm.checkpoint.record import RECORD
 from tardis_llm.errors import CheckpointError, UnsupportedModelError
 from tardis_llm.integrations.vllm.names import check_served
 from tardis_llm.runtime.cpu.library import available
-from tardis_llm.runtime.fixing import Fixing
+from tardis_llm.runtime.reference import ReferenceFFN
 
 pytestmark = needs_vllm
 
@@ -113,7 +113,7 @@ def test_in_halves_the_probabilities_are_those_of_transformers(
     from vllm import SamplingParams
 
     if available():
-        monkeypatch.setattr(Fixing, "masked", lambda *_: pytest.fail("not by the kernels"))
+        monkeypatch.setattr(ReferenceFFN, "__call__", lambda *_: pytest.fail("not by the kernels"))
     directory, _ = tiny_gpt2
     ids = tokens(2, 40)
     with torch.no_grad():
