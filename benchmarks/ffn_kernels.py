@@ -33,8 +33,9 @@ from tardis_llm.ffn.activations import ACTIVATIONS
 from tardis_llm.ffn.packed import PackedMatrix, pack
 from tardis_llm.ffn.weights import Fallback, FFNWeights, FoldedWeights
 from tardis_llm.runtime.cpu import ops
-from tardis_llm.runtime.cpu.library import Batch, Kernels, Matrix, Vector, open_library
+from tardis_llm.runtime.cpu.library import Kernels, open_library
 from tardis_llm.runtime.cpu.panels import Panels
+from tardis_llm.runtime.cpu.structures import Batch, Matrix, Vector
 
 _ACTIVATION = "gelu"
 _GROUP = 256

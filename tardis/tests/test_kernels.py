@@ -46,6 +46,7 @@ from tardis_llm.pipeline.session import dense_ffn
 from tardis_llm.runtime import modules as reference
 from tardis_llm.runtime.cpu import library, ops
 from tardis_llm.runtime.cpu.library import ISAS, MAX_TOKENS, open_library
+from tardis_llm.runtime.cpu.structures import FFN, Batch
 from tardis_llm.runtime.modules import FoldedFFN
 from tardis_llm.runtime.placing import install, uninstall
 from tardis_llm.runtime.reference import fixed_neurons
@@ -431,8 +432,7 @@ def test_calls_from_several_threads_at_once_do_not_disturb_each_other(threads: N
 
 _FORK = """
 import os, torch, tardis_llm
-from tardis_llm.folding.lowbit import quantise
-from tardis_llm.runtime import ops
+from tardis_llm.runtime.cpu import ops
 torch.set_num_threads(2)
 x, weight = torch.ones(2, 512), torch.ones(2000, 512)
 before = torch.ops.tardis.bf16_linear(x, weight, None)  # starts the threads
@@ -447,7 +447,7 @@ assert torch.equal(torch.ops.tardis.bf16_linear(x, weight, None), before)
 
 _THREADS = """
 import os, torch, tardis_llm
-from tardis_llm.runtime import ops
+from tardis_llm.runtime.cpu import ops
 torch.set_num_threads(2)
 x, weight = torch.empty(2, 512), torch.empty(2000, 512)  # filling them would start threads of torch
 before = len(os.listdir("/proc/self/task"))
@@ -520,7 +520,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     stock = library.Kernels.folded_ffn
 
-    def spy(kernels: library.Kernels, ffn: library.FFN, batch: library.Batch) -> None:
+    def spy(kernels: library.Kernels, ffn: FFN, batch: Batch) -> None:
         seen.append(batch.tokens)
         stock(kernels, ffn, batch)
 

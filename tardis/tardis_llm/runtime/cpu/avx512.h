@@ -52,7 +52,7 @@ inline TARDIS_INLINE void each(const F& body) {
 
 // How panels of 16-bit numbers are multiplied: `kInputs` of them, which lie side by side, in 16 outputs at once.
 struct Bf16Panel {
-    static constexpr int kInputs = 2;
+    static constexpr int kInputs = kBf16Together;
     using Value = uint16_t;  // of inputs
     using Vector = __m512bh;
     static const Value* inputs(const Tokens& x) { return x.bf16; }
@@ -68,7 +68,7 @@ struct Bf16Panel {
 };
 
 struct Fp16Panel {
-    static constexpr int kInputs = 1;
+    static constexpr int kInputs = kFp16Together;
     using Value = float;
     using Vector = __m512;
     static const Value* inputs(const Tokens& x) { return x.f32; }

@@ -120,7 +120,7 @@ public:
     }
 
 private:
-    static constexpr int kColumns = 32 / B;
+    static constexpr int kColumns = 8 * kLineBytes / B;
 
     template <int T>
     void some(const char* w, const uint16_t* scale, int64_t token, float* out) const {

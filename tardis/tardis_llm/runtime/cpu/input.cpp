@@ -9,8 +9,6 @@
 namespace tardis {
 namespace {
 
-constexpr int64_t kBlockColumns = 512;
-
 int32_t small(int64_t value) { return static_cast<int32_t>(value); }
 
 template <typename T>
@@ -83,7 +81,7 @@ Inputs::Inputs(const TardisBatch& batch, int64_t columns)
 }
 
 const Input& Inputs::for_matrix(const TardisMatrix& m, int32_t bits) {
-    if (m.type != TARDIS_LOW_BIT && m.type != TARDIS_LOW_BIT_PANELS) return plain_;
+    if (!is_low_bit(m)) return plain_;
     Variant& found = variant(m, bits == 8 ? 1 : 2);
     if (!found.quantised) quantise(found);
     return found.input;

@@ -9,11 +9,10 @@
 
 namespace tardis {
 
-constexpr int64_t kMaxTokens = 64;
 constexpr int64_t kBlockRows = 64;  // of a task
-constexpr int64_t kPanelRows = 32;
 constexpr int64_t kPad = 64;  // rows of inputs and outputs are padded with zeros to a multiple of this, and one more
-// Consecutive columns, 512 or fewer: `bytes` of every plane from `byte` on.
+
+// Consecutive columns, kBlockColumns or fewer: `bytes` of every plane from `byte` on.
 struct Block {
     int32_t byte, bytes, column, columns;
     int32_t piece, pieces, segment;
@@ -133,7 +132,7 @@ using Widen = void (*)(const TardisVector& v, int64_t begin, int64_t count, floa
 // Bit i: z[i] is not within [low[i], high[i]], NaN included. At most 64.
 using Outside = uint64_t (*)(const float* z, const float* low, const float* high, int64_t count);
 
-// z = activation(z), of the list of activations.h.
+// z = activation(z), a `TardisActivation`.
 using Activate = void (*)(int32_t activation, float* z, int64_t count);
 
 // The largest size of the numbers, infinite if one of them is or is NaN.
@@ -145,6 +144,8 @@ using Round = int64_t (*)(const float* x, int64_t count, float inverse, int8_t* 
 inline bool in_panels(const TardisMatrix& m) {
     return m.type == TARDIS_BF16_PANELS || m.type == TARDIS_FP16_PANELS || m.type == TARDIS_LOW_BIT_PANELS;
 }
+
+inline bool is_low_bit(const TardisMatrix& m) { return m.type == TARDIS_LOW_BIT || m.type == TARDIS_LOW_BIT_PANELS; }
 
 // For dense matrices of one type of numbers.
 struct Dense {

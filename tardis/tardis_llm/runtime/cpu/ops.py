@@ -29,10 +29,11 @@ from ...errors import TardisError
 from ...ffn.activations import ACTIVATIONS
 from ...ffn.packed import PackedMatrix
 from ...ffn.weights import Fallback, FFNWeights, FoldedWeights
-from .library import FFN, MAX_TOKENS, Batch, Kernels, Matrix, Vector, available, has_gemm, has_panels, open_library
+from .library import MAX_TOKENS, Kernels, available, can_be_in_panels, has_gemm, open_library
 from .operands import check_matrix
 from .panels import ROWS as PANEL_ROWS
-from .panels import TOGETHER, Panels, fits
+from .panels import TOGETHER, Panels
+from .structures import FFN, Batch, Matrix, Vector
 
 #: dtypes of the inputs, and so of the models
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -116,7 +117,7 @@ def panels_of(matrix: Tensor | PackedMatrix, dtype: torch.dtype) -> Panels | Non
         dtype: of the inputs that it meets.
     """
     device = (matrix if isinstance(matrix, Tensor) else matrix.planes).device
-    return Panels.of(matrix) if device.type == "cpu" and dtype in DTYPES and fits(matrix) and has_panels() else None
+    return Panels.of(matrix) if device.type == "cpu" and dtype in DTYPES and can_be_in_panels(matrix) else None
 
 
 def runs(x: Tensor, folded: FoldedWeights, dense: FFNWeights) -> bool:

@@ -44,7 +44,7 @@ inline void store(const TardisBatch& batch, int64_t at, float* values, const flo
 }
 
 inline int64_t row_bytes(const TardisMatrix& m) {
-    if (m.type == TARDIS_LOW_BIT || m.type == TARDIS_LOW_BIT_PANELS) return (m.columns + 7) / 8 * m.bits;
+    if (is_low_bit(m)) return (m.columns + 7) / 8 * m.bits;
     return m.columns * (m.type == TARDIS_FP32 ? 4 : 2);
 }
 
