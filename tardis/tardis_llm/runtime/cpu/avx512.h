@@ -8,11 +8,16 @@
 
 namespace tardis {
 
-// Of `avx512_lowbit.cpp`, `avx512_gemm.cpp` and `avx512_panels.cpp`; see `Product`, `Accumulate`, `Gemm`, `PanelGemm`.
+// Of `avx512_lowbit.cpp`, `avx512_lowbit_add.cpp`, `avx512_gemm.cpp` and `avx512_panels.cpp`; see `Product`,
+// `Accumulate`, `Gemm` and `PanelGemm`.
 void product_low_bit_avx512(const TardisMatrix& m, const Rows& rows, const Input& x, float* out);
 void add_low_bit_avx512(const TardisMatrix& m, const Layout* layout, const Terms& terms, Range range, float* y);
-void gemm_bf16_avx512(const TardisMatrix& m, bool transposed, Range outputs, const Tokens& x, float* out, int64_t stride);
-void gemm_fp16_avx512(const TardisMatrix& m, bool transposed, Range outputs, const Tokens& x, float* out, int64_t stride);
+void gemm_bf16_avx512(
+    const TardisMatrix& m, bool transposed, Range outputs, const Tokens& x, float* out, int64_t stride
+);
+void gemm_fp16_avx512(
+    const TardisMatrix& m, bool transposed, Range outputs, const Tokens& x, float* out, int64_t stride
+);
 void panels_bf16_avx512(const TardisMatrix& m, Range rows, const Tokens& x, float* out, int64_t stride);
 void panels_fp16_avx512(const TardisMatrix& m, Range rows, const Tokens& x, float* out, int64_t stride);
 void low_bit_panels_avx512(const TardisMatrix& m, const Rows& rows, const Input& x, float* out);

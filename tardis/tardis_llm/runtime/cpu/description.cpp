@@ -1,4 +1,4 @@
-// What the library says of its interface, for Python, which says the same of it and compares when it opens the library:
+// What the library says of its interface. Python states the same and compares both when it opens the library:
 //
 //   sources=...               a digest of the files that it was built from
 //   kMaxTokens=64             a constant or an enumerator
@@ -16,18 +16,16 @@ namespace {
 
 template <typename T>
 std::string name_of() {
-    if constexpr (std::is_void_v<T>) return "void";
-    else if constexpr (std::is_same_v<T, TardisMatrix>) return "TardisMatrix";
+    using Target = std::remove_cv_t<std::remove_pointer_t<T>>;
+    if constexpr (std::is_same_v<T, TardisMatrix>) return "TardisMatrix";
     else if constexpr (std::is_same_v<T, TardisVector>) return "TardisVector";
     else if constexpr (std::is_same_v<T, TardisBatch>) return "TardisBatch";
     else if constexpr (std::is_same_v<T, TardisFFN>) return "TardisFFN";
-    else if constexpr (std::is_integral_v<T>) return (std::is_signed_v<T> ? "int" : "uint") + std::to_string(8 * sizeof(T));
-    else {
-        static_assert(std::is_pointer_v<T>, "give the type a name here");
-        using Target = std::remove_cv_t<std::remove_pointer_t<T>>;
-        if constexpr (std::is_class_v<Target>) return name_of<Target>() + "*";
-        else return "pointer";
-    }
+    else if constexpr (std::is_void_v<T>) return "void";
+    else if constexpr (std::is_integral_v<T>)
+        return (std::is_signed_v<T> ? "int" : "uint") + std::to_string(8 * sizeof(T));
+    else if constexpr (std::is_class_v<Target>) return name_of<Target>() + "*";
+    else return "pointer";
 }
 
 template <typename Result, typename... Arguments>
@@ -39,10 +37,11 @@ std::string type_of(Result (*)(Arguments...)) {
 
 std::string described() {
     std::string lines;
-    const auto line = [&](const char* name, const std::string& value) { lines += std::string(name) + "=" + value + "\n"; };
-#define NUMBER(name) line(#name, std::to_string(name));
-#define STRUCTURE(type) line(#type, std::to_string(sizeof(type)));
-#define FIELD(type, name) line(#type "." #name, name_of<decltype(type::name)>() + "@" + std::to_string(offsetof(type, name)));
+    const auto line = [&](const char* name, const std::string& value) { lines += name + ("=" + value) + "\n"; };
+    const auto text = [](auto number) { return std::to_string(number); };
+#define NUMBER(name) line(#name, text(name));
+#define STRUCTURE(type) line(#type, text(sizeof(type)));
+#define FIELD(type, name) line(#type "." #name, name_of<decltype(type::name)>() + "@" + text(offsetof(type, name)));
 #define FUNCTION(name) line(#name, type_of(name));
     line("sources", TARDIS_SOURCES);
 

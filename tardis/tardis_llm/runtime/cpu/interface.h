@@ -1,15 +1,15 @@
-// The plain C interface of the CPU kernels: raw pointers in, numbers out, no torch. What Python says of it too stands in
-// description.cpp, by which Python checks itself when it opens the library.
+// The plain C interface of the CPU kernels: raw pointers in, numbers out, no torch. `tardis_description` says what is
+// in it, and Python refuses a library whose description differs from what it states itself: see description.cpp.
 //
-// A matrix is [rows, columns], row-major. In few bits it is planes [rows, bits, ceil(columns / 8)] of which the first of
-// a row holds the highest bits, and `scale` [rows, ceil(columns / group_size)] fp16; a weight is
+// A matrix is [rows, columns], row-major. In few bits it is planes [rows, bits, ceil(columns / 8)], of which the first
+// holds the highest bits, and `scale` [rows, ceil(columns / group_size)] fp16; a weight is
 // (code - (2^bits - 1) / 2) * scale. Columns come in blocks of 512, the last one shorter: bit k (1 << k) of byte j of a
 // block of n columns is that of column k * ceil(n / 8) + j. Functions that compute return a `TardisStatus`.
 //
-// In panels it is for products only, which then read one stretch of memory: 32 rows after the other, the last ones filled
-// up, and in them, from the first columns to the last, bf16 numbers [columns / 2, 32, 2]; or fp16 numbers [columns, 32];
-// or codes in 1, 2, 4 or 8 bits, 32 bits per row and 32 / bits columns, of which byte j has columns j, 4 + j, ... from
-// the lowest bits on, and scales [groups, 32].
+// In panels it is for products only, which then read one stretch of memory: 32 rows after the other, the last ones
+// filled up, and in them, from the first columns to the last, bf16 numbers [columns / 2, 32, 2]; or fp16 numbers
+// [columns, 32]; or codes in 1, 2, 4 or 8 bits, 32 bits per row and 32 / bits columns, of which byte j has columns
+// j, 4 + j, ... from the lowest bits on, and scales [groups, 32].
 #pragma once
 #include <cstdint>
 
@@ -84,7 +84,7 @@ struct TardisFFN {
     int32_t unused;
 };
 
-// Lines `name=value`: see description.cpp. The one function that every version has, as it is here.
+// Lines `name=value`: see description.cpp. The one function that Python calls before it knows the library's version.
 const char* tardis_description();
 int32_t tardis_supports(int32_t isa);  // by processor and build
 int32_t tardis_use(int32_t isa);  // TARDIS_BAD_ARGUMENT where the processor lacks it
@@ -94,15 +94,13 @@ void tardis_use_openmp(void* parallel);
 
 // y = x W^T + bias.
 int32_t tardis_linear(const TardisMatrix* weight, const TardisVector* bias, const TardisBatch* batch);
-// The same for any number of tokens, all in bf16 or all in fp16, and for a weight that is [inputs, outputs] if
-// `transposed`. In bf16 the number of inputs is even. TARDIS_BAD_ARGUMENT where the processor lacks what it needs, as
-// `tardis_has_gemm` says.
+// y = x W^T + bias for any number of tokens, all in bf16 or all in fp16; y = x W + bias if `transposed`. In bf16 the
+// number of inputs is even. TARDIS_BAD_ARGUMENT unless `tardis_has_gemm`.
 int32_t tardis_gemm(
     const TardisMatrix* weight, int32_t transposed, const TardisVector* bias, const TardisBatch* batch
 );
-int32_t tardis_has_gemm();
-// Whether the instruction set in use multiplies matrices of a type, before it is in panels, a size and a group size that
-// are in panels. Pointers are not read.
+int32_t tardis_has_gemm();  // whether the instruction set in use has it
+// Whether the instruction set in use multiplies a matrix once it is in panels. Only its type and sizes are read.
 int32_t tardis_can_be_in_panels(const TardisMatrix* matrix);
 // y [tokens, h] uint8: 1 for the neurons whose prediction is not within [low, high], NaN included.
 int32_t tardis_fixed(const TardisFFN* ffn, const TardisBatch* batch);

@@ -40,23 +40,13 @@ class Matrix(ctypes.Structure):
         if matrix is None:
             return cls()
         check_matrix(matrix)
-        described, (data, scale) = cls.without_pointers(matrix), _tensors(matrix)
-        described.data = data.data_ptr()
-        described.scale = None if scale is None else scale.data_ptr()
-        return described
+        data, scale = _tensors(matrix)
+        return cls(data.data_ptr(), None if scale is None else scale.data_ptr(), *_sizes(matrix))
 
     @classmethod
     def without_pointers(cls, matrix: Tensor | PackedMatrix | Panels) -> Matrix:
-        """The type and the sizes of a matrix, whose tensors may lie in any way."""
-        if isinstance(matrix, Tensor):
-            rows, columns = matrix.shape
-            return cls(rows=rows, columns=columns, group_size=columns, type=_DENSE.get(matrix.dtype, Type.NONE))
-        if isinstance(matrix, Panels):
-            rows, kind = matrix.rows, _PANELS[matrix.data.dtype]
-        else:
-            rows, kind = len(matrix.planes), Type.LOW_BIT
-        sizes = {"rows": rows, "columns": matrix.columns, "group_size": matrix.group_size}
-        return cls(**sizes, type=kind, bits=matrix.bits)
+        """The sizes and the type of a matrix, whose tensors may lie in any way."""
+        return cls(None, None, *_sizes(matrix))
 
 
 class Vector(ctypes.Structure):
@@ -112,3 +102,13 @@ def _tensors(matrix: Tensor | PackedMatrix | Panels) -> tuple[Tensor, Tensor | N
     if isinstance(matrix, Tensor):
         return matrix, None
     return (matrix.data if isinstance(matrix, Panels) else matrix.planes), matrix.scale
+
+
+def _sizes(matrix: Tensor | PackedMatrix | Panels) -> tuple[int, int, int, Type, int]:
+    """Rows, columns, group size, type and bits of a matrix."""
+    if isinstance(matrix, Tensor):
+        rows, columns = matrix.shape
+        return rows, columns, columns, _DENSE.get(matrix.dtype, Type.NONE), 0
+    if isinstance(matrix, Panels):
+        return matrix.rows, matrix.columns, matrix.group_size, _PANELS[matrix.data.dtype], matrix.bits
+    return len(matrix.planes), matrix.columns, matrix.group_size, Type.LOW_BIT, matrix.bits
