@@ -9,7 +9,6 @@ namespace {
 
 constexpr int64_t kMaxSegments = 256;  // of a row; those of more are for the plain kernels
 
-
 inline TARDIS_INLINE __m512i bytes_of(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
 
 // mask ? a : b, bit by bit.

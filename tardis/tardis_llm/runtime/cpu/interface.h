@@ -19,12 +19,13 @@
 
 namespace tardis {
 
+// Sizes that Python states as well.
 constexpr int64_t kMaxTokens = 64;  // of a batch
-constexpr int64_t kMaxBits = 8;     // of a code
-constexpr int64_t kBlockColumns = 512;
+constexpr int64_t kMaxBits = 8;  // of a code
+constexpr int64_t kBlockColumns = 512;  // of planes
 constexpr int64_t kPanelRows = 32;
-constexpr int64_t kBf16Together = 2, kFp16Together = 1;  // columns side by side in a panel
-constexpr int64_t kLineBytes = 4;  // of a row's codes side by side in a panel
+constexpr int64_t kBf16Together = 2, kFp16Together = 1;  // columns of a row that lie side by side in a panel
+constexpr int64_t kLineBytes = 4;  // of a row's codes that lie side by side in a panel
 
 }  // namespace tardis
 
