@@ -34,8 +34,9 @@ from tardis_llm.ffn.packed import PackedMatrix, pack
 from tardis_llm.ffn.weights import DenseFFN, FoldedWeights, Matrix
 from tardis_llm.runtime.backend import lay_out
 from tardis_llm.runtime.cpu.backend import CpuFFN
-from tardis_llm.runtime.cpu.library import Batch, Kernels, Vector, open_library
-from tardis_llm.runtime.cpu.library import Matrix as CMatrix
+from tardis_llm.runtime.cpu.library import Kernels, open_library
+from tardis_llm.runtime.cpu.structures import Batch, Vector
+from tardis_llm.runtime.cpu.structures import Matrix as CMatrix
 
 _ACTIVATION = "gelu"
 _GROUP = 256

@@ -19,3 +19,7 @@ class InfeasibleBudgetError(TardisError):
 
 class CheckpointError(TardisError):
     """A folded checkpoint is missing, incomplete, of another version, or does not match its model."""
+
+
+class KernelsError(TardisError):
+    """The compiled CPU kernels were built for another version of the package."""

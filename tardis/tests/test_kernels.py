@@ -48,6 +48,7 @@ from tardis_llm.runtime.backend import prepare
 from tardis_llm.runtime.cpu import library
 from tardis_llm.runtime.cpu.backend import CpuBackend, CpuFFN
 from tardis_llm.runtime.cpu.library import ISAS, MAX_TOKENS, open_library
+from tardis_llm.runtime.cpu.structures import FFN, Batch
 from tardis_llm.runtime.modules import FoldedFFN
 from tardis_llm.runtime.placing import install, uninstall
 from tardis_llm.runtime.reference import fixed_neurons, folded_ffn
@@ -515,7 +516,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     stock = library.Kernels.folded_ffn
 
-    def spy(kernels: library.Kernels, ffn: library.FFN, batch: library.Batch) -> None:
+    def spy(kernels: library.Kernels, ffn: FFN, batch: Batch) -> None:
         seen.append(batch.tokens)
         stock(kernels, ffn, batch)
 

@@ -14,8 +14,9 @@ from tardis_llm.errors import TardisError
 from tardis_llm.ffn.packed import PackedMatrix
 from tardis_llm.ffn.weights import Storage
 from tardis_llm.runtime.cpu.backend import CpuFFN
-from tardis_llm.runtime.cpu.library import Matrix, Vector, open_library
+from tardis_llm.runtime.cpu.library import open_library
 from tardis_llm.runtime.cpu.panels import Panels
+from tardis_llm.runtime.cpu.structures import Matrix, Vector
 from tardis_llm.runtime.linears.lowbit import KINDS
 
 needs_library = pytest.mark.skipif(open_library() is None, reason="the CPU kernels are not built")

@@ -21,8 +21,9 @@ from tardis_llm.folding.rounding import quantise
 from tardis_llm.folding.stack import store_fold
 from tardis_llm.runtime.backend import lay_out, prepare
 from tardis_llm.runtime.cpu.backend import CpuFFN
-from tardis_llm.runtime.cpu.library import MAX_TOKENS, Batch, Matrix, Vector, open_library
-from tardis_llm.runtime.cpu.panels import Panels, fits
+from tardis_llm.runtime.cpu.library import MAX_TOKENS, can_be_in_panels, open_library
+from tardis_llm.runtime.cpu.panels import Panels
+from tardis_llm.runtime.cpu.structures import Batch, Matrix, Vector
 from tardis_llm.runtime.decoding import prepare_decoding
 from tardis_llm.runtime.linears.dense import KernelLinear, kernel_linear, lay_out_linears
 from tardis_llm.runtime.modules import FoldedFFN
@@ -31,7 +32,8 @@ from tardis_llm.runtime.reference import fixed_neurons
 
 BUILT = open_library()
 needs_panels = pytest.mark.skipif(
-    BUILT is None or not BUILT.has_panels, reason="the kernels are not built, or this processor lacks AVX-512 with bf16"
+    BUILT is None or not BUILT.can_be_in_panels(torch.ones(1, 2).bfloat16()),
+    reason="the kernels are not built, or this processor lacks AVX-512 with bf16",
 )
 #: (out, in): smaller than a panel and a line; divisible by nothing; several panels, blocks and groups
 SHAPES = [(3, 6), (37, 100), (70, 518), (100, 1024)]
@@ -75,11 +77,17 @@ def test_what_a_panel_has_where() -> None:
     assert panels.data[1, 1, 3, 3] == expected
 
 
+@needs_panels
 def test_matrices_that_cannot_be_in_panels() -> None:
-    assert fits(normal(4, 8, seed=1).bfloat16()) and fits(normal(4, 9, seed=1).half())
-    assert not fits(normal(4, 8, seed=1)) and not fits(normal(4, 9, seed=1).bfloat16())
-    assert not fits(packed(4, 600, 3, 64)) and not fits(packed(4, 600, 2, 48)) and not fits(packed(4, 600, 2, 192))
-    assert fits(packed(4, 600, 2, 512)) and fits(packed(4, 600, 2, 600)) and fits(packed(4, 48, 2, 64))
+    dense = normal(4, 8, seed=1)
+    for matrix in (dense.bfloat16(), dense.half(), dense[:, 1:].half(), dense.T.half()):
+        assert can_be_in_panels(matrix)
+    for bits, group_size in ((2, 512), (2, 600), (1, 1000), (4, 64), (8, 128)):
+        assert can_be_in_panels(packed(4, 600, bits, group_size))
+    for matrix in (dense, dense.double(), dense[:0].half(), dense[:, 1:].bfloat16()):
+        assert not can_be_in_panels(matrix)
+    for bits, group_size in ((3, 64), (2, 48), (2, 192), (2, 320)):
+        assert not can_be_in_panels(packed(4, 600, bits, group_size))
     assert lay_out(normal(4, 8, seed=1).bfloat16().to("meta"), torch.bfloat16) is None
     assert lay_out(packed(4, 64, 2, 64), torch.float64) is None
 

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_COLUMNS = 512  # of a block of a plane: 64 bytes
+#: of a block of a plane
+BLOCK_COLUMNS = 512
 ROWS_AT_ONCE = 256  # rows handled at once where temporaries as large as the matrix would be slow
 
 
@@ -78,19 +79,19 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def _blocks(codes: Tensor) -> list[Tensor]:
     """Codes [h, d] as [h, blocks, 8, bytes]: those of 512 columns, and the last one if it is shorter."""
-    whole = codes.shape[1] // _COLUMNS * _COLUMNS
+    whole = codes.shape[1] // BLOCK_COLUMNS * BLOCK_COLUMNS
     rest = codes[:, whole:]
     rest = F.pad(rest, (0, -rest.shape[1] % 8))
-    parts = [part for part in (codes[:, :whole].unflatten(1, (-1, _COLUMNS)), rest[:, None]) if part.numel()]
+    parts = [part for part in (codes[:, :whole].unflatten(1, (-1, BLOCK_COLUMNS)), rest[:, None]) if part.numel()]
     return [part.unflatten(2, (8, -1)) for part in parts]
 
 
 def unpack(planes: Tensor, columns: int) -> Tensor:
     """The inverse of `pack`: codes [h, columns] uint8."""
     shifts = torch.arange(8, dtype=torch.uint8, device=planes.device)[:, None]
-    whole = columns // _COLUMNS * _COLUMNS // 8
+    whole = columns // BLOCK_COLUMNS * BLOCK_COLUMNS // 8
     parts = []
-    for part, size in ((planes[..., :whole], _COLUMNS // 8), (planes[..., whole:], planes.shape[2] - whole)):
+    for part, size in ((planes[..., :whole], BLOCK_COLUMNS // 8), (planes[..., whole:], planes.shape[2] - whole)):
         if part.numel():
             lines = part.unflatten(2, (-1, 1, size))  # [h, bits, blocks, 1, bytes]
             bits = ((lines >> shifts) & 1).flatten(2)

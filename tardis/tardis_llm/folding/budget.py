@@ -97,5 +97,6 @@ def check_feasible(ffns: list[DenseFFN], bits: tuple[int, ...], storage: Storage
         f"a reduction of {reduction:.4g} is not feasible: with nothing fixed at all the largest is "
         f"{math.floor((1 - always[least] / dense) * 1e4) / 1e4:.4f}. The limit is what every token reads: the fold "
         f"takes {fold:.2%} of the dense bytes, the {least}-bit predictor with its scales {predictor:.2%}, ranges "
-        f"and lines with the up biases {lines:.2%}. Lower --reduction, or allow a predictor of fewer bits or larger groups."
+        f"and lines with the up biases {lines:.2%}. Lower --reduction, or allow a predictor of fewer bits or "
+        "larger groups."
     )

@@ -1,7 +1,7 @@
 // The kernels for processors with AVX-512 F, BW, DQ, VL, VNNI and BF16, and GFNI.
 //
-// Decoding is bound by memory: every weight is read from it once, rows ahead are prefetched or several rows are read side
-// by side, and where there are several tokens a weight in a register serves some of them.
+// Decoding is bound by memory: every weight is read from it once, rows ahead are prefetched or several rows are read
+// side by side, and where there are several tokens a weight in a register serves some of them.
 #include "avx512.h"
 
 #include <algorithm>
@@ -85,7 +85,8 @@ struct Fp16 {
     public:
         explicit Sums(const float* y) : first_(_mm512_loadu_ps(y)), second_(_mm512_loadu_ps(y + 16)) {}
         void add(__m512 factor, const Vector& line) {
-            first_ = _mm512_fmadd_ps(factor, line.first, first_), second_ = _mm512_fmadd_ps(factor, line.second, second_);
+            first_ = _mm512_fmadd_ps(factor, line.first, first_);
+            second_ = _mm512_fmadd_ps(factor, line.second, second_);
         }
         void store(float* y) const { _mm512_storeu_ps(y, first_), _mm512_storeu_ps(y + 16, second_); }
 
@@ -206,7 +207,8 @@ void multiply_pairs(const TardisMatrix& m, const Pairs& pairs, const Input& x, f
             });
         };
         int64_t k = 0;
-        for (; k + K::kWidth <= m.columns; k += K::kWidth) step(k, [](const auto* p) TARDIS_INLINE { return K::load(p); });
+        for (; k + K::kWidth <= m.columns; k += K::kWidth)
+            step(k, [](const auto* p) TARDIS_INLINE { return K::load(p); });
         if (k < m.columns) step(k, [&](const auto* p) TARDIS_INLINE { return K::load(p, m.columns - k); });
         each<N>([&](auto r) TARDIS_INLINE {
             if (i + r < pairs.count) out[i + r] = _mm512_reduce_add_ps(sum[r]);
@@ -224,11 +226,12 @@ void product_pairs(const TardisMatrix& m, const Pairs& pairs, const Input& x, fl
 constexpr int kRowsTogether = 12;  // which are added side by side
 constexpr int64_t kLinesAhead = 16;  // of a row, from the one that is added to the one that is fetched
 
-// y += factor[0] w[0] + factor[1] w[1] + ... for n numbers of some rows: sums are loaded and stored once for all of them.
+// y += factor[0] w[0] + factor[1] w[1] + ... for n numbers of some rows: sums are loaded and stored once for all rows.
 // Towards the end of the rows, lines of the next ones are fetched.
 template <typename K>
 void add_rows(
-    float* y, const typename K::Number* const (&w)[kRowsTogether], const typename K::Number* const (&next)[kRowsTogether],
+    float* y, const typename K::Number* const (&w)[kRowsTogether],
+    const typename K::Number* const (&next)[kRowsTogether],
     const __m512 (&factor)[kRowsTogether], int64_t n
 ) {
     constexpr int N = kRowsTogether;

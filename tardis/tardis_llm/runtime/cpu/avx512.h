@@ -8,11 +8,16 @@
 
 namespace tardis {
 
-// Of `avx512_lowbit.cpp`, `avx512_gemm.cpp` and `avx512_panels.cpp`; see `Product`, `Accumulate`, `Gemm`, `PanelGemm`.
+// Of `avx512_lowbit.cpp`, `avx512_lowbit_add.cpp`, `avx512_gemm.cpp` and `avx512_panels.cpp`; see `Product`,
+// `Accumulate`, `Gemm` and `PanelGemm`.
 void product_low_bit_avx512(const TardisMatrix& m, const Rows& rows, const Input& x, float* out);
 void add_low_bit_avx512(const TardisMatrix& m, const Layout* layout, const Terms& terms, Range range, float* y);
-void gemm_bf16_avx512(const TardisMatrix& m, bool transposed, Range outputs, const Tokens& x, float* out, int64_t stride);
-void gemm_fp16_avx512(const TardisMatrix& m, bool transposed, Range outputs, const Tokens& x, float* out, int64_t stride);
+void gemm_bf16_avx512(
+    const TardisMatrix& m, bool transposed, Range outputs, const Tokens& x, float* out, int64_t stride
+);
+void gemm_fp16_avx512(
+    const TardisMatrix& m, bool transposed, Range outputs, const Tokens& x, float* out, int64_t stride
+);
 void panels_bf16_avx512(const TardisMatrix& m, Range rows, const Tokens& x, float* out, int64_t stride);
 void panels_fp16_avx512(const TardisMatrix& m, Range rows, const Tokens& x, float* out, int64_t stride);
 void low_bit_panels_avx512(const TardisMatrix& m, const Rows& rows, const Input& x, float* out);
@@ -52,7 +57,7 @@ inline TARDIS_INLINE void each(const F& body) {
 
 // How panels of 16-bit numbers are multiplied: `kInputs` of them, which lie side by side, in 16 outputs at once.
 struct Bf16Panel {
-    static constexpr int kInputs = 2;
+    static constexpr int kInputs = kBf16Together;
     using Value = uint16_t;  // of inputs
     using Vector = __m512bh;
     static const Value* inputs(const Tokens& x) { return x.bf16; }
@@ -68,7 +73,7 @@ struct Bf16Panel {
 };
 
 struct Fp16Panel {
-    static constexpr int kInputs = 1;
+    static constexpr int kInputs = kFp16Together;
     using Value = float;
     using Vector = __m512;
     static const Value* inputs(const Tokens& x) { return x.f32; }

@@ -1,9 +1,9 @@
 // Dense products of many tokens, for processors with AVX-512.
 //
-// The weights of some inputs are packed into panels, which have 64 outputs side by side: in bf16, of which the processor
-// multiplies pairs, a pair of each; in fp16 one of each after the other. A panel meets all tokens, a few at a time: it stays in the first cache and their sums
-// in registers (Goto and van de Geijn, Anatomy of high-performance matrix multiplication, 2008). Meanwhile the weights of
-// the next inputs come from memory.
+// The weights of some inputs are copied into panels, which have 64 outputs side by side, in bf16 two inputs of each, as
+// the processor multiplies pairs, and in fp16 one. A panel meets all tokens, a few at a time: it stays in the first
+// cache and their sums in registers (Goto and van de Geijn, Anatomy of high-performance matrix multiplication, 2008).
+// Meanwhile the weights of the next inputs come from memory.
 #include "avx512.h"
 
 #if defined(TARDIS_AVX512)
@@ -81,7 +81,9 @@ TARDIS_INLINE inline __m512i load(const uint16_t* p, int64_t count) {
 // How pairs of inputs lie in a panel: [outputs, 2] in bf16, [2, outputs] in fp16.
 struct Bf16 : Bf16Panel {
     // The pairs of 16 outputs, from number i on.
-    static TARDIS_INLINE void put_pairs(uint16_t* to, int64_t i, __m512i pairs) { _mm512_store_si512(to + 2 * i, pairs); }
+    static TARDIS_INLINE void put_pairs(uint16_t* to, int64_t i, __m512i pairs) {
+        _mm512_store_si512(to + 2 * i, pairs);
+    }
 
     // Two inputs of 32 outputs.
     static TARDIS_INLINE void put(uint16_t* to, int64_t i, __m512i first, __m512i second) {
@@ -91,8 +93,10 @@ struct Bf16 : Bf16Panel {
     }
 
     alignas(64) static constexpr uint16_t kPairs[2][32] = {
-        {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
-        {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63},
+        {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+         8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
+        {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+         24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63},
     };
 };
 
@@ -109,7 +113,8 @@ struct Fp16 : Fp16Panel {
     }
 
     alignas(64) static constexpr uint16_t kApart[32] = {
-        0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+        0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+        1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
     };
 };
 
@@ -135,14 +140,16 @@ struct Weights {
         for (int64_t k = 0; k < depth(); k += kWidth, from += kWidth) {
             __m512i v[16];
             if (i + 16 <= width() && k + kWidth <= depth()) load_rows(from, m.columns, v);
-            else each<16>([&](auto r) TARDIS_INLINE { v[r] = load(from + r * m.columns, i + r < width() ? depth() - k : 0); });
+            else each<16>([&](auto r) TARDIS_INLINE {
+                v[r] = load(from + r * m.columns, i + r < width() ? depth() - k : 0);
+            });
             transpose(v);
             each<16>([&](auto r) TARDIS_INLINE { K::put_pairs(panel[k / 2 + r], i % kPanel, v[r]); });
         }
     }
 
-    // With few addresses, all in registers: one that is kept in memory would be read after stores to panels, and waits for
-    // those that look alike in their last 12 bits.
+    // With few addresses, all in registers: one kept in memory would be read after stores to panels, and wait for those
+    // that look alike in their last 12 bits.
     TARDIS_INLINE static void load_rows(const uint16_t* from, int64_t stride, __m512i (&v)[16]) {
         each<4>([&](auto j) TARDIS_INLINE {
             v[4 * j] = _mm512_loadu_si512(from);
@@ -186,8 +193,8 @@ struct Weights {
 // Adds the products of some steps of inputs to the sums of T tokens and a panel's outputs, which begin at zero.
 template <typename K, int T, int lines>
 void tile(
-    const Panel& panel, const typename K::Value* x, int64_t x_stride, int64_t steps, bool begin, float* out, int64_t stride,
-    Upcoming& next
+    const Panel& panel, const typename K::Value* x, int64_t x_stride, int64_t steps, bool begin, float* out,
+    int64_t stride, Upcoming& next
 ) {
     __m512 sum[T][kVectors];
     const auto all = [&](const auto& body) TARDIS_INLINE {
@@ -257,11 +264,15 @@ void multiply(const TardisMatrix& m, bool transposed, Range outputs, const Token
 
 }  // namespace
 
-void gemm_bf16_avx512(const TardisMatrix& m, bool transposed, Range outputs, const Tokens& x, float* out, int64_t stride) {
+void gemm_bf16_avx512(
+    const TardisMatrix& m, bool transposed, Range outputs, const Tokens& x, float* out, int64_t stride
+) {
     multiply<Bf16>(m, transposed, outputs, x, out, stride);
 }
 
-void gemm_fp16_avx512(const TardisMatrix& m, bool transposed, Range outputs, const Tokens& x, float* out, int64_t stride) {
+void gemm_fp16_avx512(
+    const TardisMatrix& m, bool transposed, Range outputs, const Tokens& x, float* out, int64_t stride
+) {
     multiply<Fp16>(m, transposed, outputs, x, out, stride);
 }
 

@@ -1,8 +1,8 @@
 // Matrices in panels, for processors with AVX-512.
 //
-// A panel has 32 outputs side by side in two registers, so that sums need no adding up across a register, every number of
-// an input serves all of them, and a matrix is one stretch of memory from its first weight to its last. The products of a
-// dozen tokens then hide behind reading it.
+// A panel has 32 outputs side by side in two registers, so that sums need no adding up across a register, every number
+// of an input serves all of them, and a matrix is one stretch of memory from its first weight to its last. The products
+// of a dozen tokens then hide behind reading it.
 #include "avx512.h"
 
 #if defined(TARDIS_AVX512)
@@ -40,8 +40,8 @@ constexpr int64_t kStepBytes = 2 * K::kInputs * kPanelRows;
 // Adds the products of some steps of inputs to the sums of T tokens, which begin at zero; asks for `lines` per step.
 template <typename K, int T, int lines>
 void tile(
-    const char* w, const char* ahead, const typename K::Value* x, int64_t x_stride, int64_t steps, bool begin, float* out,
-    int64_t stride
+    const char* w, const char* ahead, const typename K::Value* x, int64_t x_stride, int64_t steps, bool begin,
+    float* out, int64_t stride
 ) {
     __m512 sum[T][kVectors];
     const auto all = [&](const auto& body) TARDIS_INLINE {
@@ -64,8 +64,8 @@ void tile(
     all([&](auto t, auto v) TARDIS_INLINE { _mm512_storeu_ps(out + t * stride + 16 * v, sum[t][v]); });
 }
 
-// One panel. With more tokens than registers take, some inputs' weights after the other, the next of which are asked for
-// evenly.
+// One panel. With more tokens than registers take, some inputs' weights after the other; the next of them are fetched
+// evenly meanwhile.
 template <typename K>
 void multiply(const char* w, const Tokens& x, int64_t steps, float* out, int64_t stride) {
     constexpr int kLines = kStepBytes<K> / 64;
@@ -98,10 +98,10 @@ void product(const TardisMatrix& m, Range rows, const Tokens& x, float* out, int
     });
 }
 
-// ---- in few bits -----------------------------------------------------------------------------------------------------
+// ---- in few bits ---------------------------------------------------------------------------------------------------
 
-// A register has, of 16 outputs, the codes of 32 / B inputs: those of inputs 4 * q + j in byte j of each 32 bits, from bit
-// q * B on.
+// A register has, of 16 outputs, the codes of 32 / B inputs: those of inputs 4 * q + j in byte j of each 32 bits, from
+// bit q * B on.
 template <int B, int H>
 class LowBit {
 public:
@@ -120,7 +120,7 @@ public:
     }
 
 private:
-    static constexpr int kColumns = 32 / B;
+    static constexpr int kColumns = 8 * kLineBytes / B;
 
     template <int T>
     void some(const char* w, const uint16_t* scale, int64_t token, float* out) const {

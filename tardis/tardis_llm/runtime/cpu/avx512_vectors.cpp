@@ -66,14 +66,14 @@ inline TARDIS_INLINE void apply(float* z, int64_t count, const F& body) {
 
 void activate_avx512(int32_t activation, float* z, int64_t count) {
     switch (activation) {
-        case kGelu: return apply(z, count, [](__m512 at) TARDIS_INLINE { return gelu(at); });
-        case kGeluTanh: return apply(z, count, [](__m512 at) TARDIS_INLINE { return gelu_tanh(at); });
-        case kQuickGelu:
+        case TARDIS_GELU: return apply(z, count, [](__m512 at) TARDIS_INLINE { return gelu(at); });
+        case TARDIS_GELU_TANH: return apply(z, count, [](__m512 at) TARDIS_INLINE { return gelu_tanh(at); });
+        case TARDIS_QUICK_GELU:
             return apply(z, count, [](__m512 at) TARDIS_INLINE {
                 return gated(at, _mm512_mul_ps(at, _mm512_set1_ps(1.702f)));
             });
-        case kSilu: return apply(z, count, [](__m512 at) TARDIS_INLINE { return gated(at, at); });
-        case kRelu2:
+        case TARDIS_SILU: return apply(z, count, [](__m512 at) TARDIS_INLINE { return gated(at, at); });
+        case TARDIS_RELU2:
             return apply(z, count, [](__m512 at) TARDIS_INLINE { return _mm512_mul_ps(relu(at), relu(at)); });
         default: return apply(z, count, [](__m512 at) TARDIS_INLINE { return relu(at); });
     }

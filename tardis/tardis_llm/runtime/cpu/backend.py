@@ -18,9 +18,10 @@ from ...ffn.activations import ACTIVATIONS
 from ...ffn.packed import PackedMatrix
 from ...ffn.weights import FoldedWeights, Layout
 from ...ffn.weights import Matrix as AnyMatrix
-from .library import FFN, ISAS, MAX_TOKENS, Batch, Matrix, available, has_panels, kernels, loaded
+from .library import ISAS, MAX_TOKENS, available, can_be_in_panels, kernels, loaded
 from .operators import ACTIVATION_BITS, DTYPES, by_row, check_inputs, multiplies, readable, vector
-from .panels import Panels, fits
+from .panels import Panels
+from .structures import FFN, Batch, Matrix
 
 _ACTIVATIONS = list(ACTIVATIONS)
 
@@ -91,7 +92,7 @@ class CpuBackend:
     def lay_out(self, matrix: Tensor | PackedMatrix, dtype: torch.dtype) -> Layout | None:
         """A copy of the matrix in panels, if it can be so and inputs of this dtype meet it so."""
         device = (matrix if isinstance(matrix, Tensor) else matrix.planes).device
-        return Panels.of(matrix) if device.type == "cpu" and dtype in DTYPES and fits(matrix) and has_panels() else None
+        return Panels.of(matrix) if device.type == "cpu" and dtype in DTYPES and can_be_in_panels(matrix) else None
 
     def prepare(self, weights: FoldedWeights, dtype: torch.dtype) -> CpuFFN | None:
         """A folded FFN for the kernels, if each matrix is contiguous in main memory and dense ones have this dtype."""

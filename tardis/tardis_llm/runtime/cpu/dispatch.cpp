@@ -24,7 +24,7 @@ bool has_avx512() {
 #endif
 }
 
-// Null where the processor or this build lacks it.
+// Null where processor or build lack it.
 const Table* table_of(int32_t isa) {
     switch (isa) {
         case TARDIS_AVX512: return has_avx512() ? avx512_table() : nullptr;

@@ -6,8 +6,8 @@
 //
 // Then threads take rows of the fold, which even out what parts differ by, and at last the outputs are added up.
 //
-// Parts go by the number of threads and not by who does what, so results are the same from call to call, and what a token
-// gets does not depend on its batch.
+// Parts go by the number of threads and not by who does what, so results are the same from call to call, and what a
+// token gets does not depend on its batch.
 #include "ffn.h"
 
 #include "dispatch.h"
@@ -95,10 +95,10 @@ private:
 
         void run(Range rows) {
             for (int64_t begin = rows.begin; begin < rows.end; begin += all_.block_) {
-                if (found_.count + kBlockRows * tokens_ > kMaxFound) settle(false);
+                if (found_.count + kBlockRows * tokens_ > kMaxFound) add_found(false);
                 predict({begin, std::min(begin + all_.block_, rows.end)});
             }
-            settle(true);
+            add_found(true);
         }
 
     private:
@@ -120,9 +120,9 @@ private:
             }
         }
 
-        // Adds what the pairs found so far are fixed by. Of each token a multiple of what kernels round together, but for
-        // the last ones, so that what it gets does not depend on the others in its batch.
-        void settle(bool last) {
+        // Adds the residuals times W2 columns of the pairs found so far. Of each token a multiple of what kernels round
+        // together, but for the last ones, so that what it gets does not depend on its batch.
+        void add_found(bool last) {
             if (ffn_.up.type != TARDIS_LOW_BIT) multiply();
             sort();
             const int64_t width = all_.down_layout_ ? all_.down_layout_->block_count : all_.d_;
@@ -140,7 +140,7 @@ private:
             found_.count = 0;
         }
 
-        // Puts what each token has left from before, and behind it its own of the pairs, together.
+        // Puts the pairs in the order of their tokens: of each those left from before, then those that are new.
         void sort() {
             int64_t sizes[kMaxTokens] = {}, at[kMaxTokens];
             for (int64_t i = 0; i < found_.count; ++i) ++sizes[found_.token[i]];
@@ -157,8 +157,8 @@ private:
             }
         }
 
-        // Replaces predictions by residuals. Each product is one row's with one token, so that what a token gets does not
-        // depend on the others in its batch.
+        // Replaces predictions by residuals. Each product is one row's with one token, so that what a token gets does
+        // not depend on its batch.
         void multiply() {
             const Pairs pairs = {found_.row, found_.token, found_.count};
             if (ffn_.up.type == TARDIS_NONE) std::fill(z_, z_ + found_.count, 0.0f);
@@ -169,7 +169,7 @@ private:
             }
         }
 
-        // The same for some of one token's, which low-bit rows are multiplied with.
+        // Replaces predictions by residuals for some pairs of one token, whose W1 rows are in few bits.
         void multiply(int64_t token, Range some) {
             float z[kBlockRows] = {};
             const Input x = of_token(all_.up_x_, token);
@@ -252,19 +252,12 @@ private:
 }  // namespace
 
 void fixed(const TardisFFN& ffn, const TardisBatch& batch) {
-    const TardisMatrix& m = ffn.predictor;
-    Inputs inputs(batch, m.columns);
-    const Input& x = inputs.for_matrix(m, batch.activation_bits);
-    const int threads = threads_for(m.rows * row_bytes(m), batch.threads);
-    const int64_t block = block_rows(m, m.rows, threads);
-    parallel(threads, blocks(m.rows, block), [&](int64_t task) {
-        const int64_t begin = task * block, end = std::min(begin + block, m.rows);
-        float zhat[kMaxTokens * kBlockRows];
-        product_of(m)(m, {nullptr, begin, end, m.rows}, x, zhat);
+    const int64_t h = ffn.predictor.rows;
+    each_product(ffn.predictor, batch, ffn.b1, [&](int64_t begin, int64_t end, float* zhat) {
         const OutOfRange out(ffn, begin, end, batch.tokens, zhat);
         for (int64_t t = 0; t < batch.tokens; ++t)
             for (int64_t i = begin; i < end; ++i)
-                static_cast<uint8_t*>(batch.y)[t * m.rows + i] = (out.token[t] >> (i - begin)) & 1;
+                static_cast<uint8_t*>(batch.y)[t * h + i] = (out.token[t] >> (i - begin)) & 1;
     });
 }
 

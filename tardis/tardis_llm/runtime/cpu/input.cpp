@@ -9,8 +9,6 @@
 namespace tardis {
 namespace {
 
-constexpr int64_t kBlockColumns = 512;
-
 int32_t small(int64_t value) { return static_cast<int32_t>(value); }
 
 template <typename T>
@@ -38,7 +36,10 @@ GroupLayout::GroupLayout(int64_t columns, int64_t group_size, bool panels)
 
 void GroupLayout::add_block(int64_t begin, int64_t end) {
     const int64_t bytes = panels_ ? 64 : (end - begin + 7) / 8;
-    Block block = {small(begin / 8), small(bytes), small(begin), small(end - begin), small(pieces_), 0, small(segments_), 0, 0};
+    Block block = {};
+    block.byte = small(begin / 8), block.bytes = small(bytes);
+    block.column = small(begin), block.columns = small(end - begin);
+    block.piece = small(pieces_), block.segment = small(segments_);
     for (int64_t bit = 0; bit < 8; ++bit) {
         const int64_t from = begin + bit * bytes, to = std::min(from + bytes, end);
         for (int64_t at = from; at < to;) {
@@ -63,8 +64,10 @@ void GroupLayout::add_piece(const Block& block, int64_t bit, int64_t first, int6
 const GroupLayout& layout_for(const TardisMatrix& m) {
     static thread_local std::vector<std::unique_ptr<const GroupLayout>> made;
     const bool panels = m.type == TARDIS_LOW_BIT_PANELS;
-    for (const auto& each : made)
-        if (each->columns() == m.columns && each->group_size() == m.group_size && each->panels() == panels) return *each;
+    for (const auto& each : made) {
+        const bool same_groups = each->columns() == m.columns && each->group_size() == m.group_size;
+        if (same_groups && each->panels() == panels) return *each;
+    }
     made.push_back(std::make_unique<const GroupLayout>(m.columns, m.group_size, panels));
     return *made.back();
 }
@@ -83,7 +86,7 @@ Inputs::Inputs(const TardisBatch& batch, int64_t columns)
 }
 
 const Input& Inputs::for_matrix(const TardisMatrix& m, int32_t bits) {
-    if (m.type != TARDIS_LOW_BIT && m.type != TARDIS_LOW_BIT_PANELS) return plain_;
+    if (!is_low_bit(m)) return plain_;
     Variant& found = variant(m, bits == 8 ? 1 : 2);
     if (!found.quantised) quantise(found);
     return found.input;

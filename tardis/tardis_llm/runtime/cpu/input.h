@@ -25,7 +25,7 @@ struct LineAllocator {
 template <typename T>
 using Numbers = std::vector<T, LineAllocator<T>>;
 
-// Owns what a `Layout` points to: of planes, or of panels, which have columns in order and need pieces and segments only.
+// Owns what a `Layout` points to. Panels have columns in order, and only their pieces and segments are read.
 class GroupLayout {
 public:
     GroupLayout(int64_t columns, int64_t group_size, bool panels);

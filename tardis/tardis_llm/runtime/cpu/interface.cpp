@@ -1,7 +1,6 @@
 // The exported functions: check, split into tasks, run.
 #include "interface.h"
 
-#include "activations.h"
 #include "dispatch.h"
 #include "ffn.h"
 #include "threads.h"
@@ -13,49 +12,60 @@
 namespace tardis {
 namespace {
 
-// Groups end where blocks of 64 inputs do, and none lies across a block of 512.
-bool fit_panels(const TardisMatrix& m) {
-    const int64_t size = m.group_size;
-    const bool bits = m.bits == 1 || m.bits == 2 || m.bits == 4 || m.bits == 8;
-    return bits && (size >= m.columns || size % 512 == 0 || (size % 64 == 0 && 512 % size == 0));
-}
-
 bool is_number(int32_t type) { return type == TARDIS_BF16 || type == TARDIS_FP16 || type == TARDIS_FP32; }
 
-bool sound(const TardisMatrix& m) {
-    if (!m.data || m.rows < 1 || m.columns < 1) return false;
-    if (is_number(m.type)) return true;
-    if (m.type == TARDIS_BF16_PANELS) return tardis_has_panels() && m.columns % 2 == 0;
-    if (m.type == TARDIS_FP16_PANELS) return tardis_has_panels();
-    const bool codes = m.scale && m.bits >= 1 && m.bits <= 8 && m.group_size >= 1;
-    if (m.type == TARDIS_LOW_BIT_PANELS) return codes && tardis_has_panels() && fit_panels(m);
-    return codes && m.type == TARDIS_LOW_BIT;
+bool have_panels() { return kernels().bf16.panels != nullptr; }
+
+// For columns of numbers in 16 bits; zero for other types.
+int64_t together(int32_t type) {
+    switch (type) {
+        case TARDIS_BF16: case TARDIS_BF16_PANELS: return kBf16Together;
+        case TARDIS_FP16: case TARDIS_FP16_PANELS: return kFp16Together;
+        default: return 0;
+    }
 }
 
-bool sound(const TardisBatch& batch) {
+// Of codes, groups end where pieces of 64 inputs do, and none lies across a block.
+bool can_be_in_panels(const TardisMatrix& m) {
+    if (m.rows < 1 || m.columns < 1) return false;
+    if (const int64_t columns = together(m.type)) return m.columns % columns == 0;
+    const int64_t size = m.group_size;
+    const bool bits = m.bits == 1 || m.bits == 2 || m.bits == 4 || m.bits == 8;
+    const bool blocks = size % kBlockColumns == 0 || (size % 64 == 0 && kBlockColumns % size == 0);
+    return is_low_bit(m) && bits && size >= 1 && (size >= m.columns || blocks);
+}
+
+bool is_valid(const TardisMatrix& m) {
+    if (!m.data || m.rows < 1 || m.columns < 1) return false;
+    if (in_panels(m) && !(have_panels() && can_be_in_panels(m))) return false;
+    if (!is_low_bit(m)) return is_number(m.type) || in_panels(m);
+    return m.scale && m.bits >= 1 && m.bits <= kMaxBits && m.group_size >= 1;
+}
+
+bool is_valid(const TardisBatch& batch) {
     const bool bits = batch.activation_bits == 8 || batch.activation_bits == 16;
     return batch.x && batch.y && is_number(batch.type) && bits && batch.tokens >= 1 && batch.tokens <= kMaxTokens;
 }
 
 // Dense weights meet inputs of their own type only.
-bool fits(const TardisMatrix& m, const TardisBatch& batch) {
+bool can_multiply(const TardisMatrix& m, const TardisBatch& batch) {
     if (m.type == TARDIS_BF16_PANELS) return batch.type == TARDIS_BF16;
     if (m.type == TARDIS_FP16_PANELS) return batch.type == TARDIS_FP16;
-    return m.type == TARDIS_LOW_BIT || m.type == TARDIS_LOW_BIT_PANELS || m.type == batch.type;
+    return is_low_bit(m) || m.type == batch.type;
 }
 
-bool sound(const TardisFFN& ffn, const TardisBatch& batch) {
+bool is_valid(const TardisFFN& ffn, const TardisBatch& batch) {
     const int64_t h = ffn.predictor.rows, d = ffn.predictor.columns;
     const auto is = [&](const TardisMatrix& m, int64_t rows) {
-        return sound(m) && m.rows == rows && m.columns == d && fits(m, batch);
+        return is_valid(m) && m.rows == rows && m.columns == d && can_multiply(m, batch);
     };
     const bool ranges = ffn.low.data && ffn.high.data && ffn.slope.data && ffn.offset.data;
     const bool up = ffn.up.type == TARDIS_NONE ? ffn.down.type == TARDIS_LOW_BIT : is(ffn.up, h);
     const bool fold = ffn.fold.type == TARDIS_NONE || is(ffn.fold, d);
     const bool rows = !in_panels(ffn.up) && !in_panels(ffn.down);
-    const bool predictor = ffn.predictor.type == TARDIS_LOW_BIT || ffn.predictor.type == TARDIS_LOW_BIT_PANELS;
-    return is(ffn.predictor, h) && predictor && fold && up && rows && is(ffn.down, h) && ranges &&
-           ffn.activation >= 0 && ffn.activation < kActivations;
+    const bool predictor = is_low_bit(ffn.predictor) && is(ffn.predictor, h);
+    const bool activation = ffn.activation >= TARDIS_GELU && ffn.activation <= TARDIS_RELU2;
+    return predictor && fold && up && rows && is(ffn.down, h) && ranges && activation;
 }
 
 // What runs in tasks allocates nothing, so this is all that can fail.
@@ -78,39 +88,38 @@ using namespace tardis;
 
 extern "C" {
 
-int32_t tardis_abi() { return 6; }
-
 void tardis_use_openmp(void* parallel) { use_openmp(reinterpret_cast<OpenMP>(parallel)); }
 
 int32_t tardis_linear(const TardisMatrix* weight, const TardisVector* bias, const TardisBatch* batch) {
-    if (!sound(*weight) || !sound(*batch) || !fits(*weight, *batch)) return TARDIS_BAD_ARGUMENT;
+    if (!is_valid(*weight) || !is_valid(*batch) || !can_multiply(*weight, *batch)) return TARDIS_BAD_ARGUMENT;
     return guarded([&] { linear(*weight, *bias, *batch); });
 }
 
 int32_t tardis_has_gemm() { return kernels().bf16.gemm != nullptr; }
 
-int32_t tardis_has_panels() { return kernels().bf16.panels != nullptr; }
+int32_t tardis_can_be_in_panels(const TardisMatrix* matrix) { return have_panels() && can_be_in_panels(*matrix); }
 
 int32_t tardis_gemm(
     const TardisMatrix* weight, int32_t transposed, const TardisVector* bias, const TardisBatch* batch
 ) {
     const int64_t inputs = transposed ? weight->rows : weight->columns;
-    const bool bf16 = batch->type == TARDIS_BF16, fp16 = batch->type == TARDIS_FP16;
-    const bool dense = fits(*weight, *batch) && !(transposed && in_panels(*weight)) && ((bf16 && inputs % 2 == 0) || fp16);
-    if (!tardis_has_gemm() || !sound(*weight) || !dense || !batch->x || !batch->y || batch->tokens < 1)
+    const int64_t columns = together(batch->type);
+    const bool dense = !is_low_bit(*weight) && can_multiply(*weight, *batch) && columns && inputs % columns == 0;
+    const bool in_order = dense && !(transposed && in_panels(*weight));
+    if (!tardis_has_gemm() || !is_valid(*weight) || !in_order || !batch->x || !batch->y || batch->tokens < 1)
         return TARDIS_BAD_ARGUMENT;
     return guarded([&] { gemm(*weight, transposed, *bias, *batch); });
 }
 
 int32_t tardis_fixed(const TardisFFN* ffn, const TardisBatch* batch) {
     const bool ranges = ffn->low.data && ffn->high.data;
-    if (!sound(ffn->predictor) || !sound(*batch) || !fits(ffn->predictor, *batch) || !ranges)
+    if (!is_valid(ffn->predictor) || !is_valid(*batch) || !can_multiply(ffn->predictor, *batch) || !ranges)
         return TARDIS_BAD_ARGUMENT;
     return guarded([&] { fixed(*ffn, *batch); });
 }
 
 int32_t tardis_folded_ffn(const TardisFFN* ffn, const TardisBatch* batch) {
-    if (!sound(*batch) || !sound(*ffn, *batch)) return TARDIS_BAD_ARGUMENT;
+    if (!is_valid(*batch) || !is_valid(*ffn, *batch)) return TARDIS_BAD_ARGUMENT;
     return guarded([&] { folded_ffn(*ffn, *batch); });
 }
 

@@ -1,14 +1,15 @@
-// The plain C interface of the CPU kernels: raw pointers in, numbers out, no torch.
+// The plain C interface of the CPU kernels: raw pointers in, numbers out, no torch. `tardis_description` says what is
+// in it, and Python refuses a library whose description differs from what it states itself: see description.cpp.
 //
-// A matrix is [rows, columns], row-major. In few bits it is planes [rows, bits, ceil(columns / 8)] of which the first of
-// a row holds the highest bits, and `scale` [rows, ceil(columns / group_size)] fp16; a weight is
+// A matrix is [rows, columns], row-major. In few bits it is planes [rows, bits, ceil(columns / 8)], of which the first
+// holds the highest bits, and `scale` [rows, ceil(columns / group_size)] fp16; a weight is
 // (code - (2^bits - 1) / 2) * scale. Columns come in blocks of 512, the last one shorter: bit k (1 << k) of byte j of a
-// block of n columns is that of column k * ceil(n / 8) + j. Functions return 0, or a `Status`.
+// block of n columns is that of column k * ceil(n / 8) + j. Functions that compute return a `TardisStatus`.
 //
-// In panels it is for products only, which then read one stretch of memory: 32 rows after the other, the last ones filled
-// up, and in them, from the first columns to the last, bf16 numbers [columns / 2, 32, 2]; or fp16 numbers [columns, 32];
-// or codes in 1, 2, 4 or 8 bits, 32 bits per row and 32 / bits columns, of which byte j has columns j, 4 + j, ... from
-// the lowest bits on, and scales [groups, 32].
+// In panels it is for products only, which then read one stretch of memory: 32 rows after the other, the last ones
+// filled up, and in them, from the first columns to the last, bf16 numbers [columns / 2, 32, 2]; or fp16 numbers
+// [columns, 32]; or codes in 1, 2, 4 or 8 bits, 32 bits per row and 32 / bits columns, of which byte j has columns
+// j, 4 + j, ... from the lowest bits on, and scales [groups, 32].
 #pragma once
 #include <cstdint>
 
@@ -16,20 +17,40 @@
 #pragma GCC visibility push(default)
 #endif
 
+namespace tardis {
+
+// Sizes that Python states as well.
+constexpr int64_t kMaxTokens = 64;  // of a batch
+constexpr int64_t kMaxBits = 8;  // of a code
+constexpr int64_t kBlockColumns = 512;  // of planes
+constexpr int64_t kPanelRows = 32;
+constexpr int64_t kBf16Together = 2, kFp16Together = 1;  // columns of a row that lie side by side in a panel
+constexpr int64_t kLineBytes = 4;  // of a row's codes that lie side by side in a panel
+
+}  // namespace tardis
+
 extern "C" {
 
 enum TardisType : int32_t {
-    TARDIS_NONE = 0,
-    TARDIS_BF16 = 1,
-    TARDIS_FP16 = 2,
-    TARDIS_FP32 = 3,
-    TARDIS_LOW_BIT = 4,
-    TARDIS_BF16_PANELS = 5,
-    TARDIS_LOW_BIT_PANELS = 6,
-    TARDIS_FP16_PANELS = 7,
+    TARDIS_NONE,
+    TARDIS_BF16,
+    TARDIS_FP16,
+    TARDIS_FP32,
+    TARDIS_LOW_BIT,
+    TARDIS_BF16_PANELS,
+    TARDIS_FP16_PANELS,
+    TARDIS_LOW_BIT_PANELS,
 };
-enum TardisStatus : int32_t { TARDIS_OK = 0, TARDIS_NO_MEMORY = 1, TARDIS_BAD_ARGUMENT = 2 };
-enum TardisIsa : int32_t { TARDIS_PORTABLE = 0, TARDIS_AVX2 = 1, TARDIS_AVX512 = 2 };
+enum TardisStatus : int32_t { TARDIS_OK, TARDIS_NO_MEMORY, TARDIS_BAD_ARGUMENT };
+enum TardisIsa : int32_t { TARDIS_PORTABLE, TARDIS_AVX2, TARDIS_AVX512 };
+enum TardisActivation : int32_t {
+    TARDIS_GELU,
+    TARDIS_GELU_TANH,
+    TARDIS_QUICK_GELU,
+    TARDIS_SILU,
+    TARDIS_RELU,
+    TARDIS_RELU2,
+};
 
 struct TardisMatrix {
     const void* data;       // bf16, fp16 or fp32 numbers, or planes, or panels; null where there is no matrix
@@ -44,7 +65,7 @@ struct TardisVector {
     int32_t unused;
 };
 
-// Inputs [tokens, d] and outputs [tokens, rows], contiguous, in `type` (bf16, fp16 or fp32); at most 64 tokens.
+// Inputs [tokens, d] and outputs [tokens, rows], contiguous, in `type` (bf16, fp16 or fp32); at most kMaxTokens tokens.
 struct TardisBatch {
     const void* x;
     void* y;
@@ -60,12 +81,13 @@ struct TardisFFN {
     TardisMatrix up;               // [h, d]: W1, or what the predictor leaves of it (low-bit), or none
     TardisMatrix down;             // [h, d]: W2 transposed
     TardisVector bias, b1, low, high, slope, offset;
-    int32_t activation;
+    int32_t activation;            // a `TardisActivation`
     int32_t unused;
 };
 
-int32_t tardis_abi();
-int32_t tardis_supports(int32_t isa);
+// Lines `name=value`: see description.cpp. The one function that Python calls before it knows the library's version.
+const char* tardis_description();
+int32_t tardis_supports(int32_t isa);  // by processor and build
 int32_t tardis_use(int32_t isa);  // TARDIS_BAD_ARGUMENT where the processor lacks it
 int32_t tardis_isa();
 // `GOMP_parallel`, whose threads run everything from now on; null, as at first: the calling thread alone.
@@ -73,14 +95,14 @@ void tardis_use_openmp(void* parallel);
 
 // y = x W^T + bias.
 int32_t tardis_linear(const TardisMatrix* weight, const TardisVector* bias, const TardisBatch* batch);
-// The same for any number of tokens, all in bf16 or all in fp16, and for a weight that is [inputs, outputs] if
-// `transposed`. In bf16 the number of inputs is even. TARDIS_BAD_ARGUMENT where the processor lacks what it needs, as
-// `tardis_has_gemm` says.
+// y = x W^T + bias for any number of tokens, all in bf16 or all in fp16; y = x W + bias if `transposed`. In bf16 the
+// number of inputs is even. TARDIS_BAD_ARGUMENT unless `tardis_has_gemm`.
 int32_t tardis_gemm(
     const TardisMatrix* weight, int32_t transposed, const TardisVector* bias, const TardisBatch* batch
 );
-int32_t tardis_has_gemm();
-int32_t tardis_has_panels();  // whether matrices may be in panels
+int32_t tardis_has_gemm();  // whether the instruction set in use has it
+// Whether the instruction set in use multiplies a matrix once it is in panels. Only its type and sizes are read.
+int32_t tardis_can_be_in_panels(const TardisMatrix* matrix);
 // y [tokens, h] uint8: 1 for the neurons whose prediction is not within [low, high], NaN included.
 int32_t tardis_fixed(const TardisFFN* ffn, const TardisBatch* batch);
 // y = x fold^T + bias + sum over fixed neurons of residual * W2 column; the first two where they are given.

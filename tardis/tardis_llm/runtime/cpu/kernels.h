@@ -9,11 +9,10 @@
 
 namespace tardis {
 
-constexpr int64_t kMaxTokens = 64;
 constexpr int64_t kBlockRows = 64;  // of a task
-constexpr int64_t kPanelRows = 32;
 constexpr int64_t kPad = 64;  // rows of inputs and outputs are padded with zeros to a multiple of this, and one more
-// Consecutive columns, 512 or fewer: `bytes` of every plane from `byte` on.
+
+// Consecutive columns, kBlockColumns or fewer: `bytes` of every plane from `byte` on.
 struct Block {
     int32_t byte, bytes, column, columns;
     int32_t piece, pieces, segment;
@@ -54,11 +53,11 @@ struct Quantised {
 struct Input {
     int64_t tokens, columns, stride;
     const float* f32;      // [tokens, stride], zero beyond `columns`
-    const uint16_t* bf16;  // the same; null unless the inputs are bf16
+    const uint16_t* bf16;  // [tokens, stride]; null unless the inputs are bf16
     Quantised quantised;   // for low-bit matrices
 };
 
-// The same for token number t alone.
+// Token number t of an input as an input of one token.
 inline Input of_token(const Input& x, int64_t t) {
     Input one = x;
     one.tokens = 1;
@@ -99,11 +98,11 @@ struct Tokens {
 
 constexpr int64_t kGemmTokens = 256, kGemmOutputs = 256;  // of a call, at most
 
-// Of weights that are [outputs, inputs], or [inputs, outputs] if `transposed`: out[token * stride + i - begin] = output i.
-// In bf16 an odd number of inputs wants a zero behind each token's.
+// out[token * stride + i - begin] = output i, of weights [outputs, inputs], or [inputs, outputs] if `transposed`. In
+// bf16 an odd number of inputs wants a zero behind each token's.
 using Gemm = void (*)(const TardisMatrix&, bool transposed, Range outputs, const Tokens&, float* out, int64_t stride);
 
-// Of weights in panels, whose `outputs` begin with one: the same.
+// out[token * stride + i - begin] = output i, of weights in panels; `outputs` begin with a panel.
 using PanelGemm = void (*)(const TardisMatrix&, Range outputs, const Tokens&, float* out, int64_t stride);
 
 // Pairs of a row and a token.
@@ -133,18 +132,21 @@ using Widen = void (*)(const TardisVector& v, int64_t begin, int64_t count, floa
 // Bit i: z[i] is not within [low[i], high[i]], NaN included. At most 64.
 using Outside = uint64_t (*)(const float* z, const float* low, const float* high, int64_t count);
 
-// z = activation(z), of the list of activations.h.
+// z = activation(z), a `TardisActivation`.
 using Activate = void (*)(int32_t activation, float* z, int64_t count);
 
 // The largest size of the numbers, infinite if one of them is or is NaN.
 using Largest = float (*)(const float* x, int64_t count);
 
-// The integers next to x * inverse; returns their sum, which fits 32 bits. Beside `second`, they are 256 * first + second.
+// The integers next to x * inverse: `first`, or 256 * first + second if `second` is given. Returns their sum, which
+// fits 32 bits.
 using Round = int64_t (*)(const float* x, int64_t count, float inverse, int8_t* first, int8_t* second);
 
 inline bool in_panels(const TardisMatrix& m) {
     return m.type == TARDIS_BF16_PANELS || m.type == TARDIS_FP16_PANELS || m.type == TARDIS_LOW_BIT_PANELS;
 }
+
+inline bool is_low_bit(const TardisMatrix& m) { return m.type == TARDIS_LOW_BIT || m.type == TARDIS_LOW_BIT_PANELS; }
 
 // For dense matrices of one type of numbers.
 struct Dense {

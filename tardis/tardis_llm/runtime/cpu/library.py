@@ -17,99 +17,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...errors import InvalidInputError, TardisError
-from ...ffn.packed import PackedMatrix
-from .operands import check_matrix, check_vector
-from .panels import Panels
+from ...errors import InvalidInputError, KernelsError, TardisError
+from ...ffn.activations import ACTIVATIONS
+from ...ffn.packed import BLOCK_COLUMNS, PackedMatrix
+from .description import check, declare, described, layout_of, sources_of
+from .operands import MAX_BITS
+from .panels import LINE_BYTES, ROWS, TOGETHER
+from .structures import FFN, STRUCTURES, Batch, Matrix, Type, Vector
 
-#: what the kernels are written for, by the numbers that the library has for them
-ISAS = ("portable", "avx2", "avx512")
 #: tokens of the largest batch
 MAX_TOKENS = 64
-_ABI = 6
+#: instruction sets that the kernels are written for, in the order of `TardisIsa` of interface.h
+ISAS = ("portable", "avx2", "avx512")
+#: what a `TardisStatus` means
+_STATUSES = {
+    "ok": "",
+    "no_memory": "no memory for its working arrays",
+    "bad_argument": "arguments that do not fit together",
+}
 _SUFFIXES = {"win32": ".dll", "darwin": ".so"}
-_TYPES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
-_LOW_BIT, _LOW_BIT_PANELS = 4, 6
-_PANELS = {torch.bfloat16: 5, torch.float16: 7}
-_ERRORS = {1: "no memory for its working arrays", 2: "arguments that do not fit together"}
-
-
-class Matrix(ctypes.Structure):
-    """`TardisMatrix` of interface.h: bf16, fp16, fp32 or low-bit, or in panels."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("columns", ctypes.c_int64),
-        ("group_size", ctypes.c_int64),
-        ("type", ctypes.c_int32),
-        ("bits", ctypes.c_int32),
-    )
-
-    @classmethod
-    def of(cls, matrix: Tensor | PackedMatrix | Panels | None) -> Matrix:
-        """Points to a matrix, whose tensors must stay alive and contiguous; raises TardisError as `check_matrix`."""
-        if matrix is None:
-            return cls()
-        check_matrix(matrix)
-        if isinstance(matrix, Panels):
-            scale_at = None if matrix.scale is None else matrix.scale.data_ptr()
-            shape = matrix.rows, matrix.columns, matrix.group_size
-            kind = _PANELS[matrix.data.dtype] if matrix.scale is None else _LOW_BIT_PANELS
-            return cls(matrix.data.data_ptr(), scale_at, *shape, kind, matrix.bits)
-        if isinstance(matrix, Tensor):
-            rows, columns = matrix.shape
-            return cls(matrix.data_ptr(), None, rows, columns, columns, _TYPES[matrix.dtype], 0)
-        planes, scale = matrix.planes, matrix.scale
-        rows, bits = planes.shape[:2]
-        pointers = planes.data_ptr(), scale.data_ptr()
-        return cls(*pointers, rows, matrix.columns, matrix.group_size, _LOW_BIT, bits)
-
-
-class Vector(ctypes.Structure):
-    """`TardisVector` of interface.h: bf16, fp16 or fp32, or none."""
-
-    _fields_ = (("data", ctypes.c_void_p), ("type", ctypes.c_int32), ("unused", ctypes.c_int32))
-
-    @classmethod
-    def of(cls, vector: Tensor | None) -> Vector:
-        """Points to a vector, which must stay alive and contiguous; raises TardisError as `check_vector`."""
-        if vector is None:
-            return cls()
-        check_vector(vector)
-        return cls(vector.data_ptr(), _TYPES[vector.dtype], 0)
-
-
-class Batch(ctypes.Structure):
-    """`TardisBatch` of interface.h: inputs and outputs."""
-
-    _fields_ = (
-        ("x", ctypes.c_void_p),
-        ("y", ctypes.c_void_p),
-        ("tokens", ctypes.c_int64),
-        ("type", ctypes.c_int32),
-        ("activation_bits", ctypes.c_int32),
-        ("threads", ctypes.c_int32),
-        ("unused", ctypes.c_int32),
-    )
-
-    @classmethod
-    def of(cls, x: Tensor, y: Tensor, activation_bits: int) -> Batch:
-        """Points to inputs x [tokens, d] and outputs y, which must stay alive and contiguous."""
-        threads = torch.get_num_threads()
-        return cls(x.data_ptr(), y.data_ptr(), len(x), _TYPES[x.dtype], activation_bits, threads, 0)
-
-
-class FFN(ctypes.Structure):
-    """`TardisFFN` of interface.h."""
-
-    _fields_ = (
-        *((name, Matrix) for name in ("fold", "predictor", "up", "down")),
-        *((name, Vector) for name in ("bias", "b1", "low", "high", "slope", "offset")),
-        ("activation", ctypes.c_int32),
-        ("unused", ctypes.c_int32),
-    )
 
 
 class Kernels:
@@ -119,16 +45,16 @@ class Kernels:
         path: of the library.
 
     Raises:
-        OSError: it cannot be opened, or is of another version.
+        OSError: it cannot be opened.
+        KernelsError: it was built for another version of the package.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._library = ctypes.CDLL(str(path))
-        self._library.tardis_read.restype = ctypes.c_uint64
-        self._library.tardis_read.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)
-        if self._library.tardis_abi() != _ABI:
-            raise OSError(f"{path} was built for another version of TARDIS")
+        description = described(self._library)
+        check(path, description, _stated())
+        declare(self._library, description, STRUCTURES)
         self._library.tardis_use_openmp(_openmp())
 
     @property
@@ -170,10 +96,9 @@ class Kernels:
         """Whether the instruction set in use has what `gemm` needs."""
         return bool(self._library.tardis_has_gemm())
 
-    @property
-    def has_panels(self) -> bool:
-        """Whether the instruction set in use takes matrices in panels."""
-        return bool(self._library.tardis_has_panels())
+    def can_be_in_panels(self, matrix: Tensor | PackedMatrix) -> bool:
+        """Whether the instruction set in use multiplies such a matrix, once it is in panels."""
+        return bool(self._library.tardis_can_be_in_panels(byref(Matrix.without_pointers(matrix))))
 
     def gemm(self, weight: Matrix, transposed: bool, bias: Vector, batch: Batch) -> None:
         """y = x W^T + bias, or x W + bias if W is `transposed`, in bf16 or fp16 for any number of tokens."""
@@ -192,10 +117,27 @@ class Kernels:
         return int(self._library.tardis_read(data.data_ptr(), data.nbytes // 8, torch.get_num_threads()))
 
 
+def _stated() -> dict[str, str]:
+    """What Python says of interface.h, as the library's description has it, and of the sources if they lie here."""
+    constants = {
+        "kMaxTokens": MAX_TOKENS,
+        "kMaxBits": MAX_BITS,
+        "kBlockColumns": BLOCK_COLUMNS,
+        "kPanelRows": ROWS,
+        "kBf16Together": TOGETHER[torch.bfloat16],
+        "kFp16Together": TOGETHER[torch.float16],
+        "kLineBytes": LINE_BYTES,
+    }
+    for names in (Type.__members__, _STATUSES, ISAS, ACTIVATIONS):
+        constants |= {f"TARDIS_{name.upper()}": number for number, name in enumerate(names)}
+    numbers = {name: str(number) for name, number in constants.items()}
+    return numbers | layout_of(STRUCTURES) | sources_of(Path(__file__).parent)
+
+
 def _done(status: int, kernel: str) -> None:
     if status:
         raise TardisError(
-            f"the kernel {kernel} got {_ERRORS.get(status, 'an error')}; set TARDIS_KERNELS=off to go on."
+            f"the kernel {kernel} got {list(_STATUSES.values())[status]}; set TARDIS_KERNELS=off to go on."
         )
 
 
@@ -234,22 +176,21 @@ def has_gemm() -> bool:
     return library is not None and library.has_gemm
 
 
-@torch.compiler.assume_constant_result
-def has_panels() -> bool:
-    """Whether the kernels take matrices in panels."""
+def can_be_in_panels(matrix: Tensor | PackedMatrix) -> bool:
+    """Whether the kernels multiply such a matrix, once it is in panels."""
     library = kernels()
-    return library is not None and library.has_panels
+    return library is not None and library.can_be_in_panels(matrix)
 
 
 @functools.cache
 def open_library() -> Kernels | None:
-    """The library; None where it is not built or cannot be opened."""
+    """The library; None where it is not built. Says why if one there is not used."""
     for path in _candidates(sys.modules[__package__].__path__):
         if path.is_file():
             try:
                 return Kernels(path)
-            except OSError:
-                continue
+            except (OSError, KernelsError) as error:
+                warnings.warn(f"the CPU kernels of TARDIS are not used: {error}", RuntimeWarning, stacklevel=2)
     return None
 
 

@@ -1,7 +1,6 @@
 // Products with one matrix.
 #include "ffn.h"
 
-#include "input.h"
 #include "tasks.h"
 
 #include <algorithm>
@@ -9,22 +8,14 @@
 namespace tardis {
 
 void linear(const TardisMatrix& weight, const TardisVector& bias, const TardisBatch& batch) {
-    Inputs inputs(batch, weight.columns);
-    const Input& x = inputs.for_matrix(weight, batch.activation_bits);
-    const int threads = threads_for(weight.rows * row_bytes(weight), batch.threads);
-    const int64_t block = block_rows(weight, weight.rows, threads);
-    parallel(threads, blocks(weight.rows, block), [&](int64_t task) {
-        const int64_t begin = task * block, end = std::min(begin + block, weight.rows);
-        float out[kMaxTokens * kBlockRows];
-        prefetch(bias, begin, end);
-        product_of(weight)(weight, {nullptr, begin, end, weight.rows}, x, out);
+    each_product(weight, batch, bias, [&](int64_t begin, int64_t end, float* out) {
         const Widened b(bias, begin, end);
         for (int64_t t = 0; t < batch.tokens; ++t)
             store(batch, t * weight.rows + begin, out + t * kBlockRows, b.at, end - begin);
     });
 }
 
-// Rows of the weight are outputs, and a task reads some of them from end to end; transposed, it reads long pieces of all.
+// Rows of the weight are outputs, of which a task reads some from end to end; transposed, it reads long pieces of all.
 void gemm(const TardisMatrix& weight, bool transposed, const TardisVector& bias, const TardisBatch& batch) {
     const int64_t inputs = transposed ? weight.rows : weight.columns;
     const int64_t outputs = transposed ? weight.columns : weight.rows, step = transposed ? kGemmOutputs : kBlockRows;

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ...errors import TardisError
 from ...ffn.packed import PackedMatrix
-from .panels import ROWS, TOGETHER, Panels
+from .panels import ROWS, TOGETHER, Panels, data_shape
 
-_MOST_BITS = 8
+#: of a code
+MAX_BITS = 8
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -64,7 +65,7 @@ def check_kind(what: str, tensor: Tensor, dtypes: Collection[torch.dtype], shape
 def _check_packed(matrix: PackedMatrix) -> None:
     rows, columns, size = len(matrix.planes), matrix.columns, matrix.group_size
     bits = matrix.bits if matrix.planes.dim() == 3 else 0
-    if not 1 <= bits <= _MOST_BITS or columns < 1 or size < 1:
+    if not 1 <= bits <= MAX_BITS or columns < 1 or size < 1:
         planes, scales = list(matrix.planes.shape), list(matrix.scale.shape)
         raise TardisError(f"planes {planes} and scales {scales} do not fit {columns} columns in groups of {size}.")
     check_tensor("planes", matrix.planes, (torch.uint8,), (rows, bits, -(-columns // 8)))
@@ -72,12 +73,11 @@ def _check_packed(matrix: PackedMatrix) -> None:
 
 
 def _check_panels(matrix: Panels) -> None:
-    panels, columns, size, bits = -(-matrix.rows // ROWS), matrix.columns, matrix.group_size, matrix.bits
-    if matrix.scale is None:
-        together = TOGETHER.get(matrix.data.dtype, 1)
-        check_tensor("panels", matrix.data, TOGETHER, (panels, columns // together, ROWS, together))
-        return
-    if bits not in (1, 2, 4, 8) or size < 1:
+    dense, size, bits = matrix.scale is None, matrix.group_size, matrix.bits
+    if not dense and not (1 <= bits <= MAX_BITS and size >= 1):
         raise TardisError(f"panels cannot have {bits} bits in groups of {size}.")
-    check_tensor("panels", matrix.data, (torch.uint8,), (panels, -(-columns // (32 // bits)), ROWS, 4))
-    check_tensor("scales", matrix.scale, (torch.float16,), (panels, -(-columns // size), ROWS))
+    dtypes = TOGETHER if dense else (torch.uint8,)
+    shape = data_shape(matrix.rows, matrix.columns, bits, matrix.data.dtype)
+    check_tensor("panels", matrix.data, dtypes, shape)
+    if matrix.scale is not None:
+        check_tensor("scales", matrix.scale, (torch.float16,), (len(matrix.data), -(-matrix.columns // size), ROWS))

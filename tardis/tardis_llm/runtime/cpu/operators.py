@@ -17,9 +17,10 @@ from ...errors import TardisError
 from ...ffn.packed import PackedMatrix
 from ...ffn.weights import Matrix as AnyMatrix
 from ..operators import library
-from .library import MAX_TOKENS, Batch, Matrix, Vector, has_gemm, loaded
+from .library import MAX_TOKENS, has_gemm, loaded
 from .operands import check_matrix
 from .panels import ROWS, TOGETHER, Panels
+from .structures import Batch, Matrix, Vector
 
 #: dtypes of the inputs, and so of the models
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -25,7 +25,8 @@ from ...ffn.weights import Kind
 ROWS = 32
 #: columns that lie side by side, by the dtypes that may be in panels
 TOGETHER = {torch.bfloat16: 2, torch.float16: 1}
-_BITS = (1, 2, 4, 8)
+#: bytes of a row's codes that lie side by side
+LINE_BYTES = 4
 _SLICE = 2048  # rows that are put into panels at once, which bounds the working memory
 
 
@@ -61,7 +62,7 @@ class Panels:
 
     @classmethod
     def of(cls, matrix: Tensor | PackedMatrix) -> Panels:
-        """A matrix that `fits`, in panels; large ones in huge pages."""
+        """A matrix that `can_be_in_panels`, in panels; large ones in huge pages."""
         if isinstance(matrix, Tensor):
             data = torch.cat([_numbers(some) for some in matrix.split(_SLICE)])
             rows, columns = matrix.shape
@@ -83,12 +84,12 @@ class Panels:
         return PackedMatrix(torch.cat(parts)[: self.rows], scale, self.columns, self.group_size)
 
 
-def fits(matrix: Tensor | PackedMatrix) -> bool:
-    """Whether a matrix can be in panels; kernels that take them are another matter."""
-    if isinstance(matrix, Tensor):
-        return matrix.dtype in TOGETHER and matrix.numel() > 0 and matrix.shape[1] % TOGETHER[matrix.dtype] == 0
-    size = matrix.group_size
-    return matrix.bits in _BITS and (size >= matrix.columns or size % 512 == 0 or size in (64, 128, 256))
+def data_shape(rows: int, columns: int, bits: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """The shape of `Panels.data` for a matrix [rows, columns] in this dtype, uint8 for codes of some bits."""
+    panels = -(-rows // ROWS)
+    if dtype in TOGETHER:
+        return panels, columns // TOGETHER[dtype], ROWS, TOGETHER[dtype]
+    return panels, -(-columns // _line_columns(bits)), ROWS, LINE_BYTES
 
 
 def _side_by_side(rows: Tensor) -> Tensor:
@@ -104,9 +105,14 @@ def _numbers(weight: Tensor) -> Tensor:
 
 def _lines(codes: Tensor, bits: int) -> Tensor:
     """Codes [rows, columns] in panels."""
-    columns = 32 // bits
-    parts = F.pad(codes, (0, -codes.shape[1] % columns)).unflatten(1, (-1, columns // 4, 4))
+    columns = _line_columns(bits)
+    parts = F.pad(codes, (0, -codes.shape[1] % columns)).unflatten(1, (-1, columns // LINE_BYTES, LINE_BYTES))
     return _side_by_side((parts << _shifts(bits)).sum(2, dtype=torch.uint8)).contiguous()
+
+
+def _line_columns(bits: int) -> int:
+    """Columns whose codes lie side by side."""
+    return 8 * LINE_BYTES // bits
 
 
 def _shifts(bits: int) -> Tensor:

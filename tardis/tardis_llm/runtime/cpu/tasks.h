@@ -1,6 +1,7 @@
 // How products and folded FFNs are split into tasks, and what tasks read and write.
 #pragma once
 #include "dispatch.h"
+#include "input.h"
 #include "threads.h"
 
 #include <algorithm>
@@ -37,14 +38,14 @@ inline void store(const TardisBatch& batch, int64_t at, const float* values, int
     }
 }
 
-// The same with a bias added.
+// Adds a bias to outputs from number `at` on, and stores them.
 inline void store(const TardisBatch& batch, int64_t at, float* values, const float* bias, int64_t count) {
     for (int64_t i = 0; i < count; ++i) values[i] += bias[i];
     store(batch, at, values, count);
 }
 
 inline int64_t row_bytes(const TardisMatrix& m) {
-    if (m.type == TARDIS_LOW_BIT || m.type == TARDIS_LOW_BIT_PANELS) return (m.columns + 7) / 8 * m.bits;
+    if (is_low_bit(m)) return (m.columns + 7) / 8 * m.bits;
     return m.columns * (m.type == TARDIS_FP32 ? 4 : 2);
 }
 
@@ -58,5 +59,22 @@ inline int64_t block_rows(const TardisMatrix& m, int64_t rows, int threads) {
 }
 
 inline int64_t blocks(int64_t rows, int64_t block) { return (rows + block - 1) / block; }
+
+// body(begin, end, products) for some rows of a matrix at a time: those of the batch with rows begin..end-1, as a
+// `Product` gives them. Numbers begin..end-1 of `vector`, which the body reads, are fetched meanwhile.
+template <typename F>
+void each_product(const TardisMatrix& m, const TardisBatch& batch, const TardisVector& vector, const F& body) {
+    Inputs inputs(batch, m.columns);
+    const Input& x = inputs.for_matrix(m, batch.activation_bits);
+    const int threads = threads_for(m.rows * row_bytes(m), batch.threads);
+    const int64_t block = block_rows(m, m.rows, threads);
+    parallel(threads, blocks(m.rows, block), [&](int64_t task) {
+        const int64_t begin = task * block, end = std::min(begin + block, m.rows);
+        float products[kMaxTokens * kBlockRows];
+        prefetch(vector, begin, end);
+        product_of(m)(m, {nullptr, begin, end, m.rows}, x, products);
+        body(begin, end, products);
+    });
+}
 
 }  // namespace tardis

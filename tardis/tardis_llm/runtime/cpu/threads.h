@@ -16,7 +16,7 @@ void use_openmp(OpenMP parallel);
 // child whose parent has done so has none of its parent's threads, and runs it once. It must not throw.
 void run_on_threads(int threads, void (*function)(void*), void* context);
 
-// The same for anything that can be called.
+// Runs body() on at most `threads` threads at once, as `run_on_threads` does.
 template <typename F>
 void on_threads(int threads, F& body) {
     run_on_threads(threads, [](void* context) { (*static_cast<F*>(context))(); }, &body);

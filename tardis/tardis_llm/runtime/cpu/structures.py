@@ -1,0 +1,114 @@
+"""The structures of interface.h, and how tensors become them.
+
+The library says where its fields lie, and one that says otherwise than ctypes here is refused: see `description`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from ...ffn.packed import PackedMatrix
+from .operands import check_matrix, check_vector
+from .panels import Panels
+
+#: `TardisType` of interface.h
+Type = IntEnum("Type", "NONE BF16 FP16 FP32 LOW_BIT BF16_PANELS FP16_PANELS LOW_BIT_PANELS", start=0)
+_DENSE = {torch.bfloat16: Type.BF16, torch.float16: Type.FP16, torch.float32: Type.FP32}
+_PANELS = {torch.bfloat16: Type.BF16_PANELS, torch.float16: Type.FP16_PANELS, torch.uint8: Type.LOW_BIT_PANELS}
+
+
+class Matrix(ctypes.Structure):
+    """`TardisMatrix` of interface.h: bf16, fp16, fp32 or low-bit, or in panels."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("group_size", ctypes.c_int64),
+        ("type", ctypes.c_int32),
+        ("bits", ctypes.c_int32),
+    )
+
+    @classmethod
+    def of(cls, matrix: Tensor | PackedMatrix | Panels | None) -> Matrix:
+        """Points to a matrix, whose tensors must stay alive and contiguous; raises TardisError as `check_matrix`."""
+        if matrix is None:
+            return cls()
+        check_matrix(matrix)
+        data, scale = _tensors(matrix)
+        return cls(data.data_ptr(), None if scale is None else scale.data_ptr(), *_sizes(matrix))
+
+    @classmethod
+    def without_pointers(cls, matrix: Tensor | PackedMatrix | Panels) -> Matrix:
+        """The sizes and the type of a matrix, whose tensors may lie in any way."""
+        return cls(None, None, *_sizes(matrix))
+
+
+class Vector(ctypes.Structure):
+    """`TardisVector` of interface.h: bf16, fp16 or fp32, or none."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("type", ctypes.c_int32), ("unused", ctypes.c_int32))
+
+    @classmethod
+    def of(cls, vector: Tensor | None) -> Vector:
+        """Points to a vector, which must stay alive and contiguous; raises TardisError as `check_vector`."""
+        if vector is None:
+            return cls()
+        check_vector(vector)
+        return cls(vector.data_ptr(), _DENSE[vector.dtype], 0)
+
+
+class Batch(ctypes.Structure):
+    """`TardisBatch` of interface.h: inputs and outputs."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("tokens", ctypes.c_int64),
+        ("type", ctypes.c_int32),
+        ("activation_bits", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+        ("unused", ctypes.c_int32),
+    )
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor, activation_bits: int) -> Batch:
+        """Points to inputs x [tokens, d] and outputs y, which must stay alive and contiguous."""
+        threads = torch.get_num_threads()
+        return cls(x.data_ptr(), y.data_ptr(), len(x), _DENSE[x.dtype], activation_bits, threads, 0)
+
+
+class FFN(ctypes.Structure):
+    """`TardisFFN` of interface.h."""
+
+    _fields_ = (
+        *((name, Matrix) for name in ("fold", "predictor", "up", "down")),
+        *((name, Vector) for name in ("bias", "b1", "low", "high", "slope", "offset")),
+        ("activation", ctypes.c_int32),
+        ("unused", ctypes.c_int32),
+    )
+
+
+STRUCTURES = (Matrix, Vector, Batch, FFN)
+
+
+def _tensors(matrix: Tensor | PackedMatrix | Panels) -> tuple[Tensor, Tensor | None]:
+    """The numbers, planes or panels of a matrix, and the scales of codes."""
+    if isinstance(matrix, Tensor):
+        return matrix, None
+    return (matrix.data if isinstance(matrix, Panels) else matrix.planes), matrix.scale
+
+
+def _sizes(matrix: Tensor | PackedMatrix | Panels) -> tuple[int, int, int, Type, int]:
+    """Rows, columns, group size, type and bits of a matrix."""
+    if isinstance(matrix, Tensor):
+        rows, columns = matrix.shape
+        return rows, columns, columns, _DENSE.get(matrix.dtype, Type.NONE), 0
+    if isinstance(matrix, Panels):
+        return matrix.rows, matrix.columns, matrix.group_size, _PANELS[matrix.data.dtype], matrix.bits
+    return len(matrix.planes), matrix.columns, matrix.group_size, Type.LOW_BIT, matrix.bits
