@@ -13,6 +13,7 @@ from ..calibration.stream import Stream
 from ..calibration.text import Windows
 from ..config import FoldConfig
 from ..errors import InvalidInputError
+from ..families.naming import check_wiring
 from ..families.sites import FFNSite, find_ffns
 from ..ffn import activations
 from ..ffn.accounting import FFNShape
@@ -118,6 +119,7 @@ def choose_sites(model: PreTrainedModel, config: FoldConfig) -> list[FFNSite]:
                 raise InvalidInputError(
                     f"the weights of {site.prefix} have NaN or infinite entries; reload a sound checkpoint."
                 )
+    check_wiring(model, sites)
     return sites
 
 

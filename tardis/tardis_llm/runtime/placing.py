@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..families.linear import is_transposed
 from ..families.sites import FFNSite, set_module
 from .modules import FoldedDown, FoldedFFN, KeptLinear
 
 
 def install(model: nn.Module, site: FFNSite, ffn: FoldedFFN) -> None:
     """Put a folded FFN into the model at `site`. Dense weights are shared, not copied; stacked, they are left out."""
-    transposed = not isinstance(site.up, nn.Linear)  # transformers' Conv1D
+    transposed = is_transposed(site.up)
     up = KeptLinear(site.up, transposed, stacked=ffn.fallback is not None)
     set_module(model, site.up_name, up)
     set_module(model, site.activation_name, nn.Identity())
@@ -27,7 +28,7 @@ def uninstall(model: nn.Module, site: FFNSite) -> None:
         kept = model.get_submodule(name)
         assert isinstance(kept, KeptLinear), "installed before"
         kept.release(part)
-    for name, part in ((site.up_name, site.up), (site.activation_name, site.activation), (site.down_name, site.down)):
+    for name, part in site.replaced.items():
         set_module(model, name, part)
     del site.parent.tardis
 

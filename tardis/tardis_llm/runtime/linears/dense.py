@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ...families.linear import is_transposed, turned
 from ...ffn.packed import PackedMatrix
 from ..cpu import ops
 from ..cpu.library import MAX_TOKENS
@@ -61,7 +62,7 @@ class ThroughKernels(InPanels):
     @property
     def matrix(self) -> Tensor:
         """The weight as [out, in], in the order in which it is stored."""
-        return self.weight
+        return turned(self, self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., out] for x [..., in], in the dtype of x.
@@ -83,7 +84,7 @@ class ThroughKernels(InPanels):
         return self.matrix
 
     def _set(self, matrix: Tensor) -> None:
-        self.weight = nn.Parameter(matrix, requires_grad=False)
+        self.weight = nn.Parameter(turned(self, matrix), requires_grad=False)
 
     def _clear(self) -> None:
         self._set(self.weight.new_empty(0))
@@ -101,14 +102,6 @@ class KernelLinear(ThroughKernels, nn.Linear):
 class KernelConv1D(ThroughKernels, Conv1D):
     """Conv1D of transformers by the kernels: its weight is [in, out], and lies in memory as its transpose."""
 
-    @property
-    def matrix(self) -> Tensor:
-        """The weight as [out, in], in the order in which it is stored."""
-        return self.weight.T
-
-    def _set(self, matrix: Tensor) -> None:
-        super()._set(matrix.T if matrix.dim() == 2 else matrix)
-
 
 def put_in_panels(model: nn.Module) -> None:
     """Freeze every layer `ThroughKernels`, and put its weight in panels where no other module of the model has it."""
@@ -125,10 +118,10 @@ def kernel_linear(layer: nn.Module) -> ThroughKernels:
 
     The weight of a Conv1D is laid out anew, in a copy: the kernels read a weight output by output.
     """
-    kind = KernelConv1D if isinstance(layer, Conv1D) else KernelLinear
+    kind = KernelConv1D if is_transposed(layer) else KernelLinear
     made = kind.__new__(kind)
     made.__dict__ = {**layer.__dict__, "_parameters": dict(layer._parameters)}
-    if isinstance(made, KernelConv1D):
+    if is_transposed(made):
         weight = made.weight
         made.weight = nn.Parameter(weight.detach().T.contiguous().T, requires_grad=weight.requires_grad)
     return made
