@@ -1,4 +1,4 @@
-"""Every family of the table: its FFNs are found, checked, and computed from their weights; a gated one, by its parts."""
+"""Every family of the table: its FFNs are found, checked, and computed from their weights."""
 
 from __future__ import annotations
 
