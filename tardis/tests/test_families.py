@@ -34,6 +34,7 @@ from tardis_llm.errors import InvalidInputError, UnsupportedModelError
 from tardis_llm.families.sites import FFNSite, find_ffns, layer_list, set_module
 from tardis_llm.families.table import FAMILIES, GATED_MODEL_TYPES, Family, family_of
 from tardis_llm.ffn.activations import ACTIVATIONS, identify
+from tardis_llm.integrations.vllm.names import Projections
 
 every_family = pytest.mark.parametrize("name", FAMILY_NAMES)
 
@@ -133,6 +134,16 @@ def test_the_site_of_a_gated_ffn_exposes_the_gate_and_is_replaced_whole() -> Non
         "mlp.gate_up_proj",
         "mlp.down_proj",
     )
+
+
+def test_projections_are_known_by_block_and_part_whatever_stands_before() -> None:
+    linears = ["model.decoder.layers.0.self_attn.q_proj", "model.decoder.layers.0.fc1"]
+    known = Projections(FAMILIES["opt"], stacked=[1], linears=linears)
+    names = ["decoder.layers.1.fc2", "model.decoder.layers.1.fc1", "model.decoder.layers.0.fc2", "layers.1.fc1"]
+    assert [known.empty(name) for name in names] == [True, True, False, False]
+    assert not known.empty("model.decoder.layers.1.self_attn.qkv_proj")
+    assert all(map(known.in_few_bits, ["lm_head", "decoder.layers.0.fc1", "decoder.layers.2.self_attn.out_proj"]))
+    assert not known.in_few_bits("decoder.layers.0.fc2")
 
 
 def test_an_unknown_family_is_refused_with_the_supported_list() -> None:

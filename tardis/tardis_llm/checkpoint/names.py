@@ -33,8 +33,8 @@ class TensorNames:
         tensors: its `state_dict`.
     """
 
-    def __init__(self, model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
-        self._prefix, self._tensors = model.base_model_prefix, dict(tensors)
+    def __init__(self, model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
+        self._prefix, self._tensors = model.base_model_prefix, tensors
         self._tied: Mapping[str, str] = model.all_tied_weights_keys
         transforms = get_model_conversion_mapping(model)
         self._renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
