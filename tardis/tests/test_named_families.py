@@ -87,11 +87,25 @@ def test_a_fold_is_saved_and_loads_again_with_the_same_logits(name: str, tmp_pat
     assert vocabulary(headless) == VOCAB
 
 
-def test_a_loaded_fold_is_saved_again_by_transformers(tmp_path: Path) -> None:
-    model = unknown_model("xglm")
-    save_folded(model, fold(model, text(), SETTINGS, family=XGLM), tmp_path / "a")
-    load_model(str(tmp_path / "a")).save_pretrained(tmp_path / "b")
-    assert torch.equal(logits(load_model(str(tmp_path / "b"))), logits(model))
+def test_a_loaded_fold_is_saved_again_and_an_edited_family_is_refused(tmp_path: Path) -> None:
+    model, first, again = unknown_model("xglm"), tmp_path / "first", tmp_path / "again"
+    save_folded(model, fold(model, text(), SETTINGS, family=XGLM), first)
+    load_model(str(first)).save_pretrained(again)
+    assert torch.equal(logits(load_model(str(again))), logits(model))
+    edits = (
+        {"up": "self_attn.q_proj", "down": "self_attn.out_proj"},
+        {"ffn": "self_attn"},
+        {"layers": "h"},
+        {"gate": "g"},
+    )
+    for edit in edits:
+        for directory in (first, again):
+            config = json.loads((directory / "config.json").read_text())
+            changed = {**config, NAMED: {**config[NAMED], **edit}}
+            (directory / "config.json").write_text(json.dumps(changed))
+            with pytest.raises(TardisError):
+                load_model(str(directory))
+            (directory / "config.json").write_text(json.dumps(config))
 
 
 @torch.no_grad()

@@ -53,9 +53,9 @@ def check_wiring(model: PreTrainedModel, sites: list[FFNSite]) -> None:
     inputs: dict[nn.Module, Tensor] = {}
     outputs: dict[nn.Module, Tensor] = {}
     with ExitStack() as hooks, torch.no_grad():
-        for part in parts:  # copies, because an activation may work in place
-            enter = part.register_forward_pre_hook(lambda part, args: inputs.update({part: args[0].clone()}))
-            leave = part.register_forward_hook(lambda part, args, output: outputs.update({part: output.clone()}))
+        for part in parts:  # copies, because an activation may work in place; NaN is another matter, refused later
+            enter = part.register_forward_pre_hook(lambda part, args: inputs.update({part: args[0].nan_to_num()}))
+            leave = part.register_forward_hook(lambda part, args, output: outputs.update({part: output.nan_to_num()}))
             hooks.callback(enter.remove)
             hooks.callback(leave.remove)
         model(input_ids=torch.tensor([[0, 1]], device=model.device))

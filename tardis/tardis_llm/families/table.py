@@ -147,6 +147,9 @@ _ROWS = (
 #: model_type -> row, for every supported family.
 FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}
 
+#: the end of the errors about models of other families
+SUPPORTED = f"TARDIS folds these families: {', '.join(sorted(FAMILIES))}; choose a model of one of them."
+
 
 _GATED = """
     afmoe aria_text bamba bitnet cohere cohere2 cohere2_moe cwm dbrx deepseek_v2 deepseek_v3
@@ -172,16 +175,15 @@ def family_of(config: PreTrainedConfig) -> Family:
         UnsupportedModelError: a gated family, an unknown one, or a config flag under which the FFN differs.
         InvalidInputError: the config names a family of another model, or what is none.
     """
-    supported = f"TARDIS folds these families: {', '.join(sorted(FAMILIES))}; choose a model of one of them."
     kind, named = config.model_type, getattr(config, NAMED, None)
     family = FAMILIES.get(kind) if named is None else Family.from_config(named)
     if family.gated if family else kind in GATED_MODEL_TYPES:
         raise UnsupportedModelError(
-            f"{kind!r} has a gated FFN (SwiGLU or GeGLU), which is not supported yet. {supported}"
+            f"{kind!r} has a gated FFN (SwiGLU or GeGLU), which is not supported yet. {SUPPORTED}"
         )
     if family is None:
         raise UnsupportedModelError(
-            f"unknown model family {kind!r}. {supported} If its FFN is down(act(up(x))), say where the parts are: give "
+            f"unknown model family {kind!r}. {SUPPORTED} If its FFN is down(act(up(x))), say where the parts are: give "
             f"tardis_llm.fold a `family=Family(...)`, or write the fields of one as {NAMED!r} into config.json."
         )
     if family.model_type != kind:
@@ -190,7 +192,7 @@ def family_of(config: PreTrainedConfig) -> Family:
         if getattr(config, flag, False):
             raise UnsupportedModelError(
                 f"with config.{flag} the FFN of {kind!r} is not down(act(up(x))). Load the model with "
-                f"{flag}=False. {supported}"
+                f"{flag}=False. {SUPPORTED}"
             )
     return family
 
