@@ -8,9 +8,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ..errors import InvalidInputError
+from ..families.linear import bias_of, check_linear, is_linear, weight_of
 from ..families.sites import find_ffns, layer_list, layer_list_name
 
 #: "ffn": the two matrices of every FFN; "all": every linear layer in the blocks, those of attention too
@@ -23,22 +23,21 @@ class Matrix:
 
     Attributes:
         name: full name of the module in the model.
-        module: an `nn.Linear`, or a transformers `Conv1D`, which stores [in, out].
+        module: the layer.
     """
 
     name: str
-    module: nn.Linear | Conv1D = field(repr=False)
+    module: nn.Module = field(repr=False)
 
     @property
     def weight(self) -> Tensor:
         """[out, in], a detached view of the stored weight: writing to it writes to the model."""
-        stored: Tensor = self.module.weight.detach()
-        return stored.T if isinstance(self.module, Conv1D) else stored
+        return weight_of(self.module)
 
     @property
     def bias_bytes(self) -> int:
         """Bytes of the bias; 0 without one."""
-        bias: Tensor | None = self.module.bias
+        bias = bias_of(self.module)
         return 0 if bias is None else bias.nbytes
 
     @property
@@ -74,7 +73,7 @@ def find_matrices(model: PreTrainedModel, scope: Scope) -> list[list[Matrix]]:
     blocks = []
     for index, block in enumerate(layer_list(model)):
         prefix = f"{layer_list_name(model)}.{index}"
-        linear = [(name, m) for name, m in block.named_modules(prefix=prefix) if isinstance(m, nn.Linear | Conv1D)]
+        linear = [(name, m) for name, m in block.named_modules(prefix=prefix) if is_linear(m)]
         blocks.append([Matrix(name, module) for name, module in linear if scope == "all" or name in ffn])
     for matrix in (matrix for block in blocks for matrix in block):
         _check(matrix)
@@ -82,11 +81,6 @@ def find_matrices(model: PreTrainedModel, scope: Scope) -> list[list[Matrix]]:
 
 
 def _check(matrix: Matrix) -> None:
-    weight = matrix.weight
-    if weight.ndim != 2 or not weight.is_floating_point():
-        raise InvalidInputError(
-            f"{matrix.name}.weight is {weight.dtype} of shape {list(weight.shape)}, not a floating matrix. Load the "
-            "model without quantisation, in float32, bfloat16 or float16."
-        )
-    if not bool(torch.isfinite(weight).all()):
+    check_linear(matrix.module, matrix.name)
+    if not bool(torch.isfinite(matrix.weight).all()):
         raise InvalidInputError(f"the weight of {matrix.name} has NaN or infinite entries; reload a sound checkpoint.")

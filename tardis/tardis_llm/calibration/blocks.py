@@ -123,8 +123,8 @@ def _run_until_done(
     finally:
         hook.remove()
     raise UnsupportedModelError(
-        f"{type(model).__name__} finished without calling block {index}; correct `layers` in the row of "
-        f"{model.config.model_type!r} in tardis_llm/families/table.py."
+        f"{type(model).__name__} finished without calling block {index}; correct `layers` in the Family of "
+        f"{model.config.model_type!r}."
     )
 
 

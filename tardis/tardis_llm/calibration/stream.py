@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..errors import InvalidInputError
 from ..families.sites import FFNSite, layer_list
-from ..families.table import family_of
+from ..families.table import family_of, vocabulary
 from .blocks import ffn_input, run_block, run_head
 from .hidden import hidden_buffer
 
@@ -104,8 +104,7 @@ class Stream:
 
     def _outputs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Per batch, the model's output (logits or last hidden state) in fp32, and its tokens."""
-        vocabulary = self.model.config.get_text_config().vocab_size
-        windows = max(1, _LOGITS_AT_ONCE // (self.ids.shape[1] * vocabulary))
+        windows = max(1, _LOGITS_AT_ONCE // (self.ids.shape[1] * vocabulary(self.model)))
         for at in self._batches(windows):
             hidden = self._at(at)
             for index in range(self.position, len(layer_list(self.model))):

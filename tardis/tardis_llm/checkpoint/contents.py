@@ -1,7 +1,6 @@
 """Compare weight files with the model that config.json describes: every tensor's name, dtype and shape.
 
-Only headers are read, and nothing is allocated. Which tensor of a model one in a file becomes is asked of transformers,
-which renames some, and loads others with or without the prefix of the base model.
+Only headers are read, and nothing is allocated.
 """
 
 from __future__ import annotations
@@ -13,13 +12,12 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ..errors import CheckpointError
 from ..files import read_json
 from ..runtime.stored import Stored
 from .format import CheckpointConfig
+from .names import TensorNames
 from .record import Record
 from .saving import CONFIG
 from .skeleton import check_blocks, skeleton
@@ -42,21 +40,7 @@ class Contents:
         self._model = model
         self._tensors = model.state_dict()
         self._exact = set(_format_tensors(model))
-        transforms = get_model_conversion_mapping(model)
-        self._renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
-        self._converters = [each for each in transforms if isinstance(each, WeightConverter)]
-
-    def place(self, name: str) -> str | None:
-        """What a tensor of the files is called in the model, None where it has none such; of tied ones, the first."""
-        prefix, tensors = self._model.base_model_prefix, self._tensors
-        placed, _ = rename_source_key(name, self._renamings, self._converters, prefix, tensors)
-        if placed not in tensors and name in tensors:
-            placed, _ = rename_source_key(name, [], [], prefix, tensors)
-        return self._source(placed) if placed in tensors else None
-
-    def _source(self, name: str) -> str:
-        tied: Mapping[str, str] = self._model.all_tied_weights_keys
-        return tied.get(name, name)
+        self._names = TensorNames(model, self._tensors)
 
     def check(self, name: str, stored: Entry, model_dtype: torch.dtype | None) -> str | None:
         """See that a tensor of the files is as it must be; returns what it is called in the model, if it has it.
@@ -69,7 +53,7 @@ class Contents:
         Raises:
             CheckpointError: dtype or shape differ.
         """
-        placed = self.place(name)
+        placed = self._names.place(name)
         if placed is None:
             return None
         wanted = self._tensors[placed]
@@ -111,8 +95,8 @@ class Contents:
     def missing(self, found: Iterable[str]) -> list[str]:
         """Tensors of the model that are not among those of the files, by their names in the model."""
         ignored = self._model._keys_to_ignore_on_load_missing or ()
-        wanted = {self._source(name) for name in self._tensors if not _matches(name, ignored)}
-        return sorted(wanted - {self.place(name) for name in found})
+        wanted = {self._names.first(name) for name in self._tensors if not _matches(name, ignored)}
+        return sorted(wanted - {self._names.place(name) for name in found})
 
     def _refuse_unknown(self, name: str, stored: Entry) -> None:
         ignored = self._model._keys_to_ignore_on_load_unexpected or ()

@@ -27,7 +27,7 @@ from transformers.utils.hub import cached_file
 
 from ..calibration.text import default_length
 from ..errors import CheckpointError, InvalidInputError, TardisError, UnsupportedModelError
-from ..families.table import FAMILIES, family_of
+from ..families.table import SUPPORTED, family_of
 from ..families.table import position_limit as model_positions
 from ..report import FoldReport
 from .format import METHOD, PREFIX, CheckpointConfig, stock_name
@@ -89,8 +89,7 @@ def load_config(model: str) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(model)
     except ValueError as error:
         raise UnsupportedModelError(
-            f"{model}: transformers does not know this kind of model ({_first_line(error)}). TARDIS folds these "
-            f"families: {', '.join(sorted(FAMILIES))}; choose a model of one of them."
+            f"{model}: transformers does not know this kind of model ({_first_line(error)}). {SUPPORTED}"
         ) from error
     except OSError as error:
         raise _not_found(model, error) from error

@@ -17,6 +17,7 @@ from ..runtime.linears.placing import check_bits, empty_like, linear_layers, put
 from ..runtime.modules import FoldedFFN
 from ..runtime.placing import install
 from .format import CheckpointConfig, stock_name
+from .names import spelled
 
 #: blocks of a model whose weight files are not known yet: more would take minutes to make, and no model has them
 _MOST_BLOCKS = 10_000
@@ -57,7 +58,7 @@ def install_folds(model: PreTrainedModel, settings: CheckpointConfig) -> None:
         CheckpointError: the model has no such layers, or config.json describes them as what they cannot be.
     """
     formats = settings.formats()
-    sites = {_name_in(formats, model, site): site for site in find_ffns(model)}
+    sites = {spelled(model, site.prefix, formats) or site.prefix: site for site in find_ffns(model)}
     unknown = sorted(set(formats) - set(sites))
     if unknown:
         raise CheckpointError(
@@ -106,19 +107,11 @@ def _check_fits(name: str, layer: FoldFormat, site: FFNSite) -> None:
         )
 
 
-def _name_in(layers: dict[str, FoldFormat], model: PreTrainedModel, site: FFNSite) -> str:
-    """The name under which the checkpoint has the FFN; with and without LM head it differs by the base's prefix."""
-    base = model.base_model_prefix + "."
-    names = (site.prefix, base + site.prefix, site.prefix.removeprefix(base))
-    return next((name for name in names if name in layers), site.prefix)
-
-
 def _install_empty_linear(model: PreTrainedModel, name: str, bits: int) -> None:
     """Put an empty low-bit layer in the place of a linear layer; a model without its head leaves out those of that."""
-    base = model.base_model_prefix + "."
     dense = linear_layers(model)
-    found = next((each for each in (name, base + name, name.removeprefix(base)) if each in dense), None)
-    if found is None and model.base_model is model and not name.startswith(base):
+    found = spelled(model, name, dense)
+    if found is None and model.base_model is model and not name.startswith(f"{model.base_model_prefix}."):
         return
     if found is None:
         raise CheckpointError(

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..calibration.text import Tokenizer, check_windows, encode
 from ..errors import InvalidInputError
-from ..families.table import family_of
+from ..families.table import family_of, vocabulary
 from ..report import Progress
 
 _LOGITS_AT_ONCE = 2**24  # elements of the largest tensor
@@ -103,8 +103,7 @@ def _exp_mean(values: Tensor) -> tuple[float, float]:
 
 def _losses(model: PreTrainedModel, windows: Tensor, progress: Progress | None) -> Iterator[Tensor]:
     """Mean negative log-likelihood per token of each window, batch by batch, [batch] fp64."""
-    vocabulary = model.config.get_text_config().vocab_size
-    batch = max(1, _LOGITS_AT_ONCE // (windows.shape[1] * vocabulary))
+    batch = max(1, _LOGITS_AT_ONCE // (windows.shape[1] * vocabulary(model)))
     for done in range(0, len(windows), batch):
         ids = windows[done : done + batch]
         logits = model(input_ids=ids, use_cache=False).logits

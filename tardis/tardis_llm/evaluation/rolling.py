@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration.text import check_length, check_tokens
 from ..errors import InvalidInputError
-from ..families.table import family_of
+from ..families.table import family_of, vocabulary
 from ..report import Progress
 
 _STAGE = "measuring word perplexity"
@@ -237,11 +237,11 @@ def _losses(
     model: PreTrainedModel, windows: list[_Window], progress: Progress | None
 ) -> Iterator[tuple[_Window, float]]:
     """Each window with the negative log-likelihood of what it predicts, in batches of equally long ones."""
-    vocabulary, done = model.config.get_text_config().vocab_size, 0
+    most, done = _LOGITS_AT_ONCE // vocabulary(model), 0  # tokens at once
     ordered = sorted(windows, key=lambda window: -len(window.tokens))
     for size, group in groupby(ordered, key=lambda window: len(window.tokens)):
         same = list(group)
-        batch = max(1, _LOGITS_AT_ONCE // (size * vocabulary))
+        batch = max(1, most // size)
         for first in range(0, len(same), batch):
             some = same[first : first + batch]
             ids = torch.tensor([window.tokens for window in some], device=model.device)

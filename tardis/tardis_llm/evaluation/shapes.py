@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from ..checkpoint.folded import save_folded
 from ..errors import InvalidInputError
 from ..families.sites import FFNSite, find_ffns
+from ..families.table import vocabulary
 from ..ffn.accounting import cost
 from ..ffn.weights import FoldedWeights, Storage, written_out
 from ..report import FoldReport, LayerReport
@@ -227,8 +228,7 @@ def _inputs(model: PreTrainedModel, sites: list[FFNSite]) -> list[Tensor]:
         found.append(args[0].reshape(-1, args[0].shape[-1]))
 
     hooks = [site.up.register_forward_pre_hook(enter) for site in sites]
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.randint(vocabulary, (1, _PROBE), generator=torch.Generator().manual_seed(2))
+    ids = torch.randint(vocabulary(model), (1, _PROBE), generator=torch.Generator().manual_seed(2))
     try:
         model(input_ids=ids, use_cache=False)
     finally:

@@ -23,7 +23,7 @@ from transformers import Cache, PreTrainedModel, StaticCache
 
 from ..errors import InvalidInputError
 from ..families.sites import FFNSite
-from ..families.table import position_limit
+from ..families.table import position_limit, vocabulary
 from ..ffn.weights import DenseFFN, nbytes
 from ..report import Progress
 from ..runtime.backend import dense_ffn
@@ -240,9 +240,9 @@ def _call_of(model: PreTrainedModel, ffn: FoldedFFN, tokens: int) -> tuple[Tenso
     """What a folded FFN gets when the model sees so many random tokens: x [tokens, d], and the dense weights."""
     calls: list[tuple[Tensor, DenseFFN]] = []
     handle = ffn.register_forward_pre_hook(lambda module, args: calls.append(args))
-    config = model.config.get_text_config()
     length = min(tokens, position_limit(model.config) or tokens)
-    ids = torch.randint(config.vocab_size, (-(-tokens // length), length), generator=torch.Generator().manual_seed(4))
+    shape = -(-tokens // length), length
+    ids = torch.randint(vocabulary(model), shape, generator=torch.Generator().manual_seed(4))
     try:
         with torch.no_grad():
             model(input_ids=ids, use_cache=False)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ..errors import InvalidInputError
 from ..families.sites import FFNSite
+from ..families.table import vocabulary
 from ..runtime.linears.placing import low_bit_copies, put_linears, through_kernels
 from ..runtime.modules import FoldedFFN
 from ..runtime.placing import folded_ffns
@@ -45,8 +46,7 @@ class Variant:
 
     def prompt(self, batch: int, tokens: int) -> Tensor:
         """Random token ids [batch, tokens]."""
-        vocabulary = self.model.config.get_text_config().vocab_size
-        return torch.randint(vocabulary, (batch, tokens), generator=torch.Generator().manual_seed(3))
+        return torch.randint(vocabulary(self.model), (batch, tokens), generator=torch.Generator().manual_seed(3))
 
 
 def rival(kind: str, model: PreTrainedModel) -> Variant:

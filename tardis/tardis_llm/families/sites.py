@@ -9,11 +9,11 @@ from functools import cached_property
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ..errors import InvalidInputError
 from ..ffn.activations import identify
 from ..ffn.weights import DenseFFN
+from .linear import bias_of, check_linear, weight_of
 from .table import Family, family_of
 
 
@@ -24,10 +24,13 @@ class FFNSite:
     Attributes:
         index: number of its block, from 0.
         prefix: full name of `parent` in the model; tensors of the folded FFN are called `<prefix>.tardis.*`.
-        up_name, activation_name, down_name: full names of the three parts in the model.
+        up_name, activation_name, down_name: full names of three parts in the model.
         block: the transformer block around the FFN.
         parent: the module that gets the child `tardis`; the block itself in OPT and BERT.
-        up, activation, down: the three parts.
+        up, activation, down: three parts; the inputs of `up` are those of the FFN.
+        gate: the gate projection; None where the FFN has none, or has it merged with `up`.
+        replaced: the dense modules whose places the folded FFN takes, by their full names: the parts of an FFN; of a
+            gated one, whose parts no single path joins, the module around them.
     """
 
     index: int
@@ -40,6 +43,42 @@ class FFNSite:
     up: nn.Module = field(repr=False)
     activation: nn.Module = field(repr=False)
     down: nn.Module = field(repr=False)
+    gate: nn.Module | None = field(repr=False)
+    replaced: dict[str, nn.Module] = field(repr=False)
+
+    @classmethod
+    def of(cls, family: Family, index: int, name: str, block: nn.Module) -> FFNSite:
+        """The FFN of a block.
+
+        Args:
+            family: of the model.
+            index: of the block.
+            name: full name of the block in the model.
+            block: the block.
+
+        Raises:
+            InvalidInputError: a part is missing.
+        """
+
+        def part(path: str) -> nn.Module:
+            return _submodule(block, path, name)
+
+        parts = {_join(name, path): part(path) for path in (family.up, family.activation, family.down)}
+        prefix, parent = _join(name, family.ffn), part(family.ffn)
+        return cls(
+            index=index,
+            prefix=prefix,
+            up_name=_join(name, family.up),
+            activation_name=_join(name, family.activation),
+            down_name=_join(name, family.down),
+            block=block,
+            parent=parent,
+            up=part(family.up),
+            activation=part(family.activation),
+            down=part(family.down),
+            gate=part(family.gate) if family.gate else None,
+            replaced={prefix: parent} if family.gated else parts,
+        )
 
     def weights(self) -> DenseFFN:
         """The dense weights as detached views, never copies, so writing to them writes to the model.
@@ -65,15 +104,16 @@ class FFNSite:
         Raises:
             InvalidInputError: a part is no dense linear layer, or their shapes do not fit together.
         """
-        w1, b1 = _linear(self.up, self.up_name)
-        w2, b2 = _linear(self.down, self.down_name)
+        check_linear(self.up, self.up_name)
+        check_linear(self.down, self.down_name)
+        w1, w2 = weight_of(self.up), weight_of(self.down)
         if w2.shape != w1.T.shape:
             raise InvalidInputError(
                 f"the parts of an FFN do not fit: {self.up_name} is {list(w1.shape)} and {self.down_name} is "
                 f"{list(w2.shape)} [out, in]; one must be the other reversed. Reload the model from a sound "
-                "checkpoint, or correct the row of its family in tardis_llm/families/table.py."
+                "checkpoint, or correct the parts that its Family names."
             )
-        return w1, b1, w2, b2
+        return w1, bias_of(self.up), w2, bias_of(self.down)
 
     @property
     def hidden_size(self) -> int:
@@ -86,29 +126,6 @@ class FFNSite:
         return self.parts()[0].shape[0]
 
 
-def _linear(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
-    """Weight [out, in] and bias [out] of an nn.Linear or a transformers Conv1D, which stores [in, out]."""
-    if not isinstance(module, nn.Linear | Conv1D):
-        raise InvalidInputError(
-            f"{name} is a {type(module).__name__}, not a linear layer. Merge adapters, and pass the original "
-            "model rather than one that is already folded or wrapped."
-        )
-    stored: Tensor = module.weight.detach()
-    if stored.ndim != 2 or not stored.is_floating_point():
-        raise InvalidInputError(
-            f"{name}.weight is {stored.dtype} of shape {list(stored.shape)}, not a floating matrix. Load the "
-            "model without quantisation, in float32, bfloat16 or float16."
-        )
-    weight = stored.T if isinstance(module, Conv1D) else stored
-    bias = None if module.bias is None else module.bias.detach()
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise InvalidInputError(
-            f"{name}.bias has shape {list(bias.shape)} but the layer has {weight.shape[0]} outputs. Reload "
-            "the model from a sound checkpoint."
-        )
-    return weight, bias
-
-
 def find_ffns(model: PreTrainedModel) -> list[FFNSite]:
     """Locate and check every FFN of a model, in the order of its blocks. Works on meta too.
 
@@ -118,33 +135,17 @@ def find_ffns(model: PreTrainedModel) -> list[FFNSite]:
     """
     family = family_of(model.config)
     name = layer_list_name(model)
-    sites = [_site(family, i, f"{name}.{i}", block) for i, block in enumerate(layer_list(model))]
+    sites = [FFNSite.of(family, i, f"{name}.{i}", block) for i, block in enumerate(layer_list(model))]
     for site in sites:
         site.parts()
     return sites
 
 
-def _site(family: Family, index: int, name: str, block: nn.Module) -> FFNSite:
-    """The FFN of one block, whose full name in the model is `name`."""
-    return FFNSite(
-        index=index,
-        prefix=_join(name, family.ffn),
-        up_name=_join(name, family.up),
-        activation_name=_join(name, family.activation),
-        down_name=_join(name, family.down),
-        block=block,
-        parent=_submodule(block, family.ffn, name),
-        up=_submodule(block, family.up, name),
-        activation=_submodule(block, family.activation, name),
-        down=_submodule(block, family.down, name),
-    )
-
-
 def ffn_linear_names(model: PreTrainedModel) -> set[str]:
-    """Full names of the up and down projections of every FFN, dense or folded."""
+    """Full names of the linear layers of every FFN, dense or folded."""
     family, name = family_of(model.config), layer_list_name(model)
     blocks = range(len(layer_list(model)))
-    return {_join(f"{name}.{block}", part) for block in blocks for part in (family.up, family.down)}
+    return {_join(f"{name}.{block}", part) for block in blocks for part in family.linears}
 
 
 def layer_list_name(model: PreTrainedModel) -> str:
@@ -215,8 +216,18 @@ def _submodule(module: nn.Module, path: str, name: str) -> nn.Module:
         return module.get_submodule(path)
     except AttributeError as error:
         raise InvalidInputError(
-            f"{name} has no module {path!r}. Pass an unmodified model, neither folded nor wrapped."
+            f"{name} has no module {path!r}: {_children(module, path, name)}. Pass an unmodified model, neither folded "
+            "nor wrapped, or correct the path in its Family."
         ) from error
+
+
+def _children(module: nn.Module, path: str, name: str) -> str:
+    """What is there in place of a missing module: the children of the last module on the path."""
+    first, _, rest = path.partition(".")
+    children = dict(module.named_children())
+    if first in children:
+        return _children(children[first], rest, f"{name}.{first}")
+    return f"{name} has {', '.join(children) or 'no modules'}"
 
 
 def _join(*names: str) -> str:

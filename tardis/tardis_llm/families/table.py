@@ -1,31 +1,58 @@
 """THE table of model families: where each FFN is and which of its parts are up, activation and down.
 
-Nothing else in TARDIS knows a family's attribute names. A new family is a row here and a line in the test.
+Nothing else in TARDIS knows a family's attribute names. A new family is a row here and a line in the test. A model of a
+family that is not here names its own: its config then has the fields of a `Family` under `NAMED`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..errors import UnsupportedModelError
+from ..errors import InvalidInputError, UnsupportedModelError
+
+#: the field of a model's config, and so of config.json, with the family that a user has named for it
+NAMED = "tardis_family"
 
 
 @dataclass(frozen=True)
 class Family:
-    """Where a family of transformers models keeps its FFNs, `down(activation(up(x)))`.
+    """Where the models of a family keep their FFNs, `down(activation(up(x)))`.
+
+    `fold(model, text, family=Family(...))` folds a model of a family that TARDIS does not know. Paths are dotted, such
+    as `mlp.fc1`; `print(model)` shows them.
 
     Attributes:
-        model_type: `config.model_type`.
-        layers: dotted path from `model.base_model` to the `nn.ModuleList` of blocks.
-        ffn: dotted path from a block to the module that gets the child `tardis`; "" for the block itself.
-        up, activation, down: dotted paths from a block to the three parts of its FFN.
-        causal: whether the family generates text from left to right.
-        refused_flags: config fields that, when true, make the FFN compute something else.
-        alibi: whether positions bias the attention; see `has_alibi`.
-        positions: config field that limits the length of a text; "" where nothing does.
-        padding_first: whether positions are counted from behind `pad_token_id`, so that as many fewer are left.
+        model_type: the family's name, which is `model.config.model_type`.
+        layers: path from `model.base_model` to the list of blocks, an `nn.ModuleList`.
+        ffn: path from a block to the module around its FFN; "" where that is the block itself.
+        up: path from a block to the up projection, a linear layer.
+        activation: path from a block to the module that computes the activation.
+        down: path from a block to the down projection, a linear layer.
+        gate: path from a block to the gate projection of a gated FFN, `down(activation(gate(x)) * up(x))`, which cannot
+            be folded yet; "" where there is none.
+        merged: whether `up` is gate and up projection in one layer, the gate's rows first; cannot be folded yet.
+        causal: whether a model generates text from left to right; an encoder does not.
+        refused_flags: fields of the config that, when true, make the FFN compute something else.
+        alibi: whether ALiBi (arXiv 2108.12409) biases the attention of every model of the family.
+        positions: field of the config that limits the tokens of a text; "" where nothing limits them.
+        padding_first: whether positions are counted from `pad_token_id + 1`, so that as many fewer are left.
+
+    Raises:
+        InvalidInputError: a field is of the wrong type.
+
+    Example:
+        >>> import torch
+        >>> from transformers import XGLMConfig, XGLMForCausalLM
+        >>> from tardis_llm import Family, FoldConfig, fold
+        >>> model = XGLMForCausalLM(XGLMConfig(vocab_size=256, d_model=32, ffn_dim=64, num_layers=1, attention_heads=2))
+        >>> family = Family("xglm", layers="layers", ffn="", up="fc1", activation="activation_fn", down="fc2")
+        >>> text = torch.randint(256, (24, 16))  # token ids; real text tells more
+        >>> fold(model.eval(), text, FoldConfig(reduction=0.3), family=family).layers[0].prefix
+        'model.layers.0'
     """
 
     model_type: str
@@ -34,11 +61,59 @@ class Family:
     up: str
     activation: str
     down: str
+    gate: str = ""
+    merged: bool = False
     causal: bool = True
     refused_flags: tuple[str, ...] = ()
     alibi: bool = False
     positions: str = "max_position_embeddings"
     padding_first: bool = False
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            many = isinstance(value, tuple) and all(isinstance(part, str) for part in value)
+            if ("tuple[str, ...]" if many else type(value).__name__) != each.type:
+                raise InvalidInputError(f"{each.name} of a Family is {value!r}, and {each.type} is wanted.")
+
+    @classmethod
+    def from_config(cls, values: object) -> Family:
+        """A family from its fields in a config; see `as_config`.
+
+        Raises:
+            InvalidInputError: a field is missing, unknown or of the wrong type.
+        """
+        if not isinstance(values, dict):
+            raise InvalidInputError(f"{NAMED} in the model's config is {values!r}; give it the fields of a Family.")
+        flags = values.get("refused_flags", [])
+        try:
+            return cls(**{**values, "refused_flags": tuple(flags) if isinstance(flags, list) else flags})
+        except TypeError as error:
+            raise InvalidInputError(f"{NAMED} in the model's config is no Family ({error}); correct it.") from error
+
+    def as_config(self) -> dict[str, Any]:
+        """The fields as they are in config.json, without those that have their default."""
+        found = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {each.name: found[each.name] for each in fields(self) if getattr(self, each.name) != each.default}
+
+    @property
+    def gated(self) -> bool:
+        """Whether the FFN has a gate, in a layer of its own or merged with up."""
+        return self.merged or bool(self.gate)
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Paths from a block to the linear layers of its FFN."""
+        return tuple(path for path in (self.gate, self.up, self.down) if path)
+
+    def locate(self, name: str) -> tuple[int, str] | None:
+        """The block that a module lies in, and its path from there; None where it lies in none.
+
+        Args:
+            name: of the module, in any model of the family: with a head or without, and in vLLM's.
+        """
+        found = re.search(rf"(?:^|\.){re.escape(self.layers)}\.(\d+)(?:\.(.+))?$", name)
+        return (int(found[1]), found[2] or "") if found else None
 
 
 _ROWS = (
@@ -72,6 +147,9 @@ _ROWS = (
 #: model_type -> row, for every supported family.
 FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}
 
+#: the end of the errors about models of other families
+SUPPORTED = f"TARDIS folds these families: {', '.join(sorted(FAMILIES))}; choose a model of one of them."
+
 
 _GATED = """
     afmoe aria_text bamba bitnet cohere cohere2 cohere2_moe cwm dbrx deepseek_v2 deepseek_v3
@@ -91,29 +169,32 @@ GATED_MODEL_TYPES: frozenset[str] = frozenset(_GATED.split())
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """The row of the table for a model's config.
+    """The family of a model: the one that its config names, or else the row of the table.
 
     Raises:
         UnsupportedModelError: a gated family, an unknown one, or a config flag under which the FFN differs.
+        InvalidInputError: the config names a family of another model, or what is none.
     """
-    supported = f"TARDIS folds these families: {', '.join(sorted(FAMILIES))}; choose a model of one of them."
-    kind = config.model_type
-    if kind in GATED_MODEL_TYPES:
+    kind, named = config.model_type, getattr(config, NAMED, None)
+    family = FAMILIES.get(kind) if named is None else Family.from_config(named)
+    if family.gated if family else kind in GATED_MODEL_TYPES:
         raise UnsupportedModelError(
-            f"{kind!r} has a gated FFN (SwiGLU or GeGLU), which is not supported yet. {supported}"
+            f"{kind!r} has a gated FFN (SwiGLU or GeGLU), which is not supported yet. {SUPPORTED}"
         )
-    if kind not in FAMILIES:
+    if family is None:
         raise UnsupportedModelError(
-            f"unknown model family {kind!r}. {supported} If its FFN is down(act(up(x))), you can add a row "
-            "for it to tardis_llm/families/table.py."
+            f"unknown model family {kind!r}. {SUPPORTED} If its FFN is down(act(up(x))), say where the parts are: give "
+            f"tardis_llm.fold a `family=Family(...)`, or write the fields of one as {NAMED!r} into config.json."
         )
-    for flag in FAMILIES[kind].refused_flags:
+    if family.model_type != kind:
+        raise InvalidInputError(f"the Family is of {family.model_type!r}, and the model of {kind!r}; give its own.")
+    for flag in family.refused_flags:
         if getattr(config, flag, False):
             raise UnsupportedModelError(
                 f"with config.{flag} the FFN of {kind!r} is not down(act(up(x))). Load the model with "
-                f"{flag}=False. {supported}"
+                f"{flag}=False. {SUPPORTED}"
             )
-    return FAMILIES[kind]
+    return family
 
 
 def has_alibi(config: PreTrainedConfig) -> bool:

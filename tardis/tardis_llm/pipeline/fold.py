@@ -17,8 +17,9 @@ from ..calibration.stream import Stream
 from ..calibration.text import Windows, check_enough, check_windows, split_windows
 from ..checkpoint.folded import mark_folded
 from ..config import FORMAT_VERSION, FoldConfig
+from ..families.naming import named
 from ..families.sites import FFNSite
-from ..families.table import family_of
+from ..families.table import NAMED, Family
 from ..ffn.accounting import Cost, cost
 from ..ffn.weights import FoldedWeights, FoldFormat
 from ..files import differences, digest
@@ -43,6 +44,7 @@ def fold(
     work: Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
+    family: Family | None = None,
 ) -> FoldReport:
     """Fold the FFNs of a model in place.
 
@@ -53,20 +55,22 @@ def fold(
         work: folder that keeps finished layers, so that an interrupted fold can resume. Without it nothing is kept.
         resume: go on with what `work` holds, to the same bytes as an uninterrupted fold.
         progress: told of each step.
+        family: where the FFNs are, of a model that TARDIS does not know; its config keeps it.
 
     Returns:
         The figures of the fold.
 
     Raises:
         UnsupportedModelError: the family or an activation is not supported.
-        InvalidInputError: NaN in the weights, too little text, a resume of another fold, or linear layers in 4 bits
-            without bitsandbytes.
+        InvalidInputError: NaN in the weights, too little text, a resume of another fold, linear layers in 4 bits
+            without bitsandbytes, or a family that does not fit the model.
         InfeasibleBudgetError: the reduction leaves no byte for fixing; says what is feasible.
     """
     config = config or FoldConfig()
     if not isinstance(calibration, Windows):
         calibration = split_windows(calibration, config.sequence_length or _AUTO_LENGTH, config.heldout)
-    sites, bits = check_fold(model, calibration, config)
+    with named(model, family):
+        sites, bits = check_fold(model, calibration, config)
     fingerprint = _fingerprint(model, calibration, config)
     with (
         Workspace.open(work, fingerprint, resume) if work else nullcontext() as workspace,
@@ -195,9 +199,10 @@ def _layer_report(site: FFNSite, layer: LayerPlan, cost: Cost, quality: FoldQual
 def _fingerprint(model: PreTrainedModel, windows: Windows, config: FoldConfig) -> dict[str, Any]:
     """What must agree for a fold to go on to the same bytes."""
     settings = {name: list(value) if isinstance(value, tuple) else value for name, value in config.as_dict().items()}
+    family = getattr(model.config, NAMED, None) or model.config.model_type
     return {
         "format_version": FORMAT_VERSION,
-        "model": {"family": family_of(model.config).model_type, "sha256": digest(model.state_dict().values())},
+        "model": {"family": family, "sha256": digest(model.state_dict().values())},
         "text": {"sha256": digest([windows.fit, windows.heldout])},
         "config": settings,
         "software": {"torch": torch.__version__, "transformers": transformers.__version__},

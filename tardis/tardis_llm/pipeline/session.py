@@ -13,6 +13,7 @@ from ..calibration.stream import Stream
 from ..calibration.text import Windows
 from ..config import FoldConfig
 from ..errors import InvalidInputError
+from ..families.naming import check_wiring
 from ..families.sites import FFNSite, find_ffns
 from ..ffn.accounting import Cost, planned
 from ..ffn.weights import DenseFFN
@@ -102,4 +103,5 @@ def choose_sites(model: PreTrainedModel, config: FoldConfig) -> list[FFNSite]:
         sites = [site for site in sites if site.index in config.layers]
     for site in sites:
         sound_weights(site)
+    check_wiring(model, sites)
     return sites

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..allocator import contiguous_in_huge_pages
+from ..families.linear import is_transposed
 from ..families.sites import FFNSite, set_module
 from ..ffn.weights import DenseFFN, FoldedWeights
 from .backend import REFERENCE, backend_for
@@ -27,7 +28,6 @@ class KeptLinear(Stored):
 
     Args:
         linear: whose weights to keep.
-        transposed: whether it stores its weight as [in, out].
         stacked: whether low-bit weights stand for the weight. It is then empty, but there: a loader that does not know
             TARDIS stops at its shape, where it would draw a missing one at random.
     """
@@ -35,9 +35,9 @@ class KeptLinear(Stored):
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, linear: nn.Module, transposed: bool, stacked: bool) -> None:
+    def __init__(self, linear: nn.Module, stacked: bool) -> None:
         super().__init__()
-        self.transposed = transposed
+        self._transposed = is_transposed(linear)
         self._trained = [name for name, part in linear.named_parameters(recurse=False) if part.requires_grad]
         for name in ("weight", "bias"):
             self.register_parameter(name, getattr(linear, name))
@@ -48,7 +48,7 @@ class KeptLinear(Stored):
     @property
     def matrix(self) -> Tensor:
         """The weight as [out, in]; empty where low-bit weights stand for it."""
-        return self.weight.T if self.transposed and self.weight.dim() == 2 else self.weight
+        return self.weight.T if self._transposed and self.weight.dim() == 2 else self.weight
 
     def lay_out(self, neurons: int) -> None:
         """Lay the weight out anew in memory so that each neuron's numbers are consecutive; values and shape stay.
@@ -61,7 +61,7 @@ class KeptLinear(Stored):
         with changing_layout():
             if not self._lies_by(neurons):  # no other thread was quicker
                 matrix = contiguous_in_huge_pages(self.matrix.transpose(0, neurons)).transpose(0, neurons)
-                self.weight.data = matrix.T if self.transposed else matrix
+                self.weight.data = matrix.T if self._transposed else matrix
 
     def _lies_by(self, neurons: int) -> bool:
         return self.matrix.transpose(0, neurons).is_contiguous()
@@ -82,8 +82,8 @@ class KeptLinear(Stored):
 class FoldedDown(KeptLinear):
     """The down projection of a folded FFN: gets the FFN's input x and returns its output."""
 
-    def __init__(self, linear: nn.Module, transposed: bool, up: KeptLinear, ffn: FoldedFFN) -> None:
-        super().__init__(linear, transposed, stacked=ffn.stacked)
+    def __init__(self, linear: nn.Module, up: KeptLinear, ffn: FoldedFFN) -> None:
+        super().__init__(linear, stacked=ffn.stacked)
         self._others = (up, ffn)  # in a tuple, so that they are not registered, and saved, twice
 
     @property
@@ -119,11 +119,10 @@ class FoldedDown(KeptLinear):
 
 def install(model: nn.Module, site: FFNSite, ffn: FoldedFFN) -> None:
     """Put a folded FFN into the model at `site`. Dense weights are shared, not copied; stacked, they are left out."""
-    transposed = not isinstance(site.up, nn.Linear)  # transformers' Conv1D
-    up = KeptLinear(site.up, transposed, stacked=ffn.stacked)
+    up = KeptLinear(site.up, stacked=ffn.stacked)
     set_module(model, site.up_name, up)
     set_module(model, site.activation_name, nn.Identity())
-    set_module(model, site.down_name, FoldedDown(site.down, transposed, up, ffn))
+    set_module(model, site.down_name, FoldedDown(site.down, up, ffn))
     site.parent.add_module("tardis", ffn)
 
 
@@ -136,7 +135,7 @@ def uninstall(model: nn.Module, site: FFNSite) -> None:
         kept = model.get_submodule(name)
         assert isinstance(kept, KeptLinear), "installed before"
         kept.release(part)
-    for name, part in ((site.up_name, site.up), (site.activation_name, site.activation), (site.down_name, site.down)):
+    for name, part in site.replaced.items():
         set_module(model, name, part)
     del site.parent.tardis
 

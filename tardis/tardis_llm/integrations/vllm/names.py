@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 
 from transformers import PreTrainedConfig
@@ -10,7 +9,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ...checkpoint.format import PREFIX, CheckpointConfig, stock_name
 from ...errors import CheckpointError, UnsupportedModelError
-from ...families.table import FAMILIES, Family, family_of
+from ...families.table import FAMILIES, NAMED, Family, family_of
 from ...runtime.linears.placing import check_bits
 
 #: the key of the mode of prompts, a `Prefill`, in vLLM's `additional_config`
@@ -29,13 +28,18 @@ def check_served(config: PreTrainedConfig) -> Family:
         UnsupportedModelError: TARDIS does not fold such models, they are encoders, or vLLM has none.
         CheckpointError, InvalidInputError: see `linear_bits`.
     """
-    from vllm import ModelRegistry
-
     family = family_of(config)
+    if getattr(config, NAMED, None):
+        raise UnsupportedModelError(
+            f"config.json names the parts of this model's FFNs as {NAMED!r}, and vLLM serves families of TARDIS' table "
+            "only; use transformers (`tardis generate`)."
+        )
     if not family.causal:
         raise UnsupportedModelError(
             f"in vLLM, folded encoders such as {family.model_type} are not served; use transformers."
         )
+    from vllm import ModelRegistry
+
     linear_bits(CheckpointConfig.read(config.quantization_config).linears)
     stock = stock_name(config)
     if stock not in ModelRegistry.get_supported_archs():
@@ -54,13 +58,13 @@ def block_index(name: str, family: Family) -> int:
     Raises:
         CheckpointError: it lies in none.
     """
-    found = re.search(rf"(?:^|\.){re.escape(family.layers)}\.(\d+)(?:\.|$)", name)
+    found = family.locate(name)
     if found is None:
         raise CheckpointError(
             f"config.json folds {name!r}, which is in no block of a {family.model_type} model; copy config.json anew, "
             "or fold the model again."
         )
-    return int(found[1])
+    return found[0]
 
 
 def linear_bits(linears: Mapping[str, int]) -> int | None:
@@ -94,20 +98,19 @@ class Projections:
     """
 
     def __init__(self, family: Family, stacked: Iterable[int], linears: Iterable[str]) -> None:
-        layers, parts = re.escape(family.layers), "|".join(map(re.escape, (family.up, family.down)))
-        self._projection = re.compile(rf"(?:^|\.)({layers}\.\d+\.(?:{parts}))$")
-        self._empty = {f"{family.layers}.{index}.{part}" for index in stacked for part in (family.up, family.down)}
+        self._family, self._stacked = family, frozenset(stacked)
         self._few = {self._of_ffn(name) for name in linears} | {None}
 
     def empty(self, name: str) -> bool:
         """Whether a layer has no weight."""
-        return self._of_ffn(name) in self._empty
+        found = self._of_ffn(name)
+        return found is not None and found[0] in self._stacked
 
     def in_few_bits(self, name: str) -> bool:
         """Whether a layer is in few bits, where some are."""
         return self._of_ffn(name) in self._few
 
-    def _of_ffn(self, name: str) -> str | None:
-        """What of a name says which projection of which FFN it is; None for other layers."""
-        found = self._projection.search(name)
-        return found[1] if found else None
+    def _of_ffn(self, name: str) -> tuple[int, str] | None:
+        """The block and the projection of its FFN that a layer is; None for other layers."""
+        found = self._family.locate(name)
+        return found if found and found[1] in self._family.linears else None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ...families.linear import is_transposed, turned
 from ..backend import linear
 from ..stored import LaidOut, refuse_training
 
@@ -35,10 +36,10 @@ class ThroughKernels(LaidOut):
         return linear(x, self._layout or self.current, self.bias)
 
     def _get(self) -> Tensor:
-        return self.weight
+        return turned(self, self.weight)
 
     def _set(self, matrix: Tensor) -> None:
-        self.weight = nn.Parameter(matrix, requires_grad=False)
+        self.weight = nn.Parameter(turned(self, matrix), requires_grad=False)
 
     def _clear(self) -> None:
         self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
@@ -50,12 +51,6 @@ class KernelLinear(ThroughKernels, nn.Linear):
 
 class KernelConv1D(ThroughKernels, Conv1D):
     """Conv1D of transformers by the kernels: its weight is [in, out], and lies in memory as its transpose."""
-
-    def _get(self) -> Tensor:
-        return self.weight.T
-
-    def _set(self, matrix: Tensor) -> None:
-        super()._set(matrix.T)
 
 
 def lay_out_linears(model: nn.Module) -> None:
@@ -73,10 +68,10 @@ def kernel_linear(layer: nn.Module) -> ThroughKernels:
 
     The weight of a Conv1D is laid out anew, in a copy: the kernels read a weight output by output.
     """
-    kind = KernelConv1D if isinstance(layer, Conv1D) else KernelLinear
+    kind = KernelConv1D if is_transposed(layer) else KernelLinear
     made = kind.__new__(kind)
     made.__dict__ = {**layer.__dict__, "_parameters": dict(layer._parameters)}
-    if isinstance(made, KernelConv1D):
+    if is_transposed(made):
         weight = made.weight
         made.weight = nn.Parameter(weight.detach().T.contiguous().T, requires_grad=weight.requires_grad)
     return made

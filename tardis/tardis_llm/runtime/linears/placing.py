@@ -8,11 +8,11 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ...errors import InvalidInputError
+from ...families.linear import bias_of, is_linear, weight_of
 from ...families.sites import ffn_linear_names, set_module
 from ...report import LinearsReport
 from ..cpu.library import available
@@ -51,7 +51,8 @@ def low_bit_copies(model: PreTrainedModel, bits: int, *, ffn: bool = False) -> d
         InvalidInputError: the bits are none of these, bitsandbytes is not installed, or a weight is not finite.
     """
     check_bits(bits)
-    return {name: KINDS[bits].of(*_dense_parts(layer)) for name, layer in linear_layers(model, ffn=ffn).items()}
+    layers = linear_layers(model, ffn=ffn)
+    return {name: KINDS[bits].of(weight_of(layer), bias_of(layer)) for name, layer in layers.items()}
 
 
 def put_linears(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -76,7 +77,7 @@ def linear_layers(model: PreTrainedModel, *, ffn: bool = False) -> dict[str, nn.
     """The dense linear layers of a model by name, those of its dense FFNs only with `ffn`."""
     left_out = set() if ffn else ffn_linear_names(model)
     found = model.named_modules()
-    return {name: layer for name, layer in found if isinstance(layer, nn.Linear | Conv1D) and name not in left_out}
+    return {name: layer for name, layer in found if is_linear(layer) and name not in left_out}
 
 
 def low_bit_linears(model: nn.Module) -> dict[str, LowBitLinear]:
@@ -109,8 +110,8 @@ def refuse_resizing(*sizes: object, **options: object) -> None:
 
 def empty_like(layer: nn.Module, bits: int) -> LowBitLinear:
     """A low-bit layer without content in the place of a dense one, whose bias it takes."""
-    weight, bias = _dense_parts(layer)
-    return KINDS[bits].empty((weight.shape[0], weight.shape[1]), bias, weight.dtype, weight.device)
+    weight = weight_of(layer)
+    return KINDS[bits].empty((weight.shape[0], weight.shape[1]), bias_of(layer), weight.dtype, weight.device)
 
 
 def check_bits(bits: int) -> None:
@@ -122,10 +123,3 @@ def check_bits(bits: int) -> None:
             "linear layers in int4 need bitsandbytes, which is not installed. Run pip install 'tardis-llm[quant]', or "
             "store them in int8, which needs nothing more."
         )
-
-
-def _dense_parts(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight [out, in] and bias of a dense linear layer."""
-    weight = layer.get_parameter("weight").detach()
-    bias = getattr(layer, "bias", None)
-    return weight.T if isinstance(layer, Conv1D) else weight, bias

@@ -31,9 +31,10 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from tardis_llm.errors import InvalidInputError, UnsupportedModelError
-from tardis_llm.families.sites import find_ffns, layer_list, set_module
-from tardis_llm.families.table import FAMILIES, GATED_MODEL_TYPES, family_of
+from tardis_llm.families.sites import FFNSite, find_ffns, layer_list, set_module
+from tardis_llm.families.table import FAMILIES, GATED_MODEL_TYPES, Family, family_of
 from tardis_llm.ffn.activations import ACTIVATIONS, identify
+from tardis_llm.integrations.vllm.names import Projections
 
 every_family = pytest.mark.parametrize("name", FAMILY_NAMES)
 
@@ -55,6 +56,13 @@ def test_each_block_has_one_ffn_site_named_as_in_the_model(name: str) -> None:
         assert model.get_submodule(site.down_name) is site.down
         assert (site.hidden_size, site.intermediate_size) == (D, INTERMEDIATE)
         assert f"{site.up_name}.weight" in model.state_dict()
+        assert list(site.replaced) == [site.up_name, site.activation_name, site.down_name]
+        assert all(model.get_submodule(name) is part for name, part in site.replaced.items())
+        family = FAMILIES[model.config.model_type]
+        assert [family.locate(name) for name in (site.prefix, site.up_name)] == [
+            (site.index, family.ffn),
+            (site.index, family.up),
+        ]
 
 
 @every_family
@@ -111,9 +119,36 @@ def test_a_gated_model_is_refused_as_not_supported_yet() -> None:
         find_ffns(LlamaForCausalLM(config))
 
 
+def test_the_site_of_a_gated_ffn_exposes_the_gate_and_is_replaced_whole() -> None:
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, vocab_size=320
+    )
+    mlp = ("layers", "mlp", "mlp.up_proj", "mlp.act_fn", "mlp.down_proj")
+    block = LlamaForCausalLM(config).model.layers[0]
+    family = Family("llama", *mlp, gate="mlp.gate_proj")
+    site = FFNSite.of(family, 0, "model.layers.0", block)
+    assert (site.gate, site.up) == (block.mlp.gate_proj, block.mlp.up_proj)
+    assert site.replaced == {"model.layers.0.mlp": block.mlp}
+    assert family.linears == ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    assert Family("phi3", "layers", "mlp", "mlp.gate_up_proj", *mlp[3:], merged=True).linears == (
+        "mlp.gate_up_proj",
+        "mlp.down_proj",
+    )
+
+
+def test_projections_are_known_by_block_and_part_whatever_stands_before() -> None:
+    linears = ["model.decoder.layers.0.self_attn.q_proj", "model.decoder.layers.0.fc1"]
+    known = Projections(FAMILIES["opt"], stacked=[1], linears=linears)
+    names = ["decoder.layers.1.fc2", "model.decoder.layers.1.fc1", "model.decoder.layers.0.fc2", "layers.1.fc1"]
+    assert [known.empty(name) for name in names] == [True, True, False, False]
+    assert not known.empty("model.decoder.layers.1.self_attn.qkv_proj")
+    assert all(map(known.in_few_bits, ["lm_head", "decoder.layers.0.fc1", "decoder.layers.2.self_attn.out_proj"]))
+    assert not known.in_few_bits("decoder.layers.0.fc2")
+
+
 def test_an_unknown_family_is_refused_with_the_supported_list() -> None:
     config = T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=320)
-    with pytest.raises(UnsupportedModelError, match=r"unknown model family 't5'.*bert, bloom.*add a row"):
+    with pytest.raises(UnsupportedModelError, match=r"unknown model family 't5'.*bert, bloom.*`family=Family"):
         find_ffns(T5ForConditionalGeneration(config))
 
 
@@ -138,7 +173,7 @@ def test_parts_of_different_width_are_refused_by_name() -> None:
     ("name", "part", "message"),
     [
         ("transformer.h.0.mlp.c_fc", nn.Identity(), "c_fc is a Identity, not a linear layer"),
-        ("transformer.h.0.mlp", nn.Identity(), "no module 'mlp.c_fc'"),
+        ("transformer.h.0.mlp", nn.Identity(), "no module 'mlp.c_fc': transformer.h.0.mlp has no modules"),
         ("transformer.h", nn.Sequential(), "not a ModuleList"),
     ],
 )
@@ -164,7 +199,7 @@ def test_set_module_replaces_a_module_adds_a_child_and_refuses_a_missing_parent(
     set_module(model, "transformer.h.1.mlp.act", new)
     set_module(model, "transformer.h.1.mlp.tardis", new)
     assert model.transformer.h[1].mlp.act is model.transformer.h[1].mlp.tardis is new
-    with pytest.raises(InvalidInputError, match=r"no module 'transformer\.h\.9\.mlp'"):
+    with pytest.raises(InvalidInputError, match=r"no module 'transformer\.h\.9\.mlp': .*transformer.h has 0, 1, 2\."):
         set_module(model, "transformer.h.9.mlp.tardis", new)
 
 

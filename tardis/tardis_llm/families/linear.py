@@ -1,0 +1,71 @@
+"""Linear layers, whichever way they store their weight: `nn.Linear` as [out, in], transformers' `Conv1D` as [in, out].
+
+Nothing else tells the two apart.
+"""
+
+from __future__ import annotations
+
+from typing import TypeGuard
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import InvalidInputError
+
+
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
+    """Whether a module is a dense linear layer."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether a layer stores its weight as [in, out]."""
+    return isinstance(layer, Conv1D)
+
+
+def turned(layer: nn.Module, weight: Tensor) -> Tensor:
+    """A view of a weight turned from the way in which the layer stores it to [out, in], or from [out, in] to that way.
+
+    A weight without content, which is no matrix, stays as it is.
+    """
+    return weight.T if is_transposed(layer) and weight.dim() == 2 else weight
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weight [out, in] of a linear layer, a detached view: writing to it writes to the layer."""
+    return turned(layer, layer.get_parameter("weight").detach())
+
+
+def bias_of(layer: nn.Module) -> Tensor | None:
+    """The bias [out] of a linear layer, a detached view; None without one."""
+    bias = getattr(layer, "bias", None)
+    return bias.detach() if isinstance(bias, Tensor) else None
+
+
+def check_linear(module: nn.Module, name: str) -> None:
+    """See that a module is a linear layer with a floating weight, and a bias that fits it.
+
+    Args:
+        module: of a model, on any device, meta too.
+        name: of the module, for the error.
+
+    Raises:
+        InvalidInputError: it is not.
+    """
+    if not is_linear(module):
+        raise InvalidInputError(
+            f"{name} is a {type(module).__name__}, not a linear layer. Merge adapters, and pass the original "
+            "model rather than one that is already folded or wrapped."
+        )
+    weight, bias = module.weight, bias_of(module)
+    if weight.ndim != 2 or not weight.is_floating_point():
+        raise InvalidInputError(
+            f"{name}.weight is {weight.dtype} of shape {list(weight.shape)}, not a floating matrix. Load the "
+            "model without quantisation, in float32, bfloat16 or float16."
+        )
+    outputs = len(weight_of(module))
+    if bias is not None and bias.shape != (outputs,):
+        raise InvalidInputError(
+            f"{name}.bias has shape {list(bias.shape)} but the layer has {outputs} outputs. Reload "
+            "the model from a sound checkpoint."
+        )
