@@ -40,8 +40,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tardis_llm.config import Storage
+from tardis_llm.evaluation.machine import cpu_name
 from tardis_llm.evaluation.shapes import SHAPES, save_random_fold, shaped_model
-from tardis_llm.evaluation.speed import Ratio, cpu_name
+from tardis_llm.evaluation.turns import Ratio
 
 _VARIANTS = ("dense", "folded")
 _PROMPT, _LENGTH = 32, 512  # tokens of a prompt if nothing else is said, and the most of a request

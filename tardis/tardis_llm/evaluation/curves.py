@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-from .compare import Row
 from .methods import DENSE
 from .plots import STYLE
+from .rows import Row
 
 
 class Series(NamedTuple):

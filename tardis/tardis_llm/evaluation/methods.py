@@ -92,7 +92,7 @@ def _number(part: str, given: str) -> float:
         raise InvalidInputError(f"{part!r} has no number behind @; write for example tardis@0.8.") from error
 
 
-def compress(
+def apply_method(
     method: Method,
     model: PreTrainedModel,
     windows: Windows,

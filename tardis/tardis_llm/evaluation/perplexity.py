@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +28,12 @@ class Perplexity:
         value: the perplexity; NaN or infinite where the model's output is.
         standard_error: of `value`, from the variation between windows.
         tokens: tokens predicted; the first of each window is context only.
-        windows: how many.
+        windows: number of windows.
         length: tokens per window.
         losses: [windows] fp64, mean negative log-likelihood of each window.
     """
+
+    kind: ClassVar[str] = "token perplexity"
 
     value: float
     standard_error: float
@@ -42,13 +44,17 @@ class Perplexity:
 
     @classmethod
     def of(cls, losses: Tensor, length: int) -> Perplexity:
-        """From the mean negative log-likelihood of each window, [windows] fp64, two at least."""
+        """The perplexity of two windows or more, from the mean negative log-likelihood of each, [windows] fp64."""
         value, error = _exp_mean(losses)
         return cls(value, error, len(losses) * (length - 1), len(losses), length, losses)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, without those of single windows."""
         return {key: value for key, value in vars(self).items() if key != "losses"}
+
+    def sentence(self) -> str:
+        """What was measured on, for people."""
+        return f"{self.tokens:,} tokens predicted in {self.windows:,} windows of {self.length}"
 
     def ratio(self, reference: Perplexity) -> tuple[float, float]:
         """This perplexity over another on the same windows, and its standard error.

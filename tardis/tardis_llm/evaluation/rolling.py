@@ -45,8 +45,8 @@ class Document:
 
     Attributes:
         text: what is scored.
-        words: number of them, before detokenising.
-        bytes: number of them in UTF-8, before detokenising.
+        words: number of words, before detokenising.
+        bytes: number of bytes in UTF-8, before detokenising.
     """
 
     text: str
@@ -55,7 +55,7 @@ class Document:
 
     @classmethod
     def of(cls, text: str, raw: bool = False) -> Document:
-        """Detokenised if it is raw WikiText. Words are what lies between white space, empty ends included."""
+        """A text as a document; raw WikiText is detokenised. White space separates words, empty ends included."""
         return cls(detokenise(text) if raw else text, len(re.split(r"\s+", text)), len(text.encode("utf-8")))
 
 
@@ -66,11 +66,11 @@ class WordPerplexity:
     Attributes:
         value: the perplexity; NaN or infinite where the model's output is.
         standard_error: of `value`, from the variation between documents.
-        byte_perplexity: the same by bytes.
-        documents: how many.
-        words: in all.
-        bytes: in all.
-        tokens: predicted, which is all of them.
+        byte_perplexity: `exp` of the negative log-likelihood per byte.
+        documents: number of documents.
+        words: number of words in all documents.
+        bytes: number of bytes in all documents.
+        tokens: number of tokens in all documents; each is predicted.
         length: tokens that the model sees at once.
         losses: [documents] fp64, negative log-likelihood of each.
         counts: [documents] fp64, words of each.
@@ -91,7 +91,7 @@ class WordPerplexity:
 
     @classmethod
     def of(cls, documents: Sequence[Document], losses: Tensor, tokens: int, length: int) -> WordPerplexity:
-        """From the negative log-likelihood of each document, [documents] fp64, two at least."""
+        """The perplexity of two documents or more, from the negative log-likelihood of each, [documents] fp64."""
         counts = torch.tensor([document.words for document in documents], dtype=torch.float64)
         size = sum(document.bytes for document in documents)
         value, error = _exp_ratio(losses, counts)
@@ -104,6 +104,13 @@ class WordPerplexity:
         """Plain values, without those of single documents."""
         values = {key: value for key, value in vars(self).items() if key not in ("losses", "counts")}
         return {"kind": self.kind, **values}
+
+    def sentence(self) -> str:
+        """What was measured on, for people."""
+        return (
+            f"{self.words:,} words, {self.tokens:,} tokens predicted in {self.documents:,} documents, up to "
+            f"{self.length} at once; {self.byte_perplexity:.4f} per byte"
+        )
 
     def ratio(self, reference: WordPerplexity) -> tuple[float, float]:
         """This perplexity over another on the same documents, and its standard error, with the documents paired."""
@@ -159,8 +166,8 @@ def word_perplexity(
 
     Args:
         model: dense or folded, in eval mode.
-        tokenizer: its own.
-        documents: see `documents_of`.
+        tokenizer: the model's.
+        documents: what is scored; see `documents_of`.
         length: tokens that the model sees at once.
         progress: told of the windows done.
 
@@ -198,7 +205,7 @@ def _exp_ratio(losses: Tensor, counts: Tensor) -> tuple[float, float]:
 
 
 def _is_heading(line: str) -> bool:
-    """Whether it is a heading of the first level: one equals sign on each side."""
+    """Whether a line is a heading of the first level: one equals sign on each side."""
     joined = line.strip().replace("= =", "==").replace("= =", "==")
     return joined.startswith("= ") and joined.endswith(" =")
 

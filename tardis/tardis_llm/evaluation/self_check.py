@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..calibration.stream import Stream
+from ..calibration.text import some_windows
 from ..families.table import family_of
 from ..report import Progress
 from .perplexity import token_perplexity
@@ -80,8 +81,7 @@ class SelfCheck:
     def __init__(self, model: PreTrainedModel, heldout: Tensor, progress: Progress | None = None) -> None:
         self.model, self.progress = model, progress
         self.causal = family_of(model.config).causal
-        count = max(2, (_TOKENS if self.causal else _ENCODER_TOKENS) // heldout.shape[1])
-        self.windows = heldout[torch.arange(min(count, len(heldout))) * len(heldout) // min(count, len(heldout))]
+        self.windows = some_windows(heldout, _TOKENS if self.causal else _ENCODER_TOKENS)
         if len(self.windows) < 2:  # one window is no sample, but its two halves are
             self.windows = self.windows[:, : self.windows.shape[1] // 2 * 2].reshape(2, -1)
         self.perplexity = token_perplexity(model, self.windows, progress).value if self.causal else None

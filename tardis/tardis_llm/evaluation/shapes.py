@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,34 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 _DEVIATION = 0.02  # of the weights
 _PROBE = 64  # tokens on which the ranges are set
 _BF16 = Storage()
+
+
+@dataclass(frozen=True)
+class RandomFold:
+    """What a random fold is made with, and what it is made to fix.
+
+    Attributes:
+        predictor_bits: random fold: bits per weight of the predictor.
+        fold_bits: random fold: precision of the stored fold; default: the model's dtype.
+        fallback_bits: random fold: precision of the W1 and W2 that fixing reads; default: the dense weights.
+        linear_bits: random fold: precision of the linear layers outside the FFNs; default: the model's dtype.
+        fix_rate: random fold: share of the neurons that a token fixes.
+    """
+
+    predictor_bits: int = 2
+    fold_bits: int | None = None
+    fallback_bits: int | None = None
+    linear_bits: int | None = None
+    fix_rate: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.fix_rate < 1:
+            raise InvalidInputError(f"the fix rate is {self.fix_rate}; give a share from 0 to below 1.")
+
+    @property
+    def storage(self) -> Storage:
+        """How the parts of each folded FFN are stored."""
+        return Storage(fold_bits=self.fold_bits, fallback_bits=self.fallback_bits)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from transformers import PreTrainedModel
 from ..calibration.moments import BinnedMoments, chunks, pre_activation_moments
 from ..calibration.stream import Stream
 from ..calibration.text import Windows, check_enough, check_windows
+from ..config import FoldConfig
 from ..families.sites import FFNSite, find_ffns
 from ..ffn import activations
+from ..ffn.accounting import FFNShape
 from ..ffn.weights import DenseFFN
 from ..folding.fold import Inputs, target_moments
 from ..folding.ranges import Ranges, coverage_ranges
@@ -36,13 +39,14 @@ class LayerSurvey:
 
     Attributes:
         prefix: full name of the FFN in the model.
-        d, h: width and neurons.
+        d: width of input and output.
+        h: number of neurons.
         activation: a name in `ACTIVATIONS`.
-        dense: bytes.
+        dense: bytes of the FFN.
         linearity: squared error left by the best affine map of the input, over the output's variance, on held-out
             tokens: 0 if the FFN is affine there, 1 if no affine map helps.
-        width: of the range that holds `COVERAGE` of a neuron's inputs, around the peak of their density, over the range
-            of all of them; mean of the neurons.
+        width: mean over the neurons of the width of the range that holds `COVERAGE` of a neuron's inputs, around the
+            peak of their density, over the width of the range of all its inputs.
     """
 
     prefix: str
@@ -71,6 +75,38 @@ class Survey:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, without the ranges of single neurons."""
         return {"layers": [asdict(layer) for layer in self.layers], "tokens": self.tokens}
+
+
+@dataclass(frozen=True)
+class Feasible:
+    """What a fold of all FFNs with predictors of one width could reach.
+
+    Attributes:
+        bits: bits per weight of the predictors.
+        largest_reduction: share of the FFN bytes that a token no longer reads if it fixes nothing.
+        fix_rates: by reduction, the share of neurons that a token may fix; None where none may.
+    """
+
+    bits: int
+    largest_reduction: float
+    fix_rates: dict[str, float | None]
+
+
+def feasible(found: Survey, bits: int, reductions: Sequence[float]) -> Feasible:
+    """What a fold of the surveyed FFNs with predictors of `bits` could reach at each of `reductions`."""
+    shapes = [_shape(layer.d, layer.h, layer.dense) for layer in found.layers]
+    dense = sum(shape.dense for shape in shapes)
+    storage = FoldConfig().storage
+    always = sum(shape.always(bits, storage) for shape in shapes)
+    every = sum(shape.h * shape.per_neuron(bits, storage) for shape in shapes)
+    rates = {str(r): ((1 - r) * dense - always) / every for r in reductions}
+    within = {r: min(rate, 1.0) if rate >= 0 else None for r, rate in rates.items()}
+    return Feasible(bits, 1 - always / dense, within)
+
+
+def _shape(d: int, h: int, dense: int) -> FFNShape:
+    weight_bytes = dense // (2 * d * h)
+    return FFNShape(d, h, weight_bytes, biases=dense > 2 * d * h * weight_bytes)
 
 
 def survey(model: PreTrainedModel, windows: Windows | None = None, progress: Progress | None = None) -> Survey:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..calibration.text import spread
 from ..errors import InvalidInputError
 from ..integrations.lm_eval import check_available, harness_model, quiet
 from ..report import Progress
@@ -57,6 +58,10 @@ class Metric(NamedTuple):
 
     value: float
     standard_error: float
+
+    def percent(self) -> str:
+        """The value in percent with its standard error, such as "61.2 ± 0.4"."""
+        return f"{100 * self.value:.1f} ± {100 * self.standard_error:.1f}"
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,49 @@ class TaskScore:
                 "with the same limit."
             )
         return _mean([a - b for a, b in zip(self.correct, reference.correct, strict=True)])
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Zero-shot tasks and how much of them to run.
+
+    Attributes:
+        limits: items of each task, by its name in `TASKS`; None for all of them.
+        data: folder of local files, or None for the hub's.
+    """
+
+    limits: dict[str, int | None] = field(default_factory=dict)
+    data: Path | None = None
+
+    @classmethod
+    def parse(cls, text: str, data: Path | None, limit: int) -> Tasks:
+        """The tasks in text such as "blimp:2010,lambada", checked.
+
+        Args:
+            text: names, each with its number of items behind a colon or without; empty for no tasks.
+            data: folder of local files, or None for the hub's.
+            limit: items of a task without a number; 0 for all of them.
+
+        Raises:
+            InvalidInputError: a number that is none, a task without an accuracy, or as `check_tasks`.
+        """
+        limits: dict[str, int | None] = {}
+        for part in filter(None, text.split(",")):
+            name, _, items = part.partition(":")
+            if items and not items.isdigit():
+                raise InvalidInputError(f"--tasks has {part!r}; write for example blimp:2010.")
+            limits[name] = int(items or limit) or None
+            check_tasks([name], data, limits[name])
+            if TASKS[name].headline not in ACCURACIES:
+                raise InvalidInputError(f"{name} has no accuracy to compare; give its text as --eval-text.")
+        return cls(limits, data)
+
+    def run(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int, progress: Progress
+    ) -> tuple[TaskScore, ...]:
+        """The scores of every task; arguments and errors as `run_tasks`."""
+        each = (run_tasks(model, tokenizer, [name], self.data, n, length, progress) for name, n in self.limits.items())
+        return tuple(score for scores in each for score in scores)
 
 
 def run_tasks(
@@ -152,12 +200,6 @@ def check_tasks(names: Sequence[str], data: Path | None, limit: int | None) -> N
                 "the hub."
             )
     check_available()
-
-
-def spread(items: int, limit: int | None) -> list[int]:
-    """Indices of `limit` items, evenly spread over `items`; all where there are no more."""
-    wanted = items if limit is None else min(limit, items)
-    return [index * items // wanted for index in range(wanted)]
 
 
 def _run(wrapped: Any, name: str, data: Path | None, limit: int | None, progress: Progress | None) -> TaskScore:
