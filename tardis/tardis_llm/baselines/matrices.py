@@ -18,7 +18,7 @@ Scope = Literal["ffn", "all"]
 
 
 @dataclass(frozen=True, eq=False)
-class Matrix:
+class ModelMatrix:
     """A linear layer in a model.
 
     Attributes:
@@ -61,7 +61,7 @@ class Matrix:
         self.weight.copy_(stored)
 
 
-def find_matrices(model: PreTrainedModel, scope: Scope) -> list[list[Matrix]]:
+def find_matrices(model: PreTrainedModel, scope: Scope) -> list[list[ModelMatrix]]:
     """Per block, the matrices in scope, in the order in which the model lists them.
 
     Raises:
@@ -75,13 +75,13 @@ def find_matrices(model: PreTrainedModel, scope: Scope) -> list[list[Matrix]]:
     for index, block in enumerate(layer_list(model)):
         prefix = f"{layer_list_name(model)}.{index}"
         linear = [(name, m) for name, m in block.named_modules(prefix=prefix) if isinstance(m, nn.Linear | Conv1D)]
-        blocks.append([Matrix(name, module) for name, module in linear if scope == "all" or name in ffn])
+        blocks.append([ModelMatrix(name, module) for name, module in linear if scope == "all" or name in ffn])
     for matrix in (matrix for block in blocks for matrix in block):
         _check(matrix)
     return blocks
 
 
-def _check(matrix: Matrix) -> None:
+def _check(matrix: ModelMatrix) -> None:
     weight = matrix.weight
     if weight.ndim != 2 or not weight.is_floating_point():
         raise InvalidInputError(

@@ -10,9 +10,9 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import Field, fields, is_dataclass
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import torch
 import typer
@@ -24,6 +24,7 @@ from ..runtime.prefill import Prefill
 from . import output as show
 
 Precision = Literal["bf16", "int8", "int4"]
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
 _BITS = {"int8": 8, "int4": 4}  # bf16 is the model's own dtype, see `check_precision`
 Number = TypeVar("Number", int, float)
 
@@ -66,7 +67,7 @@ def numbers(flag: str, text: str, kind: type[Number], example: str) -> tuple[Num
         flag: option that the text was given with, for the error.
         text: numbers with commas between them.
         kind: int or float.
-        example: of such a text, for the error.
+        example: numbers of the kind wanted, for the error.
 
     Raises:
         InvalidInputError: the text is something else.
@@ -77,42 +78,15 @@ def numbers(flag: str, text: str, kind: type[Number], example: str) -> tuple[Num
         raise InvalidInputError(f"{flag} is {text!r}; give numbers such as {example}.") from error
 
 
-class _Spelling(NamedTuple):
-    """How an option is written that differs from the field of its settings.
-
-    Attributes:
-        flag: name of the option.
-        type: type of the option.
-        read: makes a value of the field out of one of the option.
-        write: makes the default of the option out of the field's.
-    """
-
-    flag: str
-    type: Any
-    read: Callable[[Any], Any]
-    write: Callable[[Any], Any]
-
-
-def _precision(flag: str) -> _Spelling:
-    return _Spelling(flag, Precision | None, _BITS.get, lambda bits: bits)
-
-
-def _integers(flag: str, example: str) -> _Spelling:
-    def read(text: str | None) -> tuple[int, ...] | None:
-        return None if text is None else numbers(flag, text, int, example)
-
-    return _Spelling(flag, str | None, read, lambda given: given and ",".join(map(str, given)))
-
-
-#: by the name of the field
-_SPELLINGS = {
-    "fold_bits": _precision("--fold-dtype"),
-    "fallback_bits": _precision("--fallback"),
-    "linear_bits": _precision("--linears"),
-    "layers": _integers("--layers", "0,1,5"),
-    "batch_sizes": _integers("--batch", "1,8"),
-    "memory_limit_gib": _Spelling("--memory-limit", float, float, float),
-    "compiled": _Spelling("--compile", bool, bool, bool),
+#: options that are written in another way than the field of their settings: flag, type, and what reads its value
+_SPELLINGS: dict[str, tuple[str, Any, Callable[[Any], Any]]] = {
+    "fold_bits": ("--fold-dtype", Precision | None, _BITS.get),
+    "fallback_bits": ("--fallback", Precision | None, _BITS.get),
+    "linear_bits": ("--linears", Precision | None, _BITS.get),
+    "layers": ("--layers", str | None, lambda text: text and numbers("--layers", text, int, "0,1,5")),
+    "batch_sizes": ("--batch", str, lambda text: numbers("--batch", text, int, "1,8")),
+    "memory_limit_gib": ("--memory-limit", float, float),
+    "compiled": ("--compile", bool, bool),
 }
 
 
@@ -126,7 +100,7 @@ def from_settings(command: Callable[..., None]) -> Callable[..., None]:
     shown: list[inspect.Parameter] = []
     for parameter in parameters:
         made = _options(settings[parameter.name]) if parameter.name in settings else [parameter]
-        shown += [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in made]
+        shown += [each.replace(kind=_KEYWORD) for each in made]
 
     @wraps(command)
     def run(**given: Any) -> None:
@@ -151,20 +125,17 @@ def _fields(kind: Any) -> list[Field[Any]]:
 def _options(kind: type) -> Iterator[inspect.Parameter]:
     docs, types = attribute_docs(kind), get_type_hints(kind)
     for each in _fields(kind):
+        flag, type_, _ = _SPELLINGS.get(each.name, (None, types[each.name], None))
         help = docs[each.name][:1].upper() + docs[each.name][1:]
-        option = partial(typer.Option, help=help, min=each.metadata.get("min"))
-        spelling = _SPELLINGS.get(each.name)
-        if spelling:
-            annotation, default = Annotated[spelling.type, option(spelling.flag)], spelling.write(each.default)
-        else:
-            annotation, default = Annotated[types[each.name], option()], each.default
-        yield inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        option = typer.Option(*filter(None, [flag]), help=help, min=each.metadata.get("min"))
+        default = ",".join(map(str, each.default)) if isinstance(each.default, tuple) else each.default
+        yield inspect.Parameter(each.name, _KEYWORD, default=default, annotation=Annotated[type_, option])
 
 
 def _settings(kind: type, given: dict[str, Any]) -> Any:
     """An object of `kind` made of the options for it, which are taken out of `given`."""
     values = {each.name: given.pop(each.name) for each in _fields(kind)}
-    return kind(**{name: _SPELLINGS[name].read(it) if name in _SPELLINGS else it for name, it in values.items()})
+    return kind(**{name: _SPELLINGS[name][2](it) if name in _SPELLINGS else it for name, it in values.items()})
 
 
 def check_precision(context: typer.Context, dtype: torch.dtype) -> None:

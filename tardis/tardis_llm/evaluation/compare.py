@@ -45,14 +45,14 @@ class Comparison:
     """A grid of methods on one model.
 
     Attributes:
-        load: a fresh dense model, in eval mode, on every call.
-        tokenizer: the model's.
+        load: makes a fresh dense model, in eval mode, on every call.
+        tokenizer: the model's tokenizer.
         calibration: windows that every method calibrates on.
         evaluation: [windows, length] token ids for perplexity; no text that was calibrated on.
-        tasks: for zero-shot accuracy.
+        tasks: tasks for zero-shot accuracy.
         config: settings of folds.
         scope: "ffn", or "all" for baselines that compress every linear layer of the blocks.
-        directory: of the results.
+        directory: holds the results.
         record: what the comparison is of, in plain values: a directory is only gone on with if it agrees, but for
             "machine", which may change.
     """
@@ -84,16 +84,11 @@ class Comparison:
         """A comparison with its windows, everything checked, and the record of what it is of.
 
         Args:
-            load: makes a fresh dense model, in eval mode.
             name: directory or hub name of the model.
-            tokenizer: the model's.
             texts: what methods calibrate on.
             eval_text: what perplexity is measured on.
             eval_tokens: tokens of it, evenly spread; 0 for all.
-            tasks: for zero-shot accuracy.
-            config: settings of folds.
-            scope: what baselines compress.
-            directory: of the results.
+            load, tokenizer, tasks, config, scope, directory: attributes of the comparison.
 
         Raises:
             InvalidInputError: there is too little text, or the model does not know a token.

@@ -103,7 +103,7 @@ def measured(report: FoldReport, model: nn.Module, rates: dict[str, float]) -> F
     """The report with `fix_rate` and `touched` as measured by `count_fixes`; everything else as it was.
 
     Args:
-        report: of the fold that made the model.
+        report: report of the fold that made the model.
         model: the folded model.
         rates: fix rate by the prefix of the FFN.
 

@@ -64,7 +64,7 @@ def judge(
         text: what perplexity is measured on; None for no perplexity.
         recipe: perplexity per token of windows over the whole text, or per word of whole documents.
         tasks: zero-shot tasks.
-        report: of the fold that made the model; None for a dense model.
+        report: report of the fold that made the model; None for a dense model.
         progress: told of each step.
 
     Raises:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..calibration.text import Tokenizer, check_windows, encode
 from ..errors import InvalidInputError
 from ..families.table import family_of
-from ..report import Progress
+from ..report import Progress, silent
 
 _LOGITS_AT_ONCE = 2**24  # elements of the largest tensor
 _STAGE = "measuring perplexity"
@@ -26,7 +26,7 @@ class Perplexity:
 
     Attributes:
         value: the perplexity; NaN or infinite where the model's output is.
-        standard_error: of `value`, from the variation between windows.
+        standard_error: standard error of `value`, from the variation between windows.
         tokens: tokens predicted; the first of each window is context only.
         windows: number of windows.
         length: tokens per window.
@@ -81,7 +81,7 @@ def windows_of(text: str, tokenizer: Tokenizer, length: int) -> Tensor:
 
 
 @torch.no_grad()
-def token_perplexity(model: PreTrainedModel, windows: Tensor, progress: Progress | None = None) -> Perplexity:
+def token_perplexity(model: PreTrainedModel, windows: Tensor, progress: Progress = silent) -> Perplexity:
     """Perplexity of a causal model on windows [n, length] of token ids, n >= 2.
 
     Each window is a text of its own. The standard error treats windows as independent: that of the mean
@@ -107,7 +107,7 @@ def _exp_mean(values: Tensor) -> tuple[float, float]:
     return result, result * float(values.std()) / len(values) ** 0.5
 
 
-def _losses(model: PreTrainedModel, windows: Tensor, progress: Progress | None) -> Iterator[Tensor]:
+def _losses(model: PreTrainedModel, windows: Tensor, progress: Progress) -> Iterator[Tensor]:
     """Mean negative log-likelihood per token of each window, batch by batch, [batch] fp64."""
     vocabulary = model.config.get_text_config().vocab_size
     batch = max(1, _LOGITS_AT_ONCE // (windows.shape[1] * vocabulary))
@@ -116,6 +116,5 @@ def _losses(model: PreTrainedModel, windows: Tensor, progress: Progress | None) 
         logits = model(input_ids=ids, use_cache=False).logits
         # one window at a time in fp32, so that the copy stays small
         means = [F.cross_entropy(one[:-1].float(), target[1:]) for one, target in zip(logits, ids, strict=True)]
-        if progress:
-            progress(_STAGE, done + len(ids), len(windows))
+        progress(_STAGE, done + len(ids), len(windows))
         yield torch.stack(means).double()

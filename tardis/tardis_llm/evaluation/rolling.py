@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..calibration.text import check_length, check_tokens
 from ..errors import InvalidInputError
 from ..families.table import family_of
-from ..report import Progress
+from ..report import Progress, silent
 
 _STAGE = "measuring word perplexity"
 _LOGITS_AT_ONCE = 2**24  # elements of the largest tensor
@@ -65,7 +65,7 @@ class WordPerplexity:
 
     Attributes:
         value: the perplexity; NaN or infinite where the model's output is.
-        standard_error: of `value`, from the variation between documents.
+        standard_error: standard error of `value`, from the variation between documents.
         byte_perplexity: `exp` of the negative log-likelihood per byte.
         documents: number of documents.
         words: number of words in all documents.
@@ -157,7 +157,7 @@ def word_perplexity(
     tokenizer: PreTrainedTokenizerBase,
     documents: Sequence[Document],
     length: int,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> WordPerplexity:
     """Word perplexity of a causal model on documents, two at least.
 
@@ -240,9 +240,7 @@ def _windows(document: int, ids: list[int], length: int) -> Iterator[_Window]:
         yield _Window(document, ids[max(0, stop - length) : stop], ids[start + 1 : stop + 1])
 
 
-def _losses(
-    model: PreTrainedModel, windows: list[_Window], progress: Progress | None
-) -> Iterator[tuple[_Window, float]]:
+def _losses(model: PreTrainedModel, windows: list[_Window], progress: Progress) -> Iterator[tuple[_Window, float]]:
     """Each window with the negative log-likelihood of what it predicts, in batches of equally long ones."""
     vocabulary, done = model.config.get_text_config().vocab_size, 0
     ordered = sorted(windows, key=lambda window: -len(window.tokens))
@@ -257,5 +255,4 @@ def _losses(
                 target = torch.tensor(window.following, device=model.device)
                 yield window, float(F.cross_entropy(one[-len(target) :].float(), target, reduction="sum"))
             done += len(some)
-            if progress:
-                progress(_STAGE, done, len(windows))
+            progress(_STAGE, done, len(windows))

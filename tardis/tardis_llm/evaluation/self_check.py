@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..calibration.stream import Stream
 from ..calibration.text import some_windows
 from ..families.table import family_of
-from ..report import Progress
+from ..report import Progress, silent
 from .perplexity import token_perplexity
 
 #: a fold is refused when perplexity grows by more than this factor ...
@@ -78,7 +78,7 @@ class SelfCheck:
         heldout: [windows, length] calibration tokens kept apart; a part is taken if there are many.
     """
 
-    def __init__(self, model: PreTrainedModel, heldout: Tensor, progress: Progress | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, heldout: Tensor, progress: Progress = silent) -> None:
         self.model, self.progress = model, progress
         self.causal = family_of(model.config).causal
         self.windows = some_windows(heldout, _TOKENS if self.causal else _ENCODER_TOKENS)

@@ -101,9 +101,9 @@ def shaped_model(name: str, layers: int | None = None, dtype: torch.dtype = torc
     """A causal model of a shape with random weights, in eval mode.
 
     Args:
-        name: in `SHAPES`.
-        layers: so many instead of all, where time or memory is short.
-        dtype: of the weights.
+        name: name in `SHAPES`.
+        layers: number of layers; None for all of the shape.
+        dtype: dtype of the weights.
 
     Raises:
         InvalidInputError: there is no such shape, or it has fewer layers.
@@ -167,9 +167,9 @@ def random_folds(
 
     Args:
         model: dense.
-        bits: of the predictors.
-        storage: of fold and fallback weights.
-        fix_rate: share of the neurons.
+        bits: bits per weight of the predictors.
+        storage: how fold and fallback weights are stored.
+        fix_rate: share of the neurons that a token fixes.
     """
     sites = find_ffns(model)
     generator = torch.Generator().manual_seed(1)
@@ -204,9 +204,9 @@ def save_random_fold(
     Args:
         model: dense.
         directory: made if missing.
-        bits, storage, fix_rate: as for `random_folds`.
+        bits, storage, fix_rate: arguments of `random_folds`.
         tokenizer: saved beside the model.
-        linear_bits: of the linear layers outside the FFNs.
+        linear_bits: bits per weight of the linear layers outside the FFNs; None leaves them as they are.
     """
     layers = []
     for site, ffn in list(random_folds(model, bits, storage, fix_rate)):

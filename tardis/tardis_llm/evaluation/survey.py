@@ -25,7 +25,7 @@ from ..folding.fold import Inputs, target_moments
 from ..folding.ranges import Ranges, coverage_ranges
 from ..folding.refit import affine_error, refit
 from ..pipeline.session import dense_ffn
-from ..report import Progress
+from ..report import Progress, silent
 
 #: share of a neuron's inputs that its hot range holds, for `width`
 COVERAGE = 0.8
@@ -63,7 +63,7 @@ class Survey:
     """All FFNs of a dense model.
 
     Attributes:
-        layers: in the model's order.
+        layers: the FFNs in the model's order.
         ranges: per layer, low and high [2, h] fp32 of each neuron's `COVERAGE` range; empty without text.
         tokens: calibration tokens looked at.
     """
@@ -109,7 +109,7 @@ def _shape(d: int, h: int, dense: int) -> FFNShape:
     return FFNShape(d, h, weight_bytes, biases=dense > 2 * d * h * weight_bytes)
 
 
-def survey(model: PreTrainedModel, windows: Windows | None = None, progress: Progress | None = None) -> Survey:
+def survey(model: PreTrainedModel, windows: Windows | None = None, progress: Progress = silent) -> Survey:
     """Look at every FFN of a dense model.
 
     Args:
@@ -138,8 +138,7 @@ def survey(model: PreTrainedModel, windows: Windows | None = None, progress: Pro
             ranges.append(hot)
             fit.advance()
             heldout.advance()
-            if progress:
-                progress("surveying layers", len(found), len(sites))
+            progress("surveying layers", len(found), len(sites))
     return Survey(found, ranges, windows.fit.numel())
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..calibration.text import spread
 from ..errors import InvalidInputError
 from ..integrations.lm_eval import check_available, harness_model, quiet
-from ..report import Progress
+from ..report import Progress, silent
 
 _FOLDER = Path(__file__).parent / "harness_tasks"
 #: metrics that are the mean of one value per item
@@ -41,7 +41,7 @@ class Task(NamedTuple):
     whole: bool = False
 
 
-#: by name
+#: the tasks by name
 TASKS = {
     "hellaswag": Task("hellaswag", "hellaswag_val.jsonl", "acc_norm"),
     "arc_easy": Task("arc_easy", "arc_easy_test.jsonl", "acc"),
@@ -72,9 +72,9 @@ class TaskScore:
         task: a name in `TASKS`.
         metric: what `value` is. `acc` is the share of items whose right choice is the likeliest; `acc_norm` divides
             each choice's log-likelihood by its number of characters first; `word_perplexity` has no share.
-        value: of the metric.
-        standard_error: of `value`, from the variation between items.
-        items: how many.
+        value: value of the metric.
+        standard_error: standard error of `value`, from the variation between items.
+        items: number of items.
         also: the task's other metrics.
         correct: 0 or 1 for each item, in order; empty where the metric has no such thing.
     """
@@ -159,20 +159,20 @@ def run_tasks(
     data: Path | None,
     limit: int | None,
     length: int,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     batch_tokens: int | None = None,
 ) -> list[TaskScore]:
     """Run zero-shot tasks on a model with lm-eval.
 
     Args:
         model: dense, folded or otherwise changed, in eval mode.
-        tokenizer: its own.
-        names: of `TASKS`.
+        tokenizer: the model's tokenizer.
+        names: names in `TASKS`.
         data: folder of the tasks' files; None takes lm-eval's stock tasks from the hub.
         limit: items per task, evenly spread over all; None takes all.
         length: tokens that the model sees at once; see `loading.window_length`.
         progress: told of the requests done, one stage per task.
-        batch_tokens: tokens per forward; as fits the device without.
+        batch_tokens: tokens per forward; None for what suits the device.
 
     Returns:
         Scores in the order of `names`.
@@ -202,7 +202,7 @@ def check_tasks(names: Sequence[str], data: Path | None, limit: int | None) -> N
     check_available()
 
 
-def _run(wrapped: Any, name: str, data: Path | None, limit: int | None, progress: Progress | None) -> TaskScore:
+def _run(wrapped: Any, name: str, data: Path | None, limit: int | None, progress: Progress) -> TaskScore:
     from lm_eval import evaluate
 
     path = data and data / TASKS[name].file

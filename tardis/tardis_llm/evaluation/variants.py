@@ -37,7 +37,7 @@ class Variant:
     """A form of a model.
 
     Attributes:
-        name: as printed.
+        name: name in tables and reports.
         model: the model that this is a form of.
         within: the context in which the model has this form.
     """
