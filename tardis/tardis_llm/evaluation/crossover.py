@@ -17,6 +17,7 @@ from ..report import Progress
 from ..runtime.modules import FoldedFFN
 from ..runtime.placing import folded_ffns
 from ..runtime.reference import dense_ffn
+from .probing import arguments_of, random_ids
 from .turns import Ratio, take_turns
 
 #: tokens at once for which a fold is compared with the dense FFN
@@ -73,15 +74,6 @@ def _seconds(call: Callable[[], object]) -> float:
 
 def _call_of(model: PreTrainedModel, ffn: FoldedFFN, tokens: int) -> tuple[Tensor, FFNWeights]:
     """What a folded FFN gets when the model sees so many random tokens: x [tokens, d], and the dense weights."""
-    calls: list[tuple[Tensor, FFNWeights]] = []
-    handle = ffn.register_forward_pre_hook(lambda module, args: calls.append(args))
-    config = model.config.get_text_config()
     length = min(tokens, position_limit(model.config) or tokens)
-    ids = torch.randint(config.vocab_size, (-(-tokens // length), length), generator=torch.Generator().manual_seed(4))
-    try:
-        with torch.no_grad():
-            model(input_ids=ids, use_cache=False)
-    finally:
-        handle.remove()
-    x, dense = calls[0]
+    ((x, dense),) = arguments_of(model, [ffn], random_ids(model, -(-tokens // length), length, seed=4))
     return x.reshape(-1, x.shape[-1])[:tokens], dense

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint.folded import save_folded
@@ -27,6 +27,7 @@ from ..report import FoldReport, LayerReport
 from ..runtime.linears.placing import quantise_linears
 from ..runtime.modules import FoldedFFN
 from ..runtime.placing import install
+from .probing import arguments_of, random_ids
 
 #: model type and the fields of its config, as published; the last two are layouts of 16 layers without the large
 #: vocabulary, whose share of the bytes would hide that of the FFNs
@@ -173,7 +174,8 @@ def random_folds(
     """
     sites = find_ffns(model)
     generator = torch.Generator().manual_seed(1)
-    for site, x in zip(sites, _inputs(model, sites), strict=True):
+    calls = arguments_of(model, [site.up for site in sites], random_ids(model, 1, _PROBE, seed=2))
+    for site, args in zip(sites, calls, strict=True):
         layer = LayerFormat(
             activations.identify(site.activation),
             bits,
@@ -185,7 +187,7 @@ def random_folds(
         ffn = layer.empty(site.hidden_size, site.intermediate_size, model.dtype, torch.device("cpu"))
         for name, tensor in ffn.state_dict().items():
             _randomise(name, tensor, generator)
-        _set_ranges(ffn, site, x, fix_rate)
+        _set_ranges(ffn, site, args[0].reshape(-1, site.hidden_size), fix_rate)
         yield site, ffn
 
 
@@ -255,21 +257,3 @@ def _set_ranges(ffn: FoldedFFN, site: FFNSite, x: Tensor, fix_rate: float) -> No
     bound = zhat.flatten().kthvalue(max(1, round((1 - fix_rate) * zhat.numel()))).values
     ffn.low.fill_(-float(bound))
     ffn.high.fill_(float(bound))
-
-
-def _inputs(model: PreTrainedModel, sites: list[FFNSite]) -> list[Tensor]:
-    """Inputs [tokens, d] of every FFN for random tokens."""
-    found: list[Tensor] = []
-
-    def enter(up: nn.Module, args: tuple[Any, ...]) -> None:
-        found.append(args[0].reshape(-1, args[0].shape[-1]))
-
-    hooks = [site.up.register_forward_pre_hook(enter) for site in sites]
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.randint(vocabulary, (1, _PROBE), generator=torch.Generator().manual_seed(2))
-    try:
-        model(input_ids=ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found

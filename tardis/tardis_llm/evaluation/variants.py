@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,6 +22,7 @@ from ..families.sites import FFNSite
 from ..runtime.linears.placing import low_bit_copies, put_linears, through_kernels
 from ..runtime.modules import FoldedFFN
 from ..runtime.placing import folded_ffns, install, lay_out, uninstall
+from .probing import random_ids
 from .shapes import RandomFold, random_folds
 
 FOLDED = "folded"
@@ -48,8 +48,7 @@ class Variant:
 
     def prompt(self, batch: int, tokens: int) -> Tensor:
         """Random token ids [batch, tokens]."""
-        vocabulary = self.model.config.get_text_config().vocab_size
-        return torch.randint(vocabulary, (batch, tokens), generator=torch.Generator().manual_seed(3))
+        return random_ids(self.model, batch, tokens, seed=3)
 
 
 def rival(name: str, model: PreTrainedModel) -> Variant:
