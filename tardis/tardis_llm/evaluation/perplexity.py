@@ -90,15 +90,20 @@ def token_perplexity(model: PreTrainedModel, windows: Tensor, progress: Progress
     Raises:
         InvalidInputError: the model is an encoder, there is less than two windows, or it cannot take their tokens.
     """
-    if not family_of(model.config).causal:
-        raise InvalidInputError(
-            f"{type(model).__name__} is an encoder, which has no token perplexity; give a causal language model."
-        )
+    check_causal(model, Perplexity.kind)
     count, length = windows.shape
     if count < 2:
         raise InvalidInputError("a standard error needs two windows at least; give more text or shorter windows.")
     check_windows(model, windows)
     return Perplexity.of(torch.cat(list(_losses(model, windows, progress))), length)
+
+
+def check_causal(model: PreTrainedModel, measure: str) -> None:
+    """Raise InvalidInputError for an encoder, which has none of the measure named."""
+    if not family_of(model.config).causal:
+        raise InvalidInputError(
+            f"{type(model).__name__} is an encoder, which has no {measure}; give a causal language model."
+        )
 
 
 def _exp_mean(values: Tensor) -> tuple[float, float]:

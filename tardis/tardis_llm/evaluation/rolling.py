@@ -22,8 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration.text import check_length, check_tokens
 from ..errors import InvalidInputError
-from ..families.table import family_of
 from ..report import Progress, silent
+from .perplexity import check_causal
 
 _STAGE = "measuring word perplexity"
 _LOGITS_AT_ONCE = 2**24  # elements of the largest tensor
@@ -175,10 +175,7 @@ def word_perplexity(
         InvalidInputError: the model is an encoder, there are less than two documents, the tokenizer has no token for
             the beginning or the end of a text, or the model cannot take their tokens or the length.
     """
-    if not family_of(model.config).causal:
-        raise InvalidInputError(
-            f"{type(model).__name__} is an encoder, which has no word perplexity; give a causal language model."
-        )
+    check_causal(model, WordPerplexity.kind)
     if len(documents) < 2:
         raise InvalidInputError(
             "word perplexity needs two documents at least, which start at headings such as ` = Title = ` or behind "
