@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from tardis_llm import FoldConfig, fold
 from tardis_llm.allocator import keep_freed_memory
-from tardis_llm.calibration.text import Windows, default_length, read_windows
+from tardis_llm.calibration.text import Windows, default_length, read_windows, some_windows
 from tardis_llm.checkpoint.loading import load_dense
 from tardis_llm.evaluation.fix_rate import count_fixes, measured
 from tardis_llm.evaluation.perplexity import Perplexity, token_perplexity, windows_of
@@ -153,12 +153,6 @@ def _tokenizer(model: str) -> Any:
     return AutoTokenizer.from_pretrained(model)
 
 
-def spread(windows: Tensor, tokens: int) -> Tensor:
-    """Evenly spread windows, `tokens` in all."""
-    count = min(len(windows), tokens // windows.shape[1])
-    return windows[torch.arange(count) * len(windows) // count]
-
-
 def stories(path: Path) -> str:
     """The passages of LAMBADA, one after the other."""
     return "\n\n".join(json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines())
@@ -190,7 +184,7 @@ def main(
     tokenizer = _tokenizer(model)
     length = default_length(tokenizer, None)
     texts = {evaluation.stem: evaluation.read_text(encoding="utf-8"), lambada.stem: stories(lambada)}
-    evaluations = {name: spread(windows_of(text, tokenizer, length), eval_tokens) for name, text in texts.items()}
+    evaluations = {name: some_windows(windows_of(text, tokenizer, length), eval_tokens) for name, text in texts.items()}
     dense_model: PreTrainedModel = load_dense(model, "bfloat16")
     dense = {name: token_perplexity(dense_model, windows) for name, windows in evaluations.items()}
     bench = Bench(model, {"wikipedia": wikipedia, "novels": novels}, evaluations, dense)

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch._inductor import config as inductor
 
 from tardis_llm.errors import TardisError
-from tardis_llm.evaluation.speed import Ratio, cpu_name, read_bandwidth
+from tardis_llm.evaluation.machine import cpu_name, read_bandwidth
+from tardis_llm.evaluation.turns import Ratio
 from tardis_llm.folding.rounding import quantise
 from tardis_llm.runtime.linears.lowbit import KINDS
 

@@ -22,13 +22,12 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from ablation import spread
 from tardis_llm import FoldConfig, fold, save_folded
 from tardis_llm.allocator import keep_freed_memory
-from tardis_llm.calibration.text import default_length, read_windows
+from tardis_llm.calibration.text import default_length, read_windows, some_windows
 from tardis_llm.checkpoint.loading import load_dense, load_model
+from tardis_llm.evaluation.machine import cpu_name
 from tardis_llm.evaluation.perplexity import token_perplexity, windows_of
-from tardis_llm.evaluation.speed import cpu_name
 from tardis_llm.files import write_json
 from tardis_llm.runtime.cpu.backend import CpuBackend
 from tardis_llm.runtime.cpu.library import open_library
@@ -86,7 +85,7 @@ def main(
         raise SystemExit("the CPU kernels are not built; install a C++ compiler and reinstall tardis-llm.")
     tokenizer = AutoTokenizer.from_pretrained(model)
     length = default_length(tokenizer, None)
-    windows = spread(windows_of(evaluation.read_text(encoding="utf-8"), tokenizer, length), eval_tokens)
+    windows = some_windows(windows_of(evaluation.read_text(encoding="utf-8"), tokenizer, length), eval_tokens)
     dense = token_perplexity(load_dense(model, "bfloat16"), windows)
     calibration = read_windows(text, tokenizer, _TOKENS, length, _HELDOUT)
     results: dict[str, Any] = {

@@ -19,13 +19,12 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from ablation import spread
 from tardis_llm import FoldConfig, fold
 from tardis_llm.allocator import keep_freed_memory
-from tardis_llm.calibration.text import default_length, read_windows
+from tardis_llm.calibration.text import default_length, read_windows, some_windows
 from tardis_llm.checkpoint.loading import load_dense
+from tardis_llm.evaluation.machine import cpu_name
 from tardis_llm.evaluation.perplexity import windows_of
-from tardis_llm.evaluation.speed import cpu_name
 from tardis_llm.files import write_json
 from tardis_llm.runtime.decoding import prepare_decoding
 from tardis_llm.runtime.placing import folded_ffns
@@ -82,7 +81,7 @@ def main(
     keep_freed_memory()
     tokenizer, console = AutoTokenizer.from_pretrained(model), Console()
     length = default_length(tokenizer, None)
-    windows = spread(windows_of(evaluation.read_text(encoding="utf-8"), tokenizer, length), eval_tokens)
+    windows = some_windows(windows_of(evaluation.read_text(encoding="utf-8"), tokenizer, length), eval_tokens)
     calibration = read_windows(text, tokenizer, _TOKENS, length, _HELDOUT)
     results: dict[str, Any] = {
         "title": f"{Path(model).name} in bfloat16, {evaluation.stem}, {windows.numel():,} tokens",

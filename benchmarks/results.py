@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,10 +20,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 import ablation
-from tardis_llm.evaluation.compare import Row, from_records
 from tardis_llm.evaluation.curves import plot_curves
 from tardis_llm.evaluation.plots import STYLE
-from tardis_llm.evaluation.tasks import Metric
+from tardis_llm.evaluation.rows import Row, read_table
 
 ROOT = Path(__file__).parent.parent
 COMPARE, ABLATION = ROOT / "benchmarks/results/compare", ROOT / "benchmarks/results/ablation.json"
@@ -113,8 +111,7 @@ class Compared:
     def read(cls, directory: Path) -> Compared:
         """From the directory."""
         record = json.loads((directory / "compare.json").read_text())
-        with (directory / "table.csv").open(newline="", encoding="utf-8") as file:
-            return cls(record, from_records(list(csv.DictReader(file)), list(record["tasks"]["items"])))
+        return cls(record, read_table(directory / "table.csv", list(record["tasks"]["items"])))
 
     @property
     def title(self) -> str:
@@ -147,31 +144,14 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines])
 
 
-def ratio(row: Row) -> str:
-    """Of perplexities, with its standard error."""
-    return f"{row.ratio:.4f} ± {row.ratio_error:.4f}" if row.ratio < 10 else f"{row.ratio:.1f} ± {row.ratio_error:.1f}"
-
-
-def percent(metric: Metric) -> str:
-    """An accuracy in percent, with its standard error."""
-    return f"{100 * metric.value:.1f} ± {100 * metric.standard_error:.1f}"
-
-
 def compared_table(compared: Compared) -> str:
     """Every method."""
     tasks = list(compared.record["tasks"]["items"])
-    head = ["method", "perplexity", "/ dense", "touched", "resident", "fixed", "seconds", *(f"{t}, %" for t in tasks)]
+    head = [*compared.rows[0].shown(), *(f"{task}, %" for task in tasks)]
     lines = []
     for row in compared.rows:
-        if row.infeasible:
-            lines.append([row.method.label, "does not fit", *[""] * (len(head) - 2)])
-            continue
-        fixed = "" if row.fix_rate is None else f"{row.fix_rate:.1%}"
-        sizes = f"{row.touched:.1%}", f"{row.resident:.1%}"
-        scores = (percent(row.scores[task]) for task in tasks)
-        lines.append(
-            [row.method.label, f"{row.perplexity:.2f}", ratio(row), *sizes, fixed, f"{row.seconds:.0f}", *scores]
-        )
+        cells = [*row.shown().values(), *(row.scores[task].percent() for task in tasks if row.scores)]
+        lines.append([*cells, *[""] * (len(head) - len(cells))])
     return table(head, lines)
 
 
@@ -184,7 +164,7 @@ def against_masks(compared: Compared) -> str:
             continue
         masks = [compared.find(f"{name}@{fold.method.reduction:g}") for name in names]
         losses = (f"{(mask.ratio - 1) / (fold.ratio - 1):.1f}x ({mask.touched:.0%})" for mask in masks)
-        lines.append([f"{fold.method.reduction:g}", ratio(fold), f"{fold.touched:.1%}", *losses])
+        lines.append([f"{fold.method.reduction:g}", fold.shown_ratio(), f"{fold.touched:.1%}", *losses])
     head = ["reduction", "TARDIS, / dense", "touched", *names]
     return "\n\n".join(
         [
@@ -202,9 +182,10 @@ def against_quantisers(compared: Compared) -> str:
     wins = within_range = wins_there = 0
     rivals = compared.of("gptq", "rtn", "affine")
     for rival in rivals:
+        its = [rival.method.label, f"{rival.touched:.1%}", rival.shown_ratio()]
         within = [fold for fold in folds if fold.touched <= rival.touched + 1e-4]
         if not within:
-            lines.append([rival.method.label, f"{rival.touched:.1%}", ratio(rival), "no fold so small", "", "", ""])
+            lines.append([*its, "no fold so small", "", "", ""])
             continue
         best = min(within, key=lambda fold: fold.ratio)
         below = best.ratio < rival.ratio
@@ -212,8 +193,8 @@ def against_quantisers(compared: Compared) -> str:
         if _RANGE[0] <= rival.touched <= _RANGE[1]:
             within_range += 1
             wins_there += below
-        own = [best.method.label, f"{best.touched:.1%}", ratio(best), "yes" if below else "**no**"]
-        lines.append([rival.method.label, f"{rival.touched:.1%}", ratio(rival), *own])
+        own = [best.method.label, f"{best.touched:.1%}", best.shown_ratio(), "yes" if below else "**no**"]
+        lines.append([*its, *own])
     head = [
         "method",
         "touched",
@@ -248,7 +229,7 @@ def zero_shot(compared: Compared) -> str:
             within = abs(row.changes[task].value) <= dense.scores[task].standard_error
             changes.append(f"{change:+.1f} ± {error:.1f}{'' if within else ' (!)'}")
         lines.append([row.method.label, *changes])
-    errors = ", ".join(f"{task} {percent(dense.scores[task])}" for task in tasks)
+    errors = ", ".join(f"{task} {dense.scores[task].percent()}" for task in tasks)
     return "\n\n".join(
         [
             f"Zero-shot accuracy less the dense model's, in points, with the standard error paired by item; (!) where "
@@ -320,8 +301,9 @@ def readme_part(compared: Compared, speed: Speed) -> str:
     lines = []
     found = [(compared.find(label), name) for label, name in wanted]
     for row, name in sorted(found, key=lambda pair: -pair[0].touched):
-        accuracy = percent(row.accuracy) if row.accuracy else ""
-        lines.append([name, f"{row.perplexity:.2f}", ratio(row), accuracy, f"{row.touched:.1%}", f"{row.resident:.1%}"])
+        accuracy = row.accuracy.percent() if row.accuracy else ""
+        sizes = f"{row.touched:.1%}", f"{row.resident:.1%}"
+        lines.append([name, f"{row.perplexity:.2f}", row.shown_ratio(), accuracy, *sizes])
     head = ["FFNs", "perplexity", "/ dense", "zero-shot, %", "bytes touched", "bytes resident"]
     return "\n\n".join(
         [

@@ -39,8 +39,9 @@ from gptq import save_gptq
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from tardis_llm.evaluation.machine import cpu_name
 from tardis_llm.evaluation.shapes import SHAPES, save_random_fold, shaped_model
-from tardis_llm.evaluation.speed import Ratio, cpu_name
+from tardis_llm.evaluation.turns import Ratio
 from tardis_llm.ffn.weights import Storage
 
 _VARIANTS = ("dense", "folded")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from .errors import InvalidInputError
@@ -10,43 +10,44 @@ from .ffn.weights import Storage
 
 Policy = Literal["error", "coverage"]
 Rounding = Literal["gptq", "nearest"]
-#: of a stored part, as the command line has it
-Precision = Literal["bf16", "int8", "int4"]
 
 #: version of the checkpoint format that this package writes, and the newest that it reads
 FORMAT_VERSION = 2
-#: widths of a predictor's codes that the format stores
+#: bits per weight that a predictor may have
 PREDICTOR_BITS = (1, 2, 3, 4, 8)
-#: widths of what is stored in few bits: a fold, fallback weights, linear layers outside the FFNs
+#: bits per weight that anything else may have: a fold, fallback weights, linear layers outside the FFNs
 STACKED_BITS = (4, 8)
+
+_PYTHON_ONLY = {"option": False}  # marks the settings that are no option of `tardis fold`
 
 
 @dataclass(frozen=True)
 class FoldConfig:
-    """The settings of a fold.
+    """The settings of a fold. `tardis fold` takes its options, their defaults and their help from here.
 
     Attributes:
-        reduction: share of the FFN bytes that a token no longer reads, `1 - touched / dense`, everything counted.
-        policy: how hot ranges are chosen: "error" by the output error a neuron would leave, "coverage" by the
-            share of its inputs, as in the paper.
-        predictor_bits: bits per weight of the predictor, one of `PREDICTOR_BITS`; None tries several and lets the
-            budget choose for each layer.
-        group_size: input weights that share one scale of the predictor, and of what else is stored in few bits.
-        fold_bits: bits per weight of the fold, one of `STACKED_BITS`; None stores it in the model's dtype.
-        fallback_bits: bits per weight of the weights that fixing reads, one of `STACKED_BITS`; None keeps them dense.
-        linear_bits: bits per weight of the linear layers outside the FFNs, lm_head included, one of `STACKED_BITS`;
-            None leaves them as they are.
-        rounding: "gptq" spreads each rounding error over the weights not yet rounded; "nearest" does not.
-        refit: solve the fold anew by ridge regression on what fixing leaves.
-        damping: penalty of the refit, relative to the inputs' mean variance; None chooses it on held-out tokens.
-        sequential: calibrate each layer behind the folded layers before it; otherwise behind dense ones, "one-shot".
+        reduction: share of the FFN bytes that a token no longer reads, between 0 and 1.
+        policy: how each neuron's hot range is chosen: "error" by the output error that it would leave, "coverage" by
+            the share of the neuron's inputs that it holds, as in the paper.
+        predictor_bits: bits per weight of the predictor: 1, 2, 3, 4 or 8; default: the best for each layer.
+        group_size: weights that share one scale, in the predictor and in all else that is stored in few bits.
+        fold_bits: precision of the stored fold, which may have 4 or 8 bits per weight; default: the model's dtype.
+        fallback_bits: precision of the W1 and W2 that fixing reads, which may have 4 or 8 bits per weight; default: the
+            dense weights as they are.
+        linear_bits: precision of the linear layers outside the FFNs and of lm_head, which may have 4 or 8 bits per
+            weight; default: as they are.
+        rounding: how weights are rounded to few bits: "gptq" lets the weights not yet rounded make up for each error,
+            "nearest" rounds every weight by itself.
+        refit: solve the fold anew, by ridge regression on the outputs that fixing leaves to it.
+        damping: ridge penalty of the refit, relative to the inputs' mean variance; default: chosen on held-out tokens.
+        sequential: calibrate each layer behind the folded layers before it; otherwise behind dense ones.
         tokens: calibration tokens.
-        sequence_length: tokens per calibration window; None takes what model and tokenizer allow, 1024 at most.
-        heldout: share of the calibration windows kept apart, to choose damping and ranges' rates and to check.
-        probe_tokens: calibration tokens on which the loss increase of single layers is measured.
+        sequence_length: tokens per calibration window; default: the most that model and tokenizer allow, up to 1024.
+        heldout: share of the calibration windows that is kept apart, to choose damping and ranges and for checks.
+        probe_tokens: calibration tokens on which each layer's effect on the loss is measured.
         batch_tokens: tokens that run through a block at once; bounds the working memory.
-        memory_limit_gib: hidden states beyond this are spilled to disk.
-        layers: indices of the blocks to fold; None folds all.
+        memory_limit_gib: GiB of hidden states that stay in memory; more goes to disk.
+        layers: numbers of the blocks to fold, such as 0,1,5; default: all.
         seed: picks the calibration windows.
     """
 
@@ -59,13 +60,13 @@ class FoldConfig:
     linear_bits: int | None = None
     rounding: Rounding = "gptq"
     refit: bool = True
-    damping: float | None = None
-    sequential: bool = True
+    damping: float | None = field(default=None, metadata=_PYTHON_ONLY)
+    sequential: bool = field(default=True, metadata=_PYTHON_ONLY)
     tokens: int = 65_536
     sequence_length: int | None = None
-    heldout: float = 0.125
+    heldout: float = field(default=0.125, metadata=_PYTHON_ONLY)
     probe_tokens: int = 8_192
-    batch_tokens: int = 4_096
+    batch_tokens: int = field(default=4_096, metadata=_PYTHON_ONLY)
     memory_limit_gib: float = 1.0
     layers: tuple[int, ...] | None = None
     seed: int = 0
@@ -104,7 +105,7 @@ class FoldConfig:
 
 
 def check_seed(seed: int) -> None:
-    """Raise InvalidInputError where torch takes no such seed."""
+    """Raise InvalidInputError for a seed that torch does not take."""
     _require(-(2**63) <= seed < 2**64, "seed", seed, "a whole number of at most 64 bits, such as 0")
 
 

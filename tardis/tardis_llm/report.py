@@ -13,13 +13,15 @@ class LayerReport:
 
     Attributes:
         prefix: full name of the FFN in the model.
-        bits: of the predictor.
-        fix_rate: share of neurons fixed per token, held-out calibration tokens.
-        error: squared output error over the output's variance, held-out calibration tokens.
-        linearity: the same for the best affine map with no neuron fixed.
-        damping: of the refit; None without.
-        loss_increase: measured when this layer alone was folded, coarsely; None if not measured.
-        dense, touched, resident: bytes.
+        bits: bits per weight of the predictor.
+        fix_rate: share of neurons fixed per token, on held-out calibration tokens.
+        error: squared error of the output over its variance, on held-out calibration tokens.
+        linearity: such an error of the best affine map, with no neuron fixed.
+        damping: damping of the refit; None without a refit.
+        loss_increase: increase of the loss when this layer alone was folded, coarsely; None if not measured.
+        dense: bytes of the dense FFN.
+        touched: bytes that a token reads.
+        resident: bytes kept in memory.
     """
 
     prefix: str
@@ -39,11 +41,11 @@ class LinearsReport:
     """What a model stores in few bits outside its folded FFNs: linear layers, lm_head included.
 
     Attributes:
-        bits: per weight.
-        layers: how many.
+        bits: bits per weight.
+        layers: number of layers.
         dense: bytes before.
         stored: bytes now, scales and biases included.
-        shared: those of `dense` that stay in memory, as the embedding whose weight the head shared.
+        shared: bytes of `dense` that stay in memory, as the embedding whose weight the head shared.
     """
 
     bits: int
@@ -58,8 +60,8 @@ class FoldReport:
     """A whole fold.
 
     Attributes:
-        layers: in the model's order.
-        config: the settings, as `FoldConfig.as_dict`.
+        layers: the folded FFNs in the model's order.
+        config: the settings, as `FoldConfig.as_dict` gives them.
         calibration: tokens, window length and fingerprints.
         linears: the linear layers outside the FFNs, where they are stored in few bits; no byte of theirs is in the
             figures of the layers.
@@ -110,3 +112,7 @@ class FoldReport:
 
 #: called with the stage, the steps done and the steps in all
 Progress = Callable[[str, int, int], None]
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tardis_llm.baselines import NAMES, BaselineReport, apply_baseline, full_name, takes_reduction
+from tardis_llm.baselines import NAMES, BaselineReport, apply_baseline, full_name, needs_reduction
 from tardis_llm.baselines.affine import FFNMoments, best_affine
 from tardis_llm.baselines.gptq import quantise_gptq
 from tardis_llm.baselines.inputs import InputStatistics, Need
@@ -79,7 +79,7 @@ def output(model: PreTrainedModel) -> Tensor:
 
 
 def reduction_for(name: str) -> float | None:
-    return 0.6 if takes_reduction(name) else None
+    return 0.6 if needs_reduction(name) else None
 
 
 def compressed(method: str, family: str = "gpt2", **more: object) -> tuple[PreTrainedModel, BaselineReport]:
@@ -306,7 +306,7 @@ def test_short_names_are_completed():
         *("rtn4-g128", "gptq2-g128", "gptq8-g64", "wanda")
     ]
     assert len(NAMES) == len(set(NAMES)) == 6 + 2 * 4 * 2 + 1
-    assert [name for name in NAMES if takes_reduction(name)] == list(NAMES[:6])
+    assert [name for name in NAMES if needs_reduction(name)] == list(NAMES[:6])
 
 
 @pytest.mark.parametrize("name", ["", "rtn5", "gptq4-g32", "owl-ria", "Wanda", "rtn4-g128x"])

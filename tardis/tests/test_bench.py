@@ -15,22 +15,14 @@ from transformers import AutoConfig, PreTrainedModel
 
 from tardis_llm.checkpoint.loading import load_model
 from tardis_llm.errors import InvalidInputError
-from tardis_llm.evaluation.fix_rate import count_fixes
+from tardis_llm.evaluation.crossover import TOKEN_COUNTS, ffn_speed_ups, pays_up_to
+from tardis_llm.evaluation.decoder import Decoder
+from tardis_llm.evaluation.fix_rate import count_fixes, count_union
+from tardis_llm.evaluation.machine import cpu_name, read_bandwidth
 from tardis_llm.evaluation.shapes import SHAPES, random_folds, save_random_fold, shaped_model
-from tardis_llm.evaluation.speed import (
-    CROSSOVER_TOKENS,
-    Decoder,
-    Ratio,
-    count_union,
-    cpu_name,
-    crossover,
-    folded,
-    pays_up_to,
-    read_bandwidth,
-    step_bytes,
-    take_turns,
-)
-from tardis_llm.evaluation.variants import KINDS, rival
+from tardis_llm.evaluation.speed import step_bytes
+from tardis_llm.evaluation.turns import Ratio, take_turns
+from tardis_llm.evaluation.variants import RIVALS, folded, rival
 from tardis_llm.families.sites import find_ffns
 from tardis_llm.ffn.weights import Storage
 from tardis_llm.runtime.placing import folded_ffns
@@ -154,7 +146,7 @@ def test_bytes_of_low_bit_layers_and_of_dense_ffns_in_a_folded_model():
         assert step_bytes(model) == dense
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", RIVALS)
 def test_rivals_compute_what_the_model_does_and_leave_it_as_it_was(kind: str):
     model = tiny_model("gpt2", dtype=torch.bfloat16)
     ids = tokens(2, 4)
@@ -184,8 +176,8 @@ def test_the_crossover_is_the_last_size_before_folding_loses():
 def test_the_crossover_is_measured_on_a_folded_model():
     model = tiny_model("gpt2")
     with folded(model, random_folds_of(model, Storage(64))):
-        found = crossover(model, quiet)
-    assert list(found) == list(CROSSOVER_TOKENS[: len(found)])
+        found = ffn_speed_ups(model, quiet)
+    assert list(found) == list(TOKEN_COUNTS[: len(found)])
     assert all(ratio.low <= ratio.value <= ratio.high for ratio in found.values())
 
 
@@ -245,8 +237,8 @@ FEW = ("--batch", 1, "--rounds", 2, "--steps", 2, "--prompt", 8)
 @pytest.fixture
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the machine nor the crossover is measured."""
-    monkeypatch.setattr("tardis_llm.cli.bench.read_bandwidth", lambda: 1e10)
-    monkeypatch.setattr("tardis_llm.cli.bench.crossover", lambda *_: {})
+    monkeypatch.setattr("tardis_llm.evaluation.machine.read_bandwidth", lambda: 1e10)
+    monkeypatch.setattr("tardis_llm.evaluation.speed.ffn_speed_ups", lambda *_: {})
 
 
 @pytest.mark.parametrize("stored", ["float16", "bfloat16", "float32"])
@@ -315,7 +307,7 @@ def test_a_checkpoint_is_measured_and_records_its_crossover(
         (("x", "--shape", "gpt2"), "--shape NAME"),
         (("--shape", "gpt2", "--record"), "folded directory"),
         (("--shape", "gpt9"), "no shape"),
-        (("--shape", "gpt2", "--batch", "one"), "give sizes"),
+        (("--shape", "gpt2", "--batch", "one"), "give numbers such as 1,8"),
         (("--shape", "gpt2", "--batch", "0"), "at least"),
         (("--shape", "gpt2", "--fix-rate", "1"), "below 1"),
     ],

@@ -73,7 +73,7 @@ def test_weights_with_nan_are_refused(fold: Callable[..., Result], tiny_dir: Pat
         (("--reduction", "0.95"), "a reduction of 0.95 is not feasible: with nothing fixed at all the largest is 0.8"),
         (("--predictor-bits", "5"), "predictor_bits is 5"),
         (("--sequence-length", "500"), "choose from 2 to 128"),
-        (("--layers", "0,x"), "give block numbers such as 0,1,5"),
+        (("--layers", "0,x"), "--layers is '0,x'; give numbers such as 0,1,5"),
         (("--layers", "7"), "choose from 0 to 2"),
         (("--dtype", "int8"), "give one of float32, bfloat16, float16"),
     ],

@@ -21,12 +21,14 @@ from transformers import PreTrainedModel
 from tardis_llm.calibration.text import split_windows
 from tardis_llm.errors import InvalidInputError
 from tardis_llm.evaluation import compare as module
-from tardis_llm.evaluation.compare import Cell, Comparison, Row, Tasks, as_records, from_records, row
+from tardis_llm.evaluation.cells import Cell
+from tardis_llm.evaluation.compare import Comparison
 from tardis_llm.evaluation.curves import plot_curves
 from tardis_llm.evaluation.fix_rate import count_fixes
 from tardis_llm.evaluation.methods import DENSE, Method, parse
 from tardis_llm.evaluation.perplexity import token_perplexity
-from tardis_llm.evaluation.tasks import Metric
+from tardis_llm.evaluation.rows import Row, read_table, write_table
+from tardis_llm.evaluation.tasks import Metric, Tasks
 from tardis_llm.runtime.placing import folded_ffns
 
 EVALUATION = torch.randint(2, 256, (6, 32), generator=torch.Generator().manual_seed(7))
@@ -72,7 +74,7 @@ def labelled(measured: list[Cell], label: str) -> Cell:
 
 def test_the_dense_model_is_its_own_measure(measured: list[Cell]):
     dense = measured[0]
-    found = row(dense, dense)
+    found = Row.of(dense, dense)
     assert dense.perplexity is not None
     expected = token_perplexity(tiny_model("gpt2", dtype=torch.bfloat16), EVALUATION)
     assert found.perplexity == expected.value
@@ -116,19 +118,19 @@ def test_what_does_not_fit_says_why_and_does_not_stop_the_rest(measured: list[Ce
     cell = labelled(measured, "tardis@0.95")
     assert cell.infeasible is not None
     assert "not feasible" in cell.infeasible
-    found = row(cell, measured[0])
+    found = Row.of(cell, measured[0])
     assert math.isnan(found.perplexity)
     assert found.accuracy is None
 
 
 def test_rounding_to_eight_bits_changes_little_and_to_two_much(measured: list[Cell]):
-    ratios = {cell.method.name: row(cell, measured[0]).ratio for cell in measured if not cell.infeasible}
+    ratios = {cell.method.name: Row.of(cell, measured[0]).ratio for cell in measured if not cell.infeasible}
     assert abs(ratios["rtn8-g128"] - 1) < 0.01
     assert abs(ratios["gptq2-g64"] - 1) > abs(ratios["rtn8-g128"] - 1)
 
 
 def test_accuracies_are_of_all_tasks_and_paired(measured: list[Cell]):
-    found = row(labelled(measured, "affine"), measured[0])
+    found = Row.of(labelled(measured, "affine"), measured[0])
     assert list(found.scores) == ["blimp", "lambada"]
     assert found.accuracy is not None
     mean = (found.scores["blimp"].value + found.scores["lambada"].value) / 2
@@ -194,23 +196,18 @@ def test_with_all_matrices_in_scope_the_attention_of_a_fold_counts_as_read(tmp_p
 
 
 def test_rows_survive_a_csv_file(measured: list[Cell], tmp_path: Path):
-    rows = [row(cell, measured[0]) for cell in measured]
-    records = as_records(rows)
-    names = list(dict.fromkeys(name for record in records for name in record))
-    with (tmp_path / "t.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(records)
-    with (tmp_path / "t.csv").open(newline="") as file:
-        back = from_records(list(csv.DictReader(file)), ["blimp", "lambada"])
+    rows = [Row.of(cell, measured[0]) for cell in measured]
+    write_table(tmp_path / "t.csv", rows)
+    back = read_table(tmp_path / "t.csv", ["blimp", "lambada"])
     for one, other in zip(rows, back, strict=True):
         assert repr(one) == repr(other)
 
 
 @pytest.mark.parametrize("scored", [False, True])
 def test_curves_are_drawn(measured: list[Cell], tmp_path: Path, scored: bool):
-    rows = [row(cell, measured[0]) for cell in measured]
-    broken = Row(Method("magnitude", 0.8), None, 1e6, 1.0, 1e4, 1.0, touched=0.26, resident=0.26)
+    rows = [Row.of(cell, measured[0]) for cell in measured]
+    bad = {"perplexity": 1e6, "perplexity_error": 1.0, "ratio": 1e4, "ratio_error": 1.0}
+    broken = Row(Method("magnitude", 0.8), **bad, touched=0.26, resident=0.26)
     rows = [each if scored else replace(each, scores={}) for each in [*rows, broken]]
     plot_curves(rows, tmp_path / "curves.png", "tiny")
     from matplotlib.image import imread

@@ -26,8 +26,8 @@ from transformers import PreTrainedModel
 from tardis_llm import fold
 from tardis_llm.checkpoint.loading import load_model
 from tardis_llm.errors import InvalidInputError
+from tardis_llm.evaluation.decoder import Decoder
 from tardis_llm.evaluation.shapes import random_folds
-from tardis_llm.evaluation.speed import Decoder
 from tardis_llm.evaluation.variants import folded_variant
 from tardis_llm.ffn.weights import Storage
 from tardis_llm.runtime.cpu.library import available

@@ -10,7 +10,7 @@ from models import tiny_model
 
 from tardis_llm.calibration.text import split_windows
 from tardis_llm.errors import InvalidInputError
-from tardis_llm.evaluation.methods import FOLDS, NAMES, Method, compress, parse
+from tardis_llm.evaluation.methods import FOLDS, NAMES, Method, apply_method, parse
 from tardis_llm.report import FoldReport
 
 
@@ -52,7 +52,7 @@ def test_kinds_of_folds_are_made_with_their_settings(name: str, tmp_path: Path):
     model = tiny_model("gpt2")
     windows = split_windows(text(), 32, 0.125)
     method = Method(name, 0.5)
-    report = compress(method, model, windows, SETTINGS, "ffn", tmp_path / "work", lambda *_: None)
+    report = apply_method(method, model, windows, SETTINGS, "ffn", tmp_path / "work", lambda *_: None)
     assert isinstance(report, FoldReport)
     assert report.config["reduction"] == 0.5
     assert {key: report.config[key] for key in FOLDS[name]} == FOLDS[name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -16,9 +16,9 @@ import vllm_results
 from tardis_llm import FoldConfig
 from tardis_llm.calibration.text import default_length
 from tardis_llm.checkpoint.loading import load_dense, load_tokenizer
-from tardis_llm.evaluation.compare import Row, as_records
 from tardis_llm.evaluation.methods import Method, parse
 from tardis_llm.evaluation.perplexity import token_perplexity, windows_of
+from tardis_llm.evaluation.rows import Row, write_table
 from tardis_llm.evaluation.tasks import Metric
 
 RECORD = {
@@ -41,25 +41,33 @@ MEASURED = {
 
 
 def measured(label: str, ratio: float, touched: float) -> Row:
-    (method,) = parse(label, []) or [Method("dense")]
+    (method,) = [Method("dense")] if label == "dense" else parse(label, [])
     scores = {"blimp": Metric(0.6, 0.01), "lambada": Metric(0.02, 0.005)}
     lost = (ratio - 1) / 10
     changes = {task: Metric(-lost, 0.002) for task in scores}
-    return Row(method, None, 80 * ratio, 1.0, ratio, 0.001, scores, changes, touched, 1.2, None, 12.0)
+    return Row(
+        method,
+        perplexity=80 * ratio,
+        perplexity_error=1.0,
+        ratio=ratio,
+        ratio_error=0.001,
+        scores=scores,
+        changes=changes,
+        touched=touched,
+        resident=1.2,
+        seconds=12.0,
+    )
 
 
 @pytest.fixture
 def compared(tmp_path: Path) -> results.Compared:
-    dense = Row(Method("dense"), None, 80, 1, 1, 0, {"blimp": Metric(0.6, 0.012), "lambada": Metric(0.02, 0.005)},
-                {"blimp": Metric(0, 0), "lambada": Metric(0, 0)}, 1, 1, None, 0)  # fmt: skip
+    scores = {"blimp": Metric(0.6, 0.012), "lambada": Metric(0.02, 0.005)}
+    unchanged = dict.fromkeys(scores, Metric(0, 0))
+    dense = dataclasses.replace(measured("dense", 1, 1), ratio_error=0, scores=scores, changes=unchanged, resident=1)
     rows = [dense, *(measured(label, *figures) for label, figures in MEASURED.items())]
     rows.append(Row(Method("tardis", 0.9), "not feasible"))
-    records = as_records(rows)
     (tmp_path / "compare.json").write_text(json.dumps(RECORD))
-    with (tmp_path / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for record in records for name in record)))
-        writer.writeheader()
-        writer.writerows(records)
+    write_table(tmp_path / "table.csv", rows)
     return results.Compared.read(tmp_path)
 
 

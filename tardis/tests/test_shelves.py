@@ -13,7 +13,7 @@ import tardis_llm
 #: from what an FFN is to the command line; modules and folders at the top of the package
 SHELVES = (
     "errors", "allocator", "files", "ffn", "config", "report", "families", "calibration", "folding", "runtime",
-    "checkpoint", "pipeline", "baselines", "evaluation", "integrations", "sample", "", "cli", "__main__",
+    "checkpoint", "pipeline", "baselines", "integrations", "evaluation", "sample", "", "cli", "__main__",
 )  # fmt: skip
 #: what lies inside the runtime, whose backends know nothing of the modules that use them
 RUNTIME = (
@@ -30,7 +30,9 @@ RUNTIME = (
     "decoding",
 )
 ROOT = Path(tardis_llm.__file__).parent
-MODULES = sorted(path for path in ROOT.rglob("*.py") if "sample/model" not in path.as_posix())
+#: lm-eval loads these by their place, not as modules of the package
+LOOSE = ROOT / "evaluation" / "harness_tasks"
+MODULES = sorted(path for path in ROOT.rglob("*.py") if LOOSE not in path.parents)
 
 
 def imported(path: Path) -> Iterator[tuple[str, ...]]:

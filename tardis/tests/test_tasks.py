@@ -15,9 +15,10 @@ from folds import folded_tiny
 from harness_data import ITEMS, stock_items, write_items, write_lines
 from models import ENCODER_NAMES, tiny_model, tiny_tokenizer, tokens
 
+from tardis_llm.calibration.text import spread
 from tardis_llm.errors import InvalidInputError
 from tardis_llm.evaluation import tasks
-from tardis_llm.evaluation.tasks import TASKS, TaskScore, run_tasks, spread
+from tardis_llm.evaluation.tasks import TASKS, TaskScore, run_tasks
 from tardis_llm.integrations.lm_eval import harness_model, quiet
 
 LENGTH = 128

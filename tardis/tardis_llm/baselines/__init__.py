@@ -1,7 +1,7 @@
 """The methods that folding is compared with, written from the formulas of their papers."""
 
 from .matrices import Scope, find_matrices
-from .methods import NAMES, apply_baseline, full_name, takes_reduction
+from .methods import NAMES, apply_baseline, full_name, needs_reduction
 from .report import BaselineReport, MatrixReport
 
 __all__ = [
@@ -12,5 +12,5 @@ __all__ = [
     "apply_baseline",
     "find_matrices",
     "full_name",
-    "takes_reduction",
+    "needs_reduction",
 ]

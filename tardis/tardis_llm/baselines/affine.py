@@ -21,7 +21,7 @@ from ..calibration.text import Windows
 from ..errors import InvalidInputError
 from ..families.sites import FFNSite, find_ffns, set_module
 from ..folding.refit import Spectrum, refit
-from ..report import Progress
+from ..report import Progress, silent
 from .inputs import finite_rows, stream_of
 from .matrices import find_matrices
 from .report import BaselineReport, MatrixReport
@@ -58,7 +58,7 @@ def best_affine(fit: FFNMoments, heldout: FFNMoments, dtype: torch.dtype) -> tup
 
 
 @torch.no_grad()
-def replace_by_affine(model: PreTrainedModel, windows: Windows, progress: Progress | None = None) -> BaselineReport:
+def replace_by_affine(model: PreTrainedModel, windows: Windows, progress: Progress = silent) -> BaselineReport:
     """Put the best affine map in the place of every FFN of a model.
 
     Args:
@@ -75,15 +75,13 @@ def replace_by_affine(model: PreTrainedModel, windows: Windows, progress: Progre
     with tempfile.TemporaryDirectory() as scratch:
         streams = [stream_of(model, ids, scratch) for ids in (windows.fit, windows.heldout)]
         for done, site in enumerate(sites):
-            if progress:
-                progress(_STAGE, done, len(sites))
+            progress(_STAGE, done, len(sites))
             fit, heldout = (_moments(site, stream) for stream in streams)
             rows.append(install(model, site, *best_affine(fit, heldout, site.parts()[0].dtype)))
             if done + 1 < len(sites):
                 for stream in streams:
                     stream.advance()
-    if progress:
-        progress(_STAGE, len(sites), len(sites))
+    progress(_STAGE, len(sites), len(sites))
     return BaselineReport(NAME, "ffn", None, windows.fit.numel(), rows)
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..calibration.moments import SecondMoments, chunks
 from ..calibration.stream import Stream
 from ..errors import InvalidInputError
-from .matrices import Matrix
+from .matrices import ModelMatrix
 
 _BATCH_TOKENS = 4_096  # that run through a block at once
 _MEMORY_LIMIT = 2**30  # bytes of hidden states, beyond which they are on disk
@@ -79,7 +79,7 @@ def stream_of(model: PreTrainedModel, ids: Tensor, scratch: str) -> Stream:
 
 
 def statistics_by_block(
-    model: PreTrainedModel, ids: Tensor, blocks: Sequence[Sequence[Matrix]], need: Need
+    model: PreTrainedModel, ids: Tensor, blocks: Sequence[Sequence[ModelMatrix]], need: Need
 ) -> Iterator[list[InputStatistics | None]]:
     """Per block, statistics of the inputs of its matrices, from one pass of the block over all the windows.
 
@@ -115,7 +115,7 @@ def statistics_by_block(
                 stream.advance()
 
 
-def _gather(matrix: Matrix, statistics: InputStatistics) -> RemovableHandle:
+def _gather(matrix: ModelMatrix, statistics: InputStatistics) -> RemovableHandle:
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
         statistics.add(finite_rows(args[0], matrix.name))
 
@@ -136,7 +136,7 @@ def finite_rows(x: Tensor, name: str) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _check_used(matrix: Matrix, statistics: InputStatistics | None) -> None:
+def _check_used(matrix: ModelMatrix, statistics: InputStatistics | None) -> None:
     if statistics is None or not statistics.count:
         raise InvalidInputError(
             f"{matrix.name} got no input when its block ran; compress with scope='ffn', which leaves it out."

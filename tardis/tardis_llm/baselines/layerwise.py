@@ -11,23 +11,23 @@ from transformers import PreTrainedModel
 
 from ..calibration.text import Windows
 from ..errors import InvalidInputError
-from ..report import Progress
+from ..report import Progress, silent
 from .inputs import InputStatistics, Need, statistics_by_block
-from .matrices import Matrix, Scope, find_matrices
+from .matrices import ModelMatrix, Scope, find_matrices
 from .owl import outlier_share
 from .report import BaselineReport, MatrixReport
 from .wanda import wanda_scores
 
 
 @dataclass(frozen=True)
-class Method:
+class MatrixMethod:
     """A way to compress one matrix at a time.
 
     Attributes:
-        name: for reports.
-        need: what `apply` has to know of the matrix' inputs.
-        apply: from w [out, in] fp32, which it leaves as it is, and the statistics that it needs, to what w becomes.
-        stored_bytes: of a matrix [out, in] as it is in the model afterwards, without bias.
+        name: name in reports.
+        need: what `apply` has to know of the inputs of the matrix.
+        apply: makes the new weight of w [out, in] fp32, which it leaves as it is, and the statistics that it needs.
+        stored_bytes: counts the bytes of a compressed matrix [out, in], without bias.
         asked: share of the weights to remove; None for a method of fixed size.
     """
 
@@ -39,12 +39,12 @@ class Method:
 
 
 @torch.no_grad()
-def compress(
+def compress_layerwise(
     model: PreTrainedModel,
     windows: Windows,
-    method: Method | Sequence[Method],
+    method: MatrixMethod | Sequence[MatrixMethod],
     scope: Scope = "ffn",
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> BaselineReport:
     """Compress the matrices of a model in place.
 
@@ -62,36 +62,36 @@ def compress(
         InvalidInputError: weights or inputs that are not finite, or a model in training mode.
     """
     blocks = find_matrices(model, scope)
-    methods = [method] * len(blocks) if isinstance(method, Method) else list(method)
+    methods = [method] * len(blocks) if isinstance(method, MatrixMethod) else list(method)
     first, rows = methods[0], []
     gathered = statistics_by_block(model, windows.fit, blocks, first.need)
     for done, (block, how, seen) in enumerate(zip(blocks, methods, gathered, strict=True)):
-        _tell(progress, f"compressing with {first.name}", done, len(blocks))
+        progress(f"compressing with {first.name}", done, len(blocks))
         rows += [_compress(matrix, how, statistics) for matrix, statistics in zip(block, seen, strict=True)]
-    _tell(progress, f"compressing with {first.name}", len(blocks), len(blocks))
+    progress(f"compressing with {first.name}", len(blocks), len(blocks))
     tokens = 0 if first.need is Need.NOTHING else windows.fit.numel()
     return BaselineReport(first.name, scope, first.asked, tokens, rows)
 
 
 @torch.no_grad()
 def outlier_shares(
-    model: PreTrainedModel, windows: Windows, scope: Scope = "ffn", progress: Progress | None = None
+    model: PreTrainedModel, windows: Windows, scope: Scope = "ffn", progress: Progress = silent
 ) -> list[float]:
     """Per block of the model, which stays as it is, the share of outliers among its Wanda scores.
 
-    Args, errors: as for `compress`.
+    Arguments and errors as for `compress_layerwise`.
     """
     blocks = find_matrices(model, scope)
     shares: list[float] = []
     for block, gathered in zip(blocks, statistics_by_block(model, windows.fit, blocks, Need.NORMS), strict=True):
-        _tell(progress, "measuring outliers", len(shares), len(blocks))
+        progress("measuring outliers", len(shares), len(blocks))
         pairs = zip(block, gathered, strict=True)
         shares.append(outlier_share([wanda_scores(m.weight.float(), s.norms) for m, s in pairs if s is not None]))
-    _tell(progress, "measuring outliers", len(blocks), len(blocks))
+    progress("measuring outliers", len(blocks), len(blocks))
     return shares
 
 
-def _compress(matrix: Matrix, method: Method, statistics: InputStatistics | None) -> MatrixReport:
+def _compress(matrix: ModelMatrix, method: MatrixMethod, statistics: InputStatistics | None) -> MatrixReport:
     dense, bias = matrix.weight.nbytes, matrix.bias_bytes
     try:
         matrix.write(method.apply(matrix.weight.float().contiguous(), statistics))
@@ -100,8 +100,3 @@ def _compress(matrix: Matrix, method: Method, statistics: InputStatistics | None
     weight = matrix.weight
     stored = method.stored_bytes(weight) + bias
     return MatrixReport(matrix.name, weight.numel(), int(weight.count_nonzero()), dense + bias, stored, stored)
-
-
-def _tell(progress: Progress | None, stage: str, done: int, total: int) -> None:
-    if progress:
-        progress(stage, done, total)

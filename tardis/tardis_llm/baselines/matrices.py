@@ -18,7 +18,7 @@ Scope = Literal["ffn", "all"]
 
 
 @dataclass(frozen=True, eq=False)
-class Matrix:
+class ModelMatrix:
     """A linear layer in a model.
 
     Attributes:
@@ -60,7 +60,7 @@ class Matrix:
         self.weight.copy_(stored)
 
 
-def find_matrices(model: PreTrainedModel, scope: Scope) -> list[list[Matrix]]:
+def find_matrices(model: PreTrainedModel, scope: Scope) -> list[list[ModelMatrix]]:
     """Per block, the matrices in scope, in the order in which the model lists them.
 
     Raises:
@@ -74,13 +74,13 @@ def find_matrices(model: PreTrainedModel, scope: Scope) -> list[list[Matrix]]:
     for index, block in enumerate(layer_list(model)):
         prefix = f"{layer_list_name(model)}.{index}"
         linear = [(name, m) for name, m in block.named_modules(prefix=prefix) if is_linear(m)]
-        blocks.append([Matrix(name, module) for name, module in linear if scope == "all" or name in ffn])
+        blocks.append([ModelMatrix(name, module) for name, module in linear if scope == "all" or name in ffn])
     for matrix in (matrix for block in blocks for matrix in block):
         _check(matrix)
     return blocks
 
 
-def _check(matrix: Matrix) -> None:
+def _check(matrix: ModelMatrix) -> None:
     check_linear(matrix.module, matrix.name)
     if not bool(torch.isfinite(matrix.weight).all()):
         raise InvalidInputError(f"the weight of {matrix.name} has NaN or infinite entries; reload a sound checkpoint.")

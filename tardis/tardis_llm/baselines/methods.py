@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 
 from ..calibration.text import Windows
 from ..errors import InvalidInputError
-from ..report import Progress
+from ..report import Progress, silent
 from . import affine
 from .gptq import quantise_gptq
 from .inputs import InputStatistics, Need
-from .layerwise import Method, compress, outlier_shares
+from .layerwise import MatrixMethod, compress_layerwise, outlier_shares
 from .magnitude import prune_magnitude
 from .matrices import Scope
 from .owl import block_sparsities
@@ -62,7 +62,7 @@ def full_name(name: str) -> str:
     return name
 
 
-def takes_reduction(name: str) -> bool:
+def needs_reduction(name: str) -> bool:
     """Whether a baseline needs to be told how much to remove.
 
     Raises:
@@ -77,7 +77,7 @@ def apply_baseline(
     windows: Windows,
     reduction: float | None = None,
     scope: Scope = "ffn",
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> BaselineReport:
     """Compress a model in place by the baseline `name`.
 
@@ -102,20 +102,20 @@ def apply_baseline(
             raise InvalidInputError(f"{name} replaces FFNs and nothing else, but scope is {scope!r}; give 'ffn'.")
         return affine.replace_by_affine(model, windows, progress)
     if sparsity is None:
-        return compress(model, windows, _quantiser(name), scope, progress)
+        return compress_layerwise(model, windows, _quantiser(name), scope, progress)
     if not name.startswith(_OWL):
-        return compress(model, windows, _pruner(name, sparsity, sparsity), scope, progress)
+        return compress_layerwise(model, windows, _pruner(name, sparsity, sparsity), scope, progress)
     sparsities = block_sparsities(outlier_shares(model, windows, scope, progress), sparsity)
-    return compress(model, windows, [_pruner(name, each, sparsity) for each in sparsities], scope, progress)
+    return compress_layerwise(model, windows, [_pruner(name, each, sparsity) for each in sparsities], scope, progress)
 
 
-def _pruner(name: str, sparsity: float, asked: float) -> Method:
+def _pruner(name: str, sparsity: float, asked: float) -> MatrixMethod:
     """Pruning to `sparsity`, which with OWL differs from what was asked for on average."""
     need, prune = _PRUNERS[name.removeprefix(_OWL)]
-    return Method(name, need, lambda w, x: prune(w, x, sparsity), masked_bytes, asked)  # type: ignore[arg-type]
+    return MatrixMethod(name, need, lambda w, x: prune(w, x, sparsity), masked_bytes, asked)  # type: ignore[arg-type]
 
 
-def _quantiser(name: str) -> Method:
+def _quantiser(name: str) -> MatrixMethod:
     match = _QUANTISED.fullmatch(name)
     assert match, "a full name that is neither sparse nor affine is a quantiser's"
     kind, bits, group = match[1], int(match[2]), int(match[3])
@@ -124,11 +124,11 @@ def _quantiser(name: str) -> Method:
         return round_to_nearest(w, bits, group) if x is None else quantise_gptq(w, x.hessian, bits, group)
 
     need = Need.NOTHING if kind == "rtn" else Need.GRAM
-    return Method(name, need, apply, lambda weight: quantised_bytes(weight, bits, group))
+    return MatrixMethod(name, need, apply, lambda weight: quantised_bytes(weight, bits, group))
 
 
 def _checked_reduction(name: str, reduction: float | None) -> float | None:
-    if not takes_reduction(name):
+    if not needs_reduction(name):
         if reduction is not None:
             raise InvalidInputError(f"{name} has a fixed size, but reduction is {reduction!r}; leave it out.")
         return None

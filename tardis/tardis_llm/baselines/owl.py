@@ -29,7 +29,7 @@ def block_sparsities(shares: Sequence[float], target: float, spread: float = SPR
     They span `2 * spread`, or less where one would leave [0, 1]; blocks that do not differ all get the target.
 
     Args:
-        shares: of outliers, one per block.
+        shares: share of outliers of each block.
         target: mean sparsity, between 0 and 1.
         spread: lambda.
     """

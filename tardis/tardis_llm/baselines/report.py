@@ -17,8 +17,8 @@ class MatrixReport:
 
     Attributes:
         name: full name of the module in the model.
-        weights: how many there were.
-        nonzero: how many of the weights in the model now are not zero.
+        weights: number of weights before.
+        nonzero: number of weights now that are not zero.
         dense: bytes before.
         touched: bytes read for a token.
         resident: bytes kept in memory.
@@ -41,7 +41,7 @@ class BaselineReport:
         scope: "ffn" or "all".
         asked: the share of weights that was to go; None for a method of fixed size.
         tokens: calibration tokens that were used; 0 if the method needs none.
-        matrices: in the model's order.
+        matrices: the compressed matrices in the model's order.
     """
 
     method: str

@@ -26,8 +26,8 @@ class Grid:
 
     Attributes:
         bits: per weight.
-        scale: fp16, of any shape.
-        zero: uint8, of the same shape.
+        scale: fp16 scales, of any shape.
+        zero: uint8 zero points, shaped as the scales.
     """
 
     bits: int
@@ -40,7 +40,7 @@ class Grid:
         return (w / scale).round().clamp(-zero, 2**self.bits - 1 - zero) * scale
 
     def per_group(self) -> Grid:
-        """The same with an axis of length 1 at the end, to meet groups [..., columns]."""
+        """This grid with an axis of length 1 at the end of scale and zero point, to meet groups [..., columns]."""
         return Grid(self.bits, self.scale[..., None], self.zero[..., None])
 
 

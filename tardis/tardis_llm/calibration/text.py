@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config import check_seed
+from ..config import FoldConfig, check_seed
 from ..errors import InvalidInputError
 from ..families.table import position_limit, vocabulary
 from .documents import Documents, read_documents
@@ -90,6 +90,24 @@ def windows_over(
     return split_windows(_spread_windows(torch.tensor(ids), tokens, length), length, heldout)
 
 
+def calibration_windows(
+    documents: Sequence[Documents],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: FoldConfig,
+    length: int,
+) -> Windows:
+    """Windows of `length` tokens to calibrate a model on, as many as `config` says.
+
+    Raises:
+        InvalidInputError: there is too little text, or the model does not know a token.
+    """
+    windows = windows_over(documents, tokenizer, config.tokens, length, config.heldout, config.seed)
+    for ids in (windows.fit, windows.heldout):
+        check_windows(model, ids, tokenizer)
+    return windows
+
+
 def split_windows(ids: Tensor, length: int, heldout: float) -> Windows:
     """Cut token ids (flat, or windows already) into windows and hold back an evenly spread share of them.
 
@@ -110,6 +128,22 @@ def split_windows(ids: Tensor, length: int, heldout: float) -> Windows:
     chosen = torch.zeros(count, dtype=torch.bool)
     chosen[(torch.arange(kept) * count) // kept + count // (2 * kept)] = True
     return Windows(windows[~chosen], windows[chosen])
+
+
+def spread(count: int, limit: int | None) -> list[int]:
+    """Indices of `limit` things, evenly spread over `count` of them; all where there are no more.
+
+    Example:
+        >>> spread(10, 4)
+        [0, 2, 5, 7]
+    """
+    wanted = count if limit is None else min(limit, count)
+    return [index * count // wanted for index in range(wanted)]
+
+
+def some_windows(windows: Tensor, tokens: int) -> Tensor:
+    """Windows [n, length] evenly spread over all, `tokens` in all but two at least; every one for 0 tokens."""
+    return windows[spread(len(windows), max(2, tokens // windows.shape[1]) if tokens else None)]
 
 
 def default_length(tokenizer: Tokenizer | None, positions: int | None) -> int:
@@ -178,7 +212,7 @@ def _spread_windows(ids: Tensor, tokens: int, length: int) -> Tensor:
     have, wanted = len(ids) // length, tokens // length
     if have <= wanted or wanted < 2:
         return ids[: min(tokens, len(ids))]
-    return ids[: have * length].view(have, length)[torch.arange(wanted) * have // wanted]
+    return ids[: have * length].view(have, length)[spread(have, wanted)]
 
 
 def _whole_words(span: str) -> str:

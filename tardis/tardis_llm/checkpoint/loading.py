@@ -39,6 +39,12 @@ from .weight_files import Entry, headers, weight_files
 #: what `dtype` may be; None keeps the checkpoint's own
 DTYPES = ("float32", "bfloat16", "float16")
 
+
+def dtype_name(model: PreTrainedModel) -> str:
+    """Name of a model's dtype, as in `DTYPES`."""
+    return str(model.dtype).removeprefix("torch.")
+
+
 #: classes of a classifier beyond which reading a config would take all memory
 _MOST_LABELS = 1_000_000
 #: ends of the names of encoder classes whose output is one tensor, `logits` or `last_hidden_state`

@@ -34,6 +34,8 @@ _EVALUATION = 100_000  # characters of the evaluation text
 _PROMPT, _ANSWER, _TEMPERATURE = "The city was founded in", 48, 0.7
 _CHECKPOINT, _PLOT, _RECORD = "folded", "fold.png", "demo.json"
 
+Output = Annotated[Path, typer.Option("-o", "--output", help="Directory for the folded model, a picture and figures.")]
+
 #: the paper's method, and ours
 _COVERAGE = FoldConfig(
     reduction=_REDUCTION, policy="coverage", predictor_bits=2, refit=False, tokens=_TOKENS, probe_tokens=_PROBE_TOKENS
@@ -42,20 +44,15 @@ _ERROR = FoldConfig(reduction=_REDUCTION, predictor_bits=1, tokens=_TOKENS, prob
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the comparison; the report is None for the dense model."""
+class Judged:
+    """A model of the demo and its perplexity; the report of its fold, or None for the dense model."""
 
     name: str
     perplexity: Perplexity
     report: FoldReport | None = None
 
 
-def demo(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Directory for checkpoint, plot and figures.")] = Path(
-        "demo-output"
-    ),
-    as_json: AsJson = False,
-) -> None:
+def demo(output: Output = Path("demo-output"), as_json: AsJson = False) -> None:
     """Fold the bundled sample model, compare it with the dense one, and generate text with both."""
     clock = show.Clock()
     check_place(output)
@@ -115,13 +112,13 @@ def _fold_and_reload(
     return loaded.eval(), report
 
 
-def _evaluate(name: str, model: PreTrainedModel, windows: Tensor, report: FoldReport | None = None) -> Row:
+def _evaluate(name: str, model: PreTrainedModel, windows: Tensor, report: FoldReport | None = None) -> Judged:
     with show.progress_bars(f"{name}: ") as progress, count_fixes(model) as counts:
         perplexity = token_perplexity(model, windows, progress)
-    return Row(name, perplexity, report and measured(report, model, counts.rates))
+    return Judged(name, perplexity, report and measured(report, model, counts.rates))
 
 
-def _figures(rows: list[Row], texts: dict[str, str]) -> dict[str, Any]:
+def _figures(rows: list[Judged], texts: dict[str, str]) -> dict[str, Any]:
     compared = []
     for row in rows:
         ratio, error = row.perplexity.ratio(rows[0].perplexity)
@@ -137,7 +134,7 @@ def _figures(rows: list[Row], texts: dict[str, str]) -> dict[str, Any]:
     return {"status": "finished", "compared": compared, "prompt": _PROMPT, "texts": texts}
 
 
-def _print(rows: list[Row], texts: dict[str, str]) -> None:
+def _print(rows: list[Judged], texts: dict[str, str]) -> None:
     title = f"The bundled sample at reduction {_REDUCTION}, everything measured on held-out text"
     made = show.table(title, "model", "perplexity", "to dense", "touched", "resident", "fixed")
     for row in rows:

@@ -2,45 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.markup import escape
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..calibration.documents import Documents
-from ..calibration.text import Windows
+from ..calibration.text import Windows, calibration_windows
 from ..checkpoint.folded import is_folded, save_folded
 from ..checkpoint.loading import check_weights, load_config, load_dense, load_tokenizer, window_length
 from ..checkpoint.record import read_report
 from ..checkpoint.saving import check_savable
-from ..config import FoldConfig, Policy, Precision, Rounding
+from ..config import FoldConfig
 from ..errors import InvalidInputError
 from ..evaluation.generation import generate
 from ..evaluation.self_check import SelfCheck, Verdict
 from ..families.table import family_of
 from ..pipeline.fold import changes, check_fold, is_left_over
 from ..pipeline.fold import fold as fold_model
+from ..pipeline.space import bytes_on_disk
 from ..pipeline.workspace import FOLDER, discard, only_one
 from ..report import FoldReport
 from . import output as show
-from .options import AsJson, Dtype, ModelName, TextField, Texts
+from .options import AsJson, Dtype, ModelName, TextField, Texts, check_precision, from_settings, read_texts
 from .place import check_output, check_space
 from .stopping import stoppable
-from .texts import calibration_windows, read
 
 _REFUSED = 2  # exit code
-#: bits per weight; None is the model's dtype
-BITS: dict[Precision | None, int | None] = {None: None, "bf16": None, "int8": 8, "int4": 4}
 _PROMPT, _ANSWER = 24, 32  # tokens of the greedy sample
-_DEFAULT = FoldConfig()
 
-Output = Annotated[Path, typer.Option("-o", "--output", help="Directory of the folded checkpoint.")]
-Layers = Annotated[str | None, typer.Option(help="Blocks to fold, such as 0,1,5; all without.", show_default=False)]
+Output = Annotated[Path, typer.Option("-o", "--output", help="Directory for the folded model.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on behind the last finished layer of an interrupted fold.")]
 Force = Annotated[
     bool,
@@ -50,74 +43,33 @@ Force = Annotated[
         "self-check fails.",
     ),
 ]
+ShardSize = Annotated[str, typer.Option(help="Largest size of one weight file, such as 5GB or 5GiB.")]
 
 
+@from_settings
 def fold(
+    context: typer.Context,
     model: ModelName,
     directory: Output,
-    reduction: Annotated[float, typer.Option(help="Share of the FFN bytes that a token no longer reads.")] = 0.8,
     text: Texts = None,
     text_field: TextField = None,
-    policy: Annotated[Policy, typer.Option(help="How hot ranges are chosen.")] = "error",
-    predictor_bits: Annotated[
-        int | None, typer.Option(help="1, 2, 3, 4 or 8; the best for each layer without.", show_default=False)
-    ] = None,
-    group_size: Annotated[int, typer.Option(help="Predictor weights per scale.")] = _DEFAULT.group_size,
-    rounding: Annotated[Rounding, typer.Option(help="Of the predictor, and of what else is rounded.")] = "gptq",
-    fold_dtype: Annotated[
-        Precision | None, typer.Option(help="Of the stored fold; as the model without.", show_default=False)
-    ] = None,
-    fallback: Annotated[
-        Precision | None,
-        typer.Option(help="Of what fixing reads; as the model without.", show_default=False),
-    ] = None,
-    linears: Annotated[
-        Precision | None,
-        typer.Option(
-            help="Of the linear layers outside the FFNs, and of lm_head; as the model without.", show_default=False
-        ),
-    ] = None,
-    refit: Annotated[bool, typer.Option(help="Solve the fold anew for what fixing leaves.")] = True,
-    tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = _DEFAULT.tokens,
-    sequence_length: Annotated[
-        int | None, typer.Option(help="Tokens per window; what the model allows without.", show_default=False)
-    ] = None,
-    probe_tokens: Annotated[
-        int, typer.Option(help="Tokens on which each layer's effect on the loss is measured.")
-    ] = _DEFAULT.probe_tokens,
-    layers: Layers = None,
+    *,
+    config: FoldConfig,
     dtype: Dtype = None,
-    seed: Annotated[int, typer.Option(help="Picks the calibration windows.")] = 0,
     resume: Resume = False,
     force: Force = False,
-    max_shard_size: Annotated[str, typer.Option(help="Of one weight file, such as 5GB or 5GiB.")] = "5GB",
-    memory_limit: Annotated[
-        float, typer.Option(help="GiB of hidden states beyond which they go to disk.")
-    ] = _DEFAULT.memory_limit_gib,
+    max_shard_size: ShardSize = "5GB",
     as_json: AsJson = False,
 ) -> None:
-    """Fold a model's feed-forward networks and write a checkpoint that transformers loads."""
+    """Fold a model's feed-forward networks and write a checkpoint that transformers loads.
+
+    Give --text of the kind that the model will see. Ends with a self-check: if the folded model is far worse than the
+    dense one on held-out text, nothing is written.
+    """
     clock = show.Clock()
-    config = FoldConfig(
-        reduction=reduction,
-        policy=policy,
-        predictor_bits=predictor_bits,
-        group_size=group_size,
-        rounding=rounding,
-        fold_bits=BITS[fold_dtype],
-        fallback_bits=BITS[fallback],
-        linear_bits=BITS[linears],
-        refit=refit,
-        tokens=tokens,
-        sequence_length=sequence_length,
-        probe_tokens=probe_tokens,
-        memory_limit_gib=memory_limit,
-        layers=parse_layers(layers),
-        seed=seed,
-    )
     check_output(directory, model, force, resume)
     loaded, tokenizer, windows = _load(model, text, text_field, config, dtype)
-    check_precision(loaded.dtype, fold_dtype, fallback, linears)
+    check_precision(context, loaded.dtype)
     done = _finished(directory, loaded, windows, config) if resume else None
     if done:
         _clear_left_over(directory, done)
@@ -125,7 +77,7 @@ def fold(
         return
     check_fold(loaded, windows, config)
     check_savable(loaded, tokenizer, max_shard_size)
-    check_space(directory, loaded, windows, config)
+    check_space(directory, bytes_on_disk(directory, loaded, windows, config))
     with stoppable(lambda: _hint(directory)), only_one(directory):
         check_output(directory, model, force, resume)  # another fold may have ended there meanwhile
         report, verdict = _fold_and_check(loaded, windows, config, directory, resume)
@@ -134,32 +86,12 @@ def fold(
             save_folded(loaded, report, directory, tokenizer, max_shard_size)
             discard(directory / FOLDER)
     sample = _sample(loaded, tokenizer, windows.heldout)
-    figures = {
-        "output": str(directory) if written else None,
-        "report": report.as_dict(),
-        "self_check": verdict.as_dict(),
-        "sample": sample,
-        **clock.as_dict(),
-    }
     if as_json:
-        show.print_json(figures)
+        found = {"report": report.as_dict(), "self_check": verdict.as_dict(), "sample": sample}
+        show.print_json({"output": str(directory) if written else None, **found, **clock.as_dict()})
     else:
         _print(report, verdict, sample)
     _conclude(verdict, directory, written, clock)
-
-
-def parse_layers(layers: str | None) -> tuple[int, ...] | None:
-    """Block numbers out of "0,1,5".
-
-    Raises:
-        InvalidInputError: it is something else.
-    """
-    if layers is None:
-        return None
-    try:
-        return tuple(int(part) for part in layers.split(","))
-    except ValueError as error:
-        raise InvalidInputError(f"--layers is {layers!r}; give block numbers such as 0,1,5.") from error
 
 
 def _load(
@@ -174,22 +106,15 @@ def _load(
             "tardis_llm/sample/calibration.txt."
         )
     tokenizer = load_tokenizer(model)
-    documents = read(text, field)
+    documents = read_texts(text, field)
     loaded = load_dense(model, dtype)
-    return loaded, tokenizer, _windows(documents, loaded, tokenizer, config)
-
-
-def _windows(
-    documents: Sequence[Documents], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: FoldConfig
-) -> Windows:
-    """Calibration windows, and words on how many there are."""
-    length = window_length(model, tokenizer, config.sequence_length)
-    windows = calibration_windows(documents, model, tokenizer, config, length)
+    length = window_length(loaded, tokenizer, config.sequence_length)
+    windows = calibration_windows(documents, loaded, tokenizer, config, length)
     found = windows.fit.numel() + windows.heldout.numel()
-    show.say(f"calibration: {found:,} tokens in windows of {length}; {type(model).__name__} in {model.dtype}")
+    show.say(f"calibration: {found:,} tokens in windows of {length}; {type(loaded).__name__} in {loaded.dtype}")
     if found < config.tokens - length:
         show.warn(f"the text has {found:,} tokens, fewer than the {config.tokens:,} asked for.")
-    return windows
+    return loaded, tokenizer, windows
 
 
 def _finished(directory: Path, model: PreTrainedModel, windows: Windows, config: FoldConfig) -> FoldReport | None:
@@ -226,8 +151,7 @@ def _print_finished(report: FoldReport, directory: Path, as_json: bool) -> None:
     if as_json:
         show.print_json({"output": str(directory), "report": report.as_dict(), "self_check": None, "sample": None})
     else:
-        show.out.print(show.layer_table(report, "Folded layers"))
-        show.out.print(show.totals(report))
+        show.print_fold(report, "Folded layers")
     show.say(f"[green]{escape(str(directory))} is complete[/]: this fold was finished there, nothing is left to do")
 
 
@@ -235,15 +159,6 @@ def _hint(directory: Path) -> str:
     if not (directory / FOLDER).is_dir():
         return "Nothing was finished yet; run the same command again."
     return "Finished layers are kept: run the same command with --resume to go on behind them."
-
-
-def check_precision(dtype: torch.dtype, *wanted: Precision | None) -> None:
-    """Raise InvalidInputError where bf16 is asked for and the model's dtype is another."""
-    if "bf16" in wanted and dtype != torch.bfloat16:
-        raise InvalidInputError(
-            f"parts in bf16 are asked for, but the model is in {str(dtype).removeprefix('torch.')}; add --dtype "
-            "bfloat16."
-        )
 
 
 def _fold_and_check(
@@ -274,11 +189,7 @@ def _sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, heldout:
 
 
 def _print(report: FoldReport, verdict: Verdict, sample: dict[str, Any] | None) -> None:
-    show.out.print(show.layer_table(report, "Folded layers"))
-    show.out.print(show.legend())
-    show.out.print(show.totals(report))
-    if report.linears:
-        show.out.print(show.linears(report.linears))
+    show.print_fold(report, "Folded layers")
     if sample:
         show.out.print(f"sample: [dim]{escape(sample['prompt'])}[/]{escape(sample['text'])}")
     show.out.print(f"self-check: {verdict.sentence()}")

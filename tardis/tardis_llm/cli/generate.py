@@ -8,29 +8,28 @@ import typer
 from rich.markup import escape
 from transformers import TextStreamer
 
-from ..checkpoint.loading import load_model, load_tokenizer
+from ..checkpoint.loading import dtype_name, load_model, load_tokenizer
 from ..config import check_seed
 from ..errors import InvalidInputError
 from ..evaluation.generation import generate as generate_text
 from ..evaluation.generation import prompt_ids, room
 from ..runtime.decoding import prepare_decoding
-from ..runtime.prefill import Prefill, set_prefill
+from ..runtime.prefill import set_prefill
 from . import output as show
-from .options import AsJson, Dtype, ModelName
+from .options import AsJson, Dtype, ModelName, PromptsThrough
 
 
 def generate(
     model: ModelName,
     prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    prefill: Annotated[
-        Prefill,
-        typer.Option(help="Prompts of a folded model through its folds, its dense FFNs, or what is faster."),
-    ] = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Randomness of the choice; 0 takes the likeliest token each time.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the random choice.")] = 0,
+    prefill: PromptsThrough = "auto",
     compile: Annotated[
-        bool, typer.Option("--compile", help="Run each token as one compiled graph: faster, some seconds later.")
+        bool, typer.Option("--compile", help="Run each token as one compiled graph: faster, but starts later.")
     ] = False,
     dtype: Dtype = None,
     as_json: AsJson = False,
@@ -53,6 +52,5 @@ def generate(
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     text = generate_text(loaded, tokenizer, ids, max_new_tokens, temperature, seed, streamer, compile)
     if as_json:
-        dtype = str(loaded.dtype).removeprefix("torch.")
         settings = {"temperature": temperature, "seed": seed}
-        show.print_json({"model": model, "dtype": dtype, "prompt": prompt, "text": text, **settings})
+        show.print_json({"model": model, "dtype": dtype_name(loaded), "prompt": prompt, "text": text, **settings})

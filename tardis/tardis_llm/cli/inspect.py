@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
 
-from ..calibration.text import Windows
+from ..calibration.text import Windows, calibration_windows
 from ..checkpoint.format import CheckpointConfig
 from ..checkpoint.loading import (
     is_folded,
@@ -23,28 +24,29 @@ from ..checkpoint.record import RECORD
 from ..config import FoldConfig
 from ..errors import InvalidInputError
 from ..evaluation.plots import plot_fold, plot_survey
-from ..evaluation.survey import COVERAGE, Survey, survey
-from ..ffn.accounting import planned
+from ..evaluation.survey import COVERAGE, Feasible, Survey, feasible, survey
 from ..report import FoldReport
 from . import output as show
-from .options import AsJson, ModelName, TextField, Texts
+from .options import AsJson, ModelName, TextField, Texts, read_texts
 from .place import check_plot
-from .texts import calibration_windows, read
 
-_TOKENS = 16_384
 _BITS = (1, 2, 3, 4)
 _REDUCTIONS = (0.5, 0.7, 0.8)
 
 
 def inspect(
     model: ModelName,
-    plot: Annotated[Path | None, typer.Option(help="PNG to draw.", show_default=False)] = None,
+    plot: Annotated[Path | None, typer.Option(help="File to draw a picture to, such as fold.png.")] = None,
     text: Texts = None,
     text_field: TextField = None,
-    tokens: Annotated[int, typer.Option(help="Of the text, at most.")] = _TOKENS,
+    tokens: Annotated[int, typer.Option(help="Tokens of the text to measure a dense model on, at most.")] = 16_384,
     as_json: AsJson = False,
 ) -> None:
-    """Show what folding a dense model would start from, or what a folded one consists of."""
+    """Show what a folded model consists of, or how well a dense one would fold.
+
+    Of a folded model: fix rate, error and bytes of every layer. Of a dense model: its FFNs and the reductions that fit,
+    and with --text how linear each FFN is and how narrow the ranges of its neurons' inputs are.
+    """
     if plot:
         check_plot(plot)
     report = load_report(model)
@@ -88,11 +90,7 @@ def _inspect_folded(model: str, report: FoldReport, plot: Path | None, text: lis
         show.print_json({"model": model, "folded": True, "plot": plot and str(plot), **report.as_dict()})
         return
     config, calibration = report.config, report.calibration
-    show.out.print(show.layer_table(report, f"{model}, folded"))
-    show.out.print(show.legend())
-    show.out.print(show.totals(report))
-    if report.linears:
-        show.out.print(show.linears(report.linears))
+    show.print_fold(report, f"{model}, folded")
     show.out.print(
         f"policy {config.get('policy')}, refit {'on' if config.get('refit') else 'off'}, rounding "
         f"{config.get('rounding')}, calibrated on {calibration.get('tokens', 0):,} tokens in windows of "
@@ -107,7 +105,7 @@ def _inspect_dense(
     if plot and not text:
         raise InvalidInputError("a plot of a dense model needs text to measure on; give --text FILE.")
     windows: Windows | None = None
-    documents = read(text, field) if text else []
+    documents = read_texts(text, field) if text else []
     loaded = load_dense(model)
     if text:
         tokenizer, config = load_tokenizer(model), FoldConfig(tokens=tokens)
@@ -115,14 +113,16 @@ def _inspect_dense(
         windows = calibration_windows(documents, loaded, tokenizer, config, length)
     with show.progress_bars() as progress:
         found = survey(loaded, windows, progress)
+    reachable = [feasible(found, bits, _REDUCTIONS) for bits in _BITS]
     if plot:
         plot.parent.mkdir(parents=True, exist_ok=True)
         plot_survey(found, plot, Path(model).name)
     if as_json:
-        figures = {"model": model, "folded": False, "plot": plot and str(plot), **found.as_dict()}
-        show.print_json({**figures, "feasible": [_feasible(found, bits) for bits in _BITS]})
+        what = {"model": model, "folded": False, "plot": plot and str(plot)}
+        show.print_json({**what, **found.as_dict(), "feasible": [asdict(each) for each in reachable]})
         return
     _print_survey(model, found)
+    _print_feasible(reachable)
     if not text:
         show.say("give --text FILE to measure linearity and the width of the inputs' ranges")
     _say_where(plot)
@@ -147,29 +147,19 @@ def _print_survey(model: str, found: Survey) -> None:
         f"{COVERAGE:.0%} range: width of the range that holds {COVERAGE:.0%} of a neuron's inputs, over the range of "
         "all of them, mean of the neurons.[/]"
     )
-    budget = show.table("What fits", "predictor bits", "largest reduction", *(f"fixed at {r:g}" for r in _REDUCTIONS))
-    for bits in _BITS:
-        row = _feasible(found, bits)
-        budget.add_row(str(bits), f"{row['largest_reduction']:.2%}", *map(_rate, row["fix_rates"].values()))
-    show.out.print(budget)
 
 
-def _feasible(found: Survey, bits: int) -> dict[str, Any]:
-    """The largest reduction with a predictor of `bits`, and the neurons fixed at others; None where none fits."""
-    costs = [planned(ffn, FoldConfig().storage, bits) for ffn in found.ffns]
-    dense, always, every = (sum(getattr(cost, part) for cost in costs) for part in ("dense", "always", "fixing"))
-    rates = {str(r): ((1 - r) * dense - always) / every for r in _REDUCTIONS}
-    return {
-        "bits": bits,
-        "largest_reduction": 1 - always / dense,
-        "fix_rates": {r: min(rate, 1.0) if rate >= 0 else None for r, rate in rates.items()},
-    }
+def _print_feasible(reachable: list[Feasible]) -> None:
+    made = show.table("What fits", "predictor bits", "largest reduction", *(f"fixed at {r:g}" for r in _REDUCTIONS))
+    for each in reachable:
+        made.add_row(str(each.bits), f"{each.largest_reduction:.2%}", *map(_rate, each.fix_rates.values()))
+    show.out.print(made)
+
+
+def _rate(rate: float | None) -> str:
+    return "does not fit" if rate is None else f"{rate:.2%}"
 
 
 def _say_where(plot: Path | None) -> None:
     if plot:
         show.say(f"[green]drawn to {escape(str(plot))}[/]")
-
-
-def _rate(rate: float | None) -> str:
-    return "does not fit" if rate is None else f"{rate:.2%}"

@@ -126,21 +126,21 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        """Elapsed."""
+        """Seconds elapsed."""
         return time.perf_counter() - self._start
 
     @property
     def peak_memory(self) -> int:
-        """Bytes resident at most, since the process started."""
+        """Most bytes that the process has had in memory since it started."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in KiB
 
     def as_dict(self) -> dict[str, Any]:
-        """Both, as plain values."""
+        """Seconds and peak memory as plain values."""
         return {"seconds": round(self.seconds, 2), "peak_memory_bytes": self.peak_memory}
 
     def sentence(self) -> str:
-        """Both, for people."""
+        """Seconds and peak memory for people."""
         return f"{self.seconds:.1f} s, peak memory {size(self.peak_memory)}"
 
 
@@ -154,8 +154,8 @@ def table(title: str, *columns: str) -> Table:
     return made
 
 
-def layer_table(report: FoldReport, title: str) -> Table:
-    """The figures of every layer of a fold, and of all together."""
+def print_fold(report: FoldReport, title: str) -> None:
+    """Print the figures of every layer of a fold and of all together, and what they mean."""
     made = table(title, "FFN", "bits", "fixed", "error", "linearity", "touched", "resident")
     for layer in report.layers:
         made.add_row(
@@ -170,34 +170,27 @@ def layer_table(report: FoldReport, title: str) -> Table:
         )
     shares = f"{report.touched / report.dense:.2%}", f"{report.resident / report.dense:.1%}"
     made.add_row("all", "", f"{report.fix_rate:.2%}", "", "", *shares, style="bold")
-    return made
-
-
-def totals(report: FoldReport) -> str:
-    """The three numbers that belong together, for people."""
-    return (
+    out.print(made)
+    out.print(
+        "[dim]fixed: share of neurons corrected per token. error: squared error of the FFN output over its variance; "
+        "linearity: squared error of the best affine map without fixing. touched: FFN bytes read per token at batch 1, "
+        "everything counted. resident: FFN bytes kept in memory, fallback weights included. Shares are of the "
+        "dense FFN bytes.[/]"
+    )
+    out.print(
         f"FFN bytes: dense {size(report.dense)}, touched per token {size(report.touched)} "
         f"(reduction {report.reduction:.2%}), resident {size(report.resident)} "
         f"({report.resident / report.dense:.1%} of dense); neurons fixed {report.fix_rate:.2%}"
     )
+    if report.linears:
+        _print_linears(report.linears)
 
 
-def linears(report: LinearsReport) -> str:
-    """What is stored in few bits outside the FFNs, for people."""
-    stay = f", of which {size(report.shared)} stay as the embedding" if report.shared else ""
-    return (
-        f"{report.layers} linear layers outside the FFNs in int{report.bits}: {size(report.stored)}, before "
-        f"{size(report.dense)}{stay}"
-    )
-
-
-def legend() -> str:
-    """What the columns of `layer_table` mean."""
-    return (
-        "[dim]fixed: share of neurons corrected per token. error: squared error of the FFN output over its variance; "
-        "linearity: the same for the best affine map with no fixing. touched: FFN bytes read per token at batch 1, "
-        "everything counted. resident: FFN bytes kept in memory, fallback weights included. Shares are of the "
-        "dense FFN bytes.[/]"
+def _print_linears(linears: LinearsReport) -> None:
+    stay = f", of which {size(linears.shared)} stay as the embedding" if linears.shared else ""
+    out.print(
+        f"{linears.layers} linear layers outside the FFNs in int{linears.bits}: {size(linears.stored)}, before "
+        f"{size(linears.dense)}{stay}"
     )
 
 
@@ -207,7 +200,12 @@ def perplexity(value: Perplexity) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes, for people."""
+    """A number of bytes in a readable unit.
+
+    Example:
+        >>> size(3 * 2**20)
+        '3.00 MiB'
+    """
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024 or unit == "GiB":
             return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.2f} {unit}"

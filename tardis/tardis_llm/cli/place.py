@@ -7,16 +7,10 @@ import shutil
 from pathlib import Path
 
 from matplotlib.backend_bases import FigureCanvasBase
-from transformers import PreTrainedModel
 
-from ..calibration.text import Windows
 from ..checkpoint.folded import is_folded
 from ..checkpoint.saving import STAGING
-from ..config import PREDICTOR_BITS, FoldConfig
 from ..errors import InvalidInputError
-from ..families.sites import find_ffns
-from ..ffn.accounting import planned
-from ..pipeline.session import hidden_bytes_on_disk
 from ..pipeline.workspace import FOLDER, LOCK
 from .output import size
 
@@ -27,12 +21,13 @@ def check_output(directory: Path, model: str, force: bool, resume: bool) -> None
     """Check that a checkpoint may be written to `directory`.
 
     Args:
-        model: what is folded; its own directory is never written to.
-        force: it may hold something already.
-        resume: it may hold what an interrupted fold left, or a finished fold.
+        directory: made if missing.
+        model: directory or hub name of what is folded; its own directory is never written to.
+        force: the directory may hold something already.
+        resume: the directory may hold what an interrupted fold left, or a finished fold.
 
     Raises:
-        InvalidInputError: it cannot be written, or holds something else.
+        InvalidInputError: the directory cannot be written, or holds something else.
     """
     check_writable(directory)
     if directory.exists() and Path(model).exists() and directory.samefile(model):
@@ -49,9 +44,7 @@ def check_output(directory: Path, model: str, force: bool, resume: bool) -> None
 
 def check_writable(directory: Path) -> None:
     """Raise InvalidInputError unless files can be written to `directory`, which need not exist yet."""
-    nearest = directory.absolute()
-    while not os.path.lexists(nearest):
-        nearest = nearest.parent
+    nearest = _nearest(directory)
     if not nearest.is_dir():
         raise InvalidInputError(f"cannot write to {directory}: {nearest} is no directory. Choose another -o.")
     if not os.access(nearest, os.W_OK | os.X_OK):
@@ -70,25 +63,19 @@ def check_plot(path: Path) -> None:
         )
 
 
-def check_space(directory: Path, model: PreTrainedModel, windows: Windows, config: FoldConfig) -> None:
-    """Raise InvalidInputError where a fold of `model` and what it keeps meanwhile would not fit on the disk."""
-    sites = find_ffns(model)
-    bits = config.predictor_bits or (config.fallback_bits or max(PREDICTOR_BITS[:-1]))
-    chosen = [site.weights() for site in sites if config.layers is None or site.index in config.layers]
-    dense = sum(ffn.nbytes for ffn in chosen)
-    outside = sum(weight.nbytes for weight in model.parameters()) - dense
-    stored = sum(planned(ffn, config.storage, bits).touched(1.0) for ffn in chosen)
-    dense = 0 if config.fallback_bits else dense
-    kept = directory / FOLDER
-    finished = sum(path.stat().st_size for path in kept.rglob("*") if path.is_file()) if kept.is_dir() else 0
-    # for a moment the layers are there twice: in the work folder, without dense weights, and in the checkpoint
-    need = outside + stored + max(0, stored - dense - finished) + hidden_bytes_on_disk(model, windows, config)
-    nearest = directory.absolute()
-    while not nearest.exists():
-        nearest = nearest.parent
-    free = shutil.disk_usage(nearest).free
+def check_space(directory: Path, need: int) -> None:
+    """Raise InvalidInputError where a fold that takes `need` bytes of the disk would not fit below `directory`."""
+    free = shutil.disk_usage(_nearest(directory)).free
     if free < need:
         raise InvalidInputError(
             f"{directory} has {size(free)} free, and this fold needs about {size(need)} while it is made. Free space, "
             "or choose another -o."
         )
+
+
+def _nearest(directory: Path) -> Path:
+    """The directory, or what is there of the path to it."""
+    nearest = directory.absolute()
+    while not os.path.lexists(nearest):
+        nearest = nearest.parent
+    return nearest

@@ -9,9 +9,8 @@ from typing import Annotated
 
 import typer
 
-from ..runtime.prefill import Prefill
 from . import output as show
-from .options import ModelName
+from .options import ModelName, PromptsThrough
 
 
 def serve(
@@ -19,19 +18,15 @@ def serve(
     model: ModelName,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
-    prefill: Annotated[
-        Prefill, typer.Option(help="Calls with prompts through the folds, the dense FFNs, or what is faster.")
-    ] = "auto",
+    prefill: PromptsThrough = "auto",
     api_key: Annotated[
-        list[str] | None,
-        typer.Option(help="Key that clients must send; better in a file. Repeatable.", show_default=False),
+        list[str] | None, typer.Option(help="Key that clients must send; better given in a file. Repeatable.")
     ] = None,
     api_key_file: Annotated[
-        Path | None,
-        typer.Option(help="File with such keys, one a line. Without either, VLLM_API_KEY.", show_default=False),
+        Path | None, typer.Option(help="File with keys, one a line; default: the key in VLLM_API_KEY, if there is one.")
     ] = None,
     shutdown_timeout: Annotated[
-        int, typer.Option(help="Seconds for requests in flight when it is told to end.", min=0)
+        int, typer.Option(help="Seconds that requests under way may still take when the server is told to stop.", min=0)
     ] = 20,
 ) -> None:
     """Serve a folded model over the OpenAI API with vLLM. Options that are not listed here go to vLLM's server."""

@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-from .compare import Row
 from .methods import DENSE
 from .plots import STYLE
+from .rows import Row
 
 
 class Series(NamedTuple):
@@ -26,8 +26,7 @@ class Series(NamedTuple):
     width: float = 1.4
 
 
-# Okabe and Ito's colours again; folds are the thick lines
-#: by the name of the method, without the bits of quantisers
+#: how each method is drawn, by its name without the bits of quantisers; colours are Okabe and Ito's again
 _SERIES = {
     "tardis": Series("TARDIS", "#0072B2", "o", 2.4),
     "tardis-int8": Series("TARDIS, int8", "#56B4E9", "o", 2.4),
@@ -51,7 +50,7 @@ def plot_curves(rows: Sequence[Row], path: Path, title: str) -> None:
 
     Args:
         rows: with the dense model among them.
-        path: of the PNG; its folder exists.
+        path: file of the PNG; its folder exists.
         title: model and data.
 
     Raises:

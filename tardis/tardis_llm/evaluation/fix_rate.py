@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -55,17 +55,55 @@ def count_fixes(model: nn.Module) -> Iterator[FixCounts]:
         x, dense = args
         counts.add(name, fixed_neurons(x.reshape(-1, x.shape[-1]), ffn.weights.beside(dense)))
 
+    with _before_each(ffns, count):
+        yield counts
+
+
+@dataclass
+class Union:
+    """Share of the neurons that at least one token of a forward fixes, summed over forwards and FFNs."""
+
+    share: float = 0.0
+    forwards: int = 0
+
+    @property
+    def mean(self) -> float:
+        """Mean share per forward and FFN; 0 before anything ran."""
+        return self.share / max(self.forwards, 1)
+
+
+@contextmanager
+def count_union(model: nn.Module) -> Iterator[Union]:
+    """Within the context, count the neurons that a batch fixes together, each once.
+
+    Every FFN predicts twice then, so it is for measuring, not for timing.
+    """
+    union = Union()
+
+    def count(name: str, ffn: FoldedFFN, args: tuple[Tensor, DenseFFN]) -> None:
+        x, dense = args
+        fixed = ffn.fixed(x.reshape(-1, x.shape[-1]).contiguous(), dense)
+        union.share += float(fixed.any(0).float().mean())
+        union.forwards += 1
+
+    with _before_each(folded_ffns(model), count):
+        yield union
+
+
+@contextmanager
+def _before_each(ffns: Mapping[str, FoldedFFN], note: Callable[..., None]) -> Iterator[None]:
+    """Within the context, call `note` with name, FFN and arguments before each forward of an FFN."""
     with ExitStack() as stack:
         for name, ffn in ffns.items():
-            stack.callback(ffn.register_forward_pre_hook(partial(count, name)).remove)
-        yield counts
+            stack.callback(ffn.register_forward_pre_hook(partial(note, name)).remove)
+        yield
 
 
 def measured(report: FoldReport, model: nn.Module, rates: dict[str, float]) -> FoldReport:
     """The report with `fix_rate` and `touched` as measured by `count_fixes`; everything else as it was.
 
     Args:
-        report: of the fold that made the model.
+        report: report of the fold that made the model.
         model: the folded model.
         rates: fix rate by the prefix of the FFN.
 

@@ -61,10 +61,10 @@ def generate(
     decode, and not all of it works.
 
     Args:
-        ids: as from `prompt_ids`.
+        ids: [1, tokens] token ids of the prompt; see `prompt_ids`.
         max_new_tokens: fewer come where the model ends the text or its positions are used up.
         temperature: 0 takes the likeliest token each time.
-        seed: of the sampling; the global generator is left alone.
+        seed: seed of the sampling; the global generator is left alone.
         streamer: told of tokens as they come.
         compile: run each token as one graph; see `decoding.compiled`.
 

@@ -34,7 +34,7 @@ class Method:
 
     Attributes:
         name: a name in `NAMES`, or "dense".
-        reduction: of folds, the share of FFN bytes that a token no longer reads; of masks, the share of weights
+        reduction: for folds, the share of FFN bytes that a token no longer reads; for masks, the share of weights
             removed; None for what has a fixed size.
     """
 
@@ -48,7 +48,7 @@ class Method:
 
     @property
     def is_fold(self) -> bool:
-        """Whether it folds."""
+        """Whether the method is a fold."""
         return self.name in FOLDS
 
 
@@ -68,14 +68,14 @@ def parse(names: str, reductions: Sequence[float]) -> list[Method]:
 
 
 def _at(name: str, reductions: list[float], explicit: bool) -> list[Method]:
-    """One method at each reduction; once if it has a fixed size."""
+    """The method `name` at each reduction, or once if it has a fixed size."""
     if name not in FOLDS:
         if name == DENSE:
             return []  # is always measured
         if name not in baselines.NAMES and not name.startswith(("rtn", "gptq")):
             raise InvalidInputError(f"there is no method {name!r}; choose from {', '.join(NAMES)}.")
         name = baselines.full_name(name)
-        if not baselines.takes_reduction(name):
+        if not baselines.needs_reduction(name):
             if explicit:
                 raise InvalidInputError(f"{name} has a fixed size; leave out @ and what follows it.")
             return [Method(name)]
@@ -92,7 +92,7 @@ def _number(part: str, given: str) -> float:
         raise InvalidInputError(f"{part!r} has no number behind @; write for example tardis@0.8.") from error
 
 
-def compress(
+def apply_method(
     method: Method,
     model: PreTrainedModel,
     windows: Windows,
@@ -106,7 +106,7 @@ def compress(
     Args:
         method: other than "dense".
         config: settings of a fold that its kind does not set.
-        scope: of the baselines; folds are of FFNs only.
+        scope: what baselines compress; folds are of FFNs only.
         work: folder that keeps finished layers of a fold; what it holds already is used.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..calibration.text import Tokenizer, check_windows, encode
 from ..errors import InvalidInputError
 from ..families.table import family_of, vocabulary
-from ..report import Progress
+from ..report import Progress, silent
 
 _LOGITS_AT_ONCE = 2**24  # elements of the largest tensor
 _STAGE = "measuring perplexity"
@@ -26,12 +26,14 @@ class Perplexity:
 
     Attributes:
         value: the perplexity; NaN or infinite where the model's output is.
-        standard_error: of `value`, from the variation between windows.
+        standard_error: standard error of `value`, from the variation between windows.
         tokens: tokens predicted; the first of each window is context only.
-        windows: how many.
+        windows: number of windows.
         length: tokens per window.
         losses: [windows] fp64, mean negative log-likelihood of each window.
     """
+
+    kind: ClassVar[str] = "token perplexity"
 
     value: float
     standard_error: float
@@ -42,13 +44,17 @@ class Perplexity:
 
     @classmethod
     def of(cls, losses: Tensor, length: int) -> Perplexity:
-        """From the mean negative log-likelihood of each window, [windows] fp64, two at least."""
+        """The perplexity of two windows or more, from the mean negative log-likelihood of each, [windows] fp64."""
         value, error = _exp_mean(losses)
         return cls(value, error, len(losses) * (length - 1), len(losses), length, losses)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, without those of single windows."""
         return {key: value for key, value in vars(self).items() if key != "losses"}
+
+    def sentence(self) -> str:
+        """What was measured on, for people."""
+        return f"{self.tokens:,} tokens predicted in {self.windows:,} windows of {self.length}"
 
     def ratio(self, reference: Perplexity) -> tuple[float, float]:
         """This perplexity over another on the same windows, and its standard error.
@@ -75,7 +81,7 @@ def windows_of(text: str, tokenizer: Tokenizer, length: int) -> Tensor:
 
 
 @torch.no_grad()
-def token_perplexity(model: PreTrainedModel, windows: Tensor, progress: Progress | None = None) -> Perplexity:
+def token_perplexity(model: PreTrainedModel, windows: Tensor, progress: Progress = silent) -> Perplexity:
     """Perplexity of a causal model on windows [n, length] of token ids, n >= 2.
 
     Each window is a text of its own. The standard error treats windows as independent: that of the mean
@@ -84,15 +90,20 @@ def token_perplexity(model: PreTrainedModel, windows: Tensor, progress: Progress
     Raises:
         InvalidInputError: the model is an encoder, there is less than two windows, or it cannot take their tokens.
     """
-    if not family_of(model.config).causal:
-        raise InvalidInputError(
-            f"{type(model).__name__} is an encoder, which has no token perplexity; give a causal language model."
-        )
+    check_causal(model, Perplexity.kind)
     count, length = windows.shape
     if count < 2:
         raise InvalidInputError("a standard error needs two windows at least; give more text or shorter windows.")
     check_windows(model, windows)
     return Perplexity.of(torch.cat(list(_losses(model, windows, progress))), length)
+
+
+def check_causal(model: PreTrainedModel, measure: str) -> None:
+    """Raise InvalidInputError for an encoder, which has none of the measure named."""
+    if not family_of(model.config).causal:
+        raise InvalidInputError(
+            f"{type(model).__name__} is an encoder, which has no {measure}; give a causal language model."
+        )
 
 
 def _exp_mean(values: Tensor) -> tuple[float, float]:
@@ -101,7 +112,7 @@ def _exp_mean(values: Tensor) -> tuple[float, float]:
     return result, result * float(values.std()) / len(values) ** 0.5
 
 
-def _losses(model: PreTrainedModel, windows: Tensor, progress: Progress | None) -> Iterator[Tensor]:
+def _losses(model: PreTrainedModel, windows: Tensor, progress: Progress) -> Iterator[Tensor]:
     """Mean negative log-likelihood per token of each window, batch by batch, [batch] fp64."""
     batch = max(1, _LOGITS_AT_ONCE // (windows.shape[1] * vocabulary(model)))
     for done in range(0, len(windows), batch):
@@ -109,6 +120,5 @@ def _losses(model: PreTrainedModel, windows: Tensor, progress: Progress | None) 
         logits = model(input_ids=ids, use_cache=False).logits
         # one window at a time in fp32, so that the copy stays small
         means = [F.cross_entropy(one[:-1].float(), target[1:]) for one, target in zip(logits, ids, strict=True)]
-        if progress:
-            progress(_STAGE, done + len(ids), len(windows))
+        progress(_STAGE, done + len(ids), len(windows))
         yield torch.stack(means).double()

@@ -48,8 +48,8 @@ def plot_fold(model: nn.Module, report: FoldReport, path: Path, title: str = "")
 
     Args:
         model: folded.
-        report: of its fold, or as `fix_rate.measured` gives it.
-        path: of the PNG; its folder exists.
+        report: report of its fold, or what `fix_rate.measured` makes of it.
+        path: file of the PNG; its folder exists.
         title: name of the model.
 
     Raises:
@@ -76,7 +76,7 @@ def plot_survey(survey: Survey, path: Path, title: str = "") -> None:
 
     Args:
         survey: made with text.
-        path: of the PNG; its folder exists.
+        path: file of the PNG; its folder exists.
         title: name of the model.
 
     Raises:

@@ -22,8 +22,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration.text import check_length, check_tokens
 from ..errors import InvalidInputError
-from ..families.table import family_of, vocabulary
-from ..report import Progress
+from ..families.table import vocabulary
+from ..report import Progress, silent
+from .perplexity import check_causal
 
 _STAGE = "measuring word perplexity"
 _LOGITS_AT_ONCE = 2**24  # elements of the largest tensor
@@ -45,8 +46,8 @@ class Document:
 
     Attributes:
         text: what is scored.
-        words: number of them, before detokenising.
-        bytes: number of them in UTF-8, before detokenising.
+        words: number of words, before detokenising.
+        bytes: number of bytes in UTF-8, before detokenising.
     """
 
     text: str
@@ -55,7 +56,7 @@ class Document:
 
     @classmethod
     def of(cls, text: str, raw: bool = False) -> Document:
-        """Detokenised if it is raw WikiText. Words are what lies between white space, empty ends included."""
+        """A text as a document; raw WikiText is detokenised. White space separates words, empty ends included."""
         return cls(detokenise(text) if raw else text, len(re.split(r"\s+", text)), len(text.encode("utf-8")))
 
 
@@ -65,12 +66,12 @@ class WordPerplexity:
 
     Attributes:
         value: the perplexity; NaN or infinite where the model's output is.
-        standard_error: of `value`, from the variation between documents.
-        byte_perplexity: the same by bytes.
-        documents: how many.
-        words: in all.
-        bytes: in all.
-        tokens: predicted, which is all of them.
+        standard_error: standard error of `value`, from the variation between documents.
+        byte_perplexity: `exp` of the negative log-likelihood per byte.
+        documents: number of documents.
+        words: number of words in all documents.
+        bytes: number of bytes in all documents.
+        tokens: number of tokens in all documents; each is predicted.
         length: tokens that the model sees at once.
         losses: [documents] fp64, negative log-likelihood of each.
         counts: [documents] fp64, words of each.
@@ -91,7 +92,7 @@ class WordPerplexity:
 
     @classmethod
     def of(cls, documents: Sequence[Document], losses: Tensor, tokens: int, length: int) -> WordPerplexity:
-        """From the negative log-likelihood of each document, [documents] fp64, two at least."""
+        """The perplexity of two documents or more, from the negative log-likelihood of each, [documents] fp64."""
         counts = torch.tensor([document.words for document in documents], dtype=torch.float64)
         size = sum(document.bytes for document in documents)
         value, error = _exp_ratio(losses, counts)
@@ -104,6 +105,13 @@ class WordPerplexity:
         """Plain values, without those of single documents."""
         values = {key: value for key, value in vars(self).items() if key not in ("losses", "counts")}
         return {"kind": self.kind, **values}
+
+    def sentence(self) -> str:
+        """What was measured on, for people."""
+        return (
+            f"{self.words:,} words, {self.tokens:,} tokens predicted in {self.documents:,} documents, up to "
+            f"{self.length} at once; {self.byte_perplexity:.4f} per byte"
+        )
 
     def ratio(self, reference: WordPerplexity) -> tuple[float, float]:
         """This perplexity over another on the same documents, and its standard error, with the documents paired."""
@@ -150,7 +158,7 @@ def word_perplexity(
     tokenizer: PreTrainedTokenizerBase,
     documents: Sequence[Document],
     length: int,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> WordPerplexity:
     """Word perplexity of a causal model on documents, two at least.
 
@@ -159,8 +167,8 @@ def word_perplexity(
 
     Args:
         model: dense or folded, in eval mode.
-        tokenizer: its own.
-        documents: see `documents_of`.
+        tokenizer: the model's.
+        documents: what is scored; see `documents_of`.
         length: tokens that the model sees at once.
         progress: told of the windows done.
 
@@ -168,10 +176,7 @@ def word_perplexity(
         InvalidInputError: the model is an encoder, there are less than two documents, the tokenizer has no token for
             the beginning or the end of a text, or the model cannot take their tokens or the length.
     """
-    if not family_of(model.config).causal:
-        raise InvalidInputError(
-            f"{type(model).__name__} is an encoder, which has no word perplexity; give a causal language model."
-        )
+    check_causal(model, WordPerplexity.kind)
     if len(documents) < 2:
         raise InvalidInputError(
             "word perplexity needs two documents at least, which start at headings such as ` = Title = ` or behind "
@@ -198,7 +203,7 @@ def _exp_ratio(losses: Tensor, counts: Tensor) -> tuple[float, float]:
 
 
 def _is_heading(line: str) -> bool:
-    """Whether it is a heading of the first level: one equals sign on each side."""
+    """Whether a line is a heading of the first level: one equals sign on each side."""
     joined = line.strip().replace("= =", "==").replace("= =", "==")
     return joined.startswith("= ") and joined.endswith(" =")
 
@@ -233,9 +238,7 @@ def _windows(document: int, ids: list[int], length: int) -> Iterator[_Window]:
         yield _Window(document, ids[max(0, stop - length) : stop], ids[start + 1 : stop + 1])
 
 
-def _losses(
-    model: PreTrainedModel, windows: list[_Window], progress: Progress | None
-) -> Iterator[tuple[_Window, float]]:
+def _losses(model: PreTrainedModel, windows: list[_Window], progress: Progress) -> Iterator[tuple[_Window, float]]:
     """Each window with the negative log-likelihood of what it predicts, in batches of equally long ones."""
     most, done = _LOGITS_AT_ONCE // vocabulary(model), 0  # tokens at once
     ordered = sorted(windows, key=lambda window: -len(window.tokens))
@@ -250,5 +253,4 @@ def _losses(
                 target = torch.tensor(window.following, device=model.device)
                 yield window, float(F.cross_entropy(one[-len(target) :].float(), target, reduction="sum"))
             done += len(some)
-            if progress:
-                progress(_STAGE, done, len(windows))
+            progress(_STAGE, done, len(windows))

@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..calibration.stream import Stream
+from ..calibration.text import some_windows
 from ..families.table import family_of
-from ..report import Progress
+from ..report import Progress, silent
 from .perplexity import token_perplexity
 
 #: a fold is refused when perplexity grows by more than this factor ...
@@ -77,11 +78,10 @@ class SelfCheck:
         heldout: [windows, length] calibration tokens kept apart; a part is taken if there are many.
     """
 
-    def __init__(self, model: PreTrainedModel, heldout: Tensor, progress: Progress | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, heldout: Tensor, progress: Progress = silent) -> None:
         self.model, self.progress = model, progress
         self.causal = family_of(model.config).causal
-        count = max(2, (_TOKENS if self.causal else _ENCODER_TOKENS) // heldout.shape[1])
-        self.windows = heldout[torch.arange(min(count, len(heldout))) * len(heldout) // min(count, len(heldout))]
+        self.windows = some_windows(heldout, _TOKENS if self.causal else _ENCODER_TOKENS)
         if len(self.windows) < 2:  # one window is no sample, but its two halves are
             self.windows = self.windows[:, : self.windows.shape[1] // 2 * 2].reshape(2, -1)
         self.perplexity = token_perplexity(model, self.windows, progress).value if self.causal else None

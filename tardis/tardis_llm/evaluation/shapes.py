@@ -8,25 +8,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint.folded import save_folded
 from ..errors import InvalidInputError
 from ..families.sites import FFNSite, find_ffns
-from ..families.table import vocabulary
 from ..ffn.accounting import cost
 from ..ffn.weights import FoldedWeights, Storage, written_out
 from ..report import FoldReport, LayerReport
 from ..runtime.linears.placing import quantise_linears
 from ..runtime.modules import FoldedFFN
 from ..runtime.placing import install
+from .probing import arguments_of, random_ids
 
 #: model type and the fields of its config, as published; the last two are layouts of 16 layers without the large
 #: vocabulary, whose share of the bytes would hide that of the FFNs
@@ -68,14 +68,42 @@ _PROBE = 64  # tokens on which the ranges are set
 _BF16 = Storage()
 
 
+@dataclass(frozen=True)
+class RandomFold:
+    """What a random fold is made with, and what it is made to fix.
+
+    Attributes:
+        predictor_bits: random fold: bits per weight of the predictor.
+        fold_bits: random fold: precision of the stored fold; default: the model's dtype.
+        fallback_bits: random fold: precision of the W1 and W2 that fixing reads; default: the dense weights.
+        linear_bits: random fold: precision of the linear layers outside the FFNs; default: the model's dtype.
+        fix_rate: random fold: share of the neurons that a token fixes.
+    """
+
+    predictor_bits: int = 2
+    fold_bits: int | None = None
+    fallback_bits: int | None = None
+    linear_bits: int | None = None
+    fix_rate: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.fix_rate < 1:
+            raise InvalidInputError(f"the fix rate is {self.fix_rate}; give a share from 0 to below 1.")
+
+    @property
+    def storage(self) -> Storage:
+        """How the parts of each folded FFN are stored."""
+        return Storage(fold_bits=self.fold_bits, fallback_bits=self.fallback_bits)
+
+
 @torch.no_grad()
 def shaped_model(name: str, layers: int | None = None, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     """A causal model of a shape with random weights, in eval mode.
 
     Args:
-        name: in `SHAPES`.
-        layers: so many instead of all, where time or memory is short.
-        dtype: of the weights.
+        name: name in `SHAPES`.
+        layers: number of layers; None for all of the shape.
+        dtype: dtype of the weights.
 
     Raises:
         InvalidInputError: there is no such shape, or it has fewer layers.
@@ -139,20 +167,21 @@ def random_folds(
 
     Args:
         model: dense.
-        bits: of the predictors.
-        storage: of fold and fallback weights.
-        fix_rate: share of the neurons.
+        bits: bits per weight of the predictors.
+        storage: how fold and fallback weights are stored.
+        fix_rate: share of the neurons that a token fixes.
     """
     sites = find_ffns(model)
     generator = torch.Generator().manual_seed(1)
-    for site, x in zip(sites, _inputs(model, sites), strict=True):
+    calls = arguments_of(model, [site.up for site in sites], random_ids(model, 1, _PROBE, seed=2))
+    for site, args in zip(sites, calls, strict=True):
         dense = site.weights()
         size = min(storage.group_size, dense.d)
         form = replace(storage, group_size=size).format(dense.activation, bits)
         ffn = FoldedFFN(FoldedWeights.empty(form, dense.d, dense.h, model.dtype, torch.device("cpu")))
         for name, tensor in ffn.state_dict().items():
             _randomise(name, tensor, generator)
-        _set_ranges(ffn, site, x, fix_rate)
+        _set_ranges(ffn, site, args[0].reshape(-1, site.hidden_size), fix_rate)
         yield site, ffn
 
 
@@ -171,9 +200,9 @@ def save_random_fold(
     Args:
         model: dense.
         directory: made if missing.
-        bits, storage, fix_rate: as for `random_folds`.
+        bits, storage, fix_rate: arguments of `random_folds`.
         tokenizer: saved beside the model.
-        linear_bits: of the linear layers outside the FFNs.
+        linear_bits: bits per weight of the linear layers outside the FFNs; None leaves them as they are.
     """
     layers = []
     for site, ffn in list(random_folds(model, bits, storage, fix_rate)):
@@ -218,20 +247,3 @@ def _set_ranges(ffn: FoldedFFN, site: FFNSite, x: Tensor, fix_rate: float) -> No
     bound = zhat.flatten().kthvalue(max(1, round((1 - fix_rate) * zhat.numel()))).values
     ffn.low.fill_(-float(bound))
     ffn.high.fill_(float(bound))
-
-
-def _inputs(model: PreTrainedModel, sites: list[FFNSite]) -> list[Tensor]:
-    """Inputs [tokens, d] of every FFN for random tokens."""
-    found: list[Tensor] = []
-
-    def enter(up: nn.Module, args: tuple[Any, ...]) -> None:
-        found.append(args[0].reshape(-1, args[0].shape[-1]))
-
-    hooks = [site.up.register_forward_pre_hook(enter) for site in sites]
-    ids = torch.randint(vocabulary(model), (1, _PROBE), generator=torch.Generator().manual_seed(2))
-    try:
-        model(input_ids=ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found

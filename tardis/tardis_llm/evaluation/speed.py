@@ -1,255 +1,205 @@
-"""Speed of decoding, measured so that it cannot flatter: variants of one model take turns in one process.
-
-A machine's speed drifts while it is measured, so two models are only compared by runs next to each other: a speed-up is
-the median of the ratios of neighbouring runs, given with their quartiles.
-"""
+"""What `tardis bench` measures: prompts and decoding of several forms of a model, which take turns in one process."""
 
 from __future__ import annotations
 
-import inspect
-import platform
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel, StaticCache
+from torch import nn
+from transformers import PreTrainedModel
 
+from ..checkpoint.loading import dtype_name
 from ..errors import InvalidInputError
-from ..families.sites import FFNSite
-from ..families.table import position_limit, vocabulary
-from ..ffn.weights import DenseFFN, nbytes
+from ..ffn.weights import nbytes
 from ..report import Progress
-from ..runtime.backend import dense_ffn
-from ..runtime.decoding import compile_errors_explained, compiled_call
 from ..runtime.linears.lowbit import LowBitLinear
 from ..runtime.modules import FoldedFFN
-from ..runtime.placing import FoldedDown, KeptLinear, folded_ffns, install, lay_out, uninstall
-
-_BANDWIDTH_BYTES = 2**29  # far more than any cache
-_BANDWIDTH_RUNS = 5
-#: tokens at once for which a fold is compared with the dense FFN
-CROSSOVER_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-_CROSSOVER_ROUNDS = 9
-_LOST = 0.7  # the ratio below which more tokens are not tried
+from ..runtime.placing import FoldedDown, KeptLinear, folded_ffns
+from ..runtime.prefill import Prefill, set_prefill
+from .crossover import ffn_speed_ups, pays_up_to
+from .decoder import Decoder
+from .fix_rate import count_union
+from .machine import Machine
+from .turns import Ratio, take_turns
+from .variants import FOLDED, Variant
 
 
 @dataclass(frozen=True)
-class Ratio:
-    """How many times faster one variant is than another.
+class Timing:
+    """What is timed of every variant.
 
     Attributes:
-        value: median of the ratios of neighbouring runs.
-        low, high: their quartiles.
+        batch_sizes: batch sizes to measure, which are numbers of sequences that are decoded at once.
+        prompt: tokens of the prompt.
+        prefill: where the folded model sends prompts: through its folds ("folded"), its dense FFNs ("exact"), or by
+            what is faster for so many tokens ("auto").
+        steps: tokens decoded per run.
+        rounds: runs of every variant, which take turns.
+        compiled: run each decoding step of every variant as one compiled graph.
     """
 
-    value: float
-    low: float
-    high: float
+    batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    prompt: int = field(default=64, metadata={"min": 1})
+    prefill: Prefill = "folded"
+    steps: int = field(default=8, metadata={"min": 1})
+    rounds: int = field(default=7, metadata={"min": 2})
+    compiled: bool = False
 
-    @classmethod
-    def of(cls, slow: Sequence[float], fast: Sequence[float]) -> Ratio:
-        """From seconds of runs that took turns, two at least."""
-        ratios = sorted(a / b for a, b in zip(slow, fast, strict=True))
-        low, value, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        return cls(value, low, high)
-
-
-@contextmanager
-def folded(model: PreTrainedModel, folds: Sequence[tuple[FFNSite, FoldedFFN]]) -> Iterator[None]:
-    """Within the context, the model's FFNs are folded and laid out; dense weights are shared, which moves them."""
-    for site, ffn in folds:
-        install(model, site, ffn)
-    lay_out(model)
-    try:
-        yield
-    finally:
-        for site, _ in folds:
-            uninstall(model, site)
+    def __post_init__(self) -> None:
+        if min(self.batch_sizes) < 1:
+            raise InvalidInputError(f"the batch sizes are {self.batch_sizes}; a batch has one sequence at least.")
 
 
-def take_turns(
-    runs: dict[str, Callable[[], float]], rounds: int, progress: Progress, stage: str
-) -> dict[str, list[float]]:
-    """Seconds of each run by name, `rounds` of each, one after the other; one round before is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds + 1):
-        progress(stage, number, rounds + 1)
-        for name, run in runs.items():
-            taken = run()
-            if number:
-                seconds[name].append(taken)
-    progress(stage, rounds + 1, rounds + 1)
-    return seconds
+@dataclass(frozen=True)
+class VariantSpeed:
+    """The speed of one variant at one batch size.
 
-
-class Decoder:
-    """Decodes a batch step by step behind a prompt, always from the same place.
-
-    Args:
-        model: in eval mode, as it is when the decoder is made: its cache is what the prompt leaves.
-        prompt: [batch, tokens] token ids.
-        compiled: run steps as one compiled graph, so many at most; None leaves them to torch's eager mode.
-
-    Raises:
-        InvalidInputError: the model cannot be compiled, or its constant cache cannot be cut back.
+    Attributes:
+        batch: sequences at once.
+        variant: name of the variant.
+        tokens_per_second: tokens decoded per second, over the whole batch.
+        step_seconds: median seconds of a decoding step.
+        folded_speed_up: how many times faster the folded model decodes.
+        first_token_seconds: median seconds from a prompt to its first token.
+        folded_first_token_speed_up: how many times sooner the folded model has the first token.
+        step_bytes: bytes of weights that a step reads.
+        bytes_per_second: bytes of weights that are read per second.
+        union_fix_rate: share of the neurons that some token of the batch fixes; None for what is not folded.
     """
 
-    @torch.no_grad()
-    def __init__(self, model: PreTrainedModel, prompt: Tensor, compiled: int | None = None) -> None:
-        self.model = model
-        self._step: Callable[..., Any] = model if compiled is None else compiled_call(model)
-        cache = None if compiled is None else _static_cache(model, prompt.shape[1] + compiled)
-        start = time.perf_counter()
-        output = model(input_ids=prompt, past_key_values=cache, use_cache=True, **_last_logits(model))
-        self.prefill = time.perf_counter() - start
-        self.cache = output.past_key_values
-        self.first = output.logits[:, -1:].argmax(-1)
-
-    @torch.no_grad()
-    def seconds(self, steps: int) -> float:
-        """Seconds per step over `steps` greedy steps; the cache is then cut back to the prompt.
-
-        One step before is not counted; see `settle`.
-        """
-        self.settle()
-        start = time.perf_counter()
-        self._decode(steps, self._step)
-        return (time.perf_counter() - start) / steps
-
-    @torch.no_grad()
-    def settle(self) -> None:
-        """Run one step, which may compile it, and lay weights out anew that another variant had in its own order."""
-        with compile_errors_explained():
-            self._decode(1, self._step)
-
-    @torch.no_grad()
-    def step_eagerly(self) -> None:
-        """Run one step in eager mode, where hooks see what happens."""
-        self._decode(1, self.model)
-
-    def _decode(self, steps: int, step: Callable[..., Any]) -> None:
-        ids = self.first
-        for _ in range(steps):
-            output = step(input_ids=ids, past_key_values=self.cache, use_cache=True)
-            ids = output.logits[:, -1:].argmax(-1)
-        _cut(self.cache, steps)
+    batch: int
+    variant: str
+    tokens_per_second: float
+    step_seconds: float
+    folded_speed_up: Ratio
+    first_token_seconds: float
+    folded_first_token_speed_up: Ratio
+    step_bytes: float
+    bytes_per_second: float
+    union_fix_rate: float | None
 
 
-def _static_cache(model: PreTrainedModel, tokens: int) -> StaticCache:
-    cache = StaticCache(model.config, tokens)
-    if any(layer.is_sliding for layer in cache.layers):
-        raise InvalidInputError(
-            f"{type(model).__name__} attends within a sliding window, whose compiled steps cannot go back to where the "
-            "prompt ended; measure it without --compile."
-        )
-    return cache
+@dataclass(frozen=True)
+class SpeedReport:
+    """What `measure_speed` found.
 
+    Attributes:
+        model: name of the model.
+        dtype: name of the dtype that all variants compute in.
+        compiled: whether steps ran as compiled graphs.
+        machine: what it was measured on.
+        rows: every variant at every batch size.
+        crossover: by tokens at once, how many times faster than dense one folded FFN is; empty where the dense weights
+            are not there.
+    """
 
-def _cut(cache: Cache, tokens: int) -> None:
-    """Take so many tokens off the end of a cache that holds all there were."""
-    if isinstance(cache, StaticCache):
-        for layer in cache.layers:
-            layer.cumulative_length.sub_(tokens)
-    else:
-        cache.crop(-tokens)
-
-
-def _last_logits(model: PreTrainedModel) -> dict[str, Any]:
-    """The argument that keeps a prompt's logits to its last token, where the model has it."""
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-
-
-@dataclass
-class Union:
-    """Share of the neurons that at least one token of a forward fixes, summed over forwards and FFNs."""
-
-    share: float = 0.0
-    forwards: int = 0
+    model: str
+    dtype: str
+    compiled: bool
+    machine: Machine
+    rows: list[VariantSpeed]
+    crossover: dict[int, Ratio]
 
     @property
-    def mean(self) -> float:
-        """Per forward and FFN; 0 before anything ran."""
-        return self.share / max(self.forwards, 1)
+    def pays_up_to(self) -> int | None:
+        """The most tokens at once up to which folding an FFN is faster; None where the dense weights are not there."""
+        return pays_up_to(self.crossover) if self.crossover else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values; those of the machine beside the others."""
+        values = asdict(self)
+        machine = values.pop("machine")
+        return {**values, **machine, "pays_up_to": self.pays_up_to}
 
 
-@contextmanager
-def count_union(model: nn.Module) -> Iterator[Union]:
-    """Within the context, count what a batch reads together. Every FFN predicts twice then: not for timing."""
-    union = Union()
-
-    def count(ffn: FoldedFFN, args: tuple[Tensor, DenseFFN]) -> None:
-        x, dense = args
-        fixed = ffn.fixed(x.reshape(-1, x.shape[-1]).contiguous(), dense)
-        union.share += float(fixed.any(0).float().mean())
-        union.forwards += 1
-
-    with ExitStack() as stack:
-        for ffn in folded_ffns(model).values():
-            stack.callback(ffn.register_forward_pre_hook(partial(count)).remove)
-        yield union
-
-
-def crossover(model: PreTrainedModel, progress: Progress) -> dict[int, Ratio]:
-    """How many times faster than dense a model's middle folded FFN is, by the number of tokens at once.
+def measure_speed(
+    model: str, variants: Sequence[Variant], timing: Timing, machine: Machine, progress: Progress
+) -> SpeedReport:
+    """Time prompts and decoding of several variants.
 
     Args:
-        model: folded, its dense FFN weights resident; its inputs are those that random tokens give.
-        progress: told how far it is.
+        model: name for the report.
+        variants: forms of one model; the last is the folded one.
+        timing: what to time.
+        machine: what it runs on.
+        progress: told of the rounds done.
+
+    Raises:
+        InvalidInputError: a variant cannot be compiled, or cannot send prompts where `timing` says.
     """
-    ffn = list(folded_ffns(model).values())[len(folded_ffns(model)) // 2]
-    x, weights = _call_of(model, ffn, CROSSOVER_TOKENS[-1])
-    dense = replace(weights, w1=weights.w1.contiguous(), w2=weights.w2.contiguous())
-    by_neuron = replace(dense, w2=weights.w2.T.contiguous().T)
-    found: dict[int, Ratio] = {}
-    with torch.inference_mode():
-        for count in CROSSOVER_TOKENS:
-            some = x[:count].contiguous()
-            runs = {"dense": partial(dense_ffn, some, dense), "folded": partial(ffn, some, by_neuron)}
-            timed: dict[str, Callable[[], float]] = {name: partial(_seconds, run) for name, run in runs.items()}
-            taken = take_turns(timed, _CROSSOVER_ROUNDS, progress, f"crossover, {count} tokens")
-            found[count] = Ratio.of(taken["dense"], taken["folded"])
-            if found[count].value < _LOST:
-                break
-    return found
+    rows = [row for size in timing.batch_sizes for row in _rows(variants, size, timing, progress)]
+    folded = variants[-1]
+    return SpeedReport(model, dtype_name(folded.model), timing.compiled, machine, rows, _crossover(folded, progress))
 
 
-def _seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+def _crossover(folded: Variant, progress: Progress) -> dict[int, Ratio]:
+    with folded.within():
+        if any(ffn.stacked for ffn in folded_ffns(folded.model).values()):
+            return {}
+        return ffn_speed_ups(folded.model, progress)
 
 
-def pays_up_to(ratios: dict[int, Ratio]) -> int:
-    """The most tokens up to which folding was faster throughout; 0 if it never was."""
-    most = 0
-    for count, ratio in sorted(ratios.items()):
-        if ratio.value <= 1:
-            break
-        most = count
-    return most
+def _rows(variants: Sequence[Variant], size: int, timing: Timing, progress: Progress) -> list[VariantSpeed]:
+    """Decoding and prompts of every variant at one batch size."""
+    decoders = {variant.name: _decoder(variant, size, timing) for variant in variants}
+    step = {v.name: partial(_step_seconds, v, decoders[v.name], timing) for v in variants}
+    first = {v.name: partial(_first_token_seconds, v, decoders[v.name], size, timing) for v in variants}
+    steps = take_turns(step, timing.rounds, progress, f"decoding, batch {size}")
+    firsts = take_turns(first, timing.rounds, progress, f"prompt, batch {size}")
+    return [_row(variant, decoders[variant.name], size, steps, firsts) for variant in variants]
 
 
-def _call_of(model: PreTrainedModel, ffn: FoldedFFN, tokens: int) -> tuple[Tensor, DenseFFN]:
-    """What a folded FFN gets when the model sees so many random tokens: x [tokens, d], and the dense weights."""
-    calls: list[tuple[Tensor, DenseFFN]] = []
-    handle = ffn.register_forward_pre_hook(lambda module, args: calls.append(args))
-    length = min(tokens, position_limit(model.config) or tokens)
-    shape = -(-tokens // length), length
-    ids = torch.randint(vocabulary(model), shape, generator=torch.Generator().manual_seed(4))
-    try:
-        with torch.no_grad():
-            model(input_ids=ids, use_cache=False)
-    finally:
-        handle.remove()
-    x, dense = calls[0]
-    return x.reshape(-1, x.shape[-1])[:tokens], dense
+def _decoder(variant: Variant, size: int, timing: Timing) -> Decoder:
+    with variant.within():
+        prompt = variant.prompt(size, timing.prompt)
+        return Decoder(variant.model, prompt, timing.steps if timing.compiled else None)
+
+
+def _step_seconds(variant: Variant, decoder: Decoder, timing: Timing) -> float:
+    with variant.within():
+        return decoder.seconds(timing.steps)
+
+
+def _first_token_seconds(variant: Variant, decoder: Decoder, size: int, timing: Timing) -> float:
+    prompt = variant.prompt(size, timing.prompt)
+    with variant.within():
+        decoder.warm_up()
+        if variant.name != FOLDED:
+            return Decoder(variant.model, prompt).prefill
+        set_prefill(variant.model, timing.prefill)
+        try:
+            return Decoder(variant.model, prompt).prefill
+        finally:
+            set_prefill(variant.model, "folded")
+
+
+def _row(
+    variant: Variant,
+    decoder: Decoder,
+    size: int,
+    steps: Mapping[str, Sequence[float]],
+    firsts: Mapping[str, Sequence[float]],
+) -> VariantSpeed:
+    """The figures of a variant out of the seconds of all."""
+    name, step = variant.name, statistics.median(steps[variant.name])
+    with variant.within(), count_union(variant.model) as union:
+        decoder.step_eagerly()
+        read = step_bytes(variant.model, union.mean)
+    return VariantSpeed(
+        batch=size,
+        variant=name,
+        tokens_per_second=size / step,
+        step_seconds=step,
+        folded_speed_up=Ratio.of(steps[name], steps[FOLDED]),
+        first_token_seconds=statistics.median(firsts[name]),
+        folded_first_token_speed_up=Ratio.of(firsts[name], firsts[FOLDED]),
+        step_bytes=read,
+        bytes_per_second=read / step,
+        union_fix_rate=union.mean if name == FOLDED else None,
+    )
 
 
 def step_bytes(model: PreTrainedModel, share: float = 0.0) -> float:
@@ -284,22 +234,3 @@ def _ffn_bytes(down: FoldedDown, share: float) -> float:
     """Bytes that a folded FFN reads as it lies in memory, if it fixes this share of the neurons, or none if exact."""
     dense, down_bias = down.dense, nbytes(down.bias)
     return dense.nbytes if down.ffn.exact else down.ffn.current.beside(dense).touched(share) + down_bias
-
-
-def cpu_name() -> str:
-    """Name of the processor."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
-def read_bandwidth() -> float:
-    """Bytes per second at which this machine reads memory, with torch's threads: the best of a few sums."""
-    data = torch.ones(_BANDWIDTH_BYTES // 4, dtype=torch.float32)
-    best = 0.0
-    for _ in range(_BANDWIDTH_RUNS):
-        start = time.perf_counter()
-        data.sum()
-        best = max(best, data.nbytes / (time.perf_counter() - start))
-    return best

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,16 @@ from transformers import PreTrainedModel
 from ..calibration.moments import BinnedMoments, chunks, pre_activation_moments
 from ..calibration.stream import Stream
 from ..calibration.text import Windows, check_enough, check_windows
+from ..config import FoldConfig
 from ..families.sites import FFNSite, find_ffns
+from ..ffn.accounting import planned
 from ..ffn.neuron import Neurons
 from ..ffn.weights import DenseFFN
 from ..folding.fold import Inputs, target_moments
 from ..folding.ranges import coverage_ranges
 from ..folding.refit import affine_error, refit
 from ..pipeline.session import sound_weights
-from ..report import Progress
+from ..report import Progress, silent
 
 #: share of a neuron's inputs that its hot range holds, for `width`
 COVERAGE = 0.8
@@ -36,13 +39,14 @@ class LayerSurvey:
 
     Attributes:
         prefix: full name of the FFN in the model.
-        d, h: width and neurons.
+        d: width of input and output.
+        h: number of neurons.
         activation: a name in `ACTIVATIONS`.
-        dense: bytes.
+        dense: bytes of the FFN.
         linearity: squared error left by the best affine map of the input, over the output's variance, on held-out
             tokens: 0 if the FFN is affine there, 1 if no affine map helps.
-        width: of the range that holds `COVERAGE` of a neuron's inputs, around the peak of their density, over the range
-            of all of them; mean of the neurons.
+        width: mean over the neurons of the width of the range that holds `COVERAGE` of a neuron's inputs, around the
+            peak of their density, over the width of the range of all its inputs.
     """
 
     prefix: str
@@ -59,7 +63,7 @@ class Survey:
     """All FFNs of a dense model.
 
     Attributes:
-        layers: in the model's order.
+        layers: the FFNs in the model's order.
         ranges: per layer, low and high [2, h] fp32 of each neuron's `COVERAGE` range; empty without text.
         tokens: calibration tokens looked at.
         ffns: the dense weights, per layer.
@@ -75,7 +79,31 @@ class Survey:
         return {"layers": [asdict(layer) for layer in self.layers], "tokens": self.tokens}
 
 
-def survey(model: PreTrainedModel, windows: Windows | None = None, progress: Progress | None = None) -> Survey:
+@dataclass(frozen=True)
+class Feasible:
+    """What a fold of all FFNs with predictors of one width could reach.
+
+    Attributes:
+        bits: bits per weight of the predictors.
+        largest_reduction: share of the FFN bytes that a token no longer reads if it fixes nothing.
+        fix_rates: by reduction, the share of neurons that a token may fix; None where none may.
+    """
+
+    bits: int
+    largest_reduction: float
+    fix_rates: dict[str, float | None]
+
+
+def feasible(found: Survey, bits: int, reductions: Sequence[float]) -> Feasible:
+    """What a fold of the surveyed FFNs with predictors of `bits` could reach at each of `reductions`."""
+    costs = [planned(ffn, FoldConfig().storage, bits) for ffn in found.ffns]
+    dense, always, every = (sum(getattr(cost, part) for cost in costs) for part in ("dense", "always", "fixing"))
+    rates = {str(r): ((1 - r) * dense - always) / every for r in reductions}
+    within = {r: min(rate, 1.0) if rate >= 0 else None for r, rate in rates.items()}
+    return Feasible(bits, 1 - always / dense, within)
+
+
+def survey(model: PreTrainedModel, windows: Windows | None = None, progress: Progress = silent) -> Survey:
     """Look at every FFN of a dense model.
 
     Args:
@@ -104,8 +132,7 @@ def survey(model: PreTrainedModel, windows: Windows | None = None, progress: Pro
             ranges.append(hot)
             fit.advance()
             heldout.advance()
-            if progress:
-                progress("surveying layers", len(found), len(sites))
+            progress("surveying layers", len(found), len(sites))
     return Survey(found, ranges, windows.fit.numel(), [site.weights() for site in sites])
 
 

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..calibration.text import spread
 from ..errors import InvalidInputError
 from ..integrations.lm_eval import check_available, harness_model, quiet
-from ..report import Progress
+from ..report import Progress, silent
 
 _FOLDER = Path(__file__).parent / "harness_tasks"
 #: metrics that are the mean of one value per item
@@ -40,7 +41,7 @@ class Task(NamedTuple):
     whole: bool = False
 
 
-#: by name
+#: the tasks by name
 TASKS = {
     "hellaswag": Task("hellaswag", "hellaswag_val.jsonl", "acc_norm"),
     "arc_easy": Task("arc_easy", "arc_easy_test.jsonl", "acc"),
@@ -58,6 +59,10 @@ class Metric(NamedTuple):
     value: float
     standard_error: float
 
+    def percent(self) -> str:
+        """The value in percent with its standard error, such as "61.2 ± 0.4"."""
+        return f"{100 * self.value:.1f} ± {100 * self.standard_error:.1f}"
+
 
 @dataclass(frozen=True)
 class TaskScore:
@@ -67,9 +72,9 @@ class TaskScore:
         task: a name in `TASKS`.
         metric: what `value` is. `acc` is the share of items whose right choice is the likeliest; `acc_norm` divides
             each choice's log-likelihood by its number of characters first; `word_perplexity` has no share.
-        value: of the metric.
-        standard_error: of `value`, from the variation between items.
-        items: how many.
+        value: value of the metric.
+        standard_error: standard error of `value`, from the variation between items.
+        items: number of items.
         also: the task's other metrics.
         correct: 0 or 1 for each item, in order; empty where the metric has no such thing.
     """
@@ -104,6 +109,49 @@ class TaskScore:
         return _mean([a - b for a, b in zip(self.correct, reference.correct, strict=True)])
 
 
+@dataclass(frozen=True)
+class Tasks:
+    """Zero-shot tasks and how much of them to run.
+
+    Attributes:
+        limits: items of each task, by its name in `TASKS`; None for all of them.
+        data: folder of local files, or None for the hub's.
+    """
+
+    limits: dict[str, int | None] = field(default_factory=dict)
+    data: Path | None = None
+
+    @classmethod
+    def parse(cls, text: str, data: Path | None, limit: int) -> Tasks:
+        """The tasks in text such as "blimp:2010,lambada", checked.
+
+        Args:
+            text: names, each with its number of items behind a colon or without; empty for no tasks.
+            data: folder of local files, or None for the hub's.
+            limit: items of a task without a number; 0 for all of them.
+
+        Raises:
+            InvalidInputError: a number that is none, a task without an accuracy, or as `check_tasks`.
+        """
+        limits: dict[str, int | None] = {}
+        for part in filter(None, text.split(",")):
+            name, _, items = part.partition(":")
+            if items and not items.isdigit():
+                raise InvalidInputError(f"--tasks has {part!r}; write for example blimp:2010.")
+            limits[name] = int(items or limit) or None
+            check_tasks([name], data, limits[name])
+            if TASKS[name].headline not in ACCURACIES:
+                raise InvalidInputError(f"{name} has no accuracy to compare; give its text as --eval-text.")
+        return cls(limits, data)
+
+    def run(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int, progress: Progress
+    ) -> tuple[TaskScore, ...]:
+        """The scores of every task; arguments and errors as `run_tasks`."""
+        each = (run_tasks(model, tokenizer, [name], self.data, n, length, progress) for name, n in self.limits.items())
+        return tuple(score for scores in each for score in scores)
+
+
 def run_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -111,20 +159,20 @@ def run_tasks(
     data: Path | None,
     limit: int | None,
     length: int,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     batch_tokens: int | None = None,
 ) -> list[TaskScore]:
     """Run zero-shot tasks on a model with lm-eval.
 
     Args:
         model: dense, folded or otherwise changed, in eval mode.
-        tokenizer: its own.
-        names: of `TASKS`.
+        tokenizer: the model's tokenizer.
+        names: names in `TASKS`.
         data: folder of the tasks' files; None takes lm-eval's stock tasks from the hub.
         limit: items per task, evenly spread over all; None takes all.
         length: tokens that the model sees at once; see `loading.window_length`.
         progress: told of the requests done, one stage per task.
-        batch_tokens: tokens per forward; as fits the device without.
+        batch_tokens: tokens per forward; None for what suits the device.
 
     Returns:
         Scores in the order of `names`.
@@ -154,13 +202,7 @@ def check_tasks(names: Sequence[str], data: Path | None, limit: int | None) -> N
     check_available()
 
 
-def spread(items: int, limit: int | None) -> list[int]:
-    """Indices of `limit` items, evenly spread over `items`; all where there are no more."""
-    wanted = items if limit is None else min(limit, items)
-    return [index * items // wanted for index in range(wanted)]
-
-
-def _run(wrapped: Any, name: str, data: Path | None, limit: int | None, progress: Progress | None) -> TaskScore:
+def _run(wrapped: Any, name: str, data: Path | None, limit: int | None, progress: Progress) -> TaskScore:
     from lm_eval import evaluate
 
     path = data and data / TASKS[name].file

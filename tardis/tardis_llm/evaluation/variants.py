@@ -1,9 +1,9 @@
-"""What `tardis bench` compares: one model in several forms, and other models, each put together within a context.
+"""What `tardis bench` compares: forms of one model, each of which is put together within a context.
 
-dense      the model as it is in transformers, every product by torch
-kernels    every linear layer through our own CPU kernel in the model's dtype, FFNs included
-int8, int4 every linear layer in few bits, FFNs and head included
-folded     folded FFNs; the other layers through our kernel, or in few bits
+dense       the model as it is in transformers, every product by torch
+kernels     every linear layer through our own CPU kernel in the model's dtype, FFNs included
+int8, int4  every linear layer in few bits, FFNs and head included
+folded      folded FFNs; the other layers through our kernel, or in few bits
 """
 
 from __future__ import annotations
@@ -12,22 +12,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..allocator import use_huge_pages
+from ..checkpoint.loading import dtype_name, load_dense, load_model
 from ..errors import InvalidInputError
 from ..families.sites import FFNSite
-from ..families.table import vocabulary
 from ..runtime.linears.placing import low_bit_copies, put_linears, through_kernels
 from ..runtime.modules import FoldedFFN
-from ..runtime.placing import folded_ffns
-from .speed import folded
+from ..runtime.placing import folded_ffns, install, lay_out, uninstall
+from .probing import random_ids
+from .shapes import RandomFold, random_folds
 
-#: bits of the linear layers of a kind of rival
-LOW_BIT = {"int8": 8, "int4": 4}
-#: rivals that a dense model is made into
-KINDS = ("dense", "kernels", *LOW_BIT)
+FOLDED = "folded"
+#: bits per weight of the rivals that have few
+_BITS = {"int8": 8, "int4": 4}
+#: forms of a dense model that a folded one is compared with
+RIVALS = ("dense", "kernels", *_BITS)
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class Variant:
     """A form of a model.
 
     Attributes:
-        name: as printed.
-        model: that it is a form of.
+        name: name in tables and reports.
+        model: the model that this is a form of.
         within: the context in which the model has this form.
     """
 
@@ -46,33 +48,68 @@ class Variant:
 
     def prompt(self, batch: int, tokens: int) -> Tensor:
         """Random token ids [batch, tokens]."""
-        return torch.randint(vocabulary(self.model), (batch, tokens), generator=torch.Generator().manual_seed(3))
+        return random_ids(self.model, batch, tokens, seed=3)
 
 
-def rival(kind: str, model: PreTrainedModel) -> Variant:
-    """A dense model in one of the forms `KINDS`.
+def rival(name: str, model: PreTrainedModel) -> Variant:
+    """A dense model in one of the forms `RIVALS`.
 
     Raises:
-        InvalidInputError: no such kind, or the machine lacks what multiplies it.
+        InvalidInputError: there is no such form, or the machine lacks what multiplies it.
     """
-    if kind not in KINDS:
-        raise InvalidInputError(f"there is no variant {kind!r}; choose from {', '.join(KINDS)}.")
-    if kind == "dense":
-        return Variant(kind, model, nullcontext)
+    if name not in RIVALS:
+        raise InvalidInputError(f"there is no variant {name!r}; choose from {', '.join(RIVALS)}.")
+    if name == "dense":
+        return Variant(name, model, nullcontext)
     layers: Mapping[str, nn.Module]
-    layers = through_kernels(model, ffn=True) if kind == "kernels" else low_bit_copies(model, LOW_BIT[kind], ffn=True)
-    return Variant(kind, model, lambda: swapped(model, layers))
+    layers = through_kernels(model, ffn=True) if name == "kernels" else low_bit_copies(model, _BITS[name], ffn=True)
+    return Variant(name, model, lambda: swapped(model, layers))
+
+
+def variants_of_dense(model: PreTrainedModel, rivals: Sequence[str], fold: RandomFold) -> list[Variant]:
+    """The rivals named, and a random fold behind them; errors as `rival`."""
+    compared = [rival(name, model) for name in rivals]
+    folds = list(random_folds(model, fold.predictor_bits, fold.storage, fold.fix_rate))
+    others = low_bit_copies(model, fold.linear_bits) if fold.linear_bits else None
+    return [*compared, folded_variant(model, folds, others)]
+
+
+def variants_of_checkpoint(folded_model: str, against: Sequence[str], dtype: str | None) -> list[Variant]:
+    """The rivals of a folded model, and the model itself behind them.
+
+    Args:
+        folded_model: directory or hub name.
+        against: names in `RIVALS`, and at most one of a dense model, of which the rivals are then made.
+        dtype: name of the dtype to load in; None for that of the checkpoint.
+
+    Raises:
+        InvalidInputError: there are two dense models, or none that a rival could be made of.
+    """
+    folded, own_dense = loaded_variants(load_model(folded_model, dtype))
+    models = [name for name in against if name not in RIVALS]
+    if len(models) > 1:
+        raise InvalidInputError(f"--against names {' and '.join(models)}; give one dense model, and kinds of it.")
+    if models:
+        dense = load_dense(models[0], dtype_name(folded.model))
+        names = dict.fromkeys(["dense", *(name for name in against if name in RIVALS)])
+        return [*(rival(name, dense) for name in names), folded]
+    if list(against) != ["dense"] or own_dense is None:
+        raise InvalidInputError(
+            f"{folded_model} has no dense weights for {', '.join(against)}; name the model that it was folded from, as "
+            f"in --against MODEL,{','.join(against)}."
+        )
+    return [own_dense, folded]
 
 
 def folded_variant(
     model: PreTrainedModel, folds: Sequence[tuple[FFNSite, FoldedFFN]], others: Mapping[str, nn.Module] | None = None
 ) -> Variant:
-    """A dense model with these folds.
+    """A dense model with folds in place of its FFNs.
 
     Args:
         model: dense.
-        folds: of its FFNs.
-        others: what stands for its linear layers outside them; None takes them through our kernel.
+        folds: FFNs and what replaces them.
+        others: what replaces linear layers outside the FFNs, by their names; None takes them through our kernel.
     """
     layers = through_kernels(model, ffn=False) if others is None else others
 
@@ -81,11 +118,11 @@ def folded_variant(
         with swapped(model, layers), folded(model, folds):
             yield
 
-    return Variant("folded", model, within)
+    return Variant(FOLDED, model, within)
 
 
 def loaded_variants(model: PreTrainedModel) -> tuple[Variant, Variant | None]:
-    """A folded model as it was loaded, and the same with its dense FFNs where it has them."""
+    """A folded model as it was loaded, and the model with its dense FFNs, if it has their weights."""
     layers = through_kernels(model, ffn=False)
     ffns = list(folded_ffns(model).values())
 
@@ -100,7 +137,28 @@ def loaded_variants(model: PreTrainedModel) -> tuple[Variant, Variant | None]:
                 ffn.exact = False
 
     there = not any(ffn.stacked for ffn in ffns)
-    return Variant("folded", model, lambda: swapped(model, layers)), Variant("dense", model, dense) if there else None
+    return Variant(FOLDED, model, lambda: swapped(model, layers)), Variant("dense", model, dense) if there else None
+
+
+def lay_out_all(variants: Sequence[Variant]) -> None:
+    """Put the weights of every variant in the order in which they are read, and in huge pages."""
+    for variant in variants:
+        with variant.within():
+            lay_out(variant.model)
+            use_huge_pages(variant.model)
+
+
+@contextmanager
+def folded(model: PreTrainedModel, folds: Sequence[tuple[FFNSite, FoldedFFN]]) -> Iterator[None]:
+    """Within the context, the model's FFNs are folded and laid out; dense weights are shared, which moves them."""
+    for site, ffn in folds:
+        install(model, site, ffn)
+    lay_out(model)
+    try:
+        yield
+    finally:
+        for site, _ in folds:
+            uninstall(model, site)
 
 
 @contextmanager

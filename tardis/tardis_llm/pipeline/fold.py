@@ -25,7 +25,7 @@ from ..ffn.weights import FoldedWeights, FoldFormat
 from ..files import differences, digest
 from ..folding.budget import check_feasible
 from ..folding.fold import FoldQuality, choose_ranges, finish, predict
-from ..report import FoldReport, LayerReport, Progress
+from ..report import FoldReport, LayerReport, Progress, silent
 from ..runtime.linears.placing import check_bits, quantise_linears
 from ..runtime.modules import FoldedFFN
 from ..runtime.placing import install
@@ -43,7 +43,7 @@ def fold(
     config: FoldConfig | None = None,
     work: Path | None = None,
     resume: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     family: Family | None = None,
 ) -> FoldReport:
     """Fold the FFNs of a model in place.
@@ -77,7 +77,7 @@ def fold(
         tempfile.TemporaryDirectory(dir=work, prefix=SCRATCH) as scratch,
         torch.no_grad(),
     ):
-        session = Session(model, sites, calibration, config, Path(scratch), progress or _silent)
+        session = Session(model, sites, calibration, config, Path(scratch), progress)
         layers = _fold_layers(session, _plan(session, bits, workspace), workspace)
     linears = quantise_linears(model, config.linear_bits) if config.linear_bits else None
     report = FoldReport(layers, config.as_dict(), _describe(calibration, fingerprint), linears)
@@ -218,7 +218,3 @@ def _describe(windows: Windows, fingerprint: dict[str, Any]) -> dict[str, Any]:
         "text_sha256": fingerprint["text"]["sha256"],
         "model_sha256": fingerprint["model"]["sha256"],
     }
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..calibration.stream import Stream
+from ..calibration.text import spread
 from ..families.sites import FFNSite
 from ..ffn.accounting import Cost
 from ..ffn.weights import DenseFFN
@@ -123,7 +124,7 @@ def _probe_layers(session: Session, bits: tuple[int, ...]) -> Iterator[Probe]:
     """A probe of every layer."""
     windows, sites = session.windows, session.sites
     count = max(2, session.config.probe_tokens // windows.fit.shape[1])
-    fit, heldout = session.stream(_spread(windows.fit, _FIT * count)), session.stream(_spread(windows.heldout, count))
+    fit, heldout = session.stream(_some(windows.fit, _FIT * count)), session.stream(_some(windows.heldout, count))
     meter = _LossMeter(heldout, reference := heldout.reference(), heldout.loss(reference))
     for done, site in enumerate(sites):
         session.progress(_STAGE, done, len(sites))
@@ -169,8 +170,6 @@ def _measure(
         uninstall(session.model, site)
 
 
-def _spread(windows: Tensor, count: int) -> Tensor:
-    """`count` of the windows, evenly spread; all if there are fewer."""
-    if count >= len(windows):
-        return windows
-    return windows[torch.arange(count) * len(windows) // count]
+def _some(windows: Tensor, count: int) -> Tensor:
+    """`count` of the windows [n, length], evenly spread; all where there are no more."""
+    return windows[spread(len(windows), count)]
