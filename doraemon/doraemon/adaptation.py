@@ -7,15 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .heat import rebucket, shares_of
+from .heat import shares_of
 from .model import Bits, Floats, choose_bits, refit
-from .state import Run, State, rank_of_buckets
-from .workload import Memory, Signature, drift, signature
+from .run import Run
+from .state import State
+from .workload import Signature, drift
 
 WORTHWHILE = 0.05  #: modelled steps per access that an adaptation has to save
 SIMILAR = 0.1  #: bits between workloads that are served by one model
-
-Models = Memory[Bits]  #: leaf numbers given for past workloads
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,9 @@ class Adaptation:
     recalled: bool = False
 
 
-def adapt(state: State, memory: Models) -> tuple[State, Adaptation]:
+def adapt(state: State) -> tuple[State, Adaptation]:
     """The state under the model for the workload that its readers' heat shows, and what was done."""
-    run = state.run
+    run, memory = state.run, state.run.memory.copy()
     counts = run.heat.counts()
     now = shares_of(counts, run.model.depths)
     moved, noise = drift(now, run.trained), _noise(counts)
@@ -60,22 +59,7 @@ def adapt(state: State, memory: Models) -> tuple[State, Adaptation]:
     reason = "leaves follow the accesses" if recalled is None else "a similar workload was known"
     changed = int((bits != run.model.bits).sum())
     report = Adaptation(reason, moved, saved, changed, len(refitted), recalled is not None)
-    return state.remodelled(model, trained), report
-
-
-def carry_over(memory: Models, old: State, new: State) -> Models:
-    """The memory for a run that was merged from another: its signatures over the new buckets, and leaves to suit."""
-    if old.run is new.run:
-        return memory
-    if len(new.run) == 0:
-        return Models(memory.capacity)  # workloads of no buckets
-    edges, starts = rank_of_buckets(old.run, new.run.codes), new.run.model.starts
-
-    def change(known: Signature, bits: Bits) -> tuple[Signature, Bits]:
-        shares = signature(rebucket(known, edges, starts), np.diff(starts), 1e-6)
-        return shares, choose_bits(np.diff(starts), shares)
-
-    return memory.transformed(change)
+    return state.remodelled(model, trained, memory), report
 
 
 def _noise(counts: Floats) -> float:

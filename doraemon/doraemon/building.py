@@ -1,4 +1,4 @@
-"""From what users give to a sorted run: key types of sequences, sorting."""
+"""From the keys that users give, in any order, to a state: key types of sequences, sorting."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from .engine import Engine
 from .inputs import as_sequence
 from .keys import Codes, KeyType
-from .state import Run
+from .run import Models, Run
+from .state import State
 from .values import as_values
 
 Ints = NDArray[np.int64]
 
 
-def run_of(keys: ArrayLike, values: ArrayLike | None, dtype: DTypeLike | None, engine: Engine) -> tuple[KeyType, Run]:
-    """The key type and the run of keys in any order."""
-    given = as_sequence(keys)
-    key_type = KeyType.of(_dtype_of(given) if dtype is None else dtype)
-    return key_type, _sorted_run(key_type, given, values, engine)
+def state_of(
+    keys: ArrayLike, values: ArrayLike | None, dtype: DTypeLike | None, engine: Engine, memory: Models
+) -> State:
+    """The state of keys in any order."""
+    items = as_sequence(keys)
+    key_type = KeyType.of(_dtype_of(items) if dtype is None else dtype)
+    codes, sorted_values = _sorted(key_type, key_type.encode_any(items), values)
+    return State.of(key_type, engine, Run.of(codes, sorted_values, engine, memory))
 
 
 def _dtype_of(keys: NDArray[Any] | list[Any]) -> DTypeLike:
@@ -30,10 +34,9 @@ def _dtype_of(keys: NDArray[Any] | list[Any]) -> DTypeLike:
     return np.asarray(keys).dtype
 
 
-def _sorted_run(key_type: KeyType, keys: NDArray[Any] | list[Any], values: ArrayLike | None, engine: Engine) -> Run:
-    codes = key_type.encode_any(keys)
+def _sorted(key_type: KeyType, codes: Codes, values: ArrayLike | None) -> tuple[Codes, NDArray[Any] | None]:
     if values is None:
-        return Run.of(_sorted_copy(codes, key_type), None, engine)
+        return _sorted_copy(codes, key_type), None
     values = as_values(values, len(codes))
     if _ascending(codes):
         codes, values = _sorted_copy(codes, key_type), values.copy()
@@ -44,7 +47,7 @@ def _sorted_run(key_type: KeyType, keys: NDArray[Any] | list[Any], values: Array
     if twice.any():
         key = key_type.decode_one(int(codes[int(np.argmax(twice))]))
         raise ValueError(f"key {key!r} occurs more than once: start from an empty map and extend() it, last one wins")
-    return Run.of(codes, values, engine)
+    return codes, values
 
 
 def _sorted_copy(codes: Codes, key_type: KeyType) -> Codes:

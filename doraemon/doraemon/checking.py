@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from .delta import MOST_STAMPS, is_compact
 from .errors import damaged
 from .keys import Codes, KeyType
-from .model import BUCKET, MAX_BITS, bucket_scales
+from .layout import BUCKET, places_of
+from .model import MAX_BITS, bucket_scales
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -74,8 +75,8 @@ def check_values(name: str, values: NDArray[Any]) -> None:
         _require(int(points.max()) <= _LAST_CHARACTER, f"{name} has characters that do not exist")
 
 
-def _require(holds: bool, what: str) -> None:
-    if not holds:
+def _require(condition: bool, what: str) -> None:
+    if not condition:
         raise damaged(what)
 
 
@@ -145,8 +146,7 @@ def _check_leaves(arrays: Arrays) -> None:
     inside = (where == -1) | ((where >= 0) & (where <= len(rows) - sizes))
     _require(bool(inside.all()), "model.where leads out of model.rows")
     used = where[np.arange(len(bits)), bits]
-    places = (used.astype(np.uint64) << np.uint64(8)) | bits
-    same = (used >= 0).all() and np.array_equal(arrays["model.buckets"]["place"][:-1], places)
+    same = (used >= 0).all() and np.array_equal(arrays["model.buckets"]["place"][:-1], places_of(used, bits))
     _require(bool(same), "model.buckets has leaves in other places than model.where")
     # one sum tells whether all are finite: three times as fast as asking each
     _require(bool(np.isfinite(rows.sum(dtype=np.float64))), "model.rows has lines that are not finite")

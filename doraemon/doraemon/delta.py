@@ -8,7 +8,7 @@ a new one, in time proportional to both.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from .engine import Engine
 from .keys import Codes
-from .splicing import ranks, splice
+from .splicing import ranks_in, splice
 
 Ints = NDArray[np.int64]
 Values = NDArray[Any]
@@ -37,6 +37,8 @@ class Delta:
         values: of a map's entries; a tombstone's is filler. None for a multiset.
         stamps: the number of the write that made each entry, which tells those made during a merge from those before.
         engine: what splices its arrays.
+        writes: the number of the last write.
+        copied: how many entries the writes since the last merge have copied.
     """
 
     codes: Codes
@@ -45,6 +47,8 @@ class Delta:
     values: Values | None
     stamps: Ints
     engine: Engine
+    writes: int = 0
+    copied: int = 0
 
     @classmethod
     def empty(cls, value_dtype: np.dtype[Any] | None, engine: Engine) -> Delta:
@@ -66,11 +70,15 @@ class Delta:
         return (self.counts > 0).astype(np.uint8)
 
     @cached_property
-    def moved(self) -> Ints:
-        """[entries + 1]: by how much the first j entries move the ranks after them."""
-        moved = np.zeros(len(self) + 1, dtype=np.int64)
-        np.cumsum(self.net, out=moved[1:])
-        return moved
+    def shifts(self) -> Ints:
+        """[entries + 1]: by how much the first j entries shift the ranks after them."""
+        shifts = np.zeros(len(self) + 1, dtype=np.int64)
+        np.cumsum(self.net, out=shifts[1:])
+        return shifts
+
+    def written_after(self, before: Delta) -> Delta:
+        """This delta as what one more write made of an earlier one."""
+        return replace(self, writes=before.writes + 1, copied=before.copied + len(self))
 
     def _where(self, keep: NDArray[np.bool_]) -> Delta:
         if keep.all():
@@ -91,57 +99,54 @@ def is_compact(net: Ints, n: int) -> bool:
     return float(np.maximum(net, 0).sum(dtype=np.float64)) <= n + len(net) + FEW_COPIES
 
 
-def add_counts(delta: Delta, codes: Codes, change: Ints, stamp: int, count: Count) -> Delta:
+def add_counts(delta: Delta, codes: Codes, change: Ints, count: Count) -> Delta:
     """A multiset's delta with more or fewer keys of some codes, which are distinct and ascending; no change is 0."""
-    fresh = Delta(codes, change, count(codes), None, np.full(len(codes), stamp), delta.engine)
-    joined, first = _join(delta, fresh)
-    if first is None:
-        return joined
-    net = np.add.reduceat(joined.net, first)
-    last = _last_of_each(first, len(joined))
-    return Delta(
-        joined.codes[first], net, joined.present[last], None, joined.stamps[last], delta.engine
-    )._without_noops()
+    stamps = np.full(len(codes), delta.writes + 1)
+    joined, first = _join(delta, Delta(codes, change, count(codes), None, stamps, delta.engine))
+    if first is not None:
+        net, last = np.add.reduceat(joined.net, first), _last_of_each(first, len(joined))
+        parts = (joined.codes[first], net, joined.present[last], None, joined.stamps[last])
+        joined = Delta(*parts, delta.engine)._without_noops()
+    return joined.written_after(delta)
 
 
-def put(delta: Delta, codes: Codes, alive: bool, values: Values, stamp: int, count: Count) -> Delta:
+def put(delta: Delta, codes: Codes, alive: bool, values: Values, count: Count) -> Delta:
     """A map's delta with some codes, distinct and ascending, set to values or (`alive` False) deleted."""
-    present = count(codes)
-    fresh = Delta(codes, int(alive) - present, present, values, np.full(len(codes), stamp), delta.engine)
-    joined, first = _join(delta, fresh)
-    if first is None:
-        return joined if alive else joined._without_noops()
-    last = np.zeros(len(joined), dtype=np.bool_)
-    last[_last_of_each(first, len(joined))] = True
-    return joined._where(last)._without_noops()
+    present, stamps = count(codes), np.full(len(codes), delta.writes + 1)
+    joined, first = _join(delta, Delta(codes, int(alive) - present, present, values, stamps, delta.engine))
+    if first is not None:
+        last = np.zeros(len(joined), dtype=np.bool_)
+        last[_last_of_each(first, len(joined))] = True
+        joined = joined._where(last)
+    if first is not None or not alive:
+        joined = joined._without_noops()
+    return joined.written_after(delta)
 
 
-def since(delta: Delta, merged: Delta, count: Count) -> Delta:
+def changes_after(delta: Delta, merged: Delta, count: Count) -> Delta:
     """What `delta` changed after `merged`, an earlier state of it, became part of the run that `count` counts in.
 
     An entry of `merged` that is not in `delta` was undone in between, and has to be undone in the new run.
     """
-    if delta.values is None:
-        undone = Delta(merged.codes, -merged.net, merged.present, None, merged.stamps, delta.engine)
-        joined, first = _join(undone, delta)
-        if first is None:
-            first = np.arange(len(joined))
-        net = np.add.reduceat(joined.net, first) if len(first) else joined.net
-        codes, stamps = joined.codes[first], joined.stamps[_last_of_each(first, len(joined))]
-        return Delta(codes, net, count(codes), None, stamps, delta.engine)._without_noops()
-    joined, first = _join(merged, delta)
+    is_map = delta.values is not None
+    earlier = merged if is_map else replace(merged, net=-merged.net)
+    joined, first = _join(earlier, delta)
     if first is None:
         first = np.arange(len(joined))
     last = _last_of_each(first, len(joined))
-    both = last > first
-    only_merged = ~both & _holds(merged.codes, joined.codes[last])
-    changed = only_merged | ~both | (joined.stamps[first] != joined.stamps[last])
-    last, only_merged = last[changed], only_merged[changed]
-    codes = joined.codes[last]
+    if is_map:
+        both = last > first
+        undone = ~both & _contains(merged.codes, joined.codes[last])
+        changed = ~both | (joined.stamps[first] != joined.stamps[last])
+        last, undone = last[changed], undone[changed]
+    codes, stamps = joined.codes[last], joined.stamps[last]
     present = count(codes)
-    alive = (joined.counts[last] > 0) & ~only_merged
+    if is_map:
+        net = ((joined.counts[last] > 0) & ~undone) - present
+    else:
+        net = np.add.reduceat(joined.net, first) if len(first) else joined.net
     values = None if joined.values is None else joined.values[last]
-    return Delta(codes, alive - present, present, values, joined.stamps[last], delta.engine)._without_noops()
+    return Delta(codes, net, present, values, stamps, delta.engine, delta.writes)._without_noops()
 
 
 def merge(codes: Codes, values: Values | None, delta: Delta, left: Ints) -> tuple[Codes, Values | None]:
@@ -179,7 +184,7 @@ def _within(counts: Ints) -> Ints:
 def _join(a: Delta, b: Delta) -> tuple[Delta, Ints | None]:
     """The entries of both in order, of equal codes a's first, and where each code's first entry is: None if none is
     in both, as most are not."""
-    after = ranks(a.codes, b.codes, True, a.engine)
+    after = ranks_in(a.codes, b.codes, True, a.engine)
     at = after + np.arange(len(b))
     codes = splice(a.codes, at, b.codes, a.engine)
     values = None if a.values is None or b.values is None else splice(a.values, at, b.values, a.engine)
@@ -198,6 +203,6 @@ def _last_of_each(first: Ints, n: int) -> Ints:
     return np.append(first[1:], n) - 1 if len(first) else first
 
 
-def _holds(codes: Codes, wanted: Codes) -> NDArray[np.bool_]:
+def _contains(codes: Codes, wanted: Codes) -> NDArray[np.bool_]:
     at = np.minimum(np.searchsorted(codes, wanted), len(codes) - 1)
     return codes[at] == wanted if len(codes) else np.zeros(len(wanted), dtype=np.bool_)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import Literal
 
+from .layout import agrees
+
 try:
     from . import _native
 except ImportError:
@@ -17,9 +19,17 @@ Engine = Literal["native", "numpy"]
 #: set to "numpy" to do without the C extension, to "native" to refuse to
 VARIABLE = "DORAEMON_ENGINE"
 
+if native is not None and not agrees(native):
+    raise ImportError("the C extension was built from other sources than these: reinstall doraemon-index")
+
 
 def choose(engine: str | None = None) -> Engine:
-    """The engine asked for by the argument, else by the environment, else the best there is."""
+    """The engine that the argument names, else the environment, else the fastest there is.
+
+    Raises:
+        ValueError: there is no engine of that name.
+        ImportError: the C extension is asked for and was not built.
+    """
     wanted = engine or os.environ.get(VARIABLE) or ("numpy" if native is None else "native")
     if wanted == "numpy":
         return "numpy"

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .adaptation import Models
 from .heat import SAMPLING
 from .state import State
 from .workload import drift
@@ -63,7 +62,7 @@ class Explanation:
         )
 
 
-def explain(state: State, memory: Models) -> Explanation:
+def explain(state: State) -> Explanation:
     """Describe a state."""
     run, model = state.run, state.run.model
     counts = run.heat.counts()
@@ -83,7 +82,7 @@ def explain(state: State, memory: Models) -> Explanation:
         window_max=float(windows.max(initial=0.0)),
         accesses=float(counts.sum()) * SAMPLING,
         drift=drift(shares, run.trained),
-        remembered=len(memory),
+        remembered=len(run.memory),
         key_bytes=run.codes.nbytes,
         model_bytes=model.nbytes,
     )

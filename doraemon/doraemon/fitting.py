@@ -28,7 +28,7 @@ def fit_buckets(
         out: [sum of 2**bits, 3], rows of base, slope and radius.
     """
     if engine == "native":
-        native.fit(keys, np.ascontiguousarray(ends), scales, bits, out)
+        native.fit(keys, np.ascontiguousarray(ends), scales, bits, STEEPEST, out)
         return
     sizes = np.int64(1) << bits.astype(np.int64)
     row = np.concatenate([[0], np.cumsum(sizes)])

@@ -32,8 +32,8 @@ def as_sequence(given: Any) -> NDArray[Any] | list[Any]:
     return _array_of(given) if hasattr(given, "__array__") else list(given)
 
 
-def holds_items(given: Any) -> bool:
-    """Whether it holds items, however many, and is not one item itself."""
+def is_batch(given: Any) -> bool:
+    """Whether something holds items, however many, and is not one item itself."""
     if hasattr(given, "__array__"):
         return np.ndim(given) > 0
     return hasattr(given, "__iter__") and not isinstance(given, str | bytes)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from .engine import Engine
 from .fitting import fit_buckets
 from .keys import Codes
+from .layout import BUCKET, parts_of, places_of
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -30,9 +31,8 @@ DEPTH = 2048  #: keys per bucket, until there are MAX_BUCKETS
 MAX_BUCKETS = 16384
 LEAF_KEYS = 32  #: keys per leaf before any query was seen
 MIN_LEAF_KEYS = 8  #: keys per leaf below which the window is one cache line anyway
-POOL_MOST = 8  #: a pool may hold that many times the leaves in use, for workloads that return
+MAX_POOL = 8  #: a pool may hold that many times the leaves in use, for workloads that return
 MAX_BITS = 20  #: log2 of the most leaves that a bucket may get
-BUCKET = np.dtype([("low", np.uint64), ("scale", np.float64), ("start", np.int64), ("place", np.uint64)])
 
 
 class LeafPool:
@@ -104,7 +104,7 @@ class Model:
         """The error radius of every leaf in use, and the bucket that it belongs to."""
         counts = np.int64(1) << self.bits.astype(np.int64)
         bucket = np.repeat(np.arange(len(self.bits)), counts)
-        first = (self.buckets["place"][:-1] >> np.uint64(8)).astype(np.int64)
+        first, _ = parts_of(self.buckets["place"][:-1])
         row = np.arange(len(bucket)) - np.repeat(np.cumsum(counts) - counts, counts) + first[bucket]
         return self.pool.rows[row, 2].astype(np.float64), bucket
 
@@ -174,7 +174,7 @@ def _refit(model: Model, keys: Codes, bits: Bits, engine: Engine) -> tuple[Model
     if len(missing):
         more = leaf_count(bits[missing])
         if not pool.has_room(more):
-            keep = pool.used + more <= POOL_MOST * leaf_count(bits)
+            keep = pool.used + more <= MAX_POOL * leaf_count(bits)
             pool = _enlarged(pool, more) if keep else _begin_pool(pool, bits)
         rows, places = pool.reserve(missing, bits[missing])
         ends = np.stack([model.starts[missing], model.starts[missing + 1]], axis=1)
@@ -183,7 +183,7 @@ def _refit(model: Model, keys: Codes, bits: Bits, engine: Engine) -> tuple[Model
         first = pool.where[each, bits]
     buckets = model.buckets.copy()
     buckets["scale"][:-1] = scales
-    buckets["place"][:-1] = (first.astype(np.uint64) << np.uint64(8)) | bits
+    buckets["place"][:-1] = places_of(first, bits)
     return Model(model.bounds, buckets, bits, pool), missing
 
 

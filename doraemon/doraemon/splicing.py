@@ -24,10 +24,10 @@ def splice(old: NDArray[Any], at: NDArray[np.int64], new: NDArray[Any], engine: 
     return result
 
 
-def ranks(codes: NDArray[np.uint64], queries: NDArray[np.uint64], right: bool, engine: Engine) -> NDArray[np.int64]:
+def ranks_in(codes: NDArray[np.uint64], queries: NDArray[np.uint64], right: bool, engine: Engine) -> NDArray[np.int64]:
     """How many of the sorted codes are below each query, or (`right`) not above it."""
     if engine == "numpy":
         return np.searchsorted(codes, queries, side="right" if right else "left")
     result = np.empty(len(queries), dtype=np.int64)
-    native.ranks(np.ascontiguousarray(codes), np.ascontiguousarray(queries), int(right), result)
+    native.ranks(np.ascontiguousarray(codes), np.ascontiguousarray(queries), right, result)
     return result

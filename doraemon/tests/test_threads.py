@@ -145,7 +145,7 @@ def test_a_merge_keeps_what_was_written_while_it_went_on(
     apply(index, during, 2)
     now: State = index._state
     other = index.copy()
-    other._install(merged, now.after_merge(earlier, merged))
+    other._state = now.after_merge(earlier, merged)
     assert other.keys().tolist() == index.keys().tolist()
     if is_map:
         assert other.values().tolist() == index.values().tolist()
