@@ -35,8 +35,7 @@
 #endif
 
 enum { GROUP = 64, SHORT = 16, PLACE_SHIFT = 8 };
-enum { ANY, UINT64, INT64, UINT32, INT32, FLOAT64, FLOAT32 }; /* kinds of key that C reads by itself */
-enum { RUN_RANKS, RANKS, PLACES };                            /* what a batch asks for */
+enum { RUN_RANKS, RANKS, PLACES }; /* what a batch asks for */
 
 typedef struct {
     uint64_t low;   /* the bucket's first code */
@@ -397,7 +396,7 @@ WIDE static void fit_bucket(const uint64_t *keys, int64_t n, int64_t start, int6
         double t = (double)(keys[i] - keys[start]) * scale;
         int64_t leaf = t < (double)leaves ? (int64_t)t : leaves - 1;
         while (current < leaf) {
-            Leaf empty = {(float)(i - start), 0.0f, 0.0f}; /* no key in it: any query that falls into it has this rank */
+            Leaf empty = {(float)(i - start), 0.0f, 0.0f}; /* without keys: queries in it have this rank */
             out[current++] = m ? fit_leaf(f, r, m, steepest) : empty;
             m = 0;
         }
@@ -423,7 +422,7 @@ static inline void copy_items(char *to, const char *from, int64_t count, size_t 
         memcpy(to, from, (size_t)count * size);
 }
 
-/* `old` with the m items of `more` put so that the j-th is at[j] in `out`; 0 if these places are not ascending in it. */
+/* `old` with the m items of `more`, the j-th of them at[j] in `out`; 0 if these places are not ascending in it. */
 static int splice_items(const char *old, int64_t n, const int64_t *at, const char *more, int64_t m, size_t size,
                         char *out)
 {
@@ -448,7 +447,7 @@ enum { KEYS, BOUNDS, BUCKETS, LEAVES, DELTA, SHIFTS, ALIVE, HITS, N_BUFFERS };
 typedef struct {
     PyObject_HEAD
     Search search;
-    int kind, n_held;
+    int kind, itemsize, n_held; /* kind: the letter of the keys' dtype */
     PyObject *cut, *values[2]; /* maps what C does not read by itself; values of the run and of the delta, or None */
     Py_buffer held[N_BUFFERS];
 } View;
@@ -468,7 +467,7 @@ static int hold(PyObject *const *arrays, const Py_ssize_t *itemsizes, int count,
             return -1;
         }
         if (held[i].len % itemsizes[i] != 0) {
-            PyErr_Format(PyExc_ValueError, "a buffer of %zd bytes does not hold items of %zd", held[i].len, itemsizes[i]);
+            PyErr_Format(PyExc_ValueError, "%zd bytes do not hold items of %zd", held[i].len, itemsizes[i]);
             release(held, i + 1);
             return -1;
         }
@@ -501,25 +500,15 @@ static void view_dealloc(PyObject *self)
     Py_DECREF((PyObject *)type);
 }
 
-static int kind_of(const char *dtype)
-{
-    static const char *const names[] = {"", "uint64", "int64", "uint32", "int32", "float64", "float32"};
-    int kind = FLOAT32;
-    while (kind > ANY && strcmp(dtype, names[kind]) != 0)
-        kind--;
-    return kind;
-}
-
 static PyObject *view_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     static const Py_ssize_t itemsizes[N_BUFFERS] = {8, 8, sizeof(Bucket), sizeof(Leaf), 8, 8, 1, 8};
     PyObject *arrays[N_BUFFERS], *cut, *values[2];
-    const char *dtype;
     Py_ssize_t count[N_BUFFERS];
-    int sampling;
+    int kind, itemsize, sampling;
     (void)kwargs;
-    if (!PyArg_ParseTuple(args, "sOiOOOOOOOOOO", &dtype, &cut, &sampling, arrays, arrays + 1, arrays + 2, arrays + 3,
-                          arrays + 4, arrays + 5, arrays + 6, arrays + 7, values, values + 1))
+    if (!PyArg_ParseTuple(args, "CiOiOOOOOOOOOO", &kind, &itemsize, &cut, &sampling, arrays, arrays + 1, arrays + 2,
+                          arrays + 3, arrays + 4, arrays + 5, arrays + 6, arrays + 7, values, values + 1))
         return NULL;
     allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
     View *view = (View *)allocate(type, 0);
@@ -533,7 +522,8 @@ static PyObject *view_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         PyErr_SetString(PyExc_ValueError, "the arrays of a view do not fit together");
         goto failed;
     }
-    view->kind = kind_of(dtype);
+    view->kind = kind;
+    view->itemsize = itemsize;
     view->cut = Py_NewRef(cut);
     view->values[0] = Py_NewRef(values[0]);
     view->values[1] = Py_NewRef(values[1]);
@@ -551,57 +541,49 @@ failed:
 }
 
 /* 1 and the code of a Python number that is in the key type's domain, 0 for what Python has to map. */
-static int code_of_float(int kind, PyObject *key, uint64_t *code)
+static int code_of_float(int itemsize, PyObject *key, uint64_t *code)
 {
-    double value = PyFloat_AsDouble(key);
-    if (isnan(value))
-        return 0;
-    value += 0.0; /* -0.0 equals 0.0 */
-    if (kind == FLOAT64) {
-        uint64_t bits;
-        memcpy(&bits, &value, sizeof bits);
-        *code = bits >> 63 ? ~bits : bits | UINT64_C(1) << 63;
-        return 1;
-    }
+    double value = PyFloat_AsDouble(key) + 0.0; /* -0.0 equals 0.0 */
     float single = (float)value;
-    if ((double)single != value)
+    uint64_t bits;
+    uint32_t short_bits;
+    if (isnan(value) || (itemsize == 4 && (double)single != value))
         return 0;
-    uint32_t bits;
-    memcpy(&bits, &single, sizeof bits);
-    *code = bits >> 31 ? (uint32_t)~bits : bits | UINT32_C(1) << 31;
+    memcpy(&bits, &value, sizeof bits);
+    memcpy(&short_bits, &single, sizeof short_bits);
+    if (itemsize == 8)
+        *code = bits >> 63 ? ~bits : bits | UINT64_C(1) << 63;
+    else
+        *code = short_bits >> 31 ? (uint32_t)~short_bits : short_bits | UINT32_C(1) << 31;
     return 1;
 }
 
-static int code_of_int(int kind, PyObject *key, uint64_t *code)
+static int code_of_int(int is_signed, int itemsize, PyObject *key, uint64_t *code)
 {
     int overflow;
     long long value = PyLong_AsLongLongAndOverflow(key, &overflow);
-    if (overflow > 0 && kind == UINT64) {
+    if (overflow > 0 && !is_signed && itemsize == 8) {
         *code = PyLong_AsUnsignedLongLong(key);
         if (!PyErr_Occurred())
             return 1;
         PyErr_Clear();
-        return 0;
     }
     if (overflow)
         return 0;
-    switch (kind) {
-    case UINT64: *code = (uint64_t)value; return value >= 0;
-    case INT64: *code = (uint64_t)value ^ UINT64_C(1) << 63; return 1;
-    case UINT32: *code = (uint64_t)value; return value >= 0 && value <= UINT32_MAX;
-    case INT32: *code = (uint64_t)value + (UINT64_C(1) << 31); return value >= INT32_MIN && value <= INT32_MAX;
-    default: return 0;
-    }
+    int64_t least = !is_signed ? 0 : itemsize == 8 ? INT64_MIN : INT32_MIN;
+    int64_t largest = itemsize == 8 ? INT64_MAX : is_signed ? INT32_MAX : UINT32_MAX;
+    *code = (uint64_t)value - (uint64_t)least;
+    return least <= value && value <= largest;
 }
 
-static int code_of(int kind, PyObject *key, uint64_t *code)
+static int code_of(const View *view, PyObject *key, uint64_t *code)
 {
-    if (kind == FLOAT64 || kind == FLOAT32)
-        return PyFloat_Check(key) ? code_of_float(kind, key, code) : 0;
-    if (kind == ANY)
+    if (view->kind == 'f')
+        return PyFloat_Check(key) ? code_of_float(view->itemsize, key, code) : 0;
+    if (view->kind != 'i' && view->kind != 'u')
         return 0;
     if (PyLong_Check(key))
-        return code_of_int(kind, key, code);
+        return code_of_int(view->kind == 'i', view->itemsize, key, code);
     if (!PyIndex_Check(key) || PySequence_Check(key)) /* an array may be masked: the slow path looks at it */
         return 0;
     PyObject *whole = PyNumber_Index(key); /* NumPy's integers */
@@ -609,12 +591,12 @@ static int code_of(int kind, PyObject *key, uint64_t *code)
         PyErr_Clear();
         return 0;
     }
-    int known = code_of_int(kind, whole, code);
+    int known = code_of_int(view->kind == 'i', view->itemsize, whole, code);
     Py_DECREF(whole);
     return known;
 }
 
-/* Where a single key of any type cuts the codes: the least code that is not below it, unless it is above all of them. */
+/* Where a single key of any type cuts the codes: at the least code that is not below it, unless it is above all. */
 typedef struct {
     uint64_t code;
     int exact, above;
@@ -623,7 +605,7 @@ typedef struct {
 static int cut_of(View *view, PyObject *key, Cut *cut)
 {
     *cut = (Cut){.exact = 1};
-    if (code_of(view->kind, key, &cut->code))
+    if (code_of(view, key, &cut->code))
         return 0;
     PyObject *mapped = PyObject_CallFunctionObjArgs(view->cut, key, NULL), *code, *exact;
     if (mapped == NULL)
@@ -674,8 +656,10 @@ static int find(View *view, PyObject *key, Place *place)
     *place = (Place){0};
     if (cut_of(view, key, &cut) < 0)
         return -1;
-    if (cut.exact && !cut.above)
-        *place = place_of(s, cut.code, sampled_run_rank(s, cut.code), below(s->delta, s->n_delta, cut.code));
+    if (cut.exact && !cut.above) {
+        int64_t rank = sampled_run_rank(s, cut.code);
+        *place = place_of(s, cut.code, rank, below(s->delta, s->n_delta, cut.code));
+    }
     return 0;
 }
 
@@ -710,39 +694,30 @@ static PyObject *search_batch(PyObject *self, int asked, int right, PyObject *co
     for (int i = 1; i < count; i++)
         if (held[i].len / sizes[i] != m)
             return released(held, count, NOT_AS_MANY);
-    Answers out = {0};
-    if (asked == PLACES)
-        out = (Answers){.present = held[1].buf, .in_delta = count > 2 ? held[2].buf : NULL,
-                        .positions = count > 2 ? held[3].buf : NULL};
-    else
-        out.ranks = held[1].buf;
+    Answers out = {.ranks = held[1].buf, .present = held[1].buf};
+    if (count == 4)
+        out = (Answers){.present = held[1].buf, .in_delta = held[2].buf, .positions = held[3].buf};
     Py_BEGIN_ALLOW_THREADS
     search_many(&((View *)self)->search, asked, right, held[0].buf, m, &out);
     Py_END_ALLOW_THREADS
     return released(held, count, NULL);
 }
 
-static PyObject *rank_batch(PyObject *self, PyObject *args, int asked)
+static PyObject *view_ranks(PyObject *self, PyObject *args)
 {
     PyObject *arrays[2];
-    int right;
-    return PyArg_ParseTuple(args, "OpO", arrays, &right, arrays + 1) ? search_batch(self, asked, right, arrays, 2) : NULL;
-}
-
-static PyObject *view_run_ranks(PyObject *self, PyObject *args) { return rank_batch(self, args, RUN_RANKS); }
-static PyObject *view_ranks(PyObject *self, PyObject *args) { return rank_batch(self, args, RANKS); }
-
-static PyObject *view_contains_many(PyObject *self, PyObject *args)
-{
-    PyObject *arrays[2];
-    return PyArg_ParseTuple(args, "OO", arrays, arrays + 1) ? search_batch(self, PLACES, 0, arrays, 2) : NULL;
+    int right, in_run;
+    if (!PyArg_ParseTuple(args, "OppO", arrays, &right, &in_run, arrays + 1))
+        return NULL;
+    return search_batch(self, in_run ? RUN_RANKS : RANKS, right, arrays, 2);
 }
 
 static PyObject *view_find_many(PyObject *self, PyObject *args)
 {
-    PyObject *arrays[4];
-    return PyArg_ParseTuple(args, "OOOO", arrays, arrays + 1, arrays + 2, arrays + 3)
-               ? search_batch(self, PLACES, 0, arrays, 4) : NULL;
+    PyObject *arrays[4] = {NULL};
+    if (!PyArg_ParseTuple(args, "OO|OO", arrays, arrays + 1, arrays + 2, arrays + 3))
+        return NULL;
+    return search_batch(self, PLACES, 0, arrays, arrays[3] == NULL ? 2 : 4);
 }
 
 static PyObject *view_within_error_bounds(PyObject *self, PyObject *unused)
@@ -760,10 +735,8 @@ static PyMethodDef view_methods[] = {
     {"right", view_right, METH_O, "How many keys are not above the key."},
     {"contains", view_contains, METH_O, "Whether the key is in the index."},
     {"get", (PyCFunction)(void (*)(void))view_get, METH_FASTCALL, "get(key, default): a map's value for the key."},
-    {"run_ranks", view_run_ranks, METH_VARARGS, "run_ranks(codes, right, ranks): ranks in the run alone."},
-    {"ranks", view_ranks, METH_VARARGS, "ranks(codes, right, ranks): ranks in the index."},
-    {"contains_many", view_contains_many, METH_VARARGS, "contains_many(codes, present): which are in the index."},
-    {"find_many", view_find_many, METH_VARARGS, "find_many(codes, present, in_delta, positions): where each lies."},
+    {"ranks", view_ranks, METH_VARARGS, "ranks(codes, right, in_run, ranks): ranks in the run alone or in the index."},
+    {"find_many", view_find_many, METH_VARARGS, "find_many(codes, present[, in_delta, positions]): where codes lie."},
     {"within_error_bounds", view_within_error_bounds, METH_NOARGS,
      "Whether every key of the run lies within the error bound that its leaf states."},
     {NULL, NULL, 0, NULL},
@@ -773,8 +746,7 @@ static PyType_Slot view_slots[] = {
     {Py_tp_new, view_new},
     {Py_tp_dealloc, view_dealloc},
     {Py_tp_methods, view_methods},
-    {Py_tp_doc, "View(dtype, cut, sampling, keys, bounds, buckets, leaves, delta_codes, shifts, alive, hits, run_values, "
-                "delta_values): what readers search in."},
+    {Py_tp_doc, "What readers of one state search in; _native.pyi names the arguments."},
     {0, NULL},
 };
 
@@ -865,30 +837,18 @@ static PyObject *ranks(PyObject *self, PyObject *args)
     return released(held, 3, NULL);
 }
 
-/* What Python has to agree with: the records of the arrays that are shared, as NumPy describes them. */
-static int add_layouts(PyObject *module)
-{
-    PyObject *bucket = Py_BuildValue("{s[ssss]s[ssss]s[nnnn]sn}", "names", "low", "scale", "start", "place", "formats",
-                                     "u8", "f8", "i8", "u8", "offsets", offsetof(Bucket, low), offsetof(Bucket, scale),
-                                     offsetof(Bucket, start), offsetof(Bucket, place), "itemsize", sizeof(Bucket));
-    PyObject *leaf = Py_BuildValue("{s[sss]s[sss]s[nnn]sn}", "names", "base", "slope", "radius", "formats", "f4", "f4",
-                                   "f4", "offsets", offsetof(Leaf, base), offsetof(Leaf, slope), offsetof(Leaf, radius),
-                                   "itemsize", sizeof(Leaf));
-    int failed = bucket == NULL || leaf == NULL || PyModule_AddObjectRef(module, "BUCKET", bucket) < 0 ||
-                 PyModule_AddObjectRef(module, "LEAF", leaf) < 0 ||
-                 PyModule_AddIntConstant(module, "PLACE_SHIFT", PLACE_SHIFT) < 0;
-    Py_XDECREF(bucket);
-    Py_XDECREF(leaf);
-    return failed ? -1 : 0;
-}
-
+/* LAYOUT is what Python has to agree with: offsets and sizes of the records in the arrays that are shared. */
 static int native_exec(PyObject *module)
 {
     PyObject *type = PyType_FromModuleAndSpec(module, &view_spec, NULL);
-    if (type == NULL)
-        return -1;
-    int failed = PyModule_AddObjectRef(module, "View", type) < 0 || add_layouts(module) < 0;
-    Py_DECREF(type);
+    PyObject *layout = Py_BuildValue("(nnnnn)(nnnn)i", offsetof(Bucket, low), offsetof(Bucket, scale),
+                                     offsetof(Bucket, start), offsetof(Bucket, place), sizeof(Bucket),
+                                     offsetof(Leaf, base), offsetof(Leaf, slope), offsetof(Leaf, radius), sizeof(Leaf),
+                                     PLACE_SHIFT);
+    int failed = type == NULL || layout == NULL || PyModule_AddObjectRef(module, "View", type) < 0 ||
+                 PyModule_AddObjectRef(module, "LAYOUT", layout) < 0;
+    Py_XDECREF(type);
+    Py_XDECREF(layout);
     return failed ? -1 : 0;
 }
 

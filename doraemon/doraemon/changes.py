@@ -62,20 +62,20 @@ def discard_many(state: State, keys: ArrayLike) -> State:
 def _set(state: State, codes: Codes, values: Any) -> State:
     new = values_like(values, state.value_dtype, len(codes))
     codes, last = unique_last(codes)
-    return state.with_delta(put(state.delta, codes, True, new[last], state.count_in_run))
+    return state.with_delta(put(state.delta, codes, True, new[last], state.writes + 1, state.count_in_run))
 
 
 def _add(state: State, codes: Codes) -> State:
     codes, counts = np.unique(codes, return_counts=True)
-    return state.with_delta(add_counts(state.delta, codes, counts, state.count_in_run))
+    return state.with_delta(add_counts(state.delta, codes, counts, state.writes + 1, state.count_in_run))
 
 
 def _remove(state: State, codes: Codes) -> State:
     codes, counts = np.unique(codes, return_counts=True)
     if state.is_map:
         filler = np.zeros(len(codes), dtype=state.value_dtype)
-        return state.with_delta(put(state.delta, codes, False, filler, state.count_in_run))
+        return state.with_delta(put(state.delta, codes, False, filler, state.writes + 1, state.count_in_run))
     present: NDArray[np.int64] = state.code_ranks(codes, right=True) - state.code_ranks(codes)
     removed = np.minimum(counts, present)
-    some = removed > 0
-    return state.with_delta(add_counts(state.delta, codes[some], -removed[some], state.count_in_run))
+    codes, change = codes[removed > 0], -removed[removed > 0]
+    return state.with_delta(add_counts(state.delta, codes, change, state.writes + 1, state.count_in_run))

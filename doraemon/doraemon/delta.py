@@ -37,8 +37,6 @@ class Delta:
         values: of a map's entries; a tombstone's is filler. None for a multiset.
         stamps: the number of the write that made each entry, which tells those made during a merge from those before.
         engine: what splices its arrays.
-        writes: the number of the last write.
-        copied: how many entries the writes since the last merge have copied.
     """
 
     codes: Codes
@@ -47,8 +45,6 @@ class Delta:
     values: Values | None
     stamps: Ints
     engine: Engine
-    writes: int = 0
-    copied: int = 0
 
     @classmethod
     def empty(cls, value_dtype: np.dtype[Any] | None, engine: Engine) -> Delta:
@@ -76,10 +72,6 @@ class Delta:
         np.cumsum(self.net, out=shifts[1:])
         return shifts
 
-    def written_after(self, before: Delta) -> Delta:
-        """This delta as what one more write made of an earlier one."""
-        return replace(self, writes=before.writes + 1, copied=before.copied + len(self))
-
     def _where(self, keep: NDArray[np.bool_]) -> Delta:
         if keep.all():
             return self
@@ -99,28 +91,26 @@ def is_compact(net: Ints, n: int) -> bool:
     return float(np.maximum(net, 0).sum(dtype=np.float64)) <= n + len(net) + FEW_COPIES
 
 
-def add_counts(delta: Delta, codes: Codes, change: Ints, count: Count) -> Delta:
+def add_counts(delta: Delta, codes: Codes, change: Ints, stamp: int, count: Count) -> Delta:
     """A multiset's delta with more or fewer keys of some codes, which are distinct and ascending; no change is 0."""
-    stamps = np.full(len(codes), delta.writes + 1)
+    stamps = np.full(len(codes), stamp)
     joined, first = _join(delta, Delta(codes, change, count(codes), None, stamps, delta.engine))
-    if first is not None:
-        net, last = np.add.reduceat(joined.net, first), _last_of_each(first, len(joined))
-        parts = (joined.codes[first], net, joined.present[last], None, joined.stamps[last])
-        joined = Delta(*parts, delta.engine)._without_noops()
-    return joined.written_after(delta)
+    if first is None:
+        return joined
+    net, last = np.add.reduceat(joined.net, first), _last_of_each(first, len(joined))
+    parts = (joined.codes[first], net, joined.present[last], None, joined.stamps[last])
+    return Delta(*parts, delta.engine)._without_noops()
 
 
-def put(delta: Delta, codes: Codes, alive: bool, values: Values, count: Count) -> Delta:
+def put(delta: Delta, codes: Codes, alive: bool, values: Values, stamp: int, count: Count) -> Delta:
     """A map's delta with some codes, distinct and ascending, set to values or (`alive` False) deleted."""
-    present, stamps = count(codes), np.full(len(codes), delta.writes + 1)
+    present, stamps = count(codes), np.full(len(codes), stamp)
     joined, first = _join(delta, Delta(codes, int(alive) - present, present, values, stamps, delta.engine))
-    if first is not None:
-        last = np.zeros(len(joined), dtype=np.bool_)
-        last[_last_of_each(first, len(joined))] = True
-        joined = joined._where(last)
-    if first is not None or not alive:
-        joined = joined._without_noops()
-    return joined.written_after(delta)
+    if first is None:
+        return joined if alive else joined._without_noops()
+    last = np.zeros(len(joined), dtype=np.bool_)
+    last[_last_of_each(first, len(joined))] = True
+    return joined._where(last)._without_noops()
 
 
 def changes_after(delta: Delta, merged: Delta, count: Count) -> Delta:
@@ -146,7 +136,7 @@ def changes_after(delta: Delta, merged: Delta, count: Count) -> Delta:
     else:
         net = np.add.reduceat(joined.net, first) if len(first) else joined.net
     values = None if joined.values is None else joined.values[last]
-    return Delta(codes, net, present, values, stamps, delta.engine, delta.writes)._without_noops()
+    return Delta(codes, net, present, values, stamps, delta.engine)._without_noops()
 
 
 def merge(codes: Codes, values: Values | None, delta: Delta, left: Ints) -> tuple[Codes, Values | None]:

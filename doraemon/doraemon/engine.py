@@ -5,21 +5,20 @@ from __future__ import annotations
 import os
 from typing import Literal
 
-from .layout import agrees
+from .layout import LAYOUT
 
 try:
-    from . import _native
+    from . import _native as native
 except ImportError:
-    _native = None  # type: ignore[assignment]
+    native = None  # type: ignore[assignment]
 
-native = _native
-
+__all__ = ["VARIABLE", "Engine", "choose", "native"]
 Engine = Literal["native", "numpy"]
 
 #: set to "numpy" to do without the C extension, to "native" to refuse to
 VARIABLE = "DORAEMON_ENGINE"
 
-if native is not None and not agrees(native):
+if native is not None and native.LAYOUT != LAYOUT:
     raise ImportError("the C extension was built from other sources than these: reinstall doraemon-index")
 
 

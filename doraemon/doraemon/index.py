@@ -34,8 +34,8 @@ class _Questions(Collection[Any], Reversible[Any]):
     """What may be asked of an index and of a snapshot, each question of one state, even while others write.
 
     Of `collections.abc` it is `Reversible` and a `Collection`: of the keys in order, copies included. It is no
-    `Sequence`, as `[]` takes keys and not ranks, no `Set`, as it holds copies, and no `Mapping`, as `keys`, `values` and
-    `items` are arrays and a multiset has no values.
+    `Sequence`, as `[]` takes keys and not ranks, no `Set`, as it holds copies, and no `Mapping`, as a multiset has no
+    values, and `keys`, `values` and `items` give arrays.
 
     In the complexities, n is the number of keys, d that of changes since the last merge, q that of queries. A model
     search costs O(log buckets + log window), with a window of a few keys: see `explain()`.
@@ -49,7 +49,6 @@ class _Questions(Collection[Any], Reversible[Any]):
     def __len__(self) -> int:
         """How many keys there are, copies counted. O(1).
 
-        >>> from doraemon import Index
         >>> len(Index([3, 1, 3]))
         3
         """
@@ -59,7 +58,6 @@ class _Questions(Collection[Any], Reversible[Any]):
     def dtype(self) -> np.dtype[Any]:
         """The keys' dtype. O(1).
 
-        >>> from doraemon import Index
         >>> Index([0.5, 1.5]).dtype
         dtype('float64')
         """
@@ -69,7 +67,6 @@ class _Questions(Collection[Any], Reversible[Any]):
     def is_map(self) -> bool:
         """Whether there are values beside the keys. O(1).
 
-        >>> from doraemon import Index
         >>> Index([1, 2]).is_map, Index([1, 2], values=[10, 20]).is_map
         (False, True)
         """
@@ -90,7 +87,6 @@ class _Questions(Collection[Any], Reversible[Any]):
         Raises:
             TypeError: the key is no number, or for keys that are times no time.
 
-        >>> from doraemon import Index
         >>> index = Index([2**63, 7], dtype="uint64")
         >>> 2**63 in index, 2**63 - 1 in index, -1 in index, 7.5 in index
         (True, False, False, False)
@@ -104,7 +100,6 @@ class _Questions(Collection[Any], Reversible[Any]):
             KeyError: the key is absent.
             TypeError: the index has keys only.
 
-        >>> from doraemon import Index
         >>> int(Index([10, 20], [1, 2])[20])
         2
         """
@@ -119,7 +114,6 @@ class _Questions(Collection[Any], Reversible[Any]):
         Raises:
             TypeError: the index has keys only.
 
-        >>> from doraemon import Index
         >>> Index([10, 20], [1.5, 2.5]).get(30, default=0.0)
         0.0
         """
@@ -128,7 +122,6 @@ class _Questions(Collection[Any], Reversible[Any]):
     def bisect_left(self, key: Any) -> int:
         """How many keys are below this one. One model search.
 
-        >>> from doraemon import Index
         >>> Index([1, 3, 3, 5]).bisect_left(3)
         1
         """
@@ -137,7 +130,6 @@ class _Questions(Collection[Any], Reversible[Any]):
     def bisect_right(self, key: Any) -> int:
         """How many keys are not above this one. One model search.
 
-        >>> from doraemon import Index
         >>> Index([1, 3, 3, 5]).bisect_right(3)
         3
         """
@@ -146,7 +138,6 @@ class _Questions(Collection[Any], Reversible[Any]):
     def rank(self, key: Any) -> int:
         """How many keys are below this one: another name of `bisect_left`. One model search.
 
-        >>> from doraemon import Index
         >>> Index([0.5, 1.5]).rank(1)
         1
         """
@@ -158,7 +149,6 @@ class _Questions(Collection[Any], Reversible[Any]):
         Raises:
             IndexError: there is no key of that rank.
 
-        >>> from doraemon import Index
         >>> Index([30, 10, 20]).select(-1)
         30
         """
@@ -167,7 +157,6 @@ class _Questions(Collection[Any], Reversible[Any]):
     def find_lt(self, key: Any) -> Any | None:
         """The greatest key below this one, None if there is none. One model search.
 
-        >>> from doraemon import Index
         >>> Index([1, 3, 5]).find_lt(3)
         1
         """
@@ -176,7 +165,6 @@ class _Questions(Collection[Any], Reversible[Any]):
     def find_le(self, key: Any) -> Any | None:
         """The greatest key not above this one, None if there is none. One model search.
 
-        >>> from doraemon import Index
         >>> Index([1, 3, 5]).find_le(4)
         3
         """
@@ -185,7 +173,6 @@ class _Questions(Collection[Any], Reversible[Any]):
     def find_gt(self, key: Any) -> Any | None:
         """The least key above this one, None if there is none. One model search.
 
-        >>> from doraemon import Index
         >>> Index([1, 3, 5]).find_gt(5) is None
         True
         """
@@ -194,7 +181,6 @@ class _Questions(Collection[Any], Reversible[Any]):
     def find_ge(self, key: Any) -> Any | None:
         """The least key not below this one, None if there is none. One model search.
 
-        >>> from doraemon import Index
         >>> Index([1, 3, 5]).find_ge(4)
         5
         """
@@ -207,7 +193,6 @@ class _Questions(Collection[Any], Reversible[Any]):
 
         Two model searches and O(result).
 
-        >>> from doraemon import Index
         >>> Index([5, 1, 3, 9]).range(3, 9)
         array([3, 5])
         """
@@ -216,7 +201,6 @@ class _Questions(Collection[Any], Reversible[Any]):
     def keys(self) -> NDArray[Any]:
         """All keys, ascending. O(n).
 
-        >>> from doraemon import Index
         >>> Index([5, 1, 3]).keys()
         array([1, 3, 5])
         """
@@ -228,7 +212,6 @@ class _Questions(Collection[Any], Reversible[Any]):
         Raises:
             TypeError: the index has keys only.
 
-        >>> from doraemon import Index
         >>> Index([5, 1, 3], [50, 10, 30]).values(2)
         array([30, 50])
         """
@@ -240,7 +223,6 @@ class _Questions(Collection[Any], Reversible[Any]):
         Raises:
             TypeError: the index has keys only.
 
-        >>> from doraemon import Index
         >>> Index([5, 1, 3], ["five", "one", "three"]).items(2)
         (array([3, 5]), array(['three', 'five'], dtype='<U5'))
         """
@@ -249,7 +231,6 @@ class _Questions(Collection[Any], Reversible[Any]):
     def __iter__(self) -> Iterator[Any]:
         """The keys, ascending, as they were when the iteration began. O(n) memory.
 
-        >>> from doraemon import Index
         >>> list(Index([2, 1]))
         [1, 2]
         """
@@ -259,7 +240,6 @@ class _Questions(Collection[Any], Reversible[Any]):
     def __reversed__(self) -> Iterator[Any]:
         """The keys, descending, as they were when the iteration began. O(n) memory.
 
-        >>> from doraemon import Index
         >>> list(reversed(Index([2, 1])))
         [2, 1]
         """
@@ -271,7 +251,6 @@ class _Questions(Collection[Any], Reversible[Any]):
         Raises:
             ValueError: `copy` is False, as the keys are decoded into a new array.
 
-        >>> from doraemon import Index
         >>> import numpy as np
         >>> np.asarray(Index([5, 1, 3], [50, 10, 30]))
         array([1, 3, 5])
@@ -291,19 +270,17 @@ class _Questions(Collection[Any], Reversible[Any]):
         Raises:
             ValueError: `side` is neither "left" nor "right", or a query is missing or masked.
 
-        >>> from doraemon import Index
         >>> import numpy as np
         >>> Index([1, 3, 3, 5]).searchsorted(np.array([0, 3, 9]), side="right")
         array([0, 3, 4])
         """
-        if side not in get_args(Side):
+        if side not in ("left", "right"):
             raise ValueError(f"side {side!r}: choose 'left' or 'right'")
         return self._state.ranks(queries, right=side == "right")
 
     def contains(self, queries: ArrayLike) -> NDArray[np.bool_]:
         """Whether each query is in the index. q model searches.
 
-        >>> from doraemon import Index
         >>> Index([1, 3]).contains([1, 2, 3])
         array([ True, False,  True])
         """
@@ -319,7 +296,6 @@ class _Questions(Collection[Any], Reversible[Any]):
             KeyError: a query is absent, and there is no default.
             TypeError: the index has keys only.
 
-        >>> from doraemon import Index
         >>> Index([1, 3], [10, 30]).get_many([3, 2], default=-1)
         array([30, -1])
         """
@@ -330,7 +306,6 @@ class _Questions(Collection[Any], Reversible[Any]):
 
         Two model searches per range; 0 where the ends are the wrong way round.
 
-        >>> from doraemon import Index
         >>> import numpy as np
         >>> index = Index([1, 3, 3, 5])
         >>> index.count(3, 5), index.count(np.array([0, 9]), np.array([9, 0]))
@@ -343,7 +318,6 @@ class _Questions(Collection[Any], Reversible[Any]):
     def explain(self) -> Explanation:
         """What the index is made of and what its model costs. O(leaves).
 
-        >>> from doraemon import Index
         >>> Index(range(100), engine="numpy").explain().engine
         'numpy'
         """
@@ -359,7 +333,6 @@ class _Questions(Collection[Any], Reversible[Any]):
             TypeError: the values are objects, which a file does not hold.
 
         >>> import tempfile
-        >>> from doraemon import Index
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     Index([1, 2]).save(f"{directory}/two.dora")
         ...     len(Index.open(f"{directory}/two.dora"))
@@ -408,7 +381,6 @@ class _Questions(Collection[Any], Reversible[Any]):
 class Snapshot(_Questions):
     """A frozen view of an index, made by `Index.snapshot`: all its questions, none of its changes.
 
-    >>> from doraemon import Index
     >>> Index([1, 3]).snapshot()
     <Snapshot: multiset of 2 int64 keys>
     """

@@ -33,7 +33,9 @@ def parts_of(places: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.
     return (places >> np.uint64(PLACE_SHIFT)).astype(np.int64), np.uint64(1) << bits
 
 
-def agrees(native: Any) -> bool:
-    """Whether the C extension was built for these records."""
-    theirs = (np.dtype(native.BUCKET), np.dtype(native.LEAF), native.PLACE_SHIFT)
-    return theirs == (BUCKET, LEAF, PLACE_SHIFT)
+def _offsets(record: np.dtype[Any]) -> tuple[int, ...]:
+    """Where the fields of a record begin, and where it ends."""
+    return (*(record.fields[name][1] for name in record.names or () if record.fields), record.itemsize)
+
+
+LAYOUT = (_offsets(BUCKET), _offsets(LEAF), PLACE_SHIFT)  #: what the extension says of the same records

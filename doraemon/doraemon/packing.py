@@ -62,7 +62,7 @@ def unpack(header: Header, arrays: Arrays, engine: str | None = None, verify: bo
     run = Run(codes, arrays.get("run.values"), model, heat, arrays["run.trained"], memory)
     net, present, stamps = (arrays[f"delta.{name}"] for name in ("net", "present", "stamps"))
     parts = (arrays["delta.codes"], net, present, arrays.get("delta.values"), stamps)
-    state = State.of(key_type, chosen, run, Delta(*parts, chosen, writes=int(stamps.max(initial=0))))
+    state = State.of(key_type, chosen, run, Delta(*parts, chosen), writes=int(stamps.max(initial=0)))
     if verify:
         _verify(state)
     return state

@@ -25,7 +25,7 @@ SMALL = 64  #: batches below this are left to np.searchsorted, whose one call co
 
 
 class View(Protocol):
-    """What both engines offer: answers to single keys of any type, and batches of codes answered into given arrays."""
+    """What both engines offer: answers to single keys of any type, and to batches of codes in arrays that are given."""
 
     def left(self, key: object, /) -> int:
         """How many keys are below the key."""
@@ -39,17 +39,11 @@ class View(Protocol):
     def get(self, key: object, default: Any, /) -> Any:
         """A map's value for the key, the default if it is absent."""
 
-    def run_ranks(self, codes: Codes, right: bool, ranks: Ints, /) -> None:
-        """How many keys of the run are below each code, or (`right`) not above it."""
+    def ranks(self, codes: Codes, right: bool, in_run: bool, ranks: Ints, /) -> None:
+        """How many keys of the index, or of its run alone, are below each code, or (`right`) not above it."""
 
-    def ranks(self, codes: Codes, right: bool, ranks: Ints, /) -> None:
-        """How many keys of the index are below each code, or (`right`) not above it."""
-
-    def contains_many(self, codes: Codes, present: Mask, /) -> None:
-        """Whether each code is in the index."""
-
-    def find_many(self, codes: Codes, present: Mask, in_delta: Mask, positions: Ints, /) -> None:
-        """Whether each code is in the index, and where: in the delta or in the run, and at which position there."""
+    def find_many(self, codes: Codes, present: Mask, in_delta: Mask = ..., positions: Ints = ..., /) -> None:
+        """Whether each code is in the index; and where, if asked: in the delta or in the run, at which position."""
 
     def within_error_bounds(self) -> bool:
         """Whether every key of the run lies within the error bound that its leaf states."""
@@ -59,12 +53,14 @@ def make_view(engine: Engine, key_type: KeyType, run: Run, delta: Delta) -> View
     """A view of a run and its delta."""
     if engine == "numpy":
         return NumpyView(key_type, run, delta)
-    model, name = run.model, key_type.dtype.name
+    model, dtype = run.model, key_type.dtype
     searched = (run.codes, model.bounds, model.buckets, model.pool.rows, delta.codes, delta.shifts, delta.alive)
-    return native.View(name, key_type.cut_one, SAMPLING, *searched, run.heat.hits, run.values, delta.values)
+    return native.View(
+        dtype.kind, dtype.itemsize, key_type.cut_one, SAMPLING, *searched, run.heat.hits, run.values, delta.values
+    )
 
 
-class NumpyView:
+class NumpyView(View):
     """A view without the C extension: windows of all queries of a batch are halved together."""
 
     engine: Engine = "numpy"  #: what searches the delta
@@ -76,20 +72,16 @@ class NumpyView:
 
     # ---- single keys
 
-    def left(self, key: object) -> int:
-        """How many keys are below the key."""
+    def left(self, key: object, /) -> int:
         return self._rank(key, right=False)
 
-    def right(self, key: object) -> int:
-        """How many keys are not above the key."""
+    def right(self, key: object, /) -> int:
         return self._rank(key, right=True)
 
-    def contains(self, key: object) -> bool:
-        """Whether the key is in the index."""
+    def contains(self, key: object, /) -> bool:
         return self._find(key) is not None
 
-    def get(self, key: object, default: Any) -> Any:
-        """A map's value for the key, the default if it is absent."""
+    def get(self, key: object, default: Any, /) -> Any:
         found = self._find(key)
         return default if found is None else found[0][found[1]]
 
@@ -112,32 +104,25 @@ class NumpyView:
 
     # ---- batches
 
-    def run_ranks(self, codes: Codes, right: bool, ranks: Ints) -> None:
-        """How many keys of the run are below each code, or (`right`) not above it."""
-        queries, past = _queries(codes, right)
-        ranks[:] = np.where(past, len(self.codes), self._run_ranks(queries))
+    def ranks(self, codes: Codes, right: bool, in_run: bool, ranks: Ints, /) -> None:
+        past = codes == np.uint64(2**64 - 1) if right else np.False_
+        queries = codes + np.uint64(1) * ~past if right else codes
+        ranks[:] = np.where(past, len(self.codes), self._run_ranks(queries)) if right else self._run_ranks(queries)
+        if not in_run and len(self.delta):
+            entry = ranks_in(self.delta.codes, queries, False, self.engine)
+            ranks += self.delta.shifts[np.where(past, len(self.delta), entry)]
 
-    def ranks(self, codes: Codes, right: bool, ranks: Ints) -> None:
-        """How many keys of the index are below each code, or (`right`) not above it."""
-        queries, past = _queries(codes, right)
-        entry = np.where(past, len(self.delta), ranks_in(self.delta.codes, queries, False, self.engine))
-        ranks[:] = np.where(past, len(self.codes), self._run_ranks(queries)) + self.delta.shifts[entry]
-
-    def contains_many(self, codes: Codes, present: Mask) -> None:
-        """Whether each code is in the index."""
-        self.find_many(codes, present, np.empty(len(codes), np.bool_), np.empty(len(codes), np.int64))
-
-    def find_many(self, codes: Codes, present: Mask, in_delta: Mask, positions: Ints) -> None:
-        """Whether each code is in the index, and where: in the delta or in the run, and at which position there."""
-        rank = self._run_ranks(codes)
-        entry = ranks_in(self.delta.codes, codes, False, self.engine)
-        in_delta[:] = _equal_at(self.delta.codes, entry, codes)
-        positions[:] = np.where(in_delta, entry, rank)
-        present[:] = np.where(in_delta, False, _equal_at(self.codes, rank, codes))
-        present[in_delta] = self.delta.alive[entry[in_delta]] > 0
+    def find_many(
+        self, codes: Codes, present: Mask, in_delta: Mask | None = None, positions: Ints | None = None, /
+    ) -> None:
+        rank, entry = self._run_ranks(codes), ranks_in(self.delta.codes, codes, False, self.engine)
+        changed = _equal_at(self.delta.codes, entry, codes)
+        present[:] = _equal_at(self.codes, rank, codes)
+        present[changed] = self.delta.alive[entry[changed]]
+        if in_delta is not None and positions is not None:
+            in_delta[:], positions[:] = changed, np.where(changed, entry, rank)
 
     def within_error_bounds(self) -> bool:
-        """Whether every key of the run lies within the error bound that its leaf states."""
         starts = self.model.starts
         for first in range(0, len(self.codes), BATCH):
             rank = np.arange(first, min(first + BATCH, len(self.codes)))
@@ -218,14 +203,6 @@ class StepView(NumpyView):
 
     def _run_ranks(self, queries: Codes) -> Ints:
         return self.steps.starts[ranks_in(self.steps.codes, queries, False, self.engine)]
-
-
-def _queries(codes: Codes, right: bool) -> tuple[Codes, Mask]:
-    """The codes whose left ranks are asked for, and which are past all codes: to the right of the last."""
-    if not right:
-        return codes, np.zeros(len(codes), dtype=np.bool_)
-    past = codes == np.uint64(2**64 - 1)
-    return codes + np.uint64(1) * ~past, past
 
 
 def _equal_at(codes: Codes, rank: Ints, queries: Codes) -> Mask:

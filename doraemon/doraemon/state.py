@@ -53,6 +53,8 @@ class State:
         delta: what changed since the run was made.
         view: answers single keys and batches of codes.
         length: the number of keys, copies counted.
+        writes: the number of the last write, by which the delta's entries are stamped.
+        copied: how many entries of deltas the writes since the last merge have copied.
     """
 
     key_type: KeyType
@@ -61,14 +63,18 @@ class State:
     delta: Delta
     view: View
     length: int
+    writes: int
+    copied: int
 
     @classmethod
-    def of(cls, key_type: KeyType, engine: Engine, run: Run, delta: Delta | None = None) -> State:
+    def of(
+        cls, key_type: KeyType, engine: Engine, run: Run, delta: Delta | None = None, writes: int = 0, copied: int = 0
+    ) -> State:
         """The state of a run and its delta, by default an empty one."""
         if delta is None:
             delta = Delta.empty(None if run.values is None else run.values.dtype, engine)
         view = make_view(engine, key_type, run, delta)
-        return cls(key_type, engine, run, delta, view, len(run) + int(delta.shifts[-1]))
+        return cls(key_type, engine, run, delta, view, len(run) + int(delta.shifts[-1]), writes, copied)
 
     @property
     def is_map(self) -> bool:
@@ -104,6 +110,8 @@ class State:
         n = self.length
         if not -n <= rank < n:
             raise IndexError(f"rank {rank} of {n} keys: give one from {-n} to {n - 1}")
+        if len(self.delta) == 0:
+            return self.key_type.decode_one(int(self.run.codes[rank]))
         return self.key_type.decode_one(int(self._codes_at(self._places(np.array([rank % n])))[0]))
 
     def neighbour(self, key: Any, right: bool, offset: int) -> Any | None:
@@ -153,7 +161,7 @@ class State:
         """Whether each query is in the index."""
         codes, exact, _ = self.key_type.cuts(queries)
         present = np.empty(len(codes), dtype=np.bool_)
-        self._batch_view(codes).contains_many(codes, present)
+        self._batch_view(codes).find_many(codes, present)
         return present if exact is None else present & exact
 
     def get_many(self, queries: ArrayLike, default: Any) -> Values:
@@ -175,13 +183,13 @@ class State:
     def code_ranks(self, codes: Codes, right: bool = False) -> Ints:
         """The rank of each code in the index, as `rank` says it."""
         ranks = np.empty(len(codes), dtype=np.int64)
-        self._batch_view(codes).ranks(codes, right, ranks)
+        self._batch_view(codes).ranks(codes, right, False, ranks)
         return ranks
 
     def run_ranks(self, codes: Codes, right: bool = False) -> Ints:
         """The rank of each code in the run alone."""
         ranks = np.empty(len(codes), dtype=np.int64)
-        self._batch_view(codes).run_ranks(codes, right, ranks)
+        self._batch_view(codes).ranks(codes, right, True, ranks)
         return ranks
 
     def _batch_view(self, codes: Codes) -> View:
@@ -232,19 +240,19 @@ class State:
         return counts
 
     def with_delta(self, delta: Delta) -> State:
-        """The same run with other changes."""
-        return State.of(self.key_type, self.engine, self.run, delta)
+        """The same run with other changes, after one more write."""
+        return State.of(self.key_type, self.engine, self.run, delta, self.writes + 1, self.copied + len(delta))
 
     def remodelled(self, model: Model, trained: Signature, memory: Models) -> State:
         """The same keys under another model, which `trained` was the workload of."""
         run = replace(self.run, model=model, trained=trained, memory=memory)
-        return State.of(self.key_type, self.engine, run, self.delta)
+        return State.of(self.key_type, self.engine, run, self.delta, self.writes, self.copied)
 
     @property
     def merge_is_due(self) -> bool:
         """Whether the delta is long, or writes have copied it so often that merging would have been cheaper."""
-        n, delta = len(self.run), self.delta
-        return len(delta) >= max(MIN_DELTA, n // 16) or delta.copied >= 2 * (n + MERGE_COST)
+        n = len(self.run)
+        return len(self.delta) >= max(MIN_DELTA, n // 16) or self.copied >= 2 * (n + MERGE_COST)
 
     def merged(self) -> State:
         """The state whose run has everything; its model is fitted for the accesses counted so far."""
@@ -257,7 +265,7 @@ class State:
         """This state over the run of `merged`, which was made of `before`, an earlier state of this one."""
         run = replace(merged.run, memory=self.run.memory_over(merged.run.codes))
         delta = changes_after(self.delta, before.delta, merged.count_in_run)
-        return State.of(self.key_type, self.engine, run, delta)
+        return State.of(self.key_type, self.engine, run, delta, self.writes)
 
 
 def _taken(run: NDArray[Any], delta: NDArray[Any], places: Places) -> NDArray[Any]:
