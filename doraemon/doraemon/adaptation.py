@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .arrays import Bits, Floats
 from .heat import shares_of
-from .model import Bits, Floats, choose_bits, refit
+from .model import choose_bits, refit
 from .run import Run
 from .state import State
 from .workload import Signature, drift

@@ -12,13 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .arrays import BUCKET, Arrays, Bits, Codes, Ints, places_of
 from .delta import MOST_STAMPS, is_compact
 from .errors import damaged
-from .keys import Codes, KeyType
-from .layout import BUCKET, places_of
+from .keys import KeyType
 from .model import MAX_BITS, bucket_scales
-
-Arrays = dict[str, NDArray[Any]]
 
 #: dtype and shape of each array, in sizes that `_sizes` tells; dtypes of values are the user's
 _LAYOUT: dict[str, tuple[Any, tuple[str, ...]]] = {
@@ -135,7 +133,7 @@ def _check_buckets(arrays: Arrays) -> None:
     _require(right, "model.buckets has scales that are not those of its keys")
 
 
-def _are_numbers_of_leaves(bits: NDArray[np.uint8], starts: NDArray[np.int64]) -> bool:
+def _are_numbers_of_leaves(bits: Bits, starts: Ints) -> bool:
     """Whether there are not many more leaves than keys, also where each row has the bits of another model."""
     return bool((bits <= MAX_BITS).all() and ((np.int64(1) << bits.astype(np.int64)) <= 2 * np.diff(starts) + 64).all())
 

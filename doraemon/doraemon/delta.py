@@ -15,12 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .arrays import Codes, Ints, Mask, Values
 from .engine import Engine
-from .keys import Codes
 from .splicing import ranks_in, splice
 
-Ints = NDArray[np.int64]
-Values = NDArray[Any]
 MOST_STAMPS = 1 << 62
 FEW_COPIES = 1 << 20  #: that a saved delta may always add
 Count = Callable[[Codes], Ints]  #: how many keys of the run have each code
@@ -72,7 +70,7 @@ class Delta:
         np.cumsum(self.net, out=shifts[1:])
         return shifts
 
-    def _where(self, keep: NDArray[np.bool_]) -> Delta:
+    def _where(self, keep: Mask) -> Delta:
         if keep.all():
             return self
         values = None if self.values is None else self.values[keep]
@@ -193,6 +191,6 @@ def _last_of_each(first: Ints, n: int) -> Ints:
     return np.append(first[1:], n) - 1 if len(first) else first
 
 
-def _contains(codes: Codes, wanted: Codes) -> NDArray[np.bool_]:
+def _contains(codes: Codes, wanted: Codes) -> Mask:
     at = np.minimum(np.searchsorted(codes, wanted), len(codes) - 1)
     return codes[at] == wanted if len(codes) else np.zeros(len(wanted), dtype=np.bool_)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Literal
 
-from .layout import LAYOUT
+from .arrays import LAYOUT
 
 try:
     from . import _native as native

@@ -5,12 +5,9 @@ from __future__ import annotations
 import threading
 
 import numpy as np
-from numpy.typing import NDArray
 
+from .arrays import Floats, Ints
 from .workload import Signature, signature
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 SAMPLING = 32  #: one access in so many is counted
 HALF_LIFE = 8  #: counts per bucket after which an older one weighs half

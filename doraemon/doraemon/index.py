@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import adaptation, changes, storage
 from .adaptation import Adaptation
-from .building import state_of
+from .arrays import Ints, Mask
 from .engine import choose
 from .errors import CorruptFileError
 from .explanation import Explanation, explain
@@ -261,7 +261,7 @@ class _Questions(Collection[Any], Reversible[Any]):
 
     # ---- batches
 
-    def searchsorted(self, queries: ArrayLike, side: Side = "left") -> NDArray[np.int64]:
+    def searchsorted(self, queries: ArrayLike, side: Side = "left") -> Ints:
         """The rank of each query, as `np.searchsorted` on the sorted keys would say. q model searches.
 
         Queries of the index's dtype are fastest; all others are compared exactly, those that no array operation
@@ -278,7 +278,7 @@ class _Questions(Collection[Any], Reversible[Any]):
             raise ValueError(f"side {side!r}: choose 'left' or 'right'")
         return self._state.ranks(queries, right=side == "right")
 
-    def contains(self, queries: ArrayLike) -> NDArray[np.bool_]:
+    def contains(self, queries: ArrayLike) -> Mask:
         """Whether each query is in the index. q model searches.
 
         >>> Index([1, 3]).contains([1, 2, 3])
@@ -345,8 +345,7 @@ class _Questions(Collection[Any], Reversible[Any]):
     def __copy__(self) -> Self:
         """A copy as of now, sharing what cannot change. O(1)."""
         other = type(self).__new__(type(self))
-        other._set_attributes(self._attributes())
-        other._begin(self._state, *self._options())
+        other._restore(self._state, self._options(), self._attributes())
         return other
 
     def __getstate__(self) -> object:
@@ -356,8 +355,12 @@ class _Questions(Collection[Any], Reversible[Any]):
     def __setstate__(self, saved: Any) -> None:
         """Become what was pickled, with NumPy's engine where that was used or the other is not there."""
         (header, arrays), engine, options, attributes = saved
-        self._set_attributes(attributes)
-        self._begin(unpack(header, arrays, "numpy" if engine == "numpy" else None), *options)
+        self._restore(unpack(header, arrays, "numpy" if engine == "numpy" else None), options, attributes)
+
+    def _restore(self, state: State, options: tuple[Any, ...], attributes: tuple[dict[str, Any], ...]) -> None:
+        for name, value in (attributes[0] | attributes[1]).items():
+            object.__setattr__(self, name, value)
+        self._begin(state, *options)
 
     def _begin(self, state: State) -> None:
         """Hold a state, as `__init__` does, in a new object."""
@@ -372,10 +375,6 @@ class _Questions(Collection[Any], Reversible[Any]):
         found: Any = object.__getstate__(self)
         named, slots = found if isinstance(found, tuple) else (found, None)
         return {name: value for name, value in (named or {}).items() if name not in self._OWN}, slots or {}
-
-    def _set_attributes(self, attributes: tuple[dict[str, Any], dict[str, Any]]) -> None:
-        for name, value in (attributes[0] | attributes[1]).items():
-            object.__setattr__(self, name, value)
 
 
 class Snapshot(_Questions):
@@ -422,7 +421,7 @@ class Index(_Questions):
         merging: Merging = "inline",
         memory: int = 16,
     ) -> None:
-        self._begin(state_of(keys, values, dtype, choose(engine), Models(memory)), merging)
+        self._begin(changes.create(keys, values, dtype, choose(engine), Models(memory)), merging)
 
     def _begin(self, state: State, merging: Merging = "inline") -> None:
         """Hold a state that no other thread knows yet."""

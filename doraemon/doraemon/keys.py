@@ -17,11 +17,8 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import times
-from .exact import as_number
-from .inputs import as_scalar, as_sequence, numpy_dtype
-
-Codes = NDArray[np.uint64]
-Mask = NDArray[np.bool_]
+from .arrays import Codes, Mask
+from .inputs import as_number, as_scalar, as_sequence, numpy_dtype
 
 SUPPORTED = "uint64, int64, uint32, int32, float64, float32 or datetime64 with a unit"
 _NUMBERS = frozenset({"uint64", "int64", "uint32", "int32", "float64", "float32"})

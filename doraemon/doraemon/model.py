@@ -18,14 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .arrays import BUCKET, Bits, Codes, Floats, Ints, parts_of, places_of
 from .engine import Engine
 from .fitting import fit_buckets
-from .keys import Codes
-from .layout import BUCKET, parts_of, places_of
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-Bits = NDArray[np.uint8]
 
 DEPTH = 2048  #: keys per bucket, until there are MAX_BUCKETS
 MAX_BUCKETS = 16384

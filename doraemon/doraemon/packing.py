@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .arrays import Arrays
 from .checking import check, check_keys, check_values
 from .delta import Delta, is_compact
 from .engine import choose
@@ -15,7 +16,7 @@ from .heat import Heat
 from .model import LeafPool, Model
 from .run import Models, Run
 from .state import State
-from .storage import Arrays, Header
+from .storage import Header
 
 
 def pack(state: State) -> tuple[Header, Arrays]:

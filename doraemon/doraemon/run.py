@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from .arrays import Bits, Codes, Ints, Values
 from .engine import Engine
 from .heat import Heat, rebucket, shares_of
-from .keys import Codes
-from .model import Bits, Model, bucket_starts, build, choose_bits
+from .model import Model, bucket_starts, build, choose_bits
 from .steps import Steps, find_steps
 from .workload import Memory, Signature, signature
 
-Ints = NDArray[np.int64]
-Values = NDArray[Any]
 Models = Memory[Bits]  #: leaf numbers given for past workloads
 
 

@@ -6,20 +6,16 @@ from bisect import bisect_left
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from .arrays import Codes, Floats, Ints, Mask, parts_of
 from .delta import Delta
 from .engine import Engine, native
 from .fitting import BATCH
 from .heat import SAMPLING
-from .keys import Codes, KeyType, Mask
-from .layout import parts_of
+from .keys import KeyType
 from .run import Run
 from .splicing import ranks_in
 from .steps import Steps
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 SMALL = 64  #: batches below this are left to np.searchsorted, whose one call costs less than ours
 

@@ -12,18 +12,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .arrays import Codes, Ints, Mask, Values
 from .delta import Delta, changes_after, merge
 from .engine import Engine
 from .inputs import as_sequence, is_batch
-from .keys import Codes, KeyType, Mask
+from .keys import KeyType
 from .model import Model
 from .run import Models, Run
 from .search import SMALL, StepView, View, make_view
 from .values import dtype_with_default, with_default
 from .workload import Signature
 
-Ints = NDArray[np.int64]
-Values = NDArray[Any]
 REQUIRED: Any = object()  #: stands for an argument that was not given
 
 MIN_DELTA = 4096  #: changes below which a delta is never too long to search
@@ -180,16 +179,10 @@ class State:
             raise KeyError(f"query {first}, {given[first]!s}, is absent: give a default to look up keys that may be")
         return self._values_at(Places(in_delta, positions))
 
-    def code_ranks(self, codes: Codes, right: bool = False) -> Ints:
-        """The rank of each code in the index, as `rank` says it."""
+    def code_ranks(self, codes: Codes, right: bool = False, in_run: bool = False) -> Ints:
+        """The rank of each code in the index, or in the run alone, as `rank` says it."""
         ranks = np.empty(len(codes), dtype=np.int64)
-        self._batch_view(codes).ranks(codes, right, False, ranks)
-        return ranks
-
-    def run_ranks(self, codes: Codes, right: bool = False) -> Ints:
-        """The rank of each code in the run alone."""
-        ranks = np.empty(len(codes), dtype=np.int64)
-        self._batch_view(codes).ranks(codes, right, True, ranks)
+        self._batch_view(codes).ranks(codes, right, in_run, ranks)
         return ranks
 
     def _batch_view(self, codes: Codes) -> View:
@@ -206,7 +199,7 @@ class State:
     @cached_property
     def _delta_ranks(self) -> Ints:
         """The rank in the index of each of the delta's codes."""
-        ranks: Ints = self.run_ranks(self.delta.codes) + self.delta.shifts[:-1]
+        ranks: Ints = self.code_ranks(self.delta.codes, in_run=True) + self.delta.shifts[:-1]
         return ranks
 
     def _places(self, ranks: Ints) -> Places:
@@ -232,11 +225,11 @@ class State:
         """How many keys of the run have each code; most codes of most writes are new, and searched once."""
         if len(self.run) == 0:
             return np.zeros(len(codes), dtype=np.int64)
-        left = self.run_ranks(codes)
+        left = self.code_ranks(codes, in_run=True)
         present = self.run.codes[np.minimum(left, len(self.run) - 1)] == codes
         counts: Ints = present.astype(np.int64)
         if not self.is_map:  # a map's keys are distinct
-            counts[present] = self.run_ranks(codes[present], right=True) - left[present]
+            counts[present] = self.code_ranks(codes[present], right=True, in_run=True) - left[present]
         return counts
 
     def with_delta(self, delta: Delta) -> State:
@@ -258,7 +251,9 @@ class State:
         """The state whose run has everything; its model is fitted for the accesses counted so far."""
         if len(self.delta) == 0:
             return self
-        codes, values = merge(self.run.codes, self.run.values, self.delta, self.run_ranks(self.delta.codes))
+        codes, values = merge(
+            self.run.codes, self.run.values, self.delta, self.code_ranks(self.delta.codes, in_run=True)
+        )
         return State.of(self.key_type, self.engine, self.run.followed_by(codes, values, self.engine))
 
     def after_merge(self, before: State, merged: State) -> State:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .keys import Codes
+from .arrays import Codes, Ints
 
 MOST = 4096  #: distinct keys whose list stays in the cache
 COPIES = 4  #: of each key, on average, from which the list is worth it
@@ -22,7 +21,7 @@ class Steps(NamedTuple):
     """
 
     codes: Codes
-    starts: NDArray[np.int64]
+    starts: Ints
 
 
 def find_steps(codes: Codes) -> Steps | None:

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Ints = NDArray[np.int64]
-Mask = NDArray[np.bool_]
+from .arrays import Ints, Mask
 
 _LAST = np.iinfo(np.int64).max
 _FACTORS = {"as": 1, "fs": 1000, "ps": 1000, "ns": 1000, "us": 1000, "ms": 1000, "s": 1000}

@@ -9,13 +9,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .exact import as_number
-from .inputs import as_sequence, refuse_masked
+from .arrays import Mask, Values
+from .inputs import as_number, as_sequence, refuse_masked
 from .times import as_duration, as_time
-
-Values = NDArray[Any]
 
 #: by kind of dtype, the kinds whose values are cast to it; a value that does not fit is still refused
 _CASTS_FROM = {"b": "b", "i": "biu", "u": "biu", "f": "biuf", "c": "biufc", "M": "M", "m": "mbiu", "S": "S"}
@@ -206,7 +203,7 @@ def _has_all_of(dtype: np.dtype[Any], other: np.dtype[Any]) -> bool:
     return np.can_cast(other, dtype)
 
 
-def with_default(found: Values, absent: NDArray[np.bool_], default: Any, dtype: np.dtype[Any]) -> Values:
+def with_default(found: Values, absent: Mask, default: Any, dtype: np.dtype[Any]) -> Values:
     """Values and, where they are absent, the default, in a dtype that `dtype_with_default` chose."""
     result = np.empty(len(absent), dtype=dtype)
     apart = dtype.kind == "O" and found.dtype.kind in "MmV"  # which NumPy would turn to ints and tuples

@@ -21,7 +21,7 @@ import pytest
 from domains import DTYPES
 
 from doraemon import Index
-from doraemon.exact import as_number
+from doraemon.inputs import as_number
 
 pd = pytest.importorskip("pandas", reason="pandas users hand in what pandas makes")
 

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from doraemon import Index
 from doraemon import model as model_module
+from doraemon.arrays import Codes
 from doraemon.engine import choose
-from doraemon.keys import Codes
 from doraemon.model import Model, build, choose_bits, refit
 from doraemon.splicing import ranks_in
 
