@@ -123,11 +123,6 @@ static int64_t gallop(const uint64_t *keys, int64_t start, int64_t end, int64_t 
     return low + below(keys + low, high - low, q);
 }
 
-static inline int64_t bucket_of(const Search *s, uint64_t q)
-{
-    return below(s->bounds + 1, s->n_buckets - 1, q);
-}
-
 /* The leaf that serves `q` in the bucket, and where in the leaf it falls. */
 static inline const Leaf *leaf_of(const Search *s, const Bucket *bucket, uint64_t q, double *fraction)
 {
@@ -144,13 +139,28 @@ static inline int64_t clamp(double position, int64_t depth)
     return position > 0.0 ? (position < (double)depth ? (int64_t)position : depth) : 0;
 }
 
+static inline uint64_t next_random(uint64_t random)
+{
+    return random * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
+}
+
+/* A number below `sampling`, each as likely. */
+static inline int64_t draw(const Search *s, uint64_t random)
+{
+    return (int64_t)((random >> 32) * s->sampling >> 32);
+}
+
 /* One query, answered with the fewest comparisons: exponential search from the predicted position. */
-static int64_t run_rank(const Search *s, uint64_t q, int64_t *bucket_found)
+static int64_t run_rank(Search *s, uint64_t q)
 {
     double fraction;
+    uint64_t random = next_random(LOAD(&s->random));
+    STORE(&s->random, random);
     if (s->n == 0)
         return 0;
-    int64_t b = *bucket_found = bucket_of(s, q);
+    int64_t b = below(s->bounds + 1, s->n_buckets - 1, q);
+    if (draw(s, random) == 0)
+        INCREMENT(s->hits + b);
     const Bucket *bucket = s->buckets + b;
     const Leaf *leaf = leaf_of(s, bucket, q, &fraction);
     int64_t start = bucket->start, end = bucket[1].start;
@@ -159,7 +169,7 @@ static int64_t run_rank(const Search *s, uint64_t q, int64_t *bucket_found)
 }
 
 /* The rank of `q`, which was searched for in the window [low, low + size] and found to be `at` there. */
-static inline int64_t proven(const Search *s, const Bucket *bucket, int64_t low, int64_t size, int64_t at, uint64_t q)
+static inline int64_t checked(const Search *s, const Bucket *bucket, int64_t low, int64_t size, int64_t at, uint64_t q)
 {
     int64_t start = bucket->start, end = bucket[1].start;
     if (at == low && low > start && s->keys[low - 1] >= q)
@@ -167,17 +177,6 @@ static inline int64_t proven(const Search *s, const Bucket *bucket, int64_t low,
     if (at == low + size && at < end && s->keys[at] < q)
         return gallop(s->keys, start, end, at, q);
     return at;
-}
-
-static inline uint64_t next_random(uint64_t random)
-{
-    return random * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
-}
-
-/* A number below `sampling`, each as likely. */
-static inline int64_t drawn(const Search *s, uint64_t random)
-{
-    return (int64_t)((random >> 32) * s->sampling >> 32);
 }
 
 /* Up to GROUP queries on their way through the model. */
@@ -255,7 +254,7 @@ static inline void search_windows(const Search *s, Group *g, int64_t *out)
     }
     for (int64_t i = 0; i < g->m; i++) {
         out[i] += keys[out[i]] < q[i];
-        out[i] = proven(s, g->bucket[i], low[i], size, out[i], q[i]);
+        out[i] = checked(s, g->bucket[i], low[i], size, out[i], q[i]);
     }
 }
 
@@ -272,7 +271,7 @@ static inline void sample_group(const Search *s, const Group *g, uint64_t *rando
 {
     for (int64_t first = 0; first < g->m; first += (int64_t)s->sampling) {
         *random = next_random(*random);
-        int64_t sampled = first + drawn(s, *random);
+        int64_t sampled = first + draw(s, *random);
         if (sampled < g->m)
             INCREMENT(s->hits + (g->bucket[sampled] - s->buckets));
     }
@@ -452,23 +451,23 @@ typedef struct {
     Py_buffer held[N_BUFFERS];
 } View;
 
-static void release(Py_buffer *held, int count)
+static void release_buffers(Py_buffer *held, int count)
 {
     while (count > 0)
         PyBuffer_Release(held + --count);
 }
 
 /* Hold the buffers of some arrays, of which those from `written` on are written to; -1 and none held on error. */
-static int hold(PyObject *const *arrays, const Py_ssize_t *itemsizes, int count, int written, Py_buffer *held)
+static int get_buffers(PyObject *const *arrays, const Py_ssize_t *itemsizes, int count, int written, Py_buffer *held)
 {
     for (int i = 0; i < count; i++) {
         if (PyObject_GetBuffer(arrays[i], held + i, i < written ? PyBUF_CONTIG_RO : PyBUF_CONTIG) < 0) {
-            release(held, i);
+            release_buffers(held, i);
             return -1;
         }
         if (held[i].len % itemsizes[i] != 0) {
             PyErr_Format(PyExc_ValueError, "%zd bytes do not hold items of %zd", held[i].len, itemsizes[i]);
-            release(held, i + 1);
+            release_buffers(held, i + 1);
             return -1;
         }
     }
@@ -476,9 +475,9 @@ static int hold(PyObject *const *arrays, const Py_ssize_t *itemsizes, int count,
 }
 
 /* None, or a ValueError if there is something to say. */
-static PyObject *released(Py_buffer *held, int count, const char *error)
+static PyObject *end_call(Py_buffer *held, int count, const char *error)
 {
-    release(held, count);
+    release_buffers(held, count);
     if (error == NULL)
         Py_RETURN_NONE;
     PyErr_SetString(PyExc_ValueError, error);
@@ -492,7 +491,7 @@ static void view_dealloc(PyObject *self)
     View *view = (View *)self;
     PyTypeObject *type = Py_TYPE(self);
     freefunc free_view = (freefunc)PyType_GetSlot(type, Py_tp_free);
-    release(view->held, view->n_held);
+    release_buffers(view->held, view->n_held);
     Py_XDECREF(view->cut);
     Py_XDECREF(view->values[0]);
     Py_XDECREF(view->values[1]);
@@ -512,7 +511,7 @@ static PyObject *view_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         return NULL;
     allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
     View *view = (View *)allocate(type, 0);
-    if (view == NULL || hold(arrays, itemsizes, N_BUFFERS, HITS, view->held) < 0)
+    if (view == NULL || get_buffers(arrays, itemsizes, N_BUFFERS, HITS, view->held) < 0)
         goto failed;
     view->n_held = N_BUFFERS;
     for (int i = 0; i < N_BUFFERS; i++)
@@ -619,17 +618,6 @@ static int cut_of(View *view, PyObject *key, Cut *cut)
     return PyErr_Occurred() ? -1 : 0;
 }
 
-/* The run rank of one code, whose access is counted if it is the one in `sampling`. */
-static int64_t sampled_run_rank(Search *s, uint64_t q)
-{
-    int64_t bucket = 0, rank = run_rank(s, q, &bucket);
-    uint64_t random = next_random(LOAD(&s->random));
-    STORE(&s->random, random);
-    if (drawn(s, random) == 0 && s->n)
-        INCREMENT(s->hits + bucket);
-    return rank;
-}
-
 static PyObject *view_rank(View *view, PyObject *key, int right)
 {
     Search *s = &view->search;
@@ -639,7 +627,7 @@ static PyObject *view_rank(View *view, PyObject *key, int right)
     if (cut.above || (right && cut.exact && cut.code == UINT64_MAX))
         return PyLong_FromLongLong(s->n + s->shifts[s->n_delta]);
     uint64_t q = cut.code + (uint64_t)(right && cut.exact); /* codes are whole: right of q is left of q + 1 */
-    int64_t rank = sampled_run_rank(s, q);
+    int64_t rank = run_rank(s, q);
     if (s->n_delta)
         rank += s->shifts[below(s->delta, s->n_delta, q)];
     return PyLong_FromLongLong(rank);
@@ -657,7 +645,7 @@ static int find(View *view, PyObject *key, Place *place)
     if (cut_of(view, key, &cut) < 0)
         return -1;
     if (cut.exact && !cut.above) {
-        int64_t rank = sampled_run_rank(s, cut.code);
+        int64_t rank = run_rank(s, cut.code);
         *place = place_of(s, cut.code, rank, below(s->delta, s->n_delta, cut.code));
     }
     return 0;
@@ -688,19 +676,19 @@ static PyObject *search_batch(PyObject *self, int asked, int right, PyObject *co
     static const Py_ssize_t itemsizes[2][4] = {{8, 8}, {8, 1, 1, 8}};
     const Py_ssize_t *sizes = itemsizes[asked == PLACES];
     Py_buffer held[4];
-    if (hold(arrays, sizes, count, 1, held) < 0)
+    if (get_buffers(arrays, sizes, count, 1, held) < 0)
         return NULL;
     int64_t m = held[0].len / 8;
     for (int i = 1; i < count; i++)
         if (held[i].len / sizes[i] != m)
-            return released(held, count, NOT_AS_MANY);
+            return end_call(held, count, NOT_AS_MANY);
     Answers out = {.ranks = held[1].buf, .present = held[1].buf};
     if (count == 4)
         out = (Answers){.present = held[1].buf, .in_delta = held[2].buf, .positions = held[3].buf};
     Py_BEGIN_ALLOW_THREADS
     search_many(&((View *)self)->search, asked, right, held[0].buf, m, &out);
     Py_END_ALLOW_THREADS
-    return released(held, count, NULL);
+    return end_call(held, count, NULL);
 }
 
 static PyObject *view_ranks(PyObject *self, PyObject *args)
@@ -766,7 +754,7 @@ static PyObject *fit(PyObject *self, PyObject *args)
     double steepest;
     (void)self;
     if (!PyArg_ParseTuple(args, "OOOOdO", arrays, arrays + 1, arrays + 2, arrays + 3, &steepest, arrays + 4) ||
-        hold(arrays, itemsizes, 5, 4, held) < 0)
+        get_buffers(arrays, itemsizes, 5, 4, held) < 0)
         return NULL;
     const int64_t *ends = held[1].buf, n = held[0].len / 8;
     int64_t count = held[1].len / 16, leaves = 0, deepest = 0;
@@ -779,10 +767,10 @@ static PyObject *fit(PyObject *self, PyObject *args)
         leaves += (int64_t)1 << (bits[b] & 63);
     }
     if (!agree || leaves != held[4].len / (Py_ssize_t)sizeof(Leaf))
-        return released(held, 5, "the arrays of a fit do not fit together");
+        return end_call(held, 5, "the arrays of a fit do not fit together");
     double *points = PyMem_Malloc(2 * ((size_t)deepest + 1) * sizeof *points);
     if (points == NULL) {
-        release(held, 5);
+        release_buffers(held, 5);
         return PyErr_NoMemory();
     }
     Py_BEGIN_ALLOW_THREADS
@@ -792,7 +780,7 @@ static PyObject *fit(PyObject *self, PyObject *args)
                    out, points, points + deepest + 1);
     Py_END_ALLOW_THREADS
     PyMem_Free(points);
-    return released(held, 5, NULL);
+    return end_call(held, 5, NULL);
 }
 
 /* splice(old, at, more, out): the bytes of `out`, whose items are as large as `more` and `at` say. */
@@ -804,7 +792,7 @@ static PyObject *splice(PyObject *self, PyObject *args)
     int agree = 0;
     (void)self;
     if (!PyArg_ParseTuple(args, "OOOO", arrays, arrays + 1, arrays + 2, arrays + 3) ||
-        hold(arrays, itemsizes, 4, 3, held) < 0)
+        get_buffers(arrays, itemsizes, 4, 3, held) < 0)
         return NULL;
     int64_t m = held[1].len / 8;
     size_t size = m > 0 ? (size_t)(held[2].len / m) : 1;
@@ -815,7 +803,7 @@ static PyObject *splice(PyObject *self, PyObject *args)
                              held[3].buf);
         Py_END_ALLOW_THREADS
     }
-    return released(held, 4, agree ? NULL : "the arrays of a splice do not fit together");
+    return end_call(held, 4, agree ? NULL : "the arrays of a splice do not fit together");
 }
 
 /* ranks(codes, queries, right, out): how many of the sorted codes are below each query, or not above it. */
@@ -827,14 +815,14 @@ static PyObject *ranks(PyObject *self, PyObject *args)
     int right;
     (void)self;
     if (!PyArg_ParseTuple(args, "OOpO", arrays, arrays + 1, &right, arrays + 2) ||
-        hold(arrays, itemsizes, 3, 2, held) < 0)
+        get_buffers(arrays, itemsizes, 3, 2, held) < 0)
         return NULL;
     if (held[1].len != held[2].len)
-        return released(held, 3, NOT_AS_MANY);
+        return end_call(held, 3, NOT_AS_MANY);
     Py_BEGIN_ALLOW_THREADS
     ranks_many(held[0].buf, held[0].len / 8, held[1].buf, held[1].len / 8, right, held[2].buf);
     Py_END_ALLOW_THREADS
-    return released(held, 3, NULL);
+    return end_call(held, 3, NULL);
 }
 
 /* LAYOUT is what Python has to agree with: offsets and sizes of the records in the arrays that are shared. */

@@ -44,22 +44,22 @@ def adapt(state: State) -> tuple[State, Adaptation]:
     run, memory = state.run, state.run.memory.copy()
     counts = run.heat.counts()
     now = shares_of(counts, run.model.depths)
-    moved, noise = drift(now, run.trained), _noise(counts)
-    if not moved > WORTHWHILE + noise:
+    drifted, noise = drift(now, run.trained), _noise(counts)
+    if not drifted > WORTHWHILE + noise:
         reason = "too few accesses were counted to tell" if noise > WORTHWHILE else "the model fits the accesses"
-        return state, Adaptation(reason, moved)
+        return state, Adaptation(reason, drifted)
     recalled = memory.recall(now, within=SIMILAR + noise)
     bits = choose_bits(run.model.depths, now, run.model.bits) if recalled is None else recalled.value
     saved = _steps(run, run.model.bits, now) - _steps(run, bits, now)
     if saved < WORTHWHILE:
-        return state, Adaptation("another model would save too little", moved)
+        return state, Adaptation("another model would save too little", drifted)
     memory.remember(run.trained, run.model.bits)
     model, refitted = refit(run.model, run.codes, bits, state.engine)
     trained = now if recalled is None else recalled.signature
     memory.remember(trained, bits)
     reason = "leaves follow the accesses" if recalled is None else "a similar workload was known"
     changed = int((bits != run.model.bits).sum())
-    report = Adaptation(reason, moved, saved, changed, len(refitted), recalled is not None)
+    report = Adaptation(reason, drifted, saved, changed, len(refitted), recalled is not None)
     return state.remodelled(model, trained, memory), report
 
 

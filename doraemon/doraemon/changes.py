@@ -19,7 +19,7 @@ from .values import as_values, values_like
 
 
 def create(keys: ArrayLike, values: ArrayLike | None, dtype: DTypeLike | None, engine: Engine, memory: Models) -> State:
-    """The state of keys in any order."""
+    """The state of keys, and of a map's values, in any order; see `Index`."""
     items = as_sequence(keys)
     key_type = KeyType.of(_dtype_of(items) if dtype is None else dtype)
     codes, sorted_values = _sorted(key_type, key_type.encode_any(items), values)
@@ -28,7 +28,7 @@ def create(keys: ArrayLike, values: ArrayLike | None, dtype: DTypeLike | None, e
 
 def insert(state: State, key: Any, value: Any) -> State:
     """One more key, with a value in a map; see `Index.insert`."""
-    if state.is_map and state.contains(key):
+    if state.is_map and state.view.contains(key):
         raise KeyError(f"{key!r} is in the map: use update() to replace its value")
     codes = np.array([state.key_type.encode_one(key)], dtype=np.uint64)
     if not state.is_map:
@@ -60,7 +60,7 @@ def extend(state: State, keys: ArrayLike, values: ArrayLike | None) -> State:
 
 def discard(state: State, key: Any) -> State:
     """One copy of the key less; the state itself if there is none."""
-    if not state.contains(key):
+    if not state.view.contains(key):
         return state
     return _remove(state, np.array([state.key_type.encode_one(key)], dtype=np.uint64))
 

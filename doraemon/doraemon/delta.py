@@ -19,14 +19,14 @@ from .arrays import Codes, Ints, Mask, Values
 from .engine import Engine
 from .splicing import ranks_in, splice
 
-MOST_STAMPS = 1 << 62
-FEW_COPIES = 1 << 20  #: that a saved delta may always add
+MAX_STAMP = 1 << 62
+FREE_COPIES = 1 << 20  #: that a saved delta may always add
 Count = Callable[[Codes], Ints]  #: how many keys of the run have each code
 
 
 @dataclass(frozen=True, eq=False)
 class Delta:
-    """Sorted changes of a run.
+    """Changes of a run, sorted by code.
 
     Attributes:
         codes: distinct, ascending.
@@ -46,6 +46,7 @@ class Delta:
 
     @classmethod
     def empty(cls, value_dtype: np.dtype[Any] | None, engine: Engine) -> Delta:
+        """No changes, of a multiset (None) or of a map with values of a dtype."""
         none = np.zeros(0, dtype=np.int64)
         values = None if value_dtype is None else np.zeros(0, dtype=value_dtype)
         return cls(np.zeros(0, dtype=np.uint64), none, none, values, none, engine)
@@ -61,6 +62,7 @@ class Delta:
 
     @cached_property
     def alive(self) -> NDArray[np.uint8]:
+        """1 for codes that are in the index, 0 for tombstones."""
         return (self.counts > 0).astype(np.uint8)
 
     @cached_property
@@ -70,7 +72,7 @@ class Delta:
         np.cumsum(self.net, out=shifts[1:])
         return shifts
 
-    def _where(self, keep: Mask) -> Delta:
+    def _kept(self, keep: Mask) -> Delta:
         if keep.all():
             return self
         values = None if self.values is None else self.values[keep]
@@ -78,7 +80,7 @@ class Delta:
 
     def _without_noops(self) -> Delta:
         """Without entries that say what the run says."""
-        return self._where((self.net != 0) if self.values is None else (self.counts > 0) | (self.present > 0))
+        return self._kept((self.net != 0) if self.values is None else (self.counts > 0) | (self.present > 0))
 
 
 def is_compact(net: Ints, n: int) -> bool:
@@ -86,7 +88,7 @@ def is_compact(net: Ints, n: int) -> bool:
 
     Other deltas are merged before they are saved: how much memory an index takes then follows from its file's size.
     """
-    return float(np.maximum(net, 0).sum(dtype=np.float64)) <= n + len(net) + FEW_COPIES
+    return float(np.maximum(net, 0).sum(dtype=np.float64)) <= n + len(net) + FREE_COPIES
 
 
 def add_counts(delta: Delta, codes: Codes, change: Ints, stamp: int, count: Count) -> Delta:
@@ -108,7 +110,7 @@ def put(delta: Delta, codes: Codes, alive: bool, values: Values, stamp: int, cou
         return joined if alive else joined._without_noops()
     last = np.zeros(len(joined), dtype=np.bool_)
     last[_last_of_each(first, len(joined))] = True
-    return joined._where(last)._without_noops()
+    return joined._kept(last)._without_noops()
 
 
 def changes_after(delta: Delta, merged: Delta, count: Count) -> Delta:
@@ -143,7 +145,7 @@ def merge(codes: Codes, values: Values | None, delta: Delta, left: Ints) -> tupl
     gone = np.maximum(-delta.net, 0)
     if gone.any():
         kept = np.ones(len(codes), dtype=np.bool_)
-        kept[np.repeat(left, gone) + _within(gone)] = False
+        kept[np.repeat(left, gone) + _places_in_groups(gone)] = False
         codes, values = codes[kept], None if values is None else values[kept]
         left = left - (np.cumsum(gone) - gone)
     more = np.maximum(delta.net, 0)
@@ -164,7 +166,7 @@ def _with_replaced(values: Values | None, delta: Delta, left: Ints) -> Values | 
     return values
 
 
-def _within(counts: Ints) -> Ints:
+def _places_in_groups(counts: Ints) -> Ints:
     """0, 1, ... counts[0] - 1, 0, 1, ... counts[1] - 1, and so on."""
     return np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
 

@@ -91,7 +91,7 @@ class _Questions(Collection[Any], Reversible[Any]):
         >>> 2**63 in index, 2**63 - 1 in index, -1 in index, 7.5 in index
         (True, False, False, False)
         """
-        return self._state.contains(key)
+        return self._state.view.contains(key)
 
     def __getitem__(self, key: Any) -> Any:
         """A map's value for the key. One model search.
@@ -125,7 +125,7 @@ class _Questions(Collection[Any], Reversible[Any]):
         >>> Index([1, 3, 3, 5]).bisect_left(3)
         1
         """
-        return self._state.rank(key, right=False)
+        return self._state.view.left(key)
 
     def bisect_right(self, key: Any) -> int:
         """How many keys are not above this one. One model search.
@@ -133,7 +133,7 @@ class _Questions(Collection[Any], Reversible[Any]):
         >>> Index([1, 3, 3, 5]).bisect_right(3)
         3
         """
-        return self._state.rank(key, right=True)
+        return self._state.view.right(key)
 
     def rank(self, key: Any) -> int:
         """How many keys are below this one: another name of `bisect_left`. One model search.
@@ -141,7 +141,7 @@ class _Questions(Collection[Any], Reversible[Any]):
         >>> Index([0.5, 1.5]).rank(1)
         1
         """
-        return self._state.rank(key, right=False)
+        return self._state.view.left(key)
 
     def select(self, rank: int) -> Any:
         """The key of a rank, the inverse of `rank`; negative ranks count from the end. O(log d).
@@ -367,7 +367,7 @@ class _Questions(Collection[Any], Reversible[Any]):
         self._state = state
 
     def _options(self) -> tuple[Any, ...]:
-        """What `_begin` takes beside the state."""
+        """Arguments of `_begin` after the state."""
         return ()
 
     def _attributes(self) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -89,7 +89,7 @@ def as_scalar(given: Any) -> Any:
 
 
 def as_number(given: Any) -> int | float | Fraction:
-    """The same number as a Python int, float or fraction.
+    """A number of any type as a Python int, float or fraction of exactly its value.
 
     Raises:
         TypeError: it is not a real number.

@@ -63,10 +63,12 @@ class KeyType:
 
     @property
     def is_float(self) -> bool:
+        """Whether keys are floats."""
         return self.dtype.kind == "f"
 
     @property
     def bits(self) -> int:
+        """The number of bits of a key, and of its code."""
         return self.dtype.itemsize * 8
 
     @property

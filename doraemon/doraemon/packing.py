@@ -32,7 +32,7 @@ def pack(state: State) -> tuple[Header, Arrays]:
         "model.buckets": model.buckets,
         "model.bits": model.bits,
         "model.rows": model.pool.rows[: model.pool.used],
-        "model.where": model.pool.where,
+        "model.where": model.pool.first_rows,
         "delta.codes": delta.codes,
         "delta.net": delta.net,
         "delta.present": delta.present,

@@ -1,4 +1,4 @@
-"""Views: what readers search in. One in C, one in NumPy, with the same methods and the same answers."""
+"""Views: what readers of one state search in. One in C, one in NumPy, which answer alike."""
 
 from __future__ import annotations
 

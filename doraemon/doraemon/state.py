@@ -1,6 +1,7 @@
 """States: everything that a reader needs, immutable. A write makes a new state and swaps one reference.
 
-All questions are answered here, each from one state, so that it sees one moment even while others write.
+Questions are answered here, those for one key by the view: each from one state, so that it sees one moment even while
+others write.
 """
 
 from __future__ import annotations
@@ -84,25 +85,17 @@ class State:
     def value_dtype(self) -> np.dtype[Any]:
         """The dtype of a map's values. Raises TypeError if there are none."""
         if self.run.values is None:
-            raise _no_values()
+            raise _values_error()
         return self.run.values.dtype
 
     # ---- one key
 
-    def contains(self, key: object) -> bool:
-        """Whether the key is in the index."""
-        return self.view.contains(key)
-
     def get(self, key: Any, default: Any) -> Any:
         """A map's value for the key, or the default. Raises TypeError if there are keys only."""
         if self.run.values is None:
-            raise _no_values()
+            raise _values_error()
         value = self.view.get(key, default)
         return value.copy() if isinstance(value, np.void) else value  # a record is a view of where it is stored
-
-    def rank(self, key: Any, right: bool) -> int:
-        """How many keys are below this one, or (`right`) not above it."""
-        return self.view.right(key) if right else self.view.left(key)
 
     def select(self, rank: int) -> Any:
         """The key of a rank; negative ranks count from the end. Raises IndexError if there is no such rank."""
@@ -115,7 +108,7 @@ class State:
 
     def neighbour(self, key: Any, right: bool, offset: int) -> Any | None:
         """The key `offset` ranks from this one's left or right rank, None if there is none."""
-        rank = self.rank(key, right) + offset
+        rank = (self.view.right(key) if right else self.view.left(key)) + offset
         return self.select(rank) if 0 <= rank < self.length else None
 
     # ---- ranges
@@ -139,17 +132,17 @@ class State:
         return int(counted) if np.ndim(counted) == 0 else counted
 
     def _ranks_of(self, ends: Any) -> Ints | int:
-        return self.ranks(ends, right=False) if is_batch(ends) else self.rank(ends, right=False)
+        return self.ranks(ends, right=False) if is_batch(ends) else self.view.left(ends)
 
     def _places_between(self, low: Any, high: Any) -> Places:
-        first = 0 if low is None else self.rank(low, right=False)
-        last = self.length if high is None else self.rank(high, right=False)
+        first = 0 if low is None else self.view.left(low)
+        last = self.length if high is None else self.view.left(high)
         return self._places(np.arange(first, last))
 
     # ---- batches
 
     def ranks(self, queries: ArrayLike, right: bool) -> Ints:
-        """The rank of each query, as `rank` says it."""
+        """How many keys are below each query, or (`right`) not above it."""
         codes, exact, above = self.key_type.cuts(queries)
         ranks = self.code_ranks(codes, right)
         if right and exact is not None:
@@ -180,7 +173,7 @@ class State:
         return self._values_at(Places(in_delta, positions))
 
     def code_ranks(self, codes: Codes, right: bool = False, in_run: bool = False) -> Ints:
-        """The rank of each code in the index, or in the run alone, as `rank` says it."""
+        """How many keys of the index, or of its run alone, are below each code, or (`right`) not above it."""
         ranks = np.empty(len(codes), dtype=np.int64)
         self._batch_view(codes).ranks(codes, right, in_run, ranks)
         return ranks
@@ -216,7 +209,7 @@ class State:
 
     def _values_at(self, places: Places) -> Values:
         if self.run.values is None or self.delta.values is None:
-            raise _no_values()
+            raise _values_error()
         return _taken(self.run.values, self.delta.values, places)
 
     # ---- successors
@@ -274,5 +267,5 @@ def _taken(run: NDArray[Any], delta: NDArray[Any], places: Places) -> NDArray[An
     return result
 
 
-def _no_values() -> TypeError:
+def _values_error() -> TypeError:
     return TypeError("this index has keys only: make it with values, Index(keys, values), to look them up")

@@ -27,11 +27,11 @@ def as_time(given: Any) -> np.datetime64:
     if isinstance(given, datetime.datetime) and given.tzinfo is not None:
         given = given.astimezone(datetime.UTC).replace(tzinfo=None)
     if not isinstance(given, np.datetime64 | datetime.date | str):
-        raise _no_time(given)
+        raise _time_error(given)
     try:
         return np.datetime64(given)
     except ValueError:
-        raise _no_time(given) from None
+        raise _time_error(given) from None
 
 
 def as_duration(given: Any) -> np.timedelta64:
@@ -43,7 +43,7 @@ def as_duration(given: Any) -> np.timedelta64:
     return np.timedelta64(given)
 
 
-def _no_time(given: Any) -> TypeError:
+def _time_error(given: Any) -> TypeError:
     return TypeError(f"{given!r} is not a time: ask with a datetime64, a datetime or an ISO string")
 
 

@@ -79,7 +79,7 @@ def values_like(given: Any, dtype: np.dtype[Any], count: int) -> Values:
         array = _from_tuples(items, dtype)
     else:
         array = _array_of(items) if isinstance(items, list) else items
-    return _fitted(as_values(array, count), dtype)
+    return _converted(as_values(array, count), dtype)
 
 
 def _from_tuples(items: list[Any], dtype: np.dtype[Any]) -> Values:
@@ -93,39 +93,39 @@ def _from_tuples(items: list[Any], dtype: np.dtype[Any]) -> Values:
         if field.subdtype is None:
             array[name] = values_like(column, field, len(items))
         else:
-            array[name] = _fitted(np.asarray(column), field.base)
+            array[name] = _converted(np.asarray(column), field.base)
     return array
 
 
-def _fitted(array: Values, dtype: np.dtype[Any]) -> Values:
+def _converted(array: Values, dtype: np.dtype[Any]) -> Values:
     """A copy in another dtype of an array of any shape."""
     if array.dtype == dtype:
         return array.astype(dtype)
     if dtype.names is not None and array.dtype.names == dtype.names:
-        return _fitted_fields(array, dtype)
+        return _converted_fields(array, dtype)
     if array.dtype.kind == "O" and dtype.kind != "O":
         array = _from_objects(array, dtype)
     if array.dtype.kind not in _CASTS_FROM.get(dtype.kind, ""):
-        raise _other_kind(array, dtype)
+        raise _kind_error(array, dtype)
     width = _WIDTH.get(dtype.kind)
     if width and array.dtype.itemsize > dtype.itemsize:
-        raise _other_kind(array, dtype)
+        raise _kind_error(array, dtype)
     return _cast(array, dtype)
 
 
-def _fitted_fields(array: Values, dtype: np.dtype[Any]) -> Values:
+def _converted_fields(array: Values, dtype: np.dtype[Any]) -> Values:
     result = np.zeros(array.shape, dtype=dtype)
     for name in dtype.names or ():
         if array[name].shape != result[name].shape:
-            raise _other_kind(array, dtype)
-        result[name] = _fitted(array[name], dtype[name].base)
+            raise _kind_error(array, dtype)
+        result[name] = _converted(array[name], dtype[name].base)
     return result
 
 
 def _from_objects(array: Values, dtype: np.dtype[Any]) -> Values:
     """Objects as numbers or times, where they are all of them."""
     if dtype.kind in _FROM_OBJECTS:
-        ones = [_fitted(np.array([_FROM_OBJECTS[dtype.kind](item)]), dtype) for item in array.flat]
+        ones = [_converted(np.array([_FROM_OBJECTS[dtype.kind](item)]), dtype) for item in array.flat]
         return np.concatenate([np.zeros(0, dtype), *ones]).reshape(array.shape)
     if all(isinstance(item, int | np.integer) for item in array.flat) and dtype.kind in "iu":
         raise OverflowError(f"a value does not fit {dtype}: make the map with values of a wider dtype")
@@ -135,12 +135,12 @@ def _from_objects(array: Values, dtype: np.dtype[Any]) -> Values:
 def _cast(array: Values, dtype: np.dtype[Any]) -> Values:
     with np.errstate(over="ignore", invalid="ignore"):
         cast = array.astype(dtype)
-    if not _same(array, cast):
+    if not _same_values(array, cast):
         raise OverflowError(f"a value does not fit {dtype}: make the map with values of a wider dtype")
     return cast
 
 
-def _same(array: Values, cast: Values) -> bool:
+def _same_values(array: Values, cast: Values) -> bool:
     """Whether a cast kept every value, but for the rounding of floats."""
     kinds = array.dtype.kind + cast.dtype.kind
     if kinds in ("ff", "fc", "cc"):
@@ -155,11 +155,11 @@ def _same(array: Values, cast: Values) -> bool:
 
 
 def exact_ints(dtype: np.dtype[Any]) -> float:
-    """Up to where a dtype of floats holds every int."""
+    """The int up to which a dtype of floats holds every int."""
     return float(2.0 ** (np.finfo(dtype).nmant + 1))
 
 
-def _other_kind(array: Values, dtype: np.dtype[Any]) -> TypeError:
+def _kind_error(array: Values, dtype: np.dtype[Any]) -> TypeError:
     return TypeError(f"values of dtype {array.dtype} for a map of {dtype}: make the map with values of that dtype")
 
 
