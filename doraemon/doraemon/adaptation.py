@@ -20,7 +20,12 @@ SIMILAR = 0.1  #: bits between workloads that are served by one model
 
 @dataclass(frozen=True)
 class Adaptation:
-    """What `adapt` did and why.
+    """What `Index.adapt` did and why.
+
+    >>> from doraemon import Index
+    >>> report = Index([1, 2]).adapt()
+    >>> report.reason, report.changed
+    ('too few accesses were counted to tell', 0)
 
     Attributes:
         reason: in words.

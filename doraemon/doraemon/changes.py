@@ -30,32 +30,18 @@ def insert(state: State, key: Any, value: Any) -> State:
     """One more key, with a value in a map; see `Index.insert`."""
     if state.is_map and state.view.contains(key):
         raise KeyError(f"{key!r} is in the map: use update() to replace its value")
-    codes = np.array([state.key_type.encode_one(key)], dtype=np.uint64)
-    if not state.is_map:
-        if value is not REQUIRED:
-            raise TypeError("this index has keys only: insert the key without a value, or make it with values")
-        return _add(state, codes)
-    if value is REQUIRED:
-        raise TypeError("this index is a map: give a value with the key")
-    return _set(state, codes, [value])
+    return update(state, key, value)
 
 
 def update(state: State, key: Any, value: Any) -> State:
-    """A map with a value for the key, new or not."""
+    """A map with a value for the key, new or not; a multiset with one more copy, where the value is REQUIRED."""
     codes = np.array([state.key_type.encode_one(key)], dtype=np.uint64)
-    return _set(state, codes, [value])
+    return _put(state, codes, None if value is REQUIRED else [value])
 
 
 def extend(state: State, keys: ArrayLike, values: ArrayLike | None) -> State:
     """Many more keys; in a map values for many, the last of equal keys winning."""
-    codes = state.key_type.encode_any(keys)
-    if not state.is_map:
-        if values is not None:
-            raise TypeError("this index has keys only: extend it without values, or make it with values")
-        return _add(state, codes)
-    if values is None:
-        raise TypeError("this index is a map: give a value for every key")
-    return _set(state, codes, values)
+    return _put(state, state.key_type.encode_any(keys), values)
 
 
 def discard(state: State, key: Any) -> State:
@@ -71,15 +57,17 @@ def discard_many(state: State, keys: ArrayLike) -> State:
     return _remove(state, codes if exact is None else codes[exact])
 
 
-def _set(state: State, codes: Codes, values: Any) -> State:
+def _put(state: State, codes: Codes, values: Any) -> State:
+    if not state.is_map:
+        if values is not None:
+            raise TypeError("this index has keys only: give keys without values, or make it with values")
+        codes, counts = np.unique(codes, return_counts=True)
+        return state.with_delta(add_counts(state.delta, codes, counts, state.writes + 1, state.count_in_run))
+    if values is None:
+        raise TypeError("this index is a map: give a value for every key")
     new = values_like(values, state.value_dtype, len(codes))
     codes, last = _unique_last(codes)
     return state.with_delta(put(state.delta, codes, True, new[last], state.writes + 1, state.count_in_run))
-
-
-def _add(state: State, codes: Codes) -> State:
-    codes, counts = np.unique(codes, return_counts=True)
-    return state.with_delta(add_counts(state.delta, codes, counts, state.writes + 1, state.count_in_run))
 
 
 def _remove(state: State, codes: Codes) -> State:
