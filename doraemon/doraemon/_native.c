@@ -443,11 +443,13 @@ static int splice_items(const char *old, int64_t n, const int64_t *at, const cha
 
 enum { KEYS, BOUNDS, BUCKETS, LEAVES, DELTA, SHIFTS, ALIVE, HITS, N_BUFFERS };
 
+/* `kind` is the letter of the keys' dtype, `cut` maps keys that C does not read by itself, and `values` are those of
+ * the run and of the delta, None for a multiset. */
 typedef struct {
     PyObject_HEAD
     Search search;
-    int kind, itemsize, n_held; /* kind: the letter of the keys' dtype */
-    PyObject *cut, *values[2]; /* maps what C does not read by itself; values of the run and of the delta, or None */
+    int kind, itemsize, n_held;
+    PyObject *cut, *values[2];
     Py_buffer held[N_BUFFERS];
 } View;
 
@@ -474,7 +476,7 @@ static int get_buffers(PyObject *const *arrays, const Py_ssize_t *itemsizes, int
     return 0;
 }
 
-/* None, or a ValueError if there is something to say. */
+/* Let go of a call's buffers and return None, or raise a ValueError if there is a message. */
 static PyObject *end_call(Py_buffer *held, int count, const char *error)
 {
     release_buffers(held, count);
@@ -606,11 +608,10 @@ static int cut_of(View *view, PyObject *key, Cut *cut)
     *cut = (Cut){.exact = 1};
     if (code_of(view, key, &cut->code))
         return 0;
-    PyObject *mapped = PyObject_CallFunctionObjArgs(view->cut, key, NULL), *code, *exact;
+    PyObject *mapped = PyObject_CallFunctionObjArgs(view->cut, key, NULL), *code;
     if (mapped == NULL)
         return -1;
-    if (PyArg_ParseTuple(mapped, "OO", &code, &exact)) {
-        cut->exact = exact == Py_True;
+    if (PyArg_ParseTuple(mapped, "Op", &code, &cut->exact)) {
         cut->above = code == Py_None;
         cut->code = cut->above ? UINT64_MAX : PyLong_AsUnsignedLongLong(code);
     }

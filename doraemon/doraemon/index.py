@@ -41,9 +41,15 @@ class _Questions(Collection[Any], Reversible[Any]):
     search costs O(log buckets + log window), with a window of a few keys: see `explain()`.
     """
 
-    _OWN: ClassVar = frozenset({"_state", "_merging", "_lock", "_merger"})  #: attributes that are not a subclass's
+    _OWN: ClassVar[frozenset[str]] = frozenset(
+        {"_state", "_merging", "_lock", "_merger"}
+    )  #: attributes that are not a subclass's
 
     def __init__(self, state: State) -> None:
+        self._begin(state)
+
+    def _begin(self, state: State) -> None:
+        """Hold a state: what `__init__` does, also for copies and files, which are made without it."""
         self._state = state
 
     def __len__(self) -> int:
@@ -362,10 +368,6 @@ class _Questions(Collection[Any], Reversible[Any]):
             object.__setattr__(self, name, value)
         self._begin(state, *options)
 
-    def _begin(self, state: State) -> None:
-        """Hold a state, as `__init__` does, in a new object."""
-        self._state = state
-
     def _options(self) -> tuple[Any, ...]:
         """Arguments of `_begin` after the state."""
         return ()
@@ -424,10 +426,9 @@ class Index(_Questions):
         self._begin(changes.create(keys, values, dtype, choose(engine), Models(memory)), merging)
 
     def _begin(self, state: State, merging: Merging = "inline") -> None:
-        """Hold a state that no other thread knows yet."""
         if merging not in get_args(Merging):
             raise ValueError(f"merging {merging!r}: choose 'inline', 'background' or 'manual'")
-        self._state = state
+        super()._begin(state)
         self._merging = merging
         self._lock = threading.Lock()  # writers take turns
         self._merger: threading.Thread | None = None

@@ -48,10 +48,6 @@ class LeafPool:
         """A pool without leaves that has room for `capacity` of them."""
         return cls(np.empty((capacity, 3), np.float32), 0, np.full((buckets, MAX_BITS + 1), -1, np.int64))
 
-    def has_room(self, leaves: int) -> bool:
-        """Whether so many more leaves have room."""
-        return self.used + leaves <= len(self.rows)
-
     def reserve(self, buckets: Ints, bits: Bits) -> tuple[NDArray[np.float32], Ints]:
         """The next rows, for fits with 2**bits leaves, and where each begins; `publish` them when they are written."""
         sizes = np.int64(1) << bits.astype(np.int64)
@@ -174,7 +170,7 @@ def _refit(model: Model, keys: Codes, bits: Bits, engine: Engine) -> tuple[Model
     missing = np.flatnonzero(first < 0)
     if len(missing):
         more = leaf_count(bits[missing])
-        if not pool.has_room(more):
+        if pool.used + more > len(pool.rows):
             keep = pool.used + more <= MAX_POOL * leaf_count(bits)
             pool = _enlarged_pool(pool, more) if keep else _fresh_pool(pool, bits)
         rows, places = pool.reserve(missing, bits[missing])
