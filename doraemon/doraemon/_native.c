@@ -11,6 +11,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <math.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -33,15 +34,14 @@
 #define WIDE
 #endif
 
-enum { GROUP = 64, SAMPLING = 32, SHORT = 16, ABSENT = -1, NOT_HERE = -2 };
-enum { ANY, UINT64, INT64, UINT32, INT32, FLOAT64, FLOAT32 }; /* kinds of key that C reads by itself */
-enum { RUN, RANK, LOCATE };                                   /* what a batch is asked */
+enum { GROUP = 64, SHORT = 16, PLACE_SHIFT = 8 };
+enum { RUN_RANKS, RANKS, PLACES }; /* what a batch asks for */
 
 typedef struct {
     uint64_t low;   /* the bucket's first code */
     double scale;   /* leaves per unit of code */
     int64_t start;  /* position of its first key in the run */
-    uint64_t place; /* its first leaf << 8 | log2 of the number of its leaves */
+    uint64_t place; /* its first leaf << PLACE_SHIFT | log2 of the number of its leaves */
 } Bucket;
 
 typedef struct {
@@ -52,15 +52,27 @@ typedef struct {
 /* ------------------------------------------------------------------ search */
 
 typedef struct {
-    const uint64_t *keys, *bounds, *changed; /* changed: the delta's codes */
+    const uint64_t *keys, *bounds, *delta; /* codes: of the run, of each bucket's first key, of the delta */
     const Bucket *buckets;
     const Leaf *leaves;
-    const int64_t *moved; /* moved[j]: by how much the delta's first j codes move the ranks after them */
-    const uint8_t *alive; /* whether the delta's code is in the index */
+    const int64_t *shifts; /* shifts[j]: by how much the delta's first j codes shift the ranks after them */
+    const uint8_t *alive;  /* whether the delta's code is in the index */
     uint64_t *hits;
-    int64_t n, n_buckets, n_changed;
-    uint64_t random;
+    int64_t n, n_buckets, n_delta;
+    uint64_t sampling, random; /* one access in `sampling` is counted */
 } Search;
+
+/* Where a code lies: whether anywhere, whether in the delta, and its position there or in the run. */
+typedef struct {
+    int present, in_delta;
+    int64_t position;
+} Place;
+
+/* Where the answers of a batch go: ranks, or places without or with their positions. */
+typedef struct {
+    int64_t *ranks, *positions;
+    uint8_t *present, *in_delta;
+} Answers;
 
 /* The number of `n` sorted codes below `q`, without branches on their values. */
 static inline int64_t below(const uint64_t *codes, int64_t n, uint64_t q)
@@ -74,7 +86,7 @@ static inline int64_t below(const uint64_t *codes, int64_t n, uint64_t q)
     return (at - codes) + (n == 1 && *at < q);
 }
 
-/* The same for up to GROUP queries in step: their comparisons do not wait for each other. */
+/* The number of `n` sorted codes below each of up to GROUP queries, in step: comparisons do not wait for each other. */
 static inline void group_below(const uint64_t *codes, int64_t n, const uint64_t *q, int64_t m, int64_t *out)
 {
     const uint64_t *at[GROUP];
@@ -111,20 +123,15 @@ static int64_t gallop(const uint64_t *keys, int64_t start, int64_t end, int64_t 
     return low + below(keys + low, high - low, q);
 }
 
-static inline int64_t bucket_of(const Search *s, uint64_t q)
-{
-    return below(s->bounds + 1, s->n_buckets - 1, q);
-}
-
 /* The leaf that serves `q` in the bucket, and where in the leaf it falls. */
 static inline const Leaf *leaf_of(const Search *s, const Bucket *bucket, uint64_t q, double *fraction)
 {
-    double leaves = (double)((uint64_t)1 << (bucket->place & 0xff));
+    double leaves = (double)((uint64_t)1 << (bucket->place & ((1 << PLACE_SHIFT) - 1)));
     double t = (double)(q > bucket->low ? q - bucket->low : 0) * bucket->scale;
     t = t < leaves ? t : leaves;
     int64_t leaf = t < leaves ? (int64_t)t : (int64_t)leaves - 1;
     *fraction = t - (double)leaf;
-    return s->leaves + (bucket->place >> 8) + leaf;
+    return s->leaves + (bucket->place >> PLACE_SHIFT) + leaf;
 }
 
 static inline int64_t clamp(double position, int64_t depth)
@@ -132,13 +139,28 @@ static inline int64_t clamp(double position, int64_t depth)
     return position > 0.0 ? (position < (double)depth ? (int64_t)position : depth) : 0;
 }
 
+static inline uint64_t next_random(uint64_t random)
+{
+    return random * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
+}
+
+/* A number below `sampling`, each as likely. */
+static inline int64_t draw(const Search *s, uint64_t random)
+{
+    return (int64_t)((random >> 32) * s->sampling >> 32);
+}
+
 /* One query, answered with the fewest comparisons: exponential search from the predicted position. */
-static int64_t run_rank(const Search *s, uint64_t q, int64_t *bucket_found)
+static int64_t run_rank(Search *s, uint64_t q)
 {
     double fraction;
+    uint64_t random = next_random(LOAD(&s->random));
+    STORE(&s->random, random);
     if (s->n == 0)
         return 0;
-    int64_t b = *bucket_found = bucket_of(s, q);
+    int64_t b = below(s->bounds + 1, s->n_buckets - 1, q);
+    if (draw(s, random) == 0)
+        INCREMENT(s->hits + b);
     const Bucket *bucket = s->buckets + b;
     const Leaf *leaf = leaf_of(s, bucket, q, &fraction);
     int64_t start = bucket->start, end = bucket[1].start;
@@ -147,7 +169,7 @@ static int64_t run_rank(const Search *s, uint64_t q, int64_t *bucket_found)
 }
 
 /* The rank of `q`, which was searched for in the window [low, low + size] and found to be `at` there. */
-static inline int64_t proven(const Search *s, const Bucket *bucket, int64_t low, int64_t size, int64_t at, uint64_t q)
+static inline int64_t checked(const Search *s, const Bucket *bucket, int64_t low, int64_t size, int64_t at, uint64_t q)
 {
     int64_t start = bucket->start, end = bucket[1].start;
     if (at == low && low > start && s->keys[low - 1] >= q)
@@ -155,11 +177,6 @@ static inline int64_t proven(const Search *s, const Bucket *bucket, int64_t low,
     if (at == low + size && at < end && s->keys[at] < q)
         return gallop(s->keys, start, end, at, q);
     return at;
-}
-
-static inline uint64_t next_random(uint64_t random)
-{
-    return random * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
 }
 
 /* Up to GROUP queries on their way through the model. */
@@ -237,50 +254,56 @@ static inline void search_windows(const Search *s, Group *g, int64_t *out)
     }
     for (int64_t i = 0; i < g->m; i++) {
         out[i] += keys[out[i]] < q[i];
-        out[i] = proven(s, g->bucket[i], low[i], size, out[i], q[i]);
+        out[i] = checked(s, g->bucket[i], low[i], size, out[i], q[i]);
     }
 }
 
-/* The position of code `q` when its run rank is `at` and j of the delta's codes are below it: in the run, n + its
- * place in the delta, or ABSENT. */
-static inline int64_t locate(const Search *s, uint64_t q, int64_t at, int64_t j)
+/* The place of code `q` whose run rank is `rank`, when `entry` of the delta's codes are below it. */
+static inline Place place_of(const Search *s, uint64_t q, int64_t rank, int64_t entry)
 {
-    if (j < s->n_changed && s->changed[j] == q)
-        return s->alive[j] ? s->n + j : ABSENT;
-    return at < s->n && s->keys[at] == q ? at : ABSENT;
+    if (entry < s->n_delta && s->delta[entry] == q)
+        return (Place){s->alive[entry], 1, entry};
+    return (Place){rank < s->n && s->keys[rank] == q, 0, rank};
 }
 
-/* One query in SAMPLING is counted, also over short groups. */
+/* One query in `sampling` is counted, also over short groups. */
 static inline void sample_group(const Search *s, const Group *g, uint64_t *random)
 {
-    for (int64_t first = 0; first < g->m; first += SAMPLING) {
+    for (int64_t first = 0; first < g->m; first += (int64_t)s->sampling) {
         *random = next_random(*random);
-        int64_t sampled = first + (int64_t)((*random >> 32) % SAMPLING);
+        int64_t sampled = first + draw(s, *random);
         if (sampled < g->m)
             INCREMENT(s->hits + (g->bucket[sampled] - s->buckets));
     }
 }
 
-/* What is asked of one group whose run ranks are in `out`. */
-static inline void finish(const Search *s, const Group *g, int asked, int right, int64_t *out)
+/* Write what is asked of a group whose run ranks are known to the places from `first` on. */
+static inline void write_answers(const Search *s, const Group *g, int asked, int right, const int64_t *rank,
+                                 int64_t first, const Answers *out)
 {
-    int64_t changes[GROUP]; /* how many of the delta's codes are below each query */
-    if (asked != RUN)
-        group_below(s->changed, s->n_changed, g->q, g->m, changes);
+    int64_t entry[GROUP]; /* how many of the delta's codes are below each query */
+    if (asked != RUN_RANKS)
+        group_below(s->delta, s->n_delta, g->q, g->m, entry);
     for (int64_t i = 0; i < g->m; i++) {
-        int past = right && g->q[i] == 0; /* q + 1 wrapped around: everything is left of it */
-        if (past)
-            out[i] = s->n;
-        if (asked == LOCATE)
-            out[i] = locate(s, g->q[i], out[i], changes[i]);
-        else if (asked == RANK)
-            out[i] += s->moved[past ? s->n_changed : changes[i]];
+        if (asked == PLACES) {
+            Place place = place_of(s, g->q[i], rank[i], entry[i]);
+            out->present[first + i] = (uint8_t)place.present;
+            if (out->positions != NULL) {
+                out->in_delta[first + i] = (uint8_t)place.in_delta;
+                out->positions[first + i] = place.position;
+            }
+        } else {
+            int past = right && g->q[i] == 0; /* q + 1 wrapped around: everything is left of it */
+            int64_t shift = asked == RANKS ? s->shifts[past ? s->n_delta : entry[i]] : 0;
+            out->ranks[first + i] = (past ? s->n : rank[i]) + shift;
+        }
     }
 }
 
-WIDE static void search_many(Search *s, int asked, int right, const uint64_t *codes, int64_t m, int64_t *out)
+WIDE static void search_many(Search *s, int asked, int right, const uint64_t *codes, int64_t m, const Answers *out)
 {
     Group groups[2];
+    int64_t rank[GROUP] = {0}; /* of everything in an empty run */
     uint64_t random = LOAD(&s->random);
     for (int64_t first = 0; first < m + GROUP; first += GROUP) {
         Group *next = groups + (first / GROUP & 1), *last = groups + !(first / GROUP & 1);
@@ -290,14 +313,11 @@ WIDE static void search_many(Search *s, int asked, int right, const uint64_t *co
         if (s->n && next->m > 0)
             find_leaves(s, next);
         if (first > 0) {
-            int64_t *to = out + first - GROUP;
             if (s->n) {
-                search_windows(s, last, to);
+                search_windows(s, last, rank);
                 sample_group(s, last, &random);
-            } else {
-                memset(to, 0, (size_t)last->m * sizeof *to);
             }
-            finish(s, last, asked, right, to);
+            write_answers(s, last, asked, right, rank, first - GROUP, out);
         }
         if (s->n && next->m > 0)
             find_windows(s, next);
@@ -320,8 +340,8 @@ WIDE static void ranks_many(const uint64_t *codes, int64_t n, const uint64_t *qu
     }
 }
 
-/* Whether the model leads to every key of the run, within the errors that its leaves state. */
-static int leads_to_all(const Search *s)
+/* Whether every key of the run lies within the error bound that its leaf states. */
+static int within_error_bounds(const Search *s)
 {
     for (int64_t b = 0; b < s->n_buckets; b++) {
         const Bucket *bucket = s->buckets + b;
@@ -340,11 +360,9 @@ static int leads_to_all(const Search *s)
 
 /* ------------------------------------------------------------------ fit */
 
-enum { STEEPEST = 1 << 21 }; /* a steeper line's base would not be a whole position in a float any more */
-
 /* The least-squares line through m points (f, r), moved so that it errs as much above as below. Sums are taken from the
  * first point on: keys of one leaf may differ in the last digits only. */
-static inline Leaf fit_leaf(const double *f, const double *r, int64_t m)
+static inline Leaf fit_leaf(const double *f, const double *r, int64_t m, double steepest)
 {
     double sf = 0, sr = 0, sff = 0, sfr = 0, least = INFINITY, most = -INFINITY;
     for (int64_t i = 1; i < m; i++) {
@@ -356,7 +374,7 @@ static inline Leaf fit_leaf(const double *f, const double *r, int64_t m)
     }
     double ff = sff - sf * sf / (double)m, fr = sfr - sf * sr / (double)m;
     double steep = ff > 0 ? fr / ff : 0.0;
-    float slope = (float)(steep < STEEPEST ? steep : STEEPEST);
+    float slope = (float)(steep < steepest ? steep : steepest);
     for (int64_t i = 0; i < m; i++) {
         double rest = r[i] - (double)slope * f[i];
         least = rest < least ? rest : least;
@@ -367,8 +385,8 @@ static inline Leaf fit_leaf(const double *f, const double *r, int64_t m)
 }
 
 /* The 1 << bits leaves of the keys at [start, end], each over an equal width of codes. */
-WIDE static void fit_bucket(const uint64_t *keys, int64_t n, int64_t start, int64_t end, double scale, int bits, Leaf *out,
-                       double *f, double *r)
+WIDE static void fit_bucket(const uint64_t *keys, int64_t n, int64_t start, int64_t end, double scale, int bits,
+                            double steepest, Leaf *out, double *f, double *r)
 {
     int64_t leaves = (int64_t)1 << bits, current = 0, m = 0;
     for (int64_t i = start; i <= end && i < n; i++) {
@@ -377,8 +395,8 @@ WIDE static void fit_bucket(const uint64_t *keys, int64_t n, int64_t start, int6
         double t = (double)(keys[i] - keys[start]) * scale;
         int64_t leaf = t < (double)leaves ? (int64_t)t : leaves - 1;
         while (current < leaf) {
-            Leaf empty = {(float)(i - start), 0.0f, 0.0f}; /* no key in it: all that it can be asked ranks here */
-            out[current++] = m ? fit_leaf(f, r, m) : empty;
+            Leaf empty = {(float)(i - start), 0.0f, 0.0f}; /* without keys: queries in it have this rank */
+            out[current++] = m ? fit_leaf(f, r, m, steepest) : empty;
             m = 0;
         }
         f[m] = t - (double)leaf;
@@ -386,7 +404,7 @@ WIDE static void fit_bucket(const uint64_t *keys, int64_t n, int64_t start, int6
     }
     while (current < leaves) {
         Leaf empty = {(float)(end - start), 0.0f, 0.0f};
-        out[current++] = m ? fit_leaf(f, r, m) : empty;
+        out[current++] = m ? fit_leaf(f, r, m, steepest) : empty;
         m = 0;
     }
 }
@@ -403,7 +421,7 @@ static inline void copy_items(char *to, const char *from, int64_t count, size_t 
         memcpy(to, from, (size_t)count * size);
 }
 
-/* `old` with the m items of `more` put so that the j-th is at[j] in `out`; 0 if these places are not ascending in it. */
+/* `old` with the m items of `more`, the j-th of them at[j] in `out`; 0 if these places are not ascending in it. */
 static int splice_items(const char *old, int64_t n, const int64_t *at, const char *more, int64_t m, size_t size,
                         char *out)
 {
@@ -423,128 +441,150 @@ static int splice_items(const char *old, int64_t n, const int64_t *at, const cha
 
 /* ------------------------------------------------------------------ Python */
 
-enum { KEYS, BOUNDS, BUCKETS, LEAVES, HITS, CHANGED, MOVED, ALIVE, N_BUFFERS };
+enum { KEYS, BOUNDS, BUCKETS, LEAVES, DELTA, SHIFTS, ALIVE, HITS, N_BUFFERS };
 
+/* `kind` is the letter of the keys' dtype, `cut` maps keys that C does not read by itself, and `values` are those of
+ * the run and of the delta, None for a multiset. */
 typedef struct {
     PyObject_HEAD
     Search search;
-    int kind, n_held;
+    int kind, itemsize, n_held;
+    PyObject *cut, *values[2];
     Py_buffer held[N_BUFFERS];
 } View;
 
-static int get_buffer(PyObject *object, Py_buffer *buffer, Py_ssize_t itemsize, int writable)
+static void release_buffers(Py_buffer *held, int count)
 {
-    if (PyObject_GetBuffer(object, buffer, writable ? PyBUF_CONTIG : PyBUF_CONTIG_RO) < 0)
-        return -1;
-    if (buffer->len % itemsize == 0)
-        return 0;
-    PyBuffer_Release(buffer);
-    PyErr_Format(PyExc_ValueError, "a buffer of %zd bytes does not hold items of %zd", buffer->len, itemsize);
-    return -1;
+    while (count > 0)
+        PyBuffer_Release(held + --count);
 }
+
+/* Hold the buffers of some arrays, of which those from `written` on are written to; -1 and none held on error. */
+static int get_buffers(PyObject *const *arrays, const Py_ssize_t *itemsizes, int count, int written, Py_buffer *held)
+{
+    for (int i = 0; i < count; i++) {
+        if (PyObject_GetBuffer(arrays[i], held + i, i < written ? PyBUF_CONTIG_RO : PyBUF_CONTIG) < 0) {
+            release_buffers(held, i);
+            return -1;
+        }
+        if (held[i].len % itemsizes[i] != 0) {
+            PyErr_Format(PyExc_ValueError, "%zd bytes do not hold items of %zd", held[i].len, itemsizes[i]);
+            release_buffers(held, i + 1);
+            return -1;
+        }
+    }
+    return 0;
+}
+
+/* Let go of a call's buffers and return None, or raise a ValueError if there is a message. */
+static PyObject *end_call(Py_buffer *held, int count, const char *error)
+{
+    release_buffers(held, count);
+    if (error == NULL)
+        Py_RETURN_NONE;
+    PyErr_SetString(PyExc_ValueError, error);
+    return NULL;
+}
+
+static const char NOT_AS_MANY[] = "there must be as many places for answers as queries";
 
 static void view_dealloc(PyObject *self)
 {
     View *view = (View *)self;
     PyTypeObject *type = Py_TYPE(self);
-    freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
-    for (int i = 0; i < view->n_held; i++)
-        PyBuffer_Release(view->held + i);
-    release(self);
+    freefunc free_view = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    release_buffers(view->held, view->n_held);
+    Py_XDECREF(view->cut);
+    Py_XDECREF(view->values[0]);
+    Py_XDECREF(view->values[1]);
+    free_view(self);
     Py_DECREF((PyObject *)type);
 }
 
 static PyObject *view_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static const Py_ssize_t itemsizes[N_BUFFERS] = {8, 8, sizeof(Bucket), sizeof(Leaf), 8, 8, 8, 1};
-    PyObject *arrays[N_BUFFERS];
-    int kind;
+    static const Py_ssize_t itemsizes[N_BUFFERS] = {8, 8, sizeof(Bucket), sizeof(Leaf), 8, 8, 1, 8};
+    PyObject *arrays[N_BUFFERS], *cut, *values[2];
     Py_ssize_t count[N_BUFFERS];
+    int kind, itemsize, sampling;
     (void)kwargs;
-    if (!PyArg_ParseTuple(args, "iOOOOOOOO", &kind, arrays, arrays + 1, arrays + 2, arrays + 3, arrays + 4, arrays + 5,
-                          arrays + 6, arrays + 7))
+    if (!PyArg_ParseTuple(args, "CiOiOOOOOOOOOO", &kind, &itemsize, &cut, &sampling, arrays, arrays + 1, arrays + 2,
+                          arrays + 3, arrays + 4, arrays + 5, arrays + 6, arrays + 7, values, values + 1))
         return NULL;
     allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
     View *view = (View *)allocate(type, 0);
-    if (view == NULL)
-        return NULL;
-    for (int i = 0; i < N_BUFFERS; i++) {
-        if (get_buffer(arrays[i], view->held + i, itemsizes[i], i == HITS) < 0)
-            goto failed;
-        view->n_held++;
+    if (view == NULL || get_buffers(arrays, itemsizes, N_BUFFERS, HITS, view->held) < 0)
+        goto failed;
+    view->n_held = N_BUFFERS;
+    for (int i = 0; i < N_BUFFERS; i++)
         count[i] = view->held[i].len / itemsizes[i];
-    }
-    if ((count[KEYS] > 0) != (count[BOUNDS] > 0) || count[BUCKETS] != count[BOUNDS] + 1 ||
-        count[HITS] != count[BOUNDS] || count[MOVED] != count[CHANGED] + 1 || count[ALIVE] != count[CHANGED]) {
+    if (sampling < 1 || (count[KEYS] > 0) != (count[BOUNDS] > 0) || count[BUCKETS] != count[BOUNDS] + 1 ||
+        count[HITS] != count[BOUNDS] || count[SHIFTS] != count[DELTA] + 1 || count[ALIVE] != count[DELTA]) {
         PyErr_SetString(PyExc_ValueError, "the arrays of a view do not fit together");
         goto failed;
     }
     view->kind = kind;
+    view->itemsize = itemsize;
+    view->cut = Py_NewRef(cut);
+    view->values[0] = Py_NewRef(values[0]);
+    view->values[1] = Py_NewRef(values[1]);
     view->search = (Search){
-        .keys = view->held[KEYS].buf, .bounds = view->held[BOUNDS].buf, .changed = view->held[CHANGED].buf,
-        .buckets = view->held[BUCKETS].buf, .leaves = view->held[LEAVES].buf, .moved = view->held[MOVED].buf,
+        .keys = view->held[KEYS].buf, .bounds = view->held[BOUNDS].buf, .delta = view->held[DELTA].buf,
+        .buckets = view->held[BUCKETS].buf, .leaves = view->held[LEAVES].buf, .shifts = view->held[SHIFTS].buf,
         .alive = view->held[ALIVE].buf, .hits = view->held[HITS].buf,
-        .n = count[KEYS], .n_buckets = count[BOUNDS], .n_changed = count[CHANGED],
-        .random = (uint64_t)(uintptr_t)view,
+        .n = count[KEYS], .n_buckets = count[BOUNDS], .n_delta = count[DELTA],
+        .sampling = (uint64_t)sampling, .random = (uint64_t)(uintptr_t)view,
     };
     return (PyObject *)view;
 failed:
-    Py_DECREF((PyObject *)view);
+    Py_XDECREF((PyObject *)view);
     return NULL;
 }
 
-/* 1 and the code of a Python number that is in the key type's domain, 0 for what Python has to map, -1 on error. */
-static int code_of_float(int kind, PyObject *key, uint64_t *code)
+/* 1 and the code of a Python number that is in the key type's domain, 0 for what Python has to map. */
+static int code_of_float(int itemsize, PyObject *key, uint64_t *code)
 {
-    double value = PyFloat_AsDouble(key);
-    if (isnan(value))
-        return 0;
-    value += 0.0; /* -0.0 equals 0.0 */
-    if (kind == FLOAT64) {
-        uint64_t bits;
-        memcpy(&bits, &value, sizeof bits);
-        *code = bits >> 63 ? ~bits : bits | UINT64_C(1) << 63;
-        return 1;
-    }
+    double value = PyFloat_AsDouble(key) + 0.0; /* -0.0 equals 0.0 */
     float single = (float)value;
-    if ((double)single != value)
+    uint64_t bits;
+    uint32_t short_bits;
+    if (isnan(value) || (itemsize == 4 && (double)single != value))
         return 0;
-    uint32_t bits;
-    memcpy(&bits, &single, sizeof bits);
-    *code = bits >> 31 ? (uint32_t)~bits : bits | UINT32_C(1) << 31;
+    memcpy(&bits, &value, sizeof bits);
+    memcpy(&short_bits, &single, sizeof short_bits);
+    if (itemsize == 8)
+        *code = bits >> 63 ? ~bits : bits | UINT64_C(1) << 63;
+    else
+        *code = short_bits >> 31 ? (uint32_t)~short_bits : short_bits | UINT32_C(1) << 31;
     return 1;
 }
 
-static int code_of_int(int kind, PyObject *key, uint64_t *code)
+static int code_of_int(int is_signed, int itemsize, PyObject *key, uint64_t *code)
 {
     int overflow;
     long long value = PyLong_AsLongLongAndOverflow(key, &overflow);
-    if (overflow > 0 && kind == UINT64) {
+    if (overflow > 0 && !is_signed && itemsize == 8) {
         *code = PyLong_AsUnsignedLongLong(key);
         if (!PyErr_Occurred())
             return 1;
         PyErr_Clear();
-        return 0;
     }
     if (overflow)
         return 0;
-    switch (kind) {
-    case UINT64: *code = (uint64_t)value; return value >= 0;
-    case INT64: *code = (uint64_t)value ^ UINT64_C(1) << 63; return 1;
-    case UINT32: *code = (uint64_t)value; return value >= 0 && value <= UINT32_MAX;
-    case INT32: *code = (uint64_t)value + (UINT64_C(1) << 31); return value >= INT32_MIN && value <= INT32_MAX;
-    default: return 0;
-    }
+    int64_t least = !is_signed ? 0 : itemsize == 8 ? INT64_MIN : INT32_MIN;
+    int64_t largest = itemsize == 8 ? INT64_MAX : is_signed ? INT32_MAX : UINT32_MAX;
+    *code = (uint64_t)value - (uint64_t)least;
+    return least <= value && value <= largest;
 }
 
-static int code_of(int kind, PyObject *key, uint64_t *code)
+static int code_of(const View *view, PyObject *key, uint64_t *code)
 {
-    if (kind == FLOAT64 || kind == FLOAT32)
-        return PyFloat_Check(key) ? code_of_float(kind, key, code) : 0;
-    if (kind == ANY)
+    if (view->kind == 'f')
+        return PyFloat_Check(key) ? code_of_float(view->itemsize, key, code) : 0;
+    if (view->kind != 'i' && view->kind != 'u')
         return 0;
     if (PyLong_Check(key))
-        return code_of_int(kind, key, code);
+        return code_of_int(view->kind == 'i', view->itemsize, key, code);
     if (!PyIndex_Check(key) || PySequence_Check(key)) /* an array may be masked: the slow path looks at it */
         return 0;
     PyObject *whole = PyNumber_Index(key); /* NumPy's integers */
@@ -552,95 +592,142 @@ static int code_of(int kind, PyObject *key, uint64_t *code)
         PyErr_Clear();
         return 0;
     }
-    int known = code_of_int(kind, whole, code);
+    int known = code_of_int(view->kind == 'i', view->itemsize, whole, code);
     Py_DECREF(whole);
     return known;
 }
 
-static void sample(Search *s, int64_t bucket)
+/* Where a single key of any type cuts the codes: at the least code that is not below it, unless it is above all. */
+typedef struct {
+    uint64_t code;
+    int exact, above;
+} Cut;
+
+static int cut_of(View *view, PyObject *key, Cut *cut)
 {
-    uint64_t random = next_random(LOAD(&s->random));
-    STORE(&s->random, random);
-    if ((random >> 32) % SAMPLING == 0 && s->n)
-        INCREMENT(s->hits + bucket);
+    *cut = (Cut){.exact = 1};
+    if (code_of(view, key, &cut->code))
+        return 0;
+    PyObject *mapped = PyObject_CallFunctionObjArgs(view->cut, key, NULL), *code;
+    if (mapped == NULL)
+        return -1;
+    if (PyArg_ParseTuple(mapped, "Op", &code, &cut->exact)) {
+        cut->above = code == Py_None;
+        cut->code = cut->above ? UINT64_MAX : PyLong_AsUnsignedLongLong(code);
+    }
+    Py_DECREF(mapped);
+    return PyErr_Occurred() ? -1 : 0;
 }
 
 static PyObject *view_rank(View *view, PyObject *key, int right)
 {
     Search *s = &view->search;
-    uint64_t q;
-    int64_t bucket = 0;
-    if (!code_of(view->kind, key, &q))
-        return PyLong_FromLong(NOT_HERE);
-    int past = right && q == UINT64_MAX;
-    q += (uint64_t)(right && !past);
-    int64_t rank = past ? s->n : run_rank(s, q, &bucket);
-    if (!past)
-        sample(s, bucket);
-    if (s->n_changed)
-        rank += s->moved[past ? s->n_changed : below(s->changed, s->n_changed, q)];
+    Cut cut;
+    if (cut_of(view, key, &cut) < 0)
+        return NULL;
+    if (cut.above || (right && cut.exact && cut.code == UINT64_MAX))
+        return PyLong_FromLongLong(s->n + s->shifts[s->n_delta]);
+    uint64_t q = cut.code + (uint64_t)(right && cut.exact); /* codes are whole: right of q is left of q + 1 */
+    int64_t rank = run_rank(s, q);
+    if (s->n_delta)
+        rank += s->shifts[below(s->delta, s->n_delta, q)];
     return PyLong_FromLongLong(rank);
 }
 
 static PyObject *view_left(PyObject *self, PyObject *key) { return view_rank((View *)self, key, 0); }
 static PyObject *view_right(PyObject *self, PyObject *key) { return view_rank((View *)self, key, 1); }
 
-static PyObject *view_find(PyObject *self, PyObject *key)
+/* The place of a single key of any type; -1 on error. */
+static int find(View *view, PyObject *key, Place *place)
 {
-    View *view = (View *)self;
-    uint64_t q;
-    int64_t bucket = 0;
-    if (!code_of(view->kind, key, &q))
-        return PyLong_FromLong(NOT_HERE);
-    int64_t at = run_rank(&view->search, q, &bucket);
-    sample(&view->search, bucket);
-    int64_t changes = below(view->search.changed, view->search.n_changed, q);
-    return PyLong_FromLongLong(locate(&view->search, q, at, changes));
+    Search *s = &view->search;
+    Cut cut;
+    *place = (Place){0};
+    if (cut_of(view, key, &cut) < 0)
+        return -1;
+    if (cut.exact && !cut.above) {
+        int64_t rank = run_rank(s, cut.code);
+        *place = place_of(s, cut.code, rank, below(s->delta, s->n_delta, cut.code));
+    }
+    return 0;
 }
 
-static PyObject *view_search(PyObject *self, PyObject *args)
+static PyObject *view_contains(PyObject *self, PyObject *key)
 {
-    PyObject *codes, *out;
-    Py_buffer from, to;
-    int asked, right;
-    if (!PyArg_ParseTuple(args, "iiOO", &asked, &right, &codes, &out))
-        return NULL;
-    if (get_buffer(codes, &from, 8, 0) < 0)
-        return NULL;
-    if (get_buffer(out, &to, 8, 1) < 0) {
-        PyBuffer_Release(&from);
-        return NULL;
-    }
-    int fits = from.len == to.len;
-    if (fits) {
-        Py_BEGIN_ALLOW_THREADS
-        search_many(&((View *)self)->search, asked, right != 0, from.buf, from.len / 8, to.buf);
-        Py_END_ALLOW_THREADS
-    }
-    PyBuffer_Release(&from);
-    PyBuffer_Release(&to);
-    if (fits)
-        Py_RETURN_NONE;
-    PyErr_SetString(PyExc_ValueError, "there must be as many places for answers as queries");
-    return NULL;
+    Place place;
+    return find((View *)self, key, &place) < 0 ? NULL : PyBool_FromLong(place.present);
 }
 
-static PyObject *view_holds(PyObject *self, PyObject *unused)
+static PyObject *view_get(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
-    int holds;
+    Place place;
+    if (count != 2) {
+        PyErr_SetString(PyExc_TypeError, "get takes a key and a default");
+        return NULL;
+    }
+    if (find((View *)self, args[0], &place) < 0)
+        return NULL;
+    return place.present ? PySequence_GetItem(((View *)self)->values[place.in_delta], (Py_ssize_t)place.position)
+                         : Py_NewRef(args[1]);
+}
+
+/* Answer a batch of codes, the first of `count` buffers, in the others. */
+static PyObject *search_batch(PyObject *self, int asked, int right, PyObject *const *arrays, int count)
+{
+    static const Py_ssize_t itemsizes[2][4] = {{8, 8}, {8, 1, 1, 8}};
+    const Py_ssize_t *sizes = itemsizes[asked == PLACES];
+    Py_buffer held[4];
+    if (get_buffers(arrays, sizes, count, 1, held) < 0)
+        return NULL;
+    int64_t m = held[0].len / 8;
+    for (int i = 1; i < count; i++)
+        if (held[i].len / sizes[i] != m)
+            return end_call(held, count, NOT_AS_MANY);
+    Answers out = {.ranks = held[1].buf, .present = held[1].buf};
+    if (count == 4)
+        out = (Answers){.present = held[1].buf, .in_delta = held[2].buf, .positions = held[3].buf};
+    Py_BEGIN_ALLOW_THREADS
+    search_many(&((View *)self)->search, asked, right, held[0].buf, m, &out);
+    Py_END_ALLOW_THREADS
+    return end_call(held, count, NULL);
+}
+
+static PyObject *view_ranks(PyObject *self, PyObject *args)
+{
+    PyObject *arrays[2];
+    int right, in_run;
+    if (!PyArg_ParseTuple(args, "OppO", arrays, &right, &in_run, arrays + 1))
+        return NULL;
+    return search_batch(self, in_run ? RUN_RANKS : RANKS, right, arrays, 2);
+}
+
+static PyObject *view_find_many(PyObject *self, PyObject *args)
+{
+    PyObject *arrays[4] = {NULL};
+    if (!PyArg_ParseTuple(args, "OO|OO", arrays, arrays + 1, arrays + 2, arrays + 3))
+        return NULL;
+    return search_batch(self, PLACES, 0, arrays, arrays[3] == NULL ? 2 : 4);
+}
+
+static PyObject *view_within_error_bounds(PyObject *self, PyObject *unused)
+{
+    int within;
     (void)unused;
     Py_BEGIN_ALLOW_THREADS
-    holds = leads_to_all(&((View *)self)->search);
+    within = within_error_bounds(&((View *)self)->search);
     Py_END_ALLOW_THREADS
-    return PyBool_FromLong(holds);
+    return PyBool_FromLong(within);
 }
 
 static PyMethodDef view_methods[] = {
-    {"left", view_left, METH_O, "How many keys are below the key; -2 if Python has to map it."},
-    {"right", view_right, METH_O, "How many keys are not above the key; -2 if Python has to map it."},
-    {"find", view_find, METH_O, "Position in the run, n + position in the delta, -1 if absent; -2 as above."},
-    {"search", view_search, METH_VARARGS, "search(asked, right, codes, out): the same for a batch of codes."},
-    {"holds", view_holds, METH_NOARGS, "Whether the model leads to every key, within the errors that it states."},
+    {"left", view_left, METH_O, "How many keys are below the key."},
+    {"right", view_right, METH_O, "How many keys are not above the key."},
+    {"contains", view_contains, METH_O, "Whether the key is in the index."},
+    {"get", (PyCFunction)(void (*)(void))view_get, METH_FASTCALL, "get(key, default): a map's value for the key."},
+    {"ranks", view_ranks, METH_VARARGS, "ranks(codes, right, in_run, ranks): ranks in the run alone or in the index."},
+    {"find_many", view_find_many, METH_VARARGS, "find_many(codes, present[, in_delta, positions]): where codes lie."},
+    {"within_error_bounds", view_within_error_bounds, METH_NOARGS,
+     "Whether every key of the run lies within the error bound that its leaf states."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -648,7 +735,7 @@ static PyType_Slot view_slots[] = {
     {Py_tp_new, view_new},
     {Py_tp_dealloc, view_dealloc},
     {Py_tp_methods, view_methods},
-    {Py_tp_doc, "View(kind, keys, bounds, buckets, leaves, hits, changed, moved, alive): what readers search in."},
+    {Py_tp_doc, "What readers of one state search in; _native.pyi names the arguments."},
     {0, NULL},
 };
 
@@ -659,126 +746,103 @@ static PyType_Spec view_spec = {
     .slots = view_slots,
 };
 
-/* fit(keys, starts, scales, bits, out): the leaves of some buckets, each given by its (start, end). */
+/* fit(keys, ends, scales, bits, steepest, out): the leaves of some buckets, each given by its (start, end). */
 static PyObject *fit(PyObject *self, PyObject *args)
 {
     static const Py_ssize_t itemsizes[5] = {8, 16, 8, 1, sizeof(Leaf)};
-    PyObject *arrays[5], *result = NULL;
+    PyObject *arrays[5];
     Py_buffer held[5];
-    int n_held = 0;
+    double steepest;
     (void)self;
-    if (!PyArg_ParseTuple(args, "OOOOO", arrays, arrays + 1, arrays + 2, arrays + 3, arrays + 4))
+    if (!PyArg_ParseTuple(args, "OOOOdO", arrays, arrays + 1, arrays + 2, arrays + 3, &steepest, arrays + 4) ||
+        get_buffers(arrays, itemsizes, 5, 4, held) < 0)
         return NULL;
-    for (; n_held < 5; n_held++)
-        if (get_buffer(arrays[n_held], held + n_held, itemsizes[n_held], n_held == 4) < 0)
-            goto done;
     const int64_t *ends = held[1].buf, n = held[0].len / 8;
     int64_t count = held[1].len / 16, leaves = 0, deepest = 0;
     const uint8_t *bits = held[3].buf;
-    int fits = held[2].len / 8 == count && held[3].len == count;
-    for (int64_t b = 0; fits && b < count; b++) {
+    int agree = held[2].len / 8 == count && held[3].len == count;
+    for (int64_t b = 0; agree && b < count; b++) {
         int64_t start = ends[2 * b], end = ends[2 * b + 1];
-        fits = 0 <= start && start < end && end <= n && bits[b] < 48;
+        agree = 0 <= start && start < end && end <= n && bits[b] < 48;
         deepest = end - start > deepest ? end - start : deepest;
         leaves += (int64_t)1 << (bits[b] & 63);
     }
-    if (!fits || leaves != held[4].len / (Py_ssize_t)sizeof(Leaf)) {
-        PyErr_SetString(PyExc_ValueError, "the arrays of a fit do not fit together");
-        goto done;
-    }
+    if (!agree || leaves != held[4].len / (Py_ssize_t)sizeof(Leaf))
+        return end_call(held, 5, "the arrays of a fit do not fit together");
     double *points = PyMem_Malloc(2 * ((size_t)deepest + 1) * sizeof *points);
     if (points == NULL) {
-        PyErr_NoMemory();
-        goto done;
+        release_buffers(held, 5);
+        return PyErr_NoMemory();
     }
     Py_BEGIN_ALLOW_THREADS
     Leaf *out = held[4].buf;
     for (int64_t b = 0; b < count; out += (int64_t)1 << bits[b], b++)
-        fit_bucket(held[0].buf, n, ends[2 * b], ends[2 * b + 1], ((const double *)held[2].buf)[b], bits[b], out,
-                   points, points + deepest + 1);
+        fit_bucket(held[0].buf, n, ends[2 * b], ends[2 * b + 1], ((const double *)held[2].buf)[b], bits[b], steepest,
+                   out, points, points + deepest + 1);
     Py_END_ALLOW_THREADS
     PyMem_Free(points);
-    result = Py_None;
-    Py_INCREF(result);
-done:
-    while (n_held > 0)
-        PyBuffer_Release(held + --n_held);
-    return result;
+    return end_call(held, 5, NULL);
 }
 
 /* splice(old, at, more, out): the bytes of `out`, whose items are as large as `more` and `at` say. */
 static PyObject *splice(PyObject *self, PyObject *args)
 {
     static const Py_ssize_t itemsizes[4] = {1, 8, 1, 1};
-    PyObject *arrays[4], *result = NULL;
+    PyObject *arrays[4];
     Py_buffer held[4];
-    int n_held = 0, fits = 0;
+    int agree = 0;
     (void)self;
-    if (!PyArg_ParseTuple(args, "OOOO", arrays, arrays + 1, arrays + 2, arrays + 3))
+    if (!PyArg_ParseTuple(args, "OOOO", arrays, arrays + 1, arrays + 2, arrays + 3) ||
+        get_buffers(arrays, itemsizes, 4, 3, held) < 0)
         return NULL;
-    for (; n_held < 4; n_held++)
-        if (get_buffer(arrays[n_held], held + n_held, itemsizes[n_held], n_held == 3) < 0)
-            goto done;
     int64_t m = held[1].len / 8;
     size_t size = m > 0 ? (size_t)(held[2].len / m) : 1;
     if (size > 0 && (size_t)held[2].len == size * (size_t)m && held[0].len % (Py_ssize_t)size == 0 &&
         held[3].len == held[0].len + held[2].len) {
         Py_BEGIN_ALLOW_THREADS
-        fits = splice_items(held[0].buf, held[0].len / (Py_ssize_t)size, held[1].buf, held[2].buf, m, size,
-                            held[3].buf);
+        agree = splice_items(held[0].buf, held[0].len / (Py_ssize_t)size, held[1].buf, held[2].buf, m, size,
+                             held[3].buf);
         Py_END_ALLOW_THREADS
     }
-    if (fits) {
-        result = Py_None;
-        Py_INCREF(result);
-    } else {
-        PyErr_SetString(PyExc_ValueError, "the arrays of a splice do not fit together");
-    }
-done:
-    while (n_held > 0)
-        PyBuffer_Release(held + --n_held);
-    return result;
+    return end_call(held, 4, agree ? NULL : "the arrays of a splice do not fit together");
 }
 
 /* ranks(codes, queries, right, out): how many of the sorted codes are below each query, or not above it. */
 static PyObject *ranks(PyObject *self, PyObject *args)
 {
-    PyObject *arrays[3], *result = NULL;
+    static const Py_ssize_t itemsizes[3] = {8, 8, 8};
+    PyObject *arrays[3];
     Py_buffer held[3];
-    int n_held = 0, right;
+    int right;
     (void)self;
-    if (!PyArg_ParseTuple(args, "OOiO", arrays, arrays + 1, &right, arrays + 2))
+    if (!PyArg_ParseTuple(args, "OOpO", arrays, arrays + 1, &right, arrays + 2) ||
+        get_buffers(arrays, itemsizes, 3, 2, held) < 0)
         return NULL;
-    for (; n_held < 3; n_held++)
-        if (get_buffer(arrays[n_held], held + n_held, 8, n_held == 2) < 0)
-            goto done;
-    if (held[1].len != held[2].len) {
-        PyErr_SetString(PyExc_ValueError, "there must be as many places for answers as queries");
-        goto done;
-    }
+    if (held[1].len != held[2].len)
+        return end_call(held, 3, NOT_AS_MANY);
     Py_BEGIN_ALLOW_THREADS
-    ranks_many(held[0].buf, held[0].len / 8, held[1].buf, held[1].len / 8, right != 0, held[2].buf);
+    ranks_many(held[0].buf, held[0].len / 8, held[1].buf, held[1].len / 8, right, held[2].buf);
     Py_END_ALLOW_THREADS
-    result = Py_None;
-    Py_INCREF(result);
-done:
-    while (n_held > 0)
-        PyBuffer_Release(held + --n_held);
-    return result;
+    return end_call(held, 3, NULL);
 }
 
+/* LAYOUT is what Python has to agree with: offsets and sizes of the records in the arrays that are shared. */
 static int native_exec(PyObject *module)
 {
     PyObject *type = PyType_FromModuleAndSpec(module, &view_spec, NULL);
-    if (type == NULL)
-        return -1;
-    int failed = PyModule_AddObjectRef(module, "View", type);
-    Py_DECREF(type);
-    return failed;
+    PyObject *layout = Py_BuildValue("(nnnnn)(nnnn)i", offsetof(Bucket, low), offsetof(Bucket, scale),
+                                     offsetof(Bucket, start), offsetof(Bucket, place), sizeof(Bucket),
+                                     offsetof(Leaf, base), offsetof(Leaf, slope), offsetof(Leaf, radius), sizeof(Leaf),
+                                     PLACE_SHIFT);
+    int failed = type == NULL || layout == NULL || PyModule_AddObjectRef(module, "View", type) < 0 ||
+                 PyModule_AddObjectRef(module, "LAYOUT", layout) < 0;
+    Py_XDECREF(type);
+    Py_XDECREF(layout);
+    return failed ? -1 : 0;
 }
 
 static PyMethodDef native_methods[] = {
-    {"fit", fit, METH_VARARGS, "fit(keys, ends, scales, bits, out): the leaves of some buckets."},
+    {"fit", fit, METH_VARARGS, "fit(keys, ends, scales, bits, steepest, out): the leaves of some buckets."},
     {"ranks", ranks, METH_VARARGS, "ranks(codes, queries, right, out): np.searchsorted of codes."},
     {"splice", splice, METH_VARARGS, "splice(old, at, more, out): `old` with `more` at the places `at` of `out`."},
     {NULL, NULL, 0, NULL},

@@ -1,29 +1,16 @@
+from collections.abc import Callable
 from typing import Any
 
 from numpy.typing import NDArray
 
-class View:
-    def __new__(
-        cls,
-        kind: int,
-        keys: NDArray[Any],
-        bounds: NDArray[Any],
-        buckets: NDArray[Any],
-        leaves: NDArray[Any],
-        hits: NDArray[Any],
-        changed: NDArray[Any],
-        moved: NDArray[Any],
-        alive: NDArray[Any],
-        /,
-    ) -> View: ...
-    def left(self, key: object, /) -> int: ...
-    def right(self, key: object, /) -> int: ...
-    def find(self, key: object, /) -> int: ...
-    def search(self, asked: int, right: int, codes: NDArray[Any], out: NDArray[Any], /) -> None: ...
-    def holds(self) -> bool: ...
+from . import search
 
-def fit(
-    keys: NDArray[Any], ends: NDArray[Any], scales: NDArray[Any], bits: NDArray[Any], out: NDArray[Any], /
-) -> None: ...
-def splice(old: NDArray[Any], at: NDArray[Any], more: NDArray[Any], out: NDArray[Any], /) -> None: ...
-def ranks(codes: NDArray[Any], queries: NDArray[Any], right: int, out: NDArray[Any], /) -> None: ...
+Array = NDArray[Any]
+Cut = Callable[[Any], tuple[int | None, bool]]
+LAYOUT: tuple[tuple[int, ...], tuple[int, ...], int]
+
+# The arrays are those of the enum KEYS, BOUNDS, ... in _native.c, and the values of the run and of the delta.
+def View(kind: str, itemsize: int, cut: Cut, sampling: int, /, *arrays: Array | None) -> search.View: ...  # noqa: N802
+def fit(keys: Array, ends: Array, scales: Array, bits: Array, steepest: float, out: Array, /) -> None: ...
+def splice(old: Array, at: Array, more: Array, out: Array, /) -> None: ...
+def ranks(codes: Array, queries: Array, right: bool, out: Array, /) -> None: ...

@@ -7,20 +7,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .heat import rebucket, shares_of
-from .model import Bits, Floats, choose_bits, refit
-from .state import Run, State, rank_of_buckets
-from .workload import Memory, Signature, drift, signature
+from .arrays import Bits, Floats
+from .heat import shares_of
+from .model import choose_bits, refit
+from .run import Run
+from .state import State
+from .workload import Signature, drift
 
 WORTHWHILE = 0.05  #: modelled steps per access that an adaptation has to save
 SIMILAR = 0.1  #: bits between workloads that are served by one model
 
-Models = Memory[Bits]  #: leaf numbers given for past workloads
-
 
 @dataclass(frozen=True)
 class Adaptation:
-    """What `adapt` did and why.
+    """What `Index.adapt` did and why.
+
+    >>> from doraemon import Index
+    >>> report = Index([1, 2]).adapt()
+    >>> report.reason, report.changed
+    ('too few accesses were counted to tell', 0)
 
     Attributes:
         reason: in words.
@@ -39,43 +44,28 @@ class Adaptation:
     recalled: bool = False
 
 
-def adapt(state: State, memory: Models) -> tuple[State, Adaptation]:
+def adapt(state: State) -> tuple[State, Adaptation]:
     """The state under the model for the workload that its readers' heat shows, and what was done."""
-    run = state.run
+    run, memory = state.run, state.run.memory.copy()
     counts = run.heat.counts()
     now = shares_of(counts, run.model.depths)
-    moved, noise = drift(now, run.trained), _noise(counts)
-    if not moved > WORTHWHILE + noise:
+    drifted, noise = drift(now, run.trained), _noise(counts)
+    if not drifted > WORTHWHILE + noise:
         reason = "too few accesses were counted to tell" if noise > WORTHWHILE else "the model fits the accesses"
-        return state, Adaptation(reason, moved)
+        return state, Adaptation(reason, drifted)
     recalled = memory.recall(now, within=SIMILAR + noise)
     bits = choose_bits(run.model.depths, now, run.model.bits) if recalled is None else recalled.value
     saved = _steps(run, run.model.bits, now) - _steps(run, bits, now)
     if saved < WORTHWHILE:
-        return state, Adaptation("another model would save too little", moved)
+        return state, Adaptation("another model would save too little", drifted)
     memory.remember(run.trained, run.model.bits)
     model, refitted = refit(run.model, run.codes, bits, state.engine)
     trained = now if recalled is None else recalled.signature
     memory.remember(trained, bits)
     reason = "leaves follow the accesses" if recalled is None else "a similar workload was known"
     changed = int((bits != run.model.bits).sum())
-    report = Adaptation(reason, moved, saved, changed, len(refitted), recalled is not None)
-    return state.remodelled(model, trained), report
-
-
-def carry_over(memory: Models, old: State, new: State) -> Models:
-    """The memory for a run that was merged from another: its signatures over the new buckets, and leaves to suit."""
-    if old.run is new.run:
-        return memory
-    if len(new.run) == 0:
-        return Models(memory.capacity)  # workloads of no buckets
-    edges, starts = rank_of_buckets(old.run, new.run.codes), new.run.model.starts
-
-    def change(known: Signature, bits: Bits) -> tuple[Signature, Bits]:
-        shares = signature(rebucket(known, edges, starts), np.diff(starts), 1e-6)
-        return shares, choose_bits(np.diff(starts), shares)
-
-    return memory.transformed(change)
+    report = Adaptation(reason, drifted, saved, changed, len(refitted), recalled is not None)
+    return state.remodelled(model, trained, memory), report
 
 
 def _noise(counts: Floats) -> float:

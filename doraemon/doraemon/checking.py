@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .delta import MOST_STAMPS, is_compact
+from .arrays import BUCKET, Arrays, Bits, Codes, Ints, places_of
+from .delta import MAX_STAMP, is_compact
 from .errors import damaged
-from .keys import Codes, KeyType
-from .model import BUCKET, MAX_BITS, bucket_scales
-
-Arrays = dict[str, NDArray[Any]]
+from .keys import KeyType
+from .model import MAX_BITS, bucket_scales
 
 #: dtype and shape of each array, in sizes that `_sizes` tells; dtypes of values are the user's
 _LAYOUT: dict[str, tuple[Any, tuple[str, ...]]] = {
@@ -27,7 +26,7 @@ _LAYOUT: dict[str, tuple[Any, tuple[str, ...]]] = {
     "model.buckets": (BUCKET, ("bounds",)),
     "model.bits": (np.uint8, ("buckets",)),
     "model.rows": (np.float32, ("rows", "parts")),
-    "model.where": (np.int64, ("buckets", "fits")),
+    "model.where": (np.int64, ("buckets", "leaf_numbers")),
     "delta.codes": (np.uint64, ("changes",)),
     "delta.net": (np.int64, ("changes",)),
     "delta.present": (np.int64, ("changes",)),
@@ -74,8 +73,8 @@ def check_values(name: str, values: NDArray[Any]) -> None:
         _require(int(points.max()) <= _LAST_CHARACTER, f"{name} has characters that do not exist")
 
 
-def _require(holds: bool, what: str) -> None:
-    if not holds:
+def _require(condition: bool, what: str) -> None:
+    if not condition:
         raise damaged(what)
 
 
@@ -100,8 +99,8 @@ def _check_layout(arrays: Arrays) -> None:
         found = (arrays[name].dtype, arrays[name].shape)
         _require(found == (dtype, expected), f"{name} is {found[0]} {found[1]} instead of {np.dtype(dtype)} {expected}")
     for name in wanted & set(_VALUES):
-        fits = arrays[name].shape == (sizes[_VALUES[name]],) and arrays[name].dtype == arrays["run.values"].dtype
-        _require(fits, f"{name} does not have one value per key")
+        matches = arrays[name].shape == (sizes[_VALUES[name]],) and arrays[name].dtype == arrays["run.values"].dtype
+        _require(matches, f"{name} does not have one value per key")
 
 
 def _sizes(arrays: Arrays) -> dict[str, int]:
@@ -112,7 +111,7 @@ def _sizes(arrays: Arrays) -> dict[str, int]:
         "bounds": buckets + 1,
         "rows": len(_rows(arrays, "model.rows")),
         "parts": 3,
-        "fits": MAX_BITS + 1,
+        "leaf_numbers": MAX_BITS + 1,
         "changes": len(_rows(arrays, "delta.codes")),
         "known": len(_rows(arrays, "memory.bits")),
     }
@@ -134,7 +133,7 @@ def _check_buckets(arrays: Arrays) -> None:
     _require(right, "model.buckets has scales that are not those of its keys")
 
 
-def _are_numbers_of_leaves(bits: NDArray[np.uint8], starts: NDArray[np.int64]) -> bool:
+def _are_numbers_of_leaves(bits: Bits, starts: Ints) -> bool:
     """Whether there are not many more leaves than keys, also where each row has the bits of another model."""
     return bool((bits <= MAX_BITS).all() and ((np.int64(1) << bits.astype(np.int64)) <= 2 * np.diff(starts) + 64).all())
 
@@ -145,8 +144,7 @@ def _check_leaves(arrays: Arrays) -> None:
     inside = (where == -1) | ((where >= 0) & (where <= len(rows) - sizes))
     _require(bool(inside.all()), "model.where leads out of model.rows")
     used = where[np.arange(len(bits)), bits]
-    places = (used.astype(np.uint64) << np.uint64(8)) | bits
-    same = (used >= 0).all() and np.array_equal(arrays["model.buckets"]["place"][:-1], places)
+    same = (used >= 0).all() and np.array_equal(arrays["model.buckets"]["place"][:-1], places_of(used, bits))
     _require(bool(same), "model.buckets has leaves in other places than model.where")
     # one sum tells whether all are finite: three times as fast as asking each
     _require(bool(np.isfinite(rows.sum(dtype=np.float64))), "model.rows has lines that are not finite")
@@ -168,8 +166,8 @@ def _check_memory(header: Any, arrays: Arrays) -> None:
     known = arrays["memory.bits"]
     _require(len(known) <= header["memory"], "memory.bits has more workloads than are remembered")
     _require(known.size > 0 or len(known) == 0, "memory.bits has workloads of nothing")
-    fits = _are_numbers_of_leaves(known, arrays["model.buckets"]["start"])
-    _require(fits, "memory.bits has numbers of leaves that no bucket can have")
+    plausible = _are_numbers_of_leaves(known, arrays["model.buckets"]["start"])
+    _require(plausible, "memory.bits has numbers of leaves that no bucket can have")
 
 
 def _check_delta(arrays: Arrays, key_type: KeyType) -> None:
@@ -183,7 +181,7 @@ def _check_delta(arrays: Arrays, key_type: KeyType) -> None:
     changes = (present > 0) | (net > 0) if is_map else net != 0
     few = bool((net <= 1 - present).all()) if is_map else is_compact(net, n)
     _require(bool(changes.all()) and few, "delta.net has changes that cannot be")
-    _require(bool(((stamps >= 0) & (stamps <= MOST_STAMPS)).all()), "delta.stamps has writes that cannot be")
+    _require(bool(((stamps >= 0) & (stamps <= MAX_STAMP)).all()), "delta.stamps has writes that cannot be")
 
 
 def _in_domain(codes: Codes, key_type: KeyType) -> bool:

@@ -8,27 +8,25 @@ a new one, in time proportional to both.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .arrays import Codes, Ints, Mask, Values
 from .engine import Engine
-from .keys import Codes
-from .splicing import ranks, splice
+from .splicing import ranks_in, splice
 
-Ints = NDArray[np.int64]
-Values = NDArray[Any]
-MOST_STAMPS = 1 << 62
-FEW_COPIES = 1 << 20  #: that a saved delta may always add
+MAX_STAMP = 1 << 62
+FREE_COPIES = 1 << 20  #: that a saved delta may always add
 Count = Callable[[Codes], Ints]  #: how many keys of the run have each code
 
 
 @dataclass(frozen=True, eq=False)
 class Delta:
-    """Sorted changes of a run.
+    """Changes of a run, sorted by code.
 
     Attributes:
         codes: distinct, ascending.
@@ -48,6 +46,7 @@ class Delta:
 
     @classmethod
     def empty(cls, value_dtype: np.dtype[Any] | None, engine: Engine) -> Delta:
+        """No changes, of a multiset (None) or of a map with values of a dtype."""
         none = np.zeros(0, dtype=np.int64)
         values = None if value_dtype is None else np.zeros(0, dtype=value_dtype)
         return cls(np.zeros(0, dtype=np.uint64), none, none, values, none, engine)
@@ -63,16 +62,17 @@ class Delta:
 
     @cached_property
     def alive(self) -> NDArray[np.uint8]:
+        """1 for codes that are in the index, 0 for tombstones."""
         return (self.counts > 0).astype(np.uint8)
 
     @cached_property
-    def moved(self) -> Ints:
-        """[entries + 1]: by how much the first j entries move the ranks after them."""
-        moved = np.zeros(len(self) + 1, dtype=np.int64)
-        np.cumsum(self.net, out=moved[1:])
-        return moved
+    def shifts(self) -> Ints:
+        """[entries + 1]: by how much the first j entries shift the ranks after them."""
+        shifts = np.zeros(len(self) + 1, dtype=np.int64)
+        np.cumsum(self.net, out=shifts[1:])
+        return shifts
 
-    def _where(self, keep: NDArray[np.bool_]) -> Delta:
+    def _kept(self, keep: Mask) -> Delta:
         if keep.all():
             return self
         values = None if self.values is None else self.values[keep]
@@ -80,7 +80,7 @@ class Delta:
 
     def _without_noops(self) -> Delta:
         """Without entries that say what the run says."""
-        return self._where((self.net != 0) if self.values is None else (self.counts > 0) | (self.present > 0))
+        return self._kept((self.net != 0) if self.values is None else (self.counts > 0) | (self.present > 0))
 
 
 def is_compact(net: Ints, n: int) -> bool:
@@ -88,60 +88,55 @@ def is_compact(net: Ints, n: int) -> bool:
 
     Other deltas are merged before they are saved: how much memory an index takes then follows from its file's size.
     """
-    return float(np.maximum(net, 0).sum(dtype=np.float64)) <= n + len(net) + FEW_COPIES
+    return float(np.maximum(net, 0).sum(dtype=np.float64)) <= n + len(net) + FREE_COPIES
 
 
 def add_counts(delta: Delta, codes: Codes, change: Ints, stamp: int, count: Count) -> Delta:
     """A multiset's delta with more or fewer keys of some codes, which are distinct and ascending; no change is 0."""
-    fresh = Delta(codes, change, count(codes), None, np.full(len(codes), stamp), delta.engine)
-    joined, first = _join(delta, fresh)
+    stamps = np.full(len(codes), stamp)
+    joined, first = _join(delta, Delta(codes, change, count(codes), None, stamps, delta.engine))
     if first is None:
         return joined
-    net = np.add.reduceat(joined.net, first)
-    last = _last_of_each(first, len(joined))
-    return Delta(
-        joined.codes[first], net, joined.present[last], None, joined.stamps[last], delta.engine
-    )._without_noops()
+    net, last = np.add.reduceat(joined.net, first), _last_of_each(first, len(joined))
+    parts = (joined.codes[first], net, joined.present[last], None, joined.stamps[last])
+    return Delta(*parts, delta.engine)._without_noops()
 
 
 def put(delta: Delta, codes: Codes, alive: bool, values: Values, stamp: int, count: Count) -> Delta:
     """A map's delta with some codes, distinct and ascending, set to values or (`alive` False) deleted."""
-    present = count(codes)
-    fresh = Delta(codes, int(alive) - present, present, values, np.full(len(codes), stamp), delta.engine)
-    joined, first = _join(delta, fresh)
+    present, stamps = count(codes), np.full(len(codes), stamp)
+    joined, first = _join(delta, Delta(codes, int(alive) - present, present, values, stamps, delta.engine))
     if first is None:
         return joined if alive else joined._without_noops()
     last = np.zeros(len(joined), dtype=np.bool_)
     last[_last_of_each(first, len(joined))] = True
-    return joined._where(last)._without_noops()
+    return joined._kept(last)._without_noops()
 
 
-def since(delta: Delta, merged: Delta, count: Count) -> Delta:
+def changes_after(delta: Delta, merged: Delta, count: Count) -> Delta:
     """What `delta` changed after `merged`, an earlier state of it, became part of the run that `count` counts in.
 
     An entry of `merged` that is not in `delta` was undone in between, and has to be undone in the new run.
     """
-    if delta.values is None:
-        undone = Delta(merged.codes, -merged.net, merged.present, None, merged.stamps, delta.engine)
-        joined, first = _join(undone, delta)
-        if first is None:
-            first = np.arange(len(joined))
-        net = np.add.reduceat(joined.net, first) if len(first) else joined.net
-        codes, stamps = joined.codes[first], joined.stamps[_last_of_each(first, len(joined))]
-        return Delta(codes, net, count(codes), None, stamps, delta.engine)._without_noops()
-    joined, first = _join(merged, delta)
+    is_map = delta.values is not None
+    earlier = merged if is_map else replace(merged, net=-merged.net)
+    joined, first = _join(earlier, delta)
     if first is None:
         first = np.arange(len(joined))
     last = _last_of_each(first, len(joined))
-    both = last > first
-    only_merged = ~both & _holds(merged.codes, joined.codes[last])
-    changed = only_merged | ~both | (joined.stamps[first] != joined.stamps[last])
-    last, only_merged = last[changed], only_merged[changed]
-    codes = joined.codes[last]
+    if is_map:
+        both = last > first
+        undone = ~both & _contains(merged.codes, joined.codes[last])
+        changed = ~both | (joined.stamps[first] != joined.stamps[last])
+        last, undone = last[changed], undone[changed]
+    codes, stamps = joined.codes[last], joined.stamps[last]
     present = count(codes)
-    alive = (joined.counts[last] > 0) & ~only_merged
+    if is_map:
+        net = ((joined.counts[last] > 0) & ~undone) - present
+    else:
+        net = np.add.reduceat(joined.net, first) if len(first) else joined.net
     values = None if joined.values is None else joined.values[last]
-    return Delta(codes, alive - present, present, values, joined.stamps[last], delta.engine)._without_noops()
+    return Delta(codes, net, present, values, stamps, delta.engine)._without_noops()
 
 
 def merge(codes: Codes, values: Values | None, delta: Delta, left: Ints) -> tuple[Codes, Values | None]:
@@ -150,7 +145,7 @@ def merge(codes: Codes, values: Values | None, delta: Delta, left: Ints) -> tupl
     gone = np.maximum(-delta.net, 0)
     if gone.any():
         kept = np.ones(len(codes), dtype=np.bool_)
-        kept[np.repeat(left, gone) + _within(gone)] = False
+        kept[np.repeat(left, gone) + _places_in_groups(gone)] = False
         codes, values = codes[kept], None if values is None else values[kept]
         left = left - (np.cumsum(gone) - gone)
     more = np.maximum(delta.net, 0)
@@ -171,7 +166,7 @@ def _with_replaced(values: Values | None, delta: Delta, left: Ints) -> Values | 
     return values
 
 
-def _within(counts: Ints) -> Ints:
+def _places_in_groups(counts: Ints) -> Ints:
     """0, 1, ... counts[0] - 1, 0, 1, ... counts[1] - 1, and so on."""
     return np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
 
@@ -179,7 +174,7 @@ def _within(counts: Ints) -> Ints:
 def _join(a: Delta, b: Delta) -> tuple[Delta, Ints | None]:
     """The entries of both in order, of equal codes a's first, and where each code's first entry is: None if none is
     in both, as most are not."""
-    after = ranks(a.codes, b.codes, True, a.engine)
+    after = ranks_in(a.codes, b.codes, True, a.engine)
     at = after + np.arange(len(b))
     codes = splice(a.codes, at, b.codes, a.engine)
     values = None if a.values is None or b.values is None else splice(a.values, at, b.values, a.engine)
@@ -198,6 +193,6 @@ def _last_of_each(first: Ints, n: int) -> Ints:
     return np.append(first[1:], n) - 1 if len(first) else first
 
 
-def _holds(codes: Codes, wanted: Codes) -> NDArray[np.bool_]:
+def _contains(codes: Codes, wanted: Codes) -> Mask:
     at = np.minimum(np.searchsorted(codes, wanted), len(codes) - 1)
     return codes[at] == wanted if len(codes) else np.zeros(len(wanted), dtype=np.bool_)

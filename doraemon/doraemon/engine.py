@@ -5,21 +5,30 @@ from __future__ import annotations
 import os
 from typing import Literal
 
+from .arrays import LAYOUT
+
 try:
-    from . import _native
+    from . import _native as native
 except ImportError:
-    _native = None  # type: ignore[assignment]
+    native = None  # type: ignore[assignment]
 
-native = _native
-
+__all__ = ["VARIABLE", "Engine", "choose", "native"]
 Engine = Literal["native", "numpy"]
 
 #: set to "numpy" to do without the C extension, to "native" to refuse to
 VARIABLE = "DORAEMON_ENGINE"
 
+if native is not None and native.LAYOUT != LAYOUT:
+    raise ImportError("the C extension was built from other sources than these: reinstall doraemon-index")
+
 
 def choose(engine: str | None = None) -> Engine:
-    """The engine asked for by the argument, else by the environment, else the best there is."""
+    """The engine that the argument names, else the environment, else the fastest there is.
+
+    Raises:
+        ValueError: there is no engine of that name.
+        ImportError: the C extension is asked for and was not built.
+    """
     wanted = engine or os.environ.get(VARIABLE) or ("numpy" if native is None else "native")
     if wanted == "numpy":
         return "numpy"

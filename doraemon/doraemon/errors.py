@@ -4,7 +4,14 @@ from __future__ import annotations
 
 
 class CorruptFileError(ValueError):
-    """A file that is damaged, incomplete or not an index."""
+    """A file that is damaged, incomplete or not an index.
+
+    >>> import os
+    >>> from doraemon import Index
+    >>> Index.open(os.devnull)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    doraemon.errors.CorruptFileError: ... is not an index: give a file that Index.save wrote
+    """
 
 
 def damaged(what: str) -> CorruptFileError:

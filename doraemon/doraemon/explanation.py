@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .adaptation import Models
 from .heat import SAMPLING
 from .state import State
 from .workload import drift
@@ -15,6 +14,10 @@ from .workload import drift
 @dataclass(frozen=True)
 class Explanation:
     """The parts of an index and what its model costs; `str()` of it is for reading.
+
+    >>> from doraemon import Index
+    >>> print(str(Index([1, 2], engine="numpy").explain()).splitlines()[0])
+    2 keys of int64, searched by the numpy engine
 
     Attributes:
         engine: "native", or "numpy" where the C extension was not built or not wanted.
@@ -63,7 +66,7 @@ class Explanation:
         )
 
 
-def explain(state: State, memory: Models) -> Explanation:
+def explain(state: State) -> Explanation:
     """Describe a state."""
     run, model = state.run, state.run.model
     counts = run.heat.counts()
@@ -83,7 +86,7 @@ def explain(state: State, memory: Models) -> Explanation:
         window_max=float(windows.max(initial=0.0)),
         accesses=float(counts.sum()) * SAMPLING,
         drift=drift(shares, run.trained),
-        remembered=len(memory),
+        remembered=len(run.memory),
         key_bytes=run.codes.nbytes,
         model_bytes=model.nbytes,
     )

@@ -5,19 +5,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from .arrays import Bits, Codes, Floats, Ints
 from .engine import Engine, native
-from .keys import Codes
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 STEEPEST = 1 << 21  #: a steeper line's base would not be a whole position in a float32 any more
 BATCH = 1 << 20  #: keys that NumPy fits at once, which bounds its temporary arrays
 
 
-def fit_buckets(
-    keys: Codes, ends: Ints, scales: Floats, bits: NDArray[np.uint8], out: NDArray[np.float32], engine: Engine
-) -> None:
+def fit_buckets(keys: Codes, ends: Ints, scales: Floats, bits: Bits, out: NDArray[np.float32], engine: Engine) -> None:
     """Write the leaves of buckets, one after the other, to `out`.
 
     Args:
@@ -28,7 +23,7 @@ def fit_buckets(
         out: [sum of 2**bits, 3], rows of base, slope and radius.
     """
     if engine == "native":
-        native.fit(keys, np.ascontiguousarray(ends), scales, bits, out)
+        native.fit(keys, np.ascontiguousarray(ends), scales, bits, STEEPEST, out)
         return
     sizes = np.int64(1) << bits.astype(np.int64)
     row = np.concatenate([[0], np.cumsum(sizes)])

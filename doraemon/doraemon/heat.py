@@ -5,16 +5,13 @@ from __future__ import annotations
 import threading
 
 import numpy as np
-from numpy.typing import NDArray
 
+from .arrays import Floats, Ints
 from .workload import Signature, signature
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 SAMPLING = 32  #: one access in so many is counted
 HALF_LIFE = 8  #: counts per bucket after which an older one weighs half
-FEW = 8  #: a count that is believed as much as its neighbours are
+DOUBTED = 8  #: a count that is believed as much as its neighbours are
 NEIGHBOURS = 8  #: buckets on each side
 
 
@@ -60,7 +57,7 @@ def shares_of(counts: Floats, depths: Ints) -> Signature:
         means = (around[NEIGHBOURS:] - around[:-NEIGHBOURS]) / NEIGHBOURS
         before, after = means[: len(counts)], means[-len(counts) :]
         near = np.clip(counts, np.minimum(before, after), np.maximum(before, after))
-        doubt = FEW / (FEW + counts)
+        doubt = DOUBTED / (DOUBTED + counts)
         counts = doubt * near + (1 - doubt) * counts
     return signature(counts, prior=depths, strength=0.5)
 

@@ -1,31 +1,393 @@
-"""`Index`: what users make, change and save."""
+"""`Index`, and its snapshots: what users make, ask, change and save.
+
+This module is longer than others because it is the whole public interface, to be read from top to bottom: what may be
+asked of an index and of a snapshot alike, then what changes an index. The work is done on immutable states: `state`
+answers the questions, `changes` and `adaptation` make the next state, and an index holds a reference to its state.
+"""
 
 from __future__ import annotations
 
 import os
-from typing import Self
+import threading
+from collections.abc import Callable, Collection, Iterator, Reversible
+from typing import Any, ClassVar, Literal, Self, get_args
 
-from numpy.typing import ArrayLike, DTypeLike
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from . import storage
-from .adaptation import Models
-from .building import run_of
+from . import adaptation, changes, storage
+from .adaptation import Adaptation
+from .arrays import Ints, Mask
 from .engine import choose
 from .errors import CorruptFileError
-from .packing import unpack
-from .reader import Reader
-from .state import State
-from .writer import Merging, Writer
+from .explanation import Explanation, explain
+from .packing import pack, unpack
+from .run import Models
+from .state import REQUIRED, State
+
+Side = Literal["left", "right"]
+Merging = Literal["inline", "background", "manual"]
+_ABSENT: Any = object()
 
 
-class Snapshot(Reader):
-    """A frozen view of an index: all its questions, none of its changes."""
+class _Questions(Collection[Any], Reversible[Any]):
+    """What may be asked of an index and of a snapshot, each question of one state, even while others write.
 
-    def __init__(self, state: State, memory: Models) -> None:
-        self._state, self._memory = state, memory
+    Of `collections.abc` it is `Reversible` and a `Collection`: of the keys in order, copies included. It is no
+    `Sequence`, as `[]` takes keys and not ranks, no `Set`, as it holds copies, and no `Mapping`, as a multiset has no
+    values, and `keys`, `values` and `items` give arrays.
+
+    In the complexities, n is the number of keys, d that of changes since the last merge, q that of queries. A model
+    search costs O(log buckets + log window), with a window of a few keys: see `explain()`.
+    """
+
+    _OWN: ClassVar[frozenset[str]] = frozenset(
+        {"_state", "_merging", "_lock", "_merger"}
+    )  #: attributes that are not a subclass's
+
+    def __init__(self, state: State) -> None:
+        self._begin(state)
+
+    def _begin(self, state: State) -> None:
+        """Hold a state: what `__init__` does, also for copies and files, which are made without it."""
+        self._state = state
+
+    def __len__(self) -> int:
+        """How many keys there are, copies counted. O(1).
+
+        >>> len(Index([3, 1, 3]))
+        3
+        """
+        return self._state.length
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The keys' dtype. O(1).
+
+        >>> Index([0.5, 1.5]).dtype
+        dtype('float64')
+        """
+        return self._state.key_type.dtype
+
+    @property
+    def is_map(self) -> bool:
+        """Whether there are values beside the keys. O(1).
+
+        >>> Index([1, 2]).is_map, Index([1, 2], values=[10, 20]).is_map
+        (False, True)
+        """
+        return self._state.is_map
+
+    def __repr__(self) -> str:
+        """The class, the kind and number of keys, and their dtype. O(1)."""
+        kind = "map" if self.is_map else "multiset"
+        return f"<{type(self).__name__}: {kind} of {len(self):,} {self.dtype} keys>"
+
+    # ---- one key
+
+    def __contains__(self, key: object) -> bool:
+        """Whether the key is in the index. One model search.
+
+        Any number may be asked for; what no key can equal is not in the index.
+
+        Raises:
+            TypeError: the key is no number, or for keys that are times no time.
+
+        >>> index = Index([2**63, 7], dtype="uint64")
+        >>> 2**63 in index, 2**63 - 1 in index, -1 in index, 7.5 in index
+        (True, False, False, False)
+        """
+        return self._state.view.contains(key)
+
+    def __getitem__(self, key: Any) -> Any:
+        """A map's value for the key. One model search.
+
+        Raises:
+            KeyError: the key is absent.
+            TypeError: the index has keys only.
+
+        >>> int(Index([10, 20], [1, 2])[20])
+        2
+        """
+        value = self._state.get(key, _ABSENT)
+        if value is _ABSENT:
+            raise KeyError(key)
+        return value
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """A map's value for the key, or the default if the key is absent. One model search.
+
+        Raises:
+            TypeError: the index has keys only.
+
+        >>> Index([10, 20], [1.5, 2.5]).get(30, default=0.0)
+        0.0
+        """
+        return self._state.get(key, default)
+
+    def bisect_left(self, key: Any) -> int:
+        """How many keys are below this one. One model search.
+
+        >>> Index([1, 3, 3, 5]).bisect_left(3)
+        1
+        """
+        return self._state.view.left(key)
+
+    def bisect_right(self, key: Any) -> int:
+        """How many keys are not above this one. One model search.
+
+        >>> Index([1, 3, 3, 5]).bisect_right(3)
+        3
+        """
+        return self._state.view.right(key)
+
+    def rank(self, key: Any) -> int:
+        """How many keys are below this one: another name of `bisect_left`. One model search.
+
+        >>> Index([0.5, 1.5]).rank(1)
+        1
+        """
+        return self._state.view.left(key)
+
+    def select(self, rank: int) -> Any:
+        """The key of a rank, the inverse of `rank`; negative ranks count from the end. O(log d).
+
+        Raises:
+            IndexError: there is no key of that rank.
+
+        >>> Index([30, 10, 20]).select(-1)
+        30
+        """
+        return self._state.select(rank)
+
+    def find_lt(self, key: Any) -> Any | None:
+        """The greatest key below this one, None if there is none. One model search.
+
+        >>> Index([1, 3, 5]).find_lt(3)
+        1
+        """
+        return self._state.neighbour(key, right=False, offset=-1)
+
+    def find_le(self, key: Any) -> Any | None:
+        """The greatest key not above this one, None if there is none. One model search.
+
+        >>> Index([1, 3, 5]).find_le(4)
+        3
+        """
+        return self._state.neighbour(key, right=True, offset=-1)
+
+    def find_gt(self, key: Any) -> Any | None:
+        """The least key above this one, None if there is none. One model search.
+
+        >>> Index([1, 3, 5]).find_gt(5) is None
+        True
+        """
+        return self._state.neighbour(key, right=True, offset=0)
+
+    def find_ge(self, key: Any) -> Any | None:
+        """The least key not below this one, None if there is none. One model search.
+
+        >>> Index([1, 3, 5]).find_ge(4)
+        5
+        """
+        return self._state.neighbour(key, right=False, offset=0)
+
+    # ---- ranges
+
+    def range(self, low: Any = None, high: Any = None) -> NDArray[Any]:
+        """The keys from `low` on and below `high`, ascending; None leaves an end open.
+
+        Two model searches and O(result).
+
+        >>> Index([5, 1, 3, 9]).range(3, 9)
+        array([3, 5])
+        """
+        return self._state.keys_between(low, high)
+
+    def keys(self) -> NDArray[Any]:
+        """All keys, ascending. O(n).
+
+        >>> Index([5, 1, 3]).keys()
+        array([1, 3, 5])
+        """
+        return self.range()
+
+    def values(self, low: Any = None, high: Any = None) -> NDArray[Any]:
+        """A map's values in the order of the keys, of all or of a `range`. Two model searches and O(result).
+
+        Raises:
+            TypeError: the index has keys only.
+
+        >>> Index([5, 1, 3], [50, 10, 30]).values(2)
+        array([30, 50])
+        """
+        return self._state.values_between(low, high)
+
+    def items(self, low: Any = None, high: Any = None) -> tuple[NDArray[Any], NDArray[Any]]:
+        """A map's keys and values, of all or of a `range`. Two model searches and O(result).
+
+        Raises:
+            TypeError: the index has keys only.
+
+        >>> Index([5, 1, 3], ["five", "one", "three"]).items(2)
+        (array([3, 5]), array(['three', 'five'], dtype='<U5'))
+        """
+        return self._state.items_between(low, high)
+
+    def __iter__(self) -> Iterator[Any]:
+        """The keys, ascending, as they were when the iteration began. O(n) memory.
+
+        >>> list(Index([2, 1]))
+        [1, 2]
+        """
+        keys = self.range()
+        return iter(keys if keys.dtype.kind == "M" else keys.tolist())
+
+    def __reversed__(self) -> Iterator[Any]:
+        """The keys, descending, as they were when the iteration began. O(n) memory.
+
+        >>> list(reversed(Index([2, 1])))
+        [2, 1]
+        """
+        return iter(list(self)[::-1])
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        """All keys, ascending: what NumPy and pandas make of the index. O(n).
+
+        Raises:
+            ValueError: `copy` is False, as the keys are decoded into a new array.
+
+        >>> import numpy as np
+        >>> np.asarray(Index([5, 1, 3], [50, 10, 30]))
+        array([1, 3, 5])
+        """
+        if copy is False:
+            raise ValueError("the keys are decoded into a new array: ask for a copy")
+        return self.range().astype(self.dtype if dtype is None else dtype, copy=False)
+
+    # ---- batches
+
+    def searchsorted(self, queries: ArrayLike, side: Side = "left") -> Ints:
+        """The rank of each query, as `np.searchsorted` on the sorted keys would say. q model searches.
+
+        Queries of the index's dtype are fastest; all others are compared exactly, those that no array operation
+        compares exactly (ints against float keys, floats against int keys) one by one.
+
+        Raises:
+            ValueError: `side` is neither "left" nor "right", or a query is missing or masked.
+
+        >>> import numpy as np
+        >>> Index([1, 3, 3, 5]).searchsorted(np.array([0, 3, 9]), side="right")
+        array([0, 3, 4])
+        """
+        if side not in ("left", "right"):
+            raise ValueError(f"side {side!r}: choose 'left' or 'right'")
+        return self._state.ranks(queries, right=side == "right")
+
+    def contains(self, queries: ArrayLike) -> Mask:
+        """Whether each query is in the index. q model searches.
+
+        >>> Index([1, 3]).contains([1, 2, 3])
+        array([ True, False,  True])
+        """
+        return self._state.contains_many(queries)
+
+    def get_many(self, queries: ArrayLike, default: Any = REQUIRED) -> NDArray[Any]:
+        """A map's value for each query, the default where it is absent. q model searches.
+
+        The result has the dtype of the values, or one that holds the default and every value as well, or is an array
+        of objects where no dtype does.
+
+        Raises:
+            KeyError: a query is absent, and there is no default.
+            TypeError: the index has keys only.
+
+        >>> Index([1, 3], [10, 30]).get_many([3, 2], default=-1)
+        array([30, -1])
+        """
+        return self._state.get_many(queries, default)
+
+    def count(self, low: ArrayLike, high: ArrayLike) -> Any:
+        """How many keys are from `low` on and below `high`: an int, or for arrays of ends an int64 array.
+
+        Two model searches per range; 0 where the ends are the wrong way round.
+
+        >>> import numpy as np
+        >>> index = Index([1, 3, 3, 5])
+        >>> index.count(3, 5), index.count(np.array([0, 9]), np.array([9, 0]))
+        (2, array([4, 0]))
+        """
+        return self._state.count(low, high)
+
+    # ---- the whole
+
+    def explain(self) -> Explanation:
+        """What the index is made of and what its model costs. O(leaves).
+
+        >>> Index(range(100), engine="numpy").explain().engine
+        'numpy'
+        """
+        return explain(self._state)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the index with its changes, heat and model memory to a file, in one step: all of it or nothing.
+
+        O(n). `Index.open` reads it.
+
+        Raises:
+            OSError: the file cannot be written, or what is there is not a file.
+            TypeError: the values are objects, which a file does not hold.
+
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     Index([1, 2]).save(f"{directory}/two.dora")
+        ...     len(Index.open(f"{directory}/two.dora"))
+        2
+        """
+        storage.write(path, *pack(self._state))
+
+    # ---- copies and pickles, which are of the same class and have the same attributes
+
+    def __copy__(self) -> Self:
+        """A copy as of now, sharing what cannot change. O(1)."""
+        other = type(self).__new__(type(self))
+        other._restore(self._state, self._options(), self._attributes())
+        return other
+
+    def __getstate__(self) -> object:
+        """What pickles and deep copies hold. O(1), as the arrays are not copied."""
+        return pack(self._state), self._state.engine, self._options(), self._attributes()
+
+    def __setstate__(self, saved: Any) -> None:
+        """Become what was pickled, with NumPy's engine where that was used or the other is not there."""
+        (header, arrays), engine, options, attributes = saved
+        self._restore(unpack(header, arrays, "numpy" if engine == "numpy" else None), options, attributes)
+
+    def _restore(self, state: State, options: tuple[Any, ...], attributes: tuple[dict[str, Any], ...]) -> None:
+        for name, value in (attributes[0] | attributes[1]).items():
+            object.__setattr__(self, name, value)
+        self._begin(state, *options)
+
+    def _options(self) -> tuple[Any, ...]:
+        """Arguments of `_begin` after the state."""
+        return ()
+
+    def _attributes(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a subclass added: in its dictionary, and in slots."""
+        found: Any = object.__getstate__(self)
+        named, slots = found if isinstance(found, tuple) else (found, None)
+        return {name: value for name, value in (named or {}).items() if name not in self._OWN}, slots or {}
 
 
-class Index(Writer):
+class Snapshot(_Questions):
+    """A frozen view of an index, made by `Index.snapshot`: all its questions, none of its changes.
+
+    >>> Index([1, 3]).snapshot()
+    <Snapshot: multiset of 2 int64 keys>
+    """
+
+
+class Index(_Questions):
     """A sorted multiset of keys, or with values a map of unique keys, searched through a learned model.
 
     Keys are uint64, int64, uint32, int32, float64, float32 or datetime64; NaN and NaT are refused. Any number of
@@ -39,6 +401,10 @@ class Index(Writer):
         merging: who merges changes into the run when they have become many: the write that made them so ("inline"),
             a thread ("background"), or only `compact()` ("manual").
         memory: how many past workloads to remember models for.
+
+    Raises:
+        TypeError: the keys' dtype is not supported, or something is not a sequence.
+        ValueError: a key is missing, a map's keys are not distinct, or an option has no such value.
 
     O(n log n), O(n) for sorted keys.
 
@@ -57,11 +423,18 @@ class Index(Writer):
         merging: Merging = "inline",
         memory: int = 16,
     ) -> None:
-        chosen = choose(engine)
-        key_type, run = run_of(keys, values, dtype, chosen)
-        self._restore(State.of(key_type, chosen, run), Models(memory), merging)
+        self._begin(changes.create(keys, values, dtype, choose(engine), Models(memory)), merging)
 
-    # ---- copies and files
+    def _begin(self, state: State, merging: Merging = "inline") -> None:
+        if merging not in get_args(Merging):
+            raise ValueError(f"merging {merging!r}: choose 'inline', 'background' or 'manual'")
+        super()._begin(state)
+        self._merging = merging
+        self._lock = threading.Lock()  # writers take turns
+        self._merger: threading.Thread | None = None
+
+    def _options(self) -> tuple[Merging]:
+        return (self._merging,)
 
     def snapshot(self) -> Snapshot:
         """A frozen view of the index as it is now. O(1).
@@ -72,7 +445,7 @@ class Index(Writer):
         >>> len(frozen), len(index)
         (1, 2)
         """
-        return Snapshot(self._state, self._memory.copy())
+        return Snapshot(self._state)
 
     def copy(self) -> Self:
         """An index with the same keys that changes independently. O(1), as both share the run.
@@ -99,16 +472,23 @@ class Index(Writer):
     ) -> Self:
         """An index that `save` wrote; of a subclass, made without its `__init__`.
 
-        `CorruptFileError` says what is wrong with the file. Its header, all sizes and all numbers of the model are
-        checked always, so that no file makes a search leave its arrays.
+        The file's header, all sizes and all numbers of the model are checked always, so that no file makes a search
+        leave its arrays.
 
         O(n); with `mmap` and without `verify` O(leaves + d), as keys are then read from the disk when they are
         searched.
 
         Args:
+            path: of the file.
             mmap: map keys and values into memory instead of copying them. Changes stay in memory until `save`.
             verify: compare the checksums as well, and check that the keys are in order and that what the model and
                 the changes say of them is true. This reads all of the file.
+            engine: as in `Index`.
+            merging: as in `Index`.
+
+        Raises:
+            CorruptFileError: the file is damaged or not an index; the message says what is wrong with it.
+            OSError: the file cannot be read.
 
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as directory:
@@ -118,9 +498,128 @@ class Index(Writer):
         """
         chosen = choose(engine)
         try:
-            state, memory = unpack(*storage.read(path, mmap, verify), chosen, verify)
+            state = unpack(*storage.read(path, mmap, verify), chosen, verify)
         except CorruptFileError as error:
             raise CorruptFileError(f"{os.fspath(path)} {error}") from None
         index = cls.__new__(cls)
-        index._restore(state, memory, merging)
+        index._begin(state, merging)
         return index
+
+    # ---- changes: each makes a new state and swaps it in
+
+    def insert(self, key: Any, value: Any = REQUIRED) -> None:
+        """Add one key: another copy in a multiset; in a map a new one with its value. O(d).
+
+        Raises:
+            KeyError: the key is in the map.
+            TypeError: a map's value is not given, is given to a multiset, or is of another kind than the others.
+            ValueError: the key is not a value of the keys' dtype.
+
+        >>> index = Index([1, 3])
+        >>> index.insert(2)
+        >>> index.keys()
+        array([1, 2, 3])
+        """
+        self._change(lambda state: changes.insert(state, key, value))
+
+    def update(self, key: Any, value: Any) -> None:
+        """Set a map's value for the key, new or not; `index[key] = value` does the same. O(d).
+
+        Raises:
+            OverflowError: the value does not fit the values' dtype.
+            TypeError: the index has keys only, or the value is of another kind than the others.
+            ValueError: the key is not a value of the keys' dtype.
+
+        >>> index = Index([1, 3], [10, 30])
+        >>> index.update(3, 33)
+        >>> int(index[3])
+        33
+        """
+        self._change(lambda state: changes.update(state, key, value))
+
+    __setitem__ = update
+
+    def extend(self, keys: ArrayLike, values: ArrayLike | None = None) -> None:
+        """Add many keys; in a map, set the values of many, the last of equal keys winning.
+
+        O(k log k + d) for k keys, and from time to time a merge in O(n).
+
+        Raises:
+            OverflowError: a value does not fit the values' dtype.
+            TypeError: a map's values are not given, are given to a multiset, or are of another kind than the others.
+            ValueError: a key is missing or not a value of the keys' dtype, or there is not one value per key.
+
+        >>> index = Index([1, 3], [10, 30])
+        >>> index.extend([3, 2], [33, 22])
+        >>> index.values()
+        array([10, 22, 33])
+        """
+        self._change(lambda state: changes.extend(state, keys, values))
+
+    def discard(self, key: Any) -> bool:
+        """Remove the key, one copy of it from a multiset; whether it was there. O(d).
+
+        >>> index = Index([1, 3, 3])
+        >>> index.discard(3), index.discard(2), index.keys()
+        (True, False, array([1, 3]))
+        """
+        return self._change(lambda state: changes.discard(state, key)) < 0
+
+    def discard_many(self, keys: ArrayLike) -> int:
+        """Remove each key that is there, from a multiset one copy per time it is given; how many were removed.
+
+        O(k log k + d) for k keys.
+
+        >>> index = Index([1, 3, 3, 5])
+        >>> index.discard_many([3, 3, 3, 4, 5]), index.keys()
+        (3, array([1]))
+        """
+        return -self._change(lambda state: changes.discard_many(state, keys))
+
+    def compact(self) -> None:
+        """Merge all changes into the run, and fit the model for the accesses counted so far. O(n).
+
+        >>> index = Index([1, 3])
+        >>> index.insert(2)
+        >>> index.compact()
+        >>> index.explain().delta_entries
+        0
+        """
+        with self._lock:
+            self._state = self._state.merged()
+
+    def adapt(self) -> Adaptation:
+        """Give the model's leaves to the buckets that are searched now, if the model says that it pays.
+
+        Fits only buckets whose number of leaves changes, and none of them if a similar workload was known. Readers
+        go on meanwhile. O(buckets + keys of the buckets fitted).
+
+        >>> Index(range(100)).adapt().reason
+        'too few accesses were counted to tell'
+        """
+        with self._lock:
+            self._state, report = adaptation.adapt(self._state)
+            return report
+
+    def _change(self, change: Callable[[State], State]) -> int:
+        """Swap in the state that a change makes, and merge if that is due; how many keys there are more."""
+        with self._lock:
+            before = self._state
+            state = self._state = change(before)
+            if self._merging != "manual" and state.merge_is_due:
+                self._merge()
+            return state.length - before.length
+
+    def _merge(self) -> None:
+        if self._merging == "inline":
+            self._state = self._state.merged()
+        elif self._merger is None or not self._merger.is_alive():
+            self._merger = threading.Thread(target=self._merge_in_background, daemon=True)
+            self._merger.start()
+
+    def _merge_in_background(self) -> None:
+        before = self._state
+        merged = before.merged()  # takes long, and holds up nobody
+        with self._lock:
+            if self._state.run.codes is before.run.codes:  # else compact() was faster
+                self._state = self._state.after_merge(before, merged)

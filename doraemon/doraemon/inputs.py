@@ -1,8 +1,14 @@
-"""What users hand in as keys, queries or values: arrays, Series, lists, iterators. What is missing is refused."""
+"""What users hand in as keys, queries or values: arrays, Series, lists, iterators, single items. What is missing is
+refused, and numbers of any type become Python's own, which compare with each other exactly."""
 
 from __future__ import annotations
 
 import array
+import decimal
+import math
+import numbers
+import operator
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -32,8 +38,8 @@ def as_sequence(given: Any) -> NDArray[Any] | list[Any]:
     return _array_of(given) if hasattr(given, "__array__") else list(given)
 
 
-def holds_items(given: Any) -> bool:
-    """Whether it holds items, however many, and is not one item itself."""
+def is_batch(given: Any) -> bool:
+    """Whether something holds items, however many, and is not one item itself."""
     if hasattr(given, "__array__"):
         return np.ndim(given) > 0
     return hasattr(given, "__iter__") and not isinstance(given, str | bytes)
@@ -80,3 +86,34 @@ def as_scalar(given: Any) -> Any:
         return given
     refuse_masked(given)
     return np.asarray(given)[()]
+
+
+def as_number(given: Any) -> int | float | Fraction:
+    """A number of any type as a Python int, float or fraction of exactly its value.
+
+    Raises:
+        TypeError: it is not a real number.
+        ValueError: it is NaN.
+    """
+    if isinstance(given, float | np.floating | decimal.Decimal):
+        return _as_real(given)
+    if isinstance(given, numbers.Rational) and not isinstance(given, numbers.Integral):
+        return Fraction(int(given.numerator), int(given.denominator))
+    try:
+        whole: int = operator.index(given)
+        return whole
+    except TypeError:
+        raise TypeError(f"{given!r} is not a number: ask with an int, a float or a NumPy number") from None
+
+
+def _as_real(given: float | np.floating[Any] | decimal.Decimal) -> float | Fraction:
+    if given.is_nan() if isinstance(given, decimal.Decimal) else math.isnan(given):
+        raise ValueError("NaN has no place in an order: drop such keys with keys[~np.isnan(keys)]")
+    near = float(given)
+    if isinstance(given, decimal.Decimal | np.longdouble) and near != given and not _is_infinite(given):
+        return Fraction(*given.as_integer_ratio())
+    return near
+
+
+def _is_infinite(given: np.longdouble | decimal.Decimal) -> bool:
+    return given.is_infinite() if isinstance(given, decimal.Decimal) else math.isinf(given)

@@ -17,15 +17,11 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import times
-from .exact import as_number
-from .inputs import as_scalar, as_sequence, numpy_dtype
-
-Codes = NDArray[np.uint64]
-Mask = NDArray[np.bool_]
+from .arrays import Codes, Mask
+from .inputs import as_number, as_scalar, as_sequence, numpy_dtype
 
 SUPPORTED = "uint64, int64, uint32, int32, float64, float32 or datetime64 with a unit"
-#: numbers by which the C extension knows the types whose Python numbers it reads by itself; 0: none
-_KINDS = {"uint64": 1, "int64": 2, "uint32": 3, "int32": 4, "float64": 5, "float32": 6}
+_NUMBERS = frozenset({"uint64", "int64", "uint32", "int32", "float64", "float32"})
 
 
 class Cut(NamedTuple):
@@ -61,21 +57,18 @@ class KeyType:
             raise TypeError("datetime64 keys need a unit: give dtype='datetime64[ns]', say")
         if dtype.kind == "M" and dtype.str[4].isdigit():
             raise TypeError(f"{dtype} counts in multiples of a unit: convert the keys to the unit itself")
-        if dtype.kind != "M" and dtype.name not in _KINDS:
+        if dtype.kind != "M" and dtype.name not in _NUMBERS:
             raise TypeError(f"keys of dtype {dtype} are not supported: convert them to {SUPPORTED}")
         return cls(dtype)
 
-    @cached_property
-    def kind(self) -> int:
-        """The number by which the C extension knows the type."""
-        return _KINDS.get(self.dtype.name, 0)
-
     @property
     def is_float(self) -> bool:
+        """Whether keys are floats."""
         return self.dtype.kind == "f"
 
     @property
     def bits(self) -> int:
+        """The number of bits of a key, and of its code."""
         return self.dtype.itemsize * 8
 
     @property

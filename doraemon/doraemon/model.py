@@ -18,51 +18,45 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .arrays import BUCKET, Bits, Codes, Floats, Ints, parts_of, places_of
 from .engine import Engine
 from .fitting import fit_buckets
-from .keys import Codes
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-Bits = NDArray[np.uint8]
 
 DEPTH = 2048  #: keys per bucket, until there are MAX_BUCKETS
 MAX_BUCKETS = 16384
 LEAF_KEYS = 32  #: keys per leaf before any query was seen
 MIN_LEAF_KEYS = 8  #: keys per leaf below which the window is one cache line anyway
-POOL_MOST = 8  #: a pool may hold that many times the leaves in use, for workloads that return
+MAX_POOL = 8  #: a pool may hold that many times the leaves in use, for workloads that return
 MAX_BITS = 20  #: log2 of the most leaves that a bucket may get
-BUCKET = np.dtype([("low", np.uint64), ("scale", np.float64), ("start", np.int64), ("place", np.uint64)])
 
 
 class LeafPool:
-    """Leaves of all fits of one run: rows of base, slope and radius. Rows once written stay, readers hold on to them.
+    """The leaves of all fits of one run, as rows of base, slope and radius. Rows once written never change.
 
     Attributes:
         rows: float32 [capacity, 3].
         used: how many rows hold leaves.
-        where: int64 [buckets, MAX_BITS + 1], the first row of a bucket's fit with 2**bits leaves, -1 if not fitted.
+        first_rows: int64 [buckets, MAX_BITS + 1], where a bucket's fit with 2**bits leaves begins, -1 if not fitted.
     """
 
-    def __init__(self, rows: NDArray[np.float32], used: int, where: Ints) -> None:
-        self.rows, self.used, self.where = rows, used, where
+    def __init__(self, rows: NDArray[np.float32], used: int, first_rows: Ints) -> None:
+        self.rows, self.used, self.first_rows = rows, used, first_rows
         self.lock = threading.Lock()  # indexes that share a run may refit at the same time
 
     @classmethod
     def empty(cls, buckets: int, capacity: int) -> LeafPool:
+        """A pool without leaves that has room for `capacity` of them."""
         return cls(np.empty((capacity, 3), np.float32), 0, np.full((buckets, MAX_BITS + 1), -1, np.int64))
 
-    def has_room(self, leaves: int) -> bool:
-        return self.used + leaves <= len(self.rows)
-
     def reserve(self, buckets: Ints, bits: Bits) -> tuple[NDArray[np.float32], Ints]:
-        """Rows for fits that are to be made, and where each begins; `publish` them when they are written."""
+        """The next rows, for fits with 2**bits leaves, and where each begins; `publish` them when they are written."""
         sizes = np.int64(1) << bits.astype(np.int64)
         places = self.used + np.cumsum(sizes) - sizes
         return self.rows[self.used : self.used + int(sizes.sum())], places
 
     def publish(self, buckets: Ints, bits: Bits, places: Ints) -> None:
-        self.where[buckets, bits] = places
+        """Make fits findable whose leaves were written to reserved rows."""
+        self.first_rows[buckets, bits] = places
         self.used += int((np.int64(1) << bits.astype(np.int64)).sum())
 
 
@@ -89,6 +83,7 @@ class Model:
 
     @property
     def depths(self) -> Ints:
+        """int64 [buckets]: how many keys each bucket has."""
         return np.diff(self.starts)
 
     @property
@@ -98,18 +93,20 @@ class Model:
 
     @property
     def nbytes(self) -> int:
+        """The bytes of all arrays, those of leaves in the pool that are not in use included."""
         return self.bounds.nbytes + self.buckets.nbytes + self.bits.nbytes + self.pool.rows.nbytes
 
     def radii(self) -> tuple[Floats, Ints]:
         """The error radius of every leaf in use, and the bucket that it belongs to."""
         counts = np.int64(1) << self.bits.astype(np.int64)
         bucket = np.repeat(np.arange(len(self.bits)), counts)
-        first = (self.buckets["place"][:-1] >> np.uint64(8)).astype(np.int64)
+        first, _ = parts_of(self.buckets["place"][:-1])
         row = np.arange(len(bucket)) - np.repeat(np.cumsum(counts) - counts, counts) + first[bucket]
         return self.pool.rows[row, 2].astype(np.float64), bucket
 
 
 def leaf_count(bits: Bits) -> int:
+    """How many leaves buckets with `1 << bits` leaves have together."""
     return int((np.int64(1) << bits.astype(np.int64)).sum())
 
 
@@ -169,21 +166,21 @@ def _refit(model: Model, keys: Codes, bits: Bits, engine: Engine) -> tuple[Model
     pool = model.pool
     each = np.arange(len(bits))
     scales = np.ldexp(model.buckets["scale"][:-1], bits.astype(np.int32) - model.bits)  # exact
-    first = pool.where[each, bits]
+    first = pool.first_rows[each, bits]
     missing = np.flatnonzero(first < 0)
     if len(missing):
         more = leaf_count(bits[missing])
-        if not pool.has_room(more):
-            keep = pool.used + more <= POOL_MOST * leaf_count(bits)
-            pool = _enlarged(pool, more) if keep else _begin_pool(pool, bits)
+        if pool.used + more > len(pool.rows):
+            keep = pool.used + more <= MAX_POOL * leaf_count(bits)
+            pool = _enlarged_pool(pool, more) if keep else _fresh_pool(pool, bits)
         rows, places = pool.reserve(missing, bits[missing])
         ends = np.stack([model.starts[missing], model.starts[missing + 1]], axis=1)
         fit_buckets(keys, ends, scales[missing], bits[missing], rows, engine)
         pool.publish(missing, bits[missing], places)
-        first = pool.where[each, bits]
+        first = pool.first_rows[each, bits]
     buckets = model.buckets.copy()
     buckets["scale"][:-1] = scales
-    buckets["place"][:-1] = (first.astype(np.uint64) << np.uint64(8)) | bits
+    buckets["place"][:-1] = places_of(first, bits)
     return Model(model.bounds, buckets, bits, pool), missing
 
 
@@ -196,21 +193,21 @@ def bucket_scales(keys: Codes, starts: Ints, bits: Bits) -> Floats:
     return np.divide(np.ldexp(1.0, bits.astype(np.int32)), width, out=np.zeros(len(bits)), where=width > 0)
 
 
-def _enlarged(pool: LeafPool, more: int) -> LeafPool:
-    """A pool of the same fits with room for as many again."""
+def _enlarged_pool(pool: LeafPool, more: int) -> LeafPool:
+    """A pool with the fits of another and room for as many again, `more` among them."""
     rows = np.empty((2 * (pool.used + more), 3), dtype=np.float32)
     rows[: pool.used] = pool.rows[: pool.used]
-    return LeafPool(rows, pool.used, pool.where.copy())
+    return LeafPool(rows, pool.used, pool.first_rows.copy())
 
 
-def _begin_pool(pool: LeafPool, bits: Bits) -> LeafPool:
-    """A pool with room for twice what `bits` asks, holding those of its fits that exist."""
+def _fresh_pool(pool: LeafPool, bits: Bits) -> LeafPool:
+    """A pool with room for twice what `bits` asks, and of another pool's fits only those that `bits` asks."""
     fresh = LeafPool.empty(len(bits), 2 * leaf_count(bits) + 64)
-    known = np.flatnonzero(pool.where[np.arange(len(bits)), bits] >= 0)
+    known = np.flatnonzero(pool.first_rows[np.arange(len(bits)), bits] >= 0)
     if len(known):
         sizes = np.int64(1) << bits[known].astype(np.int64)
         rows, places = fresh.reserve(known, bits[known])
-        source = np.repeat(pool.where[known, bits[known]] - places, sizes) + np.arange(len(rows))
+        source = np.repeat(pool.first_rows[known, bits[known]] - places, sizes) + np.arange(len(rows))
         rows[:] = pool.rows[source]
         fresh.publish(known, bits[known], places)
     return fresh

@@ -7,23 +7,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .adaptation import Models, carry_over
+from .arrays import Arrays
 from .checking import check, check_keys, check_values
 from .delta import Delta, is_compact
 from .engine import choose
 from .errors import damaged
 from .heat import Heat
 from .model import LeafPool, Model
-from .state import Run, State
-from .storage import Arrays, Header
+from .run import Models, Run
+from .state import State
+from .storage import Header
 
 
-def pack(state: State, memory: Models) -> tuple[Header, Arrays]:
-    """Everything of a state and the model memory; values only where there are any."""
+def pack(state: State) -> tuple[Header, Arrays]:
+    """Everything of a state; values only where there are any."""
     if not is_compact(state.delta.net, len(state.run)):
-        merged = state.merged()
-        state, memory = merged, carry_over(memory, state, merged)
-    run, delta, model = state.run, state.delta, state.run.model
+        state = state.merged()
+    run, delta, model, memory = state.run, state.delta, state.run.model, state.run.memory
     header = {"dtype": state.key_type.dtype.str.replace(">", "<"), "memory": memory.capacity}
     arrays = {
         "run.codes": run.codes,
@@ -32,7 +32,7 @@ def pack(state: State, memory: Models) -> tuple[Header, Arrays]:
         "model.buckets": model.buckets,
         "model.bits": model.bits,
         "model.rows": model.pool.rows[: model.pool.used],
-        "model.where": model.pool.where,
+        "model.where": model.pool.first_rows,
         "delta.codes": delta.codes,
         "delta.net": delta.net,
         "delta.present": delta.present,
@@ -45,8 +45,8 @@ def pack(state: State, memory: Models) -> tuple[Header, Arrays]:
     return header, arrays
 
 
-def unpack(header: Header, arrays: Arrays, engine: str | None = None, verify: bool = False) -> tuple[State, Models]:
-    """What `pack` was given.
+def unpack(header: Header, arrays: Arrays, engine: str | None = None, verify: bool = False) -> State:
+    """The state that `pack` was given.
 
     Args:
         verify: check also what only the keys can tell, in O(n).
@@ -59,14 +59,14 @@ def unpack(header: Header, arrays: Arrays, engine: str | None = None, verify: bo
     buckets = arrays["model.buckets"].copy()
     model = Model(buckets["low"][:-1].copy(), buckets, arrays["model.bits"].copy(), pool)
     heat = Heat(len(model.bits), arrays["run.heat"].copy())
-    run = Run(codes, arrays.get("run.values"), model, heat, arrays["run.trained"])
-    parts = [arrays[f"delta.{name}"] for name in ("codes", "net", "present")]
-    delta = Delta(parts[0], parts[1], parts[2], arrays.get("delta.values"), arrays["delta.stamps"], chosen)
-    state = State.of(key_type, chosen, run, delta)
+    memory = Models.of(zip(arrays["memory.signatures"], arrays["memory.bits"], strict=True), header["memory"])
+    run = Run(codes, arrays.get("run.values"), model, heat, arrays["run.trained"], memory)
+    net, present, stamps = (arrays[f"delta.{name}"] for name in ("net", "present", "stamps"))
+    parts = (arrays["delta.codes"], net, present, arrays.get("delta.values"), stamps)
+    state = State.of(key_type, chosen, run, Delta(*parts, chosen), writes=int(stamps.max(initial=0)))
     if verify:
         _verify(state)
-    known = zip(arrays["memory.signatures"], arrays["memory.bits"], strict=True)
-    return state, Models.of(known, header["memory"])
+    return state
 
 
 def _verify(state: State) -> None:
@@ -78,7 +78,7 @@ def _verify(state: State) -> None:
             check_values(name, values)
     if not np.array_equal(state.count_in_run(delta.codes), delta.present):
         raise damaged("delta.present has other counts than the keys")
-    if not state.view.holds():
+    if not state.view.within_error_bounds():
         raise damaged("model.rows has lines that do not lead to the keys")
 
 

@@ -1,80 +1,124 @@
-"""Views: what readers search in. One in C, one in NumPy, with the same methods and the same answers."""
+"""Views: what readers of one state search in. One in C, one in NumPy, which answer alike."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from .arrays import Codes, Floats, Ints, Mask, parts_of
 from .delta import Delta
 from .engine import Engine, native
 from .fitting import BATCH
 from .heat import SAMPLING
-from .keys import Codes
-from .model import Model
-from .splicing import ranks
+from .keys import KeyType
+from .run import Run
+from .splicing import ranks_in
 from .steps import Steps
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-
-RUN, RANK, LOCATE = 0, 1, 2  #: what a batch is asked: rank in the run, in the index, or position of the very code
-ABSENT, NOT_HERE = -1, -2  #: answers to single keys: not in the index; not a number that the view reads by itself
 SMALL = 64  #: batches below this are left to np.searchsorted, whose one call costs less than ours
 
 
 class View(Protocol):
-    """What both engines offer."""
+    """What both engines offer: answers to single keys of any type, and to batches of codes in arrays that are given."""
 
-    def left(self, key: object, /) -> int: ...
-    def right(self, key: object, /) -> int: ...
-    def find(self, key: object, /) -> int: ...
-    def search(self, asked: int, right: int, codes: Codes, out: Ints, /) -> None: ...
-    def holds(self) -> bool: ...
+    def left(self, key: object, /) -> int:
+        """How many keys are below the key."""
+
+    def right(self, key: object, /) -> int:
+        """How many keys are not above the key."""
+
+    def contains(self, key: object, /) -> bool:
+        """Whether the key is in the index."""
+
+    def get(self, key: object, default: Any, /) -> Any:
+        """A map's value for the key, the default if it is absent."""
+
+    def ranks(self, codes: Codes, right: bool, in_run: bool, ranks: Ints, /) -> None:
+        """How many keys of the index, or of its run alone, are below each code, or (`right`) not above it."""
+
+    def find_many(self, codes: Codes, present: Mask, in_delta: Mask = ..., positions: Ints = ..., /) -> None:
+        """Whether each code is in the index; and where, if asked: in the delta or in the run, at which position."""
+
+    def within_error_bounds(self) -> bool:
+        """Whether every key of the run lies within the error bound that its leaf states."""
 
 
-def make_view(engine: Engine, kind: int, codes: Codes, model: Model, hits: NDArray[np.uint64], delta: Delta) -> View:
-    """A view of a run, its model and its delta."""
+def make_view(engine: Engine, key_type: KeyType, run: Run, delta: Delta) -> View:
+    """A view of a run and its delta."""
     if engine == "numpy":
-        return NumpyView(codes, model, hits, delta)
-    rows = model.pool.rows
-    return native.View(kind, codes, model.bounds, model.buckets, rows, hits, delta.codes, delta.moved, delta.alive)
+        return NumpyView(key_type, run, delta)
+    model, dtype = run.model, key_type.dtype
+    searched = (run.codes, model.bounds, model.buckets, model.pool.rows, delta.codes, delta.shifts, delta.alive)
+    return native.View(
+        dtype.kind, dtype.itemsize, key_type.cut_one, SAMPLING, *searched, run.heat.hits, run.values, delta.values
+    )
 
 
-class NumpyView:
-    """The same search without the C extension: windows of all queries of a batch are halved together."""
+class NumpyView(View):
+    """A view without the C extension: windows of all queries of a batch are halved together."""
 
-    engine: Engine = "numpy"
+    engine: Engine = "numpy"  #: what searches the delta
 
-    def __init__(self, codes: Codes, model: Model, hits: NDArray[np.uint64], delta: Delta) -> None:
-        self.codes, self.model, self.hits, self.delta = codes, model, hits, delta
+    def __init__(self, key_type: KeyType, run: Run, delta: Delta) -> None:
+        self._cut, self.run, self.delta = key_type.cut_one, run, delta
+        self.codes, self.model, self.hits = run.codes, run.model, run.heat.hits
         self._random = np.random.default_rng()
 
-    def left(self, key: object) -> int:
-        """Single keys are mapped in Python."""
-        return NOT_HERE
+    # ---- single keys
 
-    right = find = left
+    def left(self, key: object, /) -> int:
+        return self._rank(key, right=False)
 
-    def search(self, asked: int, right: int, codes: Codes, out: Ints) -> None:
-        """Answer a batch of codes; see the numbers above."""
-        if len(codes) == 1:
-            out[0] = self._search_one(asked, right, int(codes[0]))
-            return
+    def right(self, key: object, /) -> int:
+        return self._rank(key, right=True)
+
+    def contains(self, key: object, /) -> bool:
+        return self._find(key) is not None
+
+    def get(self, key: object, default: Any, /) -> Any:
+        found = self._find(key)
+        return default if found is None else found[0][found[1]]
+
+    def _rank(self, key: object, right: bool) -> int:
+        code, exact = self._cut(key)
+        if code is None:
+            return len(self.codes) + int(self.delta.shifts[-1])
+        query = code + (right and exact)  # a Python int: nothing wraps
+        return self._run_rank(query) + int(self.delta.shifts[bisect_left(memoryview(self.delta.codes), query)])
+
+    def _find(self, key: object) -> tuple[Any, int] | None:
+        """The values among which a key's is, and its position there; None if the key is absent."""
+        code, exact = self._cut(key)
+        if code is None or not exact:
+            return None
+        rank, entry = self._run_rank(code), bisect_left(memoryview(self.delta.codes), code)
+        if entry < len(self.delta) and self.delta.codes[entry] == code:
+            return (self.delta.values, entry) if self.delta.alive[entry] else None
+        return (self.run.values, rank) if rank < len(self.codes) and self.codes[rank] == code else None
+
+    # ---- batches
+
+    def ranks(self, codes: Codes, right: bool, in_run: bool, ranks: Ints, /) -> None:
         past = codes == np.uint64(2**64 - 1) if right else np.False_
         queries = codes + np.uint64(1) * ~past if right else codes
-        rank = self._run_ranks(queries)
-        out[:] = np.where(past, len(self.codes), rank) if right else rank
-        if asked == RUN or len(self.delta) == 0:
-            out[:] = self._found_in_run(queries, out) if asked == LOCATE else out
-            return
-        entry = np.where(past, len(self.delta), ranks(self.delta.codes, queries, False, self.engine))
-        out[:] = out + self.delta.moved[entry] if asked == RANK else self._locate(queries, out, entry)
+        ranks[:] = np.where(past, len(self.codes), self._run_ranks(queries)) if right else self._run_ranks(queries)
+        if not in_run and len(self.delta):
+            entry = ranks_in(self.delta.codes, queries, False, self.engine)
+            ranks += self.delta.shifts[np.where(past, len(self.delta), entry)]
 
-    def holds(self) -> bool:
-        """Whether the model's leaves lead to every key of the run, within the errors that they state."""
+    def find_many(
+        self, codes: Codes, present: Mask, in_delta: Mask | None = None, positions: Ints | None = None, /
+    ) -> None:
+        rank, entry = self._run_ranks(codes), ranks_in(self.delta.codes, codes, False, self.engine)
+        changed = _equal_at(self.delta.codes, entry, codes)
+        present[:] = _equal_at(self.codes, rank, codes)
+        present[changed] = self.delta.alive[entry[changed]]
+        if in_delta is not None and positions is not None:
+            in_delta[:], positions[:] = changed, np.where(changed, entry, rank)
+
+    def within_error_bounds(self) -> bool:
         starts = self.model.starts
         for first in range(0, len(self.codes), BATCH):
             rank = np.arange(first, min(first + BATCH, len(self.codes)))
@@ -85,18 +129,6 @@ class NumpyView:
             if not (np.abs(centre - (rank - starts[bucket])[new]) <= radius).all():
                 return False
         return True
-
-    def _search_one(self, asked: int, right: int, query: int) -> int:
-        query += right  # a Python int: nothing wraps
-        rank = self._run_rank(query)
-        entry = bisect_left(memoryview(self.delta.codes), query)
-        if asked == RUN:
-            return rank
-        if asked == RANK:
-            return rank + int(self.delta.moved[entry])
-        if entry < len(self.delta) and self.delta.codes[entry] == query:
-            return len(self.codes) + entry if self.delta.alive[entry] else ABSENT
-        return rank if rank < len(self.codes) and self.codes[rank] == query else ABSENT
 
     def _run_rank(self, query: int) -> int:
         if len(self.codes) == 0:
@@ -119,7 +151,7 @@ class NumpyView:
         return self._checked(queries, self._halve(queries, low, high), low, high)
 
     def _windows(self, bucket: Ints, queries: Codes) -> tuple[Ints, Ints]:
-        """Where the leaves say that the ranks are; the window's width is at least 1."""
+        """The window of ranks that each query's leaf leaves, at least one rank wide."""
         centre, radius = self._predicted(bucket, queries)
         start = self.model.starts[bucket]
         depth = self.model.starts[bucket + 1] - start
@@ -127,13 +159,14 @@ class NumpyView:
         return low, start + np.clip(centre + radius + 1, 0, depth).astype(np.int64)
 
     def _predicted(self, bucket: Ints, queries: Codes) -> tuple[Floats, Floats]:
-        """The ranks in the buckets that the leaves say, and how far off those of keys may be."""
+        """The rank in its bucket that each query's leaf predicts, and the error bound for keys of the run."""
         at = self.model.buckets[bucket]
         code = np.maximum(queries, at["low"]) - at["low"]
-        leaves = (np.uint64(1) << (at["place"] & np.uint64(0xFF))).astype(np.float64)
+        first, count = parts_of(at["place"])
+        leaves = count.astype(np.float64)
         t = np.minimum(code.astype(np.float64) * at["scale"], leaves)
         leaf = np.minimum(t, leaves - 1).astype(np.int64)
-        base, slope, radius = self.model.pool.rows[(at["place"] >> np.uint64(8)).astype(np.int64) + leaf].T
+        base, slope, radius = self.model.pool.rows[first + leaf].T
         return base + slope * (t - leaf), radius
 
     def _halve(self, queries: Codes, low: Ints, high: Ints) -> Ints:
@@ -156,27 +189,22 @@ class NumpyView:
         rank[wrong] = np.searchsorted(self.codes, queries[wrong])
         return rank
 
-    def _found_in_run(self, queries: Codes, rank: Ints) -> Ints:
-        n = len(self.codes)
-        if n == 0:
-            return np.full(len(queries), ABSENT, dtype=np.int64)
-        return np.where((rank < n) & (self.codes[np.minimum(rank, n - 1)] == queries), rank, ABSENT)
-
-    def _locate(self, queries: Codes, rank: Ints, entry: Ints) -> Ints:
-        inside = np.minimum(entry, len(self.delta) - 1)
-        changed = (entry < len(self.delta)) & (self.delta.codes[inside] == queries)
-        in_delta = np.where(self.delta.alive[inside] > 0, len(self.codes) + inside, ABSENT)
-        return np.where(changed, in_delta, self._found_in_run(queries, rank))
-
 
 class StepView(NumpyView):
     """Batches over a run of few distinct codes, for both engines. Its searches use no model and are not counted."""
 
-    def __init__(
-        self, steps: Steps, codes: Codes, model: Model, hits: NDArray[np.uint64], delta: Delta, engine: Engine
-    ) -> None:
-        super().__init__(codes, model, hits, delta)
+    def __init__(self, steps: Steps, key_type: KeyType, run: Run, delta: Delta, engine: Engine) -> None:
+        super().__init__(key_type, run, delta)
         self.steps, self.engine = steps, engine
 
     def _run_ranks(self, queries: Codes) -> Ints:
-        return self.steps.starts[ranks(self.steps.codes, queries, False, self.engine)]
+        return self.steps.starts[ranks_in(self.steps.codes, queries, False, self.engine)]
+
+
+def _equal_at(codes: Codes, rank: Ints, queries: Codes) -> Mask:
+    """Whether the code at each rank is the query."""
+    n = len(codes)
+    if n == 0:
+        return np.zeros(len(queries), dtype=np.bool_)
+    equal: Mask = (rank < n) & (codes[np.minimum(rank, n - 1)] == queries)
+    return equal

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .arrays import Codes, Ints
 from .engine import Engine, native
 
 
-def splice(old: NDArray[Any], at: NDArray[np.int64], new: NDArray[Any], engine: Engine) -> NDArray[Any]:
+def splice(old: NDArray[Any], at: Ints, new: NDArray[Any], engine: Engine) -> NDArray[Any]:
     """`old` with `new` at the positions `at`, ascending, of the result."""
     result = np.empty(len(old) + len(new), dtype=old.dtype)
     if engine == "native" and not old.dtype.hasobject and old.dtype.itemsize:
@@ -24,10 +25,10 @@ def splice(old: NDArray[Any], at: NDArray[np.int64], new: NDArray[Any], engine: 
     return result
 
 
-def ranks(codes: NDArray[np.uint64], queries: NDArray[np.uint64], right: bool, engine: Engine) -> NDArray[np.int64]:
+def ranks_in(codes: Codes, queries: Codes, right: bool, engine: Engine) -> Ints:
     """How many of the sorted codes are below each query, or (`right`) not above it."""
     if engine == "numpy":
         return np.searchsorted(codes, queries, side="right" if right else "left")
     result = np.empty(len(queries), dtype=np.int64)
-    native.ranks(np.ascontiguousarray(codes), np.ascontiguousarray(queries), int(right), result)
+    native.ranks(np.ascontiguousarray(codes), np.ascontiguousarray(queries), right, result)
     return result

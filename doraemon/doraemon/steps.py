@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .keys import Codes
+from .arrays import Codes, Ints
 
-MOST = 4096  #: distinct keys whose list stays in the cache
-COPIES = 4  #: of each key, on average, from which the list is worth it
+MAX_DISTINCT = 4096  #: distinct keys whose list stays in the cache
+MIN_COPIES = 4  #: of each key, on average, from which the list is worth it
 
 
 class Steps(NamedTuple):
@@ -22,16 +21,16 @@ class Steps(NamedTuple):
     """
 
     codes: Codes
-    starts: NDArray[np.int64]
+    starts: Ints
 
 
 def find_steps(codes: Codes) -> Steps | None:
-    """The distinct codes of sorted ones if they are few, else None. O(MOST * log n), and most often much less.
+    """The distinct codes of sorted ones if they are few, else None. O(MAX_DISTINCT * log n), and most often much less.
 
     Stretches with different codes at their ends are halved, and those with the same code are left out, until each is
     the step from one code to the next.
     """
-    most = min(MOST, len(codes) // COPIES)
+    most = min(MAX_DISTINCT, len(codes) // MIN_COPIES)
     if most == 0:
         return None
     low, high = np.array([0]), np.array([len(codes) - 1])

@@ -24,6 +24,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .arrays import Arrays
 from .dtypes import Described, described, parsed
 from .errors import CorruptFileError, damaged
 from .replacing import clear_unfinished, replacing
@@ -34,7 +35,6 @@ ALIGNMENT = 64
 _PREFIX = struct.Struct("<8sIII")
 MAX_HEADER = 1 << 24  #: bytes; what is longer was not written by `write`
 
-Arrays = dict[str, NDArray[Any]]
 Header = dict[str, Any]
 
 

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Ints = NDArray[np.int64]
-Mask = NDArray[np.bool_]
+from .arrays import Ints, Mask
 
 _LAST = np.iinfo(np.int64).max
 _FACTORS = {"as": 1, "fs": 1000, "ps": 1000, "ns": 1000, "us": 1000, "ms": 1000, "s": 1000}
@@ -28,11 +27,11 @@ def as_time(given: Any) -> np.datetime64:
     if isinstance(given, datetime.datetime) and given.tzinfo is not None:
         given = given.astimezone(datetime.UTC).replace(tzinfo=None)
     if not isinstance(given, np.datetime64 | datetime.date | str):
-        raise _no_time(given)
+        raise _time_error(given)
     try:
         return np.datetime64(given)
     except ValueError:
-        raise _no_time(given) from None
+        raise _time_error(given) from None
 
 
 def as_duration(given: Any) -> np.timedelta64:
@@ -44,7 +43,7 @@ def as_duration(given: Any) -> np.timedelta64:
     return np.timedelta64(given)
 
 
-def _no_time(given: Any) -> TypeError:
+def _time_error(given: Any) -> TypeError:
     return TypeError(f"{given!r} is not a time: ask with a datetime64, a datetime or an ISO string")
 
 

@@ -9,17 +9,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .exact import as_number
-from .inputs import as_sequence, refuse_masked
+from .arrays import Mask, Values
+from .inputs import as_number, as_sequence, refuse_masked
 from .times import as_duration, as_time
 
-Values = NDArray[Any]
-
-#: kinds of dtype that a dtype of a kind takes values of; one by one, they are still refused if they do not fit
-_TAKES = {"b": "b", "i": "biu", "u": "biu", "f": "biuf", "c": "biufc", "M": "M", "m": "mbiu", "S": "S"}
-_TAKES |= {"U": "U", "T": "TU", "O": "biufcMmSUTOV"}
+#: by kind of dtype, the kinds whose values are cast to it; a value that does not fit is still refused
+_CASTS_FROM = {"b": "b", "i": "biu", "u": "biu", "f": "biuf", "c": "biufc", "M": "M", "m": "mbiu", "S": "S"}
+_CASTS_FROM |= {"U": "U", "T": "TU", "O": "biufcMmSUTOV"}
 _WIDTH = {"S": 1, "U": 4}  #: bytes of a character
 _FROM_OBJECTS: dict[str, Callable[[Any], Any]] = {"M": as_time, "m": as_duration}
 
@@ -39,7 +36,7 @@ def _array_of(given: Any) -> Values:
     if not isinstance(items, list):
         return items
     array = np.asarray(items)
-    return array if array.ndim != 1 or _kept(array, items) else _objects(items)
+    return array if array.ndim != 1 or _keeps_items(array, items) else _objects(items)
 
 
 def _sequence_of(given: Any) -> Values | list[Any]:
@@ -51,7 +48,7 @@ def _sequence_of(given: Any) -> Values | list[Any]:
     return items
 
 
-def _kept(array: Values, items: list[Any]) -> bool:
+def _keeps_items(array: Values, items: list[Any]) -> bool:
     """Whether NumPy's array of a list has its very items: it turns numbers among texts to text, and large ints among
     floats to floats, and cuts off zero bytes."""
     if array.dtype.kind in "SU":
@@ -82,7 +79,7 @@ def values_like(given: Any, dtype: np.dtype[Any], count: int) -> Values:
         array = _from_tuples(items, dtype)
     else:
         array = _array_of(items) if isinstance(items, list) else items
-    return _fitted(as_values(array, count), dtype)
+    return _converted(as_values(array, count), dtype)
 
 
 def _from_tuples(items: list[Any], dtype: np.dtype[Any]) -> Values:
@@ -96,39 +93,39 @@ def _from_tuples(items: list[Any], dtype: np.dtype[Any]) -> Values:
         if field.subdtype is None:
             array[name] = values_like(column, field, len(items))
         else:
-            array[name] = _fitted(np.asarray(column), field.base)
+            array[name] = _converted(np.asarray(column), field.base)
     return array
 
 
-def _fitted(array: Values, dtype: np.dtype[Any]) -> Values:
+def _converted(array: Values, dtype: np.dtype[Any]) -> Values:
     """A copy in another dtype of an array of any shape."""
     if array.dtype == dtype:
         return array.astype(dtype)
     if dtype.names is not None and array.dtype.names == dtype.names:
-        return _fitted_fields(array, dtype)
+        return _converted_fields(array, dtype)
     if array.dtype.kind == "O" and dtype.kind != "O":
         array = _from_objects(array, dtype)
-    if array.dtype.kind not in _TAKES.get(dtype.kind, ""):
-        raise _other_kind(array, dtype)
+    if array.dtype.kind not in _CASTS_FROM.get(dtype.kind, ""):
+        raise _kind_error(array, dtype)
     width = _WIDTH.get(dtype.kind)
     if width and array.dtype.itemsize > dtype.itemsize:
-        raise _other_kind(array, dtype)
+        raise _kind_error(array, dtype)
     return _cast(array, dtype)
 
 
-def _fitted_fields(array: Values, dtype: np.dtype[Any]) -> Values:
+def _converted_fields(array: Values, dtype: np.dtype[Any]) -> Values:
     result = np.zeros(array.shape, dtype=dtype)
     for name in dtype.names or ():
         if array[name].shape != result[name].shape:
-            raise _other_kind(array, dtype)
-        result[name] = _fitted(array[name], dtype[name].base)
+            raise _kind_error(array, dtype)
+        result[name] = _converted(array[name], dtype[name].base)
     return result
 
 
 def _from_objects(array: Values, dtype: np.dtype[Any]) -> Values:
     """Objects as numbers or times, where they are all of them."""
     if dtype.kind in _FROM_OBJECTS:
-        ones = [_fitted(np.array([_FROM_OBJECTS[dtype.kind](item)]), dtype) for item in array.flat]
+        ones = [_converted(np.array([_FROM_OBJECTS[dtype.kind](item)]), dtype) for item in array.flat]
         return np.concatenate([np.zeros(0, dtype), *ones]).reshape(array.shape)
     if all(isinstance(item, int | np.integer) for item in array.flat) and dtype.kind in "iu":
         raise OverflowError(f"a value does not fit {dtype}: make the map with values of a wider dtype")
@@ -138,12 +135,12 @@ def _from_objects(array: Values, dtype: np.dtype[Any]) -> Values:
 def _cast(array: Values, dtype: np.dtype[Any]) -> Values:
     with np.errstate(over="ignore", invalid="ignore"):
         cast = array.astype(dtype)
-    if not _same(array, cast):
+    if not _same_values(array, cast):
         raise OverflowError(f"a value does not fit {dtype}: make the map with values of a wider dtype")
     return cast
 
 
-def _same(array: Values, cast: Values) -> bool:
+def _same_values(array: Values, cast: Values) -> bool:
     """Whether a cast kept every value, but for the rounding of floats."""
     kinds = array.dtype.kind + cast.dtype.kind
     if kinds in ("ff", "fc", "cc"):
@@ -158,33 +155,33 @@ def _same(array: Values, cast: Values) -> bool:
 
 
 def exact_ints(dtype: np.dtype[Any]) -> float:
-    """Up to where a dtype of floats holds every int."""
+    """The int up to which a dtype of floats holds every int."""
     return float(2.0 ** (np.finfo(dtype).nmant + 1))
 
 
-def _other_kind(array: Values, dtype: np.dtype[Any]) -> TypeError:
+def _kind_error(array: Values, dtype: np.dtype[Any]) -> TypeError:
     return TypeError(f"values of dtype {array.dtype} for a map of {dtype}: make the map with values of that dtype")
 
 
-# ---- values beside a default
+# ---- values with a default for absent keys
 
 
-def dtype_beside(default: Any, dtype: np.dtype[Any]) -> np.dtype[Any]:
+def dtype_with_default(default: Any, dtype: np.dtype[Any]) -> np.dtype[Any]:
     """A dtype that holds a map's values and the default, none of them changed: object where no other does."""
     refuse_masked(default)
-    if _holds(dtype, default):
+    if _has_exactly(dtype, default):
         return dtype
     given = np.asarray(default) if np.isscalar(default) else np.asarray(None)
     if dtype.kind in "SU" and given.dtype.kind == dtype.kind:
         return np.result_type(dtype, given)
     if dtype.kind in "biufc" and given.dtype.kind in "biufc":
         common = np.result_type(dtype, given)
-        if _holds_all(common, dtype) and _holds(common, default):
+        if _has_all_of(common, dtype) and _has_exactly(common, default):
             return common
     return np.dtype(object)
 
 
-def _holds(dtype: np.dtype[Any], one: Any) -> bool:
+def _has_exactly(dtype: np.dtype[Any], one: Any) -> bool:
     """Whether the dtype has this very value."""
     try:
         cast = values_like([one], dtype, 1)[0]
@@ -199,15 +196,15 @@ def _number(one: Any) -> Any:
     return one if isinstance(one, complex | np.complexfloating) else as_number(one)
 
 
-def _holds_all(dtype: np.dtype[Any], other: np.dtype[Any]) -> bool:
+def _has_all_of(dtype: np.dtype[Any], other: np.dtype[Any]) -> bool:
     """Whether a dtype of numbers has all values of the other."""
     if other.kind in "iu" and dtype.kind in "fc":
         return float(max(abs(np.iinfo(other).min), np.iinfo(other).max)) <= exact_ints(dtype)
     return np.can_cast(other, dtype)
 
 
-def beside(found: Values, absent: NDArray[np.bool_], default: Any, dtype: np.dtype[Any]) -> Values:
-    """Values and, where they are absent, the default, in a dtype that `dtype_beside` chose."""
+def with_default(found: Values, absent: Mask, default: Any, dtype: np.dtype[Any]) -> Values:
+    """Values and, where they are absent, the default, in a dtype that `dtype_with_default` chose."""
     result = np.empty(len(absent), dtype=dtype)
     apart = dtype.kind == "O" and found.dtype.kind in "MmV"  # which NumPy would turn to ints and tuples
     result[~absent] = _objects(found) if apart else found

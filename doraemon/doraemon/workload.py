@@ -32,7 +32,7 @@ def signature(counts: ArrayLike, prior: ArrayLike | None = None, strength: float
         prior: what to believe before the first count, uniform by default.
         strength: how many counts per bin the prior is worth, more than 0.
 
-    O(bins).
+    Raises ValueError if the prior has other bins or the strength is not above 0. O(bins).
 
     >>> signature([3, 0, 1]).round(3)
     array([0.571, 0.143, 0.286])
@@ -51,7 +51,7 @@ def signature(counts: ArrayLike, prior: ArrayLike | None = None, strength: float
 def distance(current: ArrayLike, other: ArrayLike) -> float:
     """KL(current || other) in bits: the extra binary-search steps per access when served by what `other` asked for.
 
-    O(bins).
+    Raises ValueError if they have other numbers of bins. O(bins).
 
     >>> distance([0.5, 0.5], [0.5, 0.5]), distance([1.0, 0.0], [0.5, 0.5])
     (0.0, 1.0)
@@ -77,7 +77,13 @@ def drift(current: ArrayLike, trained: ArrayLike, steps_per_bit: float = 1.0) ->
 
 @dataclass(frozen=True)
 class Match(Generic[T]):
-    """What a memory found: the nearest signature, how far it is in bits, and what was remembered with it."""
+    """What a memory found: the nearest signature, how far it is in bits, and what was remembered with it.
+
+    >>> memory = Memory[str]()
+    >>> memory.remember(signature([1, 1]), "even")
+    >>> memory.nearest(signature([1, 1]))
+    Match(signature=array([0.5, 0.5]), distance=0.0, value='even')
+    """
 
     signature: Signature
     distance: float
@@ -100,6 +106,8 @@ class _Entry(Generic[T]):
 
 class Memory(Generic[T]):
     """A bounded memory of what was made for past workloads. The one not recalled for longest is forgotten first.
+
+    Raises ValueError if the capacity is below 0.
 
     >>> memory = Memory[int](capacity=8)
     >>> memory.nearest(signature([1, 2])) is None

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from doraemon import engine as engines
-from doraemon import model, writer
+from doraemon import model, state
 
 settings.register_profile(
     "default", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -35,5 +35,5 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "DEPTH", 4)
     monkeypatch.setattr(model, "LEAF_KEYS", 2)
     monkeypatch.setattr(model, "MIN_LEAF_KEYS", 1)
-    monkeypatch.setattr(model, "POOL_MOST", 2)
-    monkeypatch.setattr(writer, "MIN_DELTA", 12)
+    monkeypatch.setattr(model, "MAX_POOL", 2)
+    monkeypatch.setattr(state, "MIN_DELTA", 12)

@@ -58,7 +58,7 @@ def test_a_workload_that_returns_finds_its_model_without_a_fit(engine: str) -> N
     for low, high in ((0.1, 0.2), (0.7, 0.8)):
         ask(index, low, high, count=1_000_000)
         index.adapt()
-    day = index._memory.nearest(next(known for known, _ in list(index._memory)[-2:-1]))
+    day = index._state.run.memory.nearest(next(known for known, _ in list(index._state.run.memory)[-2:-1]))
     ask(index, 0.1, 0.2, count=3_000_000)
     report = index.adapt()
     assert day is not None

@@ -21,7 +21,7 @@ import pytest
 from domains import DTYPES
 
 from doraemon import Index
-from doraemon.exact import as_number
+from doraemon.inputs import as_number
 
 pd = pytest.importorskip("pandas", reason="pandas users hand in what pandas makes")
 
@@ -650,7 +650,7 @@ def test_copies_are_of_the_same_class_with_the_same_attributes(how: str, cls: An
     assert (other.name, other.notes) == ("prices", ["first"])
     assert (other.notes is index.notes) == (how in ("copy()", "copy.copy"))
     assert other.explain() == replace(index.explain(), model_bytes=other.explain().model_bytes)
-    assert (other._merging, other._memory.capacity) == ("manual", 3)
+    assert (other._merging, other._state.run.memory.capacity) == ("manual", 3)
     other.update(4, 40)
     other.discard(1)
     other.compact()

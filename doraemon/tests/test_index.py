@@ -79,7 +79,7 @@ WRONG: list[tuple[Callable[[Index, Index], object], type[Exception], str]] = [
     (lambda keys, map_: keys.get_many([1]), TypeError, "make it with values"),
     (lambda keys, map_: keys.values(), TypeError, "make it with values"),
     (lambda keys, map_: keys.update(1, 1), TypeError, "make it with values"),
-    (lambda keys, map_: keys.insert(1, 1), TypeError, "without a value"),
+    (lambda keys, map_: keys.insert(1, 1), TypeError, "without values"),
     (lambda keys, map_: keys.extend([1], [1]), TypeError, "without values"),
     (lambda keys, map_: map_.insert(9), TypeError, "give a value"),
     (lambda keys, map_: map_.extend([9]), TypeError, "give a value"),

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from doraemon import Index
 from doraemon import model as model_module
+from doraemon.arrays import Codes
 from doraemon.engine import choose
-from doraemon.keys import Codes
 from doraemon.model import Model, build, choose_bits, refit
-from doraemon.splicing import ranks
+from doraemon.splicing import ranks_in
 
 RNG = np.random.default_rng(5)
 
@@ -123,7 +123,7 @@ def test_leaves_once_fitted_are_not_fitted_again(engine: str) -> None:
 def test_a_full_pool_is_replaced_and_the_old_model_stays(
     engine: str, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_module, "POOL_MOST", most)
+    monkeypatch.setattr(model_module, "MAX_POOL", most)
     codes = shapes(20_000)["lognormal"]
     first = model = build(codes, choose(engine))
     for extra in (1, 2, 3):
@@ -131,7 +131,7 @@ def test_a_full_pool_is_replaced_and_the_old_model_stays(
         predicted, radius = predictions(model, codes)
         assert (np.abs(predicted - np.searchsorted(codes, codes)) <= radius + 1e-2).all()
     assert model.pool is not first.pool
-    known = (model.pool.where >= 0).sum(axis=1)
+    known = (model.pool.first_rows >= 0).sum(axis=1)
     assert (known == (4 if most == 100 else 1)).all()
     predicted, radius = predictions(first, codes)
     assert (np.abs(predicted - np.searchsorted(codes, codes)) <= radius + 1e-2).all()
@@ -142,11 +142,11 @@ def test_the_fit_in_c_refuses_arrays_that_do_not_fit() -> None:
     keys, scales = np.arange(10, dtype=np.uint64), np.ones(1)
     bits, out = np.zeros(1, np.uint8), np.zeros((1, 3), np.float32)
     bad: list[tuple[Any, ...]] = [
-        (keys, np.array([[0, 11]]), scales, bits, out),
-        (keys, np.array([[5, 5]]), scales, bits, out),
-        (keys, np.array([[-1, 5]]), scales, bits, out),
-        (keys, np.array([[0, 10]]), scales, bits + np.uint8(1), out),
-        (keys, np.array([[0, 10]]), np.ones(2), bits, out),
+        (keys, np.array([[0, 11]]), scales, bits, 1.0, out),
+        (keys, np.array([[5, 5]]), scales, bits, 1.0, out),
+        (keys, np.array([[-1, 5]]), scales, bits, 1.0, out),
+        (keys, np.array([[0, 10]]), scales, bits + np.uint8(1), 1.0, out),
+        (keys, np.array([[0, 10]]), np.ones(2), bits, 1.0, out),
     ]
     for arguments in bad:
         with pytest.raises(ValueError, match="fit together"):
@@ -171,7 +171,7 @@ def test_ranks_without_a_model_are_those_of_searchsorted(n: int, right: bool) ->
     asked = np.array([0, 1, 2, 5, 6, 2**63, 2**64 - 2, 2**64 - 1] * 17, dtype=np.uint64)
     expected = np.searchsorted(codes, asked, side="right" if right else "left")
     for engine in (choose(None), choose("numpy")):
-        np.testing.assert_array_equal(ranks(codes, asked, right, engine), expected)
+        np.testing.assert_array_equal(ranks_in(codes, asked, right, engine), expected)
 
 
 def test_ranks_in_c_refuse_a_wrong_number_of_places() -> None:

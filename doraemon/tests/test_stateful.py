@@ -13,9 +13,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from doraemon import Index
+from doraemon import Index, Snapshot
 from doraemon.model import refit
-from doraemon.reader import Reader
 
 
 class Contents:
@@ -28,7 +27,7 @@ class Contents:
         return Contents(self.keys.copy(), self.values.copy())
 
 
-def check_answers(index: Reader, contents: Contents, asked: list[Any]) -> None:
+def check_answers(index: Index | Snapshot, contents: Contents, asked: list[Any]) -> None:
     """Every question, one by one and as a batch."""
     ordered, numbers = contents.keys, [plain(query) for query in asked]
     left, right = [bisect_left(ordered, q) for q in numbers], [bisect_right(ordered, q) for q in numbers]
@@ -49,7 +48,7 @@ def check_answers(index: Reader, contents: Contents, asked: list[Any]) -> None:
         assert index.get_many(batch, -1).tolist() == [contents.values.get(number, -1) for number in numbers]
 
 
-def check_contents(index: Reader, contents: Contents) -> None:
+def check_contents(index: Index | Snapshot, contents: Contents) -> None:
     assert len(index) == len(contents.keys)
     assert plain_list(index.keys()) == contents.keys
     if index.is_map:
@@ -72,7 +71,7 @@ class Machine(RuleBasedStateMachine):
         self.index = Index(array, values, engine=self.engine, merging=data.draw(st.sampled_from(["inline", "manual"])))
         numbers = [plain(key) for key in first]
         self.contents = Contents(sorted(numbers), dict(zip(numbers, range(len(first)), strict=True)))
-        self.snapshots: list[tuple[Reader, Contents]] = []
+        self.snapshots: list[tuple[Index | Snapshot, Contents]] = []
         self.next_value = 100
 
     def _put(self, number: Any) -> int:
@@ -150,7 +149,7 @@ class Machine(RuleBasedStateMachine):
         state = self.index._state
         bits = np.random.default_rng(seed).integers(0, 7, len(state.run.model.bits)).astype(np.uint8)
         model, _ = refit(state.run.model, state.run.codes, bits, state.engine)
-        self.index._state = state.remodelled(model, state.run.trained)
+        self.index._state = state.remodelled(model, state.run.trained, state.run.memory)
 
     @rule(data=st.data())
     def ask(self, data: st.DataObject) -> None:

@@ -7,17 +7,17 @@ import pytest
 from domains import DTYPES
 
 from doraemon import Index
-from doraemon.steps import MOST, find_steps
+from doraemon.steps import MAX_DISTINCT, find_steps
 
 
-@pytest.mark.parametrize("distinct", [1, 2, 3, 64, 1000, MOST, MOST + 1])
+@pytest.mark.parametrize("distinct", [1, 2, 3, 64, 1000, MAX_DISTINCT, MAX_DISTINCT + 1])
 @pytest.mark.parametrize("even", [True, False])
 def test_steps_are_the_distinct_codes(distinct: int, even: bool) -> None:
     rng = np.random.default_rng(distinct)
     codes = np.unique(rng.integers(0, 2**64, 2 * distinct, dtype=np.uint64))[:distinct]
     counts = np.full(distinct, 5) if even else 3 + rng.geometric(0.1, distinct)
     steps = find_steps(np.repeat(codes, counts))
-    if distinct > MOST:
+    if distinct > MAX_DISTINCT:
         assert steps is None
         return
     assert steps is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import random
 import signal
 import stat
@@ -16,7 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from doraemon import CorruptFileError, Index, replacing, storage
+from doraemon import CorruptFileError, Index, Snapshot, replacing, storage
+
+DATA = Path(__file__).parent / "data"
 
 
 def written(path: Path, **options: Any) -> Path:
@@ -49,6 +52,22 @@ def test_arrays_are_aligned_and_the_header_is_json(tmp_path: Path) -> None:
     assert version == 1
     assert header["dtype"] == "<i8"
     assert all(entry["offset"] % 64 == 0 for entry in header["arrays"])
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_files_and_pickles_of_the_first_version_open(engine: str, mmap: bool) -> None:
+    """`tests/data` has what was written before states held everything."""
+    opened = Index.open(DATA / "version1.dora", mmap, engine=engine)
+    unpickled, frozen = pickle.loads((DATA / "version1.pickle").read_bytes())
+    for index in (opened, unpickled, frozen):
+        assert index.items()[0].tolist() == [1, 5, 7, 9]
+        assert index.items()[1].tolist() == [1.0, 2.4, 3.0, 4.0]
+        assert index.explain().delta_entries == 3
+    for index in (opened, unpickled):
+        index.update(12, 9.0)
+        index.compact()
+        assert index.items()[1].tolist() == [1.0, 2.4, 3.0, 4.0, 9.0]
+    assert type(frozen) is Snapshot
 
 
 def test_a_damaged_byte_anywhere_is_noticed(tmp_path: Path) -> None:

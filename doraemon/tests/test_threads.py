@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -120,6 +121,27 @@ def test_a_background_merge_happens(engine: str) -> None:
     assert index.explain().run_keys == len(index) == 6000
 
 
+@pytest.mark.usefixtures("small_parts")
+def test_what_is_saved_is_of_one_moment(request: pytest.FixtureRequest, tmp_path: Path, engine: str) -> None:
+    """A merge changes the number of buckets, and with it the shares that are remembered of each workload."""
+    index = Index(np.arange(20_000), engine=engine, merging="manual")
+    index.searchsorted(np.tile(np.arange(2000), 100))
+    assert index.adapt().changed > 0
+
+    def write() -> None:
+        more = np.random.default_rng().integers(0, 20_000, 3000)
+        index.extend(more)
+        index.compact()
+        index.discard_many(more)
+        index.compact()
+
+    def save() -> None:
+        index.save(tmp_path / "index.dora")
+        assert Index.open(tmp_path / "index.dora", engine=engine).explain().remembered == 2
+
+    Threads(write, save).run(request.config.getoption("--stress") / 2)
+
+
 OPERATIONS = st.lists(st.tuples(st.booleans(), st.integers(0, 12)), max_size=12)
 
 
@@ -145,7 +167,7 @@ def test_a_merge_keeps_what_was_written_while_it_went_on(
     apply(index, during, 2)
     now: State = index._state
     other = index.copy()
-    other._install(merged, now.after_merge(earlier, merged))
+    other._state = now.after_merge(earlier, merged)
     assert other.keys().tolist() == index.keys().tolist()
     if is_map:
         assert other.values().tolist() == index.values().tolist()

@@ -1,0 +1,123 @@
+"""From what users give to states: the first state of an index, and the one after each change, which touches nothing of
+the state before it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from .arrays import Codes, Ints
+from .delta import add_counts, put
+from .engine import Engine
+from .inputs import as_sequence
+from .keys import KeyType
+from .run import Models, Run
+from .state import REQUIRED, State
+from .values import as_values, values_like
+
+
+def create(keys: ArrayLike, values: ArrayLike | None, dtype: DTypeLike | None, engine: Engine, memory: Models) -> State:
+    """The state of keys, and of a map's values, in any order; see `Index`."""
+    items = as_sequence(keys)
+    key_type = KeyType.of(_dtype_of(items) if dtype is None else dtype)
+    codes, sorted_values = _sorted(key_type, key_type.encode_any(items), values)
+    return State.of(key_type, engine, Run.of(codes, sorted_values, engine, memory))
+
+
+def insert(state: State, key: Any, value: Any) -> State:
+    """One more key, with a value in a map; see `Index.insert`."""
+    if state.is_map and state.view.contains(key):
+        raise KeyError(f"{key!r} is in the map: use update() to replace its value")
+    return update(state, key, value)
+
+
+def update(state: State, key: Any, value: Any) -> State:
+    """A map with a value for the key, new or not; a multiset with one more copy, where the value is REQUIRED."""
+    codes = np.array([state.key_type.encode_one(key)], dtype=np.uint64)
+    return _put(state, codes, None if value is REQUIRED else [value])
+
+
+def extend(state: State, keys: ArrayLike, values: ArrayLike | None) -> State:
+    """Many more keys; in a map values for many, the last of equal keys winning."""
+    return _put(state, state.key_type.encode_any(keys), values)
+
+
+def discard(state: State, key: Any) -> State:
+    """One copy of the key less; the state itself if there is none."""
+    if not state.view.contains(key):
+        return state
+    return _remove(state, np.array([state.key_type.encode_one(key)], dtype=np.uint64))
+
+
+def discard_many(state: State, keys: ArrayLike) -> State:
+    """Each key that is there less, from a multiset one copy per time it is given."""
+    codes, exact, _ = state.key_type.cuts(keys)
+    return _remove(state, codes if exact is None else codes[exact])
+
+
+def _put(state: State, codes: Codes, values: Any) -> State:
+    if not state.is_map:
+        if values is not None:
+            raise TypeError("this index has keys only: give keys without values, or make it with values")
+        codes, counts = np.unique(codes, return_counts=True)
+        return state.with_delta(add_counts(state.delta, codes, counts, state.writes + 1, state.count_in_run))
+    if values is None:
+        raise TypeError("this index is a map: give a value for every key")
+    new = values_like(values, state.value_dtype, len(codes))
+    codes, last = _unique_last(codes)
+    return state.with_delta(put(state.delta, codes, True, new[last], state.writes + 1, state.count_in_run))
+
+
+def _remove(state: State, codes: Codes) -> State:
+    codes, counts = np.unique(codes, return_counts=True)
+    if state.is_map:
+        filler = np.zeros(len(codes), dtype=state.value_dtype)
+        return state.with_delta(put(state.delta, codes, False, filler, state.writes + 1, state.count_in_run))
+    present: Ints = state.code_ranks(codes, right=True) - state.code_ranks(codes)
+    removed = np.minimum(counts, present)
+    codes, change = codes[removed > 0], -removed[removed > 0]
+    return state.with_delta(add_counts(state.delta, codes, change, state.writes + 1, state.count_in_run))
+
+
+def _dtype_of(keys: NDArray[Any] | list[Any]) -> DTypeLike:
+    """The dtype of keys; of Python ints int64, where NumPy would choose by their values, and floats for some."""
+    if isinstance(keys, list) and all(isinstance(key, int) for key in keys):
+        return np.int64
+    return np.asarray(keys).dtype
+
+
+def _sorted(key_type: KeyType, codes: Codes, values: ArrayLike | None) -> tuple[Codes, NDArray[Any] | None]:
+    if values is None:
+        return _sorted_copy(codes, key_type), None
+    values = as_values(values, len(codes))
+    if _ascending(codes):
+        codes, values = _sorted_copy(codes, key_type), values.copy()
+    else:
+        order = np.argsort(codes, kind="stable")
+        codes, values = codes[order], values[order]
+    twice = codes[1:] == codes[:-1]
+    if twice.any():
+        key = key_type.decode_one(int(codes[int(np.argmax(twice))]))
+        raise ValueError(f"key {key!r} occurs more than once: start from an empty map and extend() it, last one wins")
+    return codes, values
+
+
+def _sorted_copy(codes: Codes, key_type: KeyType) -> Codes:
+    """Sorted codes that no one else can change: those of uint64 keys are the caller's keys themselves."""
+    if not _ascending(codes):
+        return np.sort(codes)
+    return codes.copy() if key_type.dtype == np.uint64 else codes
+
+
+def _ascending(codes: Codes) -> bool:
+    return bool((codes[1:] >= codes[:-1]).all())
+
+
+def _unique_last(codes: Codes) -> tuple[Codes, Ints]:
+    """Distinct codes in order, and where in the input each occurs last."""
+    order = np.argsort(codes, kind="stable")
+    ordered = codes[order]
+    last = np.append(ordered[1:] != ordered[:-1], True)[: len(codes)]
+    return ordered[last], order[last]

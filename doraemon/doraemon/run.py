@@ -1,0 +1,80 @@
+"""Runs: sorted keys that do not change, with all that is known of how they are searched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from .arrays import Bits, Codes, Ints, Values
+from .engine import Engine
+from .heat import Heat, rebucket, shares_of
+from .model import Model, bucket_starts, build, choose_bits
+from .steps import Steps, find_steps
+from .workload import Memory, Signature, signature
+
+Models = Memory[Bits]  #: leaf numbers given for past workloads
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """Sorted keys that do not change, the model over them, and the workloads that its buckets have seen.
+
+    Attributes:
+        codes: ascending; distinct in a map.
+        values: of a map, in the same order; None for a multiset.
+        model: leads from codes to positions.
+        heat: access counts of the model's buckets.
+        trained: the access shares that the model's leaves were given for.
+        memory: leaf numbers for past workloads. Never changed: an adaptation makes another.
+    """
+
+    codes: Codes
+    values: Values | None
+    model: Model
+    heat: Heat
+    trained: Signature
+    memory: Models
+
+    @classmethod
+    def of(cls, codes: Codes, values: Values | None, engine: Engine, memory: Models) -> Run:
+        """The run of sorted codes that have not been searched yet."""
+        model = build(codes, engine)
+        heat = Heat(len(model.bounds))
+        return cls(codes, values, model, heat, heat.signature(model.depths), memory)
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    @cached_property
+    def steps(self) -> Steps | None:
+        """The distinct codes, if they are few; those of a map are not."""
+        return find_steps(self.codes) if self.values is None else None
+
+    def followed_by(self, codes: Codes, values: Values | None, engine: Engine) -> Run:
+        """The run of other codes in this one's place, its model fitted for the accesses counted so far."""
+        memory = self.memory_over(codes)
+        if len(self) == 0:
+            return Run.of(codes, values, engine, memory)
+        starts = bucket_starts(len(codes))
+        counts = rebucket(self.heat.counts(), self._bucket_ranks(codes), starts)
+        shares = shares_of(counts, np.diff(starts))
+        return Run(codes, values, build(codes, engine, shares), Heat(len(counts), counts), shares, memory)
+
+    def memory_over(self, codes: Codes) -> Models:
+        """The memory over the buckets of other codes: each workload's shares there, and leaf numbers for them."""
+        if len(self) == 0 or len(codes) == 0:
+            return Models(self.memory.capacity)  # without buckets on both sides no workload can be carried over
+        ranks, starts = self._bucket_ranks(codes), bucket_starts(len(codes))
+        depths = np.diff(starts)
+
+        def moved(known: Signature, bits: Bits) -> tuple[Signature, Bits]:
+            shares = signature(rebucket(known, ranks, starts), depths, 1e-6)
+            return shares, choose_bits(depths, shares)
+
+        return self.memory.transformed(moved)
+
+    def _bucket_ranks(self, codes: Codes) -> Ints:
+        """int64 [buckets + 1]: where this run's buckets would begin and end among other codes."""
+        return np.append(np.searchsorted(codes, self.model.bounds), len(codes)).astype(np.int64)
