@@ -131,7 +131,7 @@ def test_beside_a_stale_library_the_reference_runs_and_says_why(
     monkeypatch.delenv("TARDIS_KERNELS", raising=False)
     folded, dense = stored_fold(40, 96, Storage(48), torch.float32)
     with pytest.warns(RuntimeWarning) as said:
-        y = FoldedFFN(folded, "gelu")(correlated(2, 40), dense)
+        y = FoldedFFN(folded)(correlated(2, 40), dense)
     assert y.shape == (2, 40)
     messages = [str(each.message) for each in said]
     assert any(str(path) in message and "are not used" in message for message in messages)
