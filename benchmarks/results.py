@@ -40,30 +40,38 @@ BENCHES = {
     "bench-2-falcon-7b-int4-compiled.json": "Falcon-7B, 16 layers in int4, steps compiled",
 }
 
-SPEED = """Weights that are read whole lie in panels, 32 outputs side by side, those of the dense FFN too: our dense
-kernel then reads memory as fast as it can be read, for up to a dozen tokens at once, and is a rival that only fewer
-bytes can beat. Their quotient is 4.2 in bf16 and 7.3 stacked. Of the targets, 4 times in bf16 and 6 times stacked are
-met over the kernel that reads row by row. Over panels 4 times is not met, and 6 times depends on the machine: two
-threads read 48 GB/s in some minutes and 71 in others, and a run an hour before this one, in the former, had 3.9 and 6.2
-times at batch 1. 4 times needs 95 % of the dense kernel's pace: predictor and fold have it; with one thread, in a loop
-that does nothing else, W1 rows from all over are read at 0.9 of it, and W2 rows, which are added to sums, at 0.8. At
-batch 8 the tokens together fix a third of the neurons, while eight tokens cost the dense FFN hardly more than one. All
-kernels are called with arguments that are put together once, as folded layers call them. The machine is shared, and its
-read bandwidth is measured once per run: trust the ratios, which are of neighbouring runs, before the shares of it."""
+SPEED = """Weights that are read whole lie in panels, 32 outputs side by side. Those of the dense FFN do, too: our dense
+kernel then reads at the pace of memory for up to a dozen tokens at once, and only fewer bytes can beat it. The fold reads
+4.2 times fewer in bf16, and 7.3 times fewer stacked.
 
-MODELS = """Models with random weights of the published shapes, their folds random too, with ranges that 5 % of the
-neurons leave; `kernels` is the dense model with every linear layer through our own bf16 kernel. Two threads, all
-weights in huge pages. Variants share the weights that they have in common, which therefore lie row by row, as they are
-stored: all of `kernels`, and attention and head of the folded model, whose folds and predictors lie in panels. (`tardis
-generate` puts all of them in panels; 24 GiB hold no second copy of them all.) The int4 comparison is of 16 of the 32
-layers, because both forms and the weights that they are made of do not fit 24 GiB together. Attention, head and what
-transformers does between the layers are the same in both and bound the ratio: of the bytes, 2.4 times as many are read
-without the fold, and what takes time without reading any weighs more beside it, which is why its GB/s are fewer.
-Compiled steps (`--compile`, every variant alike) have less of it: 11 and 15 ms a token of the folded model, where eager
-mode had 16 and 21, in two rounds with a clock around the kernels. A graph is little code, and weights push what eager
-mode runs out of the caches from layer to layer. In some minutes of this machine torch's products are slower while
-memory is faster: of two runs of the first model, half an hour apart, the folded one was 3.9 and 3.1 times as fast as
-transformers, and 2.3 times as fast as our kernels in both. The table has the later one."""
+The targets were 4 times as fast in bf16, and 6 times stacked. Over the kernel that reads row by row, both are met. Over
+panels 4 times is not met, and 6 times depends on the machine: two threads read 48 GB/s in some minutes and 71 in others,
+and a run an hour before this one, at 48, had 3.9 and 6.2 times at batch 1. For 4 times, the fold would have to read at 95 %
+of the dense kernel's pace. Predictor and fold do; but on one thread, in a loop that does nothing else, rows of W1 from all
+over are read at 0.9 of that pace, and rows of W2, which are added to sums, at 0.8.
+
+At batch 8 the tokens together fix a third of the neurons, while eight tokens cost the dense FFN hardly more than one. All
+kernels are called as folded layers call them, with arguments that are put together once. The machine is shared, and its
+read bandwidth is measured once per run: trust the ratios, which are of neighbouring runs, more than the shares of the
+bandwidth."""
+
+MODELS = """The models have random weights, in the published shapes. Their folds are random, too, with ranges that 5 % of the
+neurons leave. `dense` is the model as it is in transformers; `kernels` is the dense model with every linear layer through
+our own bf16 kernel. Two threads, all weights in huge pages.
+
+Variants share the weights that they have in common. These therefore lie row by row, as they are stored: all of `kernels`,
+and attention and head of the folded model. Its folds and predictors lie in panels. (`tardis generate` puts everything in
+panels; 24 GiB hold no second copy of these models.) The int4 comparison has 16 of the 32 layers, because both forms, and the
+weights that they are made of, do not fit 24 GiB together.
+
+Attention, the head, and what transformers does between the layers are the same in both, and bound the ratio. The dense model
+reads 2.4 times the bytes of the folded one; what takes time without reading weighs more beside fewer bytes, so the folded
+model's GB/s are lower. Compiled steps (`--compile`, for every variant) spend less time so: 11 and 15 ms per token of the
+folded model, where eager mode spent 16 and 21, in two rounds with a clock around the kernels.
+
+In some minutes torch's products are slower on this machine while memory is faster. Of two runs of the first model, half an
+hour apart, the folded one was 3.9 and 3.1 times as fast as transformers, and 2.3 times as fast as our kernels in both. The
+table has the later run."""
 
 HEAD = """# Results
 
@@ -84,14 +92,18 @@ what a model of billions of parameters would lose.
 
 {title}
 
-`touched`: bytes read for a token at batch 1; `resident`: bytes kept in memory; both of the weights in scope ({scope}),
-with mask indices (a bitmap), scales, zero points, ranges, lines and biases counted, as shares of the dense model's in
-{dtype}. A reduction behind @ is for folds the share of bytes no longer read, and for masks the share of weights that
-are zero. `/ dense`: the ratio of perplexities, with its standard error paired by window. `fixed`: share of neurons
-corrected per token. All measured on the evaluation text. `tardis-paper` is nearest to the published method: coverage
-ranges, no refit, 2-bit predictor; `tardis-int8` and `tardis-int4` are stacked with quantisation: fold and fallback
-weights in 8 or 4 bits, with the predictor's bits serving as the fallback's highest. They are packed as they would be
-stored, and unpacked before each product.
+| column | meaning |
+|---|---|
+| `perplexity`, `/ dense` | on the evaluation text; its ratio to the dense model's, with the standard error paired by window |
+| `touched` | bytes read for a token at batch 1, of the weights in scope ({scope}), as a share of the dense model's in {dtype} |
+| `resident` | bytes kept in memory, as the same share |
+| `fixed` | share of the neurons corrected per token |
+
+Mask indices (a bitmap), scales, zero points, ranges, lines and biases are counted. The number behind @ is the reduction:
+for folds the share of bytes no longer read, for masks the share of weights that are zero. `tardis-paper` is nearest to the
+published method: coverage ranges, no refit, 2-bit predictor. `tardis-int8` and `tardis-int4` are stacked with quantisation:
+fold and fallback weights in 8 or 4 bits, of which the predictor's bits are the highest. They are stored in few bits, and
+written out before each product.
 
 ![Perplexity and accuracy against bytes](images/compare.png)
 """
@@ -188,8 +200,8 @@ def against_masks(compared: Compared) -> str:
     head = ["reduction", "TARDIS, / dense", "touched", *names]
     return "\n\n".join(
         [
-            "How many times more than TARDIS in bf16 each mask adds to the perplexity at the same reduction; in "
-            "brackets the bytes that the mask touches, which are more, as its index is read too.",
+            "What each mask adds to the perplexity, as a multiple of what TARDIS in bf16 adds at the same reduction. In "
+            "brackets are the bytes that the mask touches. They are more, as its index is read, too.",
             table(head, lines),
         ]
     )
@@ -225,10 +237,10 @@ def against_quantisers(compared: Compared) -> str:
     ]
     return "\n\n".join(
         [
-            "Quantisation is the rival that people would pick. For each quantiser the best fold that touches no more "
-            f"bytes: it is better in {wins} of {len(rivals)}, and in {wins_there} of {within_range} between "
-            f"{_RANGE[0]:.1%} and {_RANGE[1]:.1%} of the dense bytes. Resident, a stacked fold is larger than a "
-            "quantised FFN of the same bytes touched: it keeps what it does not read.",
+            "Quantisation is what people would use instead. Beside each quantiser stands the best fold that touches no "
+            f"more bytes: it is better in {wins} of {len(rivals)} cases, and in {wins_there} of {within_range} between "
+            f"{_RANGE[0]:.1%} and {_RANGE[1]:.1%} of the dense bytes. In memory, a stacked fold is larger than a "
+            "quantised FFN that touches as many bytes: it keeps what it does not read.",
             table(head, lines),
         ]
     )

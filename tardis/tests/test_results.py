@@ -87,7 +87,7 @@ def test_a_fold_is_only_better_than_a_quantiser_in_no_more_bytes(compared: resul
     assert line(text, "gptq4-g128")[3:] == ["tardis-int8@0.75", "25.0%", "1.0010 ± 0.0010", "yes"]
     assert line(text, "gptq2-g128")[3] == "tardis-int4@0.875"
     assert line(text, "rtn2-g128")[-1] == "**no**"
-    assert "better in 3 of 4, and in 3 of 4 between 8.5% and 27.5%" in text
+    assert "better in 3 of 4 cases, and in 3 of 4 between 8.5% and 27.5%" in text
 
 
 def test_changes_beyond_a_standard_error_are_marked(compared: results.Compared):
