@@ -40,38 +40,39 @@ BENCHES = {
     "bench-2-falcon-7b-int4-compiled.json": "Falcon-7B, 16 layers in int4, steps compiled",
 }
 
-SPEED = """Weights that are read whole lie in panels, 32 outputs side by side. Those of the dense FFN do, too: our dense
-kernel then reads at the pace of memory for up to a dozen tokens at once, and only fewer bytes can beat it. The fold reads
-4.2 times fewer in bf16, and 7.3 times fewer stacked.
+SPEED = """Weights that are read whole lie in panels, 32 outputs side by side. Those of the dense FFN do, too: our
+dense kernel then reads at the pace of memory for up to a dozen tokens at once, and only fewer bytes can beat it. The
+fold reads 4.2 times fewer in bf16, and 7.3 times fewer stacked.
 
-The targets were 4 times as fast in bf16, and 6 times stacked. Over the kernel that reads row by row, both are met. Over
-panels 4 times is not met, and 6 times depends on the machine: two threads read 48 GB/s in some minutes and 71 in others,
-and a run an hour before this one, at 48, had 3.9 and 6.2 times at batch 1. For 4 times, the fold would have to read at 95 %
-of the dense kernel's pace. Predictor and fold do; but on one thread, in a loop that does nothing else, rows of W1 from all
-over are read at 0.9 of that pace, and rows of W2, which are added to sums, at 0.8.
+The targets were 4 times as fast in bf16, and 6 times stacked. Over the kernel that reads row by row, both are met.
+Over panels 4 times is not met, and 6 times depends on the machine: two threads read 48 GB/s in some minutes and 71 in
+others, and a run an hour before this one, at 48, had 3.9 and 6.2 times at batch 1. For 4 times, the fold would have
+to read at 95 % of the dense kernel's pace. Predictor and fold do; but on one thread, in a loop that does nothing
+else, rows of W1 from all over are read at 0.9 of that pace, and rows of W2, which are added to sums, at 0.8.
 
-At batch 8 the tokens together fix a third of the neurons, while eight tokens cost the dense FFN hardly more than one. All
-kernels are called as folded layers call them, with arguments that are put together once. The machine is shared, and its
-read bandwidth is measured once per run: trust the ratios, which are of neighbouring runs, more than the shares of the
-bandwidth."""
+At batch 8 the tokens together fix a third of the neurons, while eight tokens cost the dense FFN hardly more than one.
+All kernels are called as folded layers call them, with arguments that are put together once. The machine is shared,
+and its read bandwidth is measured once per run: trust the ratios, which are of neighbouring runs, more than the
+shares of the bandwidth."""
 
-MODELS = """The models have random weights, in the published shapes. Their folds are random, too, with ranges that 5 % of the
-neurons leave. `dense` is the model as it is in transformers; `kernels` is the dense model with every linear layer through
-our own bf16 kernel. Two threads, all weights in huge pages.
+MODELS = """The models have random weights, in the published shapes. Their folds are random, too, with ranges that 5 %
+of the neurons leave. `dense` is the model as it is in transformers; `kernels` is the dense model with every linear
+layer through our own bf16 kernel. Two threads, all weights in huge pages.
 
-Variants share the weights that they have in common. These therefore lie row by row, as they are stored: all of `kernels`,
-and attention and head of the folded model. Its folds and predictors lie in panels. (`tardis generate` puts everything in
-panels; 24 GiB hold no second copy of these models.) The int4 comparison has 16 of the 32 layers, because both forms, and the
-weights that they are made of, do not fit 24 GiB together.
+Variants share the weights that they have in common. These therefore lie row by row, as they are stored: all of
+`kernels`, and attention and head of the folded model. Its folds and predictors lie in panels. (`tardis generate` puts
+everything in panels; 24 GiB hold no second copy of these models.) The int4 comparison has 16 of the 32 layers,
+because both forms, and the weights that they are made of, do not fit 24 GiB together.
 
-Attention, the head, and what transformers does between the layers are the same in both, and bound the ratio. The dense model
-reads 2.4 times the bytes of the folded one; what takes time without reading weighs more beside fewer bytes, so the folded
-model's GB/s are lower. Compiled steps (`--compile`, for every variant) spend less time so: 11 and 15 ms per token of the
-folded model, where eager mode spent 16 and 21, in two rounds with a clock around the kernels.
+Attention, the head, and what transformers does between the layers are the same in both, and bound the ratio. The
+dense model reads 2.4 times the bytes of the folded one; what takes time without reading weighs more beside fewer
+bytes, so the folded model's GB/s are lower. Compiled steps (`--compile`, for every variant) spend less time so: 11
+and 15 ms per token of the folded model, where eager mode spent 16 and 21, in two rounds with a clock around the
+kernels.
 
-In some minutes torch's products are slower on this machine while memory is faster. Of two runs of the first model, half an
-hour apart, the folded one was 3.9 and 3.1 times as fast as transformers, and 2.3 times as fast as our kernels in both. The
-table has the later run."""
+In some minutes torch's products are slower on this machine while memory is faster. Of two runs of the first model,
+half an hour apart, the folded one was 3.9 and 3.1 times as fast as transformers, and 2.3 times as fast as our kernels
+in both. The table has the later run."""
 
 HEAD = """# Results
 
@@ -94,16 +95,17 @@ what a model of billions of parameters would lose.
 
 | column | meaning |
 |---|---|
-| `perplexity`, `/ dense` | on the evaluation text; its ratio to the dense model's, with the standard error paired by window |
-| `touched` | bytes read for a token at batch 1, of the weights in scope ({scope}), as a share of the dense model's in {dtype} |
-| `resident` | bytes kept in memory, as the same share |
+| `perplexity` | on the evaluation text |
+| `/ dense` | ratio to the perplexity of the dense model, with the standard error paired by window |
+| `touched` | bytes of {scope} read for a token at batch 1, as a share of the dense model's in {dtype} |
+| `resident` | bytes of {scope} kept in memory, as the same share |
 | `fixed` | share of the neurons corrected per token |
 
-Mask indices (a bitmap), scales, zero points, ranges, lines and biases are counted. The number behind @ is the reduction:
-for folds the share of bytes no longer read, for masks the share of weights that are zero. `tardis-paper` is nearest to the
-published method: coverage ranges, no refit, 2-bit predictor. `tardis-int8` and `tardis-int4` are stacked with quantisation:
-fold and fallback weights in 8 or 4 bits, of which the predictor's bits are the highest. They are stored in few bits, and
-written out before each product.
+Mask indices (a bitmap), scales, zero points, ranges, lines and biases are counted. The number behind @ is the
+reduction: for folds the share of bytes no longer read, for masks the share of weights that are zero. `tardis-paper`
+is nearest to the published method: coverage ranges, no refit, 2-bit predictor. `tardis-int8` and `tardis-int4` are
+stacked with quantisation: fold and fallback weights in 8 or 4 bits, of which the predictor's bits are the highest.
+They are stored in few bits, and written out before each product.
 
 ![Perplexity and accuracy against bytes](images/compare.png)
 """
@@ -200,8 +202,8 @@ def against_masks(compared: Compared) -> str:
     head = ["reduction", "TARDIS, / dense", "touched", *names]
     return "\n\n".join(
         [
-            "What each mask adds to the perplexity, as a multiple of what TARDIS in bf16 adds at the same reduction. In "
-            "brackets are the bytes that the mask touches. They are more, as its index is read, too.",
+            "What each mask adds to the perplexity, as a multiple of what TARDIS in bf16 adds at the same reduction. "
+            "In brackets are the bytes that the mask touches. They are more, as its index is read, too.",
             table(head, lines),
         ]
     )
@@ -334,9 +336,10 @@ def readme_part(compared: Compared, speed: Speed) -> str:
     model, evaluation = compared.record["model"], compared.record["evaluation"]
     return "\n\n".join(
         [
-            f"{model['name']} in {model['dtype']}, {evaluation['tokens']:,} tokens of {evaluation['file']} in windows of "
-            f"{evaluation['window']}: token perplexity {compared.rows[0].perplexity:.2f} dense. Reduction: share of the "
-            "dense FFN bytes that a token no longer reads, everything counted. In memory: FFN bytes, of the dense ones.",
+            f"{model['name']} in {model['dtype']}, {evaluation['tokens']:,} tokens of {evaluation['file']} in windows "
+            f"of {evaluation['window']}: token perplexity {compared.rows[0].perplexity:.2f} dense. Reduction: share of "
+            "the dense FFN bytes that a token no longer reads, everything counted. In memory: FFN bytes, as a share of "
+            "the dense ones.",
             table(["FFNs", "reduction", "perplexity", "/ dense", "in memory"], lines),
             speed_sentence(speed.models),
         ]
@@ -349,11 +352,11 @@ def speed_sentence(models: Mapping[str, dict[str, Any]]) -> str:
     plain = {(row["batch"], row["variant"]): row["folded_speed_up"]["value"] for row in eager["rows"]}
     int4 = next(row["folded_speed_up"]["value"] for row in stacked["rows"] if row["variant"] == "int4")
     return (
-        f"Decoding on {eager['threads']} cores of an AMD EPYC, a model of Falcon-7B's shape with random weights in bf16, "
-        f"folded so that 5 % of the neurons are fixed, is {plain[1, 'dense']:.1f} times as fast as in transformers at "
-        f"batch 1 and {plain[8, 'dense']:.1f} times at batch 8. The dense model through our own kernels is a stronger "
-        f"rival: {plain[1, 'kernels']:.1f} and {plain[8, 'kernels']:.1f} times. With everything in int4, the fold is "
-        f"{int4:.1f} times as fast as the dense model in int4 at batch 1."
+        f"Decoding on {eager['threads']} cores of an {eager['cpu']}, a model of Falcon-7B's shape with random weights "
+        f"in bf16, folded so that 5 % of the neurons are fixed, is {plain[1, 'dense']:.1f} times as fast as in "
+        f"transformers at batch 1 and {plain[8, 'dense']:.1f} times at batch 8. The dense model through our own "
+        f"kernels is a stronger rival: {plain[1, 'kernels']:.1f} and {plain[8, 'kernels']:.1f} times. With everything "
+        f"in int4, the fold is {int4:.1f} times as fast as the dense model in int4 at batch 1."
     )
 
 
