@@ -1,8 +1,10 @@
 VENV   ?= .venv
 VENV_VLLM ?= .venv-vllm
+VENV_WHEELS ?= .venv-wheels
 PYTHON ?= python3
 BIN     = $(VENV)/bin
 BIN_VLLM = $(VENV_VLLM)/bin
+BIN_WHEELS = $(abspath $(VENV_WHEELS))/bin
 CONFIG  = tardis/pyproject.toml
 INDEX   = doraemon/pyproject.toml
 KERNELS = $(wildcard tardis/tardis_llm/runtime/cpu/*.cpp tardis/tardis_llm/runtime/cpu/*.h tardis/tardis_llm/runtime/cpu/*.inc)
@@ -12,7 +14,7 @@ TORCH_INDEX ?=
 # Threads that spin while they wait make small operations many times slower when another program wants the cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: venv venv-vllm demo test test-vllm lint
+.PHONY: venv venv-vllm demo test test-vllm lint docs bench wheels test-wheels
 venv: $(VENV)/.complete
 
 # A change of the kernels' sources builds them anew; without a C++ compiler they are left out.
@@ -45,9 +47,31 @@ test-vllm: venv-vllm
 	OMP_NUM_THREADS=1 $(BIN_VLLM)/python -m pytest -q tardis/tests/test_serve.py tardis/tests/test_vllm_*.py
 
 lint: venv
-	$(BIN)/ruff check --config $(CONFIG) --exclude benchmarks/doraemon tardis benchmarks
-	$(BIN)/ruff format --check --config $(CONFIG) --exclude benchmarks/doraemon tardis benchmarks
-	$(BIN)/mypy --config-file $(CONFIG) tardis/tardis_llm benchmarks/*.py benchmarks/training
+	$(BIN)/ruff check --config $(CONFIG) --exclude benchmarks/doraemon tardis benchmarks docs
+	$(BIN)/ruff format --check --config $(CONFIG) --exclude benchmarks/doraemon tardis benchmarks docs
+	$(BIN)/mypy --config-file $(CONFIG) tardis/tardis_llm benchmarks/*.py benchmarks/training docs/*.py
 	$(BIN)/ruff check --config $(INDEX) doraemon benchmarks/doraemon
 	$(BIN)/ruff format --check --config $(INDEX) doraemon benchmarks/doraemon
 	$(BIN)/mypy --config-file $(INDEX) doraemon/doraemon
+
+# The pages of docs/ as a site in site/; `make docs MKDOCS=serve` shows them as they are edited.
+MKDOCS ?= build --strict
+docs: venv
+	$(BIN)/mkdocs $(MKDOCS)
+
+# The list of benchmarks; `make bench RUN="ffn_kernels --batch 1"` runs one.
+bench: venv
+	$(BIN)/python benchmarks $(RUN)
+
+# Source distributions in dist/, and the wheels built from them.
+wheels: venv
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist tardis
+	$(BIN)/python -m build --outdir dist doraemon
+
+# The wheels as a newcomer has them: in an environment of their own, in a folder without the sources.
+test-wheels: wheels
+	$(PYTHON) -m venv --clear $(VENV_WHEELS)
+	$(BIN_WHEELS)/pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	$(BIN_WHEELS)/pip install -c tardis/constraints.txt dist/*.whl
+	.ci/try-wheels $(BIN_WHEELS)

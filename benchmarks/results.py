@@ -38,30 +38,39 @@ BENCHES = {
     "bench-2-falcon-7b-int4-compiled.json": "Falcon-7B, 16 layers in int4, steps compiled",
 }
 
-SPEED = """Weights that are read whole lie in panels, 32 outputs side by side, those of the dense FFN too: our dense
-kernel then reads memory as fast as it can be read, for up to a dozen tokens at once, and is a rival that only fewer
-bytes can beat. Their quotient is 4.2 in bf16 and 7.3 stacked. Of the targets, 4 times in bf16 and 6 times stacked are
-met over the kernel that reads row by row. Over panels 4 times is not met, and 6 times depends on the machine: two
-threads read 48 GB/s in some minutes and 71 in others, and a run an hour before this one, in the former, had 3.9 and 6.2
-times at batch 1. 4 times needs 95 % of the dense kernel's pace: predictor and fold have it; with one thread, in a loop
-that does nothing else, W1 rows from all over are read at 0.9 of it, and W2 rows, which are added to sums, at 0.8. At
-batch 8 the tokens together fix a third of the neurons, while eight tokens cost the dense FFN hardly more than one. All
-kernels are called with arguments that are put together once, as folded layers call them. The machine is shared, and its
-read bandwidth is measured once per run: trust the ratios, which are of neighbouring runs, before the shares of it."""
+SPEED = """Weights that are read whole lie in panels, 32 outputs side by side. Those of the dense FFN do, too: our
+dense kernel then reads at the pace of memory for up to a dozen tokens at once, and only fewer bytes can beat it. The
+fold reads 4.2 times fewer in bf16, and 7.3 times fewer stacked.
 
-MODELS = """Models with random weights of the published shapes, their folds random too, with ranges that 5 % of the
-neurons leave; `kernels` is the dense model with every linear layer through our own bf16 kernel. Two threads, all
-weights in huge pages. Variants share the weights that they have in common, which therefore lie row by row, as they are
-stored: all of `kernels`, and attention and head of the folded model, whose folds and predictors lie in panels. (`tardis
-generate` puts all of them in panels; 24 GiB hold no second copy of them all.) The int4 comparison is of 16 of the 32
-layers, because both forms and the weights that they are made of do not fit 24 GiB together. Attention, head and what
-transformers does between the layers are the same in both and bound the ratio: of the bytes, 2.4 times as many are read
-without the fold, and what takes time without reading any weighs more beside it, which is why its GB/s are fewer.
-Compiled steps (`--compile`, every variant alike) have less of it: 11 and 15 ms a token of the folded model, where eager
-mode had 16 and 21, in two rounds with a clock around the kernels. A graph is little code, and weights push what eager
-mode runs out of the caches from layer to layer. In some minutes of this machine torch's products are slower while
-memory is faster: of two runs of the first model, half an hour apart, the folded one was 3.9 and 3.1 times as fast as
-transformers, and 2.3 times as fast as our kernels in both. The table has the later one."""
+The targets were 4 times as fast in bf16, and 6 times stacked. Over the kernel that reads row by row, both are met.
+Over panels 4 times is not met, and 6 times depends on the machine: two threads read 48 GB/s in some minutes and 71 in
+others, and a run an hour before this one, at 48, had 3.9 and 6.2 times at batch 1. For 4 times, the fold would have
+to read at 95 % of the dense kernel's pace. Predictor and fold do; but on one thread, in a loop that does nothing
+else, rows of W1 from all over are read at 0.9 of that pace, and rows of W2, which are added to sums, at 0.8.
+
+At batch 8 the tokens together fix a third of the neurons, while eight tokens cost the dense FFN hardly more than one.
+All kernels are called as folded layers call them, with arguments that are put together once. The machine is shared,
+and its read bandwidth is measured once per run: trust the ratios, which are of neighbouring runs, more than the
+shares of the bandwidth."""
+
+MODELS = """The models have random weights, in the published shapes. Their folds are random, too, with ranges that 5 %
+of the neurons leave. `dense` is the model as it is in transformers; `kernels` is the dense model with every linear
+layer through our own bf16 kernel. Two threads, all weights in huge pages.
+
+Variants share the weights that they have in common. These therefore lie row by row, as they are stored: all of
+`kernels`, and attention and head of the folded model. Its folds and predictors lie in panels. (`tardis generate` puts
+everything in panels; 24 GiB hold no second copy of these models.) The int4 comparison has 16 of the 32 layers,
+because both forms, and the weights that they are made of, do not fit 24 GiB together.
+
+Attention, the head, and what transformers does between the layers are the same in both, and bound the ratio. The
+dense model reads 2.4 times the bytes of the folded one; what takes time without reading weighs more beside fewer
+bytes, so the folded model's GB/s are lower. Compiled steps (`--compile`, for every variant) spend less time so: 11
+and 15 ms per token of the folded model, where eager mode spent 16 and 21, in two rounds with a clock around the
+kernels.
+
+In some minutes torch's products are slower on this machine while memory is faster. Of two runs of the first model,
+half an hour apart, the folded one was 3.9 and 3.1 times as fast as transformers, and 2.3 times as fast as our kernels
+in both. The table has the later run."""
 
 HEAD = """# Results
 
@@ -82,14 +91,19 @@ what a model of billions of parameters would lose.
 
 {title}
 
-`touched`: bytes read for a token at batch 1; `resident`: bytes kept in memory; both of the weights in scope ({scope}),
-with mask indices (a bitmap), scales, zero points, ranges, lines and biases counted, as shares of the dense model's in
-{dtype}. A reduction behind @ is for folds the share of bytes no longer read, and for masks the share of weights that
-are zero. `/ dense`: the ratio of perplexities, with its standard error paired by window. `fixed`: share of neurons
-corrected per token. All measured on the evaluation text. `tardis-paper` is nearest to the published method: coverage
-ranges, no refit, 2-bit predictor; `tardis-int8` and `tardis-int4` are stacked with quantisation: fold and fallback
-weights in 8 or 4 bits, with the predictor's bits serving as the fallback's highest. They are packed as they would be
-stored, and unpacked before each product.
+| column | meaning |
+|---|---|
+| `perplexity` | on the evaluation text |
+| `/ dense` | ratio to the perplexity of the dense model, with the standard error paired by window |
+| `touched` | bytes of {scope} read for a token at batch 1, as a share of the dense model's in {dtype} |
+| `resident` | bytes of {scope} kept in memory, as the same share |
+| `fixed` | share of the neurons corrected per token |
+
+Mask indices (a bitmap), scales, zero points, ranges, lines and biases are counted. The number behind @ is the
+reduction: for folds the share of bytes no longer read, for masks the share of weights that are zero. `tardis-paper`
+is nearest to the published method: coverage ranges, no refit, 2-bit predictor. `tardis-int8` and `tardis-int4` are
+stacked with quantisation: fold and fallback weights in 8 or 4 bits, of which the predictor's bits are the highest.
+They are stored in few bits, and written out before each product.
 
 ![Perplexity and accuracy against bytes](images/compare.png)
 """
@@ -168,8 +182,8 @@ def against_masks(compared: Compared) -> str:
     head = ["reduction", "TARDIS, / dense", "touched", *names]
     return "\n\n".join(
         [
-            "How many times more than TARDIS in bf16 each mask adds to the perplexity at the same reduction; in "
-            "brackets the bytes that the mask touches, which are more, as its index is read too.",
+            "What each mask adds to the perplexity, as a multiple of what TARDIS in bf16 adds at the same reduction. "
+            "In brackets are the bytes that the mask touches. They are more, as its index is read, too.",
             table(head, lines),
         ]
     )
@@ -206,10 +220,10 @@ def against_quantisers(compared: Compared) -> str:
     ]
     return "\n\n".join(
         [
-            "Quantisation is the rival that people would pick. For each quantiser the best fold that touches no more "
-            f"bytes: it is better in {wins} of {len(rivals)}, and in {wins_there} of {within_range} between "
-            f"{_RANGE[0]:.1%} and {_RANGE[1]:.1%} of the dense bytes. Resident, a stacked fold is larger than a "
-            "quantised FFN of the same bytes touched: it keeps what it does not read.",
+            "Quantisation is what people would use instead. Beside each quantiser stands the best fold that touches no "
+            f"more bytes: it is better in {wins} of {len(rivals)} cases, and in {wins_there} of {within_range} between "
+            f"{_RANGE[0]:.1%} and {_RANGE[1]:.1%} of the dense bytes. In memory, a stacked fold is larger than a "
+            "quantised FFN that touches as many bytes: it keeps what it does not read.",
             table(head, lines),
         ]
     )
@@ -281,58 +295,49 @@ def plot_calibration(results: dict[str, Any], path: Path) -> None:
 
 
 def readme_part(compared: Compared, speed: Speed) -> str:
-    """The README's table and plot, and a sentence on speed."""
-    wanted = [
-        ("dense", "dense bf16"),
-        ("gptq4-g128", "GPTQ, 4 bits, groups of 128"),
-        ("tardis-int8@0.75", "TARDIS, int8 fold and fallback"),
-        ("gptq3-g128", "GPTQ, 3 bits, groups of 128"),
-        ("tardis-int4@0.83", "TARDIS, int4 fold and fallback"),
-        ("gptq2-g128", "GPTQ, 2 bits, groups of 128"),
-        ("tardis-int4@0.875", "TARDIS, int4 fold and fallback"),
-        ("tardis-int4@0.915", "TARDIS, int4 fold and fallback"),
-        ("tardis@0.8", "TARDIS, bf16"),
-        ("tardis@0.78", "TARDIS, bf16"),
-        ("tardis-paper@0.78", "fold as published, bf16"),
-        ("sparsegpt@0.8", "SparseGPT, 80 % of the weights"),
-        ("ria@0.8", "RIA, 80 % of the weights"),
-        ("wanda@0.8", "Wanda, 80 % of the weights"),
+    """The README's table, and a sentence on speed."""
+    wanted = {
+        "dense": "dense",
+        "gptq4-g128": "GPTQ, 4 bits",
+        "tardis-int8@0.75": "TARDIS, int8",
+        "gptq3-g128": "GPTQ, 3 bits",
+        "tardis-int4@0.83": "TARDIS, int4",
+        "gptq2-g128": "GPTQ, 2 bits",
+        "tardis-int4@0.875": "TARDIS, int4",
+        "tardis-int4@0.915": "TARDIS, int4",
+        "tardis@0.78": "TARDIS, bf16",
+        "tardis-paper@0.78": "fold as published, bf16",
+        "sparsegpt@0.8": "SparseGPT, 80 % zeros",
+    }
+    found = sorted(((compared.find(label), name) for label, name in wanted.items()), key=lambda pair: -pair[0].touched)
+    lines = [
+        [name, f"{1 - row.touched:.1%}", f"{row.perplexity:.2f}", row.shown_ratio(), f"{row.resident:.1%}"]
+        for row, name in found
     ]
-    lines = []
-    found = [(compared.find(label), name) for label, name in wanted]
-    for row, name in sorted(found, key=lambda pair: -pair[0].touched):
-        accuracy = row.accuracy.percent() if row.accuracy else ""
-        sizes = f"{row.touched:.1%}", f"{row.resident:.1%}"
-        lines.append([name, f"{row.perplexity:.2f}", row.shown_ratio(), accuracy, *sizes])
-    head = ["FFNs", "perplexity", "/ dense", "zero-shot, %", "bytes touched", "bytes resident"]
+    model, evaluation = compared.record["model"], compared.record["evaluation"]
     return "\n\n".join(
         [
-            f"{compared.title} Zero-shot is the mean of the tasks. Bytes are those of the FFNs, everything counted.",
-            table(head, lines),
-            "![Perplexity and accuracy against bytes](docs/images/compare.png)",
+            f"{model['name']} in {model['dtype']}, {evaluation['tokens']:,} tokens of {evaluation['file']} in windows "
+            f"of {evaluation['window']}: token perplexity {compared.rows[0].perplexity:.2f} dense. Reduction: share of "
+            "the dense FFN bytes that a token no longer reads, everything counted. In memory: FFN bytes, as a share of "
+            "the dense ones.",
+            table(["FFNs", "reduction", "perplexity", "/ dense", "in memory"], lines),
             speed_sentence(speed.models),
-            "All methods, the ablation of every default, speed, and the commands that remake them are in "
-            "[docs/results.md](docs/results.md).",
         ]
     )
 
 
 def speed_sentence(models: Mapping[str, dict[str, Any]]) -> str:
     """How much faster the folds of `BENCHES` decode than each rival."""
-    eager, graphs, stacked, _ = (models[label] for label in BENCHES.values())
-    plain, compiled = (
-        {(row["batch"], row["variant"]): row["folded_speed_up"]["value"] for row in run["rows"]}
-        for run in (eager, graphs)
-    )
+    eager, _, stacked, _ = (models[label] for label in BENCHES.values())
+    plain = {(row["batch"], row["variant"]): row["folded_speed_up"]["value"] for row in eager["rows"]}
     int4 = next(row["folded_speed_up"]["value"] for row in stacked["rows"] if row["variant"] == "int4")
     return (
-        f"Decoding on {eager['threads']} cores, a model of Falcon-7B's shape with random weights and 5 % of the "
-        f"neurons fixed, in bf16, is {plain[1, 'dense']:.1f} times as fast as in transformers at batch 1 and "
-        f"{plain[8, 'dense']:.1f} times at batch 8; beside the dense model through our own kernels, "
-        f"{plain[1, 'kernels']:.1f} and {plain[8, 'kernels']:.1f} times. With steps compiled on both sides "
-        f"(`--compile`) it is {compiled[1, 'dense']:.1f} and {compiled[8, 'dense']:.1f} times, and "
-        f"{compiled[1, 'kernels']:.1f} and {compiled[8, 'kernels']:.1f} times. Stacked, it is {int4:.1f} times as "
-        "fast as the same model in int4."
+        f"Decoding on {eager['threads']} cores of an {eager['cpu']}, a model of Falcon-7B's shape with random weights "
+        f"in bf16, folded so that 5 % of the neurons are fixed, is {plain[1, 'dense']:.1f} times as fast as in "
+        f"transformers at batch 1 and {plain[8, 'dense']:.1f} times at batch 8. The dense model through our own "
+        f"kernels is a stronger rival: {plain[1, 'kernels']:.1f} and {plain[8, 'kernels']:.1f} times. With everything "
+        f"in int4, the fold is {int4:.1f} times as fast as the dense model in int4 at batch 1."
     )
 
 

@@ -49,6 +49,14 @@ class FoldConfig:
         memory_limit_gib: GiB of hidden states that stay in memory; more goes to disk.
         layers: numbers of the blocks to fold, such as 0,1,5; default: all.
         seed: picks the calibration windows.
+
+    Examples:
+        >>> FoldConfig(reduction=0.75).reduction
+        0.75
+        >>> FoldConfig(reduction=75)
+        Traceback (most recent call last):
+            ...
+        tardis_llm.errors.InvalidInputError: reduction is 75; give a number between 0 and 1, such as 0.8.
     """
 
     reduction: float = 0.8

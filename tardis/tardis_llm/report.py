@@ -65,6 +65,14 @@ class FoldReport:
         calibration: tokens, window length and fingerprints.
         linears: the linear layers outside the FFNs, where they are stored in few bits; no byte of theirs is in the
             figures of the layers.
+
+    Examples:
+        >>> from tardis_llm.checkpoint.loading import load_report
+        >>> report = load_report("folded")
+        >>> len(report.layers), 0 < report.fix_rate < 1, report.touched < report.dense < report.resident
+        (2, True, True)
+        >>> FoldReport.from_dict(report.as_dict()) == report
+        True
     """
 
     layers: list[LayerReport]

@@ -40,6 +40,11 @@ class Windows:
     Attributes:
         fit: [windows, length] int64, to fit on.
         heldout: [windows, length] int64, kept apart.
+
+    Examples:
+        >>> windows = split_windows(torch.arange(256), length=32, heldout=0.25)
+        >>> len(windows.fit), len(windows.heldout)
+        (6, 2)
     """
 
     fit: Tensor
@@ -68,6 +73,11 @@ def read_windows(
 
     Raises:
         InvalidInputError: no text, unreadable or empty files, or less than two windows.
+
+    Examples:
+        >>> windows = read_windows(["notes.txt"], tokenizer, tokens=4096, length=32, heldout=0.125)
+        >>> windows.fit.shape, windows.heldout.shape
+        (torch.Size([112, 32]), torch.Size([16, 32]))
     """
     documents = [read_documents(source, field) for source in sources]
     return windows_over(documents, tokenizer, tokens, length, heldout, seed)
@@ -113,6 +123,13 @@ def split_windows(ids: Tensor, length: int, heldout: float) -> Windows:
 
     Raises:
         InvalidInputError: fewer than two windows of `length` tokens.
+
+    Examples:
+        >>> windows = split_windows(torch.arange(12), length=3, heldout=0.25)
+        >>> windows.heldout
+        tensor([[6, 7, 8]])
+        >>> windows.fit.flatten().tolist()
+        [0, 1, 2, 3, 4, 5, 9, 10, 11]
     """
     if ids.dim() == 2:
         length = ids.shape[1]

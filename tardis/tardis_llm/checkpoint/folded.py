@@ -55,6 +55,13 @@ def save_folded(
     Raises:
         InvalidInputError: the model has no folded FFN, or the size is none.
         OSError, SafetensorError: the disk is full or cannot be written; `directory` keeps what it had.
+
+    Examples:
+        >>> from tardis_llm import FoldConfig, fold
+        >>> report = fold(model, windows, FoldConfig(reduction=0.5))
+        >>> save_folded(model, report, Path("out"), tokenizer)
+        >>> is_folded(Path("out"))
+        True
     """
     size = shard_bytes(max_shard_size)
     mark_folded(model, report.calibration)

@@ -62,6 +62,11 @@ def load_dense(model: str, dtype: str | None = None) -> PreTrainedModel:
         UnsupportedModelError: the family is gated or unknown.
         InvalidInputError: there is no such model, or it is folded or quantised already.
         CheckpointError: weights are missing or damaged.
+
+    Examples:
+        >>> model = load_dense("model", dtype="bfloat16")
+        >>> model.dtype, model.training
+        (torch.bfloat16, False)
     """
     config = load_config(model)
     method = quantisation(config)
@@ -73,7 +78,12 @@ def load_dense(model: str, dtype: str | None = None) -> PreTrainedModel:
 
 
 def load_model(model: str, dtype: str | None = None) -> PreTrainedModel:
-    """A dense or folded model in eval mode, on the CPU; arguments and errors as `load_dense`."""
+    """A dense or folded model in eval mode, on the CPU; arguments and errors as `load_dense`.
+
+    Examples:
+        >>> type(load_model("model")).__name__, type(load_model("folded")).__name__
+        ('GPT2LMHeadModel', 'GPT2LMHeadModel')
+    """
     config = load_config(model)
     return _load(model, config, dtype) if quantisation(config) == METHOD else load_dense(model, dtype)
 
@@ -114,6 +124,11 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 
     Raises:
         InvalidInputError: it is missing or cannot be read.
+
+    Examples:
+        >>> tokenizer = load_tokenizer("model")
+        >>> tokenizer.decode(tokenizer.encode("Once upon a time"))
+        'Once upon a time'
     """
     remedy = f"Put the model's tokenizer files (such as tokenizer.json and tokenizer_config.json) into {model}."
     if not _is_local(model):
@@ -139,6 +154,13 @@ def load_report(model: str) -> FoldReport | None:
 
     Raises:
         CheckpointError: the report is damaged.
+
+    Examples:
+        >>> report = load_report("folded")
+        >>> round(report.reduction, 1)
+        0.5
+        >>> load_report("model") is None
+        True
     """
     if not is_folded(model):
         return None
@@ -152,7 +174,12 @@ def load_report(model: str) -> FoldReport | None:
 
 
 def is_folded(model: str) -> bool:
-    """Whether a directory or hub name is that of a folded model; errors as `load_config`."""
+    """Whether a directory or hub name is that of a folded model; errors as `load_config`.
+
+    Examples:
+        >>> is_folded("model"), is_folded("folded")
+        (False, True)
+    """
     return quantisation(load_config(model)) == METHOD
 
 

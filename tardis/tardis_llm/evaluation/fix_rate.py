@@ -47,6 +47,14 @@ def count_fixes(model: nn.Module) -> Iterator[FixCounts]:
     """Within the context, count the neurons that the model's folded FFNs fix, whatever runs.
 
     Every FFN predicts twice then, so it is for measuring, not for timing.
+
+    Examples:
+        >>> from tardis_llm.checkpoint.loading import load_model
+        >>> folded = load_model("folded")
+        >>> with count_fixes(folded) as counts:
+        ...     output = folded(windows)
+        >>> [0 < rate < 1 for rate in counts.rates.values()]
+        [True, True]
     """
     ffns = folded_ffns(model)
     counts = FixCounts(dict.fromkeys(ffns, 0), dict.fromkeys(ffns, 0))
@@ -109,6 +117,13 @@ def measured(report: FoldReport, model: nn.Module, rates: dict[str, float]) -> F
 
     Raises:
         InvalidInputError: the report is not that of the model.
+
+    Examples:
+        >>> from tardis_llm.checkpoint.loading import load_model, load_report
+        >>> folded = load_model("folded")
+        >>> report = measured(load_report("folded"), folded, {"transformer.h.0.mlp": 0.1, "transformer.h.1.mlp": 0.3})
+        >>> report.fix_rate
+        0.2
     """
     ffns = folded_weights(model)
     if set(ffns) != {layer.prefix for layer in report.layers} or set(ffns) != set(rates):

@@ -24,6 +24,10 @@ def prompt_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, promp
 
     Raises:
         InvalidInputError: it is empty, too long, has a token that the model does not know, or the model is an encoder.
+
+    Examples:
+        >>> prompt_ids(model, tokenizer, "Once upon").shape
+        torch.Size([1, 9])
     """
     if not family_of(model.config).causal:
         raise InvalidInputError(f"{type(model).__name__} is an encoder, which generates no text; give a causal model.")
@@ -70,6 +74,11 @@ def generate(
 
     Raises:
         InvalidInputError: it cannot be compiled, or the temperature or the seed is out of range.
+
+    Examples:
+        >>> text = generate(model, tokenizer, prompt_ids(model, tokenizer, "Once upon"), max_new_tokens=4)
+        >>> text == generate(model, tokenizer, prompt_ids(model, tokenizer, "Once upon"), max_new_tokens=4)
+        True
     """
     check_seed(seed)
     if not (temperature <= 0 or temperature >= _COLDEST):

@@ -31,6 +31,13 @@ class Perplexity:
         windows: number of windows.
         length: tokens per window.
         losses: [windows] fp64, mean negative log-likelihood of each window.
+
+    Examples:
+        >>> from tardis_llm.checkpoint.loading import load_model
+        >>> dense, folded = (token_perplexity(load_model(name), windows) for name in ("model", "folded"))
+        >>> ratio, error = folded.ratio(dense)
+        >>> abs(ratio - 1) < 0.1, error < folded.standard_error / folded.value
+        (True, True)
     """
 
     kind: ClassVar[str] = "token perplexity"
@@ -70,6 +77,10 @@ def windows_of(text: str, tokenizer: Tokenizer, length: int) -> Tensor:
 
     Raises:
         InvalidInputError: there is less than two windows of text, too little for a standard error.
+
+    Examples:
+        >>> windows_of("The text is cut into windows, the tail is dropped.", tokenizer, length=8).shape
+        torch.Size([6, 8])
     """
     ids = torch.tensor(encode(tokenizer, text), dtype=torch.long)
     count = len(ids) // length
@@ -89,6 +100,13 @@ def token_perplexity(model: PreTrainedModel, windows: Tensor, progress: Progress
 
     Raises:
         InvalidInputError: the model is an encoder, there is less than two windows, or it cannot take their tokens.
+
+    Examples:
+        >>> perplexity = token_perplexity(model, windows)
+        >>> perplexity.windows, perplexity.tokens
+        (40, 1240)
+        >>> perplexity.value > 1, perplexity.standard_error > 0
+        (True, True)
     """
     check_causal(model, Perplexity.kind)
     count, length = windows.shape

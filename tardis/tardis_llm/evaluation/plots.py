@@ -55,6 +55,12 @@ def plot_fold(model: nn.Module, report: FoldReport, path: Path, title: str = "")
     Raises:
         InvalidInputError: model and report do not belong together.
         OSError: the file cannot be written.
+
+    Examples:
+        >>> from tardis_llm.checkpoint.loading import load_model, load_report
+        >>> plot_fold(load_model("folded"), load_report("folded"), Path("fold.png"), title="two blocks")
+        >>> Path("fold.png").stat().st_size > 10_000
+        True
     """
     ffns = folded_weights(model)
     if list(ffns) != [layer.prefix for layer in report.layers]:
@@ -82,6 +88,13 @@ def plot_survey(survey: Survey, path: Path, title: str = "") -> None:
     Raises:
         InvalidInputError: the survey was made without text.
         OSError: the file cannot be written.
+
+    Examples:
+        >>> from tardis_llm.calibration.text import split_windows
+        >>> from tardis_llm.evaluation.survey import survey
+        >>> plot_survey(survey(model, split_windows(windows, 32, 0.125)), Path("survey.png"))
+        >>> Path("survey.png").stat().st_size > 10_000
+        True
     """
     if not survey.ranges:
         raise InvalidInputError("a plot of a dense model needs text to measure on; give --text FILE.")

@@ -131,6 +131,10 @@ def documents_of(text: str) -> list[Document]:
 
     A single short line between blank lines that does not end a sentence is a title, and goes with what follows it.
     Raw WikiText is known by its ` @-@ `.
+
+    Examples:
+        >>> [document.text for document in documents_of("A title\\n\\nOne text.\\n\\nAnother one.")]
+        ['A title\\n\\nOne text.', 'Another one.']
     """
     raw, lines = bool(_RAW.search(text)), text.split("\n")
     starts = [number for number, line in enumerate(lines) if _is_heading(line)]
@@ -175,6 +179,12 @@ def word_perplexity(
     Raises:
         InvalidInputError: the model is an encoder, there are less than two documents, the tokenizer has no token for
             the beginning or the end of a text, or the model cannot take their tokens or the length.
+
+    Examples:
+        >>> documents = documents_of("One text, of six words only.\\n\\nAnother one.")
+        >>> perplexity = word_perplexity(model, tokenizer, documents, length=64)
+        >>> perplexity.documents, perplexity.words
+        (2, 8)
     """
     check_causal(model, WordPerplexity.kind)
     if len(documents) < 2:

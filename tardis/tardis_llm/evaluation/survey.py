@@ -112,6 +112,14 @@ def survey(model: PreTrainedModel, windows: Windows | None = None, progress: Pro
 
     Raises:
         UnsupportedModelError, InvalidInputError: as `tardis_llm.fold`.
+
+    Examples:
+        >>> from tardis_llm.calibration.text import split_windows
+        >>> found = survey(model, split_windows(windows, length=32, heldout=0.125))
+        >>> [(layer.d, layer.h, layer.activation) for layer in found.layers]
+        [(64, 256, 'gelu_tanh'), (64, 256, 'gelu_tanh')]
+        >>> [0 <= layer.linearity <= 1 for layer in found.layers]
+        [True, True]
     """
     sites = find_ffns(model)
     layers = [_sizes(site) for site in sites]

@@ -77,6 +77,13 @@ class TaskScore:
         items: number of items.
         also: the task's other metrics.
         correct: 0 or 1 for each item, in order; empty where the metric has no such thing.
+
+    Examples:
+        >>> ours = TaskScore("blimp", "acc", 0.75, 0.25, 4, correct=(1, 1, 0, 1))
+        >>> theirs = TaskScore("blimp", "acc", 0.5, 0.29, 4, correct=(1, 0, 0, 1))
+        >>> change, error = ours.difference(theirs)
+        >>> change, error
+        (0.25, 0.25)
     """
 
     task: str
@@ -180,6 +187,11 @@ def run_tasks(
     Raises:
         InvalidInputError: an unknown task, a limit below 2, a missing file, no access to the hub's data, an encoder,
             or lm-eval is not installed.
+
+    Examples:
+        >>> (score,) = run_tasks(model, tokenizer, ["blimp"], data=Path("tasks"), limit=8, length=64)
+        >>> score.task, score.metric, score.items
+        ('blimp', 'acc', 8)
     """
     check_tasks(names, data, limit)
     wrapped = harness_model(model, tokenizer, length, batch_tokens)

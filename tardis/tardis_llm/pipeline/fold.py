@@ -65,6 +65,13 @@ def fold(
         InvalidInputError: NaN in the weights, too little text, a resume of another fold, linear layers in 4 bits
             without bitsandbytes, or a family that does not fit the model.
         InfeasibleBudgetError: the reduction leaves no byte for fixing; says what is feasible.
+
+    Examples:
+        >>> report = fold(model, windows, FoldConfig(reduction=0.5))
+        >>> [layer.prefix for layer in report.layers]
+        ['transformer.h.0.mlp', 'transformer.h.1.mlp']
+        >>> round(report.reduction, 1)
+        0.5
     """
     config = config or FoldConfig()
     if not isinstance(calibration, Windows):

@@ -31,6 +31,14 @@ def prepare_decoding(model: PreTrainedModel) -> None:
 
     Raises:
         InvalidInputError: weights are elsewhere than in main memory: on a GPU, or offloaded.
+
+    Examples:
+        >>> from tardis_llm.checkpoint.loading import load_model
+        >>> folded = load_model("folded")
+        >>> before = folded(windows).logits
+        >>> prepare_decoding(folded)
+        >>> bool(torch.allclose(folded(windows).logits, before, atol=1e-4))
+        True
     """
     elsewhere = next((name for name, part in model.named_parameters() if not part.is_cpu), None)
     if elsewhere is not None:

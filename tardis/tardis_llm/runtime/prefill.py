@@ -40,6 +40,13 @@ def set_prefill(model: PreTrainedModel, mode: Prefill) -> None:
 
     Raises:
         InvalidInputError: no such mode, or the dense weights are not there.
+
+    Examples:
+        >>> from tardis_llm.checkpoint.loading import load_model
+        >>> dense, folded = load_model("model"), load_model("folded")
+        >>> set_prefill(folded, "exact")
+        >>> bool(torch.allclose(folded(windows).logits, dense(windows).logits, atol=1e-4))
+        True
     """
     stacked = any(ffn.stacked for ffn in folded_ffns(model).values())
     check_prefill(mode, stacked)

@@ -159,6 +159,15 @@ def freeze(model: nn.Module) -> None:
 
     Args:
         model: folded, at least in parts.
+
+    Examples:
+        >>> from transformers import AutoModelForCausalLM
+        >>> folded = AutoModelForCausalLM.from_pretrained("folded").requires_grad_(True)
+        >>> freeze(folded)
+        >>> [name for name, part in folded.named_parameters() if "tardis" in name and part.requires_grad]
+        []
+        >>> folded.transformer.wte.weight.requires_grad
+        True
     """
     for module in model.modules():
         if isinstance(module, Stored):
