@@ -191,7 +191,7 @@ def test_a_fold_that_is_taken_out_keeps_nothing_of_the_weights_beside_it():
     folds = random_folds_of(model, Storage(64))
     with folded(model, folds), torch.no_grad():
         model(tokens(1, 4))
-    assert all(ffn._ready.ffn is None for _, ffn in folds)
+    assert all(ffn._ready is None for _, ffn in folds)
 
 
 def test_the_union_of_a_batch_is_at_least_what_one_token_fixes():

@@ -23,6 +23,8 @@ RUNTIME = (
     "backend",
     "slow",
     "stored",
+    "matrices",
+    "state",
     "modules",
     "placing",
     "prefill",

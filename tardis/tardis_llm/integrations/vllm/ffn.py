@@ -29,8 +29,9 @@ from ...families.sites import set_module
 from ...families.table import Family
 from ...ffn.weights import DenseFFN, FoldedWeights, FoldFormat
 from ...runtime.backend import dense_ffn, linear
-from ...runtime.modules import Fold, FoldState
+from ...runtime.matrices import Fold
 from ...runtime.operators import library
+from ...runtime.state import FoldState
 from .prefill import Choice
 
 library.define("served_ffn(Tensor x, str name) -> Tensor")

@@ -1,0 +1,224 @@
+"""What a folded FFN stores, as a module, and the prepared fold that runs.
+
+`FoldState` has the tensors, for files and devices. What runs is a `PreparedFFN` of a backend, made from those tensors
+once and kept: an immutable object behind one reference, which `swap` and every move of a tensor exchange. So a call
+sees one fold as a whole, whatever other threads do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InvalidInputError
+from ..ffn.neuron import Neurons
+from ..ffn.packed import PackedMatrix
+from ..ffn.weights import DenseFFN, FoldedWeights, Matrix, kind, stored
+from .backend import REFERENCE, PreparedFFN, backend_for, lay_out, prepare
+from .matrices import Fold, LowBit, LowBitFold
+from .slow import warn_of_reference
+from .stored import LAYOUT, LaidOut, Stored, changing_layout, reading_layout
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A prepared FFN, and what it was made from."""
+
+    key: tuple[object, ...]
+    ffn: PreparedFFN
+
+
+class FoldState(Stored):
+    """The tensors that a folded FFN stores beside the dense weights.
+
+    State: `fold.weight` (or `fold.planes`, `fold.scale`), `fold.bias`, `predictor.planes`, `predictor.scale`, `low`,
+    `high`, `slope`, `offset`; stacked, `remainder.*` and `down.*` as `predictor.*`, in place of the dense weights.
+
+    Args:
+        weights: what to store; dense weights beside it are left to the model.
+    """
+
+    format_tensors = frozenset({"low", "high", "slope", "offset"})
+    low: Tensor
+    high: Tensor
+    slope: Tensor
+    offset: Tensor
+
+    def __init__(self, weights: FoldedWeights) -> None:
+        super().__init__()
+        fold, bias, predictor, up, down = weights.fold, weights.bias, weights.predictor, weights.up, weights.down
+        assert isinstance(predictor, PackedMatrix), "a stored predictor is in few bits"
+        assert isinstance(fold, Tensor | PackedMatrix), "a stored fold is not laid out"
+        self.activation = weights.neurons.activation
+        self.fold = LowBitFold(fold, _there(bias)) if isinstance(fold, PackedMatrix) else Fold(fold, _there(bias))
+        self.predictor = LowBit(predictor)
+        self.remainder = LowBit(up) if isinstance(up, PackedMatrix) else None
+        self.down = LowBit(down) if isinstance(down, PackedMatrix) else None
+        for name in ("low", "high", "slope", "offset"):
+            self.register_buffer(name, getattr(weights.neurons, name))
+        # where torch keeps the tensors, which is quicker to look up than names
+        self._states = [state for module in self.modules() for state in (module._parameters, module._buffers)]
+        self._ready: _Ready | None = None
+
+    @property
+    def neurons(self) -> Neurons:
+        """Lines and hot ranges."""
+        return Neurons(self.activation, self.low, self.high, self.slope, self.offset)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether low-bit weights stand for the dense ones."""
+        return self.down is not None
+
+    @property
+    def weights(self) -> FoldedWeights:
+        """What is stored, in the order of files; copies of what is laid out."""
+        return self._weights(lambda part: part.matrix)
+
+    @property
+    def current(self) -> FoldedWeights:
+        """What is stored, in the order of memory in which it is now."""
+        return self._weights(lambda part: part.current)
+
+    def _weights(self, matrix: Callable[[LaidOut], Any]) -> FoldedWeights:
+        with reading_layout():
+            parts = {name: matrix(part) for part, name in self._parts}
+            return FoldedWeights(bias=self.fold.bias, neurons=self.neurons, **parts)
+
+    def fetched(self) -> FoldedWeights:
+        """The same as `current`, each part got by calling the module that holds it.
+
+        What puts weights in their place when a module is called, as accelerate's offloading does, then sees each call.
+        """
+        with reading_layout():
+            fold, bias = self.fold()
+            parts = {name: part() for part, name in self._parts if part is not self.fold}
+            return FoldedWeights(fold, bias, neurons=self.neurons, **parts)
+
+    def lay_out(self, dtype: torch.dtype) -> None:
+        """Put what is read whole, fold and predictor, in the fastest order for inputs of a dtype."""
+        self.fold.lay_out(dtype)
+        self.predictor.lay_out(dtype)
+
+    def restore(self) -> None:
+        """Put fold and predictor back into the order in which they are stored."""
+        self.fold.restore()
+        self.predictor.restore()
+
+    def swap(self, new: FoldedWeights) -> FoldedWeights:
+        """Exchange the fold for another one, at once: a call that runs ends with the old fold, the next has the new.
+
+        Graphs that are compiled already run the new fold, too. Its tensors are held, not copied; where the old fold was
+        laid out, so is the new one before any call waits for it.
+
+        Args:
+            new: stored in the same format, on the same device. What it has of dense weights is left out.
+
+        Returns:
+            The old fold, to go back to.
+
+        Raises:
+            InvalidInputError: the new fold has another format, shape, dtype or device.
+        """
+        _check_exchangeable(self.current, new)
+        dtype = self.fold.bias.dtype
+        ready = [(part, _ordered_as(part.current, getattr(new, name), dtype)) for part, name in self._parts]
+        with changing_layout():
+            old = self.current
+            for part, matrix in ready:
+                part.exchange(matrix)
+            self.fold.bias = nn.Parameter(_there(new.bias), requires_grad=False)
+            for name in ("low", "high", "slope", "offset"):
+                setattr(self, name, getattr(new.neurons, name))
+            self.forget()
+        return old
+
+    @property
+    def _parts(self) -> list[tuple[LaidOut, str]]:
+        """The modules that hold a matrix, with its name in `FoldedWeights`."""
+        named = (self.fold, "fold"), (self.predictor, "predictor"), (self.remainder, "up"), (self.down, "down")
+        return [(part, name) for part, name in named if part is not None]
+
+    def computed(self, weights: FoldedWeights) -> FoldedWeights:
+        """What of the weights a prepared FFN computes with: all."""
+        return weights
+
+    def prepared(self, x: Tensor, dense: DenseFFN) -> PreparedFFN:
+        """The FFN ready for inputs like x [tokens, d]; it is made anew when one of its tensors has moved.
+
+        Decoding reads weights that push all else out of the caches; looking up every tensor of an FFN takes long then.
+        """
+        if backend_for(x) is REFERENCE:
+            warn_of_reference(x, self.fold.bias.dtype)
+            return prepare(self.computed(self.fetched().beside(dense)), x)
+        key = self._key(x, dense)
+        ready = self._ready
+        return ready.ffn if ready is not None and ready.key == key else self._prepare(x, dense)
+
+    def _prepare(self, x: Tensor, dense: DenseFFN) -> PreparedFFN:
+        """`prepared` anew, while no tensor changes."""
+        warn_of_reference(x, self.fold.bias.dtype)
+        with LAYOUT:
+            if any(tensor.is_meta for tensor in self._own()):  # offloaded: they are there while a module is called
+                return prepare(self.computed(self.fetched().beside(dense)), x)
+            ffn = prepare(self.computed(self.current.beside(dense)), x)
+            self._ready = _Ready(self._key(x, dense), ffn)
+            return ffn
+
+    def _key(self, x: Tensor, dense: DenseFFN) -> tuple[object, ...]:
+        """What a prepared FFN was made from: the dtype of the inputs, and where each tensor is."""
+        return x.dtype, *map(Tensor.data_ptr, (*self._own(), *dense.tensors))
+
+    def _own(self) -> list[Tensor]:
+        """All tensors that it holds, as they lie."""
+        found = [tensor for state in self._states for tensor in state.values() if tensor is not None]
+        return found + [part.layout.data for part in (self.fold, self.predictor) if part.layout is not None]
+
+    def forget(self) -> None:
+        """Let go of what is kept from call to call, which would keep alive the memory that tensors leave."""
+        self._ready = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FoldState:
+        self.forget()
+        super()._apply(fn, recurse)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what points to memory."""
+        return {**super().__getstate__(), "_ready": None}
+
+
+def _there(bias: Tensor | None) -> Tensor:
+    assert bias is not None, "a stored fold has a bias"
+    return bias
+
+
+def _ordered_as(old: Matrix, new: Matrix, dtype: torch.dtype) -> Matrix:
+    """The new matrix in an order of memory if the old one is, for inputs of a dtype; else in the stored order."""
+    if isinstance(old, Tensor | PackedMatrix):
+        return stored(new)
+    return (lay_out(new, dtype) or new) if isinstance(new, Tensor | PackedMatrix) else new
+
+
+def _check_exchangeable(old: FoldedWeights, new: FoldedWeights) -> None:
+    """Raise InvalidInputError unless one fold can take the place of the other."""
+    for name, before, after in zip(("format", "shapes", "device"), _identity(old), _identity(new), strict=True):
+        if before != after:
+            raise InvalidInputError(
+                f"the new fold has another {name}: {after}, where the old one has {before}. Refit the same layer with "
+                "the same settings, and move it to the same device."
+            )
+
+
+def _identity(weights: FoldedWeights) -> tuple[object, ...]:
+    """Format, shapes and dtypes, and device of what is stored of a fold."""
+    matrices = [matrix for matrix in (weights.fold, weights.predictor) if matrix is not None]
+    if weights.stacked:
+        matrices += [matrix for matrix in (weights.up, weights.down) if matrix is not None]
+    vectors = [vector for vector in (weights.bias, *weights.neurons.tensors) if vector is not None]
+    shapes = [kind(matrix) for matrix in matrices], [(tuple(vector.shape), vector.dtype) for vector in vectors]
+    return weights.format, shapes, weights.neurons.low.device
