@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from tardis_llm import FoldConfig
 from tardis_llm.checkpoint.folded import record_crossover
 from tardis_llm.errors import CheckpointError, InvalidInputError
+from tardis_llm.runtime.placing import folded_ffns
 from tardis_llm.runtime.prefill import Prefill
 
 pytestmark = needs_vllm
@@ -197,3 +198,25 @@ def test_inputs_with_one_scale_in_common_are_not_shared_among_processes():
     method = LowBitMethod(4, "h.0.attn.c_proj")
     with pytest.raises(CheckpointError, match=r"c_proj has 192 inputs, which 2 processes cannot share.*--linears int8"):
         method.create_weights(LinearBase.__new__(LinearBase), 96, [64], 192, 64, torch.float32)
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+def test_folds_are_exchanged_between_requests(eager: bool, tmp_path: Path):
+    model, ids = save_tiny("gpt2", tmp_path), tokens(2, 20)
+    folds = {name: ffn.weights for name, ffn in folded_ffns(model).items()}
+    others = {name: replace(weights, bias=weights.bias.flip(0) * 9) for name, weights in folds.items()}
+    expected = [greedy(model, ids, 12)]
+    for name, ffn in folded_ffns(model).items():
+        ffn.swap(others[name])
+    expected.append(greedy(model, ids, 12))
+    assert expected[0] != expected[1]
+    with engine(tmp_path, enforce_eager=eager) as llm:
+        served = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+        assert complete(llm, ids, 12) == expected[0]
+        kept = {name: served[f"{name}.tardis"].swap(weights) for name, weights in others.items()}
+        llm.reset_prefix_cache()
+        assert complete(llm, ids, 12) == expected[1]
+        for name, weights in kept.items():
+            served[f"{name}.tardis"].swap(weights)
+        llm.reset_prefix_cache()
+        assert complete(llm, ids, 12) == expected[0]
