@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,3 +71,12 @@ def test_imports_point_down(path: Path) -> None:
         assert SHELVES.index(other[0]) <= shelf, f"{'.'.join(own)} imports {'.'.join(other)}"
         if own[:1] == other[:1] == ("runtime",) and len(own) > 1 < len(other):
             assert RUNTIME.index(other[1]) <= RUNTIME.index(own[1]), f"{'.'.join(own)} imports {'.'.join(other)}"
+
+
+@pytest.mark.parametrize("module", ["tardis_llm", "tardis_llm.integrations.vllm"])
+def test_loaders_and_servers_import_nothing_that_folds(module: str) -> None:
+    code = f"import sys, {module}; print(*(name for name in sys.modules if name.startswith('tardis_llm.')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    shelves = {name.split(".")[1] for name in done.stdout.split()}
+    below = SHELVES[: SHELVES.index("checkpoint") + 1]
+    assert shelves == {*below, "integrations"} - {"calibration", "folding"}
