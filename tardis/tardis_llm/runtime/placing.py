@@ -109,7 +109,7 @@ class FoldedDown(KeptLinear):
         if x is None:
             return super().forward()
         up, ffn = self._others
-        if not torch.compiler.is_compiling() and backend_for(x) is not REFERENCE:
+        if not torch.compiler.is_compiling() and not self._lies_by(1) and backend_for(x) is not REFERENCE:
             self.lay_out_both()
         if not up.weight.is_meta:
             return ffn(x, self.dense)
