@@ -99,17 +99,21 @@ class FoldedDown(KeptLinear):
 
     def lay_out_both(self) -> None:
         """Lay out what fixing reads of the dense weights, unless they are offloaded; see `lay_out`."""
-        up, ffn = self._others
-        if not ffn.stacked and not up.weight.is_meta:
-            up.lay_out(neurons=0)
+        if not self._lies_well():
+            self._others[0].lay_out(neurons=0)
             self.lay_out(neurons=1)
+
+    def _lies_well(self) -> bool:
+        """Whether each neuron's dense weights lie together, or are not there to be laid out."""
+        up, ffn = self._others
+        return ffn.stacked or up.weight.is_meta or (up._lies_by(0) and self._lies_by(1))
 
     def forward(self, x: Tensor | None = None) -> Any:
         """Output [..., d] of the folded FFN for x [..., d]; without x, weight [out, in] and bias."""
         if x is None:
             return super().forward()
         up, ffn = self._others
-        if not torch.compiler.is_compiling() and not self._lies_by(1) and backend_for(x) is not REFERENCE:
+        if not torch.compiler.is_compiling() and not self._lies_well() and backend_for(x) is not REFERENCE:
             self.lay_out_both()
         if not up.weight.is_meta:
             return ffn(x, self.dense)
