@@ -59,9 +59,9 @@ def test_greedy_text_is_that_of_tardis_generate_all_folded(server: Client, sampl
     assert server.text(max_tokens=48) == generated(sample_folded, PROMPT, *options)
 
 
-def test_the_commands_of_the_readme_give_the_same_text(sample_folded: Path, tmp_path: Path):
-    serve, curl, generate = readme_commands()
-    options = [option for option in shlex.split(serve)[3:] if option not in ("--port", "8000")]
+def test_the_commands_of_the_tutorial_give_the_same_text(sample_folded: Path, tmp_path: Path):
+    serve, curl, generate = tutorial_commands()
+    options = [option for option in shlex.split(serve)[4:] if option not in ("--port", "8000")]
     body = json.loads(shlex.split(curl)[-1])
     command = shlex.split(generate)
     long = " ".join([PROMPT] * 5)  # more tokens than are folded at once
@@ -72,14 +72,11 @@ def test_the_commands_of_the_readme_give_the_same_text(sample_folded: Path, tmp_
     assert command[3] == body["prompt"]
 
 
-def readme_commands() -> list[str]:
+def tutorial_commands() -> list[str]:
     """The commands to serve, to ask the server, and to generate without it."""
-    section = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").split("## Serve it")[1]
-    lines = section.split("##")[0].replace("\\\n", "").splitlines()
-    commands = [line.partition("  #")[0].strip() for line in lines if line.startswith("    ")]
-    return [
-        next(each for each in commands if each.startswith(start)) for start in ("tardis serve", "curl", "tardis gen")
-    ]
+    page = (Path(__file__).parents[2] / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    blocks = page.split("## Serve it")[1].split("```console\n")[1:]
+    return [block.split("```")[0].replace("\\\n", " ").strip() for block in blocks]
 
 
 def test_a_stream_has_the_text_of_the_whole_answer(server: Client):
