@@ -25,9 +25,9 @@ from tardis_llm.folding.fold import (
     finish,
     predict,
     stored_neurons,
-    target_moments,
 )
 from tardis_llm.folding.ranges import Ranges, error_ranges, highest_price
+from tardis_llm.folding.statistics import target_moments
 from tardis_llm.runtime.reference import fixed_neurons, folded_ffn
 
 D, H = 24, 96

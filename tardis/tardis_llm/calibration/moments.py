@@ -1,16 +1,19 @@
 """Streamed statistics of an FFN's inputs: second moments, and moments of its neurons binned by pre-activation.
 
-Everything is accumulated chunk by chunk in fp64, so memory does not grow with the number of tokens.
+Everything is accumulated chunk by chunk in fp64, so memory does not grow with the number of tokens. All of it is sums
+over tokens, which is what makes statistics of different texts add up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from ..errors import InvalidInputError
 from ..ffn.activations import ACTIVATIONS
 
 #: bins per neuron, and how many standard deviations they span to each side; the outermost bins are open
@@ -24,8 +27,76 @@ def chunks(x: Tensor, width: int) -> Iterator[Tensor]:
     return iter(x.split(min(_CHUNK_TOKENS, max(1, _CHUNK_ELEMENTS // width))))
 
 
+class Sums:
+    """Statistics that are sums over tokens: those of disjoint tokens add up, and old tokens can come to count less.
+
+    A dataclass of tensors, numbers and other sums. Whatever `_GIVEN` names says what is summed, and must agree.
+    """
+
+    _GIVEN: ClassVar[frozenset[str]] = frozenset()
+
+    def merge(self, other: Self) -> Self:
+        """The statistics of both texts, as if they had been one.
+
+        Raises:
+            InvalidInputError: they are of other FFNs, or of other bins.
+
+        Example:
+            >>> one, two = SecondMoments.zeros(2, 2), SecondMoments.zeros(2, 2)
+            >>> one.add(torch.ones(3, 2), torch.ones(3, 2))
+            >>> two.add(torch.zeros(5, 2), torch.zeros(5, 2))
+            >>> one.merge(two).count
+            8
+        """
+        return self._plus(other, 1)
+
+    def subtract(self, other: Self) -> Self:
+        """The statistics without those of a text that is part of them: the inverse of `merge`, with its errors."""
+        return self._plus(other, -1)
+
+    def decay(self, share: float) -> Self:
+        """The statistics in which every token so far counts `share` of what it did; counts are no whole numbers then.
+
+        Raises:
+            InvalidInputError: the share is not from 0 to 1.
+        """
+        if not 0 <= share <= 1:
+            raise InvalidInputError(f"statistics are decayed to {share!r} of their weight; give a share from 0 to 1.")
+        return replace(self, **{name: _scaled(value, share) for name, value in self._sums()})  # type: ignore[type-var]
+
+    def _sums(self) -> list[tuple[str, Any]]:
+        names = [field.name for field in fields(self) if field.name not in self._GIVEN]  # type: ignore[arg-type]
+        return [(name, getattr(self, name)) for name in names]
+
+    def _plus(self, other: Self, sign: int) -> Self:
+        for name in self._GIVEN:
+            if not _equal(getattr(self, name), getattr(other, name)):
+                raise InvalidInputError(f"statistics of another {name} do not add up; gather both for the same fold.")
+        summed = {name: _summed(value, getattr(other, name), sign) for name, value in self._sums()}
+        return replace(self, **summed)  # type: ignore[type-var]
+
+
+def _scaled(value: Any, share: float) -> Any:
+    return value.decay(share) if isinstance(value, Sums) else value * share
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return torch.equal(one, other) if isinstance(one, Tensor) else bool(one == other)
+
+
+def _summed(one: Any, other: Any, sign: int) -> Any:
+    if isinstance(one, Sums):
+        return one._plus(other, sign)
+    if isinstance(one, Tensor) and one.shape != other.shape:
+        raise InvalidInputError(
+            f"statistics of shape {list(other.shape)} do not add up with those of shape {list(one.shape)}; gather both "
+            "for the same fold."
+        )
+    return one + sign * other
+
+
 @dataclass
-class SecondMoments:
+class SecondMoments(Sums):
     """Count, sum and `X^T Y` of streamed rows: `X` beside itself for a Gram matrix, or beside targets.
 
     Attributes:
@@ -36,7 +107,7 @@ class SecondMoments:
         y_square: sum of |y|^2.
     """
 
-    count: int
+    count: float
     x_sum: Tensor
     y_sum: Tensor
     cross: Tensor
@@ -59,7 +130,7 @@ class SecondMoments:
     @property
     def centred(self) -> Tensor:
         """[d, k] covariance times count: `sum (x - mean x)(y - mean y)^T`."""
-        return self.cross - torch.outer(self.x_sum, self.y_sum) / max(self.count, 1)
+        return self.cross - torch.outer(self.x_sum, self.y_sum) / (self.count or 1)
 
     @property
     def y_variance(self) -> float:
@@ -69,7 +140,7 @@ class SecondMoments:
 
 
 @dataclass
-class BinnedMoments:
+class BinnedMoments(Sums):
     """Per neuron and bin of `u`, the moments from which any line's error in any interval follows exactly.
 
     `u` is what a range is tested on: the predicted pre-activation `zhat`. Inside a bin, with `a = act(z)`,
@@ -84,12 +155,12 @@ class BinnedMoments:
         tokens: tokens seen.
     """
 
+    _GIVEN = frozenset({"activation", "edge", "width"})
     activation: str
     edge: Tensor
     width: Tensor
     sums: Tensor
-    tokens: int = 0
-    _rows: Tensor = field(init=False, repr=False)
+    tokens: float = 0
 
     @classmethod
     def around(cls, activation: str, mean: Tensor, deviation: Tensor) -> BinnedMoments:

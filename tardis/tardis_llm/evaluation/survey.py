@@ -21,9 +21,10 @@ from ..families.sites import FFNSite, find_ffns
 from ..ffn.accounting import planned
 from ..ffn.neuron import Neurons
 from ..ffn.weights import DenseFFN
-from ..folding.fold import Inputs, target_moments
+from ..folding.fold import Inputs
 from ..folding.ranges import coverage_ranges
 from ..folding.refit import affine_error, refit
+from ..folding.statistics import target_moments
 from ..pipeline.session import sound_weights
 from ..report import Progress, silent
 

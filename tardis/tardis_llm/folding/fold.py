@@ -8,6 +8,7 @@ predicted pre-activation (for lines and ranges), and moments against what fixing
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -16,14 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..calibration.moments import BinnedMoments, SecondMoments, chunks, pre_activation_moments
-from ..config import FoldConfig
+from ..config import FoldConfig, Rounding
 from ..ffn.neuron import Neurons
 from ..ffn.packed import PackedMatrix
-from ..ffn.weights import DenseFFN, FoldedWeights, written_out
+from ..ffn.weights import DenseFFN, FoldedWeights, Storage, written_out
 from .ranges import Ranges, coverage_ranges_at, error_ranges, error_ranges_at, highest_price
 from .refit import DAMPINGS, Spectrum, affine_error, refit
 from .rounding import quantise
 from .stack import quantise_fallback, store_fold
+from .statistics import Statistics, Targets, input_moments, target_moments
 
 
 @dataclass(frozen=True)
@@ -86,15 +88,6 @@ class Predicted:
     predictor: PackedMatrix
     fit: BinnedMoments
     heldout: BinnedMoments
-
-
-def input_moments(x: Tensor) -> SecondMoments:
-    """Second moments of inputs x [tokens, d]."""
-    moments = SecondMoments.zeros(x.shape[1], x.shape[1])
-    for chunk in chunks(x, x.shape[1]):
-        chunk = chunk.float()
-        moments.add(chunk, chunk)
-    return moments
 
 
 def predict(ffn: DenseFFN, inputs: Inputs, bits: int, config: FoldConfig) -> Predicted:
@@ -167,20 +160,77 @@ def solve(
     fixing = weights.fallback(dtype) if weights.stacked else (ffn.w1, ffn.w2)
     fit = target_moments(ffn, inputs.fit, w_hat, neurons, *fixing)
     heldout = target_moments(ffn, inputs.heldout, w_hat, neurons, *fixing)
-    slope, offset = neurons.slope.float(), neurons.offset.float()
-    weight, damping = (ffn.w2 * slope) @ ffn.w1, None
     if config.refit:
-        x = inputs.fit_moments
+        known = Statistics(inputs.fit_moments, fit), Statistics(inputs.heldout_moments, heldout)
         dampings = DAMPINGS if config.damping is None else (config.damping,)
-        solved = refit(inputs.spectrum, x, fit.left, inputs.heldout_moments, heldout.left, weight, dampings)
-        weight, damping = solved.weight, solved.damping
-    fold = store_fold(weight, config.storage, dtype, spread)
-    if config.refit:
-        bias = (fit.left.y_sum - written_out(fold).to(dtype).double() @ x.x_sum) / x.count
-    else:
-        b1, b2 = ffn.biases
-        bias = ffn.w2 @ (slope * b1 + offset) + b2
-    return Solved(replace(weights, fold=fold, bias=bias.to(dtype)), fit, heldout, damping)
+        solved, damping = _refitted(ffn, weights, *known, inputs.spectrum, config.storage, dtype, spread, dampings)
+        return Solved(solved, fit, heldout, damping)
+    b1, b2 = ffn.biases
+    bias = ffn.w2 @ (neurons.slope.float() * b1 + neurons.offset.float()) + b2
+    fold = store_fold(_fold_of_lines(ffn, neurons), config.storage, dtype, spread)
+    return Solved(replace(weights, fold=fold, bias=bias.to(dtype)), fit, heldout, None)
+
+
+def _fold_of_lines(ffn: DenseFFN, neurons: Neurons) -> Tensor:
+    """[d, d] fp32, W2 diag(slope) W1."""
+    return (ffn.w2 * neurons.slope.float()) @ ffn.w1
+
+
+def _refitted(
+    ffn: DenseFFN,
+    weights: FoldedWeights,
+    fit: Statistics,
+    heldout: Statistics,
+    spectrum: Spectrum,
+    storage: Storage,
+    dtype: torch.dtype,
+    spread: Tensor | None,
+    dampings: Sequence[float],
+) -> tuple[FoldedWeights, float]:
+    """The weights with the fold that ridge regression finds, and the damping that it chose."""
+    x, left, prior = fit.x, fit.targets.left, _fold_of_lines(ffn, weights.neurons)
+    solved = refit(spectrum, x, left, heldout.x, heldout.targets.left, prior, dampings)
+    fold = store_fold(solved.weight, storage, dtype, spread)
+    bias = (left.y_sum - written_out(fold).to(dtype).double() @ x.x_sum) / x.count
+    return replace(weights, fold=fold, bias=bias.to(dtype)), solved.damping
+
+
+def refit_layer(
+    dense: DenseFFN,
+    folded: FoldedWeights,
+    statistics: Statistics,
+    heldout: Statistics | None = None,
+    damping: float = 1e-3,
+    rounding: Rounding = "gptq",
+) -> FoldedWeights:
+    """A fold solved anew for other inputs; its predictor, ranges, lines and fallback weights stay.
+
+    Args:
+        dense: the FFN as it was before it was folded, in any float dtype.
+        folded: its present fold.
+        statistics: of the inputs, by `gather`; those of several texts merged, old ones decayed.
+        heldout: of other inputs, to choose the damping on.
+        damping: of the regression without held-out statistics, relative to the mean variance of the inputs.
+        rounding: of a fold in few bits: "gptq" or "nearest".
+
+    Returns:
+        The new fold, in the format of the present one: what `FoldedFFN.swap` takes.
+
+    Example:
+        >>> from tardis_llm.folding.statistics import gather
+        >>> dense, x = DenseFFN(torch.randn(64, 16), None, torch.randn(16, 64), None, "gelu"), torch.randn(512, 16)
+        >>> neurons = Neurons("gelu", *(bound * torch.ones(64) for bound in (-1, 1)), torch.ones(64), torch.zeros(64))
+        >>> folded = FoldedWeights(torch.zeros(16, 16), torch.zeros(16), quantise(dense.w1, 2, 16), neurons)
+        >>> refit_layer(dense, folded, gather(dense, folded, x)).fold.shape
+        torch.Size([16, 16])
+    """
+    form, known = folded.format, heldout or statistics
+    assert folded.bias is not None, "a stored fold has a bias"
+    spread = (statistics.x.cross / statistics.x.count).float() if rounding == "gptq" else None
+    storage, dampings = Storage(form.group_size, form.fold_bits), DAMPINGS if heldout else (damping,)
+    spectrum = Spectrum.of(statistics.x)
+    how = spectrum, storage, folded.bias.dtype, spread, dampings
+    return _refitted(dense.in_fp32(), folded, statistics, known, *how)[0]
 
 
 def finish(
@@ -217,46 +267,3 @@ def _half(value: Tensor, towards: float) -> Tensor:
     half = value.half()
     inside = half.float() > value if towards < 0 else half.float() < value
     return torch.where(inside, torch.nextafter(half, torch.full_like(half, towards)), half)
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What the fold has to explain, beside the inputs.
-
-    Attributes:
-        left: moments of x beside what fixing leaves, `y - fix(x)`.
-        output: moments of x beside the dense output y.
-        fix_rate: share of the neurons fixed.
-    """
-
-    left: SecondMoments
-    output: SecondMoments
-    fix_rate: float
-
-
-def target_moments(ffn: DenseFFN, x: Tensor, w_hat: Tensor, neurons: Neurons, w1: Tensor, w2: Tensor) -> Targets:
-    """Stream inputs x [tokens, d] through the dense FFN and the fixing.
-
-    Args:
-        w_hat: [h, d] fp32, the dequantised predictor.
-        neurons: ranges and lines as stored.
-        w1, w2: [h, d] and [d, h], the weights that fixing reads: those of `ffn`, or what stands for them.
-    """
-    d, h = x.shape[1], len(ffn.w1)
-    exact, w1, w2 = w1 is ffn.w1, w1.float(), w2.float()
-    left, output = SecondMoments.zeros(d, d), SecondMoments.zeros(d, d)
-    fixed, neurons = 0, neurons.map(Tensor.float)
-    for chunk in chunks(x, h):
-        chunk = chunk.float()
-        z = F.linear(chunk, ffn.w1, ffn.b1)
-        zhat = F.linear(chunk, w_hat, ffn.b1)
-        outside = neurons.outside(zhat)
-        a = ffn.act(z)
-        y = F.linear(a, ffn.w2, ffn.b2)
-        output.add(chunk, y)
-        if not exact:
-            z = F.linear(chunk, w1, ffn.b1)
-            a = ffn.act(z)
-        left.add(chunk, y - F.linear(neurons.residual(z, a) * outside, w2))
-        fixed += int(outside.sum())
-    return Targets(left, output, fixed / (len(x) * h))

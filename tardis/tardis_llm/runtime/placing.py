@@ -154,7 +154,13 @@ def lay_out(model: nn.Module) -> None:
 
 
 def folded_ffns(model: nn.Module) -> dict[str, FoldedFFN]:
-    """Every folded FFN of a model by the prefix of its FFN, in order; the prefix is "" for none but the root."""
+    """Every folded FFN of a model by the full name of the FFN that it stands for, in the model's order.
+
+    Example:
+        >>> from tardis_llm.checkpoint.loading import load_model
+        >>> list(folded_ffns(load_model("folded")))
+        ['transformer.h.0.mlp', 'transformer.h.1.mlp']
+    """
     found = {name: module for name, module in model.named_modules() if isinstance(module, FoldedFFN)}
     return {name.removesuffix("tardis").removesuffix("."): module for name, module in found.items()}
 
