@@ -85,22 +85,29 @@ class NumpyView(View):
         code, exact = self._cut(key)
         if code is None:
             return len(self.codes) + int(self.delta.shifts[-1])
-        query = code + (right and exact)  # a Python int: nothing wraps
-        return self._run_rank(query) + int(self.delta.shifts[bisect_left(memoryview(self.delta.codes), query)])
+        return self._rank_of(code + (right and exact), in_run=False)  # a Python int: nothing wraps
+
+    def _rank_of(self, query: int, in_run: bool) -> int:
+        shift = 0 if in_run else self.delta.shifts[bisect_left(memoryview(self.delta.codes), query)]
+        return self._run_rank(query) + int(shift)
 
     def _find(self, key: object) -> tuple[Any, int] | None:
-        """The values among which a key's is, and its position there; None if the key is absent."""
         code, exact = self._cut(key)
-        if code is None or not exact:
-            return None
+        return None if code is None or not exact else self._find_code(code)
+
+    def _find_code(self, code: int) -> tuple[Any, int] | None:
+        """The values among which a code's is, and its position there; None if the code is absent."""
         rank, entry = self._run_rank(code), bisect_left(memoryview(self.delta.codes), code)
         if entry < len(self.delta) and self.delta.codes[entry] == code:
             return (self.delta.values, entry) if self.delta.alive[entry] else None
         return (self.run.values, rank) if rank < len(self.codes) and self.codes[rank] == code else None
 
-    # ---- batches
+    # ---- batches; those of one code are answered like single keys, as NumPy's calls would take longer
 
     def ranks(self, codes: Codes, right: bool, in_run: bool, ranks: Ints, /) -> None:
+        if len(codes) == 1:
+            ranks[0] = self._rank_of(int(codes[0]) + right, in_run)
+            return
         past = codes == np.uint64(2**64 - 1) if right else np.False_
         queries = codes + np.uint64(1) * ~past if right else codes
         ranks[:] = np.where(past, len(self.codes), self._run_ranks(queries)) if right else self._run_ranks(queries)
@@ -111,6 +118,9 @@ class NumpyView(View):
     def find_many(
         self, codes: Codes, present: Mask, in_delta: Mask | None = None, positions: Ints | None = None, /
     ) -> None:
+        if len(codes) == 1 and positions is None:
+            present[0] = self._find_code(int(codes[0])) is not None
+            return
         rank, entry = self._run_ranks(codes), ranks_in(self.delta.codes, codes, False, self.engine)
         changed = _equal_at(self.delta.codes, entry, codes)
         present[:] = _equal_at(self.codes, rank, codes)
