@@ -1,6 +1,6 @@
 """The linear layers of a model outside its FFNs, and lm_head, in few bits; dense FFNs too, where they are to be.
 
-Which layers these are, and putting them in place; `runtime.lowbit_linear` has the layers themselves.
+Which layers these are, and putting them in place.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from ...families.linear import bias_of, is_linear, weight_of
 from ...families.sites import ffn_linear_names, set_module
 from ...report import LinearsReport
 from ..cpu.library import available
+from . import LOW_BIT_LAYERS
 from .dense import ThroughKernels, kernel_linear
-from .lowbit import KINDS, LowBitLinear, Nf4Linear
+from .lowbit import LowBitLinear
+from .nf4 import Nf4Linear
 
 
 def quantise_linears(model: PreTrainedModel, bits: int, *, ffn: bool = False) -> LinearsReport:
@@ -27,7 +29,7 @@ def quantise_linears(model: PreTrainedModel, bits: int, *, ffn: bool = False) ->
 
     Args:
         model: dense or folded.
-        bits: in `KINDS`.
+        bits: in `LOW_BIT_LAYERS`.
         ffn: store dense FFNs so, too.
 
     Returns:
@@ -57,7 +59,7 @@ def low_bit_copies(model: PreTrainedModel, bits: int, *, ffn: bool = False) -> d
     """
     check_bits(bits)
     layers = linear_layers(model, ffn=ffn)
-    return {name: KINDS[bits].of(weight_of(layer), bias_of(layer)) for name, layer in layers.items()}
+    return {name: LOW_BIT_LAYERS[bits].of(weight_of(layer), bias_of(layer)) for name, layer in layers.items()}
 
 
 def put_linears(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -116,13 +118,13 @@ def refuse_resizing(*sizes: object, **options: object) -> None:
 def empty_like(layer: nn.Module, bits: int) -> LowBitLinear:
     """A low-bit layer without content in the place of a dense one, whose bias it takes."""
     weight = weight_of(layer)
-    return KINDS[bits].empty((weight.shape[0], weight.shape[1]), bias_of(layer), weight.dtype, weight.device)
+    return LOW_BIT_LAYERS[bits].empty((weight.shape[0], weight.shape[1]), bias_of(layer), weight.dtype, weight.device)
 
 
 def check_bits(bits: int) -> None:
     """Raise InvalidInputError where nothing stores linear layers in so many bits, or what multiplies is missing."""
-    if bits not in KINDS:
-        raise InvalidInputError(f"linear layers in {bits} bits are asked for; give one of {sorted(KINDS)}.")
+    if bits not in LOW_BIT_LAYERS:
+        raise InvalidInputError(f"linear layers in {bits} bits are asked for; give one of {sorted(LOW_BIT_LAYERS)}.")
     if bits == Nf4Linear.bits and importlib.util.find_spec("bitsandbytes") is None:
         raise InvalidInputError(
             "linear layers in int4 need bitsandbytes, which is not installed. Run pip install 'tardis-llm[quant]', or "
