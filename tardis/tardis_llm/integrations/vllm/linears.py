@@ -20,7 +20,8 @@ from vllm.model_executor.utils import set_weight_attrs
 from ...errors import CheckpointError
 from ...ffn.weights import Layout
 from ...runtime.backend import lay_out, linear
-from ...runtime.linears import LOW_BIT_LAYERS, LowBitLinear
+from ...runtime.linears import LOW_BIT_LAYERS
+from ...runtime.linears.lowbit import LowBitLinear
 from ...runtime.operators import library
 
 library.define("served_linear(Tensor x, str name, int outputs) -> Tensor")

@@ -67,8 +67,8 @@ class OneDnnWeight(PreparedWeight):
 
     def product_of_bytes(self, rows: Tensor) -> Tensor:
         """(rows - 128) W^T, [n, out] fp32, for rows [n, in] uint8."""
-        how = None, 1.0, 0, torch.float32, "none", [], ""  # no bias, fp32 outputs, nothing applied to them
-        y: Tensor = torch.ops.onednn.qlinear_pointwise(rows, 1.0, 128, self.codes, self.scale, self.zero, *how)
+        weight, product = (self.codes, self.scale, self.zero), torch.ops.onednn.qlinear_pointwise
+        y: Tensor = product(rows, 1.0, 128, *weight, None, 1.0, 0, torch.float32, "none", [], "")
         return y
 
     def restored(self) -> tuple[Tensor, Tensor]:

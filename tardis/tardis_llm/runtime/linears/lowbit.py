@@ -1,10 +1,7 @@
-"""What the linear layers in few bits have in common: they store codes and scales, and multiply by another's kernel.
+"""What linear layers in few bits have in common: they store codes and scales, and multiply by kernels of others.
 
-    8 bits    `int8`: one scale per output; torch's own oneDNN product of int8 weights and inputs in 16 bits
-    4 bits    `nf4`: NF4 of QLoRA (arXiv 2305.14314), one scale per 64 inputs; the product of bitsandbytes
-
-docs/linears.md has the measurements, by `benchmarks/linears.py`, that led to these two. `LowBitLinear.dequantise` and a
-product specify what they compute; this also runs where the kernels do not: on GPUs, and where gradients flow.
+`LowBitLinear.dequantise` and a product specify what they compute, and run wherever the kernels do not: on GPUs, and
+where gradients flow. docs/linears.md says why there are the formats of `int8` and `nf4`.
 """
 
 from __future__ import annotations
@@ -146,7 +143,7 @@ class LowBitLinear(Numbered, Stored):
         with changing_layout():
             if self._prepared is not None:  # another thread was quicker
                 return self._prepared
-            self._check(self.codes, self.scale)
+            self._check()
             prepared = self._prepare(self.codes.data, self.scale.data)
             if not hasattr(self, "_hf_hook"):
                 self._prepared = prepared
@@ -171,10 +168,10 @@ class LowBitLinear(Numbered, Stored):
         """Take no gradients for the weight; the bias is an ordinary parameter, and may train."""
         self.weight.requires_grad_(False)
 
-    def _check(self, codes: Tensor, scale: Tensor) -> None:
+    def _check(self) -> None:
         """Raise TardisError for codes and scales that kernels would misread."""
         like = self.quantise(torch.zeros(1, self.in_features))
-        for what, tensor, row in zip(("codes", "scales"), (codes, scale), like, strict=True):
+        for what, tensor, row in zip(("codes", "scales"), (self.codes, self.scale), like, strict=True):
             check_kind(what, tensor, (row.dtype,), (self.out_features, *row.shape[1:]))
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""Linear layers in 4 bits, the NF4 of QLoRA with one scale per 64 inputs, by the kernels of bitsandbytes."""
+"""Linear layers in 4 bits, the NF4 of QLoRA (arXiv 2305.14314) with one scale per 64 inputs, by bitsandbytes."""
 
 from __future__ import annotations
 
