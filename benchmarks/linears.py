@@ -30,7 +30,7 @@ from tardis_llm.errors import TardisError
 from tardis_llm.evaluation.machine import cpu_name, read_bandwidth
 from tardis_llm.evaluation.turns import Ratio
 from tardis_llm.folding.rounding import quantise
-from tardis_llm.runtime.linears.lowbit import KINDS
+from tardis_llm.runtime.linears import LOW_BIT_LAYERS
 
 #: bytes of weights that a variant reads before it reads the same again; no cache that we know keeps so many
 _COLD_BYTES = 96 * 2**20
@@ -142,7 +142,7 @@ def chosen(bits: int) -> Make:
     """What `tardis fold --linears` uses: oneDNN's int8 product on activations in 16 bits, or bitsandbytes' NF4."""
 
     def make(weight: Tensor) -> tuple[Run, int]:
-        layer = KINDS[bits].of(weight, None)
+        layer = LOW_BIT_LAYERS[bits].of(weight, None)
         return layer, layer.nbytes
 
     return make

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -26,8 +27,10 @@ from tardis_llm import FoldConfig, FoldReport, fold, save_folded
 from tardis_llm.checkpoint.record import RECORD, read_report
 from tardis_llm.errors import CheckpointError, InvalidInputError
 from tardis_llm.families.sites import find_ffns
-from tardis_llm.runtime.linears import lowbit as lowbit_linear
-from tardis_llm.runtime.linears.lowbit import KINDS, NF4, Int8Linear, LowBitLinear, Nf4Linear
+from tardis_llm.runtime.linears import LOW_BIT_LAYERS, int8, nf4
+from tardis_llm.runtime.linears.int8 import Int8Linear
+from tardis_llm.runtime.linears.lowbit import LowBitLinear
+from tardis_llm.runtime.linears.nf4 import NF4, Nf4Linear
 from tardis_llm.runtime.linears.placing import (
     linear_layers,
     low_bit_copies,
@@ -36,7 +39,7 @@ from tardis_llm.runtime.linears.placing import (
     quantise_linears,
 )
 
-BITS = sorted(KINDS)
+BITS = sorted(LOW_BIT_LAYERS)
 #: [out, in]: odd ones, one number, several blocks of every kernel
 SHAPES = [(70, 200), (257, 33), (1, 1), (64, 128)]
 
@@ -45,7 +48,7 @@ def random_layer(bits: int, shape: tuple[int, int], dtype: torch.dtype = torch.f
     """A layer of random weights and biases, the same on every call."""
     generator = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(shape, generator=generator), torch.randn(shape[0], generator=generator)
-    return KINDS[bits].of(weight.to(dtype), bias.to(dtype))
+    return LOW_BIT_LAYERS[bits].of(weight.to(dtype), bias.to(dtype))
 
 
 def random_inputs(count: int, columns: int) -> Tensor:
@@ -87,14 +90,14 @@ def test_the_product_is_that_of_the_stored_weight(bits: int, dtype: torch.dtype,
     assert deviation(y, F.linear(x.float(), layer.dequantise(), layer.bias.float())) < tolerance
 
 
-@pytest.mark.parametrize(("bits", "question"), [(8, "exact_in_int8"), (4, "multiplies_nf4")])
+@pytest.mark.parametrize(("bits", "kernel"), [(8, (int8, "exact_in_int8")), (4, (nf4, "multiplies_nf4"))])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_processors_without_the_instructions_get_the_same(
-    monkeypatch: pytest.MonkeyPatch, bits: int, question: str, shape: tuple[int, int]
+    monkeypatch: pytest.MonkeyPatch, bits: int, kernel: tuple[ModuleType, str], shape: tuple[int, int]
 ):
     layer, x = random_layer(bits, shape), random_inputs(3, shape[1])
     expected, codes = layer(x), layer.state_dict()["codes"].clone()
-    monkeypatch.setattr(lowbit_linear, question, lambda: False)
+    monkeypatch.setattr(*kernel, lambda: False)
     assert deviation(layer(x), expected) < 1e-2
     assert torch.equal(layer.state_dict()["codes"], codes)
 
@@ -103,17 +106,17 @@ def test_a_processor_without_the_nf4_product_is_told_about_once(
     monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ):
     monkeypatch.setattr("bitsandbytes.functional.has_avx512bf16", lambda: False)
-    lowbit_linear.multiplies_nf4.cache_clear()
+    nf4.multiplies_nf4.cache_clear()
     layer, x = random_layer(4, (64, 64)), random_inputs(3, 64)
     assert deviation(layer(x), layer(x)) == 0
-    lowbit_linear.multiplies_nf4.cache_clear()
+    nf4.multiplies_nf4.cache_clear()
     assert [str(each.message) for each in recwarn if "Store the linear layers in int8" in str(each.message)]
 
 
 @pytest.mark.parametrize(("bits", "worst"), [(8, 0.01), (4, 0.12)])
 def test_rounding_loses_what_its_bits_lose(bits: int, worst: float):
     weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(2))
-    assert 0 < deviation(KINDS[bits].of(weight, None).dequantise(), weight) < worst
+    assert 0 < deviation(LOW_BIT_LAYERS[bits].of(weight, None).dequantise(), weight) < worst
 
 
 def test_an_outlier_costs_the_other_inputs_nothing_in_int8():

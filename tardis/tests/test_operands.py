@@ -17,7 +17,7 @@ from tardis_llm.runtime.cpu.backend import CpuFFN
 from tardis_llm.runtime.cpu.library import open_library
 from tardis_llm.runtime.cpu.panels import Panels
 from tardis_llm.runtime.cpu.structures import Matrix, Vector
-from tardis_llm.runtime.linears.lowbit import KINDS
+from tardis_llm.runtime.linears import LOW_BIT_LAYERS
 
 needs_library = pytest.mark.skipif(open_library() is None, reason="the CPU kernels are not built")
 D, H = 64, 96
@@ -110,11 +110,11 @@ def test_operators_refuse_what_does_not_fit():
             call()
 
 
-@pytest.mark.parametrize("bits", KINDS)
+@pytest.mark.parametrize("bits", LOW_BIT_LAYERS)
 @pytest.mark.parametrize("part", ["codes", "scale"])
 def test_a_low_bit_linear_layer_of_other_shapes_is_refused(bits: int, part: str):
     pytest.importorskip("bitsandbytes")
-    layer = KINDS[bits].of(torch.randn(64, 128), None)
+    layer = LOW_BIT_LAYERS[bits].of(torch.randn(64, 128), None)
     setattr(layer, part, torch.nn.Parameter(getattr(layer, part)[:-1].clone(), requires_grad=False))
     with pytest.raises(TardisError):
-        layer.packed()
+        layer.prepared()

@@ -1,4 +1,4 @@
-"""Everything that makes a loaded model decode fast on this machine and changes none of its numbers but by rounding."""
+"""Make a loaded model decode fast on this machine, without changing its numbers but by rounding."""
 
 from __future__ import annotations
 
@@ -71,7 +71,11 @@ def compiled(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def compiled_call(model: PreTrainedModel) -> Callable[..., Any]:
-    """A model's forward as `compiled` runs it; errors too. It shares no graphs with other calls."""
+    """A model's forward as one compiled graph of its own, which other calls do not share.
+
+    Raises:
+        InvalidInputError: a model with ALiBi; see `compiled`.
+    """
     settings = compiled(model)["compile_config"].to_dict() | {"isolate_recompiles": True}
     call: Callable[..., Any] = torch.compile(model.__call__, **settings)
     return call
@@ -79,10 +83,10 @@ def compiled_call(model: PreTrainedModel) -> Callable[..., Any]:
 
 @contextmanager
 def compile_errors_explained() -> Iterator[None]:
-    """Within the context, that something cannot be compiled is said so that users know what to do.
+    """Within the context, turn torch's errors about compiling into ones that say what to do.
 
     Raises:
-        InvalidInputError: it cannot.
+        InvalidInputError: the model cannot be compiled.
     """
     try:
         yield

@@ -1,9 +1,9 @@
-"""Which forwards of a folded model go through its folds, and which through its dense FFNs.
+"""Choose which forwards of a folded model go through its folds, and which through its dense FFNs.
 
-    folded    every one: what is evaluated is what is served
-    exact     single tokens only, as in decoding; prompts go through the dense FFNs
-    auto      as many tokens at once as folding is faster for: as measured once and recorded in the checkpoint, else
-              `CROSSOVER`
+    folded    all go through the folds: what is evaluated is what is served
+    exact     single tokens, as in decoding, go through the folds, and prompts through the dense FFNs
+    auto      up to so many tokens at once as folding is faster for go through the folds; the checkpoint records the
+              number where it was measured, else it is `CROSSOVER`
 
 A prompt costs dense arithmetic either way, while decoding costs bytes: dense prompts are exact, and folds still pay
 where most of the time goes. Dense weights have to be there: with low-bit ones in their place `auto` folds everything,
@@ -32,7 +32,7 @@ _HOOK = "_tardis_prefill"
 
 
 def set_prefill(model: PreTrainedModel, mode: Prefill) -> None:
-    """Choose for all forwards from now on; a model that was just folded or loaded is `folded`.
+    """Choose the mode of all forwards from now on; that of a model that was just folded or loaded is `folded`.
 
     Args:
         model: folded, at least in parts.
@@ -50,7 +50,7 @@ def set_prefill(model: PreTrainedModel, mode: Prefill) -> None:
     """
     stacked = any(ffn.stacked for ffn in folded_ffns(model).values())
     check_prefill(mode, stacked)
-    choices = {"folded": None, "exact": Prompts(), "auto": None if stacked else MoreThan(crossover(model))}
+    choices = {"folded": None, "exact": are_prompts, "auto": None if stacked else MoreThan(crossover(model))}
     for block in layer_list(model):
         _note_lengths(block, mode == "exact")
     for ffn in folded_ffns(model).values():
@@ -58,14 +58,11 @@ def set_prefill(model: PreTrainedModel, mode: Prefill) -> None:
 
 
 def check_prefill(mode: str, stacked: bool) -> None:
-    """See that a mode exists and can be had.
+    """Raise InvalidInputError for a mode that does not exist, or that needs dense weights where they are not stored.
 
     Args:
-        mode: as it was asked for.
+        mode: as a user gave it.
         stacked: whether low-bit weights stand for dense ones.
-
-    Raises:
-        InvalidInputError: it does not, or cannot.
     """
     if mode not in get_args(Prefill):
         raise InvalidInputError(f"prefill {mode!r} is asked for; give one of {', '.join(get_args(Prefill))}.")
@@ -85,33 +82,25 @@ def crossover(model: PreTrainedModel) -> int:
 
 @dataclass(frozen=True)
 class MoreThan:
-    """Whether inputs [..., d] are more than so many tokens."""
+    """Says of inputs [..., d] whether they are more than so many tokens."""
 
     tokens: int
 
     def __call__(self, x: Tensor) -> bool:
-        """The answer for x."""
+        """Whether x [..., d] is more than `tokens` tokens."""
         return x.numel() // x.shape[-1] > self.tokens
 
 
-@dataclass(frozen=True)
-class Prompts:
+def are_prompts(x: Tensor) -> bool:
     """Whether inputs [batch, tokens, d] have several tokens of a sequence.
 
-    Some families give their FFN all tokens in one row, [batch * tokens, d]: then it goes by the block's own inputs.
+    Some families give their FFN all tokens in one row, [batch * tokens, d]: then the inputs of its block decide.
     """
-
-    def __call__(self, x: Tensor) -> bool:
-        """The answer for x."""
-        return (x.shape[-2] if x.dim() > 2 else _BLOCK.tokens) > 1
+    return (x.shape[-2] if x.dim() > 2 else _BLOCK.tokens) > 1
 
 
 class _Block(threading.local):
-    """The block that a thread is in.
-
-    Attributes:
-        tokens: of each sequence.
-    """
+    """The inputs [batch, tokens, d] of the block that a thread is in."""
 
     tokens = 1
 
@@ -120,7 +109,7 @@ _BLOCK = _Block()
 
 
 def _note_lengths(block: nn.Module, on: bool) -> None:
-    """Note in each call of a block, or no longer, how many tokens of a sequence it gets."""
+    """Have each call of a block note how many tokens of a sequence it gets, or with `on` false no longer."""
     handle = block.__dict__.pop(_HOOK, None)
     if handle is not None:
         handle.remove()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import InvalidInputError
 from ..ffn.packed import PackedMatrix
 from ..ffn.weights import Layout, Matrix, stored
-from .backend import lay_out
+from .backend import differentiated, lay_out
 
 #: taken by what changes an order of memory, and by what must not see it change
 LAYOUT = threading.RLock()
@@ -192,5 +192,5 @@ def refuse_training(tensors: Iterable[Tensor | None], what: str, why: str = SOLV
     Raises:
         InvalidInputError: one is set to train.
     """
-    if any(tensor is not None and tensor.requires_grad for tensor in tensors):
+    if differentiated(*tensors):
         raise InvalidInputError(f"{what} set to train (requires_grad), which cannot be: {why}")

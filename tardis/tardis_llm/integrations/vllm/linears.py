@@ -20,7 +20,8 @@ from vllm.model_executor.utils import set_weight_attrs
 from ...errors import CheckpointError
 from ...ffn.weights import Layout
 from ...runtime.backend import lay_out, linear
-from ...runtime.linears.lowbit import KINDS, LowBitLinear
+from ...runtime.linears import LOW_BIT_LAYERS
+from ...runtime.linears.lowbit import LowBitLinear
 from ...runtime.operators import library
 
 library.define("served_linear(Tensor x, str name, int outputs) -> Tensor")
@@ -68,7 +69,7 @@ class LowBitMethod(LinearMethodBase):
     """One linear layer in few bits, or a rank's share of it; vLLM's layer has codes and scales until all are loaded.
 
     Args:
-        bits: in `KINDS`.
+        bits: in `LOW_BIT_LAYERS`.
         name: of the layer in vLLM's model.
     """
 
@@ -94,8 +95,8 @@ class LowBitMethod(LinearMethodBase):
         """
         inputs, outputs = input_size_per_partition, sum(output_partition_sizes)
         device = torch.get_default_device()
-        self.linear = KINDS[self._bits].empty((outputs, inputs), None, params_dtype, device)
-        whole = KINDS[self._bits].empty((1, input_size), None, params_dtype, device)
+        self.linear = LOW_BIT_LAYERS[self._bits].empty((outputs, inputs), None, params_dtype, device)
+        whole = LOW_BIT_LAYERS[self._bits].empty((1, input_size), None, params_dtype, device)
         if whole.codes.shape[1] * inputs != self.linear.codes.shape[1] * input_size:
             raise CheckpointError(
                 f"{self._name.removesuffix('.tardis')} has {input_size} inputs, which {input_size // inputs} processes "

@@ -1,10 +1,9 @@
-"""Dense linear layers through our CPU kernels, which use the bandwidth and take weights that lie neuron by neuron."""
+"""Dense linear layers that multiply by our kernels, which use more of the memory bandwidth than torch's."""
 
 from __future__ import annotations
 
 from collections import Counter
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -19,19 +18,21 @@ _PREPARED = (
 
 
 class ThroughKernels(LaidOut):
-    """A dense linear layer by the kernels, made by `kernel_linear`; its weight may be laid out for them."""
+    """A dense linear layer that multiplies by the kernels, and whose weight may be laid out for them.
+
+    `kernel_linear` makes it of another layer.
+    """
 
     weight: Tensor
-
     matrix_tensors = frozenset({"weight"})
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs [..., out] for x [..., in], in the dtype of x.
 
         Raises:
-            InvalidInputError: it is laid out and set to train.
+            InvalidInputError: the weight is laid out and set to train.
         """
-        if self._layout is not None and torch.is_grad_enabled():
+        if self._layout is not None:
             refuse_training([self._parameters["weight"]], "weights that are prepared for decoding are", _PREPARED)
         return linear(x, self._layout or self.current, self.bias)
 
@@ -46,15 +47,15 @@ class ThroughKernels(LaidOut):
 
 
 class KernelLinear(ThroughKernels, nn.Linear):
-    """`nn.Linear` by the kernels."""
+    """`nn.Linear` that multiplies by the kernels."""
 
 
 class KernelConv1D(ThroughKernels, Conv1D):
-    """Conv1D of transformers by the kernels: its weight is [in, out], and lies in memory as its transpose."""
+    """Conv1D of transformers that multiplies by the kernels; its weight [in, out] is a transposed view."""
 
 
 def lay_out_linears(model: nn.Module) -> None:
-    """Freeze every layer `ThroughKernels`, and lay its weight out where no other module of the model has it."""
+    """Freeze the layers of a model that multiply by the kernels, and lay out each weight that no other module has."""
     owners = Counter(id(part) for module in model.modules() for part in module.parameters(recurse=False))
     for module in model.modules():
         if isinstance(module, ThroughKernels):
@@ -64,12 +65,12 @@ def lay_out_linears(model: nn.Module) -> None:
 
 
 def kernel_linear(layer: nn.Module) -> ThroughKernels:
-    """The same layer through the kernels: with its parameters, until they are laid out, its hooks and its mode.
+    """A dense linear layer that multiplies by the kernels and shares another layer's parameters, hooks and mode.
 
-    The weight of a Conv1D is laid out anew, in a copy: the kernels read a weight output by output.
+    The weight of a Conv1D is copied, as its transpose: the kernels read a weight output by output.
     """
-    kind = KernelConv1D if is_transposed(layer) else KernelLinear
-    made = kind.__new__(kind)
+    cls = KernelConv1D if is_transposed(layer) else KernelLinear
+    made = cls.__new__(cls)
     made.__dict__ = {**layer.__dict__, "_parameters": dict(layer._parameters)}
     if is_transposed(made):
         weight = made.weight

@@ -1,6 +1,6 @@
-"""The linear layers of a model outside its FFNs, and lm_head, in few bits; dense FFNs too, where they are to be.
+"""Find the linear layers of a model outside its FFNs, lm_head included, and put others in their places.
 
-Which layers these are, and putting them in place; `runtime.lowbit_linear` has the layers themselves.
+The others store their weights in few bits, or multiply by our kernels. Dense FFNs are included where a caller says so.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from ...families.linear import bias_of, is_linear, weight_of
 from ...families.sites import ffn_linear_names, set_module
 from ...report import LinearsReport
 from ..cpu.library import available
+from . import LOW_BIT_LAYERS
 from .dense import ThroughKernels, kernel_linear
-from .lowbit import KINDS, LowBitLinear, Nf4Linear
+from .lowbit import LowBitLinear
+from .nf4 import Nf4Linear
 
 
 def quantise_linears(model: PreTrainedModel, bits: int, *, ffn: bool = False) -> LinearsReport:
@@ -27,11 +29,11 @@ def quantise_linears(model: PreTrainedModel, bits: int, *, ffn: bool = False) ->
 
     Args:
         model: dense or folded.
-        bits: in `KINDS`.
-        ffn: store dense FFNs so, too.
+        bits: in `LOW_BIT_LAYERS`.
+        ffn: also store dense FFNs in few bits.
 
     Returns:
-        How much became how little.
+        Layers, and bytes before and after.
 
     Raises:
         InvalidInputError: see `low_bit_copies`.
@@ -50,18 +52,23 @@ def quantise_linears(model: PreTrainedModel, bits: int, *, ffn: bool = False) ->
 
 
 def low_bit_copies(model: PreTrainedModel, bits: int, *, ffn: bool = False) -> dict[str, LowBitLinear]:
-    """Low-bit copies of a model's linear layers by name; `put_linears` puts them in. Arguments as `quantise_linears`.
+    """Low-bit copies of a model's linear layers by name; `put_linears` puts them in.
+
+    Args:
+        model: dense or folded.
+        bits: in `LOW_BIT_LAYERS`.
+        ffn: also copy the layers of dense FFNs.
 
     Raises:
-        InvalidInputError: the bits are none of these, bitsandbytes is not installed, or a weight is not finite.
+        InvalidInputError: see `check_bits`, or a weight is not finite.
     """
     check_bits(bits)
     layers = linear_layers(model, ffn=ffn)
-    return {name: KINDS[bits].of(weight_of(layer), bias_of(layer)) for name, layer in layers.items()}
+    return {name: LOW_BIT_LAYERS[bits].of(weight_of(layer), bias_of(layer)) for name, layer in layers.items()}
 
 
 def put_linears(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Put layers in the places that they are named by; returns what was there, to be put back in the same way."""
+    """Put layers in the places of a model that they are named by; returns those that were there, to be put back."""
     before = {name: model.get_submodule(name) for name in layers}
     for name, layer in layers.items():
         set_module(model, name, layer)
@@ -69,10 +76,10 @@ def put_linears(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, 
 
 
 def through_kernels(model: PreTrainedModel, *, ffn: bool = False) -> dict[str, nn.Module]:
-    """Dense linear layers by name that share a model's weights and decode by our kernel; `put_linears` puts them in.
+    """Dense linear layers by name that share a model's weights and multiply by our kernels; `put_linears` puts them in.
 
-    None where the kernel is not built. Layers that store their weight transposed are copied; those that go through the
-    kernel already are left out.
+    Empty where the kernels are not built. Weights that are stored transposed are copied; layers that multiply by the
+    kernels already are left out.
     """
     layers = linear_layers(model, ffn=ffn) if available() else {}
     return {name: kernel_linear(layer) for name, layer in layers.items() if not isinstance(layer, ThroughKernels)}
@@ -102,7 +109,7 @@ def untie_head(model: PreTrainedModel) -> None:
 
 
 def refuse_resizing(*sizes: object, **options: object) -> None:
-    """What `resize_token_embeddings` is of a model whose head is in few bits.
+    """Stand in for `resize_token_embeddings` in a model whose head is stored in few bits.
 
     Raises:
         InvalidInputError: always.
@@ -114,15 +121,15 @@ def refuse_resizing(*sizes: object, **options: object) -> None:
 
 
 def empty_like(layer: nn.Module, bits: int) -> LowBitLinear:
-    """A low-bit layer without content in the place of a dense one, whose bias it takes."""
+    """A low-bit layer without content, of the shape of a dense layer, whose bias it takes."""
     weight = weight_of(layer)
-    return KINDS[bits].empty((weight.shape[0], weight.shape[1]), bias_of(layer), weight.dtype, weight.device)
+    return LOW_BIT_LAYERS[bits].empty((weight.shape[0], weight.shape[1]), bias_of(layer), weight.dtype, weight.device)
 
 
 def check_bits(bits: int) -> None:
-    """Raise InvalidInputError where nothing stores linear layers in so many bits, or what multiplies is missing."""
-    if bits not in KINDS:
-        raise InvalidInputError(f"linear layers in {bits} bits are asked for; give one of {sorted(KINDS)}.")
+    """Raise InvalidInputError where no layer stores its weight in so many bits, or its kernels are not installed."""
+    if bits not in LOW_BIT_LAYERS:
+        raise InvalidInputError(f"linear layers in {bits} bits are asked for; give one of {sorted(LOW_BIT_LAYERS)}.")
     if bits == Nf4Linear.bits and importlib.util.find_spec("bitsandbytes") is None:
         raise InvalidInputError(
             "linear layers in int4 need bitsandbytes, which is not installed. Run pip install 'tardis-llm[quant]', or "
