@@ -26,7 +26,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from tardis_llm import FoldConfig, fold
 from tardis_llm.allocator import keep_freed_memory
-from tardis_llm.calibration.text import Windows, default_length, read_windows, some_windows
+from tardis_llm.calibration.limits import default_length
+from tardis_llm.calibration.text import Windows, read_windows, some_windows
 from tardis_llm.checkpoint.loading import load_dense
 from tardis_llm.evaluation.fix_rate import count_fixes, measured
 from tardis_llm.evaluation.perplexity import Perplexity, token_perplexity, windows_of

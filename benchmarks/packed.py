@@ -24,7 +24,8 @@ from transformers import AutoTokenizer
 
 from tardis_llm import FoldConfig, fold, save_folded
 from tardis_llm.allocator import keep_freed_memory
-from tardis_llm.calibration.text import default_length, read_windows, some_windows
+from tardis_llm.calibration.limits import default_length
+from tardis_llm.calibration.text import read_windows, some_windows
 from tardis_llm.checkpoint.loading import load_dense, load_model
 from tardis_llm.evaluation.machine import cpu_name
 from tardis_llm.evaluation.perplexity import token_perplexity, windows_of

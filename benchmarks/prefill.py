@@ -21,7 +21,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from tardis_llm import FoldConfig, fold
 from tardis_llm.allocator import keep_freed_memory
-from tardis_llm.calibration.text import default_length, read_windows, some_windows
+from tardis_llm.calibration.limits import default_length
+from tardis_llm.calibration.text import read_windows, some_windows
 from tardis_llm.checkpoint.loading import load_dense
 from tardis_llm.evaluation.machine import cpu_name
 from tardis_llm.evaluation.perplexity import windows_of

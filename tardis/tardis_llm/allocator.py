@@ -1,4 +1,4 @@
-"""Where memory comes from: freed memory kept for the next temporary, and weights in huge pages."""
+"""Faster memory: freed blocks are kept for the next temporary tensor, and large weights lie in huge pages."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of glibc's mallopt
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's mallopt
 _MIB = 2**20
 _HUGE_PAGE = 2 * _MIB
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc reuse blocks of up to 32 MiB, and keep up to 256 MiB of them; for a whole process, at its start.
+    """Let glibc reuse freed blocks of up to 32 MiB, and keep up to 256 MiB of them. Call it when a process starts.
 
     By default each large temporary is mapped, faulted in page by page and unmapped again. On virtual machines, where a
-    fault is dear, that can be most of the time of calibration.
+    page fault is slow, that can be most of the time of calibration.
 
     Returns:
-        Whether the C library took the settings; other libraries than glibc have their own ways, and need none.
+        Whether the C library took the settings; only glibc knows them.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -31,30 +31,30 @@ def keep_freed_memory() -> bool:
 
 
 def use_huge_pages(model: nn.Module) -> int:
-    """Move the large weights of a model on the CPU into huge pages, one after the other; values and strides stay.
+    """Move those weights of a model that are large and on the CPU into huge pages; values and strides stay.
 
-    Weights that were mapped from their files are in memory of this process afterwards.
+    Weights that were memory-mapped from files are copied, too, so the files are no longer needed.
 
     Returns:
-        Bytes that were moved.
+        How many bytes were moved.
     """
     moved = 0
     for tensor in [*model.parameters(), *model.buffers()]:
         if not _gains(tensor):
             continue
-        turned = tensor.dim() == 2 and not tensor.is_contiguous()  # as fixing reads W2
-        copy = contiguous_in_huge_pages(tensor.data.mT if turned else tensor.data)
-        tensor.data = copy.mT if turned else copy
+        transposed = tensor.dim() == 2 and not tensor.is_contiguous()  # W2 where it is laid out neuron by neuron
+        copy = contiguous_in_huge_pages(tensor.data.mT if transposed else tensor.data)
+        tensor.data = copy.mT if transposed else copy
         moved += tensor.nbytes
     return moved
 
 
 def contiguous_in_huge_pages(tensor: Tensor) -> Tensor:
-    """A contiguous copy, in huge pages where it is large and the system has them on request.
+    """A contiguous copy of a tensor, in huge pages if it is large, is on the CPU, and the system has such pages.
 
-    Where each page lies is looked up in tables. With pages of 2 MiB these stay in the processor's caches, which matters
-    most to folded FFNs, whose fixing reads rows here and there. The copy begins with a page: processors fetch lines of
-    memory in pairs, and pieces of rows that share none with their neighbours come up to 1.3 times as fast.
+    With pages of 2 MiB the page tables stay in the processor's caches, which matters most to folded FFNs, whose fixing
+    reads scattered rows. The copy begins at the start of a page: processors fetch cache lines in pairs, and parts of
+    rows that share no pair with their neighbours are read up to 1.3 times as fast.
     """
     if not _gains(tensor) or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty_like(tensor, memory_format=torch.contiguous_format).copy_(tensor)
@@ -64,12 +64,13 @@ def contiguous_in_huge_pages(tensor: Tensor) -> Tensor:
 
 
 def _mapped(size: int) -> Tensor:
-    """[size] bytes of their own: what malloc gives may be memory that was used before, in small pages."""
+    """[size] uint8 in newly mapped memory. What malloc returns may have been used before, in small pages."""
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a system without them
+    with suppress(OSError):  # the kernel has no huge pages; small ones do
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _gains(tensor: Tensor) -> bool:
+    """Whether a tensor is large enough for huge pages to matter, and on the CPU."""
     return tensor.device.type == "cpu" and tensor.nbytes >= 2 * _HUGE_PAGE

@@ -6,7 +6,7 @@ class TardisError(Exception):
 
 
 class UnsupportedModelError(TardisError):
-    """The model's family, FFN layout or activation is one that TARDIS cannot fold."""
+    """The model's family, FFN structure or activation is one that TARDIS cannot fold."""
 
 
 class InvalidInputError(TardisError):

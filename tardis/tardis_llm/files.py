@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and what tells their contents apart."""
+"""Write files whole or not at all, read JSON, and compare what files hold."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .errors import CheckpointError
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 of the tensors' bytes, in order."""
+    """SHA-256, in hexadecimal, of the bytes of tensors in main memory, one after the other."""
     sha = hashlib.sha256()
     for tensor in tensors:
         sha.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
@@ -25,29 +25,34 @@ def digest(tensors: Iterable[Tensor]) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Plain values from a file.
+    """The values of a JSON object in a file.
 
     Raises:
-        CheckpointError: it is missing, no JSON, or no object.
+        CheckpointError: the file is missing, is no JSON, or holds something other than an object.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
-            raise ValueError("it is no object")
+            raise ValueError("it holds no object")
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); delete it, or copy the folder anew.") from error
+        raise CheckpointError(f"{path} cannot be read ({error}); copy it anew, or delete it to start over.") from error
     return values
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write plain values in one step: readers see the old file or the new one."""
+    """Write a JSON object into a file in one step: readers see the old file or the new one."""
     with in_one_step(path) as partial:
         partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
 def in_one_step(path: Path) -> Iterator[Path]:
-    """A file to write, which then is put on the disk and under its name; it is gone if it could not be written."""
+    """Write a file in one step: whoever reads `path` finds the old file or the whole new one.
+
+    Yields:
+        A path to write to. On leaving, the file there is synced to disk and renamed to `path`; after an error, it is
+            deleted.
+    """
     partial = path.with_suffix(".partial")
     try:
         yield partial
@@ -60,7 +65,12 @@ def in_one_step(path: Path) -> Iterator[Path]:
 
 
 def differences(old: Any, new: Any, name: str = "") -> Iterable[str]:
-    """What differs between two nested dicts, as sentences."""
+    """What differs between two nested dicts of JSON values, one sentence for each value.
+
+    Args:
+        old, new: what is compared.
+        name: dotted name of both within what surrounds them.
+    """
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
             yield from differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)

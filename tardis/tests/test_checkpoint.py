@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from tardis_llm import FoldReport, fold, save_folded
-from tardis_llm.checkpoint.folded import is_folded
-from tardis_llm.checkpoint.record import RECORD, read_report
+from tardis_llm.checkpoint.folded import holds_fold
+from tardis_llm.checkpoint.manifest import MANIFEST, read_report
 from tardis_llm.errors import CheckpointError, InvalidInputError
 from tardis_llm.runtime.placing import folded_ffns
 
@@ -68,7 +68,7 @@ def test_transformers_saves_a_model_that_was_folded_in_memory_as_a_fold(tmp_path
     fold(model, text(), SETTINGS)
     model.save_pretrained(tmp_path)
     loaded = loader("gpt2").from_pretrained(tmp_path)
-    assert is_folded(tmp_path) and len(folded_ffns(loaded)) == 3
+    assert holds_fold(tmp_path) and len(folded_ffns(loaded)) == 3
     assert torch.equal(logits(loaded), logits(model))
 
 
@@ -194,7 +194,7 @@ def test_a_missing_tensor_is_an_error_and_never_random(copy: Path, lost: str, re
     stored = load_file(copy / "model.safetensors")
     save_file({n: t for n, t in stored.items() if n != lost}, copy / "model.safetensors", {"format": "pt"})
     if not recorded:
-        (copy / RECORD).unlink()
+        (copy / MANIFEST).unlink()
     with pytest.raises(CheckpointError, match=lost):
         AutoModelForCausalLM.from_pretrained(copy)
 
@@ -222,12 +222,12 @@ def test_unknown_fields_of_a_layer_are_refused(copy: Path):
 def test_a_dense_model_is_not_folded_and_cannot_be_saved_as_such(tmp_path: Path):
     model = tiny_model("gpt2")
     model.save_pretrained(tmp_path)
-    assert not is_folded(tmp_path)
+    assert not holds_fold(tmp_path)
     with pytest.raises(InvalidInputError, match="no folded FFN"):
         save_folded(model, FoldReport([]), tmp_path / "folded")
 
 
 def test_a_damaged_record_is_named(copy: Path):
-    (copy / RECORD).write_text("{")
+    (copy / MANIFEST).write_text("{")
     with pytest.raises(CheckpointError, match=r"tardis\.json"):
         read_report(copy)

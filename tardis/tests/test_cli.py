@@ -16,8 +16,8 @@ from models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from tardis_llm import __version__, sample
-from tardis_llm.checkpoint.folded import is_folded
-from tardis_llm.checkpoint.record import RECORD
+from tardis_llm.checkpoint.folded import holds_fold
+from tardis_llm.checkpoint.manifest import MANIFEST
 from tardis_llm.cli import demo
 from tardis_llm.evaluation import self_check
 from tardis_llm.pipeline import fold as pipeline
@@ -29,7 +29,7 @@ Tardis = Callable[..., Result]
 
 def digests(directory: Path) -> dict[str, str]:
     """SHA-256 of every tensor of a checkpoint."""
-    tensors: dict[str, str] = json.loads((directory / RECORD).read_text())["tensors"]
+    tensors: dict[str, str] = json.loads((directory / MANIFEST).read_text())["tensors"]
     return tensors
 
 
@@ -79,7 +79,7 @@ def test_an_encoder_is_folded_and_checked_by_its_output(fold: Callable[..., Resu
     figures = json.loads(fold("--json", model=tmp_path / "bert").out)
     assert figures["self_check"]["measure"] == "output change"
     assert figures["sample"] is None
-    assert is_folded(tmp_path / "out")
+    assert holds_fold(tmp_path / "out")
 
 
 def test_eval_of_a_folded_model_gives_what_it_touches_on_that_text(tardis: Tardis, sample_folded: Path, tmp_path: Path):
@@ -162,7 +162,7 @@ def test_the_demo_compares_writes_and_draws(
     for part in ("dense", "coverage, no refit", "error, refit", "±", "resident", "next:"):
         assert part in result.out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.json", "fold.png", "folded"]
-    assert is_folded(tmp_path / "folded")
+    assert holds_fold(tmp_path / "folded")
     figures = json.loads((tmp_path / "demo.json").read_text())
     dense, paper, ours = figures["compared"]
     assert dense["ratio"] == 1
@@ -223,4 +223,4 @@ def test_a_fold_that_ruins_the_model_is_not_written_unless_forced(
     forced = fold("--resume", "--force")
     assert forced.code == 0
     assert "written all the same because of --force" in forced.err
-    assert is_folded(tmp_path / "out")
+    assert holds_fold(tmp_path / "out")

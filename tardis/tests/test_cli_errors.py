@@ -15,7 +15,7 @@ from conftest import Result, assert_refused
 from models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from tardis_llm.checkpoint.folded import is_folded
+from tardis_llm.checkpoint.folded import holds_fold
 from tardis_llm.runtime.placing import folded_ffns
 
 Tardis = Callable[..., Result]
@@ -114,7 +114,7 @@ def test_an_output_in_use_is_refused_and_forcing_deletes_nothing(fold: Callable[
     assert_refused(fold(), "is not empty (it holds notes.txt)")
     assert fold("--force").code == 0
     assert (out / "notes.txt").read_text() == "mine"
-    assert is_folded(out)
+    assert holds_fold(out)
 
 
 def test_the_model_is_never_overwritten_by_its_fold(fold: Callable[..., Result], tiny_dir: Path):
@@ -202,7 +202,7 @@ def test_a_disk_that_fills_up_is_named_and_the_fold_resumes_when_there_is_space(
         result = fold(out=out)
     assert_refused(result, "the disk is full")
     assert "Free space and run again: `tardis fold` with --resume" in " ".join(result.err.split())
-    assert not is_folded(out)
+    assert not holds_fold(out)
     small_disk("8m")
     assert fold("--resume", out=out).code == 0
     assert len(folded_ffns(AutoModelForCausalLM.from_pretrained(out))) == 3

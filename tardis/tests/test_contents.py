@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from tardis_llm.checkpoint.loading import load_model, load_report
-from tardis_llm.checkpoint.record import RECORD
+from tardis_llm.checkpoint.manifest import MANIFEST
 from tardis_llm.errors import CheckpointError, TardisError
 from tardis_llm.runtime.placing import folded_ffns
 
@@ -149,7 +149,7 @@ def test_a_fold_in_half_precision_loads_in_every_dtype(form: str, stored: torch.
 @every_family
 def test_every_tensor_is_needed_and_none_is_drawn_at_random(name: str, tmp_path: Path):
     save_quick(tmp_path, name)
-    (tmp_path / RECORD).unlink()
+    (tmp_path / MANIFEST).unlink()
     file = tmp_path / "model.safetensors"
     header, data = read_header(file)
     lost = [key for key in header if key != "__metadata__"]
@@ -180,7 +180,7 @@ def test_every_tensor_is_needed_and_none_is_drawn_at_random(name: str, tmp_path:
 def test_headers_of_other_dtypes_and_shapes_are_refused(copy: Path, ending: str, change: dict, recorded: bool):
     edit_entry(copy, ending, **change)
     if not recorded:
-        (copy / RECORD).unlink()
+        (copy / MANIFEST).unlink()
     refused(copy, rf"{ending} is \w+ \[.*\], and \w+ \[.*\] is what config\.json describes")
 
 
@@ -195,13 +195,13 @@ def test_a_half_precision_header_of_the_other_kind_is_refused(copy: Path, tmp_pa
 
 @pytest.mark.parametrize("added", ["transformer.h.1.mlp.tardis.extra", "transformer.h.9.ln_1.weight", "lm_head.weight"])
 def test_tensors_that_the_model_does_not_have_are_refused(copy: Path, added: str):
-    (copy / RECORD).unlink()
+    (copy / MANIFEST).unlink()
     edit_tensors(copy, lambda tensors: tensors.update({added: tensors["transformer.wte.weight"].clone()}))
     refused(copy, added)
 
 
 def test_a_tensor_under_two_names_or_in_two_files_is_refused(copy: Path, shards: Path):
-    (copy / RECORD).unlink()
+    (copy / MANIFEST).unlink()
     edit_tensors(copy, lambda tensors: tensors.update({"wpe.weight": tensors["transformer.wpe.weight"].clone()}))
     refused(copy, "are the same tensor")
     first, second = sorted(shards.glob("*.safetensors"))[:2]
@@ -212,7 +212,7 @@ def test_a_tensor_under_two_names_or_in_two_files_is_refused(copy: Path, shards:
 @pytest.mark.parametrize("key", ["bits", "group_size", "range_dtype", "fold_bits", "fallback_bits", "activation"])
 @pytest.mark.parametrize("value", [True, -1, 3.0, 10**30, "relu", None, []])
 def test_formats_that_cannot_be_are_refused(copy: Path, key: str, value: object):
-    (copy / RECORD).unlink()
+    (copy / MANIFEST).unlink()
     edit_settings(copy, lambda settings: [layer.update({key: value}) for layer in settings["layers"].values()])
     if value is None and key in ("fold_bits", "fallback_bits"):
         assert folded_ffns(load_model(str(copy)))
@@ -237,7 +237,7 @@ def test_formats_that_cannot_be_are_refused(copy: Path, key: str, value: object)
     ],
 )
 def test_settings_that_cannot_be_are_refused(copy: Path, change: dict):
-    (copy / RECORD).unlink()
+    (copy / MANIFEST).unlink()
     edit_settings(copy, lambda settings: settings.update(change))
     with pytest.raises(CheckpointError, match=r"config\.json|format version"):
         load_model(str(copy))
@@ -245,14 +245,14 @@ def test_settings_that_cannot_be_are_refused(copy: Path, change: dict):
 
 @pytest.mark.parametrize(("name", "value"), [("n_layer", 2), ("n_layer", 4), ("n_layer", 10**9), ("n_embd", 128)])
 def test_a_config_of_another_size_is_refused_at_once(copy: Path, name: str, value: int):
-    (copy / RECORD).unlink()
+    (copy / MANIFEST).unlink()
     edit(copy / "config.json", lambda config: config.update({name: value}))
     refused(copy, r"config\.json")
 
 
 def test_a_table_that_would_take_all_memory_is_refused(tmp_path: Path):
     save_quick(tmp_path, "gptj")
-    (tmp_path / RECORD).unlink()
+    (tmp_path / MANIFEST).unlink()
     edit(tmp_path / "config.json", lambda config: config.update(n_positions=10**9))
     refused(tmp_path, r"embed_positions \[1000000000, 8\], which takes")
 
@@ -302,7 +302,7 @@ def test_names_of_like_tensors_that_are_exchanged_are_found(copy: Path):
     ],
 )
 def test_an_edited_record_switches_no_check_off(copy: Path, change: Callable):
-    edit(copy / RECORD, change)
+    edit(copy / MANIFEST, change)
     refused(copy, r"tardis\.json|lacks 1 tensors")
 
 
@@ -312,13 +312,13 @@ def test_a_checkpoint_of_the_first_format_loads_with_every_check_of_structure(co
         del record["config"]
 
     expected = output(load_model(str(copy)))
-    edit(copy / RECORD, first)
+    edit(copy / MANIFEST, first)
     edit_settings(copy, lambda settings: settings.update(format_version=1))
     assert torch.equal(output(load_model(str(copy))), expected)
     shutil.copytree(copy, copy.parent / "edited")
     edit_entry(copy.parent / "edited", "predictor.scale", dtype="BF16")
     refused(copy.parent / "edited", "is what config.json describes")
-    edit(copy / RECORD, lambda record: record["tensors"].update({"transformer.wpe.weight": "0"}))
+    edit(copy / MANIFEST, lambda record: record["tensors"].update({"transformer.wpe.weight": "0"}))
     refused(copy, "is not the one that was written")
 
 
@@ -373,7 +373,7 @@ def test_a_folder_of_a_repository_may_hold_a_checkpoint(copy: Path, shards: Path
     ],
 )
 def test_a_report_whose_figures_are_none_is_damaged(copy: Path, change: Callable):
-    edit(copy / RECORD, lambda record: change(record["report"]))
+    edit(copy / MANIFEST, lambda record: change(record["report"]))
     with pytest.raises(CheckpointError, match="is damaged"):
         load_report(str(copy))
 
@@ -392,7 +392,7 @@ def test_a_new_classifier_may_be_trained_on_a_fold_and_a_missing_head_may_not_be
 @pytest.mark.parametrize("recorded", [True, False])
 def test_a_fold_whose_config_no_longer_says_so_is_not_loaded_as_dense(copy: Path, named: str, recorded: bool):
     if not recorded:
-        (copy / RECORD).unlink()
+        (copy / MANIFEST).unlink()
     edit(copy / "config.json", lambda config: config.update(architectures=[named]))
     edit(copy / "config.json", lambda config: config.pop("quantization_config"))
     with pytest.raises(CheckpointError, match="has no quantization_config that says how"):
@@ -400,7 +400,7 @@ def test_a_fold_whose_config_no_longer_says_so_is_not_loaded_as_dense(copy: Path
 
 
 def test_a_class_that_is_loaded_by_name_checks_too(copy: Path):
-    (copy / RECORD).unlink()
+    (copy / MANIFEST).unlink()
     edit(copy / "config.json", lambda config: config.update(n_layer=10**9))
     with pytest.raises(CheckpointError, match=r"1000000000 blocks"):
         GPT2LMHeadModel.from_pretrained(copy)

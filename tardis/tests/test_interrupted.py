@@ -23,7 +23,7 @@ from folds import SETTINGS, folded_tiny, text
 from models import tiny_model
 
 from tardis_llm import fold as fold_model
-from tardis_llm.checkpoint.record import RECORD
+from tardis_llm.checkpoint.manifest import MANIFEST
 from tardis_llm.checkpoint.saving import CONFIG
 from tardis_llm.cli import stopping
 from tardis_llm.cli.main import run
@@ -281,7 +281,7 @@ def test_a_fold_interrupted_while_it_is_published_is_refused_and_resumes(
     assert not (out / CONFIG).exists()
     assert_refused(tardis("generate", out, "Hello"), "was interrupted, and the model there is not complete")
     assert fold("--resume", "--reduction", "0.4").code == 0
-    assert json.loads((out / RECORD).read_text())["report"]["config"]["reduction"] == 0.4
+    assert json.loads((out / MANIFEST).read_text())["report"]["config"]["reduction"] == 0.4
 
 
 class Killed(BaseException):

@@ -13,8 +13,8 @@ from models import CAUSAL_NAMES, ENCODER_NAMES, FAMILY_NAMES, POSITIONS, VOCAB, 
 from transformers import PreTrainedTokenizerBase
 
 from tardis_llm import fold
-from tardis_llm.calibration.text import check_windows, read_windows, split_windows
-from tardis_llm.checkpoint.loading import window_length
+from tardis_llm.calibration.limits import check_windows, window_length
+from tardis_llm.calibration.text import read_windows, split_windows
 from tardis_llm.config import FoldConfig
 from tardis_llm.errors import InvalidInputError
 from tardis_llm.evaluation.generation import generate, prompt_ids

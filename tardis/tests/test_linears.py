@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 from tardis_llm import FoldConfig, FoldReport, fold, save_folded
-from tardis_llm.checkpoint.record import RECORD, read_report
+from tardis_llm.checkpoint.manifest import MANIFEST, read_report
 from tardis_llm.errors import CheckpointError, InvalidInputError
 from tardis_llm.families.sites import find_ffns
 from tardis_llm.runtime.linears import LOW_BIT_LAYERS, int8, nf4
@@ -276,7 +276,7 @@ def test_without_tardis_loading_fails(saved: Path):
 def test_a_missing_tensor_is_an_error_and_never_random(saved: Path, lost: str):
     stored = load_file(saved / "model.safetensors")
     save_file({n: t for n, t in stored.items() if n != lost}, saved / "model.safetensors", {"format": "pt"})
-    (saved / RECORD).unlink()
+    (saved / MANIFEST).unlink()
     with pytest.raises(CheckpointError, match=lost):
         AutoModelForCausalLM.from_pretrained(saved)
 

@@ -15,15 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tardis_llm import sample
-from tardis_llm.checkpoint.loading import (
-    load_config,
-    load_dense,
-    load_model,
-    load_report,
-    load_tokenizer,
-    position_limit,
-    window_length,
-)
+from tardis_llm.calibration.limits import token_limit, window_length
+from tardis_llm.checkpoint.config_file import load_config
+from tardis_llm.checkpoint.loading import load_dense, load_model, load_report, load_tokenizer
 from tardis_llm.errors import CheckpointError, InvalidInputError, UnsupportedModelError
 from tardis_llm.runtime.placing import folded_ffns
 
@@ -120,7 +114,7 @@ def test_a_directory_without_config_is_no_model(copy: Path):
 
 def test_a_damaged_config_is_named(copy: Path):
     (copy / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"config\.json is no JSON .*copy it anew"):
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read .*copy it anew"):
         load_dense(str(copy))
 
 
@@ -180,7 +174,7 @@ def test_a_missing_tokenizer_is_an_error_and_never_made_up(copy: Path, lost: lis
 
 def test_windows_are_as_long_as_model_and_tokenizer_allow():
     model = tiny_model("gpt2")  # 128 positions, and so the tokenizer
-    assert position_limit(model, tiny_tokenizer()) == 128
+    assert token_limit(model, tiny_tokenizer()) == 128
     assert window_length(model, tiny_tokenizer(), None) == 128
     assert window_length(model, None, 64) == 64
     for wanted in (1, 129):
@@ -191,7 +185,7 @@ def test_windows_are_as_long_as_model_and_tokenizer_allow():
 def test_a_model_without_positions_of_its_own_goes_by_the_tokenizer():
     tokenizer = tiny_tokenizer()
     tokenizer.model_max_length = 10**30  # what transformers writes for "no limit"
-    assert position_limit(tiny_model("bloom"), tokenizer) is None
+    assert token_limit(tiny_model("bloom"), tokenizer) is None
     assert window_length(tiny_model("bloom"), tokenizer, None) == 1024
 
 

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedM
 from transformers.utils import logging
 
 from tardis_llm.checkpoint.loading import load_model, load_report
-from tardis_llm.checkpoint.record import RECORD
+from tardis_llm.checkpoint.manifest import MANIFEST
 from tardis_llm.errors import TardisError
 from tardis_llm.runtime.placing import folded_ffns
 
@@ -70,7 +70,7 @@ def mutate(directory: Path, kind: str, draw: object, recorded: bool) -> None:
     elif kind == "index":
         edit_index(directory, draw)
     elif kind == "record":
-        edit_json(directory / RECORD, draw)
+        edit_json(directory / MANIFEST, draw)
     elif kind == "text":
         damage_text(draw(st.sampled_from(sorted(directory.glob("*.json")))), draw)
     elif kind == "bytes" and recorded:
@@ -99,7 +99,7 @@ def test_an_edited_checkpoint_is_refused_or_the_one_that_was_saved(
     try:
         recorded = data.draw(st.booleans())
         if not recorded:
-            (copy / RECORD).unlink()
+            (copy / MANIFEST).unlink()
         kind = data.draw(st.sampled_from(_KINDS))
         mutate(copy, kind, data.draw, recorded)
         if way == "from_pretrained" and labels(copy) > 10**6:

@@ -14,7 +14,7 @@ import ablation
 import results
 import vllm_results
 from tardis_llm import FoldConfig
-from tardis_llm.calibration.text import default_length
+from tardis_llm.calibration.limits import default_length
 from tardis_llm.checkpoint.loading import load_dense, load_tokenizer
 from tardis_llm.evaluation.methods import Method, parse
 from tardis_llm.evaluation.perplexity import token_perplexity, windows_of

@@ -15,14 +15,8 @@ from hypothesis import strategies as st
 from models import POSITIONS, tiny_tokenizer
 from synthetic import quick
 
-from tardis_llm.calibration.text import (
-    TOKENS_PER_DIMENSION,
-    Windows,
-    check_enough,
-    default_length,
-    read_windows,
-    split_windows,
-)
+from tardis_llm.calibration.limits import default_length
+from tardis_llm.calibration.text import TOKENS_PER_DIMENSION, Windows, check_enough, read_windows, split_windows
 from tardis_llm.errors import InvalidInputError
 
 WORDS = 60_000

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tardis_llm import FoldConfig
-from tardis_llm.checkpoint.record import RECORD
+from tardis_llm.checkpoint.manifest import MANIFEST
 from tardis_llm.errors import CheckpointError, UnsupportedModelError
 from tardis_llm.integrations.vllm.names import check_served
 from tardis_llm.runtime.cpu.library import available
@@ -102,7 +102,7 @@ def test_with_every_neuron_fixed_it_is_the_dense_model(copy: Path):
         elif name.endswith("tardis.fold.bias"):
             tensor.copy_(stored[name.replace("tardis.fold", "c_proj")])
     save_file(stored, copy / "model.safetensors", {"format": "pt"})
-    (copy / RECORD).unlink()
+    (copy / MANIFEST).unlink()
     assert_same_text(Made(copy, greedy(tiny_model("gpt2", **heads("gpt2")), tokens(3, 20), 16)))
 
 
@@ -199,7 +199,7 @@ def test_a_missing_tensor_is_an_error_and_never_random(copy: Path, lost: str, re
     stored = load_file(copy / "model.safetensors")
     save_file({n: t for n, t in stored.items() if n != lost}, copy / "model.safetensors", {"format": "pt"})
     if not recorded:
-        (copy / RECORD).unlink()
+        (copy / MANIFEST).unlink()
     assert_refused(copy, rf"lack 1 tensors, the first is {lost}")
 
 
@@ -215,7 +215,7 @@ def test_weights_of_another_shape_than_the_config_says_are_refused(copy: Path):
     stored = load_file(copy / "model.safetensors")
     stored["transformer.h.1.mlp.tardis.low"] = torch.zeros(7)
     save_file(stored, copy / "model.safetensors", {"format": "pt"})
-    (copy / RECORD).unlink()
+    (copy / MANIFEST).unlink()
     assert_refused(copy, r"tardis\.low is float32 \[7\], and float16 \[256\] is what config\.json describes")
 
 

@@ -1,1 +1,1 @@
-"""From text to statistics of every FFN: streamed, in bounded memory, one block at a time."""
+"""From text to statistics of every FFN: text to tokens, tokens to hidden states, block by block in bounded memory."""

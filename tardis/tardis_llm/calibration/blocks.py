@@ -1,10 +1,10 @@
 """Run one transformer block, or the head alone, through the forward of the whole model.
 
-Calibration walks the model block by block, keeping only the hidden states [batch, tokens, d] between two
-blocks. Blocks are never called by hand, because what they take (masks, rotary tables, ALiBi) and return (a
-tensor, a tuple) differs from family to family and from release to release. Instead the model itself calls the
-one block left in its list, hooks exchange the hidden states on the way in, and a private exception ends the
-forward on the way out.
+Calibration goes through the model block by block and keeps only the hidden states [batch, tokens, d] between two
+blocks. No block is called directly, because the arguments of blocks (masks, rotary tables, ALiBi) and what they return
+(a tensor or a tuple) differ between families and releases of transformers. Instead, the list of blocks is reduced to
+one and the model is called: a hook replaces the block's input, another takes its output, and a private exception ends
+the forward there.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ def run_block(
     attention_mask: Tensor | None = None,
     hidden: Tensor | None = None,
 ) -> Tensor:
-    """Run block `index` alone on `hidden`, exactly as the model would call it. Hooks inside the block fire.
+    """Run one block on hidden states, exactly as the model would call it. Hooks inside the block fire.
 
     Args:
         model: a model of a supported family, in eval mode.
         index: number of the block, from 0.
-        input_ids: [batch, tokens] the tokens behind `hidden`; they set positions and masks.
+        input_ids: [batch, tokens], the tokens that `hidden` was computed from; they set positions and masks.
         attention_mask: [batch, tokens], 1 for text and 0 for padding; None for no padding.
-        hidden: [batch, tokens, d] input of the block, in the model's dtype; moved to the block's device. None
-            for the embeddings as the model makes them, which is the input of block 0.
+        hidden: [batch, tokens, d], input of the block, in the model's dtype; moved to the block's device. None for
+            the embeddings of `input_ids`, which are the input of block 0.
 
     Returns:
         [batch, tokens, d] output of the block, without gradient, on the block's device.
@@ -69,17 +69,17 @@ def ffn_input(
     attention_mask: Tensor | None = None,
     hidden: Tensor | None = None,
 ) -> Tensor:
-    """What the FFN at `site` gets when its block runs on `hidden`; the block stops there.
+    """Run one block on hidden states up to its FFN, and return the input of the FFN.
 
     Args:
-        site: an FFN of the model, not folded.
         model, input_ids, attention_mask, hidden: as for `run_block`.
+        site: an FFN of the model, not folded.
 
     Returns:
         [batch * tokens, d], in the model's dtype.
 
     Raises:
-        InvalidInputError, UnsupportedModelError: as `run_block`; or the FFN runs on parts of the tokens.
+        InvalidInputError, UnsupportedModelError: as `run_block`; or the FFN gets the tokens in several parts.
     """
     captured: list[Tensor] = []
 
@@ -130,12 +130,12 @@ def _run_until_done(
 
 @torch.no_grad()
 def run_head(model: PreTrainedModel, input_ids: Tensor, hidden: Tensor) -> ModelOutput:
-    """Put the output of the last block through the rest of the model: final norm and, if it has one, LM head.
+    """Run what follows the last block: the final norm and, if the model has one, its LM head.
 
     Args:
         model: a model of a supported family, in eval mode.
-        input_ids: [batch, tokens] the tokens behind `hidden`.
-        hidden: [batch, tokens, d] output of the last block, in the model's dtype; moved to its device.
+        input_ids: [batch, tokens], the tokens that `hidden` was computed from.
+        hidden: [batch, tokens, d], output of the last block, in the model's dtype; moved to its device.
 
     Returns:
         The model's own output object, with `logits` or `last_hidden_state` as for the model itself.
@@ -158,10 +158,10 @@ def run_head(model: PreTrainedModel, input_ids: Tensor, hidden: Tensor) -> Model
 
 
 def _forward(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None) -> ModelOutput:
-    """The model's forward, recording nothing.
+    """Call the model, without its recording hidden states or attention.
 
-    `output_*` is false even if the config says otherwise: the first recording makes transformers hook every
-    block in the list, once and for all, and here all blocks but one are out of the list.
+    `output_*` is false even if the config says otherwise: when transformers records for the first time it adds hooks to
+    the blocks in the list, once and for all, and here the list has a single block.
     """
     output: ModelOutput = model(
         input_ids=input_ids,
@@ -180,7 +180,7 @@ def _require_eval(model: nn.Module) -> None:
 
 
 def _hidden_of(output: Any) -> Tensor:
-    """The hidden states in what a block returns: itself, or the first of a tuple."""
+    """The hidden states that a block returns, alone or as the first of a tuple."""
     value: Tensor = output[0] if isinstance(output, tuple) else output
     return value
 
@@ -188,14 +188,14 @@ def _hidden_of(output: Any) -> Tensor:
 def _exchange_input(
     args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a block with its hidden states, first or by keyword, exchanged for `hidden`."""
+    """The arguments of a block, with `hidden` for its hidden states, which come first or by keyword."""
     if args:
         return (_fit(hidden, args[0]), *args[1:]), kwargs
     return args, {**kwargs, "hidden_states": _fit(hidden, kwargs["hidden_states"])}
 
 
 def _fit(hidden: Tensor, original: Tensor) -> Tensor:
-    """`hidden` on the device of the tensor that it replaces; shape and dtype must be right already."""
+    """Move `hidden` to the device of the tensor that it replaces; its shape and dtype must be those of that tensor."""
     if hidden.shape != original.shape or hidden.dtype != original.dtype:
         raise InvalidInputError(
             f"hidden is {list(hidden.shape)} {hidden.dtype}, but this block has {list(original.shape)} "

@@ -14,10 +14,10 @@ from typing import Any
 
 from ..errors import InvalidInputError
 
-#: field of a record that holds its text, if no other is named
+#: the field of a record that holds its text, unless another is named
 FIELD = "text"
 _JSON = (".json", ".jsonl", ".ndjson")
-#: end of a file's name -> how `datasets` reads it
+#: suffix of a file -> builder and options with which `datasets` reads it
 _TABLES: dict[str, tuple[str, dict[str, Any]]] = {
     ".csv": ("csv", {"keep_default_na": False}),  # else a document that reads "NA" would be lost
     ".tsv": ("csv", {"keep_default_na": False, "sep": "\t"}),
@@ -31,11 +31,11 @@ class Documents:
     """The documents of one source.
 
     Attributes:
-        source: file or name of a dataset.
-        texts: of the documents that are not empty.
-        records: whether each document is a record; a plain file is one document.
-        field: of the records that was read; None where they are strings themselves.
-        empty: records left out, whose text is missing or blank.
+        source: path of the file, or name of the dataset.
+        texts: the text of each document that is not empty.
+        records: whether the documents are records; a plain file is one document.
+        field: the field of the records that was read; None where the records are strings themselves.
+        empty: how many records were left out because their text is missing or blank.
     """
 
     source: str
@@ -46,11 +46,11 @@ class Documents:
 
     @property
     def text(self) -> str:
-        """All documents, joined."""
+        """All documents, joined by blank lines."""
         return _SEPARATOR.join(self.texts)
 
     def sentence(self) -> str:
-        """What was read, for people."""
+        """What was read, in words, such as "notes.jsonl (12 documents, field 'text')"."""
         if not self.records:
             return f"{self.source} ({len(self.text):,} characters)"
         field = f", field {self.field!r}" if self.field else ""
@@ -59,16 +59,16 @@ class Documents:
 
 
 def read_documents(source: str | Path, field: str | None = None) -> Documents:
-    """The text of a source.
+    """Read the documents of a source.
 
     Args:
         source: a text file in UTF-8; records in .json, .jsonl, .ndjson, .csv, .tsv or .parquet; or a name for
             `datasets` as `name[:config[:split[:column]]]`.
-        field: of the records that holds the text; "text" without.
+        field: the field of the records that holds their text; default: "text".
 
     Raises:
-        InvalidInputError: it is missing, unreadable or not what its name says, has no such field, or the field holds
-            something other than text; or a package is missing.
+        InvalidInputError: the source is missing, unreadable or not what its name says, it has no such field, the field
+            holds something other than text, or the package `datasets` is needed and not installed.
     """
     path = Path(source)
     if not path.exists() or path.is_dir():
@@ -89,7 +89,7 @@ def _check_name(path: Path) -> None:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")  # the mark that some editors put in front is no text
+        return path.read_text(encoding="utf-8-sig")  # drops the byte order mark that some editors write
     except UnicodeDecodeError as error:
         raise InvalidInputError(f"{path} is not UTF-8 text ({error}); convert it first.") from error
     except OSError as error:
@@ -119,24 +119,24 @@ def _json_lines(path: Path, content: str) -> Iterator[Any]:
 
 
 def _table_records(path: Path, kind: str, field: str) -> list[dict[str, Any]]:
-    """The records of a CSV or Parquet file, with the field alone."""
+    """The records of a CSV or Parquet file, reduced to one field; where they lack it, the first record as it is."""
     _check_package(f"{path} is read by")
     from datasets import load_dataset
 
     builder, options = _TABLES[kind]
     try:
-        # streamed, so that no copy of it is left in a cache
+        # streamed, so that no copy of the file is left in a cache
         rows = load_dataset(builder, data_files=str(path), split="train", streaming=True, **options)
         known = rows.column_names or list(next(iter(rows), {}))
         return list(rows.select_columns([field]) if field in known else rows.take(1))
     except Exception as error:  # the library raises many kinds, all with the same remedy
         raise InvalidInputError(
-            f"{path} cannot be read as {builder} ({error.__cause__ or error}); see that it is what its name says."
+            f"{path} cannot be read as {builder} ({error.__cause__ or error}); check that it is what its name says."
         ) from error
 
 
 def _dataset_documents(name: str, field: str | None) -> Documents:
-    """The column `text` (or the one named) of a dataset: `name[:config[:split[:column]]]`."""
+    """The documents in one column of a dataset that is named `name[:config[:split[:column]]]`."""
     _check_package(f"{name!r} is no file, and reading it as a dataset needs")
     from datasets import load_dataset
 
@@ -157,12 +157,13 @@ def _dataset_documents(name: str, field: str | None) -> Documents:
 
 
 def _check_package(what: str) -> None:
+    """Raise InvalidInputError, which begins with `what`, where the package `datasets` is not installed."""
     if importlib.util.find_spec("datasets") is None:
         raise InvalidInputError(f"{what} the package datasets: pip install 'tardis-llm[eval]'.")
 
 
 def _documents(source: str, records: Sequence[Any], field: str | None) -> Documents:
-    """The texts of records, which may be strings themselves where no field is asked for."""
+    """The documents of records: objects with the field, or plain strings if no field is named."""
     if field is None and records and all(isinstance(record, str) for record in records):
         return _without_empty(source, records, None)
     field = field or FIELD
@@ -181,6 +182,7 @@ def _documents(source: str, records: Sequence[Any], field: str | None) -> Docume
 
 
 def _without_empty(source: str, values: Sequence[Any], field: str | None) -> Documents:
+    """The documents of records from the values of their text field; empty ones are only counted."""
     for number, value in enumerate(values, 1):
         if value is not None and not isinstance(value, str):
             raise InvalidInputError(
@@ -192,6 +194,6 @@ def _without_empty(source: str, values: Sequence[Any], field: str | None) -> Doc
 
 
 def _kind(value: Any) -> str:
-    """What kind of value it is, in the words of JSON."""
+    """The type of a JSON value in words, such as "a list"."""
     names = {dict: "an object", list: "a list", bool: "true or false", int: "a number", float: "a number", str: "text"}
     return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")

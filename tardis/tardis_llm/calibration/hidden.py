@@ -1,4 +1,4 @@
-"""Hidden states of one boundary between layers, in memory or, above a limit, in a scratch file."""
+"""A tensor for the hidden states between two blocks: in memory or, above a limit, in a scratch file."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ def hidden_buffer(shape: tuple[int, ...], dtype: torch.dtype, scratch: Path, mem
 
     Args:
         shape, dtype: of the tensor.
-        scratch: existing folder for the file, which has no name there and goes with the tensor.
-        memory_limit: bytes.
+        scratch: an existing folder for the file. The file is unlinked at once, so it vanishes with the tensor.
+        memory_limit: the most bytes that stay in memory.
 
     Raises:
-        OSError: the disk is full. The space is reserved at once: a sparse file would end the process later.
+        OSError: the disk is full. Its space is reserved here: writing to a sparse file on a full disk would kill the
+            process later.
     """
     size = math.prod(shape) * dtype.itemsize
     if size <= memory_limit:

@@ -1,4 +1,4 @@
-"""Walk a model layer by layer: the hidden states of the windows at one boundary, moved on block by block."""
+"""Go through a model block by block, keeping the hidden states of all windows in front of the next block."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..families.table import family_of, vocabulary
 from .blocks import ffn_input, run_block, run_head
 from .hidden import hidden_buffer
 
-_LOGITS_AT_ONCE = 2**25  # elements of the largest tensor while the loss is taken
+_LOGITS_AT_ONCE = 2**25  # the most elements of logits that are in memory at once
 
 
 @dataclass
@@ -25,12 +25,12 @@ class Stream:
     """Hidden states of windows of tokens in front of block `position`.
 
     Attributes:
-        model: in eval mode; what it computes in blocks already passed does not matter any more.
-        ids: [windows, length].
-        scratch: folder for what exceeds the memory limit.
-        memory_limit: bytes per buffer.
-        batch_tokens: tokens that run through a block at once.
-        position: the block that comes next.
+        model: in eval mode. Blocks in front of `position` have run, and may be changed without effect.
+        ids: [windows, length], the token ids.
+        scratch: folder for hidden states that exceed the memory limit.
+        memory_limit: bytes that each of two buffers of hidden states may take in memory.
+        batch_tokens: how many tokens run through a block at once.
+        position: number of the block that runs next.
     """
 
     model: PreTrainedModel
@@ -42,25 +42,28 @@ class Stream:
     _hidden: Tensor | None = field(default=None, repr=False)
 
     def advance(self) -> None:
-        """Move on behind the next block, as it is in the model now."""
+        """Run the next block, as it is in the model now, and move on behind it."""
         for at in self._batches():
             out = run_block(self.model, self.position, self.ids[at], hidden=self._at(at))
             if self._hidden is None:
                 shape = (*self.ids.shape, out.shape[-1])
                 self._hidden = hidden_buffer(shape, out.dtype, self.scratch, self.memory_limit)
-            self._hidden[at] = out  # nothing reads this part of the boundary behind it any more
+            self._hidden[at] = out  # in place: the block's input is no longer needed
         self.position += 1
 
     def visit(self) -> None:
-        """Run the next block for the hooks inside it; the stream stays where it is."""
+        """Run the next block so that hooks inside it fire; the stream does not move on."""
         for at in self._batches():
             run_block(self.model, self.position, self.ids[at], hidden=self._at(at))
 
     def ffn_inputs(self, site: FFNSite) -> Tensor:
-        """[windows * length, d] inputs of the FFN in the next block.
+        """[windows * length, d], the inputs of the FFN in the next block.
+
+        Args:
+            site: the FFN of that block, not folded.
 
         Raises:
-            InvalidInputError: they are not finite.
+            InvalidInputError: an input is NaN or infinite.
         """
         buffer: Tensor | None = None
         for at in self._batches():
@@ -78,10 +81,13 @@ class Stream:
         return buffer.flatten(0, 1)
 
     def loss(self, reference: Tensor | None = None) -> float:
-        """The model's loss on the windows from here on; the stream stays where it is.
+        """The model's loss on the windows, with the remaining blocks as they are now; the stream does not move on.
 
-        Next-token cross-entropy in nats for a causal model. An encoder has no such loss here: for it, the squared
-        change of its output against `reference`, relative to the reference.
+        A causal model's loss is the next-token cross-entropy in nats. An encoder's is the squared error of its output
+        against `reference`, relative to the squared norm of that.
+
+        Args:
+            reference: for an encoder, what `reference()` returned before the model was changed.
         """
         total, weight = 0.0, 0.0
         done = 0
@@ -97,13 +103,13 @@ class Stream:
         return total / max(weight, 1e-30)
 
     def reference(self) -> Tensor | None:
-        """What `loss` compares an encoder with: its outputs now. None for a causal model."""
+        """The present outputs of an encoder, [windows, length, d] float16, for `loss`; None for a causal model."""
         if family_of(self.model.config).causal:
             return None
         return torch.cat([output.half() for output, _ in self._outputs()])
 
     def _outputs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Per batch, the model's output (logits or last hidden state) in fp32, and its tokens."""
+        """For each batch, the model's output in fp32, which is logits or the last hidden state, and its token ids."""
         windows = max(1, _LOGITS_AT_ONCE // (self.ids.shape[1] * vocabulary(self.model)))
         for at in self._batches(windows):
             hidden = self._at(at)
@@ -114,11 +120,13 @@ class Stream:
             yield (output.logits if "logits" in output else output.last_hidden_state).float(), self.ids[at]
 
     def _at(self, at: slice) -> Tensor | None:
+        """Hidden states of some windows in front of the next block; None in front of the first."""
         if self._hidden is None or not self.position:
-            return None  # block 0 gets the embeddings as the model makes them
+            return None  # block 0 gets the embeddings, which the model makes from the ids
         return self._hidden[at]
 
     def _batches(self, most: int | None = None) -> list[slice]:
+        """Batches of windows, of `batch_tokens` tokens and at most `most` windows each."""
         size = max(1, self.batch_tokens // self.ids.shape[1])
         size = min(size, most) if most else size
         return [slice(start, start + size) for start in range(0, len(self.ids), size)]

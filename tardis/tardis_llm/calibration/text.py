@@ -1,11 +1,10 @@
-"""Calibration text to token windows: documents in, [windows, length] token ids out."""
+"""From calibration text to windows [windows, length] of token ids."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,33 +12,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import FoldConfig, check_seed
 from ..errors import InvalidInputError
-from ..families.table import position_limit, vocabulary
 from .documents import Documents, read_documents
+from .limits import Tokenizer, check_windows
 
-_SPANS = 64  # places of the text from which windows are taken, evenly spread
-_CHARACTERS_PER_TOKEN = 8  # more than any text needs; halves the odds of reading twice
-_LONGEST = 1024
-#: calibration tokens per input dimension below which second moments say too little
+_SPANS = 64  # how many pieces of a long text are tokenized
+_CHARACTERS_PER_TOKEN = 8  # more than texts have on average, so that pieces yield enough tokens
+#: the fewest calibration tokens per input dimension from which second moments are estimated
 TOKENS_PER_DIMENSION = 4
-
-
-class Tokenizer(Protocol):
-    """What is needed of a transformers tokenizer."""
-
-    model_max_length: int
-
-    def encode(self, text: str, add_special_tokens: bool = ..., verbose: bool = ...) -> list[int]:
-        """Token ids of a text."""
-        ...
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Calibration tokens.
+    """Windows of calibration tokens.
 
     Attributes:
         fit: [windows, length] int64, to fit on.
-        heldout: [windows, length] int64, kept apart.
+        heldout: [windows, length] int64, kept apart to choose and to check on.
 
     Examples:
         >>> windows = split_windows(torch.arange(256), length=32, heldout=0.25)
@@ -60,19 +48,19 @@ def read_windows(
     seed: int = 0,
     field: str | None = None,
 ) -> Windows:
-    """Windows from spans spread evenly over all the text of `sources`.
+    """Read windows of tokens, evenly spread over all the text of some sources.
 
     Args:
         sources: files or names of datasets; see `read_documents`.
         tokenizer: the model's.
-        tokens: how many; fewer come back where the text is shorter.
+        tokens: how many tokens to read; fewer come back where the text is shorter.
         length: tokens per window.
-        heldout: share of the windows kept apart.
-        seed: shifts the spans.
-        field: of records, that holds their text; "text" without.
+        heldout: share of the windows to keep apart.
+        seed: picks the pieces of the text that are read.
+        field: the field of records that holds their text; default: "text".
 
     Raises:
-        InvalidInputError: no text, unreadable or empty files, or less than two windows.
+        InvalidInputError: there is no text, a file is unreadable or empty, or the text gives less than two windows.
 
     Examples:
         >>> windows = read_windows(["notes.txt"], tokenizer, tokens=4096, length=32, heldout=0.125)
@@ -86,7 +74,7 @@ def read_windows(
 def windows_over(
     sources: Sequence[Documents], tokenizer: Tokenizer, tokens: int, length: int, heldout: float, seed: int = 0
 ) -> Windows:
-    """Windows from spans spread evenly over documents; arguments and errors as `read_windows`."""
+    """Windows of tokens, evenly spread over documents; arguments and errors are those of `read_windows`."""
     check_seed(seed)
     texts = [documents.text for documents in sources]
     total = sum(map(len, texts))
@@ -107,10 +95,10 @@ def calibration_windows(
     config: FoldConfig,
     length: int,
 ) -> Windows:
-    """Windows of `length` tokens to calibrate a model on, as many as `config` says.
+    """Windows of `length` tokens to calibrate a model on, with the settings of a fold.
 
     Raises:
-        InvalidInputError: there is too little text, or the model does not know a token.
+        InvalidInputError: there is too little text, windows are too long, or the model does not know a token.
     """
     windows = windows_over(documents, tokenizer, config.tokens, length, config.heldout, config.seed)
     for ids in (windows.fit, windows.heldout):
@@ -119,7 +107,12 @@ def calibration_windows(
 
 
 def split_windows(ids: Tensor, length: int, heldout: float) -> Windows:
-    """Cut token ids (flat, or windows already) into windows and hold back an evenly spread share of them.
+    """Cut token ids into windows, and keep an evenly spread share of them apart.
+
+    Args:
+        ids: [tokens], or windows [count, length], whose length then counts.
+        length: tokens per window.
+        heldout: share of the windows to keep apart; one window at least.
 
     Raises:
         InvalidInputError: fewer than two windows of `length` tokens.
@@ -148,7 +141,11 @@ def split_windows(ids: Tensor, length: int, heldout: float) -> Windows:
 
 
 def spread(count: int, limit: int | None) -> list[int]:
-    """Indices of `limit` things, evenly spread over `count` of them; all where there are no more.
+    """Evenly spread indices.
+
+    Args:
+        count: how many things there are.
+        limit: how many of them to pick; None for all.
 
     Example:
         >>> spread(10, 4)
@@ -159,18 +156,17 @@ def spread(count: int, limit: int | None) -> list[int]:
 
 
 def some_windows(windows: Tensor, tokens: int) -> Tensor:
-    """Windows [n, length] evenly spread over all, `tokens` in all but two at least; every one for 0 tokens."""
+    """Some windows, evenly spread over all.
+
+    Args:
+        windows: [count, length] token ids.
+        tokens: about how many tokens to keep, in two windows at least; 0 for all.
+    """
     return windows[spread(len(windows), max(2, tokens // windows.shape[1]) if tokens else None)]
 
 
-def default_length(tokenizer: Tokenizer | None, positions: int | None) -> int:
-    """The longest window that tokenizer and model allow, 1024 at most."""
-    limits = [_LONGEST, positions or _LONGEST, tokenizer.model_max_length if tokenizer else _LONGEST]
-    return int(min(limits))
-
-
 def check_enough(windows: Windows, d: int) -> None:
-    """Raise InvalidInputError where there is too little text for the second moments of d inputs."""
+    """Raise InvalidInputError where there are too few tokens to estimate the second moments of d inputs."""
     have, need = windows.fit.numel(), TOKENS_PER_DIMENSION * d
     if have < need:
         raise InvalidInputError(
@@ -179,44 +175,13 @@ def check_enough(windows: Windows, d: int) -> None:
         )
 
 
-def check_windows(model: PreTrainedModel, ids: Tensor, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Check that a model can take windows [count, length] of token ids; arguments and errors as the checks called."""
-    check_length(model, ids.shape[1])
-    check_tokens(model, ids, tokenizer)
-
-
-def check_length(model: PreTrainedModel, length: int) -> None:
-    """Raise InvalidInputError where a model has no positions for windows of `length` tokens."""
-    limit = position_limit(model.config)
-    if limit and length > limit:
-        raise InvalidInputError(f"windows of {length} tokens do not fit this model, which takes {limit} at most.")
-
-
-def check_tokens(model: PreTrainedModel, ids: Tensor, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Raise InvalidInputError where a model has no embedding for a token.
-
-    Args:
-        ids: of any shape.
-        tokenizer: that made them; its size is named in the error.
-    """
-    rows = vocabulary(model)
-    unknown = ids[(ids < 0) | (ids >= rows)]
-    if len(unknown):
-        size = f", and the tokenizer has {len(tokenizer):,}" if tokenizer is not None else ""
-        raise InvalidInputError(
-            f"the text has token {int(unknown[0])}, but the model has embeddings for {rows:,} tokens{size}. Give the "
-            "model the tokenizer that belongs to it, or add rows for the new tokens with "
-            "model.resize_token_embeddings and train them."
-        )
-
-
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of a text, without those that mark its beginning and end."""
+    """The token ids of a text, without special tokens for its beginning and end."""
     return tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
 
 def _spread(texts: list[str], characters: int, seed: int) -> list[str]:
-    """`_SPANS` spans of about `characters` in all, evenly spread, each starting and ending at white space."""
+    """`_SPANS` evenly spread pieces of a text, of about `characters` in all, each of whole words."""
     joined = "\n\n".join(texts)
     size, stride = characters // _SPANS + 1, len(joined) // _SPANS
     shift = int(torch.randint(max(1, stride - size), (1,), generator=torch.Generator().manual_seed(seed)))
@@ -225,7 +190,7 @@ def _spread(texts: list[str], characters: int, seed: int) -> list[str]:
 
 
 def _spread_windows(ids: Tensor, tokens: int, length: int) -> Tensor:
-    """Windows [count, length] evenly spread over flat ids, `tokens` in all; flat as they are if there are no more."""
+    """Evenly spread windows [count, length] of `tokens` tokens in all; where there are no more, flat ids [tokens]."""
     have, wanted = len(ids) // length, tokens // length
     if have <= wanted or wanted < 2:
         return ids[: min(tokens, len(ids))]

@@ -1,1 +1,1 @@
-"""Folded checkpoints: their format, what must be in them, writing and reading them."""
+"""Folded checkpoints: their format, how they are written and loaded, and how they are checked before that."""

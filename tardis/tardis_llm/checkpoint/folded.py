@@ -2,11 +2,11 @@
 
     config.json     the family's own fields; `quantization_config`: a `CheckpointConfig`; `architectures`: Tardis<Stock>
     *.safetensors   every dense tensor under its own name, and `<ffn>.tardis.*` per folded FFN
-    tardis.json     the report of the fold, versions, and what every tensor and config.json were: see `record`
+    tardis.json     the report of the fold, versions, a digest of every tensor, and what config.json said
 
 W1 and W2 stay under their own names, so a loader that does not know TARDIS gets the exact dense model. Where low-bit
-fallback weights stand for them, they are empty tensors, at whose shape such a loader stops. So are the weights of
-linear layers outside the FFNs that are stored in few bits, as `codes` and `scale`.
+fallback weights replace them, W1 and W2 are empty tensors, at whose shape such a loader stops. The same holds for
+linear layers outside the FFNs whose weights are stored in few bits, as `codes` and `scale`.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from ..report import FoldReport
 from ..runtime.linears.placing import low_bit_linears
 from ..runtime.placing import folded_ffns
 from .format import METHOD, PREFIX, CheckpointConfig
-from .record import write_record
+from .manifest import write_manifest
 from .saving import CONFIG, STAGING, publish, save_model, save_tokenizer, shard_bytes
 
-#: transformers' own, before `integrations.transformers` lets folded models be marked
+#: the original `save_pretrained`, which `integrations.transformers` replaces by one that knows folded models
 transformers_save = PreTrainedModel.save_pretrained
-_READABLE = 0o644  # transformers leaves weights readable by their owner alone
+_READABLE = 0o644  # transformers makes weight files that only their owner can read
 
 
 def save_folded(
@@ -40,27 +40,28 @@ def save_folded(
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Write a folded model. A model that is in `directory` is replaced whole; see `saving.publish`.
+    """Write a folded model into a directory, in place of any model that is there.
 
-    A generation_config.json that transformers would not save is written as it is, with a warning, and so is a
-    checkpoint whose tokenizer cannot be saved.
+    If writing is interrupted, the directory holds the old model, the new one, or one that loaders refuse; never a
+    mixture. A generation_config.json that transformers refuses to save is written unchanged, with a warning. A
+    tokenizer that cannot be saved is left out, with a warning.
 
     Args:
-        model: folded by `tardis_llm.fold`; it gets the quantiser that a loaded one has.
-        report: of the fold.
-        directory: made if missing.
-        tokenizer: saved beside the model.
-        max_shard_size: of one file: bytes, or such as "5GB" or "5GiB".
+        model: folded by `tardis_llm.fold`. Afterwards it has the quantiser of a loaded folded model.
+        report: what `tardis_llm.fold` returned.
+        directory: made if it does not exist.
+        tokenizer: the model's, saved beside it.
+        max_shard_size: the most that one weight file may take: a number of bytes, or text such as "5GB" or "5GiB".
 
     Raises:
-        InvalidInputError: the model has no folded FFN, or the size is none.
+        InvalidInputError: the model has no folded FFN, or `max_shard_size` is not a size.
         OSError, SafetensorError: the disk is full or cannot be written; `directory` keeps what it had.
 
     Examples:
         >>> from tardis_llm import FoldConfig, fold
         >>> report = fold(model, windows, FoldConfig(reduction=0.5))
         >>> save_folded(model, report, Path("out"), tokenizer)
-        >>> is_folded(Path("out"))
+        >>> Path("out/tardis.json").exists()
         True
     """
     size = shard_bytes(max_shard_size)
@@ -72,7 +73,9 @@ def save_folded(
         save_model(model, staging, size)
         if tokenizer is not None:
             save_tokenizer(tokenizer, staging)
-        _write_record(staging, report)
+        for file in staging.glob("*.safetensors"):
+            file.chmod(_READABLE)
+        write_manifest(staging, report)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -81,7 +84,15 @@ def save_folded(
 
 
 def mark_folded(model: PreTrainedModel, calibration: dict[str, Any]) -> None:
-    """Give a model folded in memory what transformers needs to save it and recognise it later."""
+    """Give a model that was folded in memory the config and the quantiser by which transformers saves it as folded.
+
+    Args:
+        model: with folded FFNs.
+        calibration: what it was calibrated on, as in `FoldReport.calibration`.
+
+    Raises:
+        InvalidInputError: the model has no folded FFN.
+    """
     formats = {name: vars(ffn.weights.format) for name, ffn in folded_ffns(model).items()}
     if not formats:
         raise InvalidInputError("the model has no folded FFN to save; fold it first with tardis_llm.fold.")
@@ -94,11 +105,13 @@ def mark_folded(model: PreTrainedModel, calibration: dict[str, Any]) -> None:
 def save_marked(
     model: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, push_to_hub: bool = False, **kwargs: Any
 ) -> None:
-    """`save_pretrained` of a folded model: it names `Tardis<Stock>`, so that loaders that do not know TARDIS refuse.
+    """Save a folded model as transformers does, and name `Tardis<Stock>` as its architecture.
+
+    Loaders that go by that name and do not know TARDIS refuse the checkpoint.
 
     Args:
-        model: with the quantiser of a fold.
-        save_directory, args, push_to_hub, kwargs: as transformers has them.
+        model: with the quantiser that `mark_folded` gives.
+        save_directory, args, push_to_hub, kwargs: those of `PreTrainedModel.save_pretrained`.
     """
     transformers_save(model, save_directory, *args, **kwargs)
     path = Path(save_directory) / CONFIG
@@ -113,26 +126,24 @@ def save_marked(
 
 
 def record_crossover(directory: Path, tokens: int) -> None:
-    """Write into a checkpoint's config.json up to how many tokens at once folding was measured to be faster.
+    """Write into a checkpoint's config.json up to how many tokens at once its folds are faster than dense FFNs.
+
+    Args:
+        directory: of a folded checkpoint.
+        tokens: the number, as measured.
 
     Raises:
         CheckpointError: the directory holds no folded model.
     """
-    if not is_folded(directory):
+    if not holds_fold(directory):
         raise CheckpointError(f"{directory} holds no folded model to record a crossover in; fold one with tardis fold.")
     config = read_json(directory / CONFIG)
     config["quantization_config"]["crossover"] = tokens
     write_json(directory / CONFIG, config)
 
 
-def is_folded(directory: Path) -> bool:
+def holds_fold(directory: Path) -> bool:
     """Whether a directory holds a folded checkpoint."""
     path = directory / CONFIG
     settings = read_json(path).get("quantization_config") if path.is_file() else None
     return isinstance(settings, dict) and settings.get("quant_method") == METHOD
-
-
-def _write_record(staging: Path, report: FoldReport) -> None:
-    for file in staging.glob("*.safetensors"):
-        file.chmod(_READABLE)
-    write_record(staging, report)

@@ -1,4 +1,4 @@
-"""What config.json says of a fold: `quantization_config`, read as the work of strangers and checked against itself."""
+"""`quantization_config` in the config.json of a folded checkpoint: read, and checked as input from strangers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..ffn.activations import ACTIVATIONS
 from ..ffn.weights import FoldFormat
 
 METHOD = "tardis"
-#: what precedes the stock class name in `architectures`
+#: prefix of the class name under `architectures`
 PREFIX = "Tardis"
 _RANGE_DTYPES = ("float16", "float32")
 _UPDATE = "update TARDIS (pip install -U tardis-llm), or fold again"
@@ -24,14 +24,14 @@ _UPDATE = "update TARDIS (pip install -U tardis-llm), or fold again"
 
 @dataclass
 class CheckpointConfig(QuantizationConfigMixin):
-    """What a folded model records about itself; `quantization_config` in config.json.
+    """What a folded checkpoint says of itself: `quantization_config` in its config.json.
 
     Attributes:
-        layers: per folded FFN, by its full name in the model, the fields of `FoldFormat`.
-        format_version: of the checkpoint.
+        layers: the fields of `FoldFormat` of each folded FFN, by the FFN's full name in the model.
+        format_version: version of the checkpoint format.
         calibration: what the fold was calibrated on.
-        linears: bits per weight of each linear layer outside the FFNs that is stored in few, by its full name.
-        crossover: tokens at once up to which folding is faster than the dense FFNs; None if that was not measured.
+        linears: bits per weight of the linear layers outside the FFNs that are stored in few bits, by their full names.
+        crossover: up to how many tokens at once folds are faster than dense FFNs; None if that was not measured.
         quant_method: always "tardis".
 
     Raises:
@@ -68,10 +68,10 @@ class CheckpointConfig(QuantizationConfigMixin):
 
     @classmethod
     def read(cls, values: object) -> CheckpointConfig:
-        """From `quantization_config` of a config.
+        """Read `quantization_config`, as it is in a loaded config or in config.json.
 
         Raises:
-            CheckpointError: see above; also for fields that this version does not know.
+            CheckpointError: a field is unknown, or has a type or value that it cannot have.
         """
         if isinstance(values, cls):
             return values
@@ -86,7 +86,7 @@ class CheckpointConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As transformers calls it; see `read`."""
+        """What transformers calls to read `quantization_config`; raises CheckpointError as `read` does."""
         config = cls.read(config_dict)
         return (config, kwargs) if return_unused_kwargs else config
 
@@ -113,7 +113,7 @@ def read_format(name: str, values: Mapping[str, Any]) -> FoldFormat:
 
 
 def _check_format(name: str, found: FoldFormat) -> None:
-    """Raise CheckpointError for a field whose type or value is none that it can have."""
+    """Raise CheckpointError for a field with a type or value that it cannot have."""
     choices: dict[str, tuple[object, ...]] = {
         "activation": tuple(ACTIVATIONS),
         "bits": PREDICTOR_BITS,
@@ -127,12 +127,12 @@ def _check_format(name: str, found: FoldFormat) -> None:
         _require(plain and value in allowed, f"{key} of {name}", value, _one_of(allowed))
     size, fallback = found.group_size, found.fallback_bits
     _require(_whole(size) and size > 0, f"group_size of {name}", size, "a positive number")
-    wanted = "as many as bits or more, which they include,"
+    wanted = "a number of bits no smaller than the predictor's"
     _require(fallback is None or fallback >= found.bits, f"fallback_bits of {name}", fallback, wanted)
 
 
 def stock_name(config: PreTrainedConfig) -> str:
-    """The stock class that a config names under `architectures`; "" where it names none."""
+    """The class that a config names under `architectures`, without the prefix "Tardis"; "" where it names none."""
     named = config.architectures
     first = named[0] if isinstance(named, list | tuple) and named else ""
     return first.removeprefix(PREFIX) if isinstance(first, str) else ""
@@ -147,6 +147,7 @@ def _one_of(choices: tuple[object, ...]) -> str:
 
 
 def _require(valid: bool, what: str, found: object, wanted: str) -> None:
+    """Raise CheckpointError, naming what was found and what is wanted, unless a field is valid."""
     if not valid:
         raise CheckpointError(
             f"{what} is {reprlib.repr(found)} in config.json, and {wanted} is wanted; copy config.json anew, or fold "

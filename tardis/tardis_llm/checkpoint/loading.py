@@ -5,7 +5,6 @@ The family is checked on the config, before any weight is read; weights that the
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,6 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -25,34 +23,30 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
-from ..calibration.text import default_length
 from ..errors import CheckpointError, InvalidInputError, TardisError, UnsupportedModelError
-from ..families.table import SUPPORTED, family_of
-from ..families.table import position_limit as model_positions
+from ..families.table import family_of
 from ..report import FoldReport
-from .format import METHOD, PREFIX, CheckpointConfig, stock_name
-from .record import RECORD, read_report
-from .saving import is_interrupted
+from .config_file import first_line, is_local, load_config, not_found, quantisation
+from .contents import refuse_missing
+from .format import METHOD, PREFIX, stock_name
+from .manifest import MANIFEST, read_report
 from .skeleton import check_blocks
-from .weight_files import Entry, headers, weight_files
+from .weight_files import TensorInfo, headers, weight_files
 
-#: what `dtype` may be; None keeps the checkpoint's own
+#: the dtypes that a model can be loaded in
 DTYPES = ("float32", "bfloat16", "float16")
 
-
-def dtype_name(model: PreTrainedModel) -> str:
-    """Name of a model's dtype, as in `DTYPES`."""
-    return str(model.dtype).removeprefix("torch.")
-
-
-#: classes of a classifier beyond which reading a config would take all memory
-_MOST_LABELS = 1_000_000
 #: ends of the names of encoder classes whose output is one tensor, `logits` or `last_hidden_state`
 _ENCODER_CLASSES = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
 
 
+def dtype_name(model: PreTrainedModel) -> str:
+    """The name of a model's dtype, such as "bfloat16"."""
+    return str(model.dtype).removeprefix("torch.")
+
+
 def load_dense(model: str, dtype: str | None = None) -> PreTrainedModel:
-    """A dense model of a supported family in eval mode, on the CPU.
+    """Load a dense model of a supported family, in eval mode, on the CPU.
 
     Args:
         model: directory or hub name.
@@ -60,7 +54,7 @@ def load_dense(model: str, dtype: str | None = None) -> PreTrainedModel:
 
     Raises:
         UnsupportedModelError: the family is gated or unknown.
-        InvalidInputError: there is no such model, or it is folded or quantised already.
+        InvalidInputError: there is no such model or dtype, or the model is folded or quantised already.
         CheckpointError: weights are missing or damaged.
 
     Examples:
@@ -78,7 +72,16 @@ def load_dense(model: str, dtype: str | None = None) -> PreTrainedModel:
 
 
 def load_model(model: str, dtype: str | None = None) -> PreTrainedModel:
-    """A dense or folded model in eval mode, on the CPU; arguments and errors as `load_dense`.
+    """Load a dense or folded model of a supported family, in eval mode, on the CPU.
+
+    Args:
+        model: directory or hub name.
+        dtype: one of `DTYPES`; None keeps the checkpoint's own.
+
+    Raises:
+        UnsupportedModelError: the family is gated or unknown.
+        InvalidInputError: there is no such model or dtype, or the model is quantised.
+        CheckpointError: weights are missing or damaged, or are not those that were folded.
 
     Examples:
         >>> type(load_model("model")).__name__, type(load_model("folded")).__name__
@@ -88,39 +91,11 @@ def load_model(model: str, dtype: str | None = None) -> PreTrainedModel:
     return _load(model, config, dtype) if quantisation(config) == METHOD else load_dense(model, dtype)
 
 
-def load_config(model: str) -> PreTrainedConfig:
-    """The config of a model of a supported family.
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model.
 
     Args:
         model: directory or hub name.
-
-    Raises:
-        UnsupportedModelError: the family is gated or unknown.
-        InvalidInputError: no such directory, no usable config.json in it, or the hub cannot be reached.
-        CheckpointError: config.json is damaged, or says what cannot be.
-    """
-    if _is_local(model):
-        _check_directory(Path(model))
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(model)
-    except ValueError as error:
-        raise UnsupportedModelError(
-            f"{model}: transformers does not know this kind of model ({_first_line(error)}). {SUPPORTED}"
-        ) from error
-    except OSError as error:
-        raise _not_found(model, error) from error
-    except Exception as error:  # the library raises many kinds, all for the same reason
-        raise CheckpointError(
-            f"config.json of {model} describes no model ({_first_line(error)}); copy it anew."
-        ) from error
-    family_of(config)
-    if quantisation(config) == METHOD:
-        CheckpointConfig.read(config.quantization_config)
-    return config
-
-
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model.
 
     Raises:
         InvalidInputError: it is missing or cannot be read.
@@ -131,13 +106,13 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
         'Once upon a time'
     """
     remedy = f"Put the model's tokenizer files (such as tokenizer.json and tokenizer_config.json) into {model}."
-    if not _is_local(model):
+    if not is_local(model):
         remedy = "Download the model, put a tokenizer beside it, and give that directory."
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model)
     except Exception as error:  # the library raises many kinds, all with the same remedy
         raise InvalidInputError(
-            f"{model} has no tokenizer that can be loaded ({_first_line(error)}). {remedy}"
+            f"{model} has no tokenizer that can be loaded ({first_line(error)}). {remedy}"
         ) from error
     if not tokenizer.encode("text", add_special_tokens=False):  # transformers makes up an empty one
         raise InvalidInputError(f"{model} has no tokenizer. {remedy}")
@@ -145,14 +120,17 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 
 
 def load_report(model: str) -> FoldReport | None:
-    """The report of the fold that made a checkpoint; None for a dense model, and for a fold without tardis.json.
-
-    transformers leaves that file out where it saves a loaded fold anew; `is_folded` tells which of the two it is.
+    """Load the report of the fold that made a checkpoint.
 
     Args:
         model: directory or hub name.
 
+    Returns:
+        The report; None for a dense model, and for a folded one without tardis.json, which transformers does not
+        write when it saves a loaded fold anew.
+
     Raises:
+        InvalidInputError: there is no such model.
         CheckpointError: the report is damaged.
 
     Examples:
@@ -164,17 +142,25 @@ def load_report(model: str) -> FoldReport | None:
     """
     if not is_folded(model):
         return None
-    if _is_local(model):
-        return read_report(Path(model)) if (Path(model) / RECORD).exists() else None
+    if is_local(model):
+        return read_report(Path(model)) if (Path(model) / MANIFEST).exists() else None
     try:
-        path = cached_file(model, RECORD, _raise_exceptions_for_missing_entries=False)
+        path = cached_file(model, MANIFEST, _raise_exceptions_for_missing_entries=False)
     except OSError as error:
-        raise _not_found(model, error) from error
+        raise not_found(model, error) from error
     return read_report(Path(path).parent) if path else None
 
 
 def is_folded(model: str) -> bool:
-    """Whether a directory or hub name is that of a folded model; errors as `load_config`.
+    """Whether a model is folded.
+
+    Args:
+        model: directory or hub name.
+
+    Raises:
+        UnsupportedModelError: the family is gated or unknown.
+        InvalidInputError: there is no such model.
+        CheckpointError: config.json is damaged or contradicts itself.
 
     Examples:
         >>> is_folded("model"), is_folded("folded")
@@ -183,32 +169,11 @@ def is_folded(model: str) -> bool:
     return quantisation(load_config(model)) == METHOD
 
 
-def window_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, wanted: int | None) -> int:
-    """Tokens per window: as wanted, or else the most that model and tokenizer allow, 1024 at most.
-
-    Raises:
-        InvalidInputError: more is wanted than they allow.
-    """
-    limit = position_limit(model, tokenizer)
-    if wanted is None:
-        return default_length(tokenizer, limit)
-    if wanted < 2 or (limit and wanted > limit):
-        raise InvalidInputError(f"windows of {wanted} tokens do not fit this model; choose from 2 to {limit or 1024}.")
-    return wanted
-
-
-def position_limit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
-    """The most tokens that model and tokenizer allow in one text; None if neither sets a limit."""
-    limits = [limit for limit in (model_positions(model.config), tokenizer and tokenizer.model_max_length) if limit]
-    known = [int(limit) for limit in limits if limit < 2**31]  # "no limit" is 10^30 in a tokenizer
-    return min(known, default=None)
-
-
 def _load(model: str, config: PreTrainedConfig, dtype: str | None) -> PreTrainedModel:
     if dtype is not None and dtype not in DTYPES:
         raise InvalidInputError(f"dtype is {dtype!r}; give one of {', '.join(DTYPES)}.")
     loader = AutoModelForCausalLM if family_of(config).causal else _encoder_class(model, config)
-    if _is_local(model):
+    if is_local(model):
         found = check_weights(Path(model))
         check_blocks(config, len(found))
         if quantisation(config) is None:
@@ -222,26 +187,30 @@ def _load(model: str, config: PreTrainedConfig, dtype: str | None) -> PreTrained
         raise
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"the weights of {model} cannot be read ({_first_line(error)}). Copy or download the model anew."
+            f"the weights of {model} cannot be read ({first_line(error)}). Copy or download the model anew."
         ) from error
     except Exception as error:  # the library raises many kinds, all for the same reason
         raise CheckpointError(
-            f"the weights of {model} do not fit its config.json ({_first_line(error)}). Copy both from the same model."
+            f"the weights of {model} do not fit its config.json ({first_line(error)}). Copy both from the same model."
         ) from error
-    _check_complete(model, info)
+    remedy = "Copy or download the model anew, or correct `architectures` in its config.json."
+    refuse_missing(sorted(info["missing_keys"]), model, remedy)
     ready: PreTrainedModel = loaded.eval()
     return ready
 
 
 def _instead_of_bad_generation_config(model: str) -> dict[str, Any]:
-    """Arguments that keep transformers from a generation_config.json at which it would stop; with a warning."""
+    """Arguments of `from_pretrained` that replace a generation_config.json which transformers cannot read.
+
+    A warning says so. There are no arguments where the file can be read or does not exist.
+    """
     try:
         GenerationConfig.from_pretrained(model)
     except OSError:  # there is none
         return {}
-    except Exception as error:  # of any kind, where a value has the wrong type
+    except Exception as error:  # a value of the wrong type can raise anything
         warnings.warn(
-            f"the generation_config.json of {model} cannot be used ({_first_line(error)}); its settings are left out.",
+            f"the generation_config.json of {model} cannot be used ({first_line(error)}); its settings are left out.",
             stacklevel=4,
         )
         return {"generation_config": GenerationConfig()}
@@ -249,7 +218,7 @@ def _instead_of_bad_generation_config(model: str) -> dict[str, Any]:
 
 
 def _encoder_class(model: str, config: PreTrainedConfig) -> Any:
-    """The transformers class named in the config of an encoder."""
+    """The class of transformers that the config of an encoder names under `architectures`."""
     named = stock_name(config)
     found = getattr(transformers, named, None) if named.endswith(_ENCODER_CLASSES) else None
     if found is None or found.config_class is not type(config):
@@ -261,44 +230,8 @@ def _encoder_class(model: str, config: PreTrainedConfig) -> Any:
     return found
 
 
-def _check_complete(model: str, info: dict[str, Any]) -> None:
-    """Refuse weights that transformers drew at random because the files lack them."""
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise CheckpointError(
-            f"the weight files of {model} lack {len(missing)} tensors, the first is {missing[0]}; they would be "
-            "random. Copy or download the model anew, or correct `architectures` in its config.json."
-        )
-
-
-def _check_directory(directory: Path) -> None:
-    if not directory.is_dir():
-        raise InvalidInputError(f"there is no directory {directory}; give a model's directory, or its name on the hub.")
-    config = directory / "config.json"
-    if is_interrupted(directory):
-        raise CheckpointError(
-            f"writing a fold to {directory} was interrupted, and the model there is not complete. Run the same tardis "
-            "fold again with --resume, or save the model again."
-        )
-    if not config.is_file():
-        raise InvalidInputError(f"{directory} has no config.json; give the directory of a Hugging Face model.")
-    labels = _read_config(config).get("num_labels", 0)
-    if not isinstance(labels, int) or labels > _MOST_LABELS:
-        raise CheckpointError(f"{config} says that there are {str(labels)[:40]} labels; copy it anew.")
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no JSON ({error}); copy it anew.") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds no JSON object; copy it anew.")
-    return values
-
-
-def _refuse_unmarked(model: str, config: PreTrainedConfig, found: Mapping[str, Entry]) -> None:
-    """Refuse a fold whose config.json no longer says that it is one: its dense weights would be loaded alone."""
+def _refuse_unmarked(model: str, config: PreTrainedConfig, found: Mapping[str, TensorInfo]) -> None:
+    """Refuse a folded checkpoint whose config.json no longer says so: only its dense weights would be loaded."""
     named = (config.architectures or [""])[0]
     folded = sorted(name for name in found if ".tardis." in f".{name}")
     if folded or named.startswith(PREFIX):
@@ -308,45 +241,16 @@ def _refuse_unmarked(model: str, config: PreTrainedConfig, found: Mapping[str, E
         )
 
 
-def check_weights(directory: Path) -> dict[str, Entry]:
-    """See that the weight files of a model are there and have sound headers; names the one that has not.
+def check_weights(directory: Path) -> dict[str, TensorInfo]:
+    """Check that the weight files of a model exist and have sound headers.
 
     Returns:
-        What the headers say, by the tensors' names; nothing where there are no safetensors files.
+        What the headers say, by the tensors' names; empty where the weights are in *.bin files.
 
     Raises:
-        CheckpointError: a file is missing or damaged, lies elsewhere, or two have the same tensor.
+        CheckpointError: a file is missing or damaged, or lies elsewhere; or two files have the same tensor.
     """
     files = weight_files(directory)
     if not files and not list(directory.glob("*.bin")):
         raise CheckpointError(f"{directory} has no weights (*.safetensors); copy or download the model anew.")
     return headers(files)
-
-
-def quantisation(config: PreTrainedConfig) -> str | None:
-    """The method with which a model is compressed already, if any."""
-    settings = getattr(config, "quantization_config", None)
-    if settings is None:
-        return None
-    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", "?")
-    return str(getattr(method, "value", method))
-
-
-def _is_local(model: str) -> bool:
-    """Whether it names a path; a hub name is `name` or `owner/name`, and a directory of that name comes first."""
-    path = Path(model)
-    return path.exists() or path.is_absolute() or model.startswith((".", "~")) or len(path.parts) > 2
-
-
-def _not_found(model: str, error: OSError) -> TardisError:
-    if _is_local(model):
-        return CheckpointError(f"the config of {model} cannot be read ({_first_line(error)}); copy it anew.")
-    return InvalidInputError(
-        f"{model!r} is no directory here, and on the Hugging Face hub it cannot be had ({_first_line(error)}). Give "
-        "the path of a downloaded model, or check the name, the network, and the access rights (`hf auth login`)."
-    )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -1,6 +1,7 @@
-"""What the tensors and layers of a checkpoint are called in a model.
+"""From the names of tensors and layers in a checkpoint to their names in a model.
 
-A model with a head has the name of its base before all others, and transformers renames some tensors as it loads them.
+They differ where only one of the two has a head: a model with a head prefixes the names of its base model. They also
+differ where transformers renames tensors as it loads them.
 """
 
 from __future__ import annotations
@@ -13,24 +14,27 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 
-def spelled(model: PreTrainedModel, name: str, known: Container[str]) -> str | None:
-    """A layer's name as `known` has it, be that of a model with a head or without; None where it has none such.
+def resolve_name(model: PreTrainedModel, name: str, known: Container[str]) -> str | None:
+    """Find a layer by its name, with or without the prefix that a model with a head has.
 
     Args:
-        model: with the layer, or saved from one that has it.
-        name: of the layer.
-        known: names of layers.
+        model: the model, whose class knows the prefix.
+        name: of the layer, with the prefix or without.
+        known: names of layers, all with the prefix or all without.
+
+    Returns:
+        The layer's name in `known`; None where it is not there.
     """
     base = model.base_model_prefix + "."
     return next((each for each in (name, base + name, name.removeprefix(base)) if each in known), None)
 
 
 class TensorNames:
-    """What the tensors of weight files are called in a model.
+    """The names in a model of the tensors in weight files.
 
     Args:
-        model: on any device, meta too.
-        tensors: its `state_dict`.
+        model: on any device, including meta.
+        tensors: the model's `state_dict`.
     """
 
     def __init__(self, model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
@@ -40,13 +44,13 @@ class TensorNames:
         self._renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
         self._converters = [each for each in transforms if isinstance(each, WeightConverter)]
 
-    def place(self, name: str) -> str | None:
-        """What a tensor of the files is called in the model, None where it has none such; of tied ones, the first."""
+    def resolve(self, name: str) -> str | None:
+        """The name in the model of a tensor in the files; the first if tied, None if the model has no such tensor."""
         placed, _ = rename_source_key(name, self._renamings, self._converters, self._prefix, self._tensors)
         if placed not in self._tensors and name in self._tensors:
             placed, _ = rename_source_key(name, [], [], self._prefix, self._tensors)
         return self.first(placed) if placed in self._tensors else None
 
     def first(self, name: str) -> str:
-        """The first name of a tensor in the model: tied ones have several."""
+        """The first name in the model of a tensor that may be tied, and so have several names."""
         return self._tied.get(name, name)

@@ -1,4 +1,4 @@
-"""Write the files of a model, and put them in place of what a directory held: whenever it stops, no mixture loads."""
+"""Write the files of a model and publish them in a directory, so that no loader ever finds a mixture of two models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from ..errors import InvalidInputError
 
 CONFIG = "config.json"
-#: folder within the directory, where a checkpoint is written before it is published
+#: folder inside the checkpoint's directory in which its files are written before they are published
 STAGING = ".tardis-staging"
 _GENERATION = "generation_config.json"
 
@@ -34,10 +34,10 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def shard_bytes(size: int | str) -> int:
-    """Bytes of a size such as 5GB, 500MB, 5GiB or 2000000000.
+    """The number of bytes in a size such as 5GB, 500MB, 5GiB or 2000000000.
 
     Raises:
-        InvalidInputError: it is something else, or less than one byte.
+        InvalidInputError: it is not a size, or less than one byte.
     """
     found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([A-Z]*)", str(size).strip().upper())
     unit = _UNITS.get(found[2]) if found else None
@@ -50,10 +50,13 @@ def shard_bytes(size: int | str) -> int:
 def check_savable(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, max_shard_size: int | str = "5GB"
 ) -> None:
-    """Check, before a model is folded, that `save_folded` will be able to save it; arguments as there.
+    """Check, before a model is folded, that `save_folded` will be able to save it.
+
+    Args:
+        model, tokenizer, max_shard_size: what `save_folded` will get.
 
     Raises:
-        InvalidInputError: the size is none, or config or tokenizer cannot be saved.
+        InvalidInputError: `max_shard_size` is not a size, or config or tokenizer cannot be saved.
     """
     shard_bytes(max_shard_size)
     for part, what in ((model.config, "config"), (tokenizer, "tokenizer")):
@@ -64,13 +67,19 @@ def check_savable(
                 part.save_pretrained(scratch)
             except Exception as error:  # the library raises many kinds, all with the same remedy
                 raise InvalidInputError(
-                    f"the {what} of this model cannot be saved ({error}), and so its fold could not either. Correct "
-                    "the model's files, until it can be loaded and saved by transformers."
+                    f"the {what} of this model cannot be saved ({error}), so its fold could not be saved either. "
+                    "Correct the model's files until transformers can load and save it."
                 ) from error
 
 
 def save_model(model: PreTrainedModel, staging: Path, max_shard_size: int) -> None:
-    """Weights, config.json and, of a model that generates, generation_config.json."""
+    """Write a model's weights, its config.json and, if it generates text, its generation_config.json.
+
+    Args:
+        model: to save.
+        staging: folder to write to.
+        max_shard_size: the most bytes of one weight file.
+    """
     settings = model.generation_config if model.can_generate() else None
     try:
         if settings is not None:
@@ -87,17 +96,17 @@ def _save_generation_config(settings: GenerationConfig, staging: Path) -> None:
     settings.to_json_file(staging / _GENERATION, use_diff=True, keys_to_pop=["compile_config"])
     try:
         settings.validate(strict=True)
-    except Exception as error:  # of any kind, where a value has the wrong type
+    except Exception as error:  # a value of the wrong type can raise anything
         reason = str(error).strip().splitlines()[0]
         warnings.warn(
             f"the model's generation_config.json has settings that transformers finds wrong ({reason}); it was "
-            "written as it is.",
+            "written unchanged.",
             stacklevel=4,
         )
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, staging: Path) -> None:
-    """The tokenizer's files; a warning where it cannot be saved.
+    """Write the files of a tokenizer; warn where it cannot be saved.
 
     Raises:
         OSError: the disk is full or cannot be written.
@@ -106,9 +115,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, staging: Path) -> None:
         tokenizer.save_pretrained(staging)
     except OSError:
         raise
-    except Exception as error:  # the library raises many kinds; none of them is worth the fold
+    except Exception as error:  # the library raises many kinds; a fold is not given up for any of them
         warnings.warn(
-            f"the tokenizer could not be saved ({error}); copy the files of the model's tokenizer beside the fold.",
+            f"the tokenizer could not be saved ({error}); copy its files into the directory of the fold.",
             stacklevel=3,
         )
 
@@ -116,12 +125,12 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, staging: Path) -> None:
 def publish(staging: Path, directory: Path) -> None:
     """Move the files of a checkpoint into `directory`, in place of any model that is there; other files stay.
 
-    Without its config.json nothing loads a directory: it goes first, and the new one comes last. So a process that is
-    killed leaves the old checkpoint, the new one, or a directory that is refused.
+    No loader takes a directory without a config.json. So the old config.json is deleted first and the new one moved
+    last: a process that is killed leaves the old checkpoint, the new one, or a directory that loaders refuse.
 
     Args:
-        staging: holds the checkpoint, config.json among its files; empty afterwards.
-        directory: on the same file system.
+        staging: folder with the files of the checkpoint, config.json among them; empty afterwards.
+        directory: where the files go; on the same file system.
     """
     for path in staging.iterdir():
         _sync(path)
@@ -139,12 +148,12 @@ def publish(staging: Path, directory: Path) -> None:
 
 
 def is_interrupted(directory: Path) -> bool:
-    """Whether a checkpoint was being published in `directory` when the process ended."""
+    """Whether the process that published a checkpoint in `directory` ended before it was done."""
     return not (directory / CONFIG).exists() and (directory / STAGING / CONFIG).exists()
 
 
 def _stale(staging: Path, directory: Path) -> Iterator[Path]:
-    """Files that loaders would mix with the new checkpoint, or take instead of it."""
+    """Files of an older model in `directory` that loaders would read beside the new checkpoint, or instead of it."""
     tokenizer = any(path for pattern in _TOKENIZER_FILES for path in staging.glob(pattern))
     for pattern in (*_MODEL_FILES, *(_TOKENIZER_FILES if tokenizer else ())):
         for path in directory.glob(pattern):
@@ -159,7 +168,7 @@ def _move(path: Path, target: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Put a file, or the names in a folder, on the disk."""
+    """Make sure that a file, or the names of the files in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

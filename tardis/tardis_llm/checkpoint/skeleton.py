@@ -1,4 +1,4 @@
-"""Models without content, folded as config.json says: what loading fills, and what weight files are compared with."""
+"""Empty models, folded as config.json says: loading fills them, and weight files are compared with them."""
 
 from __future__ import annotations
 
@@ -17,18 +17,21 @@ from ..runtime.linears.placing import check_bits, empty_like, linear_layers, put
 from ..runtime.modules import FoldedFFN
 from ..runtime.placing import install
 from .format import CheckpointConfig, stock_name
-from .names import spelled
+from .names import resolve_name
 
-#: blocks of a model whose weight files are not known yet: more would take minutes to make, and no model has them
+#: the most blocks of a model whose weight files are not known yet: no model has more, and making them takes minutes
 _MOST_BLOCKS = 10_000
 
 
 def skeleton(config: PreTrainedConfig, settings: CheckpointConfig) -> PreTrainedModel | None:
-    """The model that a checkpoint was saved from, on meta and folded; None where config.json names no class of it.
+    """An empty model, folded and on the meta device, of the class that a checkpoint was saved from.
 
     Args:
-        config: of the family.
-        settings: of the fold.
+        config: the model's, from config.json.
+        settings: its `quantization_config`.
+
+    Returns:
+        The model; None where config.json names no class of transformers.
 
     Raises:
         CheckpointError: the config describes no model, or a fold that does not fit it.
@@ -37,7 +40,7 @@ def skeleton(config: PreTrainedConfig, settings: CheckpointConfig) -> PreTrained
     if getattr(named, "config_class", None) is not type(config) or not issubclass(named, PreTrainedModel):
         return None
     own = copy.deepcopy(config)
-    own._attn_implementation = "eager"  # the weights are the same, and no other needs to be installed
+    own._attn_implementation = "eager"  # has the same weights as all others, and is always installed
     try:
         with torch.device("meta"):
             model = named(own)
@@ -47,18 +50,22 @@ def skeleton(config: PreTrainedConfig, settings: CheckpointConfig) -> PreTrained
         raise CheckpointError(
             f"config.json describes no {named.__name__} that can be made ({error}); copy config.json anew."
         ) from error
-    install_folds(model, settings)
+    install_empty_layers(model, settings)
     return model
 
 
-def install_folds(model: PreTrainedModel, settings: CheckpointConfig) -> None:
-    """Put empty folded FFNs and low-bit linear layers into a model, in place of those that the checkpoint has so.
+def install_empty_layers(model: PreTrainedModel, settings: CheckpointConfig) -> None:
+    """Replace the layers that a checkpoint has folded, or in few bits, by empty folded FFNs and low-bit linear layers.
+
+    Args:
+        model: dense, on any device.
+        settings: `quantization_config` of the checkpoint.
 
     Raises:
-        CheckpointError: the model has no such layers, or config.json describes them as what they cannot be.
+        CheckpointError: the model has no such layers, or they cannot have the described format.
     """
     formats = settings.formats()
-    sites = {spelled(model, site.prefix, formats) or site.prefix: site for site in find_ffns(model)}
+    sites = {resolve_name(model, site.prefix, formats) or site.prefix: site for site in find_ffns(model)}
     unknown = sorted(set(formats) - set(sites))
     if unknown:
         raise CheckpointError(
@@ -78,11 +85,11 @@ def check_blocks(config: PreTrainedConfig, tensors: int | None) -> None:
     """Refuse a config with more blocks than there are tensors, before a model of so many is made.
 
     Args:
-        config: of the family.
-        tensors: in the weight files; None where these are not known.
+        config: the model's, from config.json.
+        tensors: how many the weight files hold; None where the files are not known.
 
     Raises:
-        CheckpointError: it has.
+        CheckpointError: there are more blocks than tensors, or `num_hidden_layers` is no number of blocks.
     """
     blocks = getattr(config, "num_hidden_layers", 0)
     if not isinstance(blocks, int) or blocks < 1 or blocks > (tensors or _MOST_BLOCKS):
@@ -93,12 +100,11 @@ def check_blocks(config: PreTrainedConfig, tensors: int | None) -> None:
 
 
 def _check_fits(name: str, layer: FoldFormat, site: FFNSite) -> None:
-    """Raise CheckpointError where a format is not one that the FFN can have."""
+    """Raise CheckpointError unless an FFN of the model can have the format that config.json gives it."""
     if layer.activation != site.activation_kind:
         raise CheckpointError(
             f"config.json folds {name} with the activation {layer.activation}, and the model has "
-            f"{site.activation_kind} there; "
-            "copy config.json anew, or fold again."
+            f"{site.activation_kind} there; copy config.json anew, or fold again."
         )
     if layer.group_size > site.hidden_size:
         raise CheckpointError(
@@ -108,9 +114,9 @@ def _check_fits(name: str, layer: FoldFormat, site: FFNSite) -> None:
 
 
 def _install_empty_linear(model: PreTrainedModel, name: str, bits: int) -> None:
-    """Put an empty low-bit layer in the place of a linear layer; a model without its head leaves out those of that."""
+    """Replace a linear layer by an empty low-bit one; do nothing for a layer of a head that the model lacks."""
     dense = linear_layers(model)
-    found = spelled(model, name, dense)
+    found = resolve_name(model, name, dense)
     if found is None and model.base_model is model and not name.startswith(f"{model.base_model_prefix}."):
         return
     if found is None:
@@ -119,6 +125,6 @@ def _install_empty_linear(model: PreTrainedModel, name: str, bits: int) -> None:
             "anew, or fold again."
         )
     check_bits(bits)
-    with torch.device("cpu"):  # it rounds a row to learn the shapes, which is slow on meta
+    with torch.device("cpu"):  # `empty_like` rounds a row to learn the shapes, which is slow on meta
         layer = empty_like(dense[found], bits)
     put_linears(model, {found: layer})

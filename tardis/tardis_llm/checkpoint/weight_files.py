@@ -1,4 +1,4 @@
-"""Weight files as they are found: which there are, and what their headers say, before any number is read."""
+"""The safetensors files of a model: which there are, what their headers say, and their tensors."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _TYPES = {
 }
 
 
-class Entry(NamedTuple):
-    """What a header says of a tensor.
+class TensorInfo(NamedTuple):
+    """What the header of a safetensors file says of a tensor.
 
     Attributes:
-        file: that has it.
-        dtype: None for one that no model has.
-        shape: of it.
+        file: the file with the tensor.
+        dtype: of the tensor; None where it is one that no model has.
+        shape: of the tensor.
     """
 
     file: Path
@@ -47,12 +47,15 @@ class Entry(NamedTuple):
 
 
 def described(dtype: torch.dtype | None, shape: Iterable[int]) -> str:
-    """A dtype and a shape in words, such as "float16 [256]"."""
+    """A dtype and a shape for a message, such as "float16 [256]"."""
     return f"{str(dtype).removeprefix('torch.') if dtype else 'an unknown dtype'} {list(shape)}"
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model, chosen as transformers chooses them: one file goes before an index.
+    """The safetensors files of a model, chosen as transformers chooses them: a single file is preferred to an index.
+
+    Args:
+        directory: of the model.
 
     Raises:
         CheckpointError: the index is damaged, or names a file that is not in the directory itself.
@@ -79,17 +82,17 @@ def _is_text(value: object) -> bool:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether it names a file without saying where; by Windows' rules, which know more ways to say it."""
+    """Whether a name is that of a file without any folder, by the rules of Windows, which are the stricter ones."""
     return name not in ("", ".", "..") and PureWindowsPath(name).name == name
 
 
-def headers(files: Iterable[Path]) -> dict[str, Entry]:
+def headers(files: Iterable[Path]) -> dict[str, TensorInfo]:
     """What the headers of safetensors files say, by the tensors' names.
 
     Raises:
         CheckpointError: a file is missing or damaged, or two have the same tensor.
     """
-    found: dict[str, Entry] = {}
+    found: dict[str, TensorInfo] = {}
     for file in files:
         for name, stored in _header(file).items():
             if name in found:
@@ -101,26 +104,33 @@ def headers(files: Iterable[Path]) -> dict[str, Entry]:
     return found
 
 
-def directory_of(found: Mapping[str, Entry]) -> Path:
-    """Where the files lie, of which there is one at least."""
+def directory_of(found: Mapping[str, TensorInfo]) -> Path:
+    """The directory of the files with the tensors `found`, of which there must be one at least."""
     return next(iter(found.values())).file.parent
 
 
-def _header(file: Path) -> dict[str, Entry]:
+def _header(file: Path) -> dict[str, TensorInfo]:
     if file.exists() and not file.is_file():
         raise CheckpointError(f"{file} is no file; copy it anew.")
     try:
         with safe_open(file, framework="pt") as handle:
             parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
             return {
-                name: Entry(file, _TYPES.get(part.get_dtype()), tuple(part.get_shape())) for name, part in parts.items()
+                name: TensorInfo(file, _TYPES.get(part.get_dtype()), tuple(part.get_shape()))
+                for name, part in parts.items()
             }
     except (SafetensorError, OSError) as error:
         raise _damaged(file, error) from error
 
 
-def tensors(found: Mapping[str, Entry]) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors that `headers` found, read from their files one by one.
+def tensors(found: Mapping[str, TensorInfo]) -> Iterator[tuple[str, Tensor]]:
+    """Read tensors from their files, one after the other.
+
+    Args:
+        found: what `headers` found in the files.
+
+    Yields:
+        Name and tensor.
 
     Raises:
         CheckpointError: a file is damaged.

@@ -10,10 +10,11 @@ import typer
 from rich.markup import escape
 from transformers import PreTrainedModel
 
-from ..calibration.text import check_length
-from ..checkpoint.folded import is_folded, record_crossover
+from ..calibration.limits import check_length
+from ..checkpoint.config_file import load_config, quantisation
+from ..checkpoint.folded import holds_fold, record_crossover
 from ..checkpoint.format import METHOD
-from ..checkpoint.loading import DTYPES, dtype_name, load_config, load_dense, quantisation
+from ..checkpoint.loading import DTYPES, dtype_name, load_dense
 from ..errors import InvalidInputError
 from ..evaluation.crossover import TOKEN_COUNTS
 from ..evaluation.machine import Machine
@@ -70,7 +71,7 @@ def bench(
     if bool(shape) == bool(model):
         raise InvalidInputError(f"give a MODEL, or --shape NAME, one of {', '.join(SHAPES)}.")
     checkpoint = bool(model) and quantisation(load_config(model)) == METHOD
-    if record and not (checkpoint and is_folded(Path(model))):
+    if record and not (checkpoint and holds_fold(Path(model))):
         raise InvalidInputError("--record writes into a folded directory; give one as MODEL.")
     rivals = _rivals(against, checkpoint)
     if checkpoint:

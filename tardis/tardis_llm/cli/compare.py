@@ -11,7 +11,8 @@ from rich.markup import escape
 
 from ..baselines import NAMES as BASELINES
 from ..baselines import Scope
-from ..checkpoint.loading import load_config, load_dense, load_tokenizer
+from ..checkpoint.config_file import load_config
+from ..checkpoint.loading import load_dense, load_tokenizer
 from ..config import FoldConfig
 from ..errors import InvalidInputError
 from ..evaluation.compare import Comparison

@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import sample
+from ..calibration.limits import window_length
 from ..calibration.text import Windows, read_windows
 from ..checkpoint.folded import save_folded
-from ..checkpoint.loading import load_dense, load_tokenizer, window_length
+from ..checkpoint.loading import load_dense, load_tokenizer
 from ..config import FoldConfig
 from ..errors import InvalidInputError
 from ..evaluation.fix_rate import count_fixes, measured

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from ..checkpoint.loading import dtype_name, load_model, load_report, load_tokenizer, window_length
-from ..checkpoint.record import RECORD
+from ..calibration.limits import window_length
+from ..checkpoint.loading import dtype_name, load_model, load_report, load_tokenizer
+from ..checkpoint.manifest import MANIFEST
 from ..errors import InvalidInputError
 from ..evaluation.judging import Judgement, Recipe, judge
 from ..evaluation.tasks import TASKS, Tasks, TaskScore, check_tasks
@@ -60,7 +61,7 @@ def evaluate(
         return
     _print(found, report)
     if report is None and folded_ffns(loaded):
-        show.say(f"{model} has no {RECORD}: what its fold fixes and how many bytes that touches is not known")
+        show.say(f"{model} has no {MANIFEST}: what its fold fixes and how many bytes that touches is not known")
     show.say(clock.sentence())
 
 

@@ -10,10 +10,12 @@ from rich.markup import escape
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..calibration.limits import window_length
 from ..calibration.text import Windows, calibration_windows
-from ..checkpoint.folded import is_folded, save_folded
-from ..checkpoint.loading import check_weights, load_config, load_dense, load_tokenizer, window_length
-from ..checkpoint.record import read_report
+from ..checkpoint.config_file import load_config
+from ..checkpoint.folded import holds_fold, save_folded
+from ..checkpoint.loading import check_weights, load_dense, load_tokenizer
+from ..checkpoint.manifest import read_report
 from ..checkpoint.saving import check_savable
 from ..config import FoldConfig
 from ..errors import InvalidInputError
@@ -124,7 +126,7 @@ def _finished(directory: Path, model: PreTrainedModel, windows: Windows, config:
         InvalidInputError: another one has been, and there is none to go on with.
         CheckpointError: it is there, and its files are damaged.
     """
-    if not is_folded(directory):
+    if not holds_fold(directory):
         return None
     report = read_report(directory)
     changed = changes(report, model, windows, config)

@@ -9,18 +9,12 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from ..calibration.limits import window_length
 from ..calibration.text import Windows, calibration_windows
+from ..checkpoint.config_file import load_config
 from ..checkpoint.format import CheckpointConfig
-from ..checkpoint.loading import (
-    is_folded,
-    load_config,
-    load_dense,
-    load_model,
-    load_report,
-    load_tokenizer,
-    window_length,
-)
-from ..checkpoint.record import RECORD
+from ..checkpoint.loading import is_folded, load_dense, load_model, load_report, load_tokenizer
+from ..checkpoint.manifest import MANIFEST
 from ..config import FoldConfig
 from ..errors import InvalidInputError
 from ..evaluation.plots import plot_fold, plot_survey
@@ -62,7 +56,7 @@ def _inspect_unrecorded(model: str, plot: Path | None, text: list[str] | None, a
     """Show a fold without tardis.json, as transformers saves it anew: how it is stored, and what is not known."""
     if plot or text:
         raise InvalidInputError(
-            f"{model} is folded and has no {RECORD}, which holds the figures to draw; give the directory of the fold "
+            f"{model} is folded and has no {MANIFEST}, which holds the figures to draw; give the directory of the fold "
             f"as tardis fold wrote it. To measure on a text: tardis eval {model}."
         )
     settings = CheckpointConfig.read(load_config(model).quantization_config)
@@ -76,7 +70,7 @@ def _inspect_unrecorded(model: str, plot: Path | None, text: list[str] | None, a
         made.add_row(name, layer.activation, str(layer.bits), str(layer.group_size), *stored)
     show.out.print(made)
     show.out.print(
-        f"{model} has no {RECORD}: what was measured when it was folded, and what it fixes and touches, is not known"
+        f"{model} has no {MANIFEST}: what was measured when it was folded, and what it fixes and touches, is not known"
     )
 
 

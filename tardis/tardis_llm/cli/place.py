@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.backend_bases import FigureCanvasBase
 
-from ..checkpoint.folded import is_folded
+from ..checkpoint.folded import holds_fold
 from ..checkpoint.saving import STAGING
 from ..errors import InvalidInputError
 from ..pipeline.workspace import FOLDER, LOCK
@@ -32,7 +32,7 @@ def check_output(directory: Path, model: str, force: bool, resume: bool) -> None
     check_writable(directory)
     if directory.exists() and Path(model).exists() and directory.samefile(model):
         raise InvalidInputError(f"{directory} holds the model to fold itself; choose another -o.")
-    if force or not directory.exists() or (resume and ((directory / FOLDER).is_dir() or is_folded(directory))):
+    if force or not directory.exists() or (resume and ((directory / FOLDER).is_dir() or holds_fold(directory))):
         return
     others = sorted(path.name for path in directory.iterdir() if path.name not in _OURS)
     if others:

@@ -22,8 +22,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .. import __version__
 from ..baselines import Scope, find_matrices
 from ..calibration.documents import Documents
-from ..calibration.text import Windows, calibration_windows, check_windows, some_windows
-from ..checkpoint.loading import dtype_name, window_length
+from ..calibration.limits import check_windows, window_length
+from ..calibration.text import Windows, calibration_windows, some_windows
+from ..checkpoint.loading import dtype_name
 from ..config import FoldConfig
 from ..errors import InfeasibleBudgetError, InvalidInputError
 from ..families.sites import find_ffns

@@ -9,8 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from ..calibration.text import check_tokens
-from ..checkpoint.loading import position_limit
+from ..calibration.limits import check_tokens, token_limit
 from ..config import check_seed
 from ..errors import InvalidInputError
 from ..families.table import family_of
@@ -35,7 +34,7 @@ def prompt_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, promp
     if not ids.numel():
         raise InvalidInputError("the prompt is empty; give some words to go on from.")
     check_tokens(model, ids, tokenizer)
-    limit = position_limit(model, tokenizer)
+    limit = token_limit(model, tokenizer)
     if limit and ids.shape[1] >= limit:
         raise InvalidInputError(
             f"the prompt has {ids.shape[1]} tokens and this model takes {limit}; shorten the prompt."
@@ -45,7 +44,7 @@ def prompt_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, promp
 
 def room(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> int | None:
     """Tokens that still fit behind ids [1, tokens]; None if there is no limit."""
-    limit = position_limit(model, tokenizer)
+    limit = token_limit(model, tokenizer)
     return limit - ids.shape[1] if limit else None
 
 

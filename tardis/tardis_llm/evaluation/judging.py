@@ -8,7 +8,7 @@ from typing import Any, Literal
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration.documents import Documents
-from ..calibration.text import check_windows
+from ..calibration.limits import check_windows
 from ..report import FoldReport, Progress
 from .fix_rate import count_fixes, measured
 from .perplexity import Perplexity, token_perplexity, windows_of

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..calibration.text import Tokenizer, check_windows, encode
+from ..calibration.limits import Tokenizer, check_windows
+from ..calibration.text import encode
 from ..errors import InvalidInputError
 from ..families.table import family_of, vocabulary
 from ..report import Progress, silent

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..calibration.text import check_length, check_tokens
+from ..calibration.limits import check_length, check_tokens
 from ..errors import InvalidInputError
 from ..families.table import vocabulary
 from ..report import Progress, silent

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..calibration.limits import check_windows
 from ..calibration.moments import BinnedMoments, chunks, pre_activation_moments
 from ..calibration.stream import Stream
-from ..calibration.text import Windows, check_enough, check_windows
+from ..calibration.text import Windows, check_enough
 from ..config import FoldConfig
 from ..families.sites import FFNSite, find_ffns
 from ..ffn.accounting import planned

@@ -1,4 +1,4 @@
-"""Model families: the table of where each keeps its FFNs, the FFNs found in a model by it, and its linear layers.
+"""Model families: the table that says where each keeps its FFNs, and the FFNs and linear layers found by it.
 
-Nothing outside this shelf knows a family's attribute names.
+No module outside this folder knows the attribute names of a family.
 """

@@ -1,6 +1,6 @@
-"""Linear layers, whichever way they store their weight: `nn.Linear` as [out, in], transformers' `Conv1D` as [in, out].
+"""Linear layers of both kinds: `nn.Linear` stores its weight as [out, in], transformers' `Conv1D` as [in, out].
 
-Nothing else tells the two apart.
+No other module tells the two apart.
 """
 
 from __future__ import annotations
@@ -24,33 +24,37 @@ def is_transposed(layer: nn.Module) -> bool:
 
 
 def turned(layer: nn.Module, weight: Tensor) -> Tensor:
-    """A view of a weight turned from the way in which the layer stores it to [out, in], or from [out, in] to that way.
+    """A view of a weight in the other order: [out, in] for what a layer stores, or the layer's own for [out, in].
 
-    A weight without content, which is no matrix, stays as it is.
+    The two differ in `Conv1D` alone. An empty weight, which is no matrix, stays as it is.
+
+    Args:
+        layer: `nn.Linear` or `Conv1D`, whose order counts.
+        weight: in one of the two orders.
     """
     return weight.T if is_transposed(layer) and weight.dim() == 2 else weight
 
 
 def weight_of(layer: nn.Module) -> Tensor:
-    """The weight [out, in] of a linear layer, a detached view: writing to it writes to the layer."""
+    """The weight [out, in] of a linear layer, as a detached view: writing to it writes to the layer."""
     return turned(layer, layer.get_parameter("weight").detach())
 
 
 def bias_of(layer: nn.Module) -> Tensor | None:
-    """The bias [out] of a linear layer, a detached view; None without one."""
+    """The bias [out] of a linear layer, as a detached view; None if it has no bias."""
     bias = getattr(layer, "bias", None)
     return bias.detach() if isinstance(bias, Tensor) else None
 
 
 def check_linear(module: nn.Module, name: str) -> None:
-    """See that a module is a linear layer with a floating weight, and a bias that fits it.
+    """Check that a module is a linear layer with a floating-point weight, and a bias that fits it.
 
     Args:
-        module: of a model, on any device, meta too.
-        name: of the module, for the error.
+        module: on any device, including meta.
+        name: full name of the module, for the message.
 
     Raises:
-        InvalidInputError: it is not.
+        InvalidInputError: it is no linear layer, its weight is no floating-point matrix, or its bias has another size.
     """
     if not is_linear(module):
         raise InvalidInputError(
@@ -60,7 +64,7 @@ def check_linear(module: nn.Module, name: str) -> None:
     weight, bias = module.weight, bias_of(module)
     if weight.ndim != 2 or not weight.is_floating_point():
         raise InvalidInputError(
-            f"{name}.weight is {weight.dtype} of shape {list(weight.shape)}, not a floating matrix. Load the "
+            f"{name}.weight is {weight.dtype} of shape {list(weight.shape)}, not a floating-point matrix. Load the "
             "model without quantisation, in float32, bfloat16 or float16."
         )
     outputs = len(weight_of(module))

@@ -1,4 +1,4 @@
-"""Families that a user has named: given to a model, and tried out on it."""
+"""A family that the user names: it is attached to a model, and checked by running the model."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .table import NAMED, Family
 
 @contextmanager
 def named(model: PreTrainedModel, family: Family | None) -> Iterator[None]:
-    """In the context and afterwards, a model is of the family that a user has named. An error in it undoes that.
+    """Attach the family that a user names to a model, for good; an error within the context detaches it again.
 
     Args:
-        model: its config keeps the family, and so does every checkpoint that is saved of it.
-        family: None leaves the model as it is.
+        model: the family is written into its config, and so into every checkpoint that is saved from it.
+        family: None changes nothing.
     """
     if family is None:
         yield
@@ -38,22 +38,28 @@ def named(model: PreTrainedModel, family: Family | None) -> Iterator[None]:
 
 
 def check_wiring(model: PreTrainedModel, sites: list[FFNSite]) -> None:
-    """Where a user has named a model's family, see that its FFNs are `down(activation(up(x)))`, by running two tokens.
+    """Check, by running two tokens, that FFNs whose parts a user has named compute `down(activation(up(x)))`.
+
+    Models of a family in the table are not checked.
 
     Args:
-        model: in eval mode, dense.
+        model: dense, in eval mode.
         sites: FFNs of the model.
 
     Raises:
-        InvalidInputError: a part is not called, or does not get what the part before it returns.
+        InvalidInputError: a part is not called, or its input is not the output of the part before it.
     """
-    if not getattr(model.config, NAMED, None) or model.training:  # which calibration refuses in clearer words
+    if (
+        not getattr(model.config, NAMED, None) or model.training
+    ):  # calibration refuses training mode with a better message
         return
     parts = {part: name for site in sites for name, part in site.replaced.items()}
     inputs: dict[nn.Module, Tensor] = {}
     outputs: dict[nn.Module, Tensor] = {}
     with ExitStack() as hooks, torch.no_grad():
-        for part in parts:  # copies, because an activation may work in place; NaN is another matter, refused later
+        for (
+            part
+        ) in parts:  # nan_to_num copies, as an activation may work in place; NaN, unequal to itself, is refused later
             enter = part.register_forward_pre_hook(lambda part, args: inputs.update({part: args[0].nan_to_num()}))
             leave = part.register_forward_hook(lambda part, args, output: outputs.update({part: output.nan_to_num()}))
             hooks.callback(enter.remove)

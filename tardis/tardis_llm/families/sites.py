@@ -1,4 +1,4 @@
-"""The FFNs of a model, found by the table: their places, their parts, and the list of blocks around them."""
+"""Find the FFNs of a model by the table of families: their modules, their weights, and the list of blocks."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class FFNSite:
     Attributes:
         index: number of its block, from 0.
         prefix: full name of `parent` in the model; tensors of the folded FFN are called `<prefix>.tardis.*`.
-        up_name, activation_name, down_name: full names of three parts in the model.
+        up_name, activation_name, down_name: full names in the model of the modules `up`, `activation`, `down`.
         block: the transformer block around the FFN.
         parent: the module that gets the child `tardis`; the block itself in OPT and BERT.
-        up, activation, down: three parts; the inputs of `up` are those of the FFN.
+        up, activation, down: the modules that make up the FFN; the input of `up` is the FFN's.
         gate: the gate projection; None where the FFN has none, or has it merged with `up`.
-        replaced: the dense modules whose places the folded FFN takes, by their full names: the parts of an FFN; of a
-            gated one, whose parts no single path joins, the module around them.
+        replaced: the dense modules that the folded FFN replaces, by their full names: `up`, `activation` and `down`,
+            or for a gated FFN, whose parts do not follow one another, the module around them.
     """
 
     index: int
@@ -48,13 +48,13 @@ class FFNSite:
 
     @classmethod
     def of(cls, family: Family, index: int, name: str, block: nn.Module) -> FFNSite:
-        """The FFN of a block.
+        """Find the FFN of a block.
 
         Args:
-            family: of the model.
-            index: of the block.
+            family: the model's.
+            index: number of the block, from 0.
             name: full name of the block in the model.
-            block: the block.
+            block: the transformer block itself.
 
         Raises:
             InvalidInputError: a part is missing.
@@ -84,17 +84,17 @@ class FFNSite:
         """The dense weights as detached views, never copies, so writing to them writes to the model.
 
         Raises:
-            UnsupportedModelError: the activation is none that can be folded.
-            InvalidInputError: see `parts`.
+            UnsupportedModelError: the activation cannot be folded.
+            InvalidInputError: a part is no dense linear layer, or their shapes do not fit together.
         """
         return DenseFFN(*self.parts(), self.activation_kind)
 
     @cached_property
     def activation_kind(self) -> str:
-        """The function that the activation computes, a name in `ACTIVATIONS`.
+        """The function that the activation computes, as a name in `ACTIVATIONS`.
 
         Raises:
-            UnsupportedModelError: it is none of them.
+            UnsupportedModelError: it computes another function.
         """
         return identify(self.activation)
 
@@ -127,10 +127,10 @@ class FFNSite:
 
 
 def find_ffns(model: PreTrainedModel) -> list[FFNSite]:
-    """Locate and check every FFN of a model, in the order of its blocks. Works on meta too.
+    """Find and check every FFN of a model, in the order of its blocks; the model may be on the meta device.
 
     Raises:
-        UnsupportedModelError: see `family_of`.
+        UnsupportedModelError: the family is gated or unknown, or a flag of the config makes its FFN another one.
         InvalidInputError: a part is missing or is no dense linear layer, or shapes do not fit together.
     """
     family = family_of(model.config)
@@ -158,7 +158,7 @@ def layer_list(model: PreTrainedModel) -> nn.ModuleList:
     """The model's list of transformer blocks.
 
     Raises:
-        UnsupportedModelError: see `family_of`.
+        UnsupportedModelError: the family is gated or unknown, or a flag of the config makes its FFN another one.
         InvalidInputError: the model has no such list.
     """
     name = layer_list_name(model)
@@ -170,7 +170,7 @@ def layer_list(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def block_at(model: PreTrainedModel, index: int) -> nn.Module:
-    """Block `index` of the model.
+    """The transformer block of a model with a number, from 0.
 
     Raises:
         InvalidInputError: there is no such block.
@@ -185,9 +185,8 @@ def block_at(model: PreTrainedModel, index: int) -> nn.Module:
 def only_layer(model: PreTrainedModel, index: int) -> Iterator[nn.Module]:
     """Within the context, the model consists of its embeddings, block `index` and its head; yields the block.
 
-    A forward through the whole model then runs just that block, called as the model calls it: blocks are
-    never called by hand, because their signatures change with every release of transformers. The list of
-    blocks is put back on leaving, after an exception too.
+    A forward of the model then runs just that block, with the arguments that the model gives it. The list of blocks is
+    restored on leaving, also after an exception.
 
     Raises:
         InvalidInputError: there is no block `index`.
@@ -201,7 +200,7 @@ def only_layer(model: PreTrainedModel, index: int) -> Iterator[nn.Module]:
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` at the dotted `name` below `model`, in place of what is there or as a new child.
+    """Set the module with a dotted name below `model`, in place of one that exists or as a new child.
 
     Raises:
         InvalidInputError: the module that should contain it does not exist.
@@ -222,7 +221,7 @@ def _submodule(module: nn.Module, path: str, name: str) -> nn.Module:
 
 
 def _children(module: nn.Module, path: str, name: str) -> str:
-    """What is there in place of a missing module: the children of the last module on the path."""
+    """For a message: the children of the last module on a path that exists."""
     first, _, rest = path.partition(".")
     children = dict(module.named_children())
     if first in children:

@@ -1,7 +1,7 @@
-"""THE table of model families: where each FFN is and which of its parts are up, activation and down.
+"""The table of model families: where each FFN is, and which of its modules are up, activation and down.
 
-Nothing else in TARDIS knows a family's attribute names. A new family is a row here and a line in the test. A model of a
-family that is not here names its own: its config then has the fields of a `Family` under `NAMED`.
+A new family is a row here and a line in its test. For a model of a family that is not here, the user gives a `Family`,
+whose fields are then kept in the model's config under `NAMED`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import InvalidInputError, UnsupportedModelError
 
-#: the field of a model's config, and so of config.json, with the family that a user has named for it
+#: the field of a model's config, and so of config.json, with the family that a user has named
 NAMED = "tardis_family"
 
 
@@ -35,11 +35,11 @@ class Family:
         gate: path from a block to the gate projection of a gated FFN, `down(activation(gate(x)) * up(x))`, which cannot
             be folded yet; "" where there is none.
         merged: whether `up` is gate and up projection in one layer, the gate's rows first; cannot be folded yet.
-        causal: whether a model generates text from left to right; an encoder does not.
+        causal: whether the models generate text from left to right; encoders do not.
         refused_flags: fields of the config that, when true, make the FFN compute something else.
         alibi: whether ALiBi (arXiv 2108.12409) biases the attention of every model of the family.
-        positions: field of the config that limits the tokens of a text; "" where nothing limits them.
-        padding_first: whether positions are counted from `pad_token_id + 1`, so that as many fewer are left.
+        positions: field of the config with the most tokens that a text may have; "" where there is no limit.
+        padding_first: whether positions are numbered from `pad_token_id + 1`, which leaves that many fewer for text.
 
     Raises:
         InvalidInputError: a field is of the wrong type.
@@ -78,7 +78,7 @@ class Family:
 
     @classmethod
     def from_config(cls, values: object) -> Family:
-        """A family from its fields in a config; see `as_config`.
+        """The family that `as_config` wrote into a model's config.
 
         Raises:
             InvalidInputError: a field is missing, unknown or of the wrong type.
@@ -92,7 +92,7 @@ class Family:
             raise InvalidInputError(f"{NAMED} in the model's config is no Family ({error}); correct it.") from error
 
     def as_config(self) -> dict[str, Any]:
-        """The fields as they are in config.json, without those that have their default."""
+        """The fields for a model's config and config.json, without those that have their default value."""
         found = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
         return {each.name: found[each.name] for each in fields(self) if getattr(self, each.name) != each.default}
 
@@ -107,10 +107,10 @@ class Family:
         return tuple(path for path in (self.gate, self.up, self.down) if path)
 
     def locate(self, name: str) -> tuple[int, str] | None:
-        """The block that a module lies in, and its path from there; None where it lies in none.
+        """The number of the block that a module is in, and the module's path from that block; None where it is in none.
 
         Args:
-            name: of the module, in any model of the family: with a head or without, and in vLLM's.
+            name: full name of the module in a model of the family, with or without a head, of transformers or vLLM.
         """
         found = re.search(rf"(?:^|\.){re.escape(self.layers)}\.(\d+)(?:\.(.+))?$", name)
         return (int(found[1]), found[2] or "") if found else None
@@ -130,7 +130,7 @@ _ROWS = (
         refused_flags=("slow_but_exact",), alibi=True, positions="",
     ),
     Family("phi", "layers", "mlp", "mlp.fc1", "mlp.activation_fn", "mlp.fc2"),
-    # its table of biases has an end
+    # The table of ALiBi biases has max_seq_len columns.
     Family("mpt", "blocks", "ffn", "ffn.up_proj", "ffn.act", "ffn.down_proj", alibi=True, positions="max_seq_len"),
     Family("opt", "decoder.layers", "", "fc1", "activation_fn", "fc2"),
     Family(
@@ -147,7 +147,7 @@ _ROWS = (
 #: model_type -> row, for every supported family.
 FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}
 
-#: the end of the errors about models of other families
+#: what errors about models of other families end with
 SUPPORTED = f"TARDIS folds these families: {', '.join(sorted(FAMILIES))}; choose a model of one of them."
 
 
@@ -172,8 +172,8 @@ def family_of(config: PreTrainedConfig) -> Family:
     """The family of a model: the one that its config names, or else the row of the table.
 
     Raises:
-        UnsupportedModelError: a gated family, an unknown one, or a config flag under which the FFN differs.
-        InvalidInputError: the config names a family of another model, or what is none.
+        UnsupportedModelError: the family is gated or unknown, or a flag of the config makes its FFN another one.
+        InvalidInputError: the config has a `Family` of another model type, or an invalid one.
     """
     kind, named = config.model_type, getattr(config, NAMED, None)
     family = FAMILIES.get(kind) if named is None else Family.from_config(named)
@@ -187,7 +187,9 @@ def family_of(config: PreTrainedConfig) -> Family:
             f"tardis_llm.fold a `family=Family(...)`, or write the fields of one as {NAMED!r} into config.json."
         )
     if family.model_type != kind:
-        raise InvalidInputError(f"the Family is of {family.model_type!r}, and the model of {kind!r}; give its own.")
+        raise InvalidInputError(
+            f"the Family is that of {family.model_type!r} models, and this model is a {kind!r}; give a Family for it."
+        )
     for flag in family.refused_flags:
         if getattr(config, flag, False):
             raise UnsupportedModelError(
@@ -198,14 +200,14 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 
 def has_alibi(config: PreTrainedConfig) -> bool:
-    """Whether a model adds ALiBi (arXiv 2108.12409) to its attention; in Falcon's family some models do."""
+    """Whether a model adds ALiBi (arXiv 2108.12409) to its attention; of the Falcon models, some do."""
     return family_of(config).alibi or bool(getattr(config, "alibi", False))
 
 
 def position_limit(config: PreTrainedConfig) -> int | None:
-    """The most tokens that a model takes in one text; None if it sets no limit."""
+    """The most tokens that a text may have for a model; None if there is no limit."""
     family = family_of(config)
-    if not family.positions or getattr(config, "alibi", False):  # Falcon's, which is computed for any length
+    if not family.positions or getattr(config, "alibi", False):  # of Falcon, computed for any length
         return None
     limit = getattr(config, family.positions, None)
     if limit is None:
@@ -214,6 +216,6 @@ def position_limit(config: PreTrainedConfig) -> int | None:
 
 
 def vocabulary(model: PreTrainedModel) -> int:
-    """How many tokens a model knows: the rows of its input embedding."""
+    """How many tokens a model knows: the number of rows of its input embedding."""
     rows: int = model.get_input_embeddings().weight.shape[0]
     return rows

@@ -21,7 +21,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..calibration.text import check_length, check_tokens
+from ..calibration.limits import check_length, check_tokens
 from ..errors import InvalidInputError
 from ..families.table import family_of
 from ..report import Progress

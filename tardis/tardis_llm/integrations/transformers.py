@@ -14,9 +14,9 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from ..checkpoint.contents import check_headers
 from ..checkpoint.folded import save_marked, transformers_save
 from ..checkpoint.format import METHOD, CheckpointConfig
-from ..checkpoint.record import check_bytes
+from ..checkpoint.manifest import check_bytes
 from ..checkpoint.saving import CONFIG
-from ..checkpoint.skeleton import check_blocks, install_folds
+from ..checkpoint.skeleton import check_blocks, install_empty_layers
 from ..checkpoint.weight_files import headers, weight_files
 from ..errors import CheckpointError
 from ..runtime.stored import freeze
@@ -49,7 +49,7 @@ class TardisQuantizer(HfQuantizer):
         Raises:
             CheckpointError: the files are damaged, or not those of config.json, or not as they were written.
         """
-        install_folds(model, self.quantization_config)
+        install_empty_layers(model, self.quantization_config)
         if checkpoint_files:
             files = [Path(file) for file in checkpoint_files]
             _check_place(files, model.config.name_or_path)

@@ -13,8 +13,9 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..calibration.limits import check_windows
 from ..calibration.stream import Stream
-from ..calibration.text import Windows, check_enough, check_windows, split_windows
+from ..calibration.text import Windows, check_enough, split_windows
 from ..checkpoint.folded import mark_folded
 from ..config import FORMAT_VERSION, FoldConfig
 from ..families.naming import named

@@ -1,8 +1,7 @@
-"""The bundled sample: a small GPT-2 with GELU, a text to calibrate it on and a text it has never seen.
+"""The bundled sample: a small GPT-2 with GELU, a text to calibrate it on, and a text that it was not trained on.
 
-Everything that `tardis demo` needs, inside the package, so that the demo runs without a network.
-`ATTRIBUTION.md` beside this file says where model and texts come from and under which licences;
-`benchmarks/make_sample.py` makes the folder anew.
+The package contains everything that `tardis demo` needs, so the demo runs without a network. `ATTRIBUTION.md` beside
+this file says where model and texts come from and under which licences; `benchmarks/make_sample.py` makes them anew.
 """
 
 from pathlib import Path
@@ -11,7 +10,7 @@ _HERE = Path(__file__).resolve().parent
 
 
 def model_dir() -> Path:
-    """The model: a Hugging Face directory in bf16 with its tokenizer. Positions above 256 are untrained.
+    """The directory of the model, in bf16, and its tokenizer. Its positions above 256 are untrained.
 
     Examples:
         >>> (model_dir() / "config.json").is_file()
@@ -21,7 +20,7 @@ def model_dir() -> Path:
 
 
 def calibration_text() -> Path:
-    """About 1 MB of English Wikipedia articles, of the source on which the model was trained.
+    """The file with about 1 MB of English Wikipedia articles, from the source that the model was trained on.
 
     Examples:
         >>> len(calibration_text().read_text(encoding="utf-8")) // 100_000
@@ -31,7 +30,7 @@ def calibration_text() -> Path:
 
 
 def evaluation_text() -> Path:
-    """About 200 kB of other articles; no 13 words in a row of it are in the text the model was trained on.
+    """The file with about 200 kB of other articles. It shares no 13 successive words with the training text.
 
     Examples:
         >>> len(evaluation_text().read_text(encoding="utf-8")) // 100_000

@@ -82,7 +82,7 @@ class TardisConfig(QuantizationConfig):
         if not isinstance(layer, LinearBase | ParallelLMHead):
             return None
         if self._projections.empty(prefix):
-            return NoWeight()
+            return NoWeightMethod()
         if self.linear_bits and self._projections.in_few_bits(prefix):
             return LowBitMethod(self.linear_bits, prefix)
         return LaidOutMethod() if isinstance(layer, LinearBase) else None
@@ -118,7 +118,7 @@ def transformers_classes(hf_config: PreTrainedConfig) -> Iterator[None]:
         yield
 
 
-class NoWeight(UnquantizedLinearMethod):
+class NoWeightMethod(UnquantizedLinearMethod):
     """A linear layer whose weight has a shape and no memory, because low-bit weights stand for it."""
 
     def create_weights(self, *args: Any, **kwargs: Any) -> None:

@@ -110,7 +110,7 @@ class ServedFFN(FoldState):
         return DenseFFN(up.weight, up.bias, down.weight.T, b2, self.activation)
 
 
-class AsLoaded(UnquantizedLinearMethod):
+class AsLoadedMethod(UnquantizedLinearMethod):
     """A linear layer whose weight stays as it was loaded, for our kernels; vLLM would pack it for its own."""
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
@@ -118,7 +118,7 @@ class AsLoaded(UnquantizedLinearMethod):
         layer.weight.data = contiguous_in_huge_pages(layer.weight.data)
 
 
-class PassOn(AsLoaded):
+class PassOnMethod(AsLoadedMethod):
     """The up projection of a folded FFN: passes its input on."""
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -126,7 +126,7 @@ class PassOn(AsLoaded):
         return x
 
 
-class Folded(UnquantizedLinearMethod):
+class FoldedDownMethod(UnquantizedLinearMethod):
     """The down projection of a folded FFN: gets the FFN's input x and returns its output.
 
     Args:
@@ -149,7 +149,7 @@ class Folded(UnquantizedLinearMethod):
         return y.view(x.shape)
 
 
-def install(
+def install_empty_fold(
     block: nn.Module, family: Family, form: FoldFormat, choice: Choice, config: VllmConfig, name: str
 ) -> ServedFFN:
     """Put an empty folded FFN into a block of a model that vLLM made.
@@ -172,7 +172,7 @@ def install(
             part.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
     known = f"{name}.tardis"
     config.compilation_config.static_forward_context[known] = ffn
-    up.quant_method, down.quant_method = PassOn(), Folded(known, stacked=ffn.stacked)
+    up.quant_method, down.quant_method = PassOnMethod(), FoldedDownMethod(known, stacked=ffn.stacked)
     set_module(block, family.activation, nn.Identity())
     block.get_submodule(family.ffn).add_module("tardis", ffn)
     return ffn

@@ -19,12 +19,12 @@ from vllm import ModelRegistry
 from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from ...checkpoint.contents import Contents, contents_of
+from ...checkpoint.contents import ExpectedTensors, expected_tensors
 from ...checkpoint.format import PREFIX, CheckpointConfig, stock_name
 from ...errors import CheckpointError
 from ...families.table import Family
 from .config import TardisConfig, transformers_classes
-from .ffn import ServedFFN, install
+from .ffn import ServedFFN, install_empty_fold
 from .linears import install_head
 from .names import architectures, block_index, check_served
 from .prefill import Choice
@@ -70,7 +70,7 @@ class TardisModel(nn.Module):
         if settings.linear_bits:
             install_head(self, settings.linear_bits)
         self._model, self._config = vllm_config.model_config.model, config
-        self._folded = _install_all(self, check_served(config), settings, vllm_config)
+        self._folded = _install_empty_folds(self, check_served(config), settings, vllm_config)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load the folds here and everything else as the stock class does.
@@ -87,9 +87,9 @@ class TardisModel(nn.Module):
                 ffn.prepare()
         return loaded
 
-    def _contents(self) -> Contents:
+    def _contents(self) -> ExpectedTensors:
         with transformers_classes(self._config):
-            return contents_of(self._config, CheckpointConfig.read(self._config.quantization_config))
+            return expected_tensors(self._config, CheckpointConfig.read(self._config.quantization_config))
 
 
 @contextmanager
@@ -103,7 +103,7 @@ def _stock(config: PreTrainedConfig) -> Iterator[None]:
         config.architectures = named
 
 
-def _install_all(
+def _install_empty_folds(
     model: nn.Module, family: Family, settings: TardisConfig, config: VllmConfig
 ) -> dict[str, ServedFFN | None]:
     """Fold the blocks that the checkpoint has folded: by name, None where another pipeline rank has the block."""
@@ -114,7 +114,7 @@ def _install_all(
         if index >= len(blocks):
             raise CheckpointError(f"config.json folds {name}, and the model has {len(blocks)} blocks; copy it anew.")
         here = not isinstance(blocks[index], PPMissingLayer)
-        folded[name] = install(blocks[index], family, layer, choice, config, name) if here else None
+        folded[name] = install_empty_fold(blocks[index], family, layer, choice, config, name) if here else None
     return folded
 
 

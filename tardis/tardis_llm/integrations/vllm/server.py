@@ -16,8 +16,9 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from types import FrameType
 
+from ...checkpoint.config_file import load_config, quantisation
 from ...checkpoint.format import METHOD, CheckpointConfig
-from ...checkpoint.loading import check_weights, load_config, quantisation
+from ...checkpoint.loading import check_weights
 from ...errors import InvalidInputError, TardisError
 from ...runtime.prefill import check_prefill
 from . import access, address, session

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...checkpoint.contents import Contents
-from ...checkpoint.record import Record
-from ...checkpoint.weight_files import Entry
+from ...checkpoint.contents import ExpectedTensors
+from ...checkpoint.manifest import Manifest
+from ...checkpoint.weight_files import TensorInfo
 from ...errors import CheckpointError
 from .ffn import ServedFFN
 
@@ -35,11 +35,11 @@ class FoldLoader:
         model: nn.Module,
         folded: dict[str, ServedFFN | None],
         directory: str,
-        contents: Contents,
+        contents: ExpectedTensors,
     ) -> None:
         self._model, self._folded, self._directory = model, folded, Path(directory)
         self._contents = contents
-        self._record = Record.read(self._directory)
+        self._manifest = Manifest.read(self._directory)
         self._seen: set[str] = set()
         # not by the stock class: BLOOM's takes no head but a shared one
         self._head: dict[str, Any] = {name: part for name, part in model.named_parameters() if name in _HEAD}
@@ -89,11 +89,11 @@ class FoldLoader:
             self._missing.discard(name)
 
     def _verify(self, name: str, tensor: Tensor) -> None:
-        stored = Entry(self._directory, tensor.dtype, tuple(tensor.shape))
+        stored = TensorInfo(self._directory, tensor.dtype, tuple(tensor.shape))
         placed = self._contents.check(name, stored, None)
         if placed in self._seen:
             raise CheckpointError(f"{self._directory} has the tensor {name} twice; copy the checkpoint anew.")
         if placed is not None:
             self._seen.add(placed)
-        if self._record is not None:
-            self._record.check_tensor(name, tensor.cpu(), self._directory)
+        if self._manifest is not None:
+            self._manifest.check_tensor(name, tensor.cpu(), self._directory)

@@ -1,7 +1,7 @@
-"""tardis.json beside a checkpoint: the report of its fold, and what its tensors and its config.json were when written.
+"""tardis.json beside a checkpoint: the report of its fold, and what its tensors and config.json were when written.
 
-Since format version 2 it binds the dtype, the shape and the bytes of every tensor, and config.json; in version 1 it
-binds bytes alone. What a user may change and still have the same model is free: see `_FREE`.
+It has the dtype, the shape and a digest of every tensor, and the fields of config.json that decide what the model
+computes; a checkpoint that differs from it is refused. In format version 1 it has the digests alone.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from ..errors import CheckpointError
 from ..files import digest, read_json, write_json
 from ..report import FoldReport
 from .saving import CONFIG
-from .weight_files import Entry, described, directory_of, headers, tensors
+from .weight_files import TensorInfo, described, directory_of, headers, tensors
 
-RECORD = "tardis.json"
-#: fields of config.json that do not change what a model computes: they may be edited
+MANIFEST = "tardis.json"
+#: fields of config.json that do not change what a model computes: users may edit them
 _FREE = frozenset(
     (
         *("_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"),
@@ -36,13 +36,13 @@ _FREE = frozenset(
 
 
 @dataclass(frozen=True)
-class Seal:
-    """What a tensor was when it was written; dtype and shape are None in format version 1.
+class Fingerprint:
+    """What a tensor was when it was written.
 
     Attributes:
-        sha256: of its bytes.
-        dtype: as in `torch.float16`, without "torch.".
-        shape: of it.
+        sha256: digest of its bytes, in hexadecimal.
+        dtype: its name, such as "float16"; None in format version 1.
+        shape: its sizes; None in format version 1.
     """
 
     sha256: str
@@ -50,37 +50,37 @@ class Seal:
     shape: tuple[int, ...] | None = None
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Seal:
-        """Of a tensor."""
+    def of(cls, tensor: Tensor) -> Fingerprint:
+        """The fingerprint of a tensor in main memory."""
         return cls(digest([tensor]), str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
 
 
 @dataclass(frozen=True)
-class Record:
-    """tardis.json, read.
+class Manifest:
+    """What a tardis.json says.
 
     Attributes:
-        path: of it.
-        format_version: of the checkpoint.
-        seals: of every tensor by its name in the files.
-        config: what config.json said; None in format version 1.
-        report: as plain values.
+        path: of the file.
+        format_version: version of the checkpoint format.
+        fingerprints: those of all tensors, by their names in the weight files.
+        config: the fields of config.json that decide what the model computes; None in format version 1.
+        report: the report of the fold, as JSON values.
     """
 
     path: Path
     format_version: int
-    seals: dict[str, Seal]
+    fingerprints: dict[str, Fingerprint]
     config: dict[str, Any] | None
     report: dict[str, Any]
 
     @classmethod
-    def read(cls, directory: Path) -> Record | None:
-        """The record in a directory; None where there is none.
+    def read(cls, directory: Path) -> Manifest | None:
+        """Read the tardis.json in a directory; None where there is none.
 
         Raises:
-            CheckpointError: it is damaged.
+            CheckpointError: the file is damaged.
         """
-        path = directory / RECORD
+        path = directory / MANIFEST
         if not path.exists():
             return None
         values = read_json(path)
@@ -88,21 +88,24 @@ class Record:
             version = values["format_version"]
             if version not in range(1, FORMAT_VERSION + 1):
                 raise ValueError(f"format_version {version!r}")
-            seals = {name: _seal(seal, version) for name, seal in values["tensors"].items()}
-            if not seals:
+            fingerprints = {name: _fingerprint(each, version) for name, each in values["tensors"].items()}
+            if not fingerprints:
                 raise ValueError("no tensors")
             config = dict(values["config"]) if version > 1 else None
-            return cls(path, version, seals, config, values["report"])
+            return cls(path, version, fingerprints, config, values["report"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{path} is damaged ({error!r}); copy the checkpoint anew.") from error
 
-    def check(self, found: Mapping[str, Entry]) -> None:
-        """Compare names, dtypes and shapes of a checkpoint's tensors, and config.json, with what was written.
+    def check(self, found: Mapping[str, TensorInfo]) -> None:
+        """Compare config.json and the names, dtypes and shapes of a checkpoint's tensors with what was written.
+
+        Args:
+            found: what the headers of the weight files say, by the tensors' names.
 
         Raises:
-            CheckpointError: something differs.
+            CheckpointError: a tensor or a field of config.json differs.
         """
-        other = sorted(found.keys() ^ self.seals.keys())
+        other = sorted(found.keys() ^ self.fingerprints.keys())
         if other and other[0] in found:
             raise CheckpointError(
                 f"{found[other[0]].file} has a tensor {other[0]} that was not written. {self._remedy}"
@@ -116,28 +119,29 @@ class Record:
             self._check_header(name, stored)
         self._check_config(read_json(self.path.parent / CONFIG))
 
-    def _check_header(self, name: str, stored: Entry) -> None:
-        seal = self.seals[name]
-        if seal.shape is not None and (f"torch.{seal.dtype}", seal.shape) != (str(stored.dtype), stored.shape):
+    def _check_header(self, name: str, stored: TensorInfo) -> None:
+        written = self.fingerprints[name]
+        if written.shape is None:
+            return
+        if (f"torch.{written.dtype}", written.shape) != (str(stored.dtype), stored.shape):
             raise CheckpointError(
-                f"{stored.file}: the tensor {name} is {stored}, and {seal.dtype} {list(seal.shape)} was written. "
+                f"{stored.file}: the tensor {name} is {stored}, and {written.dtype} {list(written.shape)} was written. "
                 f"{self._remedy}"
             )
 
     def check_tensor(self, name: str, tensor: Tensor, where: object) -> None:
-        """Compare a tensor with what was written.
+        """Compare a tensor, byte for byte, with what was written.
 
         Args:
-            name: in the files.
+            name: of the tensor in the weight files.
             tensor: in main memory.
-            where: it is from, for the message.
+            where: the file or directory that it is from, for the message.
 
         Raises:
-            CheckpointError: it differs.
+            CheckpointError: the tensor differs.
         """
-        seal = self.seals.get(name)
-        now = Seal.of(tensor)
-        if seal is None or seal.sha256 != now.sha256 or (seal.shape is not None and seal != now):
+        written, now = self.fingerprints.get(name), Fingerprint.of(tensor)
+        if written is None or written.sha256 != now.sha256 or (written.shape is not None and written != now):
             raise CheckpointError(
                 f"{where}: the tensor {name}, {described(tensor.dtype, tensor.shape)}, is not the one that was written "
                 f"(it differs from {self.path}). {self._remedy}"
@@ -153,7 +157,7 @@ class Record:
             )
         if self.config is None:
             return
-        now = bound(config)
+        now = deciding_fields(config)
         for name in sorted(now.keys() | self.config.keys()):
             if json.dumps(now.get(name), sort_keys=True) != json.dumps(self.config.get(name), sort_keys=True):
                 raise CheckpointError(
@@ -166,10 +170,10 @@ class Record:
         return f"Copy the files anew or fold again; if you changed it on purpose, delete {self.path}."
 
 
-def _seal(values: Any, version: int) -> Seal:
+def _fingerprint(values: Any, version: int) -> Fingerprint:
     if version == 1:
-        return Seal(_text(values))
-    return Seal(_text(values["sha256"]), _text(values["dtype"]), tuple(values["shape"]))
+        return Fingerprint(_text(values))
+    return Fingerprint(_text(values["sha256"]), _text(values["dtype"]), tuple(values["shape"]))
 
 
 def _text(value: object) -> str:
@@ -182,8 +186,11 @@ def _short(value: object) -> str:
     return "nothing" if value is None else reprlib.repr(value)
 
 
-def bound(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of config.json decides what a model computes, flat: fields of `quantization_config` by dotted names."""
+def deciding_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config.json that decide what the model computes.
+
+    Those of `quantization_config` have dotted names, so that an error can name the one that differs.
+    """
     fields = {name: value for name, value in config.items() if name not in _FREE}
     settings = fields.pop("quantization_config", None)
     for name, value in settings.items() if isinstance(settings, dict) else ():
@@ -194,50 +201,57 @@ def bound(config: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def check_bytes(found: Mapping[str, Entry]) -> None:
+def check_bytes(found: Mapping[str, TensorInfo]) -> None:
     """Compare every tensor of a checkpoint with tardis.json beside its files, if there is one.
 
     Raises:
-        CheckpointError: the record is damaged, or a tensor differs.
+        CheckpointError: tardis.json is damaged, or a tensor differs.
     """
-    record = Record.read(directory_of(found)) if found else None
-    if record is not None:
+    manifest = Manifest.read(directory_of(found)) if found else None
+    if manifest is not None:
         for name, tensor in tensors(found):
-            record.check_tensor(name, tensor, found[name].file)
+            manifest.check_tensor(name, tensor, found[name].file)
 
 
-def write_record(directory: Path, report: FoldReport) -> None:
-    """Write tardis.json of a checkpoint that is otherwise finished."""
+def write_manifest(directory: Path, report: FoldReport) -> None:
+    """Write tardis.json into a directory that has all other files of a checkpoint.
+
+    Args:
+        directory: with the weight files and config.json.
+        report: of the fold.
+    """
     found = headers(sorted(directory.glob("*.safetensors")))
-    record = {
+    values = {
         "format_version": FORMAT_VERSION,
         "software": {"torch": torch.__version__, "transformers": transformers.__version__},
         "report": report.as_dict(),
-        "config": bound(read_json(directory / CONFIG)),
-        "tensors": {name: vars(Seal.of(tensor)) for name, tensor in tensors(found)},
+        "config": deciding_fields(read_json(directory / CONFIG)),
+        "tensors": {name: vars(Fingerprint.of(tensor)) for name, tensor in tensors(found)},
     }
-    write_json(directory / RECORD, record)
+    write_json(directory / MANIFEST, values)
 
 
 def read_report(directory: Path) -> FoldReport:
-    """The report of the fold that made a checkpoint.
+    """Read the report of the fold that made the checkpoint in a directory.
 
     Raises:
         CheckpointError: tardis.json is missing or damaged.
     """
-    record = Record.read(directory)
-    if record is None:
-        raise CheckpointError(f"{directory} has no {RECORD}, which holds the figures of its fold; they are not known.")
+    manifest = Manifest.read(directory)
+    if manifest is None:
+        raise CheckpointError(
+            f"{directory} has no {MANIFEST}, which holds the report of its fold; copy it from the original fold."
+        )
     try:
-        report = FoldReport.from_dict(record.report)
+        report = FoldReport.from_dict(manifest.report)
         _check_report(report)
     except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{record.path} is damaged ({error!r}); copy the checkpoint anew.") from error
+        raise CheckpointError(f"{manifest.path} is damaged ({error!r}); copy the checkpoint anew.") from error
     return report
 
 
 def _check_report(report: FoldReport) -> None:
-    """Raise TypeError where figures are no numbers, or their names no text."""
+    """Raise TypeError where a field of a report has another type than it must have."""
     for part in (*report.layers, *([report.linears] if report.linears else [])):
         for name, value in vars(part).items():
             unknown = value is None and name in ("damping", "loss_increase")
