@@ -49,17 +49,13 @@ def check_wiring(model: PreTrainedModel, sites: list[FFNSite]) -> None:
     Raises:
         InvalidInputError: a part is not called, or its input is not the output of the part before it.
     """
-    if (
-        not getattr(model.config, NAMED, None) or model.training
-    ):  # calibration refuses training mode with a better message
+    if not getattr(model.config, NAMED, None) or model.training:  # calibration refuses training mode in clearer words
         return
     parts = {part: name for site in sites for name, part in site.replaced.items()}
     inputs: dict[nn.Module, Tensor] = {}
     outputs: dict[nn.Module, Tensor] = {}
     with ExitStack() as hooks, torch.no_grad():
-        for (
-            part
-        ) in parts:  # nan_to_num copies, as an activation may work in place; NaN, unequal to itself, is refused later
+        for part in parts:  # nan_to_num copies, as an activation may work in place, and makes NaN equal to itself
             enter = part.register_forward_pre_hook(lambda part, args: inputs.update({part: args[0].nan_to_num()}))
             leave = part.register_forward_hook(lambda part, args, output: outputs.update({part: output.nan_to_num()}))
             hooks.callback(enter.remove)

@@ -1,1 +1,1 @@
-"""Folded models in other libraries."""
+"""Folded models in other libraries: transformers, vLLM and lm-eval."""

@@ -1,6 +1,6 @@
-"""Loaded models in lm-eval, the evaluation harness of EleutherAI: scored as our own evaluation scores them.
+"""Models in lm-eval, the evaluation harness of EleutherAI, with log-probabilities as in our own evaluation.
 
-lm-eval and what it imports take seconds to load, so it is imported where it is needed and not with TARDIS.
+lm-eval takes seconds to import, so it is imported where it is needed and not with TARDIS.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from ..errors import InvalidInputError
 from ..families.table import family_of
 from ..report import Progress
 
-#: tokens per forward. On a CPU more is no faster: the logits, all of which lm-eval normalises, leave the caches
+#: tokens per forward. More is no faster on a CPU: lm-eval normalises all logits, which then no longer fit the caches
 BATCH_TOKENS_CPU, BATCH_TOKENS_GPU = 512, 16_384
 
 _MODULES_WITH_BARS = ("lm_eval.api.task", "lm_eval.api.model", "lm_eval.models.huggingface")
 
 
 class Request(NamedTuple):
-    """What lm-eval asks a model for: the log-probability of a continuation.
+    """A request of lm-eval: the log-probability of a continuation after a context.
 
     Attributes:
-        text: context and continuation; None for a window of a longer text.
-        context: token ids, one at least.
-        continuation: token ids, one at least.
+        text: context and continuation as text; None for a window of a longer text.
+        context: its token ids, one at least.
+        continuation: its token ids, one at least.
     """
 
     text: tuple[str, str] | None
@@ -46,7 +46,7 @@ class Request(NamedTuple):
     continuation: list[int]
 
     def clipped(self, length: int) -> Request:
-        """With no more of the continuation than a model that sees `length` tokens can score, the end of it."""
+        """The request reduced to the end of its continuation, if a model that sees `length` tokens cannot score all."""
         if len(self.continuation) <= length:
             return self
         return Request(self.text, self.continuation[-length - 1 : -length], self.continuation[-length:])
@@ -61,20 +61,20 @@ def check_available() -> None:
 def harness_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int, batch_tokens: int | None = None
 ) -> Any:
-    """The model as an `HFLM` of lm-eval, for `lm_eval.evaluate` and the like. The model itself is not changed.
+    """The model as an `HFLM` of lm-eval, for functions such as `lm_eval.evaluate`. The model itself is not changed.
 
-    Log-probabilities are taken in fp32 of the model's logits, as in `token_perplexity`; in bf16, which is lm-eval's
-    default for a bf16 model, choices tie, and the first one, in BLiMP always the right one, wins. Padding is on the
-    right, where a causal model does not see it.
+    The softmax is computed in fp32, as in `token_perplexity`. lm-eval computes it in bf16 for a bf16 model; choices
+    then tie, and a tie goes to the first choice, which in BLiMP is always the right one. Padding is on the right, where
+    a causal model does not see it.
 
     Args:
-        model: dense, folded or otherwise changed, on its device.
-        tokenizer: its own; copied, because lm-eval gives it a padding token.
-        length: tokens that the model sees at once; of longer texts the beginning is dropped.
-        batch_tokens: tokens per forward; as fits the device without.
+        model: dense, folded or otherwise changed, on any device.
+        tokenizer: the model's; copied, because lm-eval gives it a padding token.
+        length: how many tokens the model sees at once; longer texts lose their beginning.
+        batch_tokens: tokens per forward; default: 512 on a CPU, 16,384 on a GPU.
 
     Raises:
-        InvalidInputError: lm-eval is not installed, the model is an encoder, or it does not take so many tokens.
+        InvalidInputError: lm-eval is not installed, the model is an encoder, or `length` exceeds its positions.
     """
     check_available()
     if not family_of(model.config).causal:
@@ -90,7 +90,7 @@ def harness_model(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep messages, warnings and progress bars of lm-eval, and of what it uses, off the screen."""
+    """Within the context, lm-eval and the libraries that it uses print no messages, warnings or progress bars."""
     import datasets
 
     modules: list[Any] = [importlib.import_module(name) for name in _MODULES_WITH_BARS]
@@ -100,7 +100,7 @@ def quiet() -> Iterator[None]:
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     for module in modules:
-        module.tqdm = _NoBar  # some of them have no switch
+        module.tqdm = _NoBar  # some progress bars have no switch
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -115,7 +115,7 @@ def quiet() -> Iterator[None]:
 
 
 class _NoBar:
-    """The part of tqdm's interface that lm-eval uses, without a bar."""
+    """A replacement of tqdm that draws no bar, with the part of its interface that lm-eval uses."""
 
     def __init__(self, iterable: Iterable[Any] = (), **_: Any) -> None:
         self._iterable = iterable
@@ -124,23 +124,23 @@ class _NoBar:
         return iter(self._iterable)
 
     def update(self, steps: int = 1) -> None:
-        """Nothing."""
+        """Do nothing, where tqdm advances its bar."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing, where tqdm removes its bar."""
 
 
 @lru_cache(maxsize=1)
 def _harness_class() -> type:
-    """`HFLM` that batches by tokens and asks the model only for the logits that are scored.
+    """A class like `HFLM` that batches by tokens and computes only the logits that are scored.
 
-    Its own batches have a fixed number of sequences, few enough for long ones and far too few for short ones; and for
-    a word at the end of a passage it has the logits of all the passage computed and normalised.
+    A batch of `HFLM` has a fixed number of sequences, which must be small for long ones and is then too small for short
+    ones. To score a word at the end of a passage, it computes and normalises the logits of the whole passage.
     """
     from lm_eval.models.huggingface import HFLM
 
     class Harness(HFLM):
-        """See `harness_model`."""
+        """The class of the models that `harness_model` returns."""
 
         def __init__(
             self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int, batch_tokens: int
@@ -150,23 +150,23 @@ def _harness_class() -> type:
                 backend="causal",
                 tokenizer=tokenizer,
                 max_length=length,
-                batch_size=2**31,  # all that `_loglikelihood_tokens` hands on at once
-                logits_cache=False,  # takes wrong positions where one context goes on into the continuation of another
+                batch_size=2**31,  # no further split of the batches of `_loglikelihood_tokens`
+                logits_cache=False,  # it takes wrong positions where two requests split the same tokens differently
                 softmax_dtype="float32",
             )
             self._batch_tokens = batch_tokens
             self._partial = "logits_to_keep" in inspect.signature(model.forward).parameters
-            self._scored = 0  # positions at the end of the present batch
+            self._scored = 0  # number of positions, at the end of the present batch, whose logits are needed
             self.watch("", None)
 
         def watch(self, stage: str, progress: Progress | None) -> None:
-            """Tell `progress` of the requests done from here on."""
+            """From now on, report the number of requests that are done to `progress`; None stops that."""
             self._stage, self._progress = stage, progress
 
         def _loglikelihood_tokens(
             self, requests: Sequence[tuple[Any, ...]], disable_tqdm: bool = False, override_bs: int | None = None
         ) -> list[tuple[float, bool]]:
-            """(log-probability, whether each token of it is the likeliest) of each request."""
+            """Log-probability of each request's continuation, and whether each token of it is the likeliest."""
             known = [Request(*request).clipped(self.max_length) for request in requests]
             answers: dict[int, tuple[float, bool]] = {}
             for batch in _batches(known, self._batch_tokens):
@@ -179,7 +179,10 @@ def _harness_class() -> type:
 
         @torch.no_grad()
         def _model_call(self, inps: Tensor, attn_mask: None = None, labels: None = None) -> Tensor:
-            """Logits [batch, at most length, vocabulary] for ids [batch, length]; HFLM counts from their end."""
+            """Logits [batch, positions, vocabulary] for ids [batch, length].
+
+            There may be fewer positions than tokens, the last ones; HFLM counts positions from the end.
+            """
             check_tokens(self.model, inps, self.tokenizer)
             kept = {"logits_to_keep": self._scored} if self._partial else {}
             logits: Tensor = self.model(input_ids=inps, use_cache=False, **kept).logits
@@ -189,7 +192,7 @@ def _harness_class() -> type:
 
 
 def _batches(requests: Sequence[Request], tokens: int) -> Iterator[list[int]]:
-    """Numbers of requests in batches of at most `tokens` tokens with padding, or of one request; longest first."""
+    """Batches of indices of requests, longest first, each of `tokens` tokens with padding at most or of one request."""
     sizes = [len(request.context) + len(request.continuation) for request in requests]
     batch: list[int] = []
     for number in sorted(range(len(requests)), key=lambda number: -sizes[number]):
@@ -202,7 +205,7 @@ def _batches(requests: Sequence[Request], tokens: int) -> Iterator[list[int]]:
 
 
 def _scored(requests: Sequence[Request], length: int) -> int:
-    """Positions at the end of a batch, padded on the right, from which all continuations are predicted."""
+    """How many positions at the end of a batch, padded on the right, contain all those that predict continuations."""
     inputs = [min(len(request.context) + len(request.continuation) - 1, length) for request in requests]
     first = min(size - len(request.continuation) for size, request in zip(inputs, requests, strict=True))
     return max(inputs) - first

@@ -26,15 +26,15 @@ register_quantization_config(METHOD)(CheckpointConfig)
 
 @register_quantizer(METHOD)
 class TardisQuantizer(HfQuantizer):
-    """Puts empty folded FFNs into the model's skeleton, so that loading fills them like any other weights."""
+    """Puts empty folded FFNs into a model before its weights are loaded, so that loading fills them like any others."""
 
     requires_calibration = True
 
     def update_tp_plan(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """The config as it is; transformers shows it here before it makes the model.
+        """Check the number of blocks, as transformers calls this before it makes the model; the config is not changed.
 
         Raises:
-            CheckpointError: it describes a model of more blocks than there can be.
+            CheckpointError: config.json describes more blocks than the weight files have tensors.
         """
         directory = Path(config.name_or_path or "")
         known = bool(config.name_or_path) and directory.is_dir()
@@ -44,43 +44,46 @@ class TardisQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
-        """Replace each FFN that the checkpoint has folded, and check the files before any of their weights is read.
+        """Replace each FFN that the checkpoint has folded, and check the files before transformers reads their weights.
 
         Raises:
-            CheckpointError: the files are damaged, or not those of config.json, or not as they were written.
+            CheckpointError: the files are damaged, do not fit config.json, or are not those that were written.
         """
         install_empty_layers(model, self.quantization_config)
         if checkpoint_files:
             files = [Path(file) for file in checkpoint_files]
             _check_place(files, model.config.name_or_path)
             check_bytes(check_headers(files, model.config, self.quantization_config, model))
-        # of what is quantised already, transformers leaves renamed tensors in the dtype of the file
+        # while this is True, transformers leaves renamed tensors in the dtype of the file
         self.pre_quantized = False
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         self.pre_quantized = True
-        freeze(model)  # loading makes every parameter one that trains
+        freeze(model)  # loading sets requires_grad of every parameter
         return model
 
     def is_serializable(self, safe_serialization: Any = None) -> bool:
-        """True: `save_pretrained` writes a folded checkpoint again."""
+        """True, because `save_pretrained` writes a folded model as a folded checkpoint."""
         return True
 
     @property
     def is_compileable(self) -> bool:
-        """True: folded FFNs trace to one graph, whose shapes depend on no values."""
+        """True, because folded FFNs compile to one graph, in which no shape depends on values."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """False: folds are solved for, not trained."""
+        """False, because folds are solved for and not trained."""
         return False
 
 
 @functools.wraps(transformers_save)
 def _save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
-    """transformers' own, but for folded models: it has no place where a quantiser could see the config written."""
+    """`save_pretrained` of transformers, or `save_marked` for a folded model.
+
+    A quantiser of transformers cannot change the config.json that is written, so the method itself is replaced.
+    """
     folded = isinstance(getattr(self, "hf_quantizer", None), TardisQuantizer)
     (save_marked if folded else transformers_save)(self, *args, **kwargs)
 
@@ -89,16 +92,19 @@ PreTrainedModel.save_pretrained = _save_pretrained
 
 
 def _check_place(files: Sequence[Path], model: str | None) -> None:
-    """Refuse files that lie elsewhere than their config.json; what they link to, as in the hub's cache, may.
+    """Refuse weight files outside the directory of their config.json, but not links in it, as the cache of the hub has.
 
     Args:
-        files: as transformers found them.
-        model: the directory that was asked for, or a name on the hub.
+        files: weight files that transformers found.
+        model: the directory or hub name that was asked for.
+
+    Raises:
+        CheckpointError: a file lies elsewhere, or the files lie in several directories.
     """
     places = {Path(os.path.abspath(file)).parent for file in files}
     root = Path(os.path.abspath(model)) if model and Path(model).is_dir() else None
     if root is not None:
-        weight_files(root)  # an index there that leads elsewhere is refused
+        weight_files(root)  # raises for an index that names files elsewhere
     outside = sorted(place for place in places if root is not None and not _belongs(place, root))
     if len(places) > 1 or outside:
         raise CheckpointError(
@@ -108,5 +114,5 @@ def _check_place(files: Sequence[Path], model: str | None) -> None:
 
 
 def _belongs(place: Path, root: Path) -> bool:
-    """Whether a checkpoint that was asked for in `root` may lie in `place`: there, or in a folder with its config."""
+    """Whether `place` is the directory `root`, or a subfolder of it with a config.json of its own."""
     return place == root or (root in place.parents and (place / CONFIG).is_file())

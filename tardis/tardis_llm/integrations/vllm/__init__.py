@@ -1,6 +1,6 @@
-"""Folded models in vLLM: a plugin that vLLM finds by itself where tardis-llm is installed.
+"""Folded models in vLLM: a plugin, which vLLM finds by itself if tardis-llm is installed.
 
-`register` runs in every process of vLLM. It only tells names: classes are made, and their modules imported, when a
+`register` runs in every process of vLLM. It registers names only: classes are made, and their modules imported, when a
 folded checkpoint is loaded.
 """
 
@@ -12,9 +12,9 @@ _MODELS = "tardis_llm.integrations.vllm.models"
 
 
 def register() -> None:
-    """Make the architectures and the quantisation method of folded checkpoints known to vLLM. Idempotent.
+    """Register the architectures and the quantisation method of folded checkpoints with vLLM. Idempotent.
 
-    In a process of `tardis serve`, also see to it that the process ends with the command.
+    A process of `tardis serve` is also tied to that command, so that it ends when the command does.
     """
     from vllm import ModelRegistry
 

@@ -1,7 +1,7 @@
-"""Who may use a server: with a key set, every route asks for it but for those that tell only how the server is.
+"""API keys: if a server has any, every route needs one, except those that only report the state of the server.
 
-vLLM asks for its key on routes under `/v1`, `/v2`, `/inference` and `/cohere` and leaves open all others, one of which
-generates. Here a route is closed unless it is listed, so one that a later vLLM adds is closed.
+vLLM itself asks for its key on routes under `/v1`, `/v2`, `/inference` and `/cohere`, and leaves others open, one of
+which generates text. Here every route that is not listed in `OPEN` needs a key, also one that a later vLLM adds.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 
 from ...errors import InvalidInputError
 
-#: environment variable with keys, one a line; vLLM's own
+#: vLLM's environment variable with keys, one a line
 KEYS = "VLLM_API_KEY"
-#: environment variable with the SHA-256 of each key, by which a server knows them without having them
+#: environment variable with the SHA-256 of each key: a server compares these, and never has the keys themselves
 DIGESTS = "TARDIS_API_KEY_DIGESTS"
 #: paths that need no key
 OPEN = frozenset({"/health", "/metrics", "/ping", "/version"})
@@ -28,7 +28,7 @@ _Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 def digest(key: str) -> str:
-    """The SHA-256 of a key, in hexadecimal."""
+    """The SHA-256 of an API key, in hexadecimal."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
@@ -36,15 +36,15 @@ def read_keys(text: str, source: str) -> list[str]:
     """The keys in a text, one a line.
 
     Args:
-        text: blank lines in it count for nothing.
-        source: where it is from, for errors.
+        text: the keys; blank lines are skipped.
+        source: the option, file or variable that the text is from, for errors.
 
     Raises:
         InvalidInputError: there is no key, or one that an HTTP header cannot carry.
     """
     keys = [line.strip() for line in text.splitlines() if line.strip()]
     if not keys:
-        raise InvalidInputError(f"{source} has no API key in it. Put one there, or serve without keys: leave it out.")
+        raise InvalidInputError(f"{source} has no API key in it. Put one there, or leave it out to serve without keys.")
     if not all(key.isascii() and key.isprintable() and " " not in key for key in keys):
         raise InvalidInputError(
             f"{source} has an API key with spaces, control characters or letters beyond ASCII, which clients cannot "
@@ -54,15 +54,15 @@ def read_keys(text: str, source: str) -> list[str]:
 
 
 def gather_digests(given: Sequence[str], file: Path | None, environment: Mapping[str, str]) -> list[str]:
-    """The digests of all keys that a server is given; none if it is to be open.
+    """The digests of all keys that a server is given; an empty list if it is to need none.
 
     Args:
         given: keys on the command line.
-        file: a file with keys, one a line.
-        environment: digests count in any case, keys only where no others are given, as in vLLM.
+        file: a file with keys, one a line; None without.
+        environment: environment variables. Digests in it always count, keys only if there are no others, as in vLLM.
 
     Raises:
-        InvalidInputError: see `read_keys`; the file cannot be read.
+        InvalidInputError: the file cannot be read, or has no key or one that an HTTP header cannot carry.
     """
     keys = [key for each in given for key in read_keys(each, "--api-key")]
     if file is not None:
@@ -77,12 +77,12 @@ def _read(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise InvalidInputError(f"cannot read --api-key-file {file}: {reason}. Check the path.") from error
 
 
 def without_keys(command: Sequence[str]) -> list[str]:
-    """A command line without `--api-key` and what belongs to it."""
+    """A command line without `--api-key` and its value."""
     kept, skip = [], False
     for part in command:
         if not skip and part != "--api-key" and not part.startswith("--api-key="):
@@ -92,12 +92,12 @@ def without_keys(command: Sequence[str]) -> list[str]:
 
 
 class RequireKey:
-    """ASGI middleware for vLLM's `--middleware` that answers 401 where a key is needed and not there.
+    """ASGI middleware for vLLM's `--middleware`: answers 401 to requests that need a key and have none.
 
-    A key comes as `Authorization: Bearer KEY`. The keys are those of `tardis serve`, or vLLM's own.
+    Clients send a key as `Authorization: Bearer KEY`. Valid are the keys of `tardis serve` and those of vLLM itself.
 
     Args:
-        app: what is protected.
+        app: the ASGI application to protect.
     """
 
     def __init__(self, app: Callable[[_Scope, _Receive, _Send], Awaitable[None]]) -> None:
@@ -120,16 +120,16 @@ class RequireKey:
 
 
 def _is_open(scope: _Scope) -> bool:
-    """Whether a request needs no key: an open path, or what a browser asks before it sends a request."""
+    """Whether a request needs no key: it has an open path, or is a browser's preflight request."""
     names = {name for name, _ in scope["headers"]}
     if scope.get("method") == "OPTIONS" and {b"origin", b"access-control-request-method"} <= names:
-        return True  # answered by vLLM's CORS middleware, and reaches no route
+        return True  # vLLM's CORS middleware answers it, so it reaches no route
     root = scope.get("root_path", "").rstrip("/")
     return scope["type"] == "http" and scope["path"] in {*OPEN, *(root + path for path in OPEN)}
 
 
 def _sent(scope: _Scope) -> Iterable[str]:
-    """Digests of the keys that a request has. Comparing digests tells nothing of a key by the time that it takes."""
+    """Digests of the keys in a request. The time that comparing digests takes reveals nothing of a key."""
     for name, value in scope["headers"]:
         scheme, _, key = value.partition(b" ")
         if name == b"authorization" and scheme.lower() == b"bearer":
@@ -137,7 +137,7 @@ def _sent(scope: _Scope) -> Iterable[str]:
 
 
 def _expected(scope: _Scope) -> list[str]:
-    """Digests of the server's keys: those of `tardis serve` and of vLLM's command line, else of the environment."""
+    """Digests of the valid keys: those of `tardis serve` and of vLLM's command line, or else those of `KEYS`."""
     arguments = getattr(getattr(scope.get("app"), "state", None), "args", None)
     given = getattr(arguments, "api_key", None) or []
     found = [*os.environ.get(DIGESTS, "").split(), *map(digest, given)]

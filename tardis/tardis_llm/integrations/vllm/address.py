@@ -1,4 +1,4 @@
-"""The address of a server: whether it is free, how it is written, and whose it is."""
+"""The address of a server: its URL, whether it is free, and which process listens there."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
 
 
 def url(scheme: str, host: str, port: int) -> str:
-    """Where a server on this machine is reached that listens on a host and a port."""
+    """The URL at which this machine reaches a server that listens on a host and a port."""
     reached = _EVERYWHERE.get(host, host)
     return f"{scheme}://{f'[{reached}]' if _is_ipv6(reached) else reached}:{port}"
 
@@ -23,20 +23,20 @@ def url(scheme: str, host: str, port: int) -> str:
 def _is_ipv6(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).version == 6
-    except ValueError:  # a name
+    except ValueError:  # a host name
         return False
 
 
 def check_free(host: str, port: int) -> None:
-    """See that a server could listen on an address, by listening there for a moment.
+    """Check that a server can listen on an address, by listening there for a moment.
 
     Raises:
-        InvalidInputError: the port is taken, or the host is none of this machine's.
+        InvalidInputError: the port is taken, or the host is not an address of this machine.
     """
     try:
         if _binds(host, port, reuse=False):
             return
-        # what is left of closed connections does not keep a server from listening; one that is still loading does
+        # remains of closed connections do not keep a server from listening; a server that is still loading does
         free = _binds(host, port, reuse=True) and _is_recent(port)
     except OSError as error:
         raise InvalidInputError(
@@ -44,11 +44,12 @@ def check_free(host: str, port: int) -> None:
         ) from error
     if not free:
         raise InvalidInputError(
-            f"port {port} of host {host!r} is taken{_by(port)}. Stop what has it, or choose another with --port."
+            f"port {port} of host {host!r} is taken{_by(port)}. Stop that process, or choose another with --port."
         )
 
 
 def _binds(host: str, port: int, reuse: bool) -> bool:
+    """Whether a socket can listen on an address, with or without SO_REUSEADDR."""
     family = socket.AF_INET6 if _is_ipv6(host) else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
@@ -63,7 +64,7 @@ def _binds(host: str, port: int, reuse: bool) -> bool:
 
 
 def _is_recent(port: int) -> bool:
-    """Whether the system still has connections of a port's last server, or does not tell."""
+    """Whether the system still lists connections of a server that had the port; True if it lists none to this user."""
     try:
         return any(each.laddr and each.laddr.port == port for each in psutil.net_connections("tcp"))
     except psutil.AccessDenied:
@@ -71,7 +72,7 @@ def _is_recent(port: int) -> bool:
 
 
 def _by(port: int) -> str:
-    """The process that listens on a port, in words; nothing if the system does not tell."""
+    """For a message: the process that listens on a port; "" if the system does not tell."""
     with contextlib.suppress(psutil.Error):
         for each in psutil.net_connections("tcp"):
             if each.pid and each.status == psutil.CONN_LISTEN and each.laddr.port == port:
@@ -80,7 +81,7 @@ def _by(port: int) -> str:
 
 
 def has_listener(processes: list[psutil.Process], port: int) -> bool:
-    """Whether one of some processes listens on a port."""
+    """Whether any of some processes listens on a port."""
     for process in processes:
         with contextlib.suppress(psutil.Error):
             if any(

@@ -1,4 +1,4 @@
-"""What vLLM knows of a folded checkpoint before it makes the model: its `quantization_config`, read and checked."""
+"""`quantization_config` of a folded checkpoint for vLLM, which reads it before it makes the model."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from .names import Projections, block_index, check_served, linear_bits
 
 @register_quantization_config(METHOD)
 class TardisConfig(QuantizationConfig):
-    """The folded layers of a checkpoint, for vLLM.
+    """The quantisation config of folded checkpoints in vLLM: which FFNs are folded, and how linear layers are stored.
 
-    Every linear layer stays vLLM's own; `models` then pairs those of each FFN. Only the dense weights that low-bit ones
-    stand for get no memory, and the other layers our products.
+    Linear layers stay those of vLLM. Their weights get no memory where low-bit weights replace them, and products are
+    computed by our kernels. `models` puts the folded FFNs into the model.
 
     Args:
-        layers: the format of each folded FFN by its name in the checkpoint.
-        crossover: tokens at once up to which folding is faster.
-        linears: bits of each linear layer that is stored in few, by its name in the checkpoint.
+        layers: the format of each folded FFN, by its name in the checkpoint.
+        crossover: up to how many tokens at once folds are faster than dense FFNs.
+        linears: bits per weight of the linear layers that are stored in few bits, by their names in the checkpoint.
     """
 
-    _projections: Projections  # from `maybe_update_config` on
+    _projections: Projections  # set by `maybe_update_config`
 
     def __init__(
         self, layers: dict[str, FoldFormat], crossover: int = CROSSOVER, linears: dict[str, int] | None = None
@@ -50,10 +50,10 @@ class TardisConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> TardisConfig:
-        """From `quantization_config` in config.json.
+        """Read `quantization_config` of config.json.
 
         Raises:
-            CheckpointError: it is of a newer version, or names no layers.
+            CheckpointError: its format version is newer, or a field has a type or value that it cannot have.
         """
         checkpoint = CheckpointConfig.read(config)
         crossover = CROSSOVER if checkpoint.crossover is None else checkpoint.crossover
@@ -65,11 +65,13 @@ class TardisConfig(QuantizationConfig):
         """Check that the model can be served; vLLM calls it before any weight is read.
 
         Raises:
-            UnsupportedModelError: its family is gated, unknown, or not served.
-            CheckpointError: config.json contradicts itself, or the files in its directory are not those of it.
+            UnsupportedModelError: its family is gated, unknown, or not served by vLLM.
+            CheckpointError: config.json contradicts itself, or does not fit the weight files beside it.
         """
         if hf_config is None:
-            raise CheckpointError(f"{model_name}: vLLM gave no config to check; update tardis-llm to one made for it.")
+            raise CheckpointError(
+                f"{model_name}: this version of vLLM gave no config to check; install vLLM 0.32, or update tardis-llm."
+            )
         family = check_served(hf_config)
         if Path(model_name).is_dir():
             with transformers_classes(hf_config):
@@ -78,7 +80,7 @@ class TardisConfig(QuantizationConfig):
         self._projections = Projections(family, stacked, self._linears)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """How a linear layer or the head is stored and multiplied with; None for what is neither."""
+        """The method that stores and multiplies a linear layer or the head; None leaves a layer as it is."""
         if not isinstance(layer, LinearBase | ParallelLMHead):
             return None
         if self._projections.empty(prefix):
@@ -88,29 +90,29 @@ class TardisConfig(QuantizationConfig):
         return LaidOutMethod() if isinstance(layer, LinearBase) else None
 
     def get_name(self) -> str:
-        """As `quant_method` in config.json."""
+        """The value of `quant_method` in config.json."""
         return METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """All that models are served in."""
+        """The dtypes in which folded models can be served."""
         return [torch.bfloat16, torch.float16, torch.float32]
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Of a GPU: any."""
+        """The least compute capability of a GPU: folded models need none."""
         return 0
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        """None beside config.json."""
+        """An empty list: there is no file with settings beside config.json."""
         return []
 
 
 @contextmanager
 def transformers_classes(hf_config: PreTrainedConfig) -> Iterator[None]:
-    """Within the context, transformers' model of a config can be made, though vLLM may have wrapped its class.
+    """Within the context, the transformers model of a config can be made, even if vLLM has wrapped its class.
 
-    vLLM's backend for such models wraps classes for its engine, and what it wraps asks for an engine's config.
+    vLLM's Transformers backend wraps model classes, and a wrapped class asks for the config of a running engine.
     """
     plain = VllmConfig(compilation_config=CompilationConfig(mode=CompilationMode.NONE))
     plain.model_config = SimpleNamespace(hf_config=hf_config)
@@ -119,9 +121,9 @@ def transformers_classes(hf_config: PreTrainedConfig) -> Iterator[None]:
 
 
 class NoWeightMethod(UnquantizedLinearMethod):
-    """A linear layer whose weight has a shape and no memory, because low-bit weights stand for it."""
+    """A linear layer whose weight has a shape but no memory, because low-bit weights replace it."""
 
     def create_weights(self, *args: Any, **kwargs: Any) -> None:
-        """As vLLM's own, without memory."""
+        """Create the weights as vLLM does, but on the meta device."""
         with torch.device("meta"):
             super().create_weights(*args, **kwargs)

@@ -1,15 +1,16 @@
-"""A folded FFN among vLLM's layers, whole or one rank's share of it.
+"""A folded FFN in a model of vLLM: the whole FFN, or one rank's share of it under tensor parallelism.
 
-It sits in the places of the three parts that it stands for, as in transformers: up passes its input on, the activation
-does nothing, and down returns the output. So each family's residuals, biases and all-reduce stay vLLM's own. With
-tensor parallelism a rank has some of the neurons and some rows of the fold; the sum over ranks behind every down
-projection puts both together.
+It replaces the three parts of the dense FFN, as in transformers: the up projection passes its input on, the activation
+does nothing, and the down projection returns the output of the folded FFN. So the residuals, biases and all-reduce of
+each family stay those of vLLM. A rank has some of the neurons and some rows of the fold; vLLM's sum over ranks behind
+every down projection adds up both.
 
-To `torch.compile` an FFN is one operator, `tardis::served_ffn`, which finds its layer by name as vLLM's attention does:
+For `torch.compile` an FFN is one operator, `tardis::served_ffn`, which finds its layer by name as vLLM's attention
+does. It computes
 
-    y = dense FFN of x              where `Choice` says so; the dense weights are there to be fixed with
-    y = fold(x) + fixing(x)         else; the fold is a linear layer of vLLM, whose product on a CPU is in the same call
-                                    of our kernels where a rank has it whole: measured, 1.03 to 1.2 times as fast
+    y = dense FFN of x              for calls that `Choice` sends through the dense weights
+    y = fold(x) + fixing(x)         for all others. Where a rank has the whole fold, one call of our kernels computes
+                                    both terms, 1.03 to 1.2 times as fast as two
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ library.define("served_ffn(Tensor x, str name) -> Tensor")
 
 
 def _served_ffn(x: Tensor, name: str) -> Tensor:
-    """[tokens, d] for x [tokens, d], by the FFN of that name in the engine that is running."""
+    """Output [tokens, d] for x [tokens, d] of the FFN with a name in the engine that is running."""
     ffn: ServedFFN = get_forward_context().no_compile_layers[name]
     return ffn(x)
 
@@ -52,12 +53,12 @@ def _(x: Tensor, name: str) -> Tensor:
 
 
 class ServedFFN(FoldState):
-    """What a folded FFN stores beside the dense weights, or a rank's share of it.
+    """A folded FFN, or a rank's share of one: what it stores beside the dense weights, and its forward.
 
     Args:
-        form: the format.
-        up, down: vLLM's projections, which say what share a rank has.
-        choice: when to go through them.
+        form: how it is stored.
+        up, down: the dense projections of vLLM, whose shapes tell the rank's share.
+        choice: which calls go through the dense weights.
         dtype: of the model.
     """
 
@@ -72,10 +73,14 @@ class ServedFFN(FoldState):
         self._rows = slice(self.rank * (d // ranks), (self.rank + 1) * (d // ranks))
 
     def load(self, key: str, tensor: Tensor) -> None:
-        """Fill a tensor from a whole one of the checkpoint, of which a rank takes its share.
+        """Fill a tensor of this FFN, or the rank's share of it, from the tensor of the checkpoint.
+
+        Args:
+            key: name of the tensor behind `<ffn>.tardis.`.
+            tensor: the whole tensor.
 
         Raises:
-            CheckpointError: there is no such tensor here, or it has another shape.
+            CheckpointError: this FFN has no such tensor, or one of another shape.
         """
         own = self.state_dict()
         if key not in own:
@@ -83,14 +88,15 @@ class ServedFFN(FoldState):
         own[key].copy_(_share(tensor, own[key], self.rank, key))
 
     def prepare(self) -> None:
-        """Lay out what is read whole for the kernels; when all is loaded, before any request."""
+        """Bring what each token reads whole into the layout of the kernels. Call it when all tensors are loaded."""
         dtype = self.fold.bias.dtype
-        if self._whole or isinstance(self.fold, Fold):  # a share of a low-bit fold is multiplied in the stored order
+        # a rank's rows of a low-bit fold are multiplied as they are stored
+        if self._whole or isinstance(self.fold, Fold):
             self.fold.lay_out(dtype)
         self.predictor.lay_out(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """This rank's term of the output, [tokens, d], for x [tokens, d]."""
+        """This rank's term of the output, [tokens, d], for x [tokens, d]; vLLM sums over ranks."""
         if self._choice.dense(len(x)):
             return dense_ffn(x, self._dense)
         y = self.prepared(x, self._dense)(x.contiguous())
@@ -99,39 +105,42 @@ class ServedFFN(FoldState):
         return y
 
     def computed(self, weights: FoldedWeights) -> FoldedWeights:
-        """All; without the fold where a rank has a share of it, whose outputs are others than those of fixing."""
+        """What the kernels compute: everything, or without the fold where a rank has only some rows of it.
+
+        Those rows give some of the outputs, while fixing gives all, so the two terms are computed apart.
+        """
         return weights if self._whole else replace(weights, fold=None, bias=None)
 
     @property
     def _dense(self) -> DenseFFN:
-        """A rank's share of the dense weights; the bias behind the sum over ranks is with the first."""
+        """The rank's share of the dense weights. The first rank alone has b2, as outputs are summed over ranks."""
         up, down = self._projections
         b2 = down.bias if self.rank == 0 else None
         return DenseFFN(up.weight, up.bias, down.weight.T, b2, self.activation)
 
 
 class AsLoadedMethod(UnquantizedLinearMethod):
-    """A linear layer whose weight stays as it was loaded, for our kernels; vLLM would pack it for its own."""
+    """A linear layer whose weight keeps its layout for our kernels; vLLM would change it for its own."""
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
-        """Keep rows as they are."""
+        """Copy the weight into huge pages, in the layout that it has."""
         layer.weight.data = contiguous_in_huge_pages(layer.weight.data)
 
 
 class PassOnMethod(AsLoadedMethod):
-    """The up projection of a folded FFN: passes its input on."""
+    """The up projection of a folded FFN: keeps the dense weight, and returns its input."""
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x itself."""
+        """Return x."""
         return x
 
 
 class FoldedDownMethod(UnquantizedLinearMethod):
-    """The down projection of a folded FFN: gets the FFN's input x and returns its output.
+    """The down projection of a folded FFN: keeps the dense weight, gets the FFN's input and returns its output.
 
     Args:
-        ffn: the name by which the engine knows the FFN.
-        stacked: whether low-bit weights stand for the dense ones.
+        ffn: the FFN's name in the engine.
+        stacked: whether low-bit weights replace the dense ones.
     """
 
     def __init__(self, ffn: str, stacked: bool) -> None:
@@ -139,12 +148,12 @@ class FoldedDownMethod(UnquantizedLinearMethod):
         self._ffn, self._stacked = ffn, stacked
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
-        """Lay the weight out neuron by neuron, [neurons, d], as fixing reads it."""
+        """Transpose the weight to [neurons, d], as fixing reads it neuron by neuron."""
         if not self._stacked:
             layer.weight.data = contiguous_in_huge_pages(layer.weight.data.T)
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """[..., d] for x [..., d], biases included."""
+        """Output [..., d] of the folded FFN for x [..., d], biases included."""
         y: Tensor = torch.ops.tardis.served_ffn(x.reshape(-1, x.shape[-1]), self._ffn)
         return y.view(x.shape)
 
@@ -152,13 +161,13 @@ class FoldedDownMethod(UnquantizedLinearMethod):
 def install_empty_fold(
     block: nn.Module, family: Family, form: FoldFormat, choice: Choice, config: VllmConfig, name: str
 ) -> ServedFFN:
-    """Put an empty folded FFN into a block of a model that vLLM made.
+    """Replace the FFN in a block of a vLLM model by an empty folded one, which is returned.
 
     Args:
-        block: with the parts that the table of families names.
-        family: of the model.
-        form: the format.
-        choice: when FFNs are dense.
+        block: the transformer block.
+        family: of the model; it names the parts of the FFN.
+        form: how the folded FFN is stored.
+        choice: which calls go through the dense weights.
         config: of the engine.
         name: of the FFN in the checkpoint.
     """
@@ -167,7 +176,7 @@ def install_empty_fold(
     dtype = config.model_config.dtype
     ffn = ServedFFN(form, up, down, choice, dtype)
     for part in (up, down):
-        part.skip_bias_add = False  # else Falcon adds the dense biases again
+        part.skip_bias_add = False  # otherwise Falcon adds the dense biases again
         if ffn.stacked:
             part.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
     known = f"{name}.tardis"
@@ -179,7 +188,17 @@ def install_empty_fold(
 
 
 def _share(whole: Tensor, part: Tensor, rank: int, key: str) -> Tensor:
-    """A rank's share of a tensor: what of its rows, be they neurons or outputs, is shaped as `part`."""
+    """A rank's share of a tensor: its slice in each dimension in which the whole is larger than `part`.
+
+    Args:
+        whole: the tensor of the checkpoint.
+        part: the rank's own, whose shape counts.
+        rank: of this process among those that share the FFN.
+        key: name of the tensor, for the message.
+
+    Raises:
+        CheckpointError: no slice has the shape of `part`.
+    """
     share = whole
     if whole.dim() == part.dim():
         for dimension, size in enumerate(part.shape):
@@ -187,7 +206,7 @@ def _share(whole: Tensor, part: Tensor, rank: int, key: str) -> Tensor:
                 share = share.narrow(dimension, rank * size, size)
     if share.shape != part.shape:
         raise CheckpointError(
-            f"tardis.{key} is {list(whole.shape)} in the weight files, and {list(part.shape)} is wanted. Copy "
+            f"tardis.{key} is {list(whole.shape)} in the weight files, and {list(part.shape)} in config.json. Copy "
             "config.json and weights from the same checkpoint."
         )
     return share

@@ -1,4 +1,4 @@
-"""`python -m tardis_llm.integrations.vllm.launch`: vLLM's server, tied to the command that started it."""
+"""Run vLLM's server so that it ends with `tardis serve`, which starts it as `python -m` with this module's name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import runpy
 
 from .lifeline import tie
 
-#: the module of vLLM that is its server
+#: the module that runs vLLM's OpenAI server
 MODULE = "vllm.entrypoints.openai.api_server"
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Every process of a server ends when the command `tardis serve` does, even if that was killed.
+"""Processes of a server end when the command `tardis serve` does, even if the command was killed.
 
-Each waits in a thread for the lock that the command holds: the operating system frees it however the command ends, and
-before or after the process was started makes no difference. The first process then clears up after all.
+The command holds a lock, which the operating system frees however the command ends. Each process of the server waits
+for that lock in a thread, and ends when it gets it. The server's first process also clears up what all have left.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from pathlib import Path
 from . import session
 from .rundir import RunDirectory
 
-#: environment variable with the run directory of the server that a process belongs to
+#: environment variable with the run directory of the server to which a process belongs
 RUN_DIRECTORY = "TARDIS_RUN_DIRECTORY"
 _tied = False
 
 
 def tie() -> None:
-    """End this process when its server's command ends; nothing outside of a server. Idempotent.
+    """From now on, end this process when the command `tardis serve` that it belongs to ends. Idempotent.
 
-    Forked children are tied with it; others call this themselves.
+    Nothing happens in a process that belongs to none. Forked children are tied, too; other children must call this.
     """
     global _tied
     path = os.environ.get(RUN_DIRECTORY)
@@ -43,7 +43,7 @@ def _watch(path: Path) -> None:
 
 
 def _let_end(thread: threading.Thread, path: Path) -> None:
-    """Wait for the end that the thread makes, where it is due: the main thread may end as it sees others end."""
+    """At exit, let the thread end the process if the command has ended. The main thread may be first to notice."""
     if RunDirectory(path).owner_has_ended():
         thread.join()
 
@@ -54,7 +54,7 @@ def _end_with_owner(path: Path) -> None:
 
 
 def _end(path: Path) -> None:
-    """End this process at once; if it is the server's first, all others before it, and clear up after them."""
+    """Kill this process. The server's first process kills all others before that, and clears up after them."""
     directory, me = RunDirectory(path), os.getpid()
     try:
         if os.getsid(me) == me and path.exists():
