@@ -1,7 +1,8 @@
-"""vLLM's models with folded FFNs: `Tardis<Stock>` for every causal family, native or of the Transformers backend.
+"""Models of vLLM with folded FFNs: a class `Tardis<Stock>` for every causal family.
 
-A class is made when it is asked for, by name, as an attribute of this module. What vLLM learns from inspecting it is
-kept under a hash of this file; change the number below when vLLM changes what it inspects.
+The stock class is vLLM's own model, or that of its Transformers backend. A class is made when it is looked up, by name,
+as an attribute of this module. vLLM inspects classes and caches the results under a hash of this file: change the
+number below when a new vLLM inspects something else.
 
 vLLM interface: 0.32
 """
@@ -30,7 +31,7 @@ from .names import architectures, block_index, check_served
 from .prefill import Choice
 from .weights import FoldLoader
 
-_FALLBACK = "TransformersForCausalLM"  # stands for a class that vLLM lacks until the config refuses the model
+_FALLBACK = "TransformersForCausalLM"  # used for a class that vLLM lacks, until `check_served` refuses the model
 
 
 def __getattr__(name: str) -> type[nn.Module]:
@@ -41,18 +42,18 @@ def __getattr__(name: str) -> type[nn.Module]:
 
 @functools.cache
 def _make(name: str) -> type[nn.Module]:
-    """`Tardis<Stock>`, from the stock class that vLLM has for the rest of the name."""
+    """The class `Tardis<Stock>`: a `TardisModel` over the class that vLLM has for the stock name."""
     known = ModelRegistry.models
     stock = known.get(name.removeprefix(PREFIX), known[_FALLBACK]).load_model_cls()
     return type(name, (TardisModel, stock), {"__module__": __name__})
 
 
 class TardisModel(nn.Module):
-    """What a model of vLLM becomes with folded FFNs: made as it is, then folded, its weights loaded beside the folds.
+    """The part of a `Tardis<Stock>` class that folds: it makes the stock model, folds it, and loads both.
 
     Args:
-        vllm_config: with a `TardisConfig`.
-        prefix: of the model's own name, as vLLM has it.
+        vllm_config: of the engine, with a `TardisConfig`.
+        prefix: what vLLM puts before the names of the model's modules.
 
     Raises:
         CheckpointError: the config has no `TardisConfig`, or folds blocks that the model does not have.
@@ -64,7 +65,7 @@ class TardisModel(nn.Module):
             raise CheckpointError(
                 f"{vllm_config.model_config.model} is folded, and its config.json does not say how; copy it anew."
             )
-        stock: Any = super()  # of the class that `_make` gives it
+        stock: Any = super()  # the stock class, which `_make` gives as second base
         with _stock(config):
             stock.__init__(vllm_config=vllm_config, prefix=prefix)
         if settings.linear_bits:
@@ -73,7 +74,13 @@ class TardisModel(nn.Module):
         self._folded = _install_empty_folds(self, check_served(config), settings, vllm_config)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load the folds here and everything else as the stock class does.
+        """Load the tensors of folded FFNs, and all others as the stock class does.
+
+        Args:
+            weights: names and tensors of the checkpoint.
+
+        Returns:
+            The names that the stock class loaded.
 
         Raises:
             CheckpointError: a tensor is missing, damaged, or not the one that was written.
@@ -94,7 +101,7 @@ class TardisModel(nn.Module):
 
 @contextmanager
 def _stock(config: PreTrainedConfig) -> Iterator[None]:
-    """Within the context, the config names the stock architecture: the Transformers backend goes by that name."""
+    """Within the context, the config names the stock architecture: the Transformers backend picks its class by it."""
     named = config.architectures
     config.architectures = [stock_name(config)]
     try:
@@ -106,7 +113,14 @@ def _stock(config: PreTrainedConfig) -> Iterator[None]:
 def _install_empty_folds(
     model: nn.Module, family: Family, settings: TardisConfig, config: VllmConfig
 ) -> dict[str, ServedFFN | None]:
-    """Fold the blocks that the checkpoint has folded: by name, None where another pipeline rank has the block."""
+    """Put an empty folded FFN into every block that the checkpoint has folded.
+
+    Returns:
+        The FFNs by their names in the checkpoint; None where another pipeline rank has the block.
+
+    Raises:
+        CheckpointError: the checkpoint folds a block that the model does not have.
+    """
     blocks, choice = _blocks(model, family), Choice.of(config, settings)
     folded: dict[str, ServedFFN | None] = {}
     for name, layer in settings.layers.items():
@@ -119,7 +133,7 @@ def _install_empty_folds(
 
 
 def _blocks(model: nn.Module, family: Family) -> nn.ModuleList:
-    """The list of blocks, wherever vLLM's model has it."""
+    """The list of blocks of a vLLM model, found by the end of its name."""
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and f".{name}".endswith(f".{family.layers}"):
             return module

@@ -1,4 +1,4 @@
-"""Names: of vLLM's architectures, of blocks in its models, and what is said of a model that it does not serve."""
+"""Names of architectures, blocks and linear layers in vLLM, and the check that vLLM serves a model."""
 
 from __future__ import annotations
 
@@ -12,21 +12,25 @@ from ...errors import CheckpointError, UnsupportedModelError
 from ...families.table import FAMILIES, NAMED, Family, family_of
 from ...runtime.linears.placing import check_bits
 
-#: the key of the mode of prompts, a `Prefill`, in vLLM's `additional_config`
+#: key in vLLM's `additional_config` of the prefill mode, a `runtime.prefill.Prefill`
 PREFILL_OPTION = "tardis_prefill"
 
 
 def architectures() -> list[str]:
-    """`Tardis<Stock class>` of every causal family of the table, those that vLLM does not serve included."""
+    """The names `Tardis<Stock>` of all causal families in the table, including those that vLLM does not serve."""
     return [f"{PREFIX}{MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]}" for name, row in FAMILIES.items() if row.causal]
 
 
 def check_served(config: PreTrainedConfig) -> Family:
-    """The row of the table for a folded checkpoint's config.
+    """Check that vLLM can serve a folded checkpoint, and return its family.
+
+    Args:
+        config: the model's, with `quantization_config`.
 
     Raises:
-        UnsupportedModelError: TARDIS does not fold such models, they are encoders, or vLLM has none.
-        CheckpointError, InvalidInputError: see `linear_bits`.
+        UnsupportedModelError: the family is gated, unknown, named by the user, of encoders, or not in vLLM.
+        CheckpointError: linear layers are stored in different numbers of bits.
+        InvalidInputError: the bits of linear layers are not supported, or the package that multiplies them is missing.
     """
     family = family_of(config)
     if getattr(config, NAMED, None):
@@ -36,7 +40,7 @@ def check_served(config: PreTrainedConfig) -> Family:
         )
     if not family.causal:
         raise UnsupportedModelError(
-            f"in vLLM, folded encoders such as {family.model_type} are not served; use transformers."
+            f"vLLM does not serve folded encoders such as {family.model_type}; use transformers."
         )
     from vllm import ModelRegistry
 
@@ -53,10 +57,14 @@ def check_served(config: PreTrainedConfig) -> Family:
 
 
 def block_index(name: str, family: Family) -> int:
-    """The number of the block that a module's full name in the model lies in.
+    """The number of the block in which the checkpoint folds an FFN.
+
+    Args:
+        name: of the FFN in the checkpoint.
+        family: of the model.
 
     Raises:
-        CheckpointError: it lies in none.
+        CheckpointError: the name is that of no module in a block.
     """
     found = family.locate(name)
     if found is None:
@@ -68,18 +76,21 @@ def block_index(name: str, family: Family) -> int:
 
 
 def linear_bits(linears: Mapping[str, int]) -> int | None:
-    """The bits of the linear layers that are stored in few, by their names in the checkpoint; None if there are none.
+    """The bits per weight of linear layers that are stored in few bits; None if there are none.
+
+    Args:
+        linears: bits of each such layer, by its name in the checkpoint.
 
     Raises:
-        CheckpointError: they differ.
-        InvalidInputError: nothing stores linear layers in so many bits, or what multiplies is not installed.
+        CheckpointError: layers have different numbers of bits.
+        InvalidInputError: the bits are not supported, or the package that multiplies such layers is not installed.
     """
     if not linears:
         return None
     bits = set(linears.values())
     if len(bits) > 1:
         raise CheckpointError(
-            f"config.json has linear layers in {sorted(bits)} bits, and vLLM is served all in the same; fold the model "
+            f"config.json has linear layers in {sorted(bits)} bits, and in vLLM all must have the same; fold the model "
             "again, or use transformers (`tardis generate`)."
         )
     check_bits(*bits)
@@ -87,14 +98,16 @@ def linear_bits(linears: Mapping[str, int]) -> int | None:
 
 
 class Projections:
-    """How the linear layers of a model of vLLM are stored, by their names in it.
+    """How the linear layers of a vLLM model are stored, by their names in vLLM.
 
-    vLLM may have other names than the checkpoint has, and one layer for several, but for the projections of FFNs.
+    Projections of FFNs have the same names within a block as in the checkpoint. Other layers may have other names, and
+    one layer of vLLM may contain several of the checkpoint, so they are all taken to be stored alike.
 
     Args:
         family: of the model.
-        stacked: numbers of the blocks with low-bit weights in the place of dense ones.
-        linears: names in the checkpoint of the linear layers in few bits: all but those of FFNs, and dense FFNs or not.
+        stacked: numbers of the blocks in which low-bit weights replace the dense weights of the FFN.
+        linears: names in the checkpoint of the linear layers that are stored in few bits. Either no layer is, or all
+            outside the FFNs are, and those of dense FFNs may be.
     """
 
     def __init__(self, family: Family, stacked: Iterable[int], linears: Iterable[str]) -> None:
@@ -102,15 +115,15 @@ class Projections:
         self._few = {self._of_ffn(name) for name in linears} | {None}
 
     def empty(self, name: str) -> bool:
-        """Whether a layer has no weight."""
+        """Whether a layer is a projection of an FFN whose dense weights low-bit ones replace."""
         found = self._of_ffn(name)
         return found is not None and found[0] in self._stacked
 
     def in_few_bits(self, name: str) -> bool:
-        """Whether a layer is in few bits, where some are."""
+        """Whether a layer is stored in few bits, in a model where some are."""
         return self._of_ffn(name) in self._few
 
     def _of_ffn(self, name: str) -> tuple[int, str] | None:
-        """The block and the projection of its FFN that a layer is; None for other layers."""
+        """The block's number and the path in it, if a layer is a projection of an FFN; None for other layers."""
         found = self._family.locate(name)
         return found if found and found[1] in self._family.linears else None

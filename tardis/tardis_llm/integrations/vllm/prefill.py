@@ -1,7 +1,7 @@
-"""Which calls of a served model's FFNs are folded: the modes of `runtime.prefill`, for an engine that mixes requests.
+"""The prefill modes of `runtime.prefill` in vLLM, whose engine puts tokens of many requests into one call.
 
-A call has the tokens of one step of the engine, prompts and single ones of many requests together, and goes one way as
-a whole: by how many tokens it has, or by whether there is more than one of any request.
+A call of an FFN has all tokens of one step of the engine: prompts, and single tokens that are decoded. It goes through
+the folds or through the dense weights as a whole. What decides is how many tokens it has, or whether it has a prompt.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from .names import PREFILL_OPTION
 
 @dataclass(frozen=True)
 class Choice:
-    """When FFNs are dense.
+    """Which calls go through the dense FFNs.
 
     Attributes:
-        mode: a `Prefill`.
-        crossover: tokens of a call that `auto` folds, at most.
+        mode: a `runtime.prefill.Prefill`.
+        crossover: the most tokens of a call that mode `auto` sends through the folds.
     """
 
     mode: str
@@ -32,29 +32,35 @@ class Choice:
 
     @classmethod
     def of(cls, config: VllmConfig, settings: TardisConfig) -> Choice:
-        """As `additional_config` says, `auto` without.
+        """The choice that `additional_config` of the engine asks for; default: mode `auto`.
 
         Raises:
-            InvalidInputError: there is no such mode, or it cannot be with this model or engine.
+            InvalidInputError: there is no such mode, or this model or engine cannot have it.
         """
         given = config.additional_config
         mode = given.get(PREFILL_OPTION, "auto") if isinstance(given, dict) else "auto"
         check_prefill(mode, stacked=any(layer.fallback_bits for layer in settings.layers.values()))
         if mode == "exact" and config.device_config.device_type != "cpu" and not config.model_config.enforce_eager:
             raise InvalidInputError(
-                "prefill exact goes by what a call has, which CUDA graphs cannot; use prefill auto or --enforce-eager."
+                "prefill exact looks at the requests of each call, which CUDA graphs cannot; use prefill auto or "
+                "--enforce-eager."
             )
         return cls(mode, settings.crossover)
 
     def dense(self, tokens: int) -> bool:
-        """Whether the running call, of so many tokens, goes through the dense FFNs."""
+        """Whether the running call, which has a number of tokens, goes through the dense FFNs."""
         if self.mode == "auto":
             return tokens > self.crossover
         return self.mode == "exact" and _has_prompt(get_forward_context().attn_metadata, tokens)
 
 
 def _has_prompt(metadata: Any, tokens: int) -> bool:
-    """Whether a request has more than one token in a call; of calls that only try the model out vLLM says nothing."""
+    """Whether any request has more than one token in a call.
+
+    Args:
+        metadata: vLLM's attention metadata; empty in calls that only try the model out.
+        tokens: of the call.
+    """
     layers = metadata[0] if isinstance(metadata, list) else metadata
     if not layers:
         return tokens > 1

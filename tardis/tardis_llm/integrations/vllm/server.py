@@ -35,19 +35,19 @@ _OURS = ("--host", "--port", "--prefill", "--shutdown-timeout", "--api-key", "--
 _REFUSED = ("--uds", "--model")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _POLL_SECONDS = 0.5
-_GRACE_SECONDS = 10.0  # for the engine's processes to end, when no request is in flight any more
+_GRACE_SECONDS = 10.0  # the longest wait for the engine's processes to end when no request is in flight
 
 
 def check(model: str, prefill: str = "auto") -> None:
-    """See that vLLM is here, finds the plugin, and can serve a model; nothing but headers of weights is read.
+    """Check that vLLM is installed with our plugin, and can serve a model; of the weights only headers are read.
 
     Args:
         model: directory or hub name.
-        prefill: a `Prefill`.
+        prefill: the prefill mode, a `runtime.prefill.Prefill`.
 
     Raises:
-        InvalidInputError: the model is not folded or cannot be served in this mode, or vLLM is not set up.
-        UnsupportedModelError: vLLM does not serve its family.
+        InvalidInputError: the model is not folded or cannot have this prefill mode, or vLLM is not set up.
+        UnsupportedModelError: vLLM does not serve the model's family.
         CheckpointError: a file is missing or damaged.
     """
     config = load_config(model)
@@ -76,18 +76,18 @@ def check(model: str, prefill: str = "auto") -> None:
 
 
 class Server:
-    """A running server; made by starting it.
+    """A running server, which the constructor starts.
 
     Args:
         model: directory or hub name of a folded model.
-        host, port: where to listen.
-        prefill: a `Prefill`.
+        host, port: the address to listen on.
+        prefill: the prefill mode, a `runtime.prefill.Prefill`.
         options: further options of vLLM's server, as on its command line.
-        shutdown_timeout: seconds that requests in flight have to finish when it is told to end.
-        digests: of the API keys that it asks for, see `access.gather_digests`; without any, it asks for none.
+        shutdown_timeout: how many seconds requests in flight may take when the server is told to end.
+        digests: SHA-256 of the valid API keys; without any, the server needs no key.
 
     Raises:
-        InvalidInputError: an option that would keep the server from being watched; the port is taken.
+        InvalidInputError: an option is not supported here, or the port is taken.
     """
 
     def __init__(
@@ -118,17 +118,17 @@ class Server:
 
     def _environment(self, digests: Sequence[str]) -> dict[str, str]:
         found = {name: value for name, value in os.environ.items() if name not in (access.KEYS, access.DIGESTS)}
-        found.setdefault("VLLM_RPC_BASE_PATH", str(self._directory.path))  # where vLLM puts its sockets
+        found.setdefault("VLLM_RPC_BASE_PATH", str(self._directory.path))  # where vLLM makes its sockets
         return {**found, RUN_DIRECTORY: str(self._directory.path), access.DIGESTS: " ".join(digests)}
 
     def run(self, ready: Callable[[str], None]) -> None:
-        """Wait until the server ends; SIGTERM, SIGINT and SIGHUP end it, and nothing of it stays behind.
+        """Wait until the server ends. SIGTERM, SIGINT and SIGHUP end it; no process or memory of it stays behind.
 
-        At the first signal requests in flight are finished, in the time that they have; at a second it ends at once.
-        A SIGHUP that the process was started to ignore, as by `nohup`, is ignored.
+        At the first signal the server finishes requests in flight, within `shutdown_timeout`; at a second it ends at
+        once. SIGHUP is ignored if the process was started to ignore it, as by `nohup`.
 
         Args:
-            ready: called once, with the server's URL, when it answers.
+            ready: called once, with the server's URL, when the server answers.
 
         Raises:
             TardisError: the server ended by itself.
@@ -154,15 +154,15 @@ class Server:
         self._signals += 1
 
     def _goes_on(self) -> bool:
-        """Whether the server is to go on and does; writes down on the way what it has of the machine."""
+        """Whether the server runs and no signal has come. Each call also lists the server's shared memory."""
         self._directory.record(self._process.pid)
         return not self._signals and self._process.poll() is None
 
     def _answers(self) -> bool:
-        """Whether the server, and not another at its address, answers."""
+        """Whether the server answers, and not another one at its address."""
         if not address.has_listener(session.members(self._process.pid), self._port):
             return False
-        unverified = ssl._create_unverified_context()  # the certificate is the server's own business
+        unverified = ssl._create_unverified_context()  # whoever configured the server answers for its certificate
         straight = urllib.request.build_opener(
             urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=unverified)
         )
@@ -172,10 +172,10 @@ class Server:
         except http.client.HTTPException:
             return False
         except OSError as error:
-            return isinstance(getattr(error, "reason", error), ssl.SSLError)  # it asks for a certificate of the client
+            return isinstance(getattr(error, "reason", error), ssl.SSLError)  # the server wants a client certificate
 
     def _end(self) -> None:
-        """Ask the server to end, and then end whatever is left in its session."""
+        """Ask the server to end, and then kill whatever is left in its session."""
         deadline = time.monotonic() + self._patience
         if self._process.poll() is None:
             self._process.terminate()
@@ -188,7 +188,11 @@ class Server:
 
 
 def _check_options(options: Sequence[str]) -> list[str]:
-    """The names of options for vLLM, as it reads them; refuses those that `tardis serve` has to know of."""
+    """The names of options for vLLM, with hyphens as vLLM reads them.
+
+    Raises:
+        InvalidInputError: there is a second model, an option that is refused, or a shortened option of `tardis serve`.
+    """
     if options and not options[0].startswith("-"):
         raise InvalidInputError(f"there is one MODEL, and {options[0]!r} belongs to no option; leave it out.")
     given = [option.partition("=")[0] for option in options if option.startswith("-")]

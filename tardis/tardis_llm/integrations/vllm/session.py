@@ -1,4 +1,4 @@
-"""The processes of a server: the session that its first process leads, whoever started the others, and how."""
+"""The processes of a server: all those in the session that its first process leads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import psutil
 
 _TRACKER = "multiprocessing.resource_tracker"
-_GONE_SECONDS = 5.0  # for killed processes to be gone, and for trackers to clear up
+_GONE_SECONDS = 5.0  # the longest wait for killed processes to vanish and for resource trackers to clear up
 
 
 def members(session: int) -> list[psutil.Process]:
@@ -26,9 +26,10 @@ def _is_in(process: psutil.Process, session: int) -> bool:
 
 
 def kill(session: int) -> None:
-    """Kill the session but for this process and Python's trackers.
+    """Kill all processes of a session, except this one and Python's resource trackers.
 
-    A tracker ends by itself once all whom it serves have, and unlinks the shared memory and semaphores of the killed.
+    A tracker ends by itself when the processes that it serves have ended, and unlinks their shared memory and
+    semaphores.
     """
     for living in _until_gone(session):
         for process in living:
@@ -48,7 +49,7 @@ def end(session: int) -> None:
 
 
 def _until_gone(session: int) -> Iterator[list[psutil.Process]]:
-    """What lives of a session, again and again, as one that was killed may just have started another."""
+    """The living processes of a session, again and again: one that was killed may just have started another."""
     deadline = time.monotonic() + _GONE_SECONDS
     while (living := members(session)) and time.monotonic() < deadline:
         yield living

@@ -1,4 +1,4 @@
-"""Weights on their way from files into a folded model of vLLM: sorted, checked, and nothing left out."""
+"""Load a checkpoint into a folded model of vLLM: check every tensor, and let none be missing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...checkpoint.contents import ExpectedTensors
+from ...checkpoint.contents import ExpectedTensors, refuse_missing
 from ...checkpoint.manifest import Manifest
 from ...checkpoint.weight_files import TensorInfo
 from ...errors import CheckpointError
@@ -19,15 +19,15 @@ _HEAD = ("lm_head.codes", "lm_head.scale")
 
 
 class FoldLoader:
-    """Fills folds from a checkpoint's tensors and hands everything else on.
+    """Fills folded FFNs and a low-bit head from a checkpoint's tensors, and passes all others on to the stock model.
 
-    Every tensor is compared with what config.json describes, and with tardis.json, where that lies beside the files.
+    Every tensor is compared with what config.json describes, and with tardis.json if that lies beside the files.
 
     Args:
-        model: to be filled.
-        folded: its folds by their names in the checkpoint; None where another rank has them.
-        directory: of the checkpoint, or its name on the hub.
-        contents: what its files must hold.
+        model: the model to fill.
+        folded: its folded FFNs by their names in the checkpoint; None where another pipeline rank has them.
+        directory: the checkpoint's directory, or its name on the hub.
+        contents: the tensors that its files must hold.
     """
 
     def __init__(
@@ -41,16 +41,19 @@ class FoldLoader:
         self._contents = contents
         self._manifest = Manifest.read(self._directory)
         self._seen: set[str] = set()
-        # not by the stock class: BLOOM's takes no head but a shared one
+        # loaded here because the stock class of BLOOM loads no head that is not shared with the embedding
         self._head: dict[str, Any] = {name: part for name, part in model.named_parameters() if name in _HEAD}
         parts = {f"{name}{_MARK}{key}" for name, ffn in folded.items() if ffn for key in ffn.state_dict()}
         self._missing = parts | self._head.keys()
 
     def others(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Names and tensors that the stock model loads.
+        """Load what is folded, and yield the names and tensors that the stock model loads.
+
+        Args:
+            weights: names and tensors of the checkpoint.
 
         Raises:
-            CheckpointError: a tensor of a fold does not fit, or is not the one that was written.
+            CheckpointError: a tensor does not fit, is there twice, or is not the one that was written.
         """
         for name, tensor in weights:
             self._verify(name, tensor)
@@ -59,25 +62,20 @@ class FoldLoader:
             elif name in self._head:
                 self._head[name].weight_loader(self._head[name], tensor)
                 self._missing.discard(name)
-            elif tensor.numel():  # empty where low-bit weights stand for it
+            elif tensor.numel():  # empty where low-bit weights replace it
                 yield name, tensor
 
     def check(self, loaded: set[str]) -> None:
-        """See that nothing was left at random.
+        """Check that every parameter of the model was loaded.
 
         Args:
-            loaded: the model's own names of what its stock class loaded.
+            loaded: names, in the model, of the parameters that the stock class loaded.
 
         Raises:
             CheckpointError: the files lack a tensor.
         """
         stock = {name for name, value in self._model.named_parameters() if _MARK not in f".{name}" and value.numel()}
-        missing = sorted((self._missing | (stock - self._head.keys())) - loaded)
-        if missing:
-            raise CheckpointError(
-                f"the weight files of {self._directory} lack {len(missing)} tensors, the first is {missing[0]}. Copy "
-                "the checkpoint anew, or fold the model again."
-            )
+        refuse_missing(sorted((self._missing | (stock - self._head.keys())) - loaded), self._directory)
 
     def _load(self, name: str, tensor: Tensor) -> None:
         prefix, _, key = name.partition(_MARK)
@@ -89,6 +87,7 @@ class FoldLoader:
             self._missing.discard(name)
 
     def _verify(self, name: str, tensor: Tensor) -> None:
+        """Raise CheckpointError unless a tensor is new, fits config.json, and is the one that was written."""
         stored = TensorInfo(self._directory, tensor.dtype, tuple(tensor.shape))
         placed = self._contents.check(name, stored, None)
         if placed in self._seen:
