@@ -28,16 +28,9 @@ if TYPE_CHECKING:
     from .pipeline.fold import fold
 
 __all__ = [
-    "Family",
-    "FoldConfig",
-    "FoldReport",
-    "fold",
-    "freeze",
-    "load_model",
-    "load_tokenizer",
-    "read_windows",
-    "save_folded",
-]
+    "Family", "FoldConfig", "FoldReport",
+    "fold", "freeze", "load_model", "load_tokenizer", "read_windows", "save_folded",
+]  # fmt: skip
 __version__ = "0.1.0"
 
 #: modules that are imported when a name from them is asked for: loaders and servers need no folding
