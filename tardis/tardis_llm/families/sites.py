@@ -59,26 +59,14 @@ class FFNSite:
         Raises:
             InvalidInputError: a part is missing.
         """
-
-        def part(path: str) -> nn.Module:
-            return _submodule(block, path, name)
-
-        parts = {_join(name, path): part(path) for path in (family.up, family.activation, family.down)}
-        prefix, parent = _join(name, family.ffn), part(family.ffn)
-        return cls(
-            index=index,
-            prefix=prefix,
-            up_name=_join(name, family.up),
-            activation_name=_join(name, family.activation),
-            down_name=_join(name, family.down),
-            block=block,
-            parent=parent,
-            up=part(family.up),
-            activation=part(family.activation),
-            down=part(family.down),
-            gate=part(family.gate) if family.gate else None,
-            replaced={prefix: parent} if family.gated else parts,
-        )
+        paths = family.up, family.activation, family.down
+        parts = [(_join(name, path), _submodule(block, path, name)) for path in paths]
+        (up_name, up), (activation_name, activation), (down_name, down) = parts
+        prefix, parent = _join(name, family.ffn), _submodule(block, family.ffn, name)
+        gate = _submodule(block, family.gate, name) if family.gate else None
+        names = up_name, activation_name, down_name
+        replaced = {prefix: parent} if family.gated else dict(parts)
+        return cls(index, prefix, *names, block, parent, up, activation, down, gate, replaced)
 
     def weights(self) -> DenseFFN:
         """The dense weights as detached views, never copies, so writing to them writes to the model.
