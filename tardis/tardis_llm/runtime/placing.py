@@ -64,7 +64,7 @@ class KeptLinear(Stored):
                 self.weight.data = matrix.T if self._transposed else matrix
 
     def _lies_by(self, neurons: int) -> bool:
-        return self.matrix.transpose(0, neurons).is_contiguous()
+        return self.matrix.dim() < 2 or self.matrix.transpose(0, neurons).is_contiguous()  # empty where low-bit
 
     def release(self, linear: nn.Module) -> None:
         """Give the parameters back to the dense layer as they were: set to train or not, and contiguous."""
