@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...ffn.packed import PackedMatrix
-from .operands import check_matrix, check_vector
+from .operands import check_matrix, check_tensor
 from .panels import Panels
 
 #: `TardisType` of interface.h
@@ -55,11 +55,11 @@ class Vector(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), ("type", ctypes.c_int32), ("unused", ctypes.c_int32))
 
     @classmethod
-    def of(cls, vector: Tensor | None) -> Vector:
-        """Points to a vector, which must stay alive and contiguous; raises TardisError as `check_vector`."""
+    def of(cls, vector: Tensor | None, size: int) -> Vector:
+        """Points to a vector of so many numbers, which must stay alive; raises TardisError as `check_tensor`."""
         if vector is None:
             return cls()
-        check_vector(vector)
+        check_tensor("a vector", vector, _DENSE, (size,))
         return cls(vector.data_ptr(), _DENSE[vector.dtype], 0)
 
 
