@@ -141,7 +141,7 @@ def test_what_the_kernels_do_not_take_goes_to_torch(calls: list[str]) -> None:
 @pytest.mark.parametrize("transposed", [False, True])
 def test_the_operator_passes_the_checks_of_torch(transposed: bool, make: Callable[..., Tensor]) -> None:
     weight = make(12, 10, seed=2) if transposed else make(10, 12, seed=2)
-    call = torch.ops.tardis.linear.default, (make(80, 12, seed=1), weight, make(10, seed=3), None, 0, 0, transposed)
+    call = torch.ops.tardis.linear.default, (make(80, 12, seed=1), weight, make(10, seed=3)), {"transposed": transposed}
     torch.library.opcheck(*call, test_utils=("test_schema", "test_faketensor"))
 
 

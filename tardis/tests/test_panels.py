@@ -145,8 +145,8 @@ def test_the_operator_passes_the_checks_of_torch_and_refuses_what_it_would_misre
     x, weight, bias = (normal(*shape, seed=1).to(dtype) for shape in ((8, 12), (10, 12), (10,)))
     other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
     panels, stock = Panels.of(weight).data, torch.ops.tardis.linear.default
-    arguments, kinds = (x, panels, bias, None, 0, 10), ("test_schema", "test_faketensor")
-    torch.library.opcheck(stock, arguments, test_utils=kinds)
+    kinds = ("test_schema", "test_faketensor")
+    torch.library.opcheck(stock, (x, panels, bias), {"outputs": 10}, test_utils=kinds)
 
     def run(x: Tensor, data: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
         return stock(x, data, bias, outputs=outputs)

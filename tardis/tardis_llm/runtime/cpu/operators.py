@@ -12,6 +12,7 @@ have:
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ACTIVATION_BITS = 8
 
 library.define(
-    "linear(Tensor x, Tensor data, Tensor? bias, Tensor? scale=None, int group_size=0, int outputs=0, "
+    "linear(Tensor x, Tensor data, Tensor? bias, Tensor? scale=None, int group_size=0, *, int outputs=0, "
     f"bool transposed=False, int activation_bits={ACTIVATION_BITS}) -> Tensor"
 )
 
@@ -80,6 +81,7 @@ def _linear(
     bias: Tensor | None,
     scale: Tensor | None = None,
     group_size: int = 0,
+    *,
     outputs: int = 0,
     transposed: bool = False,
     activation_bits: int = ACTIVATION_BITS,
@@ -105,14 +107,5 @@ library.impl("linear", _linear, "CPU")
 
 
 @torch.library.register_fake("tardis::linear")
-def _(
-    x: Tensor,
-    data: Tensor,
-    bias: Tensor | None,
-    scale: Tensor | None = None,
-    group_size: int = 0,
-    outputs: int = 0,
-    transposed: bool = False,
-    activation_bits: int = ACTIVATION_BITS,
-) -> Tensor:
+def _(x: Tensor, data: Tensor, *_: Any, outputs: int = 0, transposed: bool = False, **__: Any) -> Tensor:
     return x.new_empty(x.shape[0], outputs or data.shape[1 if transposed else 0])
