@@ -319,7 +319,9 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(
 ):
     directory = tmp_path / "out"
     shutil.copytree(checkpoints["folded-100KB"], directory)
-    monkeypatch.setattr("tardis_llm.checkpoint.folded.write_manifest", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(
+        "tardis_llm.checkpoint.folded.write_manifest", lambda *_: (_ for _ in ()).throw(OSError("full"))
+    )
     model, report = folded_tiny("gpt2")
     with pytest.raises(OSError, match="full"):
         save_folded(model, report, directory)

@@ -63,21 +63,16 @@ class FFNSite:
         def part(path: str) -> nn.Module:
             return _submodule(block, path, name)
 
-        parts = {_join(name, path): part(path) for path in (family.up, family.activation, family.down)}
+        paths = family.up, family.activation, family.down
+        up, activation, down = map(part, paths)
+        up_name, activation_name, down_name = (_join(name, path) for path in paths)
         prefix, parent = _join(name, family.ffn), part(family.ffn)
+        gate = part(family.gate) if family.gate else None
+        replaced = {up_name: up, activation_name: activation, down_name: down}
+        if family.gated:
+            replaced = {prefix: parent}
         return cls(
-            index=index,
-            prefix=prefix,
-            up_name=_join(name, family.up),
-            activation_name=_join(name, family.activation),
-            down_name=_join(name, family.down),
-            block=block,
-            parent=parent,
-            up=part(family.up),
-            activation=part(family.activation),
-            down=part(family.down),
-            gate=part(family.gate) if family.gate else None,
-            replaced={prefix: parent} if family.gated else parts,
+            index, prefix, up_name, activation_name, down_name, block, parent, up, activation, down, gate, replaced
         )
 
     def weights(self) -> DenseFFN:
