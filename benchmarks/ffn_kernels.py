@@ -87,7 +87,7 @@ def random_matrix(rows: int, d: int) -> Tensor:
 
 def predictions(x: Tensor, predictor: PackedMatrix) -> Tensor:
     """[tokens, h] by the kernels."""
-    y: Tensor = torch.ops.tardis.lowbit_linear(x, predictor.planes, predictor.scale, predictor.group_size, None)
+    y: Tensor = torch.ops.tardis.linear(x, predictor.planes, None, predictor.scale, predictor.group_size)
     return y.float()
 
 
@@ -105,7 +105,7 @@ def folded_weights(shape: Shape, predictor: PackedMatrix, stacked: bool) -> Fold
 
 def prepared_linear(kernels: Kernels, lies: Matrix) -> Callable[[Tensor], Tensor]:
     """The product with a dense weight, as it lies, by the kernels."""
-    matrix, bias = CMatrix.of(lies), Vector.of(None)  # type: ignore[arg-type]  # Panels are the only layout here
+    matrix, bias = CMatrix.of(lies), Vector.of(None, 0)  # type: ignore[arg-type]  # Panels are the only layout here
 
     def run(x: Tensor) -> Tensor:
         y = x.new_empty(len(x), matrix.rows)

@@ -59,8 +59,8 @@ def ours_low_bit(bits: int) -> Make:
 
     def make(weight: Tensor) -> tuple[Run, int]:
         stored = quantise(weight.float(), bits, 256)
-        linear = torch.ops.tardis.lowbit_linear
-        return lambda x: linear(x, stored.planes, stored.scale, stored.group_size, None), stored.nbytes
+        linear = torch.ops.tardis.linear
+        return lambda x: linear(x, stored.planes, None, stored.scale, stored.group_size), stored.nbytes
 
     return make
 

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +22,10 @@ from matplotlib.ticker import FuncFormatter
 
 import ablation
 from tardis_llm.evaluation.curves import plot_curves
+from tardis_llm.evaluation.methods import Method
 from tardis_llm.evaluation.plots import STYLE
-from tardis_llm.evaluation.rows import Row, read_table
+from tardis_llm.evaluation.rows import FIGURES, Row
+from tardis_llm.evaluation.tasks import Metric
 
 ROOT = Path(__file__).parent.parent
 COMPARE, ABLATION = ROOT / "benchmarks/results/compare", ROOT / "benchmarks/results/ablation.json"
@@ -107,6 +110,28 @@ They are stored in few bits, and written out before each product.
 
 ![Perplexity and accuracy against bytes](images/compare.png)
 """
+
+
+def read_table(path: Path, tasks: Sequence[str]) -> list[Row]:
+    """Read the rows that `write_table` wrote, given the names of the tasks."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [_row(record, tasks) for record in csv.DictReader(file)]
+
+
+def _row(values: Mapping[str, str], tasks: Sequence[str]) -> Row:
+    known = {name: value for name, value in values.items() if value}
+
+    def metrics(suffix: str) -> dict[str, Metric]:
+        names = {task: task + suffix for task in tasks if task in known}
+        return {task: Metric(float(known[name]), float(known[f"{name}_error"])) for task, name in names.items()}
+
+    return Row(
+        method=Method(known["method"], float(known["reduction"]) if "reduction" in known else None),
+        infeasible=known.get("infeasible"),
+        scores=metrics(""),
+        changes=metrics("_change"),
+        **{name: float(known[name]) for name in (*FIGURES, "fix_rate", "seconds") if name in known},
+    )
 
 
 @dataclass(frozen=True)

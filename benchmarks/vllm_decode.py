@@ -40,9 +40,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tardis_llm.evaluation.machine import cpu_name
-from tardis_llm.evaluation.shapes import SHAPES, save_random_fold, shaped_model
+from tardis_llm.evaluation.shapes import SHAPES, RandomFold, save_random_fold, shaped_model
 from tardis_llm.evaluation.turns import Ratio
-from tardis_llm.ffn.weights import Storage
 
 _VARIANTS = ("dense", "folded")
 _PROMPT, _LENGTH = 32, 512  # tokens of a prompt if nothing else is said, and the most of a request
@@ -266,9 +265,7 @@ def make(args: argparse.Namespace, root: Path) -> dict[str, Path]:
     else:
         model.save_pretrained(directories["dense"])
     tokenizer.save_pretrained(directories["dense"])
-    storage = Storage(fold_bits=args.fold_bits, fallback_bits=args.fallback_bits)
-    others = {"tokenizer": tokenizer, "linear_bits": args.linear_bits}
-    save_random_fold(model, directories["folded"], args.predictor_bits, storage, args.fix_rate, **others)
+    save_random_fold(model, directories["folded"], RandomFold(*given), tokenizer)
     return directories
 
 

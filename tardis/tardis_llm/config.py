@@ -80,27 +80,28 @@ class FoldConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(0 < self.reduction < 1, "reduction", self.reduction, "a number between 0 and 1, such as 0.8")
+        allowed, bits, length = (None, *PREDICTOR_BITS), self.predictor_bits, self.sequence_length
+        most = self.fallback_bits or max(PREDICTOR_BITS)
+        self._require("reduction", 0 < self.reduction < 1, "a number between 0 and 1, such as 0.8")
         for name, kind in (("policy", Policy), ("rounding", Rounding)):
-            choices = get_args(kind)
-            _require(getattr(self, name) in choices, name, getattr(self, name), f"one of {', '.join(choices)}")
-        allowed = (None, *PREDICTOR_BITS)
-        _require(self.predictor_bits in allowed, "predictor_bits", self.predictor_bits, f"one of {allowed}")
+            self._require(name, getattr(self, name) in get_args(kind), f"one of {', '.join(get_args(kind))}")
+        self._require("predictor_bits", bits in allowed, f"one of {allowed}")
         for name in ("fold_bits", "fallback_bits", "linear_bits"):
-            _require(getattr(self, name) in (None, *STACKED_BITS), name, getattr(self, name), "4, 8 or None")
-        if self.predictor_bits and self.fallback_bits:
-            remedy = f"at most the {self.fallback_bits} bits of the fallback weights, which include it"
-            _require(self.predictor_bits <= self.fallback_bits, "predictor_bits", self.predictor_bits, remedy)
-        _require(self.group_size > 0, "group_size", self.group_size, "a positive number of weights, such as 256")
-        _require(self.damping is None or self.damping >= 0, "damping", self.damping, "a number from 0, such as 0.01")
-        _require(0 < self.heldout <= 0.5, "heldout", self.heldout, "a share between 0 and 0.5")
-        limit = self.memory_limit_gib
-        _require(limit >= 0, "memory_limit_gib", limit, "a number of GiB from 0")
+            self._require(name, getattr(self, name) in (None, *STACKED_BITS), "4, 8 or None")
+        remedy = f"at most the {most} bits of the fallback weights, which include it"
+        self._require("predictor_bits", bits is None or bits <= most, remedy)
+        self._require("group_size", self.group_size > 0, "a positive number of weights, such as 256")
+        self._require("damping", self.damping is None or self.damping >= 0, "a number from 0, such as 0.01")
+        self._require("heldout", 0 < self.heldout <= 0.5, "a share between 0 and 0.5")
+        self._require("memory_limit_gib", self.memory_limit_gib >= 0, "a number of GiB from 0")
         for name in ("tokens", "probe_tokens", "batch_tokens"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number of tokens")
+            self._require(name, getattr(self, name) > 0, "a positive number of tokens")
         check_seed(self.seed)
-        length = self.sequence_length
-        _require(length is None or length >= 2, "sequence_length", length, "at least 2 tokens")
+        self._require("sequence_length", length is None or length >= 2, "at least 2 tokens")
+
+    def _require(self, name: str, valid: bool, remedy: str) -> None:
+        if not valid:
+            raise InvalidInputError(f"{name} is {getattr(self, name)!r}; give {remedy}.")
 
     @property
     def storage(self) -> Storage:
@@ -114,9 +115,5 @@ class FoldConfig:
 
 def check_seed(seed: int) -> None:
     """Raise InvalidInputError for a seed that torch does not take."""
-    _require(-(2**63) <= seed < 2**64, "seed", seed, "a whole number of at most 64 bits, such as 0")
-
-
-def _require(valid: bool, name: str, value: object, remedy: str) -> None:
-    if not valid:
-        raise InvalidInputError(f"{name} is {value!r}; give {remedy}.")
+    if not -(2**63) <= seed < 2**64:
+        raise InvalidInputError(f"seed is {seed!r}; give a whole number of at most 64 bits, such as 0.")

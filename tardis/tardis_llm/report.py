@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -55,8 +55,38 @@ class LinearsReport:
     shared: int
 
 
+class ByteTotals:
+    """The bytes of compressed layers together; what is not compressed is left out.
+
+    Attributes:
+        layers: reports with the bytes of each layer.
+    """
+
+    layers: Sequence[Any]
+
+    @property
+    def dense(self) -> int:
+        """Bytes of the dense layers."""
+        return sum(layer.dense for layer in self.layers)
+
+    @property
+    def touched(self) -> float:
+        """Bytes read for a token at batch 1, on average."""
+        return sum(layer.touched for layer in self.layers)
+
+    @property
+    def resident(self) -> int:
+        """Bytes kept in memory, fallback weights included."""
+        return sum(layer.resident for layer in self.layers)
+
+    @property
+    def reduction(self) -> float:
+        """`1 - touched / dense`, with everything counted: indices, scales and biases."""
+        return 1 - self.touched / self.dense
+
+
 @dataclass(frozen=True)
-class FoldReport:
+class FoldReport(ByteTotals):
     """A whole fold.
 
     Attributes:
@@ -81,29 +111,9 @@ class FoldReport:
     linears: LinearsReport | None = None
 
     @property
-    def dense(self) -> int:
-        """FFN bytes of the dense model, folded layers only."""
-        return sum(layer.dense for layer in self.layers)
-
-    @property
-    def touched(self) -> float:
-        """FFN bytes read for a token at batch 1, on average."""
-        return sum(layer.touched for layer in self.layers)
-
-    @property
-    def resident(self) -> int:
-        """FFN bytes kept in memory, fallback weights included."""
-        return sum(layer.resident for layer in self.layers)
-
-    @property
     def fix_rate(self) -> float:
         """Mean share of neurons fixed per token."""
         return sum(layer.fix_rate for layer in self.layers) / len(self.layers)
-
-    @property
-    def reduction(self) -> float:
-        """`1 - touched / dense`."""
-        return 1 - self.touched / self.dense
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, totals included."""

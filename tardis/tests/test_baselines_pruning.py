@@ -11,11 +11,17 @@ from hypothesis import strategies as st
 from synthetic import generator, normal, quick
 from torch import Tensor
 
-from tardis_llm.baselines.magnitude import prune_magnitude
-from tardis_llm.baselines.masks import removed, smallest, smallest_per_row
 from tardis_llm.baselines.owl import block_sparsities, outlier_share
-from tardis_llm.baselines.ria import prune_ria, ria_scores
-from tardis_llm.baselines.wanda import prune_wanda, wanda_scores
+from tardis_llm.baselines.pruning import (
+    prune_magnitude,
+    prune_ria,
+    prune_wanda,
+    removed,
+    ria_scores,
+    smallest,
+    smallest_per_row,
+    wanda_scores,
+)
 
 sparsities = st.floats(0.01, 0.99)
 seeds = st.integers(0, 1000)

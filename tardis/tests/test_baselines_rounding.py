@@ -11,11 +11,8 @@ from torch import Tensor
 
 from tardis_llm.baselines import gptq, rtn
 from tardis_llm.baselines.gptq import quantise_gptq
-from tardis_llm.baselines.magnitude import prune_magnitude
-from tardis_llm.baselines.masks import removed
+from tardis_llm.baselines.pruning import prune_magnitude, prune_sparsegpt, prune_wanda, removed
 from tardis_llm.baselines.rtn import Grid, fit_grid, round_to_nearest
-from tardis_llm.baselines.sparsegpt import prune_sparsegpt
-from tardis_llm.baselines.wanda import prune_wanda
 from tardis_llm.errors import InvalidInputError
 from tardis_llm.folding.sweep import inverse_factor, sweep
 

@@ -18,16 +18,16 @@ from harness_data import write_items
 from models import tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
+from results import read_table
 from tardis_llm.calibration.text import split_windows
 from tardis_llm.errors import InvalidInputError
 from tardis_llm.evaluation import compare as module
-from tardis_llm.evaluation.cells import Cell
 from tardis_llm.evaluation.compare import Comparison
 from tardis_llm.evaluation.curves import plot_curves
 from tardis_llm.evaluation.fix_rate import count_fixes
 from tardis_llm.evaluation.methods import DENSE, Method, parse
 from tardis_llm.evaluation.perplexity import token_perplexity
-from tardis_llm.evaluation.rows import Row, read_table, write_table
+from tardis_llm.evaluation.rows import Cell, Row, write_table
 from tardis_llm.evaluation.tasks import Metric, Tasks
 from tardis_llm.runtime.placing import folded_ffns
 

@@ -106,7 +106,7 @@ def input_rounding(x: Tensor, matrix: PackedMatrix, bits: int = 16) -> Tensor:
 
 
 def lowbit_linear(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None, bits: int = 16) -> Tensor:
-    y: Tensor = torch.ops.tardis.lowbit_linear(x, matrix.planes, matrix.scale, matrix.group_size, bias, bits)
+    y: Tensor = torch.ops.tardis.linear(x, matrix.planes, bias, matrix.scale, matrix.group_size, activation_bits=bits)
     return y
 
 
@@ -478,20 +478,16 @@ def test_the_operators_pass_the_checks_of_torch() -> None:
     folded, dense = stored_fold(64, 96, Storage(64, 8, 4), torch.float32)
     x, p = correlated(3, 64), folded.predictor
     tests = ("test_schema", "test_faketensor")
-    matrix = p.planes, p.scale, p.group_size
-    calls = {
-        torch.ops.tardis.linear.default: (x, dense.w1, dense.b1),
-        torch.ops.tardis.lowbit_linear.default: (x, *matrix, dense.b1),
-    }
-    for op, arguments in calls.items():
-        assert set(torch.library.opcheck(op, arguments, test_utils=tests).values()) == {"SUCCESS"}
+    linear = torch.ops.tardis.linear.default
+    for arguments in ((x, dense.w1, dense.b1), (x, p.planes, dense.b1, p.scale, p.group_size)):
+        assert set(torch.library.opcheck(linear, arguments, test_utils=tests).values()) == {"SUCCESS"}
 
 
 @needs_library
 def test_what_the_kernels_would_misread_is_refused() -> None:
     x, weight = normal(2, 16), normal(8, 16)
     matrix = packed(8, 16, 2, 16)
-    linear, low_bit = torch.ops.tardis.linear, torch.ops.tardis.lowbit_linear
+    linear = torch.ops.tardis.linear
     for call in (
         lambda: linear(x.double(), weight.double(), None),
         lambda: linear(normal(MAX_TOKENS + 1, 16), weight, None),
@@ -499,9 +495,9 @@ def test_what_the_kernels_would_misread_is_refused() -> None:
         lambda: linear(x[:, :8].contiguous(), weight, None),
         lambda: linear(x, weight.bfloat16(), None),
         lambda: linear(x, weight, normal(7)),
-        lambda: low_bit(x, matrix.planes, matrix.scale, 8, None),
-        lambda: low_bit(normal(2, 17), matrix.planes, matrix.scale, 16, None),
-        lambda: low_bit(x, matrix.planes, matrix.scale, 16, None, 12),
+        lambda: linear(x, matrix.planes, None, matrix.scale, 8),
+        lambda: linear(normal(2, 17), matrix.planes, None, matrix.scale, 16),
+        lambda: lowbit_linear(x, matrix, bits=12),
     ):
         with pytest.raises(TardisError):
             call()

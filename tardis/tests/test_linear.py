@@ -141,20 +141,22 @@ def test_what_the_kernels_do_not_take_goes_to_torch(calls: list[str]) -> None:
 @pytest.mark.parametrize("transposed", [False, True])
 def test_the_operator_passes_the_checks_of_torch(transposed: bool, make: Callable[..., Tensor]) -> None:
     weight = make(12, 10, seed=2) if transposed else make(10, 12, seed=2)
-    call = torch.ops.tardis.gemm.default, (make(8, 12, seed=1), weight, make(10, seed=3), transposed)
+    call = torch.ops.tardis.linear.default, (make(80, 12, seed=1), weight, make(10, seed=3)), {"transposed": transposed}
     torch.library.opcheck(*call, test_utils=("test_schema", "test_faketensor"))
 
 
 @needs_gemm
 def test_what_gemm_would_misread_is_refused() -> None:
-    x, weight, gemm = bf16(8, 12, seed=1), bf16(10, 12, seed=2), torch.ops.tardis.gemm
+    x, weight, linear = bf16(80, 12, seed=1), bf16(10, 12, seed=2), torch.ops.tardis.linear
     for call in (
-        lambda: gemm(x.float(), weight.float(), None, False),
-        lambda: gemm(x.half(), weight, None, False),
-        lambda: gemm(x, weight, None, True),
-        lambda: gemm(x, turned(weight), None, False),
-        lambda: gemm(x, weight, bf16(11, seed=3), False),
-        lambda: gemm(bf16(8, 13, seed=1), bf16(10, 13, seed=2), None, False),
+        lambda: linear(x.float(), weight.float(), None),
+        lambda: linear(x[:8].float(), weight.float().T.contiguous(), None, transposed=True),
+        lambda: linear(x.half(), weight, None),
+        lambda: linear(x, weight, None, transposed=True),
+        lambda: linear(x, turned(weight), None),
+        lambda: linear(x, weight, bf16(11, seed=3)),
+        lambda: linear(bf16(80, 13, seed=1), bf16(10, 13, seed=2), None),
+        lambda: linear(bf16(8, 13, seed=1), bf16(13, 10, seed=2), None, transposed=True),
     ):
         with pytest.raises(TardisError):
             call()
@@ -169,4 +171,4 @@ def test_without_avx512_torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> Non
         with torch.no_grad():
             assert torch.equal(linear(x, weight, None), F.linear(x, weight))
         with pytest.raises(TardisError):
-            torch.ops.tardis.gemm(x, weight, None, False)
+            torch.ops.tardis.linear(x, weight, None)

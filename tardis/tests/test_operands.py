@@ -74,7 +74,7 @@ def test_dense_matrices_and_vectors_are_floating_aligned_and_contiguous():
             Matrix.of(wrong)
     for other in (vector.double(), matrix, vector.expand(3, 4)[:, 0], misaligned(vector)):
         with pytest.raises(TardisError):
-            Vector.of(other)
+            Vector.of(other, 4)
 
 
 @needs_library
@@ -98,12 +98,12 @@ def test_operators_refuse_what_does_not_fit():
     calls = [
         lambda: torch.ops.tardis.linear(x, weight.double(), None),
         lambda: torch.ops.tardis.linear(x, weight[0], None),
-        lambda: torch.ops.tardis.lowbit_linear(x, planes.view(torch.int8), scale, 16, None),
-        lambda: torch.ops.tardis.lowbit_linear(x, planes, scale.float(), 16, None),
-        lambda: torch.ops.tardis.lowbit_linear(x, planes, scale, 4, None),
-        lambda: torch.ops.tardis.lowbit_linear(x, planes[:, 0], scale, 16, None),
-        lambda: torch.ops.tardis.lowbit_linear(torch.zeros(2, 640), planes, scale, 16, None),
-        lambda: torch.ops.tardis.gemm(x.bfloat16(), weight.bfloat16()[0], None, False),
+        lambda: torch.ops.tardis.linear(x, planes.view(torch.int8), None, scale, 16),
+        lambda: torch.ops.tardis.linear(x, planes, None, scale.float(), 16),
+        lambda: torch.ops.tardis.linear(x, planes, None, scale, 4),
+        lambda: torch.ops.tardis.linear(x, planes[:, 0], None, scale, 16),
+        lambda: torch.ops.tardis.linear(torch.zeros(2, 640), planes, None, scale, 16),
+        lambda: torch.ops.tardis.linear(x.bfloat16(), weight.bfloat16()[0], None, transposed=True),
     ]
     for call in calls:
         with pytest.raises(TardisError):

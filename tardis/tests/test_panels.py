@@ -47,7 +47,7 @@ def product(x: Tensor, matrix: Panels | PackedMatrix, rows: int, bits: int) -> T
     """By the kernel for up to 64 tokens."""
     assert BUILT is not None
     y = x.new_empty(len(x), rows)
-    BUILT.linear(Matrix.of(matrix), Vector.of(None), Batch.of(x, y, bits))
+    BUILT.linear(Matrix.of(matrix), Vector.of(None, rows), Batch.of(x, y, bits))
     return y
 
 
@@ -104,7 +104,7 @@ def test_products_of_dense_matrices(shape: tuple[int, int], dtype: torch.dtype) 
         x = normal(count, shape[1], seed=count).to(dtype)
         expected, size = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
         for b in (None, bias):
-            found = torch.ops.tardis.panels_linear(x, panels.data, b, shape[0]).double()
+            found = torch.ops.tardis.linear(x, panels.data, b, outputs=shape[0]).double()
             wanted = expected if b is None else expected + b.double()
             assert ((found - wanted).abs() <= rounding * wanted.abs() + 2**-20 * (size + 1)).all()
 
@@ -132,7 +132,7 @@ def test_what_a_token_gets_depends_on_no_other(dtype: torch.dtype) -> None:
     x[17, 3] = torch.nan
     for run in (
         lambda some: product(some, matrix, 70, 8),
-        lambda some: torch.ops.tardis.panels_linear(some, weight.data, None, 70),
+        lambda some: torch.ops.tardis.linear(some, weight.data, None, outputs=70),
     ):
         found, alone = run(x), torch.cat([run(one) for one in x.split(1)])
         others = torch.arange(40) != 17
@@ -144,8 +144,13 @@ def test_what_a_token_gets_depends_on_no_other(dtype: torch.dtype) -> None:
 def test_the_operator_passes_the_checks_of_torch_and_refuses_what_it_would_misread(dtype: torch.dtype) -> None:
     x, weight, bias = (normal(*shape, seed=1).to(dtype) for shape in ((8, 12), (10, 12), (10,)))
     other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
-    panels, run = Panels.of(weight).data, torch.ops.tardis.panels_linear
-    torch.library.opcheck(run.default, (x, panels, bias, 10), test_utils=("test_schema", "test_faketensor"))
+    panels, stock = Panels.of(weight).data, torch.ops.tardis.linear.default
+    kinds = ("test_schema", "test_faketensor")
+    torch.library.opcheck(stock, (x, panels, bias), {"outputs": 10}, test_utils=kinds)
+
+    def run(x: Tensor, data: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+        return stock(x, data, bias, outputs=outputs)
+
     assert run(x[:0], panels, bias, 10).shape == (0, 10)
     for call in (
         lambda: run(x.float(), panels, None, 10),
@@ -167,7 +172,7 @@ def test_instruction_sets_without_panels_refuse_them() -> None:
     with BUILT.using("portable"):
         assert lay_out(normal(10, 12, seed=1).bfloat16(), torch.bfloat16) is None
         with pytest.raises(TardisError, match="do not fit together"):
-            torch.ops.tardis.panels_linear(x, panels.data, None, 10)
+            torch.ops.tardis.linear(x, panels.data, None, outputs=10)
 
 
 def folded(fold_bits: int | None, dtype: torch.dtype = torch.bfloat16) -> tuple[FoldedFFN, DenseFFN]:

@@ -37,7 +37,7 @@ def test_it_is_exp_of_the_mean_loss_of_the_predicted_tokens():
 def test_memory_is_bounded_by_small_batches_that_change_nothing(monkeypatch: pytest.MonkeyPatch):
     model, ids = tiny_model("gpt2"), tokens(5, 16)
     whole, batches = token_perplexity(model, ids), []
-    monkeypatch.setattr(perplexity, "_LOGITS_AT_ONCE", 2 * 16 * 320)
+    monkeypatch.setattr(perplexity, "LOGITS_AT_ONCE", 2 * 16 * 320)
     model.register_forward_pre_hook(lambda _, args, kwargs: batches.append(len(kwargs["input_ids"])), with_kwargs=True)
     assert token_perplexity(model, ids).value == pytest.approx(whole.value, rel=1e-5)
     assert batches == [2, 2, 1]

@@ -63,7 +63,7 @@ def test_windows_follow_each_other_and_the_last_is_filled_up_with_context():
 def test_small_batches_change_nothing_and_progress_ends_at_the_windows(monkeypatch: pytest.MonkeyPatch):
     model, steps = tiny_model("gpt2"), []
     whole = word_perplexity(model, tiny_tokenizer(), [SHORT, LONG], 8)
-    monkeypatch.setattr(rolling, "_LOGITS_AT_ONCE", 2 * 8 * 320)
+    monkeypatch.setattr(rolling, "LOGITS_AT_ONCE", 2 * 8 * 320)
     parts = word_perplexity(model, tiny_tokenizer(), [SHORT, LONG], 8, lambda *step: steps.append(step))
     assert parts.value == pytest.approx(whole.value, rel=1e-5)
     assert steps[-1][1:] == (7, 7)  # 2 windows and 5

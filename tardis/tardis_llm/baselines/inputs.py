@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ..calibration.moments import SecondMoments, chunks
@@ -101,25 +100,29 @@ def statistics_by_block(
     with tempfile.TemporaryDirectory() as scratch:
         stream = stream_of(model, ids, scratch)
         for index, block in enumerate(blocks):
-            gathered: list[InputStatistics | None] = []
             with ExitStack() as hooks:
-                for matrix in block:
-                    statistics = InputStatistics.zeros(matrix.weight.shape[1], need)
-                    hooks.callback(_gather(matrix, statistics).remove)
-                    gathered.append(statistics)
+                gathered = [_gather(matrix, need, hooks) for matrix in block]
                 stream.visit()
             for matrix, seen in zip(block, gathered, strict=True):
-                _check_used(matrix, seen)
-            yield gathered
+                if not seen.count:
+                    raise InvalidInputError(
+                        f"{matrix.name} got no input when its block ran; compress with scope='ffn', which leaves it "
+                        "out."
+                    )
+            yield list(gathered)
             if index + 1 < len(blocks):
                 stream.advance()
 
 
-def _gather(matrix: ModelMatrix, statistics: InputStatistics) -> RemovableHandle:
+def _gather(matrix: ModelMatrix, need: Need, hooks: ExitStack) -> InputStatistics:
+    """Statistics of what a matrix gets, as long as the hooks are there."""
+    statistics = InputStatistics.zeros(matrix.weight.shape[1], need)
+
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
         statistics.add(finite_rows(args[0], matrix.name))
 
-    return matrix.module.register_forward_pre_hook(enter)
+    hooks.callback(matrix.module.register_forward_pre_hook(enter).remove)
+    return statistics
 
 
 def finite_rows(x: Tensor, name: str) -> Tensor:
@@ -134,10 +137,3 @@ def finite_rows(x: Tensor, name: str) -> Tensor:
             "it, and load the model in bfloat16 or float32 if it overflows float16."
         )
     return x.reshape(-1, x.shape[-1])
-
-
-def _check_used(matrix: ModelMatrix, statistics: InputStatistics | None) -> None:
-    if statistics is None or not statistics.count:
-        raise InvalidInputError(
-            f"{matrix.name} got no input when its block ran; compress with scope='ffn', which leaves it out."
-        )

@@ -15,8 +15,8 @@ from ..report import Progress, silent
 from .inputs import InputStatistics, Need, statistics_by_block
 from .matrices import ModelMatrix, Scope, find_matrices
 from .owl import outlier_share
+from .pruning import wanda_scores
 from .report import BaselineReport, MatrixReport
-from .wanda import wanda_scores
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,11 @@ from . import affine
 from .gptq import quantise_gptq
 from .inputs import InputStatistics, Need
 from .layerwise import MatrixMethod, compress_layerwise, outlier_shares
-from .magnitude import prune_magnitude
 from .matrices import Scope
 from .owl import block_sparsities
+from .pruning import prune_magnitude, prune_ria, prune_sparsegpt, prune_wanda
 from .report import BaselineReport, masked_bytes, quantised_bytes
-from .ria import prune_ria
 from .rtn import round_to_nearest
-from .sparsegpt import prune_sparsegpt
-from .wanda import prune_wanda
 
 _BITS, _GROUPS = (2, 3, 4, 8), (128, 64)
 _QUANTISED = re.compile(rf"(rtn|gptq)([{''.join(map(str, _BITS))}])(?:-g({'|'.join(map(str, _GROUPS))}))?")

@@ -1,14 +1,14 @@
-"""What a baseline did: the bytes of every matrix and of the whole, as plain values for tables and files."""
+"""What a baseline did: the bytes of every matrix and of the whole."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..report import ByteTotals
+
 _SCALE_BITS = 16
-_TOTALS = ("dense", "touched", "resident", "reduction", "sparsity")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class MatrixReport:
 
 
 @dataclass(frozen=True)
-class BaselineReport:
+class BaselineReport(ByteTotals):
     """A model compressed by a baseline.
 
     Attributes:
@@ -41,49 +41,19 @@ class BaselineReport:
         scope: "ffn" or "all".
         asked: the share of weights that was to go; None for a method of fixed size.
         tokens: calibration tokens that were used; 0 if the method needs none.
-        matrices: the compressed matrices in the model's order.
+        layers: the compressed matrices in the model's order.
     """
 
     method: str
     scope: str
     asked: float | None
     tokens: int
-    matrices: list[MatrixReport]
-
-    @property
-    def dense(self) -> int:
-        """Bytes in scope of the dense model."""
-        return sum(matrix.dense for matrix in self.matrices)
-
-    @property
-    def touched(self) -> int:
-        """Bytes in scope read for a token."""
-        return sum(matrix.touched for matrix in self.matrices)
-
-    @property
-    def resident(self) -> int:
-        """Bytes in scope kept in memory."""
-        return sum(matrix.resident for matrix in self.matrices)
-
-    @property
-    def reduction(self) -> float:
-        """`1 - touched / dense`: what is saved once indices, scales and biases are counted."""
-        return 1 - self.touched / self.dense
+    layers: list[MatrixReport]
 
     @property
     def sparsity(self) -> float:
         """Share of the weights that are gone: zero, or no longer there at all."""
-        return 1 - sum(matrix.nonzero for matrix in self.matrices) / sum(matrix.weights for matrix in self.matrices)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, totals included."""
-        return {**asdict(self), "totals": {name: getattr(self, name) for name in _TOTALS}}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> BaselineReport:
-        """The inverse of `as_dict`."""
-        own = {name: value for name, value in values.items() if name != "totals"}
-        return cls(**{**own, "matrices": [MatrixReport(**matrix) for matrix in own["matrices"]]})
+        return 1 - sum(layer.nonzero for layer in self.layers) / sum(layer.weights for layer in self.layers)
 
 
 def masked_bytes(weight: Tensor) -> int:

@@ -36,7 +36,7 @@ _READABLE = 0o644  # transformers makes weight files that only their owner can r
 def save_folded(
     model: PreTrainedModel,
     report: FoldReport,
-    directory: Path,
+    directory: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_shard_size: int | str = "5GB",
 ) -> None:
@@ -60,11 +60,11 @@ def save_folded(
     Examples:
         >>> from tardis_llm import FoldConfig, fold
         >>> report = fold(model, windows, FoldConfig(reduction=0.5))
-        >>> save_folded(model, report, Path("out"), tokenizer)
+        >>> save_folded(model, report, "out", tokenizer)
         >>> Path("out/tardis.json").exists()
         True
     """
-    size = shard_bytes(max_shard_size)
+    size, directory = shard_bytes(max_shard_size), Path(directory)
     mark_folded(model, report.calibration)
     staging = directory / STAGING
     shutil.rmtree(staging, ignore_errors=True)

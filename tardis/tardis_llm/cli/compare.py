@@ -139,18 +139,13 @@ def _sentence(row: Row) -> str:
 
 def _print(rows: list[Row]) -> None:
     """Two tables, each narrow enough for a terminal of 80 columns."""
-    made = show.table("Perplexity and bytes", *rows[0].shown())
-    for row in rows:
-        made.add_row(*row.shown().values())
-    show.out.print(made)
+    show.print_table("Perplexity and bytes", rows[0].shown(), (row.shown().values() for row in rows))
     show.out.print(
         "[dim]token perplexity; / dense: its ratio to the dense model's, standard error paired by window. touched: "
         "bytes read per token, resident: bytes kept, both with mask indices, scales, ranges and biases, as shares of "
         "the dense model's. fixed: share of neurons that a fold corrects per token. seconds: to compress.[/]"
     )
     if rows[0].scores:
-        made = show.table("Zero-shot accuracy in %", "method", *rows[0].scores, "mean")
-        for row in rows:
-            if row.accuracy:
-                made.add_row(row.method.label, *(score.percent() for score in [*row.scores.values(), row.accuracy]))
-        show.out.print(made)
+        scores = ((row.method.label, [*row.scores.values(), row.accuracy]) for row in rows if row.accuracy)
+        cells = ([label, *(score.percent() for score in found if score)] for label, found in scores)
+        show.print_table("Zero-shot accuracy in %", ["method", *rows[0].scores, "mean"], cells)

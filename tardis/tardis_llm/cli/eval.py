@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..calibration.limits import window_length
+from ..calibration.documents import Documents
+from ..calibration.limits import check_windows, window_length
 from ..checkpoint.loading import dtype_name, load_model, load_report, load_tokenizer
 from ..checkpoint.manifest import MANIFEST
 from ..errors import InvalidInputError
-from ..evaluation.judging import Judgement, Recipe, judge
+from ..evaluation.fix_rate import count_fixes, measured
+from ..evaluation.perplexity import Perplexity, token_perplexity, windows_of
+from ..evaluation.rolling import Document, WordPerplexity, documents_of, word_perplexity
 from ..evaluation.tasks import TASKS, Tasks, TaskScore, check_tasks
-from ..report import FoldReport
+from ..report import FoldReport, Progress
 from ..runtime.placing import folded_ffns
 from . import output as show
 from .options import AsJson, Dtype, ModelName, TaskData, TextField, TextFile, Window, read_texts
 
+Recipe = Literal["tokens", "words"]
 TaskNames = Annotated[str | None, typer.Option(help=f"Zero-shot tasks, with commas between: {', '.join(TASKS)}.")]
 Limit = Annotated[int | None, typer.Option(help="Items of each task, evenly spread; default: all.")]
 RecipeOption = Annotated[
@@ -52,41 +57,65 @@ def evaluate(
     tokenizer = load_tokenizer(model)
     loaded = load_model(model, dtype)
     length = window_length(loaded, tokenizer, window)
-    wanted = Tasks(dict.fromkeys(names, limit), task_data)
+    perplexity = folded = None
     with show.progress_bars() as progress:
-        found = judge(loaded, tokenizer, length, content, recipe, wanted, report, progress)
+        if content is not None:
+            with count_fixes(loaded) as counts:
+                perplexity = _perplexity(loaded, tokenizer, length, content, recipe, progress)
+            folded = report and measured(report, loaded, counts.rates)
+        scores = Tasks(dict.fromkeys(names, limit), task_data).run(loaded, tokenizer, length, progress)
     if as_json:
         what = {"model": model, "text": text, "dtype": dtype_name(loaded)}
-        show.print_json({**what, **found.as_dict(), **clock.as_dict()})
+        show.print_json({**what, **_figures(perplexity, folded, scores), **clock.as_dict()})
         return
-    _print(found, report)
+    if perplexity is not None:
+        value = f"[bold]{perplexity.value:,.2f} ± {perplexity.standard_error:,.2f}[/] (standard error)"
+        show.out.print(f"{perplexity.kind} {value}, {perplexity.sentence()}")
+    if report is not None and folded is not None:
+        _print_fold({"held-out calibration text": report, "this text": folded})
+    if scores:
+        _print_tasks(scores)
     if report is None and folded_ffns(loaded):
         show.say(f"{model} has no {MANIFEST}: what its fold fixes and how many bytes that touches is not known")
     show.say(clock.sentence())
 
 
-def _print(found: Judgement, report: FoldReport | None) -> None:
-    if found.perplexity is not None:
-        result = found.perplexity
-        value = f"[bold]{result.value:,.2f} ± {result.standard_error:,.2f}[/] (standard error)"
-        show.out.print(f"{result.kind} {value}, {result.sentence()}")
-    if report is not None and found.folded is not None:
-        _print_fold({"held-out calibration text": report, "this text": found.folded})
-    if found.scores:
-        _print_tasks(found.scores)
+def _perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    text: Documents,
+    recipe: Recipe,
+    progress: Progress,
+) -> Perplexity | WordPerplexity:
+    if recipe == "words":
+        documents = [Document.of(each) for each in text.texts] if text.records else documents_of(text.text)
+        return word_perplexity(model, tokenizer, documents, length, progress)
+    windows = windows_of(text.text, tokenizer, length)
+    check_windows(model, windows, tokenizer)
+    return token_perplexity(model, windows, progress)
+
+
+def _figures(
+    perplexity: Perplexity | WordPerplexity | None, folded: FoldReport | None, scores: tuple[TaskScore, ...]
+) -> dict[str, Any]:
+    """Plain values, without those of single windows, documents and items."""
+    return {
+        "measure": perplexity and perplexity.kind,
+        "perplexity": perplexity and perplexity.as_dict(),
+        "ffn": folded and folded.as_dict()["totals"],
+        "linears": folded and folded.as_dict()["linears"],
+        "fix_rate_per_layer": folded and {layer.prefix: layer.fix_rate for layer in folded.layers},
+        "tasks": [score.as_dict() for score in scores],
+    }
 
 
 def _print_fold(reports: dict[str, FoldReport]) -> None:
-    made = show.table("FFN", "measured on", "fixed", "touched", "reduction", "resident")
-    for name, figures in reports.items():
-        made.add_row(
-            name,
-            f"{figures.fix_rate:.2%}",
-            f"{figures.touched / figures.dense:.2%}",
-            f"{figures.reduction:.2%}",
-            f"{figures.resident / figures.dense:.1%}",
-        )
-    show.out.print(made)
+    rows = []
+    for name, ffns in reports.items():
+        shares = f"{ffns.touched / ffns.dense:.2%}", f"{ffns.reduction:.2%}", f"{ffns.resident / ffns.dense:.1%}"
+        rows.append([name, f"{ffns.fix_rate:.2%}", *shares])
+    show.print_table("FFN", ["measured on", "fixed", "touched", "reduction", "resident"], rows)
 
 
 def _print_tasks(scores: tuple[TaskScore, ...]) -> None:

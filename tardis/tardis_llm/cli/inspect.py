@@ -78,7 +78,6 @@ def _inspect_folded(model: str, report: FoldReport, plot: Path | None, text: lis
     if text:
         raise InvalidInputError(f"{model} is folded and holds its figures; to measure on a text: tardis eval {model}.")
     if plot:
-        plot.parent.mkdir(parents=True, exist_ok=True)
         plot_fold(load_model(model), report, plot, Path(model).name)
     if as_json:
         show.print_json({"model": model, "folded": True, "plot": plot and str(plot), **report.as_dict()})
@@ -109,7 +108,6 @@ def _inspect_dense(
         found = survey(loaded, windows, progress)
     reachable = [feasible(found, bits, _REDUCTIONS) for bits in _BITS]
     if plot:
-        plot.parent.mkdir(parents=True, exist_ok=True)
         plot_survey(found, plot, Path(model).name)
     if as_json:
         what = {"model": model, "folded": False, "plot": plot and str(plot)}

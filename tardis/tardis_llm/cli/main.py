@@ -28,16 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for name, command in (
-    ("demo", demo),
-    ("fold", fold),
-    ("inspect", inspect),
-    ("eval", evaluate),
-    ("compare", compare),
-    ("bench", bench),
-    ("generate", generate),
-):
-    app.command(name)(command)
+for command in (demo, fold, inspect, evaluate, compare, bench, generate):
+    app.command("eval" if command is evaluate else None)(command)
 app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 
 

@@ -8,9 +8,9 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any
 
 import transformers
 from huggingface_hub.utils import logging as hub_logging
@@ -23,7 +23,7 @@ from rich.table import Table
 from safetensors import SafetensorError
 
 from ..evaluation.perplexity import Perplexity
-from ..report import FoldReport, LinearsReport, Progress
+from ..report import FoldReport, Progress
 
 #: results go to stdout; progress, messages and errors to stderr, so that --json stays clean
 out = Console(highlight=False)
@@ -76,14 +76,7 @@ def warn(text: str) -> None:
     err.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
 
 
-def show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
+def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """Stands in for `warnings.showwarning`, without the line of code that warned."""
     warn(str(message))
 
@@ -154,6 +147,14 @@ def table(title: str, *columns: str) -> Table:
     return made
 
 
+def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """Print a table of such columns and rows; see `table`."""
+    made = table(title, *columns)
+    for row in rows:
+        made.add_row(*row)
+    out.print(made)
+
+
 def print_fold(report: FoldReport, title: str) -> None:
     """Print the figures of every layer of a fold and of all together, and what they mean."""
     made = table(title, "FFN", "bits", "fixed", "error", "linearity", "touched", "resident")
@@ -182,16 +183,10 @@ def print_fold(report: FoldReport, title: str) -> None:
         f"(reduction {report.reduction:.2%}), resident {size(report.resident)} "
         f"({report.resident / report.dense:.1%} of dense); neurons fixed {report.fix_rate:.2%}"
     )
-    if report.linears:
-        _print_linears(report.linears)
-
-
-def _print_linears(linears: LinearsReport) -> None:
-    stay = f", of which {size(linears.shared)} stay as the embedding" if linears.shared else ""
-    out.print(
-        f"{linears.layers} linear layers outside the FFNs in int{linears.bits}: {size(linears.stored)}, before "
-        f"{size(linears.dense)}{stay}"
-    )
+    if linears := report.linears:
+        stay = f", of which {size(linears.shared)} stay as the embedding" if linears.shared else ""
+        stored = f"{linears.layers} linear layers outside the FFNs in int{linears.bits}: {size(linears.stored)}"
+        out.print(f"{stored}, before {size(linears.dense)}{stay}")
 
 
 def perplexity(value: Perplexity) -> str:
@@ -206,8 +201,5 @@ def size(count: float) -> str:
         >>> size(3 * 2**20)
         '3.00 MiB'
     """
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024 or unit == "GiB":
-            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.2f} {unit}"
-        count /= 1024
-    raise AssertionError("the loop returns at the last unit")
+    power = sum(abs(count) >= 1024**power for power in (1, 2, 3))
+    return f"{count / 1024**power:,.{2 if power else 0}f} {('B', 'KiB', 'MiB', 'GiB')[power]}"

@@ -75,7 +75,5 @@ def check_space(directory: Path, need: int) -> None:
 
 def _nearest(directory: Path) -> Path:
     """The directory, or what is there of the path to it."""
-    nearest = directory.absolute()
-    while not os.path.lexists(nearest):
-        nearest = nearest.parent
-    return nearest
+    path = directory.absolute()
+    return next(each for each in (path, *path.parents) if os.path.lexists(each))

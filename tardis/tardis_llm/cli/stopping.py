@@ -22,32 +22,23 @@ def stoppable(hint: Callable[[], str]) -> Iterator[None]:
     Args:
         hint: makes the words that are said of how to go on, after one of them or Ctrl-C.
     """
-    with _handled():
-        try:
-            yield
-        except (KeyboardInterrupt, _Stopped):
-            show.fail(f"interrupted. {hint()}")
-            raise
-
-
-class _Stopped(SystemExit):
-    """A signal asked the process to end."""
-
-
-@contextmanager
-def _handled() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # no other may handle signals
-        yield
-        return
-    former = {number: signal.getsignal(number) for number in _SIGNALS}
+    in_main = threading.current_thread() is threading.main_thread()  # no other may handle signals
+    former = {number: signal.getsignal(number) for number in _SIGNALS if in_main}
     for number, handler in former.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, _stop)
     try:
         yield
+    except (KeyboardInterrupt, _Stopped):
+        show.fail(f"interrupted. {hint()}")
+        raise
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+class _Stopped(SystemExit):
+    """A signal asked the process to end."""
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import __version__
-from ..baselines import Scope, find_matrices
+from ..baselines import BaselineReport, Scope, find_matrices
 from ..calibration.documents import Documents
 from ..calibration.limits import check_windows, window_length
 from ..calibration.text import Windows, calibration_windows, some_windows
@@ -30,11 +30,11 @@ from ..errors import InfeasibleBudgetError, InvalidInputError
 from ..families.sites import find_ffns
 from ..files import differences, digest, read_json, write_json
 from ..report import FoldReport, Progress
-from .cells import Cell
 from .fix_rate import count_fixes, measured
 from .machine import cpu_name
 from .methods import DENSE, Method, apply_method
 from .perplexity import token_perplexity, windows_of
+from .rows import Cell
 from .tasks import Tasks
 
 RECORD = "compare.json"
@@ -181,40 +181,25 @@ class Comparison:
     def _measured(self, method: Method, progress: Progress) -> Cell:
         model = self.load()
         everything = sum(matrix.dense_bytes for block in find_matrices(model, self.scope) for matrix in block)
-        if method.name == DENSE:
-            return self._judged(Cell(method, None, everything, everything, everything), model, progress)
-        folded = sum(site.weights().nbytes for site in find_ffns(model))
-        start = time.perf_counter()
-        try:
-            report = apply_method(
-                method, model, self.calibration, self.config, self.scope, self._work(method), progress
-            )
-        except InfeasibleBudgetError as error:
-            return Cell(method, infeasible=str(error))
-        cell = Cell(method, seconds=time.perf_counter() - start)
-        if isinstance(report, FoldReport):
-            return self._judged(self._with_fixes(cell, report, model, everything - folded, progress), model, progress)
-        cell = replace(cell, dense=report.dense, touched=report.touched, resident=report.resident)
-        return self._judged(cell, model, progress)
-
-    def _with_fixes(
-        self, cell: Cell, report: FoldReport, model: PreTrainedModel, beside: int, progress: Progress
-    ) -> Cell:
-        """The cell of a fold with its perplexity, and the bytes that it touches on the evaluation text.
-
-        Args:
-            beside: bytes in scope outside the FFNs, which a fold leaves as they are.
-        """
+        beside = everything - sum(site.weights().nbytes for site in find_ffns(model))  # what a fold leaves as it is
+        cell = Cell(method, None, everything, everything, everything)
+        report: FoldReport | BaselineReport | None = None
+        if method.name != DENSE:
+            start, work = time.perf_counter(), self._work(method)
+            try:
+                report = apply_method(method, model, self.calibration, self.config, self.scope, work, progress)
+            except InfeasibleBudgetError as error:
+                return Cell(method, infeasible=str(error))
+            cell = replace(cell, seconds=time.perf_counter() - start)
         with count_fixes(model) as counts:
             perplexity = token_perplexity(model, self.evaluation, progress)
-        there = measured(report, model, counts.rates)
-        dense, touched, resident = there.dense + beside, there.touched + beside, there.resident + beside
-        return replace(
-            cell, dense=dense, touched=touched, resident=resident, fix_rate=there.fix_rate, perplexity=perplexity
-        )
-
-    def _judged(self, cell: Cell, model: PreTrainedModel, progress: Progress) -> Cell:
-        """The cell with perplexity, if it has none yet, and the tasks' scores."""
-        perplexity = cell.perplexity or token_perplexity(model, self.evaluation, progress)
+        if isinstance(report, FoldReport):
+            report = measured(report, model, counts.rates)
+            cell = replace(cell, fix_rate=report.fix_rate)
+        else:
+            beside = 0
+        if report is not None:
+            sizes = {name: getattr(report, name) + beside for name in ("dense", "touched", "resident")}
+            cell = replace(cell, **sizes)
         scores = self.tasks.run(model, self.tokenizer, self.evaluation.shape[1], progress)
         return replace(cell, perplexity=perplexity, scores=scores)

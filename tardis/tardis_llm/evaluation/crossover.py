@@ -17,7 +17,7 @@ from ..report import Progress
 from ..runtime.backend import dense_ffn
 from ..runtime.modules import FoldedFFN
 from ..runtime.placing import folded_ffns
-from .probing import arguments_of, random_ids
+from .shapes import arguments_of, random_ids
 from .turns import Ratio, take_turns
 
 #: tokens at once for which a fold is compared with the dense FFN

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -18,12 +18,12 @@ from .rows import Row
 
 
 class Series(NamedTuple):
-    """How a family of methods is drawn."""
+    """How a family of methods is drawn, in matplotlib's words."""
 
     label: str
-    colour: str
+    color: str
     marker: str
-    width: float = 1.4
+    linewidth: float = 1.4
 
 
 #: how each method is drawn, by its name without the bits of quantisers; colours are Okabe and Ito's again
@@ -42,6 +42,7 @@ _SERIES = {
     "magnitude": Series("magnitude", "#BBBBBB", ">"),
     "affine": Series("affine map", "#000000", "*"),
 }
+_MARKS: dict[str, Any] = {"markersize": 6, "elinewidth": 1}
 _WORST = 3.0  # perplexity over dense beyond which a method is broken, and drawn at the edge
 
 
@@ -75,7 +76,8 @@ def _perplexity(axes: Axes, rows: list[Row], share: str) -> None:
     for series, points in _by_series(rows):
         x = [getattr(row, share) for row in points]
         y = [min(row.ratio, _WORST) for row in points]
-        _line(axes, series, x, y, [row.ratio_error if row.ratio < _WORST else 0.0 for row in points])
+        errors = [row.ratio_error if row.ratio < _WORST else 0.0 for row in points]
+        axes.errorbar(x, y, yerr=errors, **_MARKS, **series._asdict())
     axes.axhline(1.0, color="#808080", linewidth=0.8, linestyle=(0, (4, 3)))
     axes.set_yscale("function", functions=(_stretch, _shrink))
     axes.set_yticks([1, 1.01, 1.02, 1.05, 1.1, 1.2, 1.5, 2, _WORST])
@@ -98,8 +100,8 @@ def _shrink(values: np.ndarray) -> np.ndarray:
 def _accuracy(axes: Axes, rows: list[Row], share: str) -> None:
     for series, points in _by_series(rows):
         found = [(getattr(row, share), row.accuracy) for row in points if row.accuracy]
-        y, errors = [score.value for _, score in found], [score.standard_error for _, score in found]
-        _line(axes, series, [x for x, _ in found], y, errors)
+        x, y = [share for share, _ in found], [score.value for _, score in found]
+        axes.errorbar(x, y, yerr=[score.standard_error for _, score in found], **_MARKS, **series._asdict())
     for row in rows:
         if row.method.name == DENSE and row.accuracy:
             axes.axhline(row.accuracy.value, color="#808080", linewidth=0.8, linestyle=(0, (4, 3)))
@@ -113,20 +115,6 @@ def _bytes_axis(axes: Axes, share: str) -> None:
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_xlabel(f"bytes {'read per token' if share == 'touched' else 'kept in memory'}, of the dense model's")
     axes.set_xlim(left=0)
-
-
-def _line(axes: Axes, series: Series, x: list[float], y: list[float], errors: list[float]) -> None:
-    axes.errorbar(
-        x,
-        y,
-        yerr=errors,
-        label=series.label,
-        color=series.colour,
-        marker=series.marker,
-        linewidth=series.width,
-        markersize=6,
-        elinewidth=1,
-    )
 
 
 def _by_series(rows: list[Row]) -> Iterator[tuple[Series, list[Row]]]:

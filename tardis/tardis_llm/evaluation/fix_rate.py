@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -36,14 +36,18 @@ class FixCounts:
             raise InvalidInputError("no token has run through a folded FFN; run the folded model inside count_fixes.")
         return {name: self.fixed[name] / total for name, total in self.neurons.items()}
 
+    @property
+    def mean(self) -> float:
+        """Share of all neurons that were fixed; 0 before anything ran."""
+        return sum(self.fixed.values()) / max(sum(self.neurons.values()), 1)
+
     def add(self, name: str, fixed: Tensor) -> None:
-        """Count fixed neurons [tokens, h] of one FFN."""
+        """Count fixed neurons [..., h] of one FFN."""
         self.fixed[name] += int(fixed.sum())
         self.neurons[name] += fixed.numel()
 
 
-@contextmanager
-def count_fixes(model: nn.Module) -> Iterator[FixCounts]:
+def count_fixes(model: nn.Module) -> AbstractContextManager[FixCounts]:
     """Within the context, count the neurons that the model's folded FFNs fix, whatever runs.
 
     Every FFN predicts twice then, so it is for measuring, not for timing.
@@ -56,55 +60,31 @@ def count_fixes(model: nn.Module) -> Iterator[FixCounts]:
         >>> [0 < rate < 1 for rate in counts.rates.values()]
         [True, True]
     """
+    return _counted(model, lambda x, ffn, dense: fixed_neurons(x, ffn.weights.beside(dense)))
+
+
+def count_union(model: nn.Module) -> AbstractContextManager[FixCounts]:
+    """Within the context, count the neurons that the tokens of a forward fix together, each once.
+
+    Every FFN predicts twice then, so it is for measuring, not for timing.
+    """
+    return _counted(model, lambda x, ffn, dense: ffn.fixed(x.contiguous(), dense).any(0))
+
+
+@contextmanager
+def _counted(model: nn.Module, fixed: Callable[[Tensor, FoldedFFN, DenseFFN], Tensor]) -> Iterator[FixCounts]:
+    """Within the context, count what `fixed` makes of the inputs [tokens, d] of each forward of a folded FFN."""
     ffns = folded_ffns(model)
     counts = FixCounts(dict.fromkeys(ffns, 0), dict.fromkeys(ffns, 0))
 
     def count(name: str, ffn: FoldedFFN, args: tuple[Tensor, DenseFFN]) -> None:
         x, dense = args
-        counts.add(name, fixed_neurons(x.reshape(-1, x.shape[-1]), ffn.weights.beside(dense)))
+        counts.add(name, fixed(x.reshape(-1, x.shape[-1]), ffn, dense))
 
-    with _before_each(ffns, count):
-        yield counts
-
-
-@dataclass
-class Union:
-    """Share of the neurons that at least one token of a forward fixes, summed over forwards and FFNs."""
-
-    share: float = 0.0
-    forwards: int = 0
-
-    @property
-    def mean(self) -> float:
-        """Mean share per forward and FFN; 0 before anything ran."""
-        return self.share / max(self.forwards, 1)
-
-
-@contextmanager
-def count_union(model: nn.Module) -> Iterator[Union]:
-    """Within the context, count the neurons that a batch fixes together, each once.
-
-    Every FFN predicts twice then, so it is for measuring, not for timing.
-    """
-    union = Union()
-
-    def count(name: str, ffn: FoldedFFN, args: tuple[Tensor, DenseFFN]) -> None:
-        x, dense = args
-        fixed = ffn.fixed(x.reshape(-1, x.shape[-1]).contiguous(), dense)
-        union.share += float(fixed.any(0).float().mean())
-        union.forwards += 1
-
-    with _before_each(folded_ffns(model), count):
-        yield union
-
-
-@contextmanager
-def _before_each(ffns: Mapping[str, FoldedFFN], note: Callable[..., None]) -> Iterator[None]:
-    """Within the context, call `note` with name, FFN and arguments before each forward of an FFN."""
-    with ExitStack() as stack:
+    with ExitStack() as hooks:
         for name, ffn in ffns.items():
-            stack.callback(ffn.register_forward_pre_hook(partial(note, name)).remove)
-        yield
+            hooks.callback(ffn.register_forward_pre_hook(partial(count, name)).remove)
+        yield counts
 
 
 def measured(report: FoldReport, model: nn.Module, rates: dict[str, float]) -> FoldReport:

@@ -46,11 +46,6 @@ class Method:
         """Name and reduction, as `parse` reads them."""
         return self.name if self.reduction is None else f"{self.name}@{self.reduction:g}"
 
-    @property
-    def is_fold(self) -> bool:
-        """Whether the method is a fold."""
-        return self.name in FOLDS
-
 
 def parse(names: str, reductions: Sequence[float]) -> list[Method]:
     """Methods out of "tardis,wanda@0.7,gptq4": with @ at that reduction, otherwise at each of `reductions`.
@@ -113,7 +108,7 @@ def apply_method(
         InfeasibleBudgetError: a fold does not fit into so few bytes.
         InvalidInputError, UnsupportedModelError: as `fold` and `apply_baseline`.
     """
-    if not method.is_fold:
+    if method.name not in FOLDS:
         return baselines.apply_baseline(method.name, model, windows, method.reduction, scope, progress)
     settings = replace(config, reduction=method.reduction or config.reduction, **FOLDS[method.name])
     return fold(model, windows, settings, work, resume=True, progress=progress)

@@ -17,7 +17,8 @@ from ..errors import InvalidInputError
 from ..families.table import family_of, vocabulary
 from ..report import Progress, silent
 
-_LOGITS_AT_ONCE = 2**24  # elements of the largest tensor
+#: elements of the largest tensor of logits
+LOGITS_AT_ONCE = 2**24
 _STAGE = "measuring perplexity"
 
 
@@ -53,7 +54,7 @@ class Perplexity:
     @classmethod
     def of(cls, losses: Tensor, length: int) -> Perplexity:
         """The perplexity of two windows or more, from the mean negative log-likelihood of each, [windows] fp64."""
-        value, error = _exp_mean(losses)
+        value, error = exp_ratio(losses)
         return cls(value, error, len(losses) * (length - 1), len(losses), length, losses)
 
     def as_dict(self) -> dict[str, Any]:
@@ -70,7 +71,7 @@ class Perplexity:
         Pairing the windows takes out what makes a text hard for any model, so the error is far less than that of
         either perplexity.
         """
-        return _exp_mean(self.losses - reference.losses)
+        return exp_ratio(self.losses - reference.losses)
 
 
 def windows_of(text: str, tokenizer: Tokenizer, length: int) -> Tensor:
@@ -125,15 +126,22 @@ def check_causal(model: PreTrainedModel, measure: str) -> None:
         )
 
 
-def _exp_mean(values: Tensor) -> tuple[float, float]:
-    """`exp` of the mean of independent values [n], and its standard error by the delta method."""
-    result = float(values.mean().exp())
-    return result, result * float(values.std()) / len(values) ** 0.5
+def exp_ratio(losses: Tensor, counts: Tensor | None = None) -> tuple[float, float]:
+    """`exp` of the sum of losses [n] over the sum of counts [n], and its standard error by the delta method.
+
+    Args:
+        losses: [n] fp64, independent of each other.
+        counts: [n] fp64, what each loss is of; None for one each.
+    """
+    counts = torch.ones_like(losses) if counts is None else counts
+    ratio, n = losses.sum() / counts.sum(), len(losses)
+    error = ((losses - ratio * counts).square().sum() * n / (n - 1)).sqrt() / counts.sum()
+    return float(ratio.exp()), float(ratio.exp() * error)
 
 
 def _losses(model: PreTrainedModel, windows: Tensor, progress: Progress) -> Iterator[Tensor]:
     """Mean negative log-likelihood per token of each window, batch by batch, [batch] fp64."""
-    batch = max(1, _LOGITS_AT_ONCE // (windows.shape[1] * vocabulary(model)))
+    batch = max(1, LOGITS_AT_ONCE // (windows.shape[1] * vocabulary(model)))
     for done in range(0, len(windows), batch):
         ids = windows[done : done + batch]
         logits = model(input_ids=ids, use_cache=False).logits

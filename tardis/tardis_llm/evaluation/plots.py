@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ def plot_fold(model: nn.Module, report: FoldReport, path: Path, title: str = "")
     Args:
         model: folded.
         report: report of its fold, or what `fix_rate.measured` makes of it.
-        path: file of the PNG; its folder exists.
+        path: file of the PNG; its folder is made if missing.
         title: name of the model.
 
     Raises:
@@ -67,14 +69,13 @@ def plot_fold(model: nn.Module, report: FoldReport, path: Path, title: str = "")
         raise InvalidInputError("the report is not that of this model; use the one of its own checkpoint.")
     hot = [torch.stack([ffn.neurons.low.float(), ffn.neurons.high.float()]) for ffn in ffns.values()]
     names = _layer_names(list(ffns))
-    with matplotlib.rc_context(STYLE):
-        figure, (top, left, right) = _page()
+    shares = f"touched {report.touched / report.dense:.1%} and resident {report.resident / report.dense:.1%}"
+    figures = f"{shares} of the dense FFN bytes, {report.fix_rate:.2%} of neurons fixed"
+    with _page(path, title, figures) as (top, left, right):
         _hot_ranges(top, hot, names)
         top.set_title("Hot ranges: where a line stands for the activation")
         _errors(left, report.layers, names)
         _bytes(right, report.layers, list(ffns.values()), names)
-        _head(figure, title, _figures(report))
-        figure.savefig(path, dpi=150)
 
 
 def plot_survey(survey: Survey, path: Path, title: str = "") -> None:
@@ -82,7 +83,7 @@ def plot_survey(survey: Survey, path: Path, title: str = "") -> None:
 
     Args:
         survey: made with text.
-        path: file of the PNG; its folder exists.
+        path: file of the PNG; its folder is made if missing.
         title: name of the model.
 
     Raises:
@@ -100,8 +101,9 @@ def plot_survey(survey: Survey, path: Path, title: str = "") -> None:
         raise InvalidInputError("a plot of a dense model needs text to measure on; give --text FILE.")
     names = _layer_names([layer.prefix for layer in survey.layers])
     position = range(len(names))
-    with matplotlib.rc_context(STYLE):
-        figure, (top, left, right) = _page()
+    total = sum(layer.dense for layer in survey.layers) / 2**20
+    figures = f"{len(names)} dense FFNs of {total / len(names):,.2f} MiB, {survey.tokens:,} tokens of text"
+    with _page(path, title, figures) as (top, left, right):
         _hot_ranges(top, survey.ranges, names)
         top.set_title(f"Where {COVERAGE:.0%} of each neuron's inputs fall")
         left.bar(position, [layer.linearity or 0.0 for layer in survey.layers], color=_BLUE, width=0.7)
@@ -113,28 +115,18 @@ def plot_survey(survey: Survey, path: Path, title: str = "") -> None:
         right.set_ylabel("of the range of all its inputs, mean neuron")
         _layer_axis(right, names)
         right.set_title(f"Width of the range with {COVERAGE:.0%} of a neuron's inputs")
-        total = sum(layer.dense for layer in survey.layers) / 2**20
-        headline = f"{len(names)} dense FFNs of {total / len(names):,.2f} MiB, {survey.tokens:,} tokens of text"
-        _head(figure, title, headline)
+
+
+@contextmanager
+def _page(path: Path, title: str, figures: str) -> Iterator[tuple[Axes, Axes, Axes]]:
+    """A wide panel above two, drawn within the context and written to the file at its end."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(12, 8.5), layout="constrained")
+        grid = figure.add_gridspec(2, 2, height_ratios=(1, 1.05))
+        yield figure.add_subplot(grid[0, :]), figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1])
+        figure.suptitle(f"{title}: {figures}" if title else figures, fontsize=13, x=0.01, ha="left")
+        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
-
-
-def _page() -> tuple[Figure, tuple[Axes, Axes, Axes]]:
-    """A wide panel above two."""
-    figure = Figure(figsize=(12, 8.5), layout="constrained")
-    grid = figure.add_gridspec(2, 2, height_ratios=(1, 1.05))
-    axes = figure.add_subplot(grid[0, :]), figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1])
-    return figure, axes
-
-
-def _head(figure: Figure, title: str, figures: str) -> None:
-    figure.suptitle(f"{title}: {figures}" if title else figures, fontsize=13, x=0.01, ha="left")
-
-
-def _figures(report: FoldReport) -> str:
-    touched, resident = report.touched / report.dense, report.resident / report.dense
-    shares = f"touched {touched:.1%} and resident {resident:.1%} of the dense FFN bytes"
-    return f"{shares}, {report.fix_rate:.2%} of neurons fixed"
 
 
 def _hot_ranges(axes: Axes, ranges: list[Tensor], names: list[str]) -> None:

@@ -24,10 +24,9 @@ from ..calibration.limits import check_length, check_tokens
 from ..errors import InvalidInputError
 from ..families.table import vocabulary
 from ..report import Progress, silent
-from .perplexity import check_causal
+from .perplexity import LOGITS_AT_ONCE, check_causal, exp_ratio
 
 _STAGE = "measuring word perplexity"
-_LOGITS_AT_ONCE = 2**24  # elements of the largest tensor
 _LONGEST_TITLE = 100
 _RAW = re.compile(r" @[-,.]@ ")  # how WikiText writes the hyphen of a compound, and the marks within a number
 
@@ -95,7 +94,7 @@ class WordPerplexity:
         """The perplexity of two documents or more, from the negative log-likelihood of each, [documents] fp64."""
         counts = torch.tensor([document.words for document in documents], dtype=torch.float64)
         size = sum(document.bytes for document in documents)
-        value, error = _exp_ratio(losses, counts)
+        value, error = exp_ratio(losses, counts)
         byte_perplexity = float((losses.sum() / size).exp())
         return cls(
             value, error, byte_perplexity, len(documents), int(counts.sum()), size, tokens, length, losses, counts
@@ -115,7 +114,7 @@ class WordPerplexity:
 
     def ratio(self, reference: WordPerplexity) -> tuple[float, float]:
         """This perplexity over another on the same documents, and its standard error, with the documents paired."""
-        return _exp_ratio(self.losses - reference.losses, self.counts)
+        return exp_ratio(self.losses - reference.losses, self.counts)
 
 
 class _Window(NamedTuple):
@@ -204,14 +203,6 @@ def word_perplexity(
     return WordPerplexity.of(documents, losses, sum(map(len, texts)), length)
 
 
-def _exp_ratio(losses: Tensor, counts: Tensor) -> tuple[float, float]:
-    """`exp` of the sum of losses [n] over the sum of counts [n], and its standard error by the delta method."""
-    ratio = losses.sum() / counts.sum()
-    n = len(losses)
-    error = ((losses - ratio * counts).square().sum() * n / (n - 1)).sqrt() / counts.sum()
-    return float(ratio.exp()), float(ratio.exp() * error)
-
-
 def _is_heading(line: str) -> bool:
     """Whether a line is a heading of the first level: one equals sign on each side."""
     joined = line.strip().replace("= =", "==").replace("= =", "==")
@@ -250,7 +241,7 @@ def _windows(document: int, ids: list[int], length: int) -> Iterator[_Window]:
 
 def _losses(model: PreTrainedModel, windows: list[_Window], progress: Progress) -> Iterator[tuple[_Window, float]]:
     """Each window with the negative log-likelihood of what it predicts, in batches of equally long ones."""
-    most, done = _LOGITS_AT_ONCE // vocabulary(model), 0  # tokens at once
+    most, done = LOGITS_AT_ONCE // vocabulary(model), 0  # tokens at once
     ordered = sorted(windows, key=lambda window: -len(window.tokens))
     for size, group in groupby(ordered, key=lambda window: len(window.tokens)):
         same = list(group)

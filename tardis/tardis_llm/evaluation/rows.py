@@ -1,19 +1,73 @@
-"""The table of a comparison: each method beside the dense model, on the screen, in CSV files and in JSON."""
+"""What each method of a comparison came to, and the table that sets it beside the dense model."""
 
 from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .cells import Cell
-from .methods import Method
-from .tasks import Metric
+import torch
 
-_FIGURES = ("perplexity", "perplexity_error", "ratio", "ratio_error", "touched", "resident")
+from .methods import Method
+from .perplexity import Perplexity
+from .tasks import Metric, TaskScore
+
+#: the figures of a row that every method has
+FIGURES = ("perplexity", "perplexity_error", "ratio", "ratio_error", "touched", "resident")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one method came to.
+
+    Attributes:
+        method: name and reduction.
+        infeasible: why the method does not reach the reduction; everything below is empty then.
+        dense: bytes of the dense weights in scope.
+        touched: bytes of the weights in scope that a token reads, on the evaluation text.
+        resident: bytes of the weights in scope that are kept in memory.
+        fix_rate: share of neurons fixed per token on the evaluation text; None for what does not fold.
+        seconds: seconds taken to compress.
+        perplexity: perplexity on the evaluation text.
+        scores: scores of the tasks.
+    """
+
+    method: Method
+    infeasible: str | None = None
+    dense: int = 0
+    touched: float = 0.0
+    resident: int = 0
+    fix_rate: float | None = None
+    seconds: float = 0.0
+    perplexity: Perplexity | None = None
+    scores: tuple[TaskScore, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, with those of single windows and items, by which cells are paired."""
+        values = dict(vars(self))
+        if self.perplexity:
+            values["perplexity"] = {"losses": self.perplexity.losses.tolist(), "length": self.perplexity.length}
+        values["scores"] = [{**score.as_dict(), "correct": list(score.correct)} for score in self.scores]
+        return {**values, "method": asdict(self.method)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Cell:
+        """The inverse of `as_dict`."""
+        found = dict(values)
+        found["method"] = Method(**values["method"])
+        if values["perplexity"]:
+            losses = torch.tensor(values["perplexity"]["losses"], dtype=torch.float64)
+            found["perplexity"] = Perplexity.of(losses, values["perplexity"]["length"])
+        found["scores"] = tuple(_score(score) for score in values["scores"])
+        return cls(**found)
+
+
+def _score(values: dict[str, Any]) -> TaskScore:
+    also = {name: Metric(**metric) for name, metric in values["also"].items()}
+    return TaskScore(**{**values, "also": also, "correct": tuple(values["correct"])})
 
 
 @dataclass(frozen=True)
@@ -100,34 +154,12 @@ class Row:
     def as_dict(self) -> dict[str, Any]:
         """Flat plain values, one per figure."""
         values: dict[str, Any] = {"method": self.method.name, "reduction": self.method.reduction}
-        values |= {name: getattr(self, name) for name in _FIGURES}
+        values |= {name: getattr(self, name) for name in FIGURES}
         for task, score in self.scores.items():
             change = self.changes[task]
             values |= {task: score.value, f"{task}_error": score.standard_error}
             values |= {f"{task}_change": change.value, f"{task}_change_error": change.standard_error}
         return values | {"fix_rate": self.fix_rate, "seconds": self.seconds, "infeasible": self.infeasible}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], tasks: Sequence[str]) -> Row:
-        """The inverse of `as_dict`, from numbers or from the text of a CSV file.
-
-        Args:
-            values: figures by name.
-            tasks: names of the tasks.
-        """
-        known = {name: value for name, value in values.items() if value not in (None, "")}
-
-        def metrics(suffix: str) -> dict[str, Metric]:
-            names = {task: task + suffix for task in tasks if task in known}
-            return {task: Metric(float(known[name]), float(known[f"{name}_error"])) for task, name in names.items()}
-
-        return cls(
-            method=Method(known["method"], float(known["reduction"]) if "reduction" in known else None),
-            infeasible=known.get("infeasible"),
-            scores=metrics(""),
-            changes=metrics("_change"),
-            **{name: float(known[name]) for name in (*_FIGURES, "fix_rate", "seconds") if name in known},
-        )
 
 
 def write_table(path: Path, rows: Sequence[Row]) -> None:
@@ -138,9 +170,3 @@ def write_table(path: Path, rows: Sequence[Row]) -> None:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(records)
-
-
-def read_table(path: Path, tasks: Sequence[str]) -> list[Row]:
-    """Read the rows that `write_table` wrote, given the names of the tasks."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return [Row.from_dict(record, tasks) for record in csv.DictReader(file)]

@@ -7,65 +7,51 @@ too, with ranges set so that a stated share of the neurons is fixed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
 
 from ..checkpoint.folded import save_folded
 from ..errors import InvalidInputError
 from ..families.sites import FFNSite, find_ffns
+from ..families.table import vocabulary
 from ..ffn.accounting import cost
 from ..ffn.weights import FoldedWeights, Storage, written_out
 from ..report import FoldReport, LayerReport
 from ..runtime.linears.placing import quantise_linears
 from ..runtime.modules import FoldedFFN
 from ..runtime.placing import install
-from .probing import arguments_of, random_ids
+
+
+def _of(width: int, layers: int, heads: int) -> dict[str, Any]:
+    """The fields of a config that most families have."""
+    return {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+
 
 #: model type and the fields of its config, as published; the last two are layouts of 16 layers without the large
 #: vocabulary, whose share of the bytes would hide that of the FFNs
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {}),
     "gpt2-xl": ("gpt2", {"n_embd": 1600, "n_layer": 48, "n_head": 25}),
-    "opt-1.3b": (
-        "opt",
-        {"hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "num_attention_heads": 32}
-        | {"word_embed_proj_dim": 2048},
-    ),
-    "opt-6.7b": (
-        "opt",
-        {"hidden_size": 4096, "ffn_dim": 16384, "num_hidden_layers": 32, "num_attention_heads": 32}
-        | {"word_embed_proj_dim": 4096},
-    ),
-    "falcon-7b": (
-        "falcon",
-        {"hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71, "vocab_size": 65024, "bias": False},
-    ),
-    "pythia-6.9b": (
-        "gpt_neox",
-        {"hidden_size": 4096, "intermediate_size": 16384, "num_hidden_layers": 32, "num_attention_heads": 32},
-    ),
-    "phi-2": ("phi", {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32}),
-    "starcoder2-7b": (
-        "starcoder2",
-        {"hidden_size": 4608, "intermediate_size": 18432, "num_hidden_layers": 32, "num_attention_heads": 36}
-        | {"num_key_value_heads": 4},
-    ),
+    "opt-1.3b": ("opt", {**_of(2048, 24, 32), "ffn_dim": 8192, "word_embed_proj_dim": 2048}),
+    "opt-6.7b": ("opt", {**_of(4096, 32, 32), "ffn_dim": 16384, "word_embed_proj_dim": 4096}),
+    "falcon-7b": ("falcon", {**_of(4544, 32, 71), "vocab_size": 65024, "bias": False}),
+    "pythia-6.9b": ("gpt_neox", {**_of(4096, 32, 32), "intermediate_size": 16384}),
+    "phi-2": ("phi", {**_of(2560, 32, 32), "intermediate_size": 10240}),
+    "starcoder2-7b": ("starcoder2", {**_of(4608, 32, 36), "intermediate_size": 18432, "num_key_value_heads": 4}),
     "gpt2-16x2048": ("gpt2", {"n_embd": 2048, "n_layer": 16, "n_head": 16, "vocab_size": 1024}),
-    "falcon-16x2048": (
-        "falcon",
-        {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "vocab_size": 1024, "bias": False},
-    ),
+    "falcon-16x2048": ("falcon", {**_of(2048, 16, 32), "vocab_size": 1024, "bias": False}),
 }
 _DEVIATION = 0.02  # of the weights
 _PROBE = 64  # tokens on which the ranges are set
-_BF16 = Storage()
 
 
 @dataclass(frozen=True)
@@ -96,6 +82,9 @@ class RandomFold:
         return Storage(fold_bits=self.fold_bits, fallback_bits=self.fallback_bits)
 
 
+_DEFAULT = RandomFold()
+
+
 @torch.no_grad()
 def shaped_model(name: str, layers: int | None = None, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     """A causal model of a shape with random weights, in eval mode.
@@ -116,15 +105,15 @@ def shaped_model(name: str, layers: int | None = None, dtype: torch.dtype = torc
         if not 1 <= layers <= config.num_hidden_layers:
             raise InvalidInputError(f"{name} has {config.num_hidden_layers} layers; give 1 to as many.")
         config.num_hidden_layers = layers
-    with torch.device("meta"):
+    with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return _fill(model).eval()
+    _fill(model)
+    model.tie_weights()
+    return model.eval()
 
 
-def _fill(model: PreTrainedModel) -> PreTrainedModel:
-    """Give a model on meta memory and random content: small weights, norms of one, biases of zero."""
-    buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.is_meta}
-    model.to_empty(device="cpu")
+def _fill(model: PreTrainedModel) -> None:
+    """Give the parameters of a model random content: small weights, norms of one, biases of zero."""
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -134,26 +123,6 @@ def _fill(model: PreTrainedModel) -> PreTrainedModel:
                 parameter.fill_(1.0)
             else:
                 parameter.normal_(0.0, _DEVIATION, generator=generator)
-    if buffers:
-        _fill_buffers(model)
-    model.tie_weights()
-    return model
-
-
-def _fill_buffers(model: PreTrainedModel) -> None:
-    """Rotary tables and the like, which a model makes when it is made, from one of a single layer and few tokens."""
-    few = {"num_hidden_layers": 1, "vocab_size": 8, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    small = type(model.config)(**{**model.config.to_dict(), **few})
-    made = dict(AutoModelForCausalLM.from_config(small).named_buffers())
-    for name, buffer in model.named_buffers():
-        source = made.get(name) if name in made else made.get(_of_first_layer(name))
-        if source is None:
-            raise InvalidInputError(f"{type(model).__name__} has a buffer {name} that only a checkpoint can fill.")
-        buffer.copy_(source)
-
-
-def _of_first_layer(name: str) -> str:
-    return ".".join("0" if part.isdigit() else part for part in name.split("."))
 
 
 @torch.no_grad()
@@ -189,44 +158,30 @@ def random_folds(
 def save_random_fold(
     model: PreTrainedModel,
     directory: Path,
-    bits: int = 2,
-    storage: Storage = _BF16,
-    fix_rate: float = 0.05,
+    fold: RandomFold = _DEFAULT,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    linear_bits: int | None = None,
 ) -> None:
     """Fold a model at random, in place, and save it as a checkpoint; its report's errors are not numbers.
 
     Args:
         model: dense.
         directory: made if missing.
-        bits, storage, fix_rate: arguments of `random_folds`.
+        fold: what the fold is made with.
         tokenizer: saved beside the model.
-        linear_bits: bits per weight of the linear layers outside the FFNs; None leaves them as they are.
     """
     layers = []
-    for site, ffn in list(random_folds(model, bits, storage, fix_rate)):
-        layers.append(_random_report(site, ffn, bits, fix_rate))
+    for site, ffn in list(random_folds(model, fold.predictor_bits, fold.storage, fold.fix_rate)):
+        layers.append(_random_report(site, ffn, fold))
         install(model, site, ffn)
-    linears = quantise_linears(model, linear_bits) if linear_bits else None
+    linears = quantise_linears(model, fold.linear_bits) if fold.linear_bits else None
     save_folded(model, FoldReport(layers, {"random": True}, linears=linears), directory, tokenizer)
 
 
-def _random_report(site: FFNSite, ffn: FoldedFFN, bits: int, fix_rate: float) -> LayerReport:
+def _random_report(site: FFNSite, ffn: FoldedFFN, fold: RandomFold) -> LayerReport:
     """What is known of a random fold: its bytes, and the share of the neurons that it is made to fix."""
     bytes_ = cost(site.weights(), ffn.weights)
-    return LayerReport(
-        prefix=site.prefix,
-        bits=bits,
-        fix_rate=fix_rate,
-        error=math.nan,
-        linearity=math.nan,
-        damping=None,
-        loss_increase=None,
-        dense=bytes_.dense,
-        touched=bytes_.touched(fix_rate),
-        resident=bytes_.resident,
-    )
+    sizes = bytes_.dense, bytes_.touched(fold.fix_rate), bytes_.resident
+    return LayerReport(site.prefix, fold.predictor_bits, fold.fix_rate, math.nan, math.nan, None, None, *sizes)
 
 
 def _randomise(name: str, tensor: Tensor, generator: torch.Generator) -> None:
@@ -247,3 +202,19 @@ def _set_ranges(ffn: FoldedFFN, site: FFNSite, x: Tensor, fix_rate: float) -> No
     bound = zhat.flatten().kthvalue(max(1, round((1 - fix_rate) * zhat.numel()))).values
     ffn.low.fill_(-float(bound))
     ffn.high.fill_(float(bound))
+
+
+def random_ids(model: PreTrainedModel, batch: int, tokens: int, seed: int) -> Tensor:
+    """Token ids [batch, tokens] that the model knows, the same for the same seed."""
+    return torch.randint(vocabulary(model), (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def arguments_of(model: PreTrainedModel, modules: Sequence[nn.Module], ids: Tensor) -> list[tuple[Any, ...]]:
+    """The positional arguments of each of the modules, in the order of their calls, when the model sees ids."""
+    calls: list[tuple[Any, ...]] = []
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.callback(module.register_forward_pre_hook(lambda _, args: calls.append(args)).remove)
+        model(input_ids=ids, use_cache=False)
+    return calls

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -132,74 +131,66 @@ def measure_speed(
     """
     rows = [row for size in timing.batch_sizes for row in _rows(variants, size, timing, progress)]
     folded = variants[-1]
-    return SpeedReport(model, dtype_name(folded.model), timing.compiled, machine, rows, _crossover(folded, progress))
-
-
-def _crossover(folded: Variant, progress: Progress) -> dict[int, Ratio]:
     with folded.within():
-        if any(ffn.stacked for ffn in folded_ffns(folded.model).values()):
-            return {}
-        return ffn_speed_ups(folded.model, progress)
+        stacked = any(ffn.stacked for ffn in folded_ffns(folded.model).values())
+        crossover = {} if stacked else ffn_speed_ups(folded.model, progress)
+    return SpeedReport(model, dtype_name(folded.model), timing.compiled, machine, rows, crossover)
 
 
 def _rows(variants: Sequence[Variant], size: int, timing: Timing, progress: Progress) -> list[VariantSpeed]:
     """Decoding and prompts of every variant at one batch size."""
-    decoders = {variant.name: _decoder(variant, size, timing) for variant in variants}
-    step = {v.name: partial(_step_seconds, v, decoders[v.name], timing) for v in variants}
-    first = {v.name: partial(_first_token_seconds, v, decoders[v.name], size, timing) for v in variants}
+    runs = {variant.name: _Run(variant, size, timing) for variant in variants}
+    step, first = {n: r.step_seconds for n, r in runs.items()}, {n: r.first_seconds for n, r in runs.items()}
     steps = take_turns(step, timing.rounds, progress, f"decoding, batch {size}")
     firsts = take_turns(first, timing.rounds, progress, f"prompt, batch {size}")
-    return [_row(variant, decoders[variant.name], size, steps, firsts) for variant in variants]
+    return [run.speed(steps, firsts) for run in runs.values()]
 
 
-def _decoder(variant: Variant, size: int, timing: Timing) -> Decoder:
-    with variant.within():
-        prompt = variant.prompt(size, timing.prompt)
-        return Decoder(variant.model, prompt, timing.steps if timing.compiled else None)
+class _Run:
+    """A variant with a batch of so many prompts, to be timed again and again."""
 
+    def __init__(self, variant: Variant, size: int, timing: Timing) -> None:
+        self.variant, self.timing, self.prompt = variant, timing, variant.prompt(size, timing.prompt)
+        with variant.within():
+            self.decoder = Decoder(variant.model, self.prompt, timing.steps if timing.compiled else None)
 
-def _step_seconds(variant: Variant, decoder: Decoder, timing: Timing) -> float:
-    with variant.within():
-        return decoder.seconds(timing.steps)
+    def step_seconds(self) -> float:
+        """Seconds of a decoding step."""
+        with self.variant.within():
+            return self.decoder.seconds(self.timing.steps)
 
+    def first_seconds(self) -> float:
+        """Seconds from the prompt to its first token."""
+        model = self.variant.model
+        with self.variant.within():
+            self.decoder.warm_up()
+            if self.variant.name != FOLDED:
+                return Decoder(model, self.prompt).prefill
+            set_prefill(model, self.timing.prefill)
+            try:
+                return Decoder(model, self.prompt).prefill
+            finally:
+                set_prefill(model, "folded")
 
-def _first_token_seconds(variant: Variant, decoder: Decoder, size: int, timing: Timing) -> float:
-    prompt = variant.prompt(size, timing.prompt)
-    with variant.within():
-        decoder.warm_up()
-        if variant.name != FOLDED:
-            return Decoder(variant.model, prompt).prefill
-        set_prefill(variant.model, timing.prefill)
-        try:
-            return Decoder(variant.model, prompt).prefill
-        finally:
-            set_prefill(variant.model, "folded")
-
-
-def _row(
-    variant: Variant,
-    decoder: Decoder,
-    size: int,
-    steps: Mapping[str, Sequence[float]],
-    firsts: Mapping[str, Sequence[float]],
-) -> VariantSpeed:
-    """The figures of a variant out of the seconds of all."""
-    name, step = variant.name, statistics.median(steps[variant.name])
-    with variant.within(), count_union(variant.model) as union:
-        decoder.step_eagerly()
-        read = step_bytes(variant.model, union.mean)
-    return VariantSpeed(
-        batch=size,
-        variant=name,
-        tokens_per_second=size / step,
-        step_seconds=step,
-        folded_speed_up=Ratio.of(steps[name], steps[FOLDED]),
-        first_token_seconds=statistics.median(firsts[name]),
-        folded_first_token_speed_up=Ratio.of(firsts[name], firsts[FOLDED]),
-        step_bytes=read,
-        bytes_per_second=read / step,
-        union_fix_rate=union.mean if name == FOLDED else None,
-    )
+    def speed(self, steps: Mapping[str, Sequence[float]], firsts: Mapping[str, Sequence[float]]) -> VariantSpeed:
+        """The figures of the variant, out of the seconds of all."""
+        name, size = self.variant.name, len(self.prompt)
+        step = statistics.median(steps[name])
+        with self.variant.within(), count_union(self.variant.model) as union:
+            self.decoder.step_eagerly()
+            read = step_bytes(self.variant.model, union.mean)
+        return VariantSpeed(
+            batch=size,
+            variant=name,
+            tokens_per_second=size / step,
+            step_seconds=step,
+            folded_speed_up=Ratio.of(steps[name], steps[FOLDED]),
+            first_token_seconds=statistics.median(firsts[name]),
+            folded_first_token_speed_up=Ratio.of(firsts[name], firsts[FOLDED]),
+            step_bytes=read,
+            bytes_per_second=read / step,
+            union_fix_rate=union.mean if name == FOLDED else None,
+        )
 
 
 def step_bytes(model: PreTrainedModel, share: float = 0.0) -> float:

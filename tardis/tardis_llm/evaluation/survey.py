@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..calibration.moments import BinnedMoments, chunks, pre_activation_moments
 from ..calibration.stream import Stream
 from ..calibration.text import Windows, check_enough
 from ..config import FoldConfig
-from ..families.sites import FFNSite, find_ffns
+from ..families.sites import find_ffns
 from ..ffn.accounting import planned
 from ..ffn.neuron import Neurons
 from ..ffn.weights import DenseFFN
@@ -124,9 +124,11 @@ def survey(model: PreTrainedModel, windows: Windows | None = None, progress: Pro
         [True, True]
     """
     sites = find_ffns(model)
-    layers = [_sizes(site) for site in sites]
+    ffns = [site.weights() for site in sites]
+    sizes = zip(sites, ffns, strict=True)
+    layers = [LayerSurvey(site.prefix, ffn.d, ffn.h, ffn.activation, ffn.nbytes) for site, ffn in sizes]
     if windows is None:
-        return Survey(layers, [], 0, [site.weights() for site in sites])
+        return Survey(layers, [], 0, ffns)
     check_enough(windows, sites[0].hidden_size)
     for ids in (windows.fit, windows.heldout):
         check_windows(model, ids)
@@ -143,26 +145,16 @@ def survey(model: PreTrainedModel, windows: Windows | None = None, progress: Pro
             fit.advance()
             heldout.advance()
             progress("surveying layers", len(found), len(sites))
-    return Survey(found, ranges, windows.fit.numel(), [site.weights() for site in sites])
-
-
-def _sizes(site: FFNSite) -> LayerSurvey:
-    ffn = site.weights()
-    return LayerSurvey(site.prefix, ffn.d, ffn.h, ffn.activation, ffn.nbytes)
+    return Survey(found, ranges, windows.fit.numel(), ffns)
 
 
 def _measure(layer: LayerSurvey, ffn: DenseFFN, inputs: Inputs) -> tuple[LayerSurvey, Tensor]:
     moments, span = _neurons(ffn, inputs)
     hot = coverage_ranges(moments, torch.full((layer.h,), COVERAGE, dtype=torch.float64))
-    low, high = (
-        torch.maximum(hot.neurons.low, span[0]),
-        torch.minimum(hot.neurons.high, span[1]),
-    )  # the outer bins are open
+    # the outer bins are open
+    low, high = torch.maximum(hot.neurons.low, span[0]), torch.minimum(hot.neurons.high, span[1])
     width = ((high - low) / (span[1] - span[0]).clamp_min(1e-30)).mean()
-    measured = LayerSurvey(
-        layer.prefix, layer.d, layer.h, layer.activation, layer.dense, linearity(ffn, inputs), float(width)
-    )
-    return measured, torch.stack([low, high])
+    return replace(layer, linearity=linearity(ffn, inputs), width=float(width)), torch.stack([low, high])
 
 
 def linearity(ffn: DenseFFN, inputs: Inputs) -> float:

@@ -6,19 +6,20 @@ Both have the same prompts and scores; `Task` says which file and which stock ta
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration.text import spread
 from ..errors import InvalidInputError
 from ..integrations.lm_eval import check_available, harness_model, quiet
 from ..report import Progress, silent
+from .perplexity import exp_ratio
 
 _FOLDER = Path(__file__).parent / "harness_tasks"
 #: metrics that are the mean of one value per item
@@ -110,8 +111,8 @@ class TaskScore:
         ours, theirs = ((score.task, score.metric, len(score.correct)) for score in (self, reference))
         if ours != theirs or len(self.correct) < 2:
             raise InvalidInputError(
-                f"{_name(self)} and {_name(reference)} cannot be paired; give scores of one task with an accuracy, run "
-                "with the same limit."
+                f"{' and '.join(f'{s.task} ({s.metric}, {s.items} items)' for s in (self, reference))} cannot be "
+                "paired; give scores of one task with an accuracy, run with the same limit."
             )
         return _mean([a - b for a, b in zip(self.correct, reference.correct, strict=True)])
 
@@ -291,19 +292,12 @@ def _metric(name: str, values: list[Any]) -> Metric:
     resamples, the error is that of the mean logarithm by the delta method."""
     if name in ACCURACIES:
         return _mean(values)
-    losses, counts = zip(*(value if isinstance(value, tuple) else (value, 1) for value in values), strict=True)
-    mean = sum(losses) / sum(counts)
-    n = len(values)
-    squares = sum((loss - mean * count) ** 2 for loss, count in zip(losses, counts, strict=True))
-    error = math.sqrt(squares * n / (n - 1)) / sum(counts) if n > 1 else math.nan
-    return Metric(math.exp(-mean), math.exp(-mean) * error)
+    pairs = [value if isinstance(value, tuple) else (value, 1) for value in values]
+    likelihoods, counts = torch.tensor(pairs, dtype=torch.float64).T
+    return Metric(*exp_ratio(-likelihoods, counts))
 
 
 def _mean(values: Sequence[float]) -> Metric:
     from lm_eval.api.metrics import mean, mean_stderr
 
     return Metric(float(mean(values)), float(mean_stderr(values)))
-
-
-def _name(score: TaskScore) -> str:
-    return f"{score.task} ({score.metric}, {score.items} items)"

@@ -22,8 +22,7 @@ from ..families.sites import FFNSite
 from ..runtime.linears.placing import low_bit_copies, put_linears, through_kernels
 from ..runtime.modules import FoldedFFN
 from ..runtime.placing import folded_ffns, install, lay_out, uninstall
-from .probing import random_ids
-from .shapes import RandomFold, random_folds
+from .shapes import RandomFold, random_folds, random_ids
 
 FOLDED = "folded"
 #: bits per weight of the rivals that have few

@@ -13,7 +13,7 @@ and `exact` cannot be.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ def set_prefill(model: PreTrainedModel, mode: Prefill) -> None:
     """
     stacked = any(ffn.stacked for ffn in folded_ffns(model).values())
     check_prefill(mode, stacked)
-    choices = {"folded": None, "exact": are_prompts, "auto": None if stacked else MoreThan(crossover(model))}
+    choices = {"folded": None, "exact": _are_prompts, "auto": None if stacked else partial(_are_many, crossover(model))}
     for block in layer_list(model):
         _note_lengths(block, mode == "exact")
     for ffn in folded_ffns(model).values():
@@ -80,19 +80,13 @@ def crossover(model: PreTrainedModel) -> int:
     return CROSSOVER if recorded is None else recorded
 
 
-@dataclass(frozen=True)
-class MoreThan:
-    """Says of inputs [..., d] whether they are more than so many tokens."""
-
-    tokens: int
-
-    def __call__(self, x: Tensor) -> bool:
-        """Whether x [..., d] is more than `tokens` tokens."""
-        return x.numel() // x.shape[-1] > self.tokens
+def _are_many(limit: int, x: Tensor) -> bool:
+    """Whether inputs x [..., d] are more than so many tokens."""
+    return x.numel() // x.shape[-1] > limit
 
 
-def are_prompts(x: Tensor) -> bool:
-    """Whether inputs [batch, tokens, d] have several tokens of a sequence.
+def _are_prompts(x: Tensor) -> bool:
+    """Whether inputs x [batch, tokens, d] have several tokens of a sequence.
 
     Some families give their FFN all tokens in one row, [batch * tokens, d]: then the inputs of its block decide.
     """

@@ -18,10 +18,10 @@ from ...ffn.activations import ACTIVATIONS
 from ...ffn.packed import PackedMatrix
 from ...ffn.weights import FoldedWeights, Layout
 from ...ffn.weights import Matrix as AnyMatrix
-from .library import ISAS, MAX_TOKENS, available, can_be_in_panels, kernels, loaded
-from .operators import ACTIVATION_BITS, DTYPES, by_row, check_inputs, multiplies, readable, vector
+from .library import ISAS, available, can_be_in_panels, kernels, loaded
+from .operators import ACTIVATION_BITS, DTYPES, batches, check_inputs, multiplies, readable
 from .panels import Panels
-from .structures import FFN, Batch, Matrix
+from .structures import FFN, Batch, Matrix, Vector
 
 _ACTIVATIONS = list(ACTIVATIONS)
 
@@ -47,8 +47,10 @@ class CpuFFN:
             raise TardisError(f"the activation {neurons.activation!r} is none of {', '.join(_ACTIVATIONS)}.")
         self._d, self._h = predictor.columns, neurons.count
         matrices = [Matrix.of(matrix) for matrix in (weights.fold, predictor, weights.up, weights.down)]  # type: ignore[arg-type]
-        vectors = [vector(weights.bias, self._d), *(vector(each, self._h) for each in (weights.b1, *neurons.tensors))]
-        self._ffn = FFN(*matrices, *vectors, _ACTIVATIONS.index(neurons.activation))
+        of_neurons = (Vector.of(each, self._h) for each in (weights.b1, *neurons.tensors))
+        self._ffn = FFN(
+            *matrices, Vector.of(weights.bias, self._d), *of_neurons, _ACTIVATIONS.index(neurons.activation)
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
         """Outputs [tokens, d] for inputs x [tokens, d], contiguous."""
@@ -60,11 +62,8 @@ class CpuFFN:
 
     def _run(self, x: Tensor, kernel: Callable[[FFN, Batch], None], y: Tensor) -> Tensor:
         check_inputs(x, self._d)
-        for some, out in (
-            ((x, y),) if len(x) <= MAX_TOKENS else zip(x.split(MAX_TOKENS), y.split(MAX_TOKENS), strict=True)
-        ):
-            if len(some):
-                kernel(self._ffn, Batch.of(some, out, self._bits))
+        for batch in batches(x, y, self._bits):
+            kernel(self._ffn, batch)
         return y
 
 
@@ -101,29 +100,17 @@ class CpuBackend:
 
     def linear(self, x: Tensor, matrix: AnyMatrix, bias: Tensor | None) -> Tensor | None:
         """x W^T + bias; None for matrices of another dtype than x, and for others that no kernel multiplies."""
+        rows, run = x.reshape(-1, x.shape[-1]).contiguous(), torch.ops.tardis.linear
         if isinstance(matrix, PackedMatrix):
-            parts = [_low_bit(some, matrix, bias) for some in _rows(x).split(MAX_TOKENS)]
-            y = parts[0] if len(parts) == 1 else torch.cat(parts)
+            y = run(rows, matrix.planes, bias, matrix.scale, matrix.group_size)
         elif isinstance(matrix, Panels):
             if matrix.scale is not None or matrix.data.dtype != x.dtype:
                 return None
-            y = torch.ops.tardis.panels_linear(_rows(x), matrix.data, bias, matrix.rows)
+            y = run(rows, matrix.data, bias, outputs=matrix.rows)
         else:
             assert isinstance(matrix, Tensor), "there is no other order of memory on a CPU"
-            if by_row(x, matrix):
-                y = torch.ops.tardis.linear(_rows(x), matrix, bias)
-            elif multiplies(x, matrix):
-                transposed = not matrix.is_contiguous()
-                y = torch.ops.tardis.gemm(_rows(x), matrix.T if transposed else matrix, bias, transposed)
-            else:
+            if not multiplies(x, matrix):
                 return None
+            transposed = not matrix.is_contiguous()
+            y = run(rows, matrix.T if transposed else matrix, bias, transposed=transposed)
         return y.view(*x.shape[:-1], y.shape[-1])
-
-
-def _low_bit(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:
-    y: Tensor = torch.ops.tardis.lowbit_linear(x, matrix.planes, matrix.scale, matrix.group_size, bias)
-    return y
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).contiguous()

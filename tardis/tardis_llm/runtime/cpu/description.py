@@ -30,9 +30,8 @@ Structures = Sequence[type[ctypes.Structure]]
 
 def described(library: ctypes.CDLL) -> dict[str, str]:
     """What a library says of itself: values by name; empty if it is of a version that said nothing."""
-    try:
-        describe = library.tardis_description
-    except AttributeError:
+    describe = getattr(library, "tardis_description", None)
+    if describe is None:
         return {}
     describe.restype, describe.argtypes = ctypes.c_char_p, ()
     return dict(line.split("=", 1) for line in describe().decode().splitlines())

@@ -31,13 +31,6 @@ def check_matrix(matrix: Tensor | PackedMatrix | Panels) -> None:
         _check_packed(matrix)
 
 
-def check_vector(vector: Tensor) -> None:
-    """Raise TardisError for what is no vector of floating numbers; who knows its size checks that."""
-    check_tensor("a vector", vector, _FLOATS)
-    if vector.dim() != 1:
-        raise TardisError(f"a vector has one dimension, and one of shape {list(vector.shape)} was given.")
-
-
 def check_tensor(what: str, tensor: Tensor, dtypes: Collection[torch.dtype], shape: tuple[int, ...] = ()) -> None:
     """Raise TardisError unless a tensor is as `check_kind` wants it, in main memory, dense and aligned."""
     check_kind(what, tensor, dtypes, shape)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...ffn.packed import PackedMatrix
-from .operands import check_matrix, check_vector
+from .operands import check_matrix, check_tensor
 from .panels import Panels
 
 #: `TardisType` of interface.h
@@ -40,13 +40,24 @@ class Matrix(ctypes.Structure):
         if matrix is None:
             return cls()
         check_matrix(matrix)
-        data, scale = _tensors(matrix)
-        return cls(data.data_ptr(), None if scale is None else scale.data_ptr(), *_sizes(matrix))
+        found = cls.without_pointers(matrix)
+        if isinstance(matrix, Tensor):
+            found.data = matrix.data_ptr()
+        else:
+            found.data = (matrix.data if isinstance(matrix, Panels) else matrix.planes).data_ptr()
+            found.scale = None if matrix.scale is None else matrix.scale.data_ptr()
+        return found
 
     @classmethod
     def without_pointers(cls, matrix: Tensor | PackedMatrix | Panels) -> Matrix:
         """The sizes and the type of a matrix, whose tensors may lie in any way."""
-        return cls(None, None, *_sizes(matrix))
+        if isinstance(matrix, Tensor):
+            rows, columns = matrix.shape
+            return cls(None, None, rows, columns, columns, _DENSE.get(matrix.dtype, Type.NONE), 0)
+        if isinstance(matrix, Panels):
+            kind = _PANELS[matrix.data.dtype]
+            return cls(None, None, matrix.rows, matrix.columns, matrix.group_size, kind, matrix.bits)
+        return cls(None, None, len(matrix.planes), matrix.columns, matrix.group_size, Type.LOW_BIT, matrix.bits)
 
 
 class Vector(ctypes.Structure):
@@ -55,11 +66,11 @@ class Vector(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), ("type", ctypes.c_int32), ("unused", ctypes.c_int32))
 
     @classmethod
-    def of(cls, vector: Tensor | None) -> Vector:
-        """Points to a vector, which must stay alive and contiguous; raises TardisError as `check_vector`."""
+    def of(cls, vector: Tensor | None, size: int) -> Vector:
+        """Points to a vector of so many numbers, which must stay alive; raises TardisError as `check_tensor`."""
         if vector is None:
             return cls()
-        check_vector(vector)
+        check_tensor("a vector", vector, _DENSE, (size,))
         return cls(vector.data_ptr(), _DENSE[vector.dtype], 0)
 
 
@@ -95,20 +106,3 @@ class FFN(ctypes.Structure):
 
 
 STRUCTURES = (Matrix, Vector, Batch, FFN)
-
-
-def _tensors(matrix: Tensor | PackedMatrix | Panels) -> tuple[Tensor, Tensor | None]:
-    """The numbers, planes or panels of a matrix, and the scales of codes."""
-    if isinstance(matrix, Tensor):
-        return matrix, None
-    return (matrix.data if isinstance(matrix, Panels) else matrix.planes), matrix.scale
-
-
-def _sizes(matrix: Tensor | PackedMatrix | Panels) -> tuple[int, int, int, Type, int]:
-    """Rows, columns, group size, type and bits of a matrix."""
-    if isinstance(matrix, Tensor):
-        rows, columns = matrix.shape
-        return rows, columns, columns, _DENSE.get(matrix.dtype, Type.NONE), 0
-    if isinstance(matrix, Panels):
-        return matrix.rows, matrix.columns, matrix.group_size, _PANELS[matrix.data.dtype], matrix.bits
-    return len(matrix.planes), matrix.columns, matrix.group_size, Type.LOW_BIT, matrix.bits
