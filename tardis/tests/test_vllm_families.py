@@ -162,7 +162,7 @@ def test_linear_layers_in_unlike_bits_are_refused_before_weights_are_read(tmp_pa
 def test_an_encoder_is_refused_before_its_weights_are_read(tmp_path: Path):
     save_tiny("bert", tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(UnsupportedModelError, match="encoders such as bert are not served; use transformers"):
+    with pytest.raises(UnsupportedModelError, match="does not serve folded encoders such as bert; use transformers"):
         check_served(AutoConfig.from_pretrained(tmp_path))
     with pytest.raises(Exception, match="TardisBertForMaskedLM"), engine(tmp_path):  # in vLLM's words
         pass
