@@ -86,6 +86,7 @@ def _linear(
     transposed: bool = False,
     activation_bits: int = ACTIVATION_BITS,
 ) -> Tensor:
+    """[tokens, out] in the dtype of x; raises TardisError for tensors that do not fit together, or lie otherwise."""
     matrix: Tensor | PackedMatrix | Panels = data
     if scale is not None:
         matrix = PackedMatrix(data, scale, x.shape[-1], group_size)
