@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import socket
 import statistics
@@ -35,13 +36,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from gptq import save_gptq
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from tardis_llm.checkpoint.folded import save_folded
 from tardis_llm.evaluation.machine import cpu_name
-from tardis_llm.evaluation.shapes import SHAPES, RandomFold, save_random_fold, shaped_model
+from tardis_llm.evaluation.shapes import SHAPES, RandomFold, random_folds, shaped_model
 from tardis_llm.evaluation.turns import Ratio
+from tardis_llm.families.sites import FFNSite
+from tardis_llm.ffn.accounting import cost
+from tardis_llm.report import FoldReport, LayerReport
+from tardis_llm.runtime.linears.placing import quantise_linears
+from tardis_llm.runtime.modules import FoldedFFN
+from tardis_llm.runtime.placing import install
 
 _VARIANTS = ("dense", "folded")
 _PROMPT, _LENGTH = 32, 512  # tokens of a prompt if nothing else is said, and the most of a request
@@ -267,6 +276,36 @@ def make(args: argparse.Namespace, root: Path) -> dict[str, Path]:
     tokenizer.save_pretrained(directories["dense"])
     save_random_fold(model, directories["folded"], RandomFold(*given), tokenizer)
     return directories
+
+
+@torch.no_grad()
+def save_random_fold(
+    model: PreTrainedModel,
+    directory: Path,
+    fold: RandomFold | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Fold a model at random, in place, and save it as a checkpoint; its report's errors are not numbers.
+
+    Args:
+        model: dense.
+        directory: made if missing.
+        fold: what the fold is made with; None for the defaults.
+        tokenizer: saved beside the model.
+    """
+    fold, layers = fold or RandomFold(), []
+    for site, ffn in list(random_folds(model, fold.predictor_bits, fold.storage, fold.fix_rate)):
+        layers.append(_random_report(site, ffn, fold))
+        install(model, site, ffn)
+    linears = quantise_linears(model, fold.linear_bits) if fold.linear_bits else None
+    save_folded(model, FoldReport(layers, {"random": True}, linears=linears), directory, tokenizer)
+
+
+def _random_report(site: FFNSite, ffn: FoldedFFN, fold: RandomFold) -> LayerReport:
+    """What is known of a random fold: its bytes, and the share of the neurons that it is made to fix."""
+    bytes_ = cost(site.weights(), ffn.weights)
+    sizes = bytes_.dense, bytes_.touched(fold.fix_rate), bytes_.resident
+    return LayerReport(site.prefix, fold.predictor_bits, fold.fix_rate, math.nan, math.nan, None, None, *sizes)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

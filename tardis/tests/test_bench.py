@@ -12,6 +12,7 @@ import torch
 from conftest import Result, assert_refused
 from models import tiny_model, tiny_tokenizer, tokens
 from transformers import AutoConfig, PreTrainedModel
+from vllm_decode import save_random_fold
 
 from tardis_llm.checkpoint.loading import load_model
 from tardis_llm.errors import InvalidInputError
@@ -19,7 +20,7 @@ from tardis_llm.evaluation.crossover import TOKEN_COUNTS, ffn_speed_ups, pays_up
 from tardis_llm.evaluation.decoder import Decoder
 from tardis_llm.evaluation.fix_rate import count_fixes, count_union
 from tardis_llm.evaluation.machine import cpu_name, read_bandwidth
-from tardis_llm.evaluation.shapes import SHAPES, random_folds, save_random_fold, shaped_model
+from tardis_llm.evaluation.shapes import SHAPES, random_folds, shaped_model
 from tardis_llm.evaluation.speed import step_bytes
 from tardis_llm.evaluation.turns import Ratio, take_turns
 from tardis_llm.evaluation.variants import RIVALS, folded, rival

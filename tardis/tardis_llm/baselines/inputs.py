@@ -79,7 +79,7 @@ def stream_of(model: PreTrainedModel, ids: Tensor, scratch: str) -> Stream:
 
 def statistics_by_block(
     model: PreTrainedModel, ids: Tensor, blocks: Sequence[Sequence[ModelMatrix]], need: Need
-) -> Iterator[list[InputStatistics | None]]:
+) -> Iterator[Sequence[InputStatistics | None]]:
     """Per block, statistics of the inputs of its matrices, from one pass of the block over all the windows.
 
     What the caller does to a block before asking for the next is in what the blocks after it get.
@@ -109,7 +109,7 @@ def statistics_by_block(
                         f"{matrix.name} got no input when its block ran; compress with scope='ffn', which leaves it "
                         "out."
                     )
-            yield list(gathered)
+            yield gathered
             if index + 1 < len(blocks):
                 stream.advance()
 

@@ -146,6 +146,8 @@ def _print(rows: list[Row]) -> None:
         "the dense model's. fixed: share of neurons that a fold corrects per token. seconds: to compress.[/]"
     )
     if rows[0].scores:
-        scores = ((row.method.label, [*row.scores.values(), row.accuracy]) for row in rows if row.accuracy)
-        cells = ([label, *(score.percent() for score in found if score)] for label, found in scores)
-        show.print_table("Zero-shot accuracy in %", ["method", *rows[0].scores, "mean"], cells)
+        made = show.table("Zero-shot accuracy in %", "method", *rows[0].scores, "mean")
+        for row in rows:
+            if row.accuracy:
+                made.add_row(row.method.label, *(score.percent() for score in [*row.scores.values(), row.accuracy]))
+        show.out.print(made)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .. import sample
 from ..calibration.limits import window_length
@@ -71,7 +71,10 @@ def demo(output: Output = Path("demo-output"), as_json: AsJson = False) -> None:
     rows.append(
         _evaluate("coverage, no refit", paper, windows, _fold("coverage, no refit", paper, calibration, _COVERAGE))
     )
-    folded, report = _fold_and_reload(calibration, tokenizer, output / _CHECKPOINT)
+    model = load_dense(name)
+    report = _fold("error, refit", model, calibration, _ERROR)
+    save_folded(model, report, output / _CHECKPOINT, tokenizer)
+    folded = AutoModelForCausalLM.from_pretrained(output / _CHECKPOINT).eval()  # as a user loads it
     rows.append(_evaluate("error, refit", folded, windows, report))
     texts["folded"] = generate(folded, tokenizer, prompt, _ANSWER, _TEMPERATURE)
     plot_fold(folded, rows[-1].report or report, output / _PLOT, "bundled sample")
@@ -102,17 +105,6 @@ def _fold(name: str, model: PreTrainedModel, calibration: Windows, config: FoldC
         return fold(model, calibration, config, progress=progress)
 
 
-def _fold_and_reload(
-    calibration: Windows, tokenizer: PreTrainedTokenizerBase, directory: Path
-) -> tuple[PreTrainedModel, FoldReport]:
-    """Fold, write, and load as a user would."""
-    model = load_dense(str(sample.model_dir()))
-    report = _fold("error, refit", model, calibration, _ERROR)
-    save_folded(model, report, directory, tokenizer)
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory)
-    return loaded.eval(), report
-
-
 def _evaluate(name: str, model: PreTrainedModel, windows: Tensor, report: FoldReport | None = None) -> Judged:
     with show.progress_bars(f"{name}: ") as progress, count_fixes(model) as counts:
         perplexity = token_perplexity(model, windows, progress)
@@ -139,16 +131,12 @@ def _print(rows: list[Judged], texts: dict[str, str]) -> None:
     title = f"The bundled sample at reduction {_REDUCTION}, everything measured on held-out text"
     made = show.table(title, "model", "perplexity", "to dense", "touched", "resident", "fixed")
     for row in rows:
-        ratio, error = row.perplexity.ratio(rows[0].perplexity)
-        report = row.report
-        made.add_row(
-            row.name,
-            show.perplexity(row.perplexity),
-            f"{ratio:.3f} ± {error:.3f}" if report else "1",
-            f"{report.touched / report.dense:.1%}" if report else "100%",
-            f"{report.resident / report.dense:.1%}" if report else "100%",
-            f"{report.fix_rate:.2%}" if report else "-",
-        )
+        figures = ["1", "100%", "100%", "-"]
+        if ffns := row.report:
+            ratio, error = row.perplexity.ratio(rows[0].perplexity)
+            shares = f"{ffns.touched / ffns.dense:.1%}", f"{ffns.resident / ffns.dense:.1%}"
+            figures = [f"{ratio:.3f} ± {error:.3f}", *shares, f"{ffns.fix_rate:.2%}"]
+        made.add_row(row.name, show.perplexity(row.perplexity), *figures)
     first = rows[0].perplexity
     show.out.print(made)
     show.out.print(

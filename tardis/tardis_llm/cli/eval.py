@@ -124,13 +124,9 @@ def _print_tasks(scores: tuple[TaskScore, ...]) -> None:
         first = (score.metric, (score.value, score.standard_error))
         for metric, (value, error) in (first, *score.also.items()):
             form = ".2%" if metric.startswith("acc") else ",.2f"
-            shown = metric == score.metric
-            made.add_row(
-                score.task if shown else "",
-                metric,
-                format(value, form),
-                f"± {format(error, form)}",
-                f"{score.items:,}" if shown else "",
-                style=None if shown else "dim",
-            )
+            figures = metric, format(value, form), f"± {format(error, form)}"
+            if metric == score.metric:
+                made.add_row(score.task, *figures, f"{score.items:,}")
+            else:
+                made.add_row("", *figures, "", style="dim")
     show.out.print(made)

@@ -124,15 +124,9 @@ def _print_survey(model: str, found: Survey) -> None:
     made = show.table(f"{model}, dense", "FFN", "d", "h", "activation", "bytes", "linearity", f"{COVERAGE:.0%} range")
     for layer in found.layers:
         measured = layer.linearity is not None and layer.width is not None
-        made.add_row(
-            layer.prefix,
-            str(layer.d),
-            str(layer.h),
-            layer.activation,
-            show.size(layer.dense),
-            f"{layer.linearity:.4f}" if measured else "-",
-            f"{layer.width:.1%}" if measured else "-",
-        )
+        figures = (f"{layer.linearity:.4f}", f"{layer.width:.1%}") if measured else ("-", "-")
+        sizes = str(layer.d), str(layer.h), layer.activation, show.size(layer.dense)
+        made.add_row(layer.prefix, *sizes, *figures)
     show.out.print(made)
     show.out.print(
         "[dim]linearity: squared error of the best affine map over the variance of the FFN's output. "

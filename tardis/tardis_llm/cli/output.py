@@ -159,16 +159,9 @@ def print_fold(report: FoldReport, title: str) -> None:
     """Print the figures of every layer of a fold and of all together, and what they mean."""
     made = table(title, "FFN", "bits", "fixed", "error", "linearity", "touched", "resident")
     for layer in report.layers:
-        made.add_row(
-            layer.prefix,
-            str(layer.bits),
-            f"{layer.fix_rate:.2%}",
-            f"{layer.error:.4f}",
-            f"{layer.linearity:.4f}",
-            f"{layer.touched / layer.dense:.2%}",
-            f"{layer.resident / layer.dense:.1%}",
-            end_section=layer is report.layers[-1],
-        )
+        figures = str(layer.bits), f"{layer.fix_rate:.2%}", f"{layer.error:.4f}", f"{layer.linearity:.4f}"
+        shares = f"{layer.touched / layer.dense:.2%}", f"{layer.resident / layer.dense:.1%}"
+        made.add_row(layer.prefix, *figures, *shares, end_section=layer is report.layers[-1])
     shares = f"{report.touched / report.dense:.2%}", f"{report.resident / report.dense:.1%}"
     made.add_row("all", "", f"{report.fix_rate:.2%}", "", "", *shares, style="bold")
     out.print(made)

@@ -6,29 +6,22 @@ too, with ranges set so that a stated share of the neurons is fixed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from ..checkpoint.folded import save_folded
 from ..errors import InvalidInputError
 from ..families.sites import FFNSite, find_ffns
 from ..families.table import vocabulary
-from ..ffn.accounting import cost
 from ..ffn.weights import FoldedWeights, Storage, written_out
-from ..report import FoldReport, LayerReport
-from ..runtime.linears.placing import quantise_linears
 from ..runtime.modules import FoldedFFN
-from ..runtime.placing import install
 
 
 def _of(width: int, layers: int, heads: int) -> dict[str, Any]:
@@ -80,9 +73,6 @@ class RandomFold:
     def storage(self) -> Storage:
         """How the parts of each folded FFN are stored."""
         return Storage(fold_bits=self.fold_bits, fallback_bits=self.fallback_bits)
-
-
-_DEFAULT = RandomFold()
 
 
 @torch.no_grad()
@@ -152,36 +142,6 @@ def random_folds(
             _randomise(name, tensor, generator)
         _set_ranges(ffn, site, args[0].reshape(-1, site.hidden_size), fix_rate)
         yield site, ffn
-
-
-@torch.no_grad()
-def save_random_fold(
-    model: PreTrainedModel,
-    directory: Path,
-    fold: RandomFold = _DEFAULT,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-) -> None:
-    """Fold a model at random, in place, and save it as a checkpoint; its report's errors are not numbers.
-
-    Args:
-        model: dense.
-        directory: made if missing.
-        fold: what the fold is made with.
-        tokenizer: saved beside the model.
-    """
-    layers = []
-    for site, ffn in list(random_folds(model, fold.predictor_bits, fold.storage, fold.fix_rate)):
-        layers.append(_random_report(site, ffn, fold))
-        install(model, site, ffn)
-    linears = quantise_linears(model, fold.linear_bits) if fold.linear_bits else None
-    save_folded(model, FoldReport(layers, {"random": True}, linears=linears), directory, tokenizer)
-
-
-def _random_report(site: FFNSite, ffn: FoldedFFN, fold: RandomFold) -> LayerReport:
-    """What is known of a random fold: its bytes, and the share of the neurons that it is made to fix."""
-    bytes_ = cost(site.weights(), ffn.weights)
-    sizes = bytes_.dense, bytes_.touched(fold.fix_rate), bytes_.resident
-    return LayerReport(site.prefix, fold.predictor_bits, fold.fix_rate, math.nan, math.nan, None, None, *sizes)
 
 
 def _randomise(name: str, tensor: Tensor, generator: torch.Generator) -> None:

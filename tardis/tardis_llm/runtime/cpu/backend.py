@@ -47,10 +47,9 @@ class CpuFFN:
             raise TardisError(f"the activation {neurons.activation!r} is none of {', '.join(_ACTIVATIONS)}.")
         self._d, self._h = predictor.columns, neurons.count
         matrices = [Matrix.of(matrix) for matrix in (weights.fold, predictor, weights.up, weights.down)]  # type: ignore[arg-type]
-        of_neurons = (Vector.of(each, self._h) for each in (weights.b1, *neurons.tensors))
-        self._ffn = FFN(
-            *matrices, Vector.of(weights.bias, self._d), *of_neurons, _ACTIVATIONS.index(neurons.activation)
-        )
+        bias, *others = weights.bias, weights.b1, *neurons.tensors
+        vectors = [Vector.of(bias, self._d), *(Vector.of(each, self._h) for each in others)]
+        self._ffn = FFN(*matrices, *vectors, _ACTIVATIONS.index(neurons.activation))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Outputs [tokens, d] for inputs x [tokens, d], contiguous."""

@@ -70,9 +70,10 @@ def check_inputs(x: Tensor, width: int) -> None:
 
 def batches(x: Tensor, y: Tensor, activation_bits: int) -> Iterator[Batch]:
     """Inputs x [tokens, d] and outputs y in parts of as many tokens as the kernels take at once."""
-    for first in range(0, len(x), MAX_TOKENS):
-        part = slice(first, first + MAX_TOKENS)
-        yield Batch.of(x[part], y[part], activation_bits)
+    few = len(x) <= MAX_TOKENS
+    for some, out in [(x, y)] if few else zip(x.split(MAX_TOKENS), y.split(MAX_TOKENS), strict=True):
+        if len(some):
+            yield Batch.of(some, out, activation_bits)
 
 
 def _linear(
@@ -86,6 +87,7 @@ def _linear(
     transposed: bool = False,
     activation_bits: int = ACTIVATION_BITS,
 ) -> Tensor:
+    """[tokens, out] in the dtype of x; raises TardisError for tensors that do not fit together, or lie otherwise."""
     matrix: Tensor | PackedMatrix | Panels = data
     if scale is not None:
         matrix = PackedMatrix(data, scale, x.shape[-1], group_size)
