@@ -73,7 +73,7 @@ def error_ranges(moments: BinnedMoments, gain: Tensor, price: float) -> Ranges:
 
 
 def error_ranges_at(moments: BinnedMoments, counts: BinnedMoments, gain: Tensor, fix_rate: float) -> Ranges:
-    """`error_ranges` at the price for which `fix_rate` of the neurons are fixed on the tokens of `counts`.
+    """Ranges and lines of least output error with which `fix_rate` of the neurons are fixed on the tokens of `counts`.
 
     The rate is met from below as closely as bins allow, so that a byte budget is kept.
 
@@ -108,7 +108,7 @@ def coverage_ranges(moments: BinnedMoments, threshold: Tensor) -> Ranges:
 
 
 def _grown(moments: BinnedMoments, density: Tensor, threshold: Tensor) -> Ranges:
-    """`coverage_ranges` for a density [h, BINS] that is known."""
+    """Ranges grown from the peak of a density [h, BINS] until they cover `threshold` [h] of each neuron's inputs."""
     share = moments.count / moments.tokens
     rows = torch.arange(len(density))
     start = density.argmax(1)
@@ -128,9 +128,15 @@ def _grown(moments: BinnedMoments, density: Tensor, threshold: Tensor) -> Ranges
 
 
 def coverage_ranges_at(moments: BinnedMoments, counts: BinnedMoments, gain: Tensor, fix_rate: float) -> Ranges:
-    """`coverage_ranges` with thresholds adapted to each neuron's error, at a mean `fix_rate` on `counts`.
+    """Coverage ranges with which `fix_rate` of the neurons are fixed on the tokens of `counts`.
 
     A neuron whose line is worse gets the larger share of the tokens outside (the paper's error-aware thresholds).
+
+    Args:
+        moments: calibration tokens on which lines and ranges are fitted.
+        counts: tokens on which the rate is met, in the bins of `moments`.
+        gain: [h] fp64, |W2[:, i]|^2.
+        fix_rate: in [0, 1].
     """
     if fix_rate >= 1:
         return _fix_all(moments)

@@ -61,7 +61,7 @@ def refit_layer(
         >>> refitted = refit_layer(dense, ffn.weights, statistics)
         >>> fold_error(refitted, statistics) < fold_error(ffn.weights, statistics)
         True
-        >>> ffn.swap(refitted)
+        >>> previous = ffn.swap(refitted)
     """
     for some in (statistics, heldout or statistics):
         _check(dense, some)

@@ -39,7 +39,15 @@ def quantise_fallback(
 def store_fold(
     weight: Tensor, storage: Storage | FoldFormat, dtype: torch.dtype, covariance: Tensor | None
 ) -> Tensor | PackedMatrix:
-    """The fold C [d, d] fp32 as it is stored: in `dtype`, or in few bits."""
+    """The fold as it is stored: in `dtype`, or in few bits.
+
+    Args:
+        weight: [d, d] fp32, C.
+        storage: says in how many bits, if in few, and in what groups.
+        dtype: of the model.
+        covariance: [d, d] second moments of the inputs, by which the rounding errors of few bits are spread; None to
+            round to the nearest.
+    """
     if storage.fold_bits is None:
         return weight.to(dtype).contiguous()  # strides choose the kernel, and so bits
     return quantise(weight, storage.fold_bits, storage.group_size, covariance)
