@@ -27,7 +27,8 @@ from tardis_llm.folding.fold import (
     stored_neurons,
 )
 from tardis_llm.folding.ranges import Ranges, error_ranges, highest_price
-from tardis_llm.folding.statistics import target_moments
+from tardis_llm.folding.rounding import quantise
+from tardis_llm.folding.statistics import Statistics
 from tardis_llm.runtime.reference import fixed_neurons, folded_ffn
 
 D, H = 24, 96
@@ -177,15 +178,16 @@ def test_the_fold_is_rounded_to_the_dtype_of_the_model_and_its_error_counted() -
 def test_targets_are_the_output_and_what_fixing_leaves_of_it() -> None:
     ffn, x = random_ffn(D, H), correlated(200, D, 4)
     neurons = neurons_of(low=ffn.b1 - 0.3, high=ffn.b1 + 0.5, slope=0.4 + 0 * ffn.b1, offset=0.1 + 0 * ffn.b1)
-    w_hat = ffn.w1 + 0.1 * normal(H, D, seed=5)
-    found = target_moments(ffn, x, w_hat, neurons, ffn.w1, ffn.w2)
+    predictor = quantise(ffn.w1, 2, 16)
+    found, w_hat = Statistics.zeros(D, H), predictor.dequantise()
+    found.add(x, ffn, FoldedWeights(None, None, predictor, neurons))
     zhat, z = x @ w_hat.T + ffn.b1, x @ ffn.w1.T + ffn.b1
     fixed = (zhat < neurons.low) | (zhat > neurons.high)
     y = forward(ffn, x)
     left = y - (residuals(ffn.act, z, neurons.slope, neurons.offset) * fixed) @ ffn.w2.double().T
     assert found.fix_rate == pytest.approx(float(fixed.double().mean()))
     assert 0.2 < found.fix_rate < 0.8
-    for moments, target in ((found.output, y), (found.left, left)):
+    for moments, target in ((found.x, x.double()), (found.output, y), (found.left, left)):
         torch.testing.assert_close(moments.cross, x.double().T @ target, rtol=1e-4, atol=1e-2)
         torch.testing.assert_close(moments.y_sum, target.sum(0), rtol=1e-4, atol=1e-3)
         assert moments.y_square == pytest.approx(float(target.square().sum()), rel=1e-4)

@@ -10,16 +10,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic import binned, correlated, fallback, forward, normal, quick, random_ffn, second_moments
+from synthetic import binned, correlated, fallback, forward, neuron_major, normal, quick, random_ffn, second_moments
 from torch import Tensor
 
 from tardis_llm.calibration.moments import BinnedMoments, SecondMoments, Sums
 from tardis_llm.config import FoldConfig
 from tardis_llm.errors import InvalidInputError
-from tardis_llm.ffn.packed import PackedMatrix
-from tardis_llm.ffn.weights import DenseFFN, FoldedWeights
-from tardis_llm.folding.fold import Inputs, choose_ranges, predict, refit_layer, solve
-from tardis_llm.folding.statistics import Statistics, gather
+from tardis_llm.ffn.weights import DenseFFN, FoldedWeights, written_out
+from tardis_llm.folding.fold import Inputs, choose_ranges, predict, solve
+from tardis_llm.folding.lines import fit_lines
+from tardis_llm.folding.ranges import highest_price
+from tardis_llm.folding.refit import fold_error, fold_of_lines, refit_layer
+from tardis_llm.folding.statistics import Statistics
 from tardis_llm.runtime.modules import FoldedFFN
 from tardis_llm.runtime.reference import folded_ffn
 
@@ -84,6 +86,23 @@ def test_statistics_that_do_not_belong_together_are_refused() -> None:
             one.decay(share)
 
 
+def test_neurons_seen_by_less_than_one_token_have_their_lines() -> None:
+    z = normal(40, 4, seed=5)
+    whole = binned(z, z, "gelu")
+    few, inside = whole.decay(0.001), whole.count > 0
+    for exact, faded in zip(fit_lines(whole, inside), fit_lines(few, inside), strict=True):
+        torch.testing.assert_close(faded, exact)
+    assert highest_price(few, torch.ones(4)) == pytest.approx(highest_price(whole, torch.ones(4)))
+
+
+def gather(dense: DenseFFN, folded: FoldedWeights, *parts: Tensor) -> Statistics:
+    """Statistics of inputs, added part by part."""
+    statistics = Statistics.zeros(D, H)
+    for x in parts:
+        statistics.add(x, dense, folded)
+    return statistics
+
+
 @cache
 def solved(storage: tuple[tuple[str, int], ...]) -> tuple[DenseFFN, FoldedWeights, Inputs]:
     """An FFN, its fold and the inputs that it was fitted on."""
@@ -116,11 +135,14 @@ def test_a_refit_follows_the_inputs(storage: tuple[tuple[str, int], ...]) -> Non
     halves = [gather(ffn, folded, half) for half in x.split(1500)]
     statistics = halves[0].merge(halves[1])
     assert_same(statistics, gather(ffn, folded, x), rtol=1e-5, atol=0.05)  # products of chunks are in fp32
-    assert 0 < statistics.targets.fix_rate < 1
+    assert 0 < statistics.fix_rate < 1
     refitted = refit_layer(ffn, folded, statistics)
     assert refitted.format == folded.format
     before, after = (float(error(ffn, weights, x)) for weights in (folded, refitted))
     assert after < 0.7 * before
+    scale = float(forward(ffn, x).var(0, correction=0).sum()) / D
+    for weights, found in ((folded, before), (refitted, after)):
+        assert fold_error(weights, statistics) == pytest.approx(found / scale, rel=0.02)
     module = FoldedFFN(folded)
     module.swap(refitted)  # what follows the traffic does
     torch.testing.assert_close(module.weights.bias, refitted.bias)
@@ -139,4 +161,51 @@ def test_old_traffic_is_forgotten() -> None:
         float(error(ffn, refit_layer(ffn, folded, old.decay(share).merge(latest)), new)) for share in (1.0, 0.1, 0.0)
     ]
     assert errors[0] > errors[1] > errors[2]
-    assert isinstance(old, Statistics) and isinstance(folded.predictor, PackedMatrix)
+
+
+@quick
+@given(st.lists(st.integers(1, 299), max_size=4))
+def test_statistics_gathered_in_parts_and_merged_are_those_gathered_at_once(cuts: list[int]) -> None:
+    ffn, folded, inputs = solved(STORAGES[1])
+    parts = inputs.fit[:300].tensor_split(sorted(cuts))
+    merged = Statistics.zeros(D, H)
+    for part in parts:
+        merged = merged.merge(gather(ffn, folded, part))
+    assert_same(merged, gather(ffn, folded, *parts), rtol=1e-12)
+    assert_same(merged, gather(ffn, folded, inputs.fit[:300]), rtol=1e-5, atol=1e-2)
+    assert merged.x.count == 300
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_statistics_of_a_model_in_half_precision_are_gathered_from_its_own_weights(dtype: torch.dtype) -> None:
+    ffn, inputs = fallback(random_ffn(D, H), dtype), Inputs(correlated(3000, D, 1).to(dtype), correlated(900, D, 2))
+    config = FoldConfig(group_size=16, fallback_bits=4)
+    predicted = predict(ffn.in_fp32(), inputs, 2, config)
+    ranges = choose_ranges(ffn.in_fp32(), predicted, 0.1, config)
+    folded = solve(ffn.in_fp32(), inputs, predicted, ranges, config, dtype).weights
+    kept = [gather(neuron_major(ffn), folded, x) for x in (inputs.fit[None], inputs.heldout)]
+    assert_equal(refit_layer(neuron_major(ffn), folded, *kept), folded)
+
+
+def test_a_refit_takes_damping_and_rounding_as_told() -> None:
+    ffn, folded, inputs = solved(STORAGES[1])
+    fit, heldout = gather(ffn, folded, inputs.fit), gather(ffn, folded, inputs.heldout)
+    nearest = refit_layer(ffn, folded, fit, heldout, rounding="nearest")
+    assert fold_error(nearest, heldout) > fold_error(folded, heldout)
+    heavy = [refit_layer(ffn, folded, fit, *held, damping=1e6) for held in ([], [heldout])]
+    assert_equal(*heavy)
+    lines, _ = fold_of_lines(ffn, folded.neurons)
+    torch.testing.assert_close(written_out(heavy[0].fold), lines, rtol=0, atol=0.05)
+
+
+def test_statistics_from_which_no_fold_follows_are_refused() -> None:
+    ffn, folded, inputs = solved(())
+    few = gather(ffn, folded, inputs.heldout)
+    with pytest.raises(InvalidInputError, match="hold no tokens"):
+        refit_layer(ffn, folded, few.decay(0))
+    with pytest.raises(InvalidInputError, match=f"width {D} with {H - 1} neurons"):
+        refit_layer(ffn, folded, few, replace(few, neurons=H - 1))
+    with pytest.raises(InvalidInputError, match="NaN or infinite"):
+        refit_layer(ffn, folded, gather(ffn, folded, torch.full((3, D), torch.nan)))
+    with pytest.raises(InvalidInputError, match="another neurons"):
+        few.merge(replace(few, neurons=H - 1))

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..calibration.moments import SecondMoments, chunks
+from ..calibration.moments import SecondMoments
 from ..calibration.stream import Stream
 from ..calibration.text import Windows
 from ..errors import InvalidInputError
 from ..families.sites import FFNSite, find_ffns, set_module
-from ..folding.refit import Spectrum, refit
+from ..folding.ridge import Spectrum, ridge
 from ..report import Progress, silent
 from .inputs import finite_rows, stream_of
 from .matrices import find_matrices
@@ -44,15 +44,13 @@ class FFNMoments:
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add inputs and outputs [tokens, d] of any float dtype."""
-        for inputs, outputs in zip(chunks(x, x.shape[1]), chunks(y, y.shape[1]), strict=True):
-            inputs = inputs.float()
-            self.x.add(inputs, inputs)
-            self.y.add(inputs, outputs.float())
+        self.x.add(x, x)
+        self.y.add(x, y)
 
 
 def best_affine(fit: FFNMoments, heldout: FFNMoments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """C [d, d] and c [d] in `dtype`; c makes up for the rounding of C at the mean input."""
-    C = refit(Spectrum.of(fit.x), fit.x, fit.y, heldout.x, heldout.y).weight.to(dtype).contiguous()
+    C = ridge(Spectrum.of(fit.x), fit.x, fit.y, heldout.x, heldout.y).weight.to(dtype).contiguous()
     c = (fit.y.y_sum - C.double() @ fit.x.x_sum) / fit.x.count
     return C, c.to(dtype)
 

@@ -27,6 +27,7 @@ def chunks(x: Tensor, width: int) -> Iterator[Tensor]:
     return iter(x.split(min(_CHUNK_TOKENS, max(1, _CHUNK_ELEMENTS // width))))
 
 
+@dataclass
 class Sums:
     """Statistics that are sums over tokens: those of disjoint tokens add up, and old tokens can come to count less.
 
@@ -51,7 +52,11 @@ class Sums:
         return self._plus(other, 1)
 
     def subtract(self, other: Self) -> Self:
-        """The statistics without those of a text that is part of them: the inverse of `merge`, with its errors."""
+        """The statistics without those of a text that is part of them: the inverse of `merge`, but for fp64 rounding.
+
+        Raises:
+            InvalidInputError: they are of other FFNs, or of other bins.
+        """
         return self._plus(other, -1)
 
     def decay(self, share: float) -> Self:
@@ -62,10 +67,10 @@ class Sums:
         """
         if not 0 <= share <= 1:
             raise InvalidInputError(f"statistics are decayed to {share!r} of their weight; give a share from 0 to 1.")
-        return replace(self, **{name: _scaled(value, share) for name, value in self._sums()})  # type: ignore[type-var]
+        return replace(self, **{name: _scaled(value, share) for name, value in self._sums()})
 
     def _sums(self) -> list[tuple[str, Any]]:
-        names = [field.name for field in fields(self) if field.name not in self._GIVEN]  # type: ignore[arg-type]
+        names = [field.name for field in fields(self) if field.name not in self._GIVEN]
         return [(name, getattr(self, name)) for name in names]
 
     def _plus(self, other: Self, sign: int) -> Self:
@@ -73,7 +78,7 @@ class Sums:
             if not _equal(getattr(self, name), getattr(other, name)):
                 raise InvalidInputError(f"statistics of another {name} do not add up; gather both for the same fold.")
         summed = {name: _summed(value, getattr(other, name), sign) for name, value in self._sums()}
-        return replace(self, **summed)  # type: ignore[type-var]
+        return replace(self, **summed)
 
 
 def _scaled(value: Any, share: float) -> Any:
@@ -95,12 +100,17 @@ def _summed(one: Any, other: Any, sign: int) -> Any:
     return one + sign * other
 
 
+def divisor(count: Tensor) -> Tensor:
+    """Counts to divide sums by: 1 in place of 0, where the sums are 0, too."""
+    return count.masked_fill(count <= 0, 1)
+
+
 @dataclass
 class SecondMoments(Sums):
     """Count, sum and `X^T Y` of streamed rows: `X` beside itself for a Gram matrix, or beside targets.
 
     Attributes:
-        count: tokens seen.
+        count: tokens seen, a fraction after `decay`.
         x_sum: [d] sum of x.
         y_sum: [k] sum of y.
         cross: [d, k] sum of x y^T.
@@ -115,12 +125,24 @@ class SecondMoments(Sums):
 
     @classmethod
     def zeros(cls, d: int, k: int) -> SecondMoments:
-        """Nothing seen yet; d inputs, k targets."""
+        """Moments of no tokens, for d inputs and k targets."""
         x_sum, y_sum, cross = (torch.zeros(shape, dtype=torch.float64) for shape in ((d,), (k,), (d, k)))
         return cls(0, x_sum, y_sum, cross)
 
+    @classmethod
+    def of(cls, x: Tensor) -> SecondMoments:
+        """Moments of x [tokens, d] beside itself, in any float dtype."""
+        moments = cls.zeros(x.shape[1], x.shape[1])
+        moments.add(x, x)
+        return moments
+
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Add rows x [tokens, d] and y [tokens, k], both fp32."""
+        """Add rows x [tokens, d] and y [tokens, k] in any float dtype; half precision is computed with in fp32."""
+        width = max(x.shape[1], y.shape[1])
+        for rows, targets in zip(chunks(x, width), chunks(y, width), strict=True):
+            self._add(*(part.to(torch.promote_types(part.dtype, torch.float32)) for part in (rows, targets)))
+
+    def _add(self, x: Tensor, y: Tensor) -> None:
         self.count += len(x)
         self.x_sum += x.sum(0, dtype=torch.float64)
         self.y_sum += y.sum(0, dtype=torch.float64)
@@ -131,6 +153,11 @@ class SecondMoments(Sums):
     def centred(self) -> Tensor:
         """[d, k] covariance times count: `sum (x - mean x)(y - mean y)^T`."""
         return self.cross - torch.outer(self.x_sum, self.y_sum) / (self.count or 1)
+
+    @property
+    def mean_product(self) -> Tensor:
+        """[d, k] fp32, mean of x y^T."""
+        return (self.cross / self.count).float()
 
     @property
     def y_variance(self) -> float:
@@ -152,7 +179,7 @@ class BinnedMoments(Sums):
         edge: [h] lower edge of the first bin.
         width: [h] width of a bin.
         sums: [6, h, BINS] fp64: count, z, z^2, a, a z, a^2.
-        tokens: tokens seen.
+        tokens: tokens seen, a fraction after `decay`.
     """
 
     _GIVEN = frozenset({"activation", "edge", "width"})

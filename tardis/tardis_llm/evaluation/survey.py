@@ -14,18 +14,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..calibration.limits import check_windows
-from ..calibration.moments import BinnedMoments, chunks, pre_activation_moments
+from ..calibration.moments import BinnedMoments, SecondMoments, chunks, pre_activation_moments
 from ..calibration.stream import Stream
 from ..calibration.text import Windows, check_enough
 from ..config import FoldConfig
 from ..families.sites import find_ffns
 from ..ffn.accounting import planned
-from ..ffn.neuron import Neurons
 from ..ffn.weights import DenseFFN
 from ..folding.fold import Inputs
 from ..folding.ranges import coverage_ranges
-from ..folding.refit import affine_error, refit
-from ..folding.statistics import target_moments
+from ..folding.ridge import linearity
 from ..pipeline.session import sound_weights
 from ..report import Progress, silent
 
@@ -154,19 +152,21 @@ def _measure(layer: LayerSurvey, ffn: DenseFFN, inputs: Inputs) -> tuple[LayerSu
     # the outer bins are open
     low, high = torch.maximum(hot.neurons.low, span[0]), torch.minimum(hot.neurons.high, span[1])
     width = ((high - low) / (span[1] - span[0]).clamp_min(1e-30)).mean()
-    return replace(layer, linearity=linearity(ffn, inputs), width=float(width)), torch.stack([low, high])
+    return replace(layer, linearity=_linearity(ffn, inputs), width=float(width)), torch.stack([low, high])
 
 
-def linearity(ffn: DenseFFN, inputs: Inputs) -> float:
-    """Squared error of the best affine map of x, over the variance of the output, on held-out tokens."""
-    everything = torch.full((len(ffn.w1),), torch.inf)
-    zero = torch.zeros(len(ffn.w1))
-    unbounded = Neurons(ffn.activation, -everything, everything, zero, zero)  # nothing fixed: the target is y itself
-    fit, heldout = (
-        target_moments(ffn, x, ffn.w1, unbounded, ffn.w1, ffn.w2).output for x in (inputs.fit, inputs.heldout)
-    )
-    affine = refit(inputs.spectrum, inputs.fit_moments, fit, inputs.heldout_moments, heldout)
-    return affine_error(affine.weight, affine.bias, inputs.heldout_moments, heldout) / heldout.y_variance
+def _linearity(ffn: DenseFFN, inputs: Inputs) -> float:
+    fit, heldout = (_output_moments(ffn, x) for x in (inputs.fit, inputs.heldout))
+    return linearity(inputs.spectrum, inputs.fit_moments, fit, inputs.heldout_moments, heldout)
+
+
+def _output_moments(ffn: DenseFFN, x: Tensor) -> SecondMoments:
+    """Moments of inputs x [tokens, d] beside the outputs of the FFN."""
+    moments = SecondMoments.zeros(ffn.d, ffn.d)
+    for chunk in chunks(x, ffn.h):
+        chunk = chunk.float()
+        moments.add(chunk, F.linear(ffn.act(F.linear(chunk, ffn.w1, ffn.b1)), ffn.w2, ffn.b2))
+    return moments
 
 
 def _neurons(ffn: DenseFFN, inputs: Inputs) -> tuple[BinnedMoments, Tensor]:

@@ -250,6 +250,12 @@ class FoldedWeights:
         )
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the FFN computes, the model's."""
+        assert self.bias is not None, "a fold that something else adds does not say what it is added in"
+        return self.bias.dtype
+
+    @property
     def stacked(self) -> bool:
         """Whether fixing reads weights in few bits in place of the dense ones."""
         return isinstance(self.down, PackedMatrix)

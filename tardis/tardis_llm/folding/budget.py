@@ -15,9 +15,9 @@ class Option:
     """One way to fold one layer.
 
     Attributes:
-        bits: of the predictor.
+        bits: bits per weight of the predictor.
         fix_rate: share of neurons fixed.
-        touched: bytes per token.
+        touched: bytes that a token reads.
         loss: estimated increase of the model's loss.
     """
 
@@ -28,14 +28,14 @@ class Option:
 
 
 def split_budget(options: list[list[Option]], budget: float) -> list[Option]:
-    """One option per layer, of least total loss within `budget` touched bytes.
+    """One option per layer, so that the total loss is least and the layers read no more than `budget` bytes.
 
     Starts at each layer's cheapest option and walks along the convex hulls of (touched, loss), steepest step first; a
     step that no longer fits is passed over for a smaller one.
 
     Args:
         options: for each layer, what it may choose.
-        budget: bytes over all layers.
+        budget: bytes that a token may read, over all layers.
 
     Raises:
         InfeasibleBudgetError: even the cheapest options exceed the budget.

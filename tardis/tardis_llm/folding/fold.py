@@ -8,7 +8,6 @@ predicted pre-activation (for lines and ranges), and moments against what fixing
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -17,22 +16,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..calibration.moments import BinnedMoments, SecondMoments, chunks, pre_activation_moments
-from ..config import FoldConfig, Rounding
+from ..config import FoldConfig
 from ..ffn.neuron import Neurons
 from ..ffn.packed import PackedMatrix
-from ..ffn.weights import DenseFFN, FoldedWeights, Storage, written_out
+from ..ffn.weights import DenseFFN, FoldedWeights
 from .ranges import Ranges, coverage_ranges_at, error_ranges, error_ranges_at, highest_price
-from .refit import DAMPINGS, Spectrum, affine_error, refit
+from .refit import fit_fold, fold_error, fold_of_lines
+from .ridge import Spectrum, linearity
 from .rounding import quantise
 from .stack import quantise_fallback, store_fold
-from .statistics import Statistics, Targets, input_moments, target_moments
+from .statistics import Statistics
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Inputs of one FFN [tokens, d], in any float dtype: those to fit on and those kept apart.
+    """Inputs of one FFN; their second moments are taken once, when first asked for.
 
-    Their second moments are taken once, when first asked for.
+    Attributes:
+        fit: [tokens, d] in any float dtype, to fit on.
+        heldout: [tokens, d], kept apart.
     """
 
     fit: Tensor
@@ -41,17 +43,17 @@ class Inputs:
     @cached_property
     def fit_moments(self) -> SecondMoments:
         """Second moments of `fit`."""
-        return input_moments(self.fit)
+        return SecondMoments.of(self.fit)
 
     @cached_property
     def covariance(self) -> Tensor:
         """[d, d] fp32, mean of x x^T over `fit`."""
-        return (self.fit_moments.cross / self.fit_moments.count).float()
+        return self.fit_moments.mean_product
 
     @cached_property
     def heldout_moments(self) -> SecondMoments:
         """Second moments of `heldout`."""
-        return input_moments(self.heldout)
+        return SecondMoments.of(self.heldout)
 
     @cached_property
     def spectrum(self) -> Spectrum:
@@ -66,7 +68,7 @@ class FoldQuality:
     Attributes:
         fix_rate: mean share of neurons fixed per token, held-out tokens.
         error: squared output error over the output's variance, held-out tokens.
-        linearity: the same for the best affine map alone, no neuron fixed.
+        linearity: squared error of the best affine map, with no neuron fixed, over the output's variance.
         damping: of the refit; None without refit.
     """
 
@@ -82,7 +84,8 @@ class Predicted:
 
     Attributes:
         predictor: as stored.
-        fit, heldout: binned moments with the same bins.
+        fit: moments of the neurons on the tokens to fit on.
+        heldout: moments of the neurons on the tokens kept apart, in the bins of `fit`.
     """
 
     predictor: PackedMatrix
@@ -130,13 +133,14 @@ class Solved:
 
     Attributes:
         weights: what to store.
-        fit, heldout: what the fold had to explain.
+        fit: statistics of the inputs that the fold was fitted on.
+        heldout: statistics of the inputs kept apart.
         damping: of the refit; None without.
     """
 
     weights: FoldedWeights
-    fit: Targets
-    heldout: Targets
+    fit: Statistics
+    heldout: Statistics
     damping: float | None
 
 
@@ -149,107 +153,53 @@ def solve(
     as in the paper.
 
     Args:
+        ffn: in fp32.
+        inputs: that the FFN sees.
+        predicted: the predictor.
+        ranges: what is fixed.
         config: settings.
         dtype: of the model, in which the fold is stored unless `config` says otherwise.
     """
-    neurons = stored_neurons(ranges.neurons)
     spread = _spread_errors(inputs, config)
-    predictor, w_hat = predicted.predictor, predicted.predictor.dequantise()
-    up, down = quantise_fallback(ffn.w1, ffn.w2, predictor, config.storage, spread)
-    weights = FoldedWeights(None, None, predictor, neurons, down, up)
-    fixing = weights.fallback(dtype) if weights.stacked else (ffn.w1, ffn.w2)
-    fit = target_moments(ffn, inputs.fit, w_hat, neurons, *fixing)
-    heldout = target_moments(ffn, inputs.heldout, w_hat, neurons, *fixing)
+    weights = _without_fold(ffn, predicted.predictor, ranges, config, dtype, spread)
+    fit = Statistics.of(inputs.fit, inputs.fit_moments, ffn, weights)
+    heldout = Statistics.of(inputs.heldout, inputs.heldout_moments, ffn, weights)
     if config.refit:
-        known = Statistics(inputs.fit_moments, fit), Statistics(inputs.heldout_moments, heldout)
-        dampings = DAMPINGS if config.damping is None else (config.damping,)
-        solved, damping = _refitted(ffn, weights, *known, inputs.spectrum, config.storage, dtype, spread, dampings)
-        return Solved(solved, fit, heldout, damping)
-    b1, b2 = ffn.biases
-    bias = ffn.w2 @ (neurons.slope.float() * b1 + neurons.offset.float()) + b2
-    fold = store_fold(_fold_of_lines(ffn, neurons), config.storage, dtype, spread)
+        weights, damping = fit_fold(ffn, weights, inputs.spectrum, fit, heldout, config.damping, spread)
+        return Solved(weights, fit, heldout, damping)
+    weight, bias = fold_of_lines(ffn, weights.neurons)
+    fold = store_fold(weight, config.storage, dtype, spread)
     return Solved(replace(weights, fold=fold, bias=bias.to(dtype)), fit, heldout, None)
 
 
-def _fold_of_lines(ffn: DenseFFN, neurons: Neurons) -> Tensor:
-    """[d, d] fp32, W2 diag(slope) W1."""
-    return (ffn.w2 * neurons.slope.float()) @ ffn.w1
-
-
-def _refitted(
+def _without_fold(
     ffn: DenseFFN,
-    weights: FoldedWeights,
-    fit: Statistics,
-    heldout: Statistics,
-    spectrum: Spectrum,
-    storage: Storage,
+    predictor: PackedMatrix,
+    ranges: Ranges,
+    config: FoldConfig,
     dtype: torch.dtype,
     spread: Tensor | None,
-    dampings: Sequence[float],
-) -> tuple[FoldedWeights, float]:
-    """The weights with the fold that ridge regression finds, and the damping that it chose."""
-    x, left, prior = fit.x, fit.targets.left, _fold_of_lines(ffn, weights.neurons)
-    solved = refit(spectrum, x, left, heldout.x, heldout.targets.left, prior, dampings)
-    fold = store_fold(solved.weight, storage, dtype, spread)
-    bias = (left.y_sum - written_out(fold).to(dtype).double() @ x.x_sum) / x.count
-    return replace(weights, fold=fold, bias=bias.to(dtype)), solved.damping
-
-
-def refit_layer(
-    dense: DenseFFN,
-    folded: FoldedWeights,
-    statistics: Statistics,
-    heldout: Statistics | None = None,
-    damping: float = 1e-3,
-    rounding: Rounding = "gptq",
 ) -> FoldedWeights:
-    """A fold solved anew for other inputs; its predictor, ranges, lines and fallback weights stay.
-
-    Args:
-        dense: the FFN as it was before it was folded, in any float dtype.
-        folded: its present fold.
-        statistics: of the inputs, by `gather`; those of several texts merged, old ones decayed.
-        heldout: of other inputs, to choose the damping on.
-        damping: of the regression without held-out statistics, relative to the mean variance of the inputs.
-        rounding: of a fold in few bits: "gptq" or "nearest".
-
-    Returns:
-        The new fold, in the format of the present one: what `FoldedFFN.swap` takes.
-
-    Example:
-        >>> from tardis_llm.folding.statistics import gather
-        >>> dense, x = DenseFFN(torch.randn(64, 16), None, torch.randn(16, 64), None, "gelu"), torch.randn(512, 16)
-        >>> neurons = Neurons("gelu", *(bound * torch.ones(64) for bound in (-1, 1)), torch.ones(64), torch.zeros(64))
-        >>> folded = FoldedWeights(torch.zeros(16, 16), torch.zeros(16), quantise(dense.w1, 2, 16), neurons)
-        >>> refit_layer(dense, folded, gather(dense, folded, x)).fold.shape
-        torch.Size([16, 16])
-    """
-    form, known = folded.format, heldout or statistics
-    assert folded.bias is not None, "a stored fold has a bias"
-    spread = (statistics.x.cross / statistics.x.count).float() if rounding == "gptq" else None
-    storage, dampings = Storage(form.group_size, form.fold_bits), DAMPINGS if heldout else (damping,)
-    spectrum = Spectrum.of(statistics.x)
-    how = spectrum, storage, folded.bias.dtype, spread, dampings
-    return _refitted(dense.in_fp32(), folded, statistics, known, *how)[0]
+    """What is stored of a folded FFN, but for fold and bias, which have their form and no content."""
+    storage, nowhere = config.storage, torch.device("meta")
+    empty = FoldedWeights.empty(storage.format(ffn.activation, predictor.bits), ffn.d, ffn.h, dtype, nowhere)
+    up, down = quantise_fallback(ffn.w1, ffn.w2, predictor, storage, spread)
+    return replace(empty, predictor=predictor, neurons=stored_neurons(ranges.neurons), down=down, up=up)
 
 
 def finish(
     ffn: DenseFFN, inputs: Inputs, predicted: Predicted, ranges: Ranges, config: FoldConfig, dtype: torch.dtype
 ) -> tuple[FoldedWeights, FoldQuality]:
-    """`solve`, and the quality of the result on held-out tokens."""
+    """The fold for given predictor and ranges, by `solve`, and its quality on held-out tokens."""
     solved = solve(ffn, inputs, predicted, ranges, config, dtype)
-    x, heldout, weights = inputs.heldout_moments, solved.heldout, solved.weights
-    assert weights.fold is not None, "solving gives a fold"
-    assert weights.bias is not None, "solving gives a fold"
-    affine = refit(inputs.spectrum, inputs.fit_moments, solved.fit.output, x, heldout.output)
-    variance = heldout.output.y_variance
+    fit, heldout = solved.fit, solved.heldout
     quality = FoldQuality(
         fix_rate=heldout.fix_rate,
-        error=affine_error(written_out(weights.fold).to(dtype), weights.bias, x, heldout.left) / variance,
-        linearity=affine_error(affine.weight, affine.bias, x, heldout.output) / variance,
+        error=fold_error(solved.weights, heldout),
+        linearity=linearity(inputs.spectrum, fit.x, fit.output, heldout.x, heldout.output),
         damping=solved.damping,
     )
-    return weights, quality
+    return solved.weights, quality
 
 
 def stored_neurons(neurons: Neurons) -> Neurons:

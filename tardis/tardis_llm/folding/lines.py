@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..calibration.moments import BinnedMoments
+from ..calibration.moments import BinnedMoments, divisor
 
 
 def fit_lines(moments: BinnedMoments, inside: Tensor) -> tuple[Tensor, Tensor]:
@@ -18,7 +18,7 @@ def fit_lines(moments: BinnedMoments, inside: Tensor) -> tuple[Tensor, Tensor]:
         inside: [h, BINS] bool.
     """
     n, z, zz, a, az, _ = (moments.sums * inside).sum(-1)
-    n = n.clamp_min(1)
+    n = divisor(n)
     variance = zz / n - (z / n) ** 2
     covariance = az / n - a * z / n**2
     flat = variance <= 1e-10 * (zz / n)  # above the rounding of sums over a million tokens

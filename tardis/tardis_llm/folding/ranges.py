@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..calibration.moments import BINS, BinnedMoments
+from ..calibration.moments import BINS, BinnedMoments, divisor
 from ..ffn.neuron import Neurons
 from .lines import fit_lines, squared_residuals
 
-_ROUNDS = 5  # of fitting line and range in turn; each lowers the same objective, and few are needed
+_ROUNDS = 5  # of fitting line and range in turn; each lowers one objective, and few are needed
 _BISECTIONS = 16  # of an interval of 60 in the logarithm of a price: to 0.1 %
 
 
@@ -40,14 +40,14 @@ class Ranges:
     inside: Tensor
 
     def fix_rate(self, moments: BinnedMoments) -> float:
-        """Mean share of neurons fixed per token, on the tokens of `moments` (which has the same bins)."""
+        """Mean share of neurons fixed per token, on the tokens of `moments`, in the bins of `inside`."""
         return 1 - float((moments.count * self.inside).sum() / moments.count.sum())
 
     def error(self, moments: BinnedMoments, gain: Tensor) -> float:
         """Mean squared output error per token that is left inside the ranges, neurons taken as uncorrelated.
 
         Args:
-            moments: with the same bins.
+            moments: of any tokens, in the bins of `inside`.
             gain: [h] |W2[:, i]|^2.
         """
         left = squared_residuals(moments, self.neurons.slope, self.neurons.offset) * self.inside
@@ -73,13 +73,13 @@ def error_ranges(moments: BinnedMoments, gain: Tensor, price: float) -> Ranges:
 
 
 def error_ranges_at(moments: BinnedMoments, counts: BinnedMoments, gain: Tensor, fix_rate: float) -> Ranges:
-    """`error_ranges` at the price for which `fix_rate` of the neurons are fixed on the tokens of `counts`.
+    """Ranges and lines of least output error with which `fix_rate` of the neurons are fixed on the tokens of `counts`.
 
     The rate is met from below as closely as bins allow, so that a byte budget is kept.
 
     Args:
         moments: calibration tokens on which lines and ranges are fitted.
-        counts: same bins, tokens on which the rate is met.
+        counts: tokens on which the rate is met, in the bins of `moments`.
         gain: [h] fp64.
         fix_rate: in [0, 1].
     """
@@ -99,7 +99,7 @@ def error_ranges_at(moments: BinnedMoments, counts: BinnedMoments, gain: Tensor,
 def highest_price(moments: BinnedMoments, gain: Tensor) -> float:
     """A price at which no neuron is worth fixing."""
     residual = squared_residuals(moments, *fit_lines(moments, torch.ones_like(moments.count, dtype=torch.bool)))
-    return 2 * float((residual / moments.count.clamp_min(1) * gain[:, None]).max()) + 1e-30
+    return 2 * float((residual / divisor(moments.count) * gain[:, None]).max()) + 1e-30
 
 
 def coverage_ranges(moments: BinnedMoments, threshold: Tensor) -> Ranges:
@@ -108,7 +108,7 @@ def coverage_ranges(moments: BinnedMoments, threshold: Tensor) -> Ranges:
 
 
 def _grown(moments: BinnedMoments, density: Tensor, threshold: Tensor) -> Ranges:
-    """`coverage_ranges` for a density [h, BINS] that is known."""
+    """Ranges grown from the peak of a density [h, BINS] until they cover `threshold` [h] of each neuron's inputs."""
     share = moments.count / moments.tokens
     rows = torch.arange(len(density))
     start = density.argmax(1)
@@ -128,9 +128,15 @@ def _grown(moments: BinnedMoments, density: Tensor, threshold: Tensor) -> Ranges
 
 
 def coverage_ranges_at(moments: BinnedMoments, counts: BinnedMoments, gain: Tensor, fix_rate: float) -> Ranges:
-    """`coverage_ranges` with thresholds adapted to each neuron's error, at a mean `fix_rate` on `counts`.
+    """Coverage ranges with which `fix_rate` of the neurons are fixed on the tokens of `counts`.
 
     A neuron whose line is worse gets the larger share of the tokens outside (the paper's error-aware thresholds).
+
+    Args:
+        moments: calibration tokens on which lines and ranges are fitted.
+        counts: tokens on which the rate is met, in the bins of `moments`.
+        gain: [h] fp64, |W2[:, i]|^2.
+        fix_rate: in [0, 1].
     """
     if fix_rate >= 1:
         return _fix_all(moments)
@@ -162,7 +168,7 @@ def share_by_error(error: Tensor, mean: float) -> Tensor:
 def kernel_density(count: Tensor) -> Tensor:
     """[h, BINS] Gaussian kernel density of histograms [h, BINS], bandwidth by Silverman's rule per neuron."""
     position = torch.arange(BINS, dtype=torch.float64)
-    total = count.sum(1, keepdim=True).clamp_min(1)
+    total = divisor(count.sum(1, keepdim=True))
     mean = (count * position).sum(1, keepdim=True) / total
     deviation = ((count * (position - mean) ** 2).sum(1, keepdim=True) / total).sqrt()
     bandwidth = (1.06 * deviation * total**-0.2).clamp_min(0.5)  # bins; below half a bin nothing is smoothed

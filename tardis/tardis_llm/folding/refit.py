@@ -1,117 +1,142 @@
-"""Refit: the fold (C, c) that fits best what fixing leaves, by ridge regression in closed form.
+"""Refit: the fold (C, c) that fits best what fixing leaves, from statistics of the inputs alone.
 
 With `target = y - fix(x)` the fold minimises `|x C^T + c - target|^2` plus a penalty on how far C is from what the
-lines give, `W2 diag(slope) W1`, from streamed second moments alone. The damping is chosen on tokens that the regression
-has not seen.
+lines give, `W2 diag(slope) W1`. `refit_layer` is all that is needed for a fold to follow its inputs: it takes no model
+and no files, and gives what `FoldedFFN.swap` takes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..calibration.moments import SecondMoments
+from ..config import Rounding
+from ..errors import InvalidInputError
+from ..ffn.neuron import Neurons
+from ..ffn.weights import DenseFFN, FoldedWeights, written_out
+from .ridge import DAMPINGS, Spectrum, affine_error, ridge
+from .stack import store_fold
+from .statistics import Statistics
 
-#: penalties tried, relative to the mean variance of the inputs
-DAMPINGS = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-
-_NOISE = 1e-8  # of the inputs' mean square: a variance below it is the rounding of fp32 sums
+_DAMPING = 0.1  # where nothing is held out to choose it on: most layers of the sample choose that or a tenth of it
 
 
-@dataclass(frozen=True)
-class Refit:
-    """A refitted fold.
+@torch.no_grad()
+def refit_layer(
+    dense: DenseFFN,
+    folded: FoldedWeights,
+    statistics: Statistics,
+    heldout: Statistics | None = None,
+    damping: float | None = None,
+    rounding: Rounding = "gptq",
+) -> FoldedWeights:
+    """Solve the fold of one FFN anew, so that it fits the inputs of the statistics best.
 
-    Attributes:
-        weight: [d_out, d_in] fp32, C.
-        bias: [d_out] fp32, c.
-        damping: the penalty chosen, relative to the mean variance of the inputs.
+    Args:
+        dense: the FFN that was folded, in any float dtype.
+        folded: what stands for it; predictor, ranges, lines and what fixing reads stay as they are.
+        statistics: of the inputs to fit, gathered with `dense` and `folded`. They may be merged and decayed.
+        heldout: statistics of other inputs, to choose the damping on.
+        damping: ridge penalty, relative to the inputs' mean variance; default: chosen on `heldout`, 0.1 without.
+        rounding: of a fold in few bits: "gptq" lets the weights not yet rounded make up for each error, "nearest"
+            rounds every weight by itself.
+
+    Returns:
+        The weights with the new fold and bias, stored in the form of the present ones.
+
+    Raises:
+        InvalidInputError: the statistics are of an FFN of another size, of no tokens, or not finite.
+
+    Example:
+        >>> from tardis_llm.folding.statistics import Statistics
+        >>> from tardis_llm.checkpoint.loading import load_model
+        >>> from tardis_llm.families.sites import find_ffns
+        >>> from tardis_llm.runtime.placing import folded_ffns
+        >>> site = find_ffns(model)[0]
+        >>> dense, ffn = site.weights(), folded_ffns(load_model("folded"))[site.prefix]
+        >>> statistics = Statistics.zeros(dense.d, dense.h)
+        >>> statistics.add(torch.randn(512, dense.d), dense, ffn.weights)
+        >>> refitted = refit_layer(dense, ffn.weights, statistics)
+        >>> fold_error(refitted, statistics) < fold_error(ffn.weights, statistics)
+        True
+        >>> previous = ffn.swap(refitted)
     """
-
-    weight: Tensor
-    bias: Tensor
-    damping: float
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """Eigenvalues [d] and eigenvectors [d, d], fp64, of the centred moments of the inputs."""
-
-    values: Tensor
-    vectors: Tensor
-
-    @classmethod
-    def of(cls, x: SecondMoments) -> Spectrum:
-        """Of moments of x beside itself."""
-        values, vectors = torch.linalg.eigh(x.centred)
-        return cls(values.clamp_min(0), vectors)
+    for some in (statistics, heldout or statistics):
+        _check(dense, some)
+    if damping is None and heldout is None:
+        damping = _DAMPING
+    spread = statistics.x.mean_product if rounding == "gptq" else None
+    spectrum = Spectrum.of(statistics.x)
+    return fit_fold(dense.in_fp32(), folded, spectrum, statistics, heldout or statistics, damping, spread)[0]
 
 
-def refit(
+def _check(dense: DenseFFN, statistics: Statistics) -> None:
+    """Refuse statistics from which no fold of this FFN follows."""
+    found, own = (len(statistics.x.x_sum), statistics.neurons), (dense.d, dense.h)
+    if found != own:
+        raise InvalidInputError(
+            f"the statistics are of an FFN of width {found[0]} with {found[1]} neurons, and this one has {own[0]} and "
+            f"{own[1]}; gather them with the FFN that is refitted."
+        )
+    if statistics.x.count <= 0:
+        raise InvalidInputError("the statistics hold no tokens; add inputs of the FFN before its fold is solved.")
+    if not all(bool(torch.isfinite(part.cross).all()) for part in (statistics.x, statistics.left)):
+        raise InvalidInputError(
+            "the statistics have NaN or infinite sums; gather them anew, without inputs that are not finite."
+        )
+
+
+def fit_fold(
+    dense: DenseFFN,
+    folded: FoldedWeights,
     spectrum: Spectrum,
-    x: SecondMoments,
-    y: SecondMoments,
-    x_held: SecondMoments,
-    y_held: SecondMoments,
-    prior: Tensor | None = None,
-    dampings: Sequence[float] = DAMPINGS,
-) -> Refit:
-    """Ridge regression of the target on x, its damping chosen on held-out tokens.
+    fit: Statistics,
+    heldout: Statistics,
+    damping: float | None,
+    spread: Tensor | None,
+) -> tuple[FoldedWeights, float]:
+    """`folded` with the fold and bias that fit the statistics best, and the damping used.
+
+    The bias makes up for the rounding of the fold at the mean input.
 
     Args:
-        spectrum: of x.
-        x: moments of the inputs beside themselves.
-        y: moments of the inputs beside the target.
-        x_held, y_held: the same on held-out tokens.
-        prior: [k, d] weight that the penalty draws towards, which tells where little text leaves much open; zero
-            without.
-        dampings: to choose from.
+        dense: in fp32.
+        folded: has the form in which the fold is stored; what its fold and bias hold is not read.
+        spectrum: of `fit.x`.
+        fit: statistics to fit.
+        heldout: statistics to choose the damping on.
+        damping: ridge penalty; None to choose it from `DAMPINGS`.
+        spread: [d, d] covariance by which a fold in few bits spreads rounding errors; None to round to the nearest.
     """
-    V = spectrum.vectors
-    prior = torch.zeros_like(y.cross.T) if prior is None else prior.double()
-    mean_x, mean_y = x.x_sum / x.count, y.y_sum / x.count
-    rotated = V.T @ (y.centred - x.centred @ prior.T)
-    floor = _NOISE * float(x.cross.diagonal().mean()) + 1e-30
-    ridges = {damping: damping * float(spectrum.values.mean()) + floor for damping in dampings}
-    # The error on held-out tokens in the eigenvectors' coordinates, where each candidate costs one product.
-    x_around = _about(x_held, mean_x, mean_x)
-    gram, cross = V.T @ x_around @ V, V.T @ (_about(y_held, mean_x, mean_y) - x_around @ prior.T)
-
-    def change(damping: float) -> Tensor:
-        return rotated / (spectrum.values + ridges[damping])[:, None]
-
-    def held_out_error(damping: float) -> float:
-        delta = change(damping)
-        return float((delta * (gram @ delta - 2 * cross)).sum())
-
-    best = min(dampings, key=held_out_error)
-    weight = prior + (V @ change(best)).T
-    return Refit(weight.float(), (mean_y - weight @ mean_x).float(), best)
+    x, left = fit.x, fit.left
+    prior, _ = fold_of_lines(dense, folded.neurons)
+    dampings = DAMPINGS if damping is None else (damping,)
+    solved = ridge(spectrum, x, left, heldout.x, heldout.left, prior, dampings)
+    fold = store_fold(solved.weight, folded.format, folded.dtype, spread)
+    bias = (left.y_sum - written_out(fold).to(folded.dtype).double() @ x.x_sum) / x.count
+    return replace(folded, fold=fold, bias=bias.to(folded.dtype)), solved.damping
 
 
-def _about(moments: SecondMoments, x: Tensor, y: Tensor) -> Tensor:
-    """[d, k] sum of `(x_t - x)(y_t - y)^T` over the tokens of the moments, about the given points."""
-    return (
-        moments.cross
-        - torch.outer(moments.x_sum, y)
-        - torch.outer(x, moments.y_sum)
-        + moments.count * torch.outer(x, y)
-    )
-
-
-def affine_error(weight: Tensor, bias: Tensor, x: SecondMoments, y: SecondMoments) -> float:
-    """Mean over tokens of `|x C^T + c - y|^2`, from moments alone.
+def fold_of_lines(dense: DenseFFN, neurons: Neurons) -> tuple[Tensor, Tensor]:
+    """C [d, d] and c [d], fp32, that the lines of all neurons add up to: the fold of the paper.
 
     Args:
-        weight: [k, d], C.
-        bias: [k], c.
-        x: moments of x beside itself.
-        y: moments of x beside y.
+        dense: in fp32.
+        neurons: its lines, in any float dtype.
     """
-    C, c = weight.double(), bias.double()
-    square = ((C @ x.cross) * C).sum() + 2 * c @ (C @ x.x_sum) + x.count * (c @ c)
-    mixed = (C * y.cross.T).sum() + c @ y.y_sum
-    return float(square - 2 * mixed + y.y_square) / x.count
+    slope, offset = neurons.slope.float(), neurons.offset.float()
+    b1, b2 = dense.biases
+    return (dense.w2 * slope) @ dense.w1, dense.w2 @ (slope * b1 + offset) + b2
+
+
+def fold_error(folded: FoldedWeights, statistics: Statistics) -> float:
+    """Squared error of the folded FFN's output over the output's variance, on the inputs of the statistics.
+
+    Args:
+        folded: with any fold; what it fixes is what the statistics were gathered with.
+    """
+    assert folded.fold is not None and folded.bias is not None, "a fold that something else adds has no error here"
+    weight = written_out(folded.fold).to(folded.dtype)
+    return affine_error(weight, folded.bias, statistics.x, statistics.left) / statistics.output.y_variance

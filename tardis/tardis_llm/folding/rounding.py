@@ -46,7 +46,7 @@ def best_scale(w: Tensor, bits: int, group_size: int) -> Tensor:
 
 
 def _best_scale(w: Tensor, bits: int, group_size: int) -> Tensor:
-    """`best_scale` in fp32, for a few rows at a time."""
+    """[h, groups] fp32: the scales of least squared error for w, a few rows of a matrix."""
     h, d = w.shape
     groups = F.pad(w, (0, -d % group_size)).view(h, -1, group_size)
     valid = F.pad(torch.ones(d), (0, -d % group_size)).view(-1, group_size)

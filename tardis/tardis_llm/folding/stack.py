@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ffn.packed import PackedMatrix
-from ..ffn.weights import Storage
+from ..ffn.weights import FoldFormat, Storage
 from .rounding import quantise
 
 
@@ -24,7 +24,8 @@ def quantise_fallback(
         w1: [h, d] fp32.
         w2: [d, h] fp32, rounded to the nearest: spreading its errors by the residuals' covariance made no difference.
         predictor: of w1.
-        covariance: as for `lowbit.quantise`.
+        covariance: [d, d] second moments of the inputs, by which the rounding errors of W1 are spread; None to round to
+            the nearest.
     """
     bits, group_size = storage.fallback_bits, storage.group_size
     if bits is None:
@@ -36,9 +37,17 @@ def quantise_fallback(
 
 
 def store_fold(
-    weight: Tensor, storage: Storage, dtype: torch.dtype, covariance: Tensor | None
+    weight: Tensor, storage: Storage | FoldFormat, dtype: torch.dtype, covariance: Tensor | None
 ) -> Tensor | PackedMatrix:
-    """The fold C [d, d] fp32 as it is stored: in `dtype`, or in few bits."""
+    """The fold as it is stored: in `dtype`, or in few bits.
+
+    Args:
+        weight: [d, d] fp32, C.
+        storage: says in how many bits, if in few, and in what groups.
+        dtype: of the model.
+        covariance: [d, d] second moments of the inputs, by which the rounding errors of few bits are spread; None to
+            round to the nearest.
+    """
     if storage.fold_bits is None:
         return weight.to(dtype).contiguous()  # strides choose the kernel, and so bits
     return quantise(weight, storage.fold_bits, storage.group_size, covariance)

@@ -1,104 +1,113 @@
-"""What refitting has to know of the inputs of one FFN: constant in size, streamed, and able to follow the traffic."""
+"""Statistics of one FFN's inputs from which its fold is solved, gathered in constant memory.
+
+They depend on what is fixed (predictor, ranges, lines and the weights that fixing reads) but not on the fold (C, c), so
+they stay true when the fold is exchanged for a refitted one.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..calibration.moments import SecondMoments, Sums, chunks
-from ..ffn.neuron import Neurons
 from ..ffn.weights import DenseFFN, FoldedWeights, written_out
 
 
-@dataclass(frozen=True)
-class Targets(Sums):
-    """What the fold has to explain, beside the inputs.
-
-    Attributes:
-        left: moments of x beside what fixing leaves, `y - fix(x)`.
-        output: moments of x beside the dense output y.
-        fixed: neurons fixed, summed over the tokens.
-        neurons: h.
-    """
-
-    _GIVEN = frozenset({"neurons"})
-    left: SecondMoments
-    output: SecondMoments
-    fixed: float
-    neurons: int
-
-    @property
-    def fix_rate(self) -> float:
-        """Share of the neurons fixed per token."""
-        return self.fixed / (self.left.count * self.neurons)
-
-
-@dataclass(frozen=True)
+@dataclass
 class Statistics(Sums):
-    """All that a fold is refitted from: moments of the inputs beside themselves, and what the fold has to explain."""
+    """What the inputs of one FFN ask of its fold.
 
-    x: SecondMoments
-    targets: Targets
-
-
-def input_moments(x: Tensor) -> SecondMoments:
-    """Second moments of inputs x [tokens, d]."""
-    moments = SecondMoments.zeros(x.shape[1], x.shape[1])
-    for chunk in chunks(x, x.shape[1]):
-        chunk = chunk.float()
-        moments.add(chunk, chunk)
-    return moments
-
-
-def target_moments(ffn: DenseFFN, x: Tensor, w_hat: Tensor, neurons: Neurons, w1: Tensor, w2: Tensor) -> Targets:
-    """Stream inputs x [tokens, d] through the dense FFN and the fixing.
-
-    Args:
-        w_hat: [h, d] fp32, the dequantised predictor.
-        neurons: ranges and lines as stored.
-        w1, w2: [h, d] and [d, h], the weights that fixing reads: those of `ffn`, or what stands for them.
-    """
-    d, h = x.shape[1], len(ffn.w1)
-    exact, w1, w2 = w1 is ffn.w1, w1.float(), w2.float()
-    left, output = SecondMoments.zeros(d, d), SecondMoments.zeros(d, d)
-    fixed, neurons = 0, neurons.map(Tensor.float)
-    for chunk in chunks(x, h):
-        chunk = chunk.float()
-        z = F.linear(chunk, ffn.w1, ffn.b1)
-        zhat = F.linear(chunk, w_hat, ffn.b1)
-        outside = neurons.outside(zhat)
-        a = ffn.act(z)
-        y = F.linear(a, ffn.w2, ffn.b2)
-        output.add(chunk, y)
-        if not exact:
-            z = F.linear(chunk, w1, ffn.b1)
-            a = ffn.act(z)
-        left.add(chunk, y - F.linear(neurons.residual(z, a) * outside, w2))
-        fixed += int(outside.sum())
-    return Targets(left, output, fixed, h)
-
-
-def gather(dense: DenseFFN, folded: FoldedWeights, x: Tensor) -> Statistics:
-    """Statistics of inputs x [tokens, d] of an FFN, to refit its fold with.
-
-    Args:
-        dense: the FFN as it was before it was folded, in any float dtype.
-        folded: its fold, whose predictor, ranges, lines and fallback weights stay.
-        x: in any float dtype.
+    Statistics of different tokens add up (`merge`), can be taken apart (`subtract`) and can count for less (`decay`).
 
     Example:
         >>> from tardis_llm.checkpoint.loading import load_model
         >>> from tardis_llm.families.sites import find_ffns
         >>> from tardis_llm.runtime.placing import folded_ffns
         >>> site = find_ffns(model)[0]
-        >>> folded = folded_ffns(load_model("folded"))[site.prefix].weights
-        >>> statistics = gather(site.weights(), folded, torch.randn(512, site.hidden_size))
-        >>> statistics.merge(statistics).decay(0.5).x.count
+        >>> dense, folded = site.weights(), folded_ffns(load_model("folded"))[site.prefix].weights
+        >>> day, night = (Statistics.zeros(dense.d, dense.h) for _ in range(2))
+        >>> day.add(torch.randn(512, dense.d), dense, folded)
+        >>> night.add(torch.randn(8, 32, dense.d), dense, folded)
+        >>> day.decay(0.5).merge(night).x.count
         512.0
+
+    Attributes:
+        neurons: h, of the FFN.
+        x: moments of the inputs beside themselves.
+        left: moments of the inputs beside what fixing leaves to the fold, `y - fix(x)`.
+        output: moments of the inputs beside the dense output y.
+        fixed: neurons fixed, summed over the tokens.
     """
-    ffn = dense.in_fp32()
-    fixing = folded.fallback(dense.w1.dtype) if folded.stacked else (ffn.w1, ffn.w2)
-    targets = target_moments(ffn, x, written_out(folded.predictor), folded.neurons, *fixing)
-    return Statistics(input_moments(x), targets)
+
+    _GIVEN = frozenset({"neurons"})
+
+    neurons: int
+    x: SecondMoments
+    left: SecondMoments
+    output: SecondMoments
+    fixed: float = 0.0
+
+    @classmethod
+    def zeros(cls, d: int, h: int) -> Statistics:
+        """Statistics of no tokens, for an FFN of width d with h neurons."""
+        x, left, output = (SecondMoments.zeros(d, d) for _ in range(3))
+        return cls(h, x, left, output)
+
+    @classmethod
+    def of(cls, x: Tensor, moments: SecondMoments, dense: DenseFFN, folded: FoldedWeights) -> Statistics:
+        """Statistics of inputs whose moments are known.
+
+        Args:
+            x: [tokens, d] in any float dtype.
+            moments: of x beside itself.
+            dense: the FFN that was folded, in any float dtype.
+            folded: what stands for it, but for fold and bias, whose content is not read.
+        """
+        statistics = replace(cls.zeros(dense.d, dense.h), x=moments)
+        statistics._add_targets(x, dense, folded)
+        return statistics
+
+    @property
+    def fix_rate(self) -> float:
+        """Mean share of the neurons fixed per token."""
+        return self.fixed / (self.x.count * self.neurons)
+
+    @torch.no_grad()
+    def add(self, x: Tensor, dense: DenseFFN, folded: FoldedWeights) -> None:
+        """Add inputs, streamed through the dense FFN and through the fixing.
+
+        Args:
+            x: [..., d] in any float dtype.
+            dense: the FFN that was folded, in any float dtype.
+            folded: what stands for it; the content of its fold and bias is not read.
+        """
+        x = x.flatten(0, -2)
+        self.x.add(x, x)
+        self._add_targets(x, dense, folded)
+
+    def _add_targets(self, x: Tensor, dense: DenseFFN, folded: FoldedWeights) -> None:
+        ffn, neurons, w_hat = dense.in_fp32(), folded.neurons.map(Tensor.float), written_out(folded.predictor)
+        fixing = _fixing(ffn, folded)
+        for chunk in chunks(x, ffn.h):
+            chunk = chunk.float()
+            v = F.linear(chunk, ffn.w1, ffn.b1)
+            value = neurons.value(v)
+            y = F.linear(value, ffn.w2, ffn.b2)
+            self.output.add(chunk, y)
+            if folded.stacked:
+                v = F.linear(chunk, fixing[0], ffn.b1)
+                value = neurons.value(v)
+            outside = neurons.outside(F.linear(chunk, w_hat, ffn.b1))
+            self.left.add(chunk, y - F.linear(neurons.residual(v, value) * outside, fixing[1]))
+            self.fixed += int(outside.sum())
+
+
+def _fixing(ffn: DenseFFN, folded: FoldedWeights) -> tuple[Tensor, Tensor]:
+    """W1 and W2 in fp32 as fixing reads them: those of the FFN, or what stands for them in the model's dtype."""
+    if not folded.stacked:
+        return ffn.w1, ffn.w2
+    w1, w2 = folded.fallback(folded.dtype)
+    return w1.float(), w2.float()

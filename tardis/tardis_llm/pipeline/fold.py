@@ -132,7 +132,7 @@ def is_left_over(work: Path, report: FoldReport) -> bool:
 
 
 def _plan(session: Session, bits: tuple[int, ...], workspace: Workspace | None) -> list[LayerPlan]:
-    """The plan as saved, or made and saved now."""
+    """The plan that an interrupted fold has saved, or a new one, which is saved."""
     saved = workspace and workspace.load("plan")
     if saved:
         return [LayerPlan(**layer) for layer in saved["layers"]]
@@ -179,7 +179,7 @@ def _save_layer(workspace: Workspace, name: str, ffn: FoldedFFN, quality: FoldQu
 def _load_layer(
     workspace: Workspace | None, name: str, session: Session, site: FFNSite
 ) -> tuple[FoldedFFN, FoldQuality] | None:
-    """A layer that is finished already, if it is."""
+    """The folded layer and its quality as an interrupted fold has left them; None if it had not come so far."""
     tensors = workspace and workspace.load_tensors(name)
     values = workspace and workspace.load(name)
     if not tensors or not values:
@@ -205,7 +205,7 @@ def _layer_report(site: FFNSite, layer: LayerPlan, cost: Cost, quality: FoldQual
 
 
 def _fingerprint(model: PreTrainedModel, windows: Windows, config: FoldConfig) -> dict[str, Any]:
-    """What must agree for a fold to go on to the same bytes."""
+    """All that the bytes of a fold depend on, as plain values."""
     settings = {name: list(value) if isinstance(value, tuple) else value for name, value in config.as_dict().items()}
     family = getattr(model.config, NAMED, None) or model.config.model_type
     return {

@@ -37,7 +37,7 @@ class LayerPlan:
     """What the budget gives one layer.
 
     Attributes:
-        bits: of the predictor.
+        bits: bits per weight of the predictor.
         fix_rate: share of neurons fixed per token.
         loss_increase: measured with this layer alone folded, by its probe.
     """
@@ -49,7 +49,7 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Probe:
-    """What is known of one layer before the budget is split.
+    """What was measured of one layer before the budget is split.
 
     Attributes:
         loss_increase: measured with the layer folded alone; nats per token for a causal model.
@@ -76,7 +76,7 @@ class Probe:
 
 
 def plan(session: Session, bits: tuple[int, ...]) -> list[LayerPlan]:
-    """Bits and fix rate of every layer.
+    """Choose bits and fix rate of every layer.
 
     Args:
         session: the fold under way, its model still dense.
@@ -89,7 +89,7 @@ def plan(session: Session, bits: tuple[int, ...]) -> list[LayerPlan]:
 
 
 def _above_noise(probes: list[Probe]) -> list[Probe]:
-    """The probes, none with less than `_LEAST_SHARE` of their mean loss increase."""
+    """The probes with loss increases raised to `_LEAST_SHARE` of their mean where they are below."""
     floor = _LEAST_SHARE * max(sum(probe.loss_increase for probe in probes) / len(probes), 1e-7)
     return [replace(probe, loss_increase=max(probe.loss_increase, floor)) for probe in probes]
 

@@ -50,7 +50,7 @@ def only_one(folder: Path) -> Iterator[None]:
 
 
 def _locked(path: Path) -> int:
-    """An open and locked file at `path`."""
+    """Open and lock the file at `path`, and give its handle."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -124,7 +124,17 @@ class Workspace:
     @classmethod
     @contextmanager
     def open(cls, root: Path, fingerprint: dict[str, Any], resume: bool) -> Iterator[Workspace]:
-        """A workspace that no other process may open; arguments and errors as the class, and as `only_one`."""
+        """A workspace that no other process may open while the context lasts.
+
+        Args:
+            root: folder of the fold.
+            fingerprint: nested plain values that say what is folded, from what, and how.
+            resume: go on with what is there.
+
+        Raises:
+            InvalidInputError: another process works in `root`, it cannot be written, it holds another fold, or it holds
+                this one and `resume` was not asked for.
+        """
         with only_one(root):
             yield cls(root, fingerprint, resume)
 

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from synthetic import correlated, normal, quick, second_moments
 from torch import Tensor
 
-from tardis_llm.folding.refit import DAMPINGS, Refit, Spectrum, affine_error, refit
+from tardis_llm.folding.ridge import DAMPINGS, AffineMap, Spectrum, affine_error, ridge
 
 
-def solve(x: Tensor, y: Tensor, x_held: Tensor, y_held: Tensor) -> Refit:
-    """`refit` of y on x from their tokens."""
+def solve(x: Tensor, y: Tensor, x_held: Tensor, y_held: Tensor) -> AffineMap:
+    """`ridge` of y on x from their tokens."""
     gram = second_moments(x, x)
     held = second_moments(x_held, x_held), second_moments(x_held, y_held)
-    return refit(Spectrum.of(gram), gram, second_moments(x, y), *held)
+    return ridge(Spectrum.of(gram), gram, second_moments(x, y), *held)
 
 
 def noisy(tokens: int, seed: int, noise: float) -> tuple[Tensor, Tensor]:
@@ -26,7 +26,7 @@ def noisy(tokens: int, seed: int, noise: float) -> tuple[Tensor, Tensor]:
     return x, x @ normal(12, 4, seed=1) + normal(4, seed=2) + noise * normal(tokens, 4, seed=seed + 1)
 
 
-def ridge(x: Tensor, y: Tensor, damping: float) -> tuple[np.ndarray, np.ndarray]:
+def by_numpy(x: Tensor, y: Tensor, damping: float) -> tuple[np.ndarray, np.ndarray]:
     """C and c by numpy, the penalty relative to the mean variance."""
     X, Y = x.double().numpy(), y.double().numpy()
     centred = X - X.mean(0)
@@ -53,7 +53,7 @@ def test_an_affine_target_is_recovered() -> None:
 def test_the_fold_equals_numpy_ridge_regression(seed: int, noise: float) -> None:
     x, y = noisy(60, seed, noise)
     fold = solve(x, y, *noisy(60, seed + 2, noise))
-    C, c = ridge(x, y, fold.damping)
+    C, c = by_numpy(x, y, fold.damping)
     np.testing.assert_allclose(fold.weight, C, rtol=1e-3, atol=2e-3 * (1 + noise))
     np.testing.assert_allclose(fold.bias, c, rtol=1e-3, atol=2e-3 * (1 + noise))
 
@@ -62,7 +62,7 @@ def test_the_fold_equals_numpy_ridge_regression(seed: int, noise: float) -> None
 @given(st.integers(0, 1000), st.sampled_from([0.1, 1.0, 10.0]))
 def test_the_damping_is_the_one_of_least_held_out_error(seed: int, noise: float) -> None:
     (x, y), (x_held, y_held) = noisy(40, seed, noise), noisy(30, seed + 2, noise)
-    errors = {damping: held_error(ridge(x, y, damping), x_held, y_held) for damping in DAMPINGS}
+    errors = {damping: held_error(by_numpy(x, y, damping), x_held, y_held) for damping in DAMPINGS}
     chosen = solve(x, y, x_held, y_held).damping
     assert errors[chosen] <= min(errors.values()) * (1 + 1e-4)
 
@@ -113,8 +113,8 @@ def test_with_a_prior_the_penalty_draws_towards_it_and_not_towards_zero():
     target, held_target = x @ weight.T + torch.randn(16, 5, generator=generator), held @ weight.T
     gram, gram_held = second_moments(x, x), second_moments(held, held)
     moments = gram, second_moments(x, target), gram_held, second_moments(held, held_target)
-    plain = refit(Spectrum.of(gram), *moments)
-    told = refit(Spectrum.of(gram), *moments, prior=weight)
+    plain = ridge(Spectrum.of(gram), *moments)
+    told = ridge(Spectrum.of(gram), *moments, prior=weight)
     error = [affine_error(fit.weight, fit.bias, gram_held, moments[3]) for fit in (plain, told)]
     assert error[1] < 0.5 * error[0]
-    torch.testing.assert_close(refit(Spectrum.of(gram), *moments, prior=torch.zeros(5, 12)).weight, plain.weight)
+    torch.testing.assert_close(ridge(Spectrum.of(gram), *moments, prior=torch.zeros(5, 12)).weight, plain.weight)
