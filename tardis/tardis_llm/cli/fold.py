@@ -27,6 +27,7 @@ from ..pipeline.fold import fold as fold_model
 from ..pipeline.space import bytes_on_disk
 from ..pipeline.workspace import FOLDER, discard, only_one
 from ..report import FoldReport
+from ..sample import calibration_text
 from . import output as show
 from .options import AsJson, Dtype, ModelName, TextField, Texts, check_precision, from_settings, read_texts
 from .place import check_output, check_space
@@ -104,8 +105,7 @@ def _load(
     if not text:
         raise InvalidInputError(
             "folding needs text of the kind that the model will see: give --text FILE (repeatable), about 300 kB or "
-            "more. For English prose, the text bundled with TARDIS will do to try it: "
-            "tardis_llm/sample/calibration.txt."
+            f"more. For English prose, the text bundled with TARDIS will do to try it: {calibration_text()}."
         )
     tokenizer = load_tokenizer(model)
     documents = read_texts(text, field)

@@ -1,7 +1,8 @@
 """Zero-shot tasks of lm-eval, over local files or over the hub's data: accuracies with their standard errors.
 
 With a folder of data, tasks are those of `harness_tasks/`, and no network is used. Without one, they are lm-eval's own.
-Both have the same prompts and scores; `Task` says which file and which stock task a name stands for.
+Both have the same prompts and scores; `Task` says which file and which stock task a name stands for. The module is a
+little longer than others: scores, their pairing and the table of tasks are read together.
 """
 
 from __future__ import annotations
