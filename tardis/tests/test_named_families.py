@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,12 @@ every_model = pytest.mark.parametrize("name", list(NAMES))
 
 
 def unknown_model(name: str) -> PreTrainedModel:
-    """A small random model, in eval mode, of a family that is not in the table."""
+    """A small random model, in eval mode, of a family that is not in the table; a copy for each call."""
+    return copy.deepcopy(_unknown_model(name))
+
+
+@cache
+def _unknown_model(name: str) -> PreTrainedModel:
     common = {
         "vocab_size": VOCAB,
         "hidden_size": HIDDEN,
