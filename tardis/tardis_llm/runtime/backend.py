@@ -4,8 +4,9 @@ A backend is an object of the class `Backend` below. `BACKENDS` lists them, the 
 reference, computes everything everywhere and is what all others are tested against. A new backend is a folder beside
 this file and an entry in that list.
 
-The environment variable `TARDIS_KERNELS` restricts the choice: `off` leaves the reference alone, and the name of an
-instruction set, such as `avx2`, is for the backend that knows it.
+The environment variable `TARDIS_KERNELS` restricts the choice: with `off` only the reference is chosen, and the name of
+an instruction set, such as `avx2`, is for the backend that knows it. Linear layers in few bits that lie outside the FFNs
+have kernels of torch or bitsandbytes, which the variable does not reach.
 """
 
 from __future__ import annotations
