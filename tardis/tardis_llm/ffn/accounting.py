@@ -65,5 +65,5 @@ def cost(dense: DenseFFN, folded: FoldedWeights) -> Cost:
 
 def planned(dense: DenseFFN, storage: Storage, bits: int) -> Cost:
     """Bytes of an FFN if it were folded and stored so, with a predictor of so many bits."""
-    form = storage.format(dense.activation, bits)
+    form = storage.format(dense.activation, bits, gated=dense.k == 2)
     return cost(dense, FoldedWeights.empty(form, dense.d, dense.h, dense.w1.dtype, torch.device("meta")))

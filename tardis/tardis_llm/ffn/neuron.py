@@ -1,13 +1,14 @@
 """The mathematics of one FFN's neurons, plain and gated alike.
 
 A neuron has k up-projections: one in a plain FFN, gate and up in a gated one. With `v = x W1^T + b1`, [tokens, k h],
-whose columns are the neurons' one after the other, and a line per neuron:
+whose columns are those of all gates and then those of all ups, as models merge them, and a line per neuron:
 
     value     act(v), or act(g) * u with v = (g, u) of the neuron
     line      slope . v + offset
     residual  value - line
     score     |residual| * |W2[:, i]|, what leaving it out costs the output
-    outside   whether a *predicted* v has left the neuron's hot range: an interval of v
+    outside   whether a *predicted* v has left the neuron's hot range: an interval of v in a plain FFN, of the
+              residual at v in a gated one
 
 All else, from calibration to kernels, is said in these terms. The published method (arXiv 2501.10054) is k = 1.
 """
@@ -26,13 +27,13 @@ def value(v: Tensor, act: Callable[[Tensor], Tensor], k: int) -> Tensor:
     """What neurons put out: [tokens, h] for v [tokens, k h].
 
     Args:
-        v: up-projections, those of a neuron side by side.
+        v: up-projections; of two, the gates of all neurons come first.
         act: elementwise activation.
         k: up-projections per neuron, 1 or 2; of two the first is the gate.
     """
     if k == 1:
         return act(v)
-    gate, up = v.unflatten(-1, (-1, k)).unbind(-1)
+    gate, up = v.unflatten(-1, (k, -1)).unbind(-2)
     return act(gate) * up
 
 
@@ -42,7 +43,8 @@ class Neurons:
 
     Attributes:
         activation: a name in `ACTIVATIONS`.
-        low, high: [h] hot range: bounds of the predicted pre-activation, infinite where a side is open.
+        low, high: [h] hot range: bounds of the predicted pre-activation, or of a gated neuron's predicted residual;
+            infinite where a side is open.
         slope: [k h] of the lines, in the order of v.
         offset: [h] of the lines.
     """
@@ -79,7 +81,7 @@ class Neurons:
 
     def at(self, neurons: Tensor | slice) -> Neurons:
         """Some of the neurons, chosen by their numbers."""
-        slope = self.slope.view(-1, self.k)[neurons].flatten()
+        slope = self.slope.view(self.k, -1)[:, neurons].flatten()
         return replace(self, low=self.low[neurons], high=self.high[neurons], slope=slope, offset=self.offset[neurons])
 
     def value(self, v: Tensor) -> Tensor:
@@ -109,9 +111,10 @@ class Neurons:
         return self.residual(v).abs() * norm
 
     def outside(self, v: Tensor) -> Tensor:
-        """[tokens, h] bool: neurons out of their hot range by predicted v [tokens, h]; NaN counts as out of it."""
-        return ~((v >= self.low.float()) & (v <= self.high.float()))
+        """[tokens, h] bool: neurons out of their hot range by predicted v [tokens, k h]; NaN counts as out of it."""
+        tested = v if self.k == 1 else self.residual(v)
+        return ~((tested >= self.low.float()) & (tested <= self.high.float()))
 
     def _sloped(self, v: Tensor) -> Tensor:
         product = self.slope.float() * v
-        return product if self.k == 1 else product.unflatten(-1, (-1, self.k)).sum(-1)
+        return product if self.k == 1 else product.unflatten(-1, (self.k, -1)).sum(-2)

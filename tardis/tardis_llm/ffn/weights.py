@@ -82,7 +82,7 @@ class DenseFFN:
     """The weights of one FFN.
 
     Attributes:
-        w1: [k h, d] up-projections; a neuron's rows lie side by side, k is 1 in a plain FFN.
+        w1: [k h, d] up-projections; k is 1 in a plain FFN and 2 in a gated one, whose gates' rows come first.
         b1: [k h], or None.
         w2: [d, h] down-projection; one column per neuron.
         b2: [d], or None.
@@ -104,6 +104,11 @@ class DenseFFN:
     def h(self) -> int:
         """Number of neurons."""
         return self.w2.shape[1]
+
+    @property
+    def k(self) -> int:
+        """Up-projections per neuron: 2 in a gated FFN, 1 in a plain one."""
+        return len(self.w1) // self.h
 
     @property
     def act(self) -> Callable[[Tensor], Tensor]:
@@ -149,6 +154,8 @@ class FoldFormat:
         fold_bits: bits per weight of the fold; None for the model's dtype.
         fallback_bits: bits per weight of W1 and W2 as fixing reads them, the predictor's included; None where fixing
             reads the dense weights.
+        remainder_bits: bits per weight that W1 has beside the predictor's; None for what `fallback_bits` leaves.
+        gated: whether neurons have two up-projections.
     """
 
     activation: str
@@ -157,6 +164,20 @@ class FoldFormat:
     range_dtype: str
     fold_bits: int | None = None
     fallback_bits: int | None = None
+    remainder_bits: int | None = None
+    gated: bool = False
+
+    @property
+    def k(self) -> int:
+        """Up-projections per neuron."""
+        return 2 if self.gated else 1
+
+    @property
+    def left(self) -> int:
+        """Bits per weight of what the predictor leaves of W1, stacked; 0 where that is nothing, or dense."""
+        if self.fallback_bits is None or self.remainder_bits is not None:
+            return self.remainder_bits or 0
+        return self.fallback_bits - self.bits
 
 
 @dataclass(frozen=True)
@@ -168,15 +189,21 @@ class Storage:
         fold_bits: bits per weight of the fold; None for the model's dtype.
         fallback_bits: bits per weight of W1 and W2 as fixing reads them; None for the dense weights. Those of W1
             include the predictor's, which serve both.
+        remainder_bits: bits per weight that W1 has beside the predictor's; None for what `fallback_bits` leaves.
     """
 
     group_size: int = 256
     fold_bits: int | None = None
     fallback_bits: int | None = None
+    remainder_bits: int | None = None
 
-    def format(self, activation: str, bits: int) -> FoldFormat:
+    def format(self, activation: str, bits: int, gated: bool = False) -> FoldFormat:
         """The format of a folded FFN with this activation and a predictor of so many bits."""
-        return FoldFormat(activation, bits, self.group_size, "float16", self.fold_bits, self.fallback_bits)
+        left, stacked = self.remainder_bits, self.fallback_bits is not None
+        usual = left is None or not stacked or left == self.fallback_bits - bits
+        return FoldFormat(
+            activation, bits, self.group_size, "float16", self.fold_bits, self.fallback_bits, None if usual else left, gated
+        )
 
 
 def _bits(matrix: Matrix | None) -> int | None:
@@ -230,24 +257,18 @@ class FoldedWeights:
             return torch.empty(shape, dtype=dtype, device=device)
 
         fold = packed(rows, form.fold_bits) if form.fold_bits else values(rows, d)
-        lines = [values(h, dtype=getattr(torch, form.range_dtype)) for _ in range(4)]
+        lines = [values(size * h, dtype=getattr(torch, form.range_dtype)) for size in (1, 1, form.k, 1)]
         down = packed(h, form.fallback_bits) if form.fallback_bits else None
-        left = (form.fallback_bits or form.bits) - form.bits
-        up = packed(h, left) if left else None
-        return cls(fold, values(rows), packed(h, form.bits), Neurons(form.activation, *lines), down, up)
+        up = packed(form.k * h, form.left) if form.left else None
+        return cls(fold, values(rows), packed(form.k * h, form.bits), Neurons(form.activation, *lines), down, up)
 
     @property
     def format(self) -> FoldFormat:
         """How these weights are stored."""
         _, bits, group_size = kind(self.predictor)
-        return FoldFormat(
-            activation=self.neurons.activation,
-            bits=bits,
-            group_size=group_size,
-            range_dtype=str(self.neurons.low.dtype).removeprefix("torch."),
-            fold_bits=_bits(self.fold),
-            fallback_bits=_bits(self.down),
-        )
+        storage = Storage(group_size, _bits(self.fold), _bits(self.down), _bits(self.up) or 0)
+        found = storage.format(self.neurons.activation, bits, gated=self.neurons.k == 2)
+        return replace(found, range_dtype=str(self.neurons.low.dtype).removeprefix("torch."))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -145,5 +145,4 @@ def linear(x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
 
 def dense_ffn(x: Tensor, dense: DenseFFN) -> Tensor:
     """Outputs [..., d] of an FFN that is not folded, for inputs x [..., d] in the dtype of x."""
-    k = dense.w1.shape[0] // dense.h
-    return linear(value(linear(x, dense.w1, dense.b1), dense.act, k), dense.w2, dense.b2)
+    return linear(value(linear(x, dense.w1, dense.b1), dense.act, dense.k), dense.w2, dense.b2)

@@ -1,7 +1,7 @@
 """The reference backend: the folded FFN in plain torch, which specifies what every kernel computes.
 
     y = x C^T + c + sum over i in S(x) of r_i(v) W2[:, i]
-    S(x) = neurons whose predicted pre-activation is not within [low_i, high_i]
+    S(x) = neurons whose predicted v is out of their hot range
     r_i(v) = value_i(v) - line_i(v)
 
 It takes any number of tokens, dtype and device, and lets gradients through.
@@ -36,7 +36,7 @@ def folded_ffn(x: Tensor, weights: FoldedWeights) -> Tensor:
     some = slice(None) if static else fixed.any(0).nonzero()[:, 0]
     w1, w2 = weights.fallback(x.dtype)
     neurons = weights.neurons.at(some)
-    rows = _rows(some, neurons.k)
+    rows = _rows(some, weights.neurons.count, weights.neurons.k)
     v = F.linear(x, w1[rows], None if weights.b1 is None else weights.b1[rows]).float()
     residual = torch.where(fixed[:, some], neurons.residual(v), 0.0)
     correction = F.linear(residual.to(x.dtype), w2[:, some])
@@ -52,11 +52,11 @@ def fixed_neurons(x: Tensor, weights: FoldedWeights) -> Tensor:
     return weights.neurons.outside(F.linear(x.float(), written_out(weights.predictor), b1))
 
 
-def _rows(neurons: Tensor | slice, k: int) -> Tensor | slice:
-    """Rows of W1 that belong to neurons."""
+def _rows(neurons: Tensor | slice, count: int, k: int) -> Tensor | slice:
+    """Rows of W1 that belong to some of `count` neurons."""
     if k == 1 or isinstance(neurons, slice):
         return neurons
-    return (neurons[:, None] * k + torch.arange(k)).flatten()
+    return (neurons + count * torch.arange(k)[:, None]).flatten()
 
 
 @dataclass(frozen=True)
