@@ -13,7 +13,7 @@ from ..errors import InvalidInputError
 from ..families.linear import bias_of, check_linear, is_linear, weight_of
 from ..families.sites import find_ffns, layer_list, layer_list_name
 
-#: "ffn": the two matrices of every FFN; "all": every linear layer in the blocks, those of attention too
+#: "ffn": the two or three matrices of every FFN; "all": every linear layer in the blocks, those of attention too
 Scope = Literal["ffn", "all"]
 
 
@@ -69,7 +69,7 @@ def find_matrices(model: PreTrainedModel, scope: Scope) -> list[list[ModelMatrix
     """
     if scope not in get_args(Scope):
         raise InvalidInputError(f"scope is {scope!r}; give one of {', '.join(get_args(Scope))}.")
-    ffn = {name for site in find_ffns(model) for name in (site.up_name, site.down_name)}
+    ffn = {name for site in find_ffns(model) for name in site.linears}
     blocks = []
     for index, block in enumerate(layer_list(model)):
         prefix = f"{layer_list_name(model)}.{index}"

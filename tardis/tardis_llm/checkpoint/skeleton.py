@@ -11,6 +11,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import CheckpointError, TardisError
+from ..families.linear import weight_of
 from ..families.sites import FFNSite, find_ffns
 from ..ffn.weights import FoldedWeights, FoldFormat
 from ..runtime.linears.placing import check_bits, empty_like, linear_layers, put_linears, untie_head
@@ -73,8 +74,8 @@ def install_empty_layers(model: PreTrainedModel, settings: CheckpointConfig) -> 
         )
     for name, layer in formats.items():
         _check_fits(name, layer, sites[name])
-        dense = sites[name].weights()
-        empty = FoldedWeights.empty(layer, dense.d, dense.h, dense.w1.dtype, dense.w1.device)
+        dense, device = sites[name].outline(), weight_of(sites[name].down).device
+        empty = FoldedWeights.empty(layer, dense.d, dense.h, dense.w1.dtype, device)
         install(model, sites[name], FoldedFFN(empty))
     for name, bits in settings.linears.items():
         _install_empty_linear(model, name, bits)
@@ -105,6 +106,11 @@ def _check_fits(name: str, layer: FoldFormat, site: FFNSite) -> None:
         raise CheckpointError(
             f"config.json folds {name} with the activation {layer.activation}, and the model has "
             f"{site.activation_kind} there; copy config.json anew, or fold again."
+        )
+    if layer.gated != site.gated:
+        raise CheckpointError(
+            f"config.json says of {name} that its FFN has {'a' if layer.gated else 'no'} gate, which the model does "
+            "not bear out; copy config.json anew, or fold again."
         )
     if layer.group_size > site.hidden_size:
         raise CheckpointError(

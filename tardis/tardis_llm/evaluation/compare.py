@@ -181,7 +181,7 @@ class Comparison:
     def _measured(self, method: Method, progress: Progress) -> Cell:
         model = self.load()
         everything = sum(matrix.dense_bytes for block in find_matrices(model, self.scope) for matrix in block)
-        beside = everything - sum(site.weights().nbytes for site in find_ffns(model))  # what a fold leaves as it is
+        beside = everything - sum(site.outline().nbytes for site in find_ffns(model))  # what a fold leaves as it is
         cell = Cell(method, None, everything, everything, everything)
         report: FoldReport | BaselineReport | None = None
         if method.name != DENSE:

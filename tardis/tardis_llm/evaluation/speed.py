@@ -16,7 +16,7 @@ from ..ffn.weights import nbytes
 from ..report import Progress
 from ..runtime.linears.lowbit import LowBitLinear
 from ..runtime.modules import FoldedFFN
-from ..runtime.placing import FoldedDown, KeptLinear, folded_ffns
+from ..runtime.placing import FoldedDown, GatedFFN, KeptLinear, Parts, folded_ffns
 from ..runtime.prefill import Prefill, set_prefill
 from .crossover import ffn_speed_ups, pays_up_to
 from .decoder import Decoder
@@ -204,8 +204,8 @@ def step_bytes(model: PreTrainedModel, share: float = 0.0) -> float:
     seen: set[int] = set()
 
     def read(module: nn.Module) -> float:
-        if isinstance(module, FoldedDown):
-            return _ffn_bytes(module, share)
+        if isinstance(module, FoldedDown | GatedFFN):
+            return _ffn_bytes(module.parts, share)
         if isinstance(module, LowBitLinear):
             return module.nbytes
         total = 0.0
@@ -221,7 +221,7 @@ def step_bytes(model: PreTrainedModel, share: float = 0.0) -> float:
     return read(model)
 
 
-def _ffn_bytes(down: FoldedDown, share: float) -> float:
+def _ffn_bytes(parts: Parts, share: float) -> float:
     """Bytes that a folded FFN reads as it lies in memory, if it fixes this share of the neurons, or none if exact."""
-    dense, down_bias = down.dense, nbytes(down.bias)
-    return dense.nbytes if down.ffn.exact else down.ffn.current.beside(dense).touched(share) + down_bias
+    dense, ffn = parts.dense, parts.ffn
+    return dense.nbytes if ffn.exact else ffn.current.beside(dense).touched(share) + nbytes(dense.b2)

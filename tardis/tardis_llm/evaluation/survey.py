@@ -122,7 +122,7 @@ def survey(model: PreTrainedModel, windows: Windows | None = None, progress: Pro
         [True, True]
     """
     sites = find_ffns(model)
-    ffns = [site.weights() for site in sites]
+    ffns = [site.outline() for site in sites]
     sizes = zip(sites, ffns, strict=True)
     layers = [LayerSurvey(site.prefix, ffn.d, ffn.h, ffn.activation, ffn.nbytes) for site, ffn in sizes]
     if windows is None:

@@ -5,8 +5,11 @@ No other module tells the two apart.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import TypeGuard
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -44,6 +47,32 @@ def bias_of(layer: nn.Module) -> Tensor | None:
     """The bias [out] of a linear layer, as a detached view; None if it has no bias."""
     bias = getattr(layer, "bias", None)
     return bias.detach() if isinstance(bias, Tensor) else None
+
+
+def one_below_the_other(matrices: Sequence[Tensor]) -> Tensor:
+    """Matrices, or vectors, as one: a view of those that follow one another in memory already, else a copy."""
+    first = matrices[0]
+    if len(matrices) == 1:
+        return first
+    if not follow_one_another(matrices):
+        return torch.cat(list(matrices))
+    return first.as_strided((sum(map(len, matrices)), *first.shape[1:]), first.stride())
+
+
+def follow_one_another(matrices: Sequence[Tensor]) -> bool:
+    """Whether matrices are parts of one storage, each contiguous and behind the one before it."""
+    storage = matrices[0].untyped_storage()._cdata
+    if any(each.is_meta or not each.is_contiguous() or each.untyped_storage()._cdata != storage for each in matrices):
+        return False
+    return all(one.data_ptr() + one.nbytes == other.data_ptr() for one, other in pairwise(matrices))
+
+
+def joined(biases: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Tensor | None:
+    """One bias for several layers, zeros for those that have none; None where none has one."""
+    if len(biases) == 1 or not any(bias is not None for bias in biases):
+        return biases[0]
+    pairs = zip(biases, weights, strict=True)
+    return one_below_the_other([w.new_zeros(len(w)) if bias is None else bias for bias, w in pairs])
 
 
 def check_linear(module: nn.Module, name: str) -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..errors import InvalidInputError
 from ..ffn.activations import identify
 from ..ffn.weights import DenseFFN
-from .linear import bias_of, check_linear, weight_of
+from .linear import bias_of, check_linear, joined, one_below_the_other, weight_of
 from .table import Family, family_of
 
 
@@ -28,9 +28,11 @@ class FFNSite:
         block: the transformer block around the FFN.
         parent: the module that gets the child `tardis`; the block itself in OPT and BERT.
         up, activation, down: the modules that make up the FFN; the input of `up` is the FFN's.
-        gate: the gate projection; None where the FFN has none, or has it merged with `up`.
+        gated: whether the FFN has a gate.
+        projections: the layers that read the FFN's input, by their full names: the gate, if it is apart, and `up`.
         replaced: the dense modules that the folded FFN replaces, by their full names: `up`, `activation` and `down`,
             or for a gated FFN, whose parts do not follow one another, the module around them.
+        norm: the norm that the FFN's output goes through before it is added to the residual stream; None without.
     """
 
     index: int
@@ -43,8 +45,10 @@ class FFNSite:
     up: nn.Module = field(repr=False)
     activation: nn.Module = field(repr=False)
     down: nn.Module = field(repr=False)
-    gate: nn.Module | None = field(repr=False)
+    gated: bool
+    projections: dict[str, nn.Module] = field(repr=False)
     replaced: dict[str, nn.Module] = field(repr=False)
+    norm: nn.Module | None = field(repr=False)
 
     @classmethod
     def of(cls, family: Family, index: int, name: str, block: nn.Module) -> FFNSite:
@@ -63,19 +67,32 @@ class FFNSite:
         parts = [(_join(name, path), _submodule(block, path, name)) for path in paths]
         (up_name, up), (activation_name, activation), (down_name, down) = parts
         prefix, parent = _join(name, family.ffn), _submodule(block, family.ffn, name)
-        gate = _submodule(block, family.gate, name) if family.gate else None
-        names = up_name, activation_name, down_name
+        paths = tuple(path for path in (family.gate, family.up) if path)
+        ups = {_join(name, path): _submodule(block, path, name) for path in paths}
+        names, modules = (up_name, activation_name, down_name), (block, parent, up, activation, down)
         replaced = {prefix: parent} if family.gated else dict(parts)
-        return cls(index, prefix, *names, block, parent, up, activation, down, gate, replaced)
+        norm = _submodule(block, family.norm, name) if family.norm else None
+        return cls(index, prefix, *names, *modules, family.gated, ups, replaced, norm)
 
     def weights(self) -> DenseFFN:
-        """The dense weights as detached views, never copies, so writing to them writes to the model.
+        """The dense weights, detached: views of the model's tensors, but copies of a gate and up apart from it.
 
         Raises:
             UnsupportedModelError: the activation cannot be folded.
             InvalidInputError: a part is no dense linear layer, or their shapes do not fit together.
         """
         return DenseFFN(*self.parts(), self.activation_kind)
+
+    def outline(self) -> DenseFFN:
+        """The weights without their numbers, on the meta device: what sizes and bytes follow from.
+
+        Raises:
+            UnsupportedModelError, InvalidInputError: as `weights`.
+        """
+        ups, b1, w2, b2 = self._found()
+        h, d = sum(map(len, ups)), w2.shape[0]
+        w1 = w2.new_empty(h, d, device="meta")
+        return DenseFFN(w1, b1, w2.to("meta"), b2, self.activation_kind)
 
     @cached_property
     def activation_kind(self) -> str:
@@ -87,31 +104,44 @@ class FFNSite:
         return identify(self.activation)
 
     def parts(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """w1 [h, d], b1 [h], w2 [d, h] and b2 [d] as views of the model's tensors; None for a bias that is not there.
+        """w1 [k h, d], b1 [k h], w2 [d, h] and b2 [d], as in `weights`; None for a bias that is not there.
 
         Raises:
             InvalidInputError: a part is no dense linear layer, or their shapes do not fit together.
         """
-        check_linear(self.up, self.up_name)
-        check_linear(self.down, self.down_name)
-        w1, w2 = weight_of(self.up), weight_of(self.down)
-        if w2.shape != w1.T.shape:
-            raise InvalidInputError(
-                f"the parts of an FFN do not fit: {self.up_name} is {list(w1.shape)} and {self.down_name} is "
-                f"{list(w2.shape)} [out, in]; one must be the other reversed. Reload the model from a sound "
-                "checkpoint, or correct the parts that its Family names."
-            )
-        return w1, bias_of(self.up), w2, bias_of(self.down)
+        ups, b1, w2, b2 = self._found()
+        return one_below_the_other(ups), b1, w2, b2
+
+    def _found(self) -> tuple[list[Tensor], Tensor | None, Tensor, Tensor | None]:
+        """The up-projections, their bias, the down-projection and its bias; errors as `parts`."""
+        for name, layer in self.linears.items():
+            check_linear(layer, name)
+        ups, w2 = [weight_of(layer) for layer in self.projections.values()], weight_of(self.down)
+        rows = (2 if self.gated else 1) * w2.shape[1] // len(ups)
+        for name, weight in zip(self.projections, ups, strict=True):
+            if weight.shape != (rows, w2.shape[0]):
+                raise InvalidInputError(
+                    f"the parts of an FFN do not fit: {name} is {list(weight.shape)} and {self.down_name} is "
+                    f"{list(w2.shape)} [out, in]; {[rows, w2.shape[0]]} is wanted beside it. Reload the model from a "
+                    "sound checkpoint, or correct the parts that its Family names."
+                )
+        biases = [bias_of(layer) for layer in self.projections.values()]
+        return ups, joined(biases, ups), w2, bias_of(self.down)
+
+    @property
+    def linears(self) -> dict[str, nn.Module]:
+        """The linear layers of the FFN by their full names: the gate first, down last."""
+        return {**self.projections, self.down_name: self.down}
 
     @property
     def hidden_size(self) -> int:
         """d, the width of the FFN's input and output."""
-        return self.parts()[0].shape[1]
+        return self._found()[2].shape[0]
 
     @property
     def intermediate_size(self) -> int:
         """h, the number of neurons."""
-        return self.parts()[0].shape[0]
+        return self._found()[2].shape[1]
 
 
 def find_ffns(model: PreTrainedModel) -> list[FFNSite]:
@@ -125,7 +155,7 @@ def find_ffns(model: PreTrainedModel) -> list[FFNSite]:
     name = layer_list_name(model)
     sites = [FFNSite.of(family, i, f"{name}.{i}", block) for i, block in enumerate(layer_list(model))]
     for site in sites:
-        site.parts()
+        site._found()
     return sites
 
 

@@ -7,7 +7,7 @@ whose fields are then kept in the model's config under `NAMED`.
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -20,7 +20,7 @@ NAMED = "tardis_family"
 
 @dataclass(frozen=True)
 class Family:
-    """Where the models of a family keep their FFNs, `down(activation(up(x)))`.
+    """Where the models of a family keep their FFNs, `down(activation(up(x)))` or `down(activation(gate(x)) * up(x))`.
 
     `fold(model, text, family=Family(...))` folds a model of a family that TARDIS does not know. Paths are dotted, such
     as `mlp.fc1`; `print(model)` shows them.
@@ -32,9 +32,10 @@ class Family:
         up: path from a block to the up projection, a linear layer.
         activation: path from a block to the module that computes the activation.
         down: path from a block to the down projection, a linear layer.
-        gate: path from a block to the gate projection of a gated FFN, `down(activation(gate(x)) * up(x))`, which cannot
-            be folded yet; "" where there is none.
-        merged: whether `up` is gate and up projection in one layer, the gate's rows first; cannot be folded yet.
+        gate: path from a block to the gate projection of a gated FFN; "" where there is none.
+        merged: whether `up` is gate and up projection in one layer, the gate's rows first.
+        norm: path from a block to the norm that the FFN's output goes through before it is added to the residual
+            stream; "" where there is none.
         causal: whether the models generate text from left to right; encoders do not.
         refused_flags: fields of the config that, when true, make the FFN compute something else.
         alibi: whether ALiBi (arXiv 2108.12409) biases the attention of every model of the family.
@@ -63,6 +64,7 @@ class Family:
     down: str
     gate: str = ""
     merged: bool = False
+    norm: str = ""
     causal: bool = True
     refused_flags: tuple[str, ...] = ()
     alibi: bool = False
@@ -143,9 +145,24 @@ _ROWS = (
     ),
 )  # fmt: skip
 
+_GATE_APART = Family("", "layers", "mlp", "mlp.up_proj", "mlp.act_fn", "mlp.down_proj", gate="mlp.gate_proj")
+_GATE_MERGED = Family("", "layers", "mlp", "mlp.gate_up_proj", "mlp.activation_fn", "mlp.down_proj", merged=True)
+#: gated families, by how they name the parts: gate and up apart or merged, with or without a norm behind the FFN
+_GATED_ROWS = (
+    *(replace(_GATE_APART, model_type=name) for name in (
+        "cohere", "cohere2", "gemma", "granite", "helium", "llama", "ministral", "mistral", "olmo", "qwen2", "qwen3",
+        "smollm3", "stablelm",
+    )),
+    *(replace(_GATE_APART, model_type=name, norm="post_feedforward_layernorm") for name in (
+        "exaone4", "gemma2", "gemma3_text", "olmo2", "olmo3",
+    )),
+    replace(_GATE_MERGED, model_type="phi3"),
+    replace(_GATE_MERGED, model_type="glm"),
+    replace(_GATE_MERGED, model_type="glm4", norm="post_mlp_layernorm"),
+)  # fmt: skip
 
 #: model_type -> row, for every supported family.
-FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}
+FAMILIES: dict[str, Family] = {row.model_type: row for row in (*_ROWS, *_GATED_ROWS)}
 
 #: what errors about models of other families end with
 SUPPORTED = f"TARDIS folds these families: {', '.join(sorted(FAMILIES))}; choose a model of one of them."
@@ -177,9 +194,9 @@ def family_of(config: PreTrainedConfig) -> Family:
     """
     kind, named = config.model_type, getattr(config, NAMED, None)
     family = FAMILIES.get(kind) if named is None else Family.from_config(named)
-    if family.gated if family else kind in GATED_MODEL_TYPES:
+    if family is None and kind in GATED_MODEL_TYPES:
         raise UnsupportedModelError(
-            f"{kind!r} has a gated FFN (SwiGLU or GeGLU), which is not supported yet. {SUPPORTED}"
+            f"{kind!r} has mixtures of experts, or another FFN that cannot be folded yet. {SUPPORTED}"
         )
     if family is None:
         raise UnsupportedModelError(

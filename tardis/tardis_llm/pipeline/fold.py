@@ -108,7 +108,7 @@ def check_fold(
         check_windows(model, ids)
     check_enough(calibration, sites[0].hidden_size)
     allowed = (config.predictor_bits,) if config.predictor_bits else _AUTO_BITS[config.policy]
-    return sites, check_feasible([site.weights() for site in sites], allowed, config.storage, config.reduction)
+    return sites, check_feasible([site.outline() for site in sites], allowed, config.storage, config.reduction)
 
 
 def changes(report: FoldReport, model: PreTrainedModel, calibration: Windows, config: FoldConfig) -> list[str]:
@@ -155,7 +155,7 @@ def _fold_layers(session: Session, plans: list[LayerPlan], workspace: Workspace 
         if not session.config.sequential:
             advance_to(site.index + 1, fit, heldout)  # while the block is still dense
         install(session.model, site, ffn)
-        reports.append(_layer_report(site, layer, cost(site.weights(), ffn.weights), quality))
+        reports.append(_layer_report(site, layer, cost(site.outline(), ffn.weights), quality))
     session.progress("folding layers", len(plans), len(plans))
     return reports
 

@@ -100,7 +100,7 @@ def _split_by_loss(session: Session, probes: list[Probe]) -> list[LayerPlan]:
         {bits: session.cost(site, bits) for bits in probe.curves}
         for site, probe in zip(session.sites, probes, strict=True)
     ]
-    budget = (1 - session.config.reduction) * sum(site.weights().nbytes for site in session.sites)
+    budget = (1 - session.config.reduction) * sum(site.outline().nbytes for site in session.sites)
     chosen = split_budget([probe.options(cost) for probe, cost in zip(probes, costs, strict=True)], budget)
     spare = budget - sum(option.touched for option in chosen)
     fixing = sum(option.fix_rate * cost[option.bits].fixing for option, cost in zip(chosen, costs, strict=True))

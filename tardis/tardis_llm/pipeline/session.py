@@ -46,7 +46,7 @@ class Session:
 
     def cost(self, site: FFNSite, bits: int) -> Cost:
         """Bytes of the FFN at `site`, if it is folded as configured with a predictor of so many bits."""
-        return planned(site.weights(), self.config.storage, bits)
+        return planned(site.outline(), self.config.storage, bits)
 
     def stream(self, ids: Tensor) -> Stream:
         """Windows of token ids [windows, length] at the start of the model."""

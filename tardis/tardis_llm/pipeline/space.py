@@ -18,7 +18,7 @@ def bytes_on_disk(directory: Path, model: PreTrainedModel, windows: Windows, con
     """Bytes that folding `model` into `directory` will take there at most, beside what is there already."""
     sites = [site for site in find_ffns(model) if config.layers is None or site.index in config.layers]
     bits = config.predictor_bits or (config.fallback_bits or max(PREDICTOR_BITS[:-1]))
-    costs = [planned(site.weights(), config.storage, bits) for site in sites]
+    costs = [planned(site.outline(), config.storage, bits) for site in sites]
     all_dense, stored = (sum(sizes) for sizes in zip(*((cost.dense, cost.touched(1.0)) for cost in costs), strict=True))
     outside = sum(weight.nbytes for weight in model.parameters()) - all_dense
     dense = 0 if config.fallback_bits else all_dense

@@ -2,7 +2,8 @@
 
 In a model, a folded FFN sits in the places of the three parts that it stands for: the up projection keeps its weights
 and passes its input on, the activation does nothing, and the down projection, which keeps its weights too, returns the
-output. So each family's residuals, dropout and return types stay its own.
+output. So each family's residuals, dropout and return types stay its own. The parts of a gated FFN do not follow one
+another, so `GatedFFN` takes the place of the module around them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..allocator import contiguous_in_huge_pages
-from ..families.linear import is_transposed
+from ..families.linear import follow_one_another, is_transposed, joined, one_below_the_other
 from ..families.sites import FFNSite, set_module
 from ..ffn.weights import DenseFFN, FoldedWeights
 from .backend import REFERENCE, backend_for
@@ -37,7 +38,7 @@ class KeptLinear(Stored):
 
     def __init__(self, linear: nn.Module, stacked: bool) -> None:
         super().__init__()
-        self._transposed = is_transposed(linear)
+        self.transposed = is_transposed(linear)
         self._trained = [name for name, part in linear.named_parameters(recurse=False) if part.requires_grad]
         for name in ("weight", "bias"):
             self.register_parameter(name, getattr(linear, name))
@@ -48,7 +49,7 @@ class KeptLinear(Stored):
     @property
     def matrix(self) -> Tensor:
         """The weight as [out, in]; empty where low-bit weights stand for it."""
-        return self.weight.T if self._transposed and self.weight.dim() == 2 else self.weight
+        return self.weight.T if self.transposed and self.weight.dim() == 2 else self.weight
 
     def lay_out(self, neurons: int) -> None:
         """Lay the weight out anew in memory so that each neuron's numbers are consecutive; values and shape stay.
@@ -56,14 +57,15 @@ class KeptLinear(Stored):
         Args:
             neurons: the dimension of `matrix` that counts them.
         """
-        if self._lies_by(neurons):
+        if self.lies_by(neurons):
             return
         with changing_layout():
-            if not self._lies_by(neurons):  # no other thread was quicker
+            if not self.lies_by(neurons):  # no other thread was quicker
                 matrix = contiguous_in_huge_pages(self.matrix.transpose(0, neurons)).transpose(0, neurons)
-                self.weight.data = matrix.T if self._transposed else matrix
+                self.weight.data = matrix.T if self.transposed else matrix
 
-    def _lies_by(self, neurons: int) -> bool:
+    def lies_by(self, neurons: int) -> bool:
+        """Whether the numbers of each neuron are consecutive; see `lay_out`."""
         return self.matrix.transpose(0, neurons).is_contiguous()
 
     def release(self, linear: nn.Module) -> None:
@@ -79,6 +81,71 @@ class KeptLinear(Stored):
         return (self.matrix, self.bias) if x is None else x
 
 
+class Parts:
+    """A folded FFN with the modules that keep the dense weights beside it, and its forward.
+
+    Args:
+        ups: the up-projections, the gate first where it is apart.
+        down: the down-projection.
+        ffn: the folded FFN.
+    """
+
+    def __init__(self, ups: list[KeptLinear], down: KeptLinear, ffn: FoldedFFN) -> None:
+        self.ups, self.down, self.ffn = ups, down, ffn
+
+    @property
+    def dense(self) -> DenseFFN:
+        """The dense weights beside the folded FFN; w1 and w2 are empty where low-bit weights stand for them."""
+        ups = [(up.matrix, up.bias) for up in self.ups]
+        return self._dense(ups, (self.down.matrix, self.down.bias))
+
+    def _dense(self, ups: list[tuple[Tensor, Tensor | None]], down: tuple[Tensor, Tensor | None]) -> DenseFFN:
+        """The dense weights from weight and bias of each layer."""
+        matrices = [matrix for matrix, _ in ups]
+        w1 = matrices[0] if self.ffn.stacked else one_below_the_other(matrices)
+        return DenseFFN(w1, joined([bias for _, bias in ups], matrices), *down, self.ffn.activation)
+
+    def lay_out(self) -> None:
+        """Lay out what fixing reads of the dense weights, unless they are offloaded; see `KeptLinear.lay_out`."""
+        if not self.lie_well():
+            for up in self.ups:
+                up.lay_out(neurons=0)
+            self.down.lay_out(neurons=1)
+            _put_behind_one_another(self.ups)
+
+    def lie_well(self) -> bool:
+        """Whether each neuron's dense weights lie together, or are not there to be laid out."""
+        if self.ffn.stacked or self.ups[0].weight.is_meta:
+            return True
+        together = len(self.ups) == 1 or follow_one_another([up.matrix for up in self.ups])
+        return together and all(up.lies_by(0) for up in self.ups) and self.down.lies_by(1)
+
+    def run(self, x: Tensor) -> Tensor:
+        """Output [..., d] of the folded FFN for x [..., d]."""
+        if not torch.compiler.is_compiling() and not self.lie_well() and backend_for(x) is not REFERENCE:
+            self.lay_out()
+        if not self.ups[0].weight.is_meta:
+            return self.ffn(x, self.dense)
+        down = self.down.matrix, self.down.bias
+        ups = [up() for up in self.ups]  # offloaded: a call fetches it
+        return self.ffn(x, self._dense(ups, self.down() if down[0].is_meta else down))
+
+
+def _put_behind_one_another(layers: list[KeptLinear]) -> None:
+    """Move the weights of layers into one storage, where they are read as one matrix; values and shapes stay."""
+    if len(layers) == 1 or follow_one_another([layer.matrix for layer in layers]):
+        return
+    with changing_layout():
+        sizes = [len(layer.matrix) for layer in layers]
+        whole = contiguous_in_huge_pages(torch.cat([layer.matrix for layer in layers]))
+        for layer, rows in zip(layers, whole.split(sizes), strict=True):
+            layer.weight.data = rows.T if layer.transposed else rows
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        if len(biases) == len(layers):
+            for bias, some in zip(biases, torch.cat(biases).split(sizes), strict=True):
+                bias.data = some
+
+
 class FoldedDown(KeptLinear):
     """The down projection of a folded FFN: gets the FFN's input x and returns its output."""
 
@@ -87,42 +154,48 @@ class FoldedDown(KeptLinear):
         self._others = (up, ffn)  # in a tuple, so that they are not registered, and saved, twice
 
     @property
-    def ffn(self) -> FoldedFFN:
-        """The folded FFN whose output it returns."""
-        return self._others[1]
-
-    @property
-    def dense(self) -> DenseFFN:
-        """The dense weights beside the folded FFN; w1 and w2 are empty where low-bit weights stand for them."""
+    def parts(self) -> Parts:
+        """All that belongs to the folded FFN."""
         up, ffn = self._others
-        return DenseFFN(up.matrix, up.bias, self.matrix, self.bias, ffn.activation)
-
-    def lay_out_both(self) -> None:
-        """Lay out what fixing reads of the dense weights, unless they are offloaded; see `lay_out`."""
-        if not self._lies_well():
-            self._others[0].lay_out(neurons=0)
-            self.lay_out(neurons=1)
-
-    def _lies_well(self) -> bool:
-        """Whether each neuron's dense weights lie together, or are not there to be laid out."""
-        up, ffn = self._others
-        return ffn.stacked or up.weight.is_meta or (up._lies_by(0) and self._lies_by(1))
+        return Parts([up], self, ffn)
 
     def forward(self, x: Tensor | None = None) -> Any:
         """Output [..., d] of the folded FFN for x [..., d]; without x, weight [out, in] and bias."""
-        if x is None:
-            return super().forward()
-        up, ffn = self._others
-        if not torch.compiler.is_compiling() and not self._lies_well() and backend_for(x) is not REFERENCE:
-            self.lay_out_both()
-        if not up.weight.is_meta:
-            return ffn(x, self.dense)
-        w1, b1 = up()  # offloaded: a call fetches it
-        return ffn(x, DenseFFN(w1, b1, self.matrix, self.bias, ffn.activation))
+        return super().forward() if x is None else self.parts.run(x)
+
+
+class GatedFFN(nn.Module):
+    """A folded FFN in the place of the module around a gated one; its projections keep their names in it.
+
+    Args:
+        site: where it goes.
+        ffn: the folded FFN.
+    """
+
+    def __init__(self, site: FFNSite, ffn: FoldedFFN) -> None:
+        super().__init__()
+        names = {name: name.removeprefix(f"{site.prefix}.") for name in site.linears}
+        for name, layer in site.linears.items():
+            self.add_module(names[name], KeptLinear(layer, stacked=ffn.stacked))
+        self._ups, self._down = [names[name] for name in site.projections], names[site.down_name]
+        self.tardis = ffn
+
+    @property
+    def parts(self) -> Parts:
+        """All that belongs to the folded FFN."""
+        kept: Any = self._modules
+        return Parts([kept[name] for name in self._ups], kept[self._down], kept["tardis"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Output [..., d] of the folded FFN for x [..., d]."""
+        return self.parts.run(x)
 
 
 def install(model: nn.Module, site: FFNSite, ffn: FoldedFFN) -> None:
     """Put a folded FFN into the model at `site`. Dense weights are shared, not copied; stacked, they are left out."""
+    if site.gated:
+        set_module(model, site.prefix, GatedFFN(site, ffn))
+        return
     up = KeptLinear(site.up, stacked=ffn.stacked)
     set_module(model, site.up_name, up)
     set_module(model, site.activation_name, nn.Identity())
@@ -132,23 +205,24 @@ def install(model: nn.Module, site: FFNSite, ffn: FoldedFFN) -> None:
 
 def uninstall(model: nn.Module, site: FFNSite) -> None:
     """Put the dense FFN back at `site`."""
-    ffn = site.parent.get_submodule("tardis")
+    ffn = model.get_submodule(f"{site.prefix}.tardis".removeprefix("."))
     assert isinstance(ffn, FoldedFFN), "installed before"
     ffn.forget()
-    for name, part in ((site.up_name, site.up), (site.down_name, site.down)):
+    for name, part in site.linears.items():
         kept = model.get_submodule(name)
         assert isinstance(kept, KeptLinear), "installed before"
         kept.release(part)
     for name, part in site.replaced.items():
         set_module(model, name, part)
-    del site.parent.tardis
+    if not site.gated:
+        del site.parent.tardis
 
 
 def lay_out(model: nn.Module) -> None:
     """Lay out folded FFNs for decoding: what fixing reads neuron by neuron, the rest as is fastest."""
     for module in model.modules():
-        if isinstance(module, FoldedDown):
-            module.lay_out_both()
+        if isinstance(module, FoldedDown | GatedFFN):
+            module.parts.lay_out()
         if isinstance(module, FoldedFFN):
             module.lay_out(module.fold.bias.dtype)
 
@@ -167,5 +241,6 @@ def folded_ffns(model: nn.Module) -> dict[str, FoldedFFN]:
 
 def folded_weights(model: nn.Module) -> dict[str, FoldedWeights]:
     """What every folded FFN of a model reads, as stored and with the dense weights beside, by the prefix of its FFN."""
-    dense = {id(module.ffn): module.dense for module in model.modules() if isinstance(module, FoldedDown)}
+    parts = [module.parts for module in model.modules() if isinstance(module, FoldedDown | GatedFFN)]
+    dense = {id(each.ffn): each.dense for each in parts}
     return {prefix: ffn.weights.beside(dense[id(ffn)]) for prefix, ffn in folded_ffns(model).items()}
