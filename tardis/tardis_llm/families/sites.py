@@ -67,8 +67,7 @@ class FFNSite:
         parts = [(_join(name, path), _submodule(block, path, name)) for path in paths]
         (up_name, up), (activation_name, activation), (down_name, down) = parts
         prefix, parent = _join(name, family.ffn), _submodule(block, family.ffn, name)
-        paths = tuple(path for path in (family.gate, family.up) if path)
-        ups = {_join(name, path): _submodule(block, path, name) for path in paths}
+        ups = {_join(name, path): _submodule(block, path, name) for path in (family.gate, family.up) if path}
         names, modules = (up_name, activation_name, down_name), (block, parent, up, activation, down)
         replaced = {prefix: parent} if family.gated else dict(parts)
         norm = _submodule(block, family.norm, name) if family.norm else None
