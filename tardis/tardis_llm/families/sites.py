@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -15,6 +16,9 @@ from ..ffn.activations import identify
 from ..ffn.weights import DenseFFN
 from .linear import bias_of, check_linear, joined, one_below_the_other, weight_of
 from .table import Family, family_of
+
+#: the field of configs that says of each block whether its attention is full or within a sliding window
+_LAYER_TYPES = "layer_types"
 
 
 @dataclass(eq=False)
@@ -209,11 +213,30 @@ def only_layer(model: PreTrainedModel, index: int) -> Iterator[nn.Module]:
         InvalidInputError: there is no block `index`.
     """
     layers, name, block = layer_list(model), layer_list_name(model), block_at(model, index)
+    config = _submodule(model, name.rpartition(".")[0], type(model).__name__).config
     set_module(model, name, nn.ModuleList([block]))
     try:
-        yield block
+        with _only_layer_type(config, index):
+            yield block
     finally:
         set_module(model, name, layers)
+
+
+@contextmanager
+def _only_layer_type(config: Any, index: int) -> Iterator[None]:
+    """Within the context, block `index` is the only one that a config has a type of attention for.
+
+    Models choose the mask and the rotary embedding of a block, by `config.layer_types`, for its place in the list.
+    """
+    types = getattr(config, _LAYER_TYPES, None)
+    if types is None:
+        yield
+        return
+    setattr(config, _LAYER_TYPES, [types[index]])
+    try:
+        yield
+    finally:
+        setattr(config, _LAYER_TYPES, types)
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
