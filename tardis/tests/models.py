@@ -52,7 +52,21 @@ _OPT = {
     "pad_token_id": END,
 }
 
-# name -> (model_type, config fields). Names beyond the model type are other layouts of the same family.
+#: grouped heads, no biases, and a number of neurons that is no multiple of 64, as in many gated models
+_GATED = {**_COMMON, "intermediate_size": 172, "num_key_value_heads": 2, "pad_token_id": 0}
+#: full attention and a window that is shorter than the texts of tests, in turn
+_WINDOWS = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+_LONG_ROPE = {
+    **{"rope_type": "llama3", "rope_theta": 10_000.0},
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+# name -> (model_type, config fields). Names beyond the model type are other layouts of the same family; layer types are
+# repeated to the number of blocks.
 _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", _GPT),
     "gpt_bigcode": ("gpt_bigcode", _GPT),
@@ -60,6 +74,10 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "codegen": ("codegen", {**_GPT, "rotary_dim": 8}),
     "starcoder2": ("starcoder2", {**_COMMON, "num_key_value_heads": 2}),
     "phi": ("phi", _COMMON),
+    "persimmon": ("persimmon", _COMMON),
+    # squared ReLU
+    "nemotron": ("nemotron", {**_COMMON, "num_key_value_heads": 2}),
+    "arcee": ("arcee", {**_COMMON, "num_key_value_heads": 2, "mlp_bias": True}),
     "gpt_neox": ("gpt_neox", _COMMON),
     "gpt_neox_sequential": ("gpt_neox", {**_COMMON, "use_parallel_residual": False}),
     "bloom": ("bloom", _BLOOM),
@@ -74,14 +92,57 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     # OPT has ReLU; like OPT-350m, opt_post_norm normalises after each part and embeds in fewer dimensions
     "opt": ("opt", _OPT),
     "opt_post_norm": ("opt", {**_OPT, "do_layer_norm_before": False, "word_embed_proj_dim": HIDDEN // 2}),
+    "biogpt": ("biogpt", _COMMON),
+    "xglm": (
+        "xglm",
+        {
+            **{"d_model": HIDDEN, "ffn_dim": INTERMEDIATE, "num_layers": LAYERS, "attention_heads": HEADS},
+            "max_position_embeddings": POSITIONS,
+        },
+    ),
     "bert": ("bert", _COMMON),
     # RoBERTa counts positions from pad_token_id + 1 = 2
     "roberta": ("roberta", {**_COMMON, "max_position_embeddings": POSITIONS + 2}),
+    # gate and up apart; llama_biased has the biases of InternLM, and a tied head and a stretched rope beside
+    "llama": ("llama", _GATED),
+    "llama_biased": (
+        "llama",
+        {
+            **{**_GATED, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+            "rope_parameters": _LONG_ROPE,
+        },
+    ),
+    "mistral": ("mistral", {**_GATED, "sliding_window": 4, "head_dim": 32}),
+    "ministral": ("ministral", {**_GATED, **_WINDOWS, "head_dim": 16, "rope_parameters": _ROPE}),
+    "qwen2": ("qwen2", {**_GATED, **_WINDOWS, "use_sliding_window": True, "tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {**_GATED, **_WINDOWS, "use_sliding_window": True, "head_dim": 32}),
+    "gemma": ("gemma", {**_GATED, "head_dim": 16, "intermediate_size": INTERMEDIATE}),
+    "olmo": ("olmo", {**_GATED, "clip_qkv": 1.0}),
+    "granite": ("granite", {**_GATED, "mlp_bias": True, "residual_multiplier": 0.5, "embedding_multiplier": 2.0}),
+    "stablelm": ("stablelm", {**_GATED, "qk_layernorm": True, "use_qkv_bias": True}),
+    "stablelm_parallel": ("stablelm", {**_GATED, "use_parallel_residual": True}),
+    "smollm3": ("smollm3", {**_GATED, **_WINDOWS, "use_sliding_window": True, "no_rope_layer_interval": 2}),
+    "cohere": ("cohere", {**_GATED, "use_qk_norm": True, "logit_scale": 1.0}),
+    "cohere2": ("cohere2", {**_GATED, **_WINDOWS, "logit_scale": 1.0}),
+    "helium": ("helium", {**_GATED, "head_dim": 16}),
+    # apart, with a norm behind the FFN
+    "gemma2": ("gemma2", {**_GATED, **_WINDOWS, "head_dim": 16}),
+    "gemma3_text": ("gemma3_text", {**_GATED, **_WINDOWS, "head_dim": 16}),
+    "olmo2": ("olmo2", _GATED),
+    "olmo3": ("olmo3", {**_GATED, **_WINDOWS}),
+    "exaone4": ("exaone4", {**_GATED, **_WINDOWS}),
+    # merged, with a norm behind the FFN in GLM-4
+    "phi3": ("phi3", _GATED),
+    "glm": ("glm", {**_GATED, "head_dim": 16}),
+    "glm4": ("glm4", {**_GATED, "head_dim": 16}),
+    # its activation has parameters, which it learned
+    "apertus": ("apertus", {**_COMMON, "num_key_value_heads": 2, "rope_parameters": _ROPE}),
 }
 
-_BLOCKS = {"n_layer", "n_layers", "num_hidden_layers"}
+_BLOCKS = {"n_layer", "n_layers", "num_layers", "num_hidden_layers"}
+NOT_YET: set[str] = {"apertus"}  # SWITCH: make this `set()` when ffn/activations.py knows xIELU
 ENCODER_NAMES = ["bert", "roberta"]
-FAMILY_NAMES = list(_MODELS)
+FAMILY_NAMES = [name for name in _MODELS if name not in NOT_YET]
 CAUSAL_NAMES = [name for name in FAMILY_NAMES if name not in ENCODER_NAMES]
 
 
@@ -102,6 +163,8 @@ def tiny_model(
     """
     model_type, fields = _MODELS[name]
     fields = {key: blocks if key in _BLOCKS else value for key, value in fields.items()}
+    if "layer_types" in fields:
+        fields["layer_types"] = (blocks * fields["layer_types"])[:blocks]
     fixed = {"vocab_size": VOCAB, "bos_token_id": END, "eos_token_id": END}
     config = AutoConfig.for_model(model_type, **{**fixed, **fields, **overrides})
     auto = AutoModelForMaskedLM if name in ENCODER_NAMES else AutoModelForCausalLM
@@ -113,12 +176,16 @@ def tiny_model(
 
 @torch.no_grad()
 def randomise(model: nn.Module, seed: int) -> None:
-    """Draw every parameter anew: N(0, 0.1), around one for the weights of norms."""
+    """Draw every parameter anew: N(0, 0.1), around where it starts for the weights of norms.
+
+    That is one, or zero in norms that multiply by one more than their weight.
+    """
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             noise = 0.1 * torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(noise + 1 if isinstance(module, nn.LayerNorm) and name == "weight" else noise)
+            norm = "Norm" in type(module).__name__ and name == "weight"
+            parameter.copy_(noise + parameter.mean().round() if norm else noise)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -39,6 +39,21 @@ def test_blocks_run_one_by_one_reproduce_the_whole_model(name: str, padded: bool
     torch.testing.assert_close(logits, model(ids, attention_mask=mask).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "cohere2", "smollm3", "exaone4", "olmo3", "qwen3"])
+def test_a_block_gets_the_mask_and_the_rotary_embedding_of_its_own_kind_of_attention(name: str) -> None:
+    model, ids = tiny_model(name), tokens()
+    kinds = model.config.layer_types
+    assert kinds == ["sliding_attention", "full_attention", "sliding_attention"]
+    assert model.config.sliding_window < ids.shape[1]
+    hidden = run_block(model, 0, ids)
+    own = run_block(model, 1, ids, hidden=hidden)
+    with only_layer(model, 1):
+        assert model.config.layer_types == kinds[1:2]
+    assert model.config.layer_types is kinds
+    model.config.layer_types = ["sliding_attention"] * LAYERS
+    assert not torch.allclose(run_block(model, 1, ids, hidden=hidden), own, atol=1e-3)
+
+
 @every_family
 def test_without_hidden_states_a_block_gets_the_embeddings(name: str) -> None:
     model, ids = tiny_model(name), tokens()

@@ -125,6 +125,7 @@ _ROWS = (
     Family("gptj", "h", "mlp", "mlp.fc_in", "mlp.act", "mlp.fc_out"),
     Family("codegen", "h", "mlp", "mlp.fc_in", "mlp.act", "mlp.fc_out"),
     Family("gpt_neox", "layers", "mlp", "mlp.dense_h_to_4h", "mlp.act", "mlp.dense_4h_to_h"),
+    Family("persimmon", "layers", "mlp", "mlp.dense_h_to_4h", "mlp.act", "mlp.dense_4h_to_h"),
     Family("falcon", "h", "mlp", "mlp.dense_h_to_4h", "mlp.act", "mlp.dense_4h_to_h"),
     # slow_but_exact multiplies slices of the down weight and leaves out its bias.
     Family(
@@ -132,9 +133,15 @@ _ROWS = (
         refused_flags=("slow_but_exact",), alibi=True, positions="",
     ),
     Family("phi", "layers", "mlp", "mlp.fc1", "mlp.activation_fn", "mlp.fc2"),
+    *(
+        Family(name, "layers", "mlp", "mlp.up_proj", "mlp.act_fn", "mlp.down_proj")
+        for name in ("apertus", "arcee", "nemotron")
+    ),
     # The table of ALiBi biases has max_seq_len columns.
     Family("mpt", "blocks", "ffn", "ffn.up_proj", "ffn.act", "ffn.down_proj", alibi=True, positions="max_seq_len"),
     Family("opt", "decoder.layers", "", "fc1", "activation_fn", "fc2"),
+    Family("biogpt", "layers", "", "fc1", "activation_fn", "fc2"),
+    Family("xglm", "layers", "", "fc1", "activation_fn", "fc2"),
     Family(
         "bert", "encoder.layer", "",
         "intermediate.dense", "intermediate.intermediate_act_fn", "output.dense", causal=False,
@@ -167,42 +174,29 @@ FAMILIES: dict[str, Family] = {row.model_type: row for row in (*_ROWS, *_GATED_R
 #: what errors about models of other families end with
 SUPPORTED = f"TARDIS folds these families: {', '.join(sorted(FAMILIES))}; choose a model of one of them."
 
-
-_GATED = """
-    afmoe aria_text bamba bitnet cohere cohere2 cohere2_moe cwm dbrx deepseek_v2 deepseek_v3
-    deepseek_v32 deepseek_v4 diffllama doge dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon_h1
-    flex_olmo gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text gemma4 gemma4_text glm glm4 glm4_moe
-    glm4_moe_lite gpt_oss granite granitemoe granitemoehybrid granitemoeshared helium hunyuan_v1_dense
-    hunyuan_v1_moe hyperclovax jamba kimi_linear lfm2 lfm2_moe llama llama4 llama4_text longcat_flash
-    mimo_v2_flash minicpm3 minimax minimax_m2 ministral ministral3 mistral mixtral modernbert
-    modernbert-decoder olmo olmo2 olmo3 olmo_hybrid olmoe phi3 phi4_multimodal phimoe qwen2 qwen2_moe
-    qwen3 qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text qwen3_moe qwen3_next recurrent_gemma
-    seed_oss smollm3 solar_open stablelm vaultgemma zamba zamba2
+_WITH_EXPERTS = """
+    afmoe aria_text axk1 axk2 cohere2_moe dbrx deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 doge dots1
+    ernie4_5_moe exaone_moe flex_olmo gemma4_text glm4_moe glm4_moe_lite glm_moe_dsa gpt_oss granitemoe
+    granitemoe_swa granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v3 hy_v4 jamba jetmoe kimi_linear laguna
+    lfm2_moe llama4_text longcat_flash mellum mimo_v2_flash minimax minimax_m2 mistral4 mixtral nemotron_h olmoe
+    phimoe qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next solar_open step3p5 zaya
 """
 
-
-#: model types whose FFN is `down(act(gate(x)) * up(x))`, dense or in experts: known, and not supported yet.
-GATED_MODEL_TYPES: frozenset[str] = frozenset(_GATED.split())
+#: model types whose FFNs are mixtures of experts, or can be
+WITH_EXPERTS: frozenset[str] = frozenset(_WITH_EXPERTS.split())
 
 
 def family_of(config: PreTrainedConfig) -> Family:
     """The family of a model: the one that its config names, or else the row of the table.
 
     Raises:
-        UnsupportedModelError: the family is gated or unknown, or a flag of the config makes its FFN another one.
+        UnsupportedModelError: the family is not in the table, or a flag of the config makes its FFN another one.
         InvalidInputError: the config has a `Family` of another model type, or an invalid one.
     """
     kind, named = config.model_type, getattr(config, NAMED, None)
     family = FAMILIES.get(kind) if named is None else Family.from_config(named)
-    if family is None and kind in GATED_MODEL_TYPES:
-        raise UnsupportedModelError(
-            f"{kind!r} has mixtures of experts, or another FFN that cannot be folded yet. {SUPPORTED}"
-        )
     if family is None:
-        raise UnsupportedModelError(
-            f"unknown model family {kind!r}. {SUPPORTED} If its FFN is down(act(up(x))), say where the parts are: give "
-            f"tardis_llm.fold a `family=Family(...)`, or write the fields of one as {NAMED!r} into config.json."
-        )
+        raise UnsupportedModelError(_why_not(config))
     if family.model_type != kind:
         raise InvalidInputError(
             f"the Family is that of {family.model_type!r} models, and this model is a {kind!r}; give a Family for it."
@@ -214,6 +208,23 @@ def family_of(config: PreTrainedConfig) -> Family:
                 f"{flag}=False. {SUPPORTED}"
             )
     return family
+
+
+def _why_not(config: PreTrainedConfig) -> str:
+    """Why a model of a family that is not in the table cannot be folded, and what can be done."""
+    kind, text = config.model_type, config.get_text_config()
+    if text.model_type in WITH_EXPERTS:
+        return f"{kind!r} has experts, and mixtures of experts cannot be folded. {SUPPORTED}"
+    if text.model_type in FAMILIES:
+        return (
+            f"{kind!r} has other inputs beside text, and TARDIS folds its text model alone, a {text.model_type!r}: "
+            "save that as a checkpoint of its own, as the guide shows."
+        )
+    return (
+        f"unknown model family {kind!r}. {SUPPORTED} If its FFN is down(act(up(x))) or down(act(gate(x)) * up(x)), say "
+        "where the parts are: give tardis_llm.fold a `family=Family(...)`, or write the fields of one as "
+        f"{NAMED!r} into config.json."
+    )
 
 
 def has_alibi(config: PreTrainedConfig) -> bool:
