@@ -142,6 +142,18 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 _BLOCKS = {"n_layer", "n_layers", "num_layers", "num_hidden_layers"}
 NOT_YET: set[str] = {"apertus"}  # SWITCH: make this `set()` when ffn/activations.py knows xIELU
 ENCODER_NAMES = ["bert", "roberta"]
+#: one model for each way in which a folded FFN sits in a block, for tests that would take long over all names
+LAYOUTS = {
+    "gpt2": "transposed weights, and a head that shares the embedding",
+    "falcon_new_decoder": "beside the attention, which is added to its output in place; no biases",
+    "falcon_alibi": "after the attention; no cache of a constant shape",
+    "bloom": "an activation of its own, and the residual in the module around",
+    "opt_post_norm": "in the block itself, with a norm behind the residual stream",
+    "bert": "in an encoder, over two modules",
+    "llama_biased": "gate and up apart, with biases",
+    "phi3": "gate and up merged",
+    "gemma2": "apart, with a norm behind, and windows of attention",
+}
 FAMILY_NAMES = [name for name in _MODELS if name not in NOT_YET]
 CAUSAL_NAMES = [name for name in FAMILY_NAMES if name not in ENCODER_NAMES]
 

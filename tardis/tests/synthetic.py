@@ -96,29 +96,30 @@ def residuals(act: Act, z: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
 
 def folded_with(ffn: DenseFFN, low: Tensor, high: Tensor, dtype: torch.dtype = torch.float32) -> FoldedWeights:
     """The fold of random lines, unfitted, with a 4-bit predictor and the given ranges [h]."""
-    slope, offset = 0.3 + 0.2 * normal(len(ffn.w1), seed=7), 0.1 * normal(len(ffn.w1), seed=8)
-    weight = (ffn.w2 * slope) @ ffn.w1
-    bias = ffn.w2 @ (slope * ffn.b1 + offset) + ffn.b2
+    slope, offset = 0.3 + 0.2 * normal(len(ffn.w1), seed=7), 0.1 * normal(ffn.h, seed=8)
+    w2 = ffn.w2.repeat(1, ffn.k) * slope  # [d, k h]
+    weight = w2 @ ffn.w1
+    bias = w2 @ ffn.b1 + ffn.w2 @ offset + ffn.b2
     neurons = Neurons(ffn.activation, low, high, slope, offset)
     return FoldedWeights(weight.to(dtype), bias.to(dtype), quantise(ffn.w1, 4, 16), neurons)
 
 
 def everything_fixed(ffn: DenseFFN, dtype: torch.dtype = torch.float32) -> FoldedWeights:
     """A fold with empty ranges."""
-    nothing = torch.full((len(ffn.w1),), torch.inf)
+    nothing = torch.full((ffn.h,), torch.inf)
     return folded_with(ffn, nothing, -nothing, dtype)
 
 
 def nothing_fixed(ffn: DenseFFN, dtype: torch.dtype = torch.float32) -> FoldedWeights:
     """A fold with unbounded ranges."""
-    everything = torch.full((len(ffn.w1),), torch.inf)
+    everything = torch.full((ffn.h,), torch.inf)
     return folded_with(ffn, -everything, everything, dtype)
 
 
 def half_fixed(ffn: DenseFFN, dtype: torch.dtype = torch.float32) -> FoldedWeights:
-    """A fold with ranges that about half of the pre-activations leave."""
-    width = 0.2 + normal(len(ffn.w1), seed=9).abs()
-    return folded_with(ffn, ffn.b1 - width, ffn.b1 + width, dtype)
+    """A fold with ranges that about half of the pre-activations leave, or of a gated FFN's residuals."""
+    width, middle = 0.2 + normal(ffn.h, seed=9).abs(), ffn.b1 if ffn.k == 1 else torch.zeros(ffn.h)
+    return folded_with(ffn, middle - width, middle + width, dtype)
 
 
 def fitted(

@@ -136,7 +136,7 @@ def random_folds(
     for site, args in zip(sites, calls, strict=True):
         dense = site.weights()
         size = min(storage.group_size, dense.d)
-        form = replace(storage, group_size=size).format(dense.activation, bits)
+        form = replace(storage, group_size=size).format(dense.activation, bits, site.gated)
         ffn = FoldedFFN(FoldedWeights.empty(form, dense.d, dense.h, model.dtype, torch.device("cpu")))
         for name, tensor in ffn.state_dict().items():
             _randomise(name, tensor, generator)
@@ -157,9 +157,10 @@ def _randomise(name: str, tensor: Tensor, generator: torch.Generator) -> None:
 
 def _set_ranges(ffn: FoldedFFN, site: FFNSite, x: Tensor, fix_rate: float) -> None:
     """Bounds around zero with `fix_rate` of the predictions for inputs x [tokens, d] outside."""
-    b1 = site.weights().b1
-    zhat = F.linear(x.float(), written_out(ffn.predictor.matrix), None if b1 is None else b1.float()).abs()
-    bound = zhat.flatten().kthvalue(max(1, round((1 - fix_rate) * zhat.numel()))).values
+    b1, neurons = site.weights().b1, ffn.weights.neurons
+    predicted = F.linear(x.float(), written_out(ffn.predictor.matrix), None if b1 is None else b1.float())
+    tested = (neurons.residual(predicted) if site.gated else predicted).abs()
+    bound = tested.flatten().kthvalue(max(1, round((1 - fix_rate) * tested.numel()))).values
     ffn.low.fill_(-float(bound))
     ffn.high.fill_(float(bound))
 

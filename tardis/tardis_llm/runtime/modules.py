@@ -14,6 +14,9 @@ from .slow import warn_of_order, warn_of_reference
 from .state import FoldState
 from .stored import refuse_training
 
+#: what the error says of weights that are set to train
+TRAINED = "weights of a folded FFN are"
+
 
 class FoldedFFN(Numbered, FoldState):
     """A folded FFN of a transformers model; the child `tardis` of an FFN.
@@ -42,7 +45,7 @@ class FoldedFFN(Numbered, FoldState):
             InvalidInputError: a weight is set to train.
         """
         if torch.is_grad_enabled():
-            refuse_training([*self._own(), *dense.tensors], "weights of a folded FFN are")
+            refuse_training([*self._own(), *dense.tensors], TRAINED)
         if self.exact or (self.goes_dense is not None and self.goes_dense(x)):
             return dense_ffn(x, dense)
         tokens = x.reshape(-1, x.shape[-1])

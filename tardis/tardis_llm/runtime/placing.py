@@ -18,8 +18,8 @@ from ..families.linear import follow_one_another, is_transposed, joined, one_bel
 from ..families.sites import FFNSite, set_module
 from ..ffn.weights import DenseFFN, FoldedWeights
 from .backend import REFERENCE, backend_for
-from .modules import FoldedFFN
-from .stored import Stored, changing_layout
+from .modules import TRAINED, FoldedFFN
+from .stored import Stored, changing_layout, refuse_training
 
 
 class KeptLinear(Stored):
@@ -121,7 +121,13 @@ class Parts:
         return together and all(up.lies_by(0) for up in self.ups) and self.down.lies_by(1)
 
     def run(self, x: Tensor) -> Tensor:
-        """Output [..., d] of the folded FFN for x [..., d]."""
+        """Output [..., d] of the folded FFN for x [..., d].
+
+        Raises:
+            InvalidInputError: a weight is set to train.
+        """
+        if torch.is_grad_enabled():  # what is read as one matrix no longer says which of its parts are
+            refuse_training([part for kept in (*self.ups, self.down) for part in kept.parameters()], TRAINED)
         if not torch.compiler.is_compiling() and not self.lie_well() and backend_for(x) is not REFERENCE:
             self.lay_out()
         if not self.ups[0].weight.is_meta:
