@@ -10,6 +10,7 @@ from .ffn.weights import Storage
 
 Policy = Literal["error", "coverage"]
 Rounding = Literal["gptq", "nearest"]
+Target = Literal["dense", "own", "stream"]
 
 #: version of the checkpoint format that this package writes, and the newest that it reads
 FORMAT_VERSION = 2
@@ -34,6 +35,8 @@ class FoldConfig:
         fold_bits: precision of the stored fold, which may have 4 or 8 bits per weight; default: the model's dtype.
         fallback_bits: precision of the W1 and W2 that fixing reads, which may have 4 or 8 bits per weight; default: the
             dense weights as they are.
+        remainder_bits: bits per weight of the W1 that fixing reads beside the predictor's; default: what these leave of
+            the fallback weights' bits.
         linear_bits: precision of the linear layers outside the FFNs and of lm_head, which may have 4 or 8 bits per
             weight; default: as they are.
         rounding: how weights are rounded to few bits: "gptq" lets the weights not yet rounded make up for each error,
@@ -41,6 +44,10 @@ class FoldConfig:
         refit: solve the fold anew, by ridge regression on the outputs that fixing leaves to it.
         damping: ridge penalty of the refit, relative to the inputs' mean variance; default: chosen on held-out tokens.
         sequential: calibrate each layer behind the folded layers before it; otherwise behind dense ones.
+        target: outputs that a folded FFN is fitted to: "dense" for those of the FFN in the dense model, whose inputs no
+            fold has changed, "own" for those of the dense FFN at the inputs that it gets.
+        weigh: let a token's errors count over the mean square of the residual stream, by which norms divide them;
+            otherwise all tokens count alike.
         tokens: calibration tokens.
         sequence_length: tokens per calibration window; default: the most that model and tokenizer allow, up to 1024.
         heldout: share of the calibration windows that is kept apart, to choose damping and ranges and for checks.
@@ -65,11 +72,14 @@ class FoldConfig:
     group_size: int = 256
     fold_bits: int | None = None
     fallback_bits: int | None = None
+    remainder_bits: int | None = None
     linear_bits: int | None = None
     rounding: Rounding = "gptq"
     refit: bool = True
     damping: float | None = field(default=None, metadata=_PYTHON_ONLY)
     sequential: bool = field(default=True, metadata=_PYTHON_ONLY)
+    target: Target = field(default="dense", metadata=_PYTHON_ONLY)
+    weigh: bool = field(default=True, metadata=_PYTHON_ONLY)
     tokens: int = 65_536
     sequence_length: int | None = None
     heldout: float = field(default=0.125, metadata=_PYTHON_ONLY)
@@ -83,7 +93,7 @@ class FoldConfig:
         allowed, bits, length = (None, *PREDICTOR_BITS), self.predictor_bits, self.sequence_length
         most = self.fallback_bits or max(PREDICTOR_BITS)
         self._require("reduction", 0 < self.reduction < 1, "a number between 0 and 1, such as 0.8")
-        for name, kind in (("policy", Policy), ("rounding", Rounding)):
+        for name, kind in (("policy", Policy), ("rounding", Rounding), ("target", Target)):
             self._require(name, getattr(self, name) in get_args(kind), f"one of {', '.join(get_args(kind))}")
         self._require("predictor_bits", bits in allowed, f"one of {allowed}")
         for name in ("fold_bits", "fallback_bits", "linear_bits"):
@@ -106,7 +116,7 @@ class FoldConfig:
     @property
     def storage(self) -> Storage:
         """How the parts of each folded FFN are stored."""
-        return Storage(self.group_size, self.fold_bits, self.fallback_bits)
+        return Storage(self.group_size, self.fold_bits, self.fallback_bits, self.remainder_bits)
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values, for records and fingerprints."""

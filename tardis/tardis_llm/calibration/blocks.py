@@ -89,12 +89,51 @@ def ffn_input(
 
     hook = site.up.register_forward_pre_hook(enter)
     _run_until_done(model, site.index, input_ids, attention_mask, hidden, hook)
-    if len(captured[0]) != input_ids.numel():
-        raise InvalidInputError(
-            f"{site.up_name} got {len(captured[0])} of {input_ids.numel()} tokens; set chunk_size_feed_forward = 0 in "
-            "the model's config."
-        )
+    _check_count(site, captured[0], input_ids)
     return captured[0]
+
+
+def watch_ffn(
+    model: PreTrainedModel, site: FFNSite, input_ids: Tensor, hidden: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run one block on hidden states, and return what its FFN gets and gives, and what the block returns.
+
+    Args:
+        model, input_ids, hidden: as for `run_block`.
+        site: an FFN of the model, not folded.
+
+    Returns:
+        Inputs and outputs of the FFN and outputs of the block, each [batch, tokens, d] in the model's dtype.
+
+    Raises:
+        InvalidInputError, UnsupportedModelError: as `ffn_input`.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def enter(up: nn.Module, args: tuple[Any, ...]) -> None:
+        seen["x"] = args[0].clone()
+
+    def leave(down: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        seen["y"] = output.clone()  # Falcon adds to it in place
+
+    hooks = site.up.register_forward_pre_hook(enter), site.down.register_forward_hook(leave)
+    try:
+        after = run_block(model, site.index, input_ids, hidden=hidden)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    _check_count(site, seen["x"].flatten(0, -2), input_ids)
+    x, y = (seen[name].reshape(*input_ids.shape, -1) for name in ("x", "y"))
+    return x, y, after
+
+
+def _check_count(site: FFNSite, x: Tensor, input_ids: Tensor) -> None:
+    """Refuse an FFN that gets the tokens in several parts."""
+    if len(x) != input_ids.numel():
+        raise InvalidInputError(
+            f"{site.up_name} got {len(x)} of {input_ids.numel()} tokens; set chunk_size_feed_forward = 0 in the "
+            "model's config."
+        )
 
 
 def _run_until_done(

@@ -14,10 +14,28 @@ from transformers import PreTrainedModel
 from ..errors import InvalidInputError
 from ..families.sites import FFNSite, layer_list
 from ..families.table import family_of, vocabulary
-from .blocks import ffn_input, run_block, run_head
+from .blocks import ffn_input, run_block, run_head, watch_ffn
 from .hidden import hidden_buffer
 
 _LOGITS_AT_ONCE = 2**25  # the most elements of logits that are in memory at once
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What happened in an FFN and to the residual stream around it.
+
+    Attributes:
+        x: [tokens, d] inputs of the FFN.
+        y: [tokens, d] its outputs.
+        after: [tokens, d] the residual stream behind its block.
+        weight: [tokens] fp32, by which a squared error of y counts: over what the norms behind it divide by. Their mean
+            is 1.
+    """
+
+    x: Tensor
+    y: Tensor
+    after: Tensor
+    weight: Tensor
 
 
 @dataclass
@@ -56,6 +74,44 @@ class Stream:
         for at in self._batches():
             run_block(self.model, self.position, self.ids[at], hidden=self._at(at))
 
+    def observe(self, site: FFNSite, advance: bool = False) -> Seen:
+        """Run the next block and record its FFN.
+
+        An error in the FFN's output reaches what follows through norms, which divide by the root of the mean square of
+        the residual stream. A few tokens, such as the first, have streams hundreds of times larger than all others;
+        their errors would rule every least-squares fit, and matter least. Hence the weights: the reciprocal of that
+        mean square, and, where a norm follows the FFN itself, of the mean square of its output too.
+
+        Args:
+            site: the FFN of that block, not folded.
+            advance: move on behind the block.
+
+        Raises:
+            InvalidInputError: an input or output is NaN or infinite.
+        """
+        buffers: dict[str, Tensor] = {}
+        weight = torch.empty(self.ids.shape)
+        for at in self._batches():
+            x, y, after = watch_ffn(self.model, site, self.ids[at], self._at(at))
+            for name, rows in (("x", x), ("y", y), ("after", after)):
+                _check_finite(rows, site)
+                self._store(buffers, name, at, rows)
+            squares = _mean_square(after) * (_mean_square(y) if site.norm is not None else 1)
+            weight[at] = 1 / squares.clamp_min(1e-30)
+        if advance:
+            self._hidden = buffers["after"]
+            self.position += 1
+        weight = (weight / weight.mean()).flatten()
+        x, y, after = (buffers[name].flatten(0, 1) for name in ("x", "y", "after"))
+        return Seen(x, y, after, weight)
+
+    def _store(self, buffers: dict[str, Tensor], name: str, at: slice, rows: Tensor) -> None:
+        """Put rows [windows, length, d] of some windows into the buffer of a name, which is made with the first."""
+        if name not in buffers:
+            shape = (*self.ids.shape, rows.shape[-1])
+            buffers[name] = hidden_buffer(shape, rows.dtype, self.scratch, self.memory_limit)
+        buffers[name][at] = rows
+
     def ffn_inputs(self, site: FFNSite) -> Tensor:
         """[windows * length, d], the inputs of the FFN in the next block.
 
@@ -65,20 +121,12 @@ class Stream:
         Raises:
             InvalidInputError: an input is NaN or infinite.
         """
-        buffer: Tensor | None = None
+        buffers: dict[str, Tensor] = {}
         for at in self._batches():
             x = ffn_input(self.model, site, self.ids[at], hidden=self._at(at))
-            if not bool(torch.isfinite(x).all()):
-                raise InvalidInputError(
-                    f"the inputs of {site.prefix} are NaN or infinite on the calibration text. Check the weights of "
-                    "the blocks up to it, and load the model in bfloat16 or float32 if it overflows float16."
-                )
-            if buffer is None:
-                shape = (*self.ids.shape, x.shape[-1])
-                buffer = hidden_buffer(shape, x.dtype, self.scratch, self.memory_limit)
-            buffer[at] = x.view(-1, self.ids.shape[1], x.shape[-1])
-        assert buffer is not None, "a stream has at least one window"
-        return buffer.flatten(0, 1)
+            _check_finite(x, site)
+            self._store(buffers, "x", at, x.view(-1, self.ids.shape[1], x.shape[-1]))
+        return buffers["x"].flatten(0, 1)
 
     def loss(self, reference: Tensor | None = None) -> float:
         """The model's loss on the windows, with the remaining blocks as they are now; the stream does not move on.
@@ -130,3 +178,17 @@ class Stream:
         size = max(1, self.batch_tokens // self.ids.shape[1])
         size = min(size, most) if most else size
         return [slice(start, start + size) for start in range(0, len(self.ids), size)]
+
+
+def _check_finite(x: Tensor, site: FFNSite) -> None:
+    """Raise InvalidInputError where what goes into or comes out of an FFN is not finite."""
+    if not bool(torch.isfinite(x).all()):
+        raise InvalidInputError(
+            f"the inputs or outputs of {site.prefix} are NaN or infinite on the calibration text. Check the weights of "
+            "the blocks up to it, and load the model in bfloat16 or float32 if it overflows float16."
+        )
+
+
+def _mean_square(x: Tensor) -> Tensor:
+    """[...] fp32, the mean of the squares of x [..., d]."""
+    return x.float().square().mean(-1)

@@ -14,12 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..calibration.limits import check_windows
-from ..calibration.moments import BinnedMoments, SecondMoments, chunks, pre_activation_moments
+from ..calibration.moments import BinnedMoments, SecondMoments, Tokens, chunks, pre_activation_moments
 from ..calibration.stream import Stream
 from ..calibration.text import Windows, check_enough
 from ..config import FoldConfig
 from ..families.sites import find_ffns
 from ..ffn.accounting import planned
+from ..ffn.neuron import value
 from ..ffn.weights import DenseFFN
 from ..folding.fold import Inputs
 from ..folding.ranges import coverage_ranges
@@ -136,7 +137,7 @@ def survey(model: PreTrainedModel, windows: Windows | None = None, progress: Pro
             Stream(model, ids, Path(scratch), _MEMORY, _BATCH_TOKENS) for ids in (windows.fit, windows.heldout)
         )
         for site, layer in zip(sites, layers, strict=True):
-            inputs = Inputs(fit.ffn_inputs(site), heldout.ffn_inputs(site))
+            inputs = Inputs(Tokens(fit.ffn_inputs(site)), Tokens(heldout.ffn_inputs(site)))
             measured, hot = _measure(layer, sound_weights(site).in_fp32(), inputs)
             found.append(measured)
             ranges.append(hot)
@@ -156,7 +157,7 @@ def _measure(layer: LayerSurvey, ffn: DenseFFN, inputs: Inputs) -> tuple[LayerSu
 
 
 def _linearity(ffn: DenseFFN, inputs: Inputs) -> float:
-    fit, heldout = (_output_moments(ffn, x) for x in (inputs.fit, inputs.heldout))
+    fit, heldout = (_output_moments(ffn, tokens.x) for tokens in (inputs.fit, inputs.heldout))
     return linearity(inputs.spectrum, inputs.fit_moments, fit, inputs.heldout_moments, heldout)
 
 
@@ -165,7 +166,7 @@ def _output_moments(ffn: DenseFFN, x: Tensor) -> SecondMoments:
     moments = SecondMoments.zeros(ffn.d, ffn.d)
     for chunk in chunks(x, ffn.h):
         chunk = chunk.float()
-        moments.add(chunk, F.linear(ffn.act(F.linear(chunk, ffn.w1, ffn.b1)), ffn.w2, ffn.b2))
+        moments.add(chunk, F.linear(value(F.linear(chunk, ffn.w1, ffn.b1), ffn.act, ffn.k), ffn.w2, ffn.b2))
     return moments
 
 
@@ -174,7 +175,7 @@ def _neurons(ffn: DenseFFN, inputs: Inputs) -> tuple[BinnedMoments, Tensor]:
     moments = BinnedMoments.around(ffn.activation, *pre_activation_moments(inputs.fit_moments, ffn.w1, ffn.biases[0]))
     least = torch.full((len(ffn.w1),), torch.inf)
     largest = -least
-    for chunk in chunks(inputs.fit, len(ffn.w1)):
+    for chunk in chunks(inputs.fit.x, len(ffn.w1)):
         z = F.linear(chunk.float(), ffn.w1, ffn.b1)
         moments.add(z, z)
         least, largest = torch.minimum(least, z.amin(0)), torch.maximum(largest, z.amax(0))

@@ -2,8 +2,9 @@
 
     y = x C^T + c + sum over fixed neurons i of r_i(z_i) W2[:, i],   r_i(z) = act(z) - slope_i z - offset_i
 
-The inputs are streamed three times: second moments (for the predictor's rounding), moments of the neurons binned by
-predicted pre-activation (for lines and ranges), and moments against what fixing leaves (for the refit).
+The inputs are streamed several times: second moments (for the predictor's rounding), moments of the neurons by what is
+predicted (for lines and ranges), and moments against what fixing leaves (for the refit). The published method knows
+plain FFNs; those with a gate have lines in two variables, and ranges of the predicted residual.
 """
 
 from __future__ import annotations
@@ -12,20 +13,29 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..calibration.moments import BinnedMoments, SecondMoments, chunks, pre_activation_moments
+from ..calibration.moments import (
+    BinnedMoments,
+    PairMoments,
+    ScoreHistogram,
+    SecondMoments,
+    Tokens,
+    pre_activation_moments,
+    product,
+)
 from ..config import FoldConfig
-from ..ffn.neuron import Neurons
+from ..ffn.neuron import Neurons, value
 from ..ffn.packed import PackedMatrix
 from ..ffn.weights import DenseFFN, FoldedWeights
+from .lines import fit_gated_lines
 from .ranges import Ranges, coverage_ranges_at, error_ranges, error_ranges_at, highest_price
 from .refit import fit_fold, fold_error, fold_of_lines
 from .ridge import Spectrum, linearity
 from .rounding import quantise
 from .stack import quantise_fallback, store_fold
 from .statistics import Statistics
+from .thresholds import Thresholds, score_curve, thresholds_at
 
 
 @dataclass(frozen=True)
@@ -33,12 +43,12 @@ class Inputs:
     """Inputs of one FFN; their second moments are taken once, when first asked for.
 
     Attributes:
-        fit: [tokens, d] in any float dtype, to fit on.
-        heldout: [tokens, d], kept apart.
+        fit: tokens to fit on.
+        heldout: tokens kept apart.
     """
 
-    fit: Tensor
-    heldout: Tensor
+    fit: Tokens
+    heldout: Tokens
 
     @cached_property
     def fit_moments(self) -> SecondMoments:
@@ -47,7 +57,7 @@ class Inputs:
 
     @cached_property
     def covariance(self) -> Tensor:
-        """[d, d] fp32, mean of x x^T over `fit`."""
+        """[d, d] fp32, weighted mean of x x^T over `fit`."""
         return self.fit_moments.mean_product
 
     @cached_property
@@ -80,7 +90,7 @@ class FoldQuality:
 
 @dataclass(frozen=True)
 class Predicted:
-    """A predictor with the statistics of the neurons, binned by what it predicts.
+    """A predictor of a plain FFN with the statistics of the neurons, binned by what it predicts.
 
     Attributes:
         predictor: as stored.
@@ -93,17 +103,61 @@ class Predicted:
     heldout: BinnedMoments
 
 
-def predict(ffn: DenseFFN, inputs: Inputs, bits: int, config: FoldConfig) -> Predicted:
-    """Round W1 to `bits`, and bin the neurons by what the rounded copy predicts."""
+@dataclass(frozen=True)
+class PredictedGated:
+    """A predictor of a gated FFN with the neurons' lines and how their scores are spread.
+
+    Attributes:
+        predictor: as stored.
+        lines: of the neurons, with open ranges.
+        heldout: predicted scores on the tokens kept apart.
+    """
+
+    predictor: PackedMatrix
+    lines: Neurons
+    heldout: ScoreHistogram
+
+
+AnyPredicted = Predicted | PredictedGated
+AnyRanges = Ranges | Thresholds
+
+
+def predict(ffn: DenseFFN, inputs: Inputs, bits: int, config: FoldConfig) -> AnyPredicted:
+    """Round W1 to `bits`, and gather what the neurons do by what the rounded copy predicts."""
     predictor = quantise(ffn.w1, bits, config.group_size, _spread_errors(inputs, config))
     w_hat = predictor.dequantise()
+    if ffn.k == 2:
+        lines = _gated_lines(ffn, inputs.fit, w_hat)
+        return PredictedGated(predictor, lines, _scores(ffn, inputs.heldout, w_hat, lines))
     mean, deviation = pre_activation_moments(inputs.fit_moments, w_hat, ffn.biases[0])
     fit, heldout = (BinnedMoments.around(ffn.activation, mean, deviation) for _ in range(2))
     for moments, tokens in ((fit, inputs.fit), (heldout, inputs.heldout)):
-        for chunk in chunks(tokens, len(ffn.w1)):
-            chunk = chunk.float()
-            moments.add(F.linear(chunk, w_hat, ffn.b1), F.linear(chunk, ffn.w1, ffn.b1))
+        for some in tokens.chunks(len(ffn.w1)):
+            moments.add(product(some.x, w_hat, ffn.b1), product(some.x, ffn.w1, ffn.b1), some.weight)
     return Predicted(predictor, fit, heldout)
+
+
+def _gated_lines(ffn: DenseFFN, tokens: Tokens, w_hat: Tensor) -> Neurons:
+    """The lines of gated neurons: of their outputs in what is predicted of gate and up. Their ranges are open."""
+    moments = PairMoments.zeros(ffn.h)
+    for some in tokens.chunks(len(ffn.w1)):
+        outputs = value(product(some.x, ffn.w1, ffn.b1), ffn.act, ffn.k)
+        moments.add(product(some.x, w_hat, ffn.b1), outputs, some.weight)
+    slope, offset = fit_gated_lines(moments)
+    everything = torch.full((ffn.h,), torch.inf)
+    return Neurons(ffn.activation, -everything, everything, slope.float(), offset.float())
+
+
+def _scores(ffn: DenseFFN, tokens: Tokens, w_hat: Tensor, lines: Neurons) -> ScoreHistogram:
+    """How predicted scores are spread, and what leaving the neurons out costs by their score."""
+    norm, found = ffn.gain.sqrt().float(), None
+    for some in tokens.chunks(len(ffn.w1)):
+        score = lines.score(product(some.x, w_hat, ffn.b1), norm)
+        error = lines.score(product(some.x, ffn.w1, ffn.b1), norm).square()
+        found = found or ScoreHistogram.around(float(score.mean()) or 1.0)
+        found.add(score, error if some.weight is None else error * some.weight[:, None])
+    assert found is not None, "there is at least one held-out token"
+    return found
 
 
 def _spread_errors(inputs: Inputs, config: FoldConfig) -> Tensor | None:
@@ -111,14 +165,27 @@ def _spread_errors(inputs: Inputs, config: FoldConfig) -> Tensor | None:
     return inputs.covariance if config.rounding == "gptq" else None
 
 
-def choose_ranges(ffn: DenseFFN, predicted: Predicted, fix_rate: float, config: FoldConfig) -> Ranges:
+def choose_ranges(ffn: DenseFFN, predicted: AnyPredicted, fix_rate: float, config: FoldConfig) -> AnyRanges:
     """Ranges and lines by the configured policy, at a fix rate met on the held-out tokens."""
+    if isinstance(predicted, PredictedGated):
+        return thresholds_at(predicted.lines, ffn.gain, predicted.heldout, fix_rate)
     choose = error_ranges_at if config.policy == "error" else coverage_ranges_at
     return choose(predicted.fit, predicted.heldout, ffn.gain, fix_rate)
 
 
-def error_curve(ffn: DenseFFN, predicted: Predicted, points: int) -> list[tuple[float, float]]:
+def error_left(ffn: DenseFFN, predicted: AnyPredicted, ranges: AnyRanges) -> float:
+    """Squared output error per held-out token that ranges, chosen for what was predicted, leave to the lines."""
+    if isinstance(ranges, Thresholds):
+        assert isinstance(predicted, PredictedGated), "thresholds are of gated neurons"
+        return ranges.error(predicted.heldout)
+    assert isinstance(predicted, Predicted), "the ranges of plain neurons are of bins"
+    return ranges.error(predicted.heldout, ffn.gain)
+
+
+def error_curve(ffn: DenseFFN, predicted: AnyPredicted, points: int) -> list[tuple[float, float]]:
     """(fix rate, squared output error left in range) on held-out tokens, at prices from fixing none to nearly all."""
+    if isinstance(predicted, PredictedGated):
+        return score_curve(predicted.heldout, points)
     curve = []
     top = 1.05 * highest_price(predicted.fit, ffn.gain)
     for price in (top * torch.logspace(0, -7, points, dtype=torch.float64)).tolist():
@@ -145,7 +212,12 @@ class Solved:
 
 
 def solve(
-    ffn: DenseFFN, inputs: Inputs, predicted: Predicted, ranges: Ranges, config: FoldConfig, dtype: torch.dtype
+    ffn: DenseFFN,
+    inputs: Inputs,
+    predicted: AnyPredicted,
+    ranges: AnyRanges,
+    config: FoldConfig,
+    dtype: torch.dtype,
 ) -> Solved:
     """The fold for given predictor and ranges.
 
@@ -175,20 +247,26 @@ def solve(
 def _without_fold(
     ffn: DenseFFN,
     predictor: PackedMatrix,
-    ranges: Ranges,
+    ranges: AnyRanges,
     config: FoldConfig,
     dtype: torch.dtype,
     spread: Tensor | None,
 ) -> FoldedWeights:
     """What is stored of a folded FFN, but for fold and bias, which have their form and no content."""
     storage, nowhere = config.storage, torch.device("meta")
-    empty = FoldedWeights.empty(storage.format(ffn.activation, predictor.bits), ffn.d, ffn.h, dtype, nowhere)
+    form = storage.format(ffn.activation, predictor.bits, gated=ffn.k == 2)
+    empty = FoldedWeights.empty(form, ffn.d, ffn.h, dtype, nowhere)
     up, down = quantise_fallback(ffn.w1, ffn.w2, predictor, storage, spread)
     return replace(empty, predictor=predictor, neurons=stored_neurons(ranges.neurons), down=down, up=up)
 
 
 def finish(
-    ffn: DenseFFN, inputs: Inputs, predicted: Predicted, ranges: Ranges, config: FoldConfig, dtype: torch.dtype
+    ffn: DenseFFN,
+    inputs: Inputs,
+    predicted: AnyPredicted,
+    ranges: AnyRanges,
+    config: FoldConfig,
+    dtype: torch.dtype,
 ) -> tuple[FoldedWeights, FoldQuality]:
     """The fold for given predictor and ranges, by `solve`, and its quality on held-out tokens."""
     solved = solve(ffn, inputs, predicted, ranges, config, dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..calibration.moments import BinnedMoments, divisor
+from ..calibration.moments import BinnedMoments, PairMoments, divisor
 
 
 def fit_lines(moments: BinnedMoments, inside: Tensor) -> tuple[Tensor, Tensor]:
@@ -17,7 +17,7 @@ def fit_lines(moments: BinnedMoments, inside: Tensor) -> tuple[Tensor, Tensor]:
         moments: of the neurons.
         inside: [h, BINS] bool.
     """
-    n, z, zz, a, az, _ = (moments.sums * inside).sum(-1)
+    n, z, zz, a, az, _ = (moments.sums[1:] * inside).sum(-1)
     n = divisor(n)
     variance = zz / n - (z / n) ** 2
     covariance = az / n - a * z / n**2
@@ -26,8 +26,24 @@ def fit_lines(moments: BinnedMoments, inside: Tensor) -> tuple[Tensor, Tensor]:
     return slope, (a - slope * z) / n
 
 
+def fit_gated_lines(moments: PairMoments) -> tuple[Tensor, Tensor]:
+    """Slopes [2 h], those of the gates first, and offset [h], fp64, of the least-squares line of each gated neuron.
+
+    Args:
+        moments: of the neurons.
+    """
+    n, g, u, gg, gu, uu, a, ag, au, _ = moments.sums
+    n = divisor(n)
+    g, u, a = g / n, u / n, a / n
+    gg, uu, gu, ag, au = gg / n - g * g, uu / n - u * u, gu / n - g * u, ag / n - a * g, au / n - a * u
+    gg, uu = (each + 1e-9 * each.mean() + 1e-30 for each in (gg, uu))  # a flat input has no slope
+    determinant = (gg * uu - gu * gu).clamp_min(1e-9 * gg * uu)
+    slope_g, slope_u = (uu * ag - gu * au) / determinant, (gg * au - gu * ag) / determinant
+    return torch.cat([slope_g, slope_u]), a - slope_g * g - slope_u * u
+
+
 def squared_residuals(moments: BinnedMoments, slope: Tensor, offset: Tensor) -> Tensor:
-    """[h, BINS] fp64: in each bin the sum of `(act(z) - slope z - offset)^2` over its tokens."""
-    n, z, zz, a, az, aa = moments.sums
+    """[h, BINS] fp64: in each bin the weighted sum of `(act(z) - slope z - offset)^2` over its tokens."""
+    n, z, zz, a, az, aa = moments.sums[1:]
     s, o = slope[:, None].double(), offset[:, None].double()
     return (aa - 2 * s * az - 2 * o * a + s * s * zz + 2 * s * o * z + o * o * n).clamp_min(0)

@@ -126,9 +126,11 @@ def fold_of_lines(dense: DenseFFN, neurons: Neurons) -> tuple[Tensor, Tensor]:
         dense: in fp32.
         neurons: its lines, in any float dtype.
     """
-    slope, offset = neurons.slope.float(), neurons.offset.float()
+    slope, offset, k = neurons.slope.float(), neurons.offset.float(), neurons.k
     b1, b2 = dense.biases
-    return (dense.w2 * slope) @ dense.w1, dense.w2 @ (slope * b1 + offset) + b2
+    parts = zip(slope.chunk(k), dense.w1.chunk(k), strict=True)
+    weight = sum((dense.w2 * some @ rows for some, rows in parts), torch.zeros(()))
+    return weight, dense.w2 @ ((slope * b1).view(k, -1).sum(0) + offset) + b2
 
 
 def fold_error(folded: FoldedWeights, statistics: Statistics) -> float:

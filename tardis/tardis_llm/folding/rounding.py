@@ -49,15 +49,18 @@ def _best_scale(w: Tensor, bits: int, group_size: int) -> Tensor:
     """[h, groups] fp32: the scales of least squared error for w, a few rows of a matrix."""
     h, d = w.shape
     groups = F.pad(w, (0, -d % group_size)).view(h, -1, group_size)
-    valid = F.pad(torch.ones(d), (0, -d % group_size)).view(-1, group_size)
+    padding = -d % group_size
     largest = groups.abs().amax(-1).clamp_min(1e-6)
     best, least = largest, torch.full_like(largest, torch.inf)
-    top = midpoint(bits)
+    top, rounded = midpoint(bits), torch.empty_like(groups)
     for share in torch.linspace(0.2, 1.0, _SCALE_CANDIDATES):
         scale = largest * share / top
         column = scale[..., None]
-        level = _nearest(groups, column, bits).float() - top
-        error = ((level * column - groups).square() * valid).sum(-1)
+        torch.div(groups, column, out=rounded).add_(top).round_().clamp_(0, 2 * top).sub_(top)
+        error = rounded.mul_(column).sub_(groups).square_()
+        if padding:
+            error[:, -1, -padding:] = 0
+        error = error.sum(-1)
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
     return best
 

@@ -31,8 +31,9 @@ def quantise_fallback(
     if bits is None:
         return None, None
     remainder = None
-    if bits > predictor.bits:
-        remainder = quantise(w1 - predictor.dequantise(), bits - predictor.bits, group_size, covariance)
+    left = bits - predictor.bits if storage.remainder_bits is None else storage.remainder_bits
+    if left > 0:
+        remainder = quantise(w1 - predictor.dequantise(), left, group_size, covariance)
     return remainder, quantise(w2.T.contiguous(), bits, group_size)
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..calibration.moments import SecondMoments, Sums, chunks
+from ..calibration.moments import SecondMoments, Sums, Tokens, product
 from ..ffn.weights import DenseFFN, FoldedWeights, written_out
 
 
@@ -38,8 +38,9 @@ class Statistics(Sums):
         neurons: h, of the FFN.
         x: moments of the inputs beside themselves.
         left: moments of the inputs beside what fixing leaves to the fold, `y - fix(x)`.
-        output: moments of the inputs beside the dense output y.
+        output: moments of the inputs beside the output wanted, y.
         fixed: neurons fixed, summed over the tokens.
+        tokens: seen, whatever their weight.
     """
 
     _GIVEN = frozenset({"neurons"})
@@ -49,6 +50,7 @@ class Statistics(Sums):
     left: SecondMoments
     output: SecondMoments
     fixed: float = 0.0
+    tokens: float = 0.0
 
     @classmethod
     def zeros(cls, d: int, h: int) -> Statistics:
@@ -57,52 +59,53 @@ class Statistics(Sums):
         return cls(h, x, left, output)
 
     @classmethod
-    def of(cls, x: Tensor, moments: SecondMoments, dense: DenseFFN, folded: FoldedWeights) -> Statistics:
+    def of(cls, tokens: Tokens, moments: SecondMoments, dense: DenseFFN, folded: FoldedWeights) -> Statistics:
         """Statistics of inputs whose moments are known.
 
         Args:
-            x: [tokens, d] in any float dtype.
-            moments: of x beside itself.
+            tokens: the inputs, and what is wanted of them.
+            moments: of the inputs beside themselves.
             dense: the FFN that was folded, in any float dtype.
             folded: what stands for it, but for fold and bias, whose content is not read.
         """
         statistics = replace(cls.zeros(dense.d, dense.h), x=moments)
-        statistics._add_targets(x, dense, folded)
+        statistics._add_targets(tokens, dense, folded)
         return statistics
 
     @property
     def fix_rate(self) -> float:
         """Mean share of the neurons fixed per token."""
-        return self.fixed / (self.x.count * self.neurons)
+        return self.fixed / (self.tokens * self.neurons)
 
     @torch.no_grad()
-    def add(self, x: Tensor, dense: DenseFFN, folded: FoldedWeights) -> None:
+    def add(self, x: Tensor, dense: DenseFFN, folded: FoldedWeights, weight: Tensor | None = None) -> None:
         """Add inputs, streamed through the dense FFN and through the fixing.
 
         Args:
             x: [..., d] in any float dtype.
             dense: the FFN that was folded, in any float dtype.
             folded: what stands for it; the content of its fold and bias is not read.
+            weight: [...] by which each token counts; None for 1.
         """
-        x = x.flatten(0, -2)
-        self.x.add(x, x)
-        self._add_targets(x, dense, folded)
+        tokens = Tokens(x.flatten(0, -2), None, None if weight is None else weight.flatten().float())
+        self.x.add(tokens.x, tokens.x, tokens.weight)
+        self._add_targets(tokens, dense, folded)
 
-    def _add_targets(self, x: Tensor, dense: DenseFFN, folded: FoldedWeights) -> None:
+    def _add_targets(self, tokens: Tokens, dense: DenseFFN, folded: FoldedWeights) -> None:
         ffn, neurons, w_hat = dense.in_fp32(), folded.neurons.map(Tensor.float), written_out(folded.predictor)
-        fixing = _fixing(ffn, folded)
-        for chunk in chunks(x, ffn.h):
-            chunk = chunk.float()
-            v = F.linear(chunk, ffn.w1, ffn.b1)
-            value = neurons.value(v)
-            y = F.linear(value, ffn.w2, ffn.b2)
-            self.output.add(chunk, y)
-            if folded.stacked:
-                v = F.linear(chunk, fixing[0], ffn.b1)
-                value = neurons.value(v)
-            outside = neurons.outside(F.linear(chunk, w_hat, ffn.b1))
-            self.left.add(chunk, y - F.linear(neurons.residual(v, value) * outside, fixing[1]))
+        w1, w2 = _fixing(ffn, folded)
+        for some in tokens.chunks(len(ffn.w1)):
+            x, y = some.x.float(), some.target
+            v = product(some.x, w1, ffn.b1)
+            if y is None:
+                exact = product(some.x, ffn.w1, ffn.b1) if folded.stacked else v
+                y = F.linear(neurons.value(exact), ffn.w2, ffn.b2)
+            outside = neurons.outside(product(some.x, w_hat, ffn.b1))
+            y = y.float()
+            self.output.add(x, y, some.weight)
+            self.left.add(x, y - F.linear(neurons.residual(v) * outside, w2), some.weight)
             self.fixed += int(outside.sum())
+            self.tokens += len(x)
 
 
 def _fixing(ffn: DenseFFN, folded: FoldedWeights) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..calibration.limits import check_windows
-from ..calibration.stream import Stream
 from ..calibration.text import Windows, check_enough, split_windows
 from ..checkpoint.folded import mark_folded
 from ..config import FORMAT_VERSION, FoldConfig
@@ -25,13 +24,13 @@ from ..ffn.accounting import Cost, cost
 from ..ffn.weights import FoldedWeights, FoldFormat
 from ..files import differences, digest
 from ..folding.budget import check_feasible
-from ..folding.fold import FoldQuality, choose_ranges, finish, predict
+from ..folding.fold import FoldQuality, Inputs, choose_ranges, finish, predict
 from ..report import FoldReport, LayerReport, Progress, silent
 from ..runtime.linears.placing import check_bits, quantise_linears
 from ..runtime.modules import FoldedFFN
 from ..runtime.placing import install
 from .planning import LayerPlan, plan
-from .session import Session, advance_to, choose_sites, inputs_at, sound_weights
+from .session import Followed, Session, choose_sites, sound_weights
 from .workspace import SCRATCH, Workspace, state_of
 
 _AUTO_BITS = {"error": (1, 2, 3, 4), "coverage": (2,)}  # the paper has 2
@@ -144,7 +143,7 @@ def _plan(session: Session, bits: tuple[int, ...], workspace: Workspace | None) 
 
 def _fold_layers(session: Session, plans: list[LayerPlan], workspace: Workspace | None) -> list[LayerReport]:
     """Fold every layer as planned, on what the folded layers before it give, and put it into the model."""
-    fit, heldout = session.stream(session.windows.fit), session.stream(session.windows.heldout)
+    fit, heldout = session.follow(session.windows.fit), session.follow(session.windows.heldout)
     reports = []
     for done, (site, layer) in enumerate(zip(session.sites, plans, strict=True)):
         session.progress("folding layers", done, len(plans))
@@ -152,8 +151,8 @@ def _fold_layers(session: Session, plans: list[LayerPlan], workspace: Workspace 
         ffn, quality = _load_layer(workspace, name, session, site) or _fold_layer(session, site, layer, fit, heldout)
         if workspace:
             _save_layer(workspace, name, ffn, quality)
-        if not session.config.sequential:
-            advance_to(site.index + 1, fit, heldout)  # while the block is still dense
+        for text in (fit, heldout):
+            text.pass_by(site)
         install(session.model, site, ffn)
         reports.append(_layer_report(site, layer, cost(site.outline(), ffn.weights), quality))
     session.progress("folding layers", len(plans), len(plans))
@@ -161,10 +160,10 @@ def _fold_layers(session: Session, plans: list[LayerPlan], workspace: Workspace 
 
 
 def _fold_layer(
-    session: Session, site: FFNSite, layer: LayerPlan, fit: Stream, heldout: Stream
+    session: Session, site: FFNSite, layer: LayerPlan, fit: Followed, heldout: Followed
 ) -> tuple[FoldedFFN, FoldQuality]:
     config, ffn = session.config, sound_weights(site).in_fp32()
-    inputs = inputs_at(site, fit, heldout)
+    inputs = Inputs(fit.at(site), heldout.at(site))
     predicted = predict(ffn, inputs, layer.bits, config)
     ranges = choose_ranges(ffn, predicted, layer.fix_rate, config)
     weights, quality = finish(ffn, inputs, predicted, ranges, config, session.model.dtype)

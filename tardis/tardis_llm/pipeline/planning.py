@@ -19,11 +19,11 @@ from ..families.sites import FFNSite
 from ..ffn.accounting import Cost
 from ..ffn.weights import DenseFFN
 from ..folding.budget import Option, split_budget
-from ..folding.fold import Inputs, Predicted, choose_ranges, error_curve, predict, solve
+from ..folding.fold import AnyPredicted, Inputs, choose_ranges, error_curve, error_left, predict, solve
 from ..folding.ranges import share_by_error
 from ..runtime.modules import FoldedFFN
 from ..runtime.placing import install, uninstall
-from .session import Session, inputs_at, sound_weights
+from .session import Session, sound_weights, tokens_at
 
 _STAGE = "measuring layers"
 _FIT = 2  # tokens a probe is fitted on, per token its loss is measured on
@@ -128,7 +128,8 @@ def _probe_layers(session: Session, bits: tuple[int, ...]) -> Iterator[Probe]:
     meter = _LossMeter(heldout, reference := heldout.reference(), heldout.loss(reference))
     for done, site in enumerate(sites):
         session.progress(_STAGE, done, len(sites))
-        yield _probe(session, site, inputs_at(site, fit, heldout), bits, meter)
+        inputs = Inputs(*(tokens_at(site, stream, session.config) for stream in (fit, heldout)))
+        yield _probe(session, site, inputs, bits, meter)
     session.progress(_STAGE, len(sites), len(sites))
 
 
@@ -155,7 +156,7 @@ def _probe(session: Session, site: FFNSite, inputs: Inputs, bits: tuple[int, ...
 
 
 def _measure(
-    session: Session, site: FFNSite, ffn: DenseFFN, inputs: Inputs, predicted: Predicted, meter: _LossMeter
+    session: Session, site: FFNSite, ffn: DenseFFN, inputs: Inputs, predicted: AnyPredicted, meter: _LossMeter
 ) -> tuple[float, float]:
     """Increase of the model's loss with one layer folded, and the squared error left within that layer's ranges."""
     config = session.config
@@ -165,7 +166,7 @@ def _measure(
     solved = solve(ffn, inputs, predicted, ranges, config, session.model.dtype)
     install(session.model, site, FoldedFFN(solved.weights))
     try:
-        return meter.increase(), ranges.error(predicted.heldout, ffn.gain)
+        return meter.increase(), error_left(ffn, predicted, ranges)
     finally:
         uninstall(session.model, site)
 

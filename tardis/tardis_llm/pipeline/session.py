@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..calibration.moments import Tokens
 from ..calibration.stream import Stream
 from ..calibration.text import Windows
 from ..config import FoldConfig
@@ -17,11 +18,10 @@ from ..families.naming import check_wiring
 from ..families.sites import FFNSite, find_ffns
 from ..ffn.accounting import Cost, planned
 from ..ffn.weights import DenseFFN
-from ..folding.fold import Inputs
 from ..report import Progress
 
 _GIB = 2**30
-_BUFFERS = 2  # of one stream: hidden states, and the inputs of one FFN
+_BUFFERS = 5  # of one text: hidden states dense and folded, inputs of one FFN dense and folded, and its outputs
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,10 @@ class Session:
         """Windows of token ids [windows, length] at the start of the model."""
         return Stream(self.model, ids, self.scratch, _buffer_limit(self.config), self.config.batch_tokens)
 
+    def follow(self, ids: Tensor) -> Followed:
+        """Windows of token ids [windows, length] at the start of the model that is folded and of the dense one."""
+        return Followed(self.stream(ids), self.stream(ids), self.config)
+
 
 def _buffer_limit(config: FoldConfig) -> float:
     """Bytes of a buffer that stay in memory: hidden states and the inputs of one FFN share the limit."""
@@ -65,10 +69,44 @@ def hidden_bytes_on_disk(model: PreTrainedModel, windows: Windows, config: FoldC
     return sum(_BUFFERS * buffer for buffer in buffers if buffer > _buffer_limit(config))
 
 
-def inputs_at(site: FFNSite, fit: Stream, heldout: Stream) -> Inputs:
-    """Move both streams in front of the site's block, and take the inputs of its FFN."""
-    advance_to(site.index, fit, heldout)
-    return Inputs(fit.ffn_inputs(site), heldout.ffn_inputs(site))
+@dataclass(frozen=True)
+class Followed:
+    """A text on its way through the model that is folded, and through the dense model.
+
+    Attributes:
+        folded: behind the folded layers.
+        dense: behind dense layers; a block is dense until its fold is installed, so it goes ahead.
+        config: settings.
+    """
+
+    folded: Stream
+    dense: Stream
+    config: FoldConfig
+
+    def at(self, site: FFNSite) -> Tokens:
+        """Inputs of the FFN at a site behind the folded layers, with the outputs wanted and the tokens' weights."""
+        advance_to(site.index, self.folded, self.dense)
+        taught = self.dense.observe(site, advance=True)
+        weight = taught.weight if self.config.weigh else None
+        if not self.config.sequential:
+            return Tokens(taught.x, None, weight)
+        if self.config.target == "stream":
+            own = self.folded.observe(site)
+            missing = taught.after.float() - own.after.float()
+            return Tokens(own.x, own.y.float() + missing, weight)
+        target = taught.y if self.config.target == "dense" else None
+        return Tokens(self.folded.ffn_inputs(site), target, weight)
+
+    def pass_by(self, site: FFNSite) -> None:
+        """Move the dense stream behind a site whose fold is about to be installed."""
+        advance_to(site.index + 1, self.dense)
+
+
+def tokens_at(site: FFNSite, stream: Stream, config: FoldConfig) -> Tokens:
+    """Inputs of the FFN at a site of a dense model; the stream moves in front of the site's block and stays there."""
+    advance_to(site.index, stream)
+    seen = stream.observe(site)
+    return Tokens(seen.x, None, seen.weight if config.weigh else None)
 
 
 def advance_to(index: int, *streams: Stream) -> None:
