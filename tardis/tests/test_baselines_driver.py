@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from models import FAMILY_NAMES, HIDDEN, INTERMEDIATE, LAYERS, record, tiny_model, tokens
+from models import HIDDEN, INTERMEDIATE, LAYERS, LAYOUTS, record, tiny_model, tokens
 from synthetic import correlated, normal
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -25,7 +25,7 @@ from tardis_llm.calibration.text import Windows, split_windows
 from tardis_llm.errors import InvalidInputError, UnsupportedModelError
 from tardis_llm.families.sites import find_ffns, layer_list, set_module
 
-every_family = pytest.mark.parametrize("name", FAMILY_NAMES)
+every_layout = pytest.mark.parametrize("name", list(LAYOUTS))
 WINDOWS = split_windows(tokens(12, 24), 24, 0.25)
 
 
@@ -63,7 +63,7 @@ def matrix(module: nn.Module) -> Tensor:
 def by_hand(model: PreTrainedModel, compress: Callable[[Tensor, Tensor], Tensor], scope: str) -> None:
     """Compress block by block on the inputs that a forward of the whole model gives."""
     for site, block in zip(find_ffns(model), layer_list(model), strict=True):
-        targets = linear_layers(block) if scope == "all" else [site.up, site.down]
+        targets = linear_layers(block) if scope == "all" else list(site.linears.values())
         inputs, _ = record(model, targets, input_ids=WINDOWS.fit)
         for module, x in zip(targets, inputs, strict=True):
             matrix(module).copy_(compress(matrix(module).float(), x.flatten(0, -2).float()))
@@ -83,8 +83,11 @@ def compressed(method: str, family: str = "gpt2", **more: object) -> tuple[PreTr
     return model, apply_baseline(method, model, WINDOWS, reduction_for(method), **more)  # type: ignore[arg-type]
 
 
-# Conv1D; attention beside the FFN; the FFN is the block itself
-@pytest.mark.parametrize(("family", "scope"), [("gpt2", "ffn"), ("gpt2", "all"), ("gpt_neox", "all"), ("opt", "ffn")])
+# Conv1D; attention beside the FFN; the FFN is the block itself; with a gate, apart and merged
+@pytest.mark.parametrize(
+    ("family", "scope"),
+    [("gpt2", "ffn"), ("gpt2", "all"), ("gpt_neox", "all"), ("opt", "ffn"), ("gemma2", "all"), ("phi3", "ffn")],
+)
 @pytest.mark.parametrize("method", REFERENCES)
 def test_a_model_is_compressed_as_it_would_be_by_hand(family: str, method: str, scope: str):
     reduction, reference = REFERENCES[method]
@@ -97,11 +100,11 @@ def test_a_model_is_compressed_as_it_would_be_by_hand(family: str, method: str, 
         torch.testing.assert_close(value, state[key], rtol=1e-5, atol=1e-6, msg=key)
 
 
-@every_family
-def test_every_family_is_compressed_in_its_ffns_alone(name: str):
+@every_layout
+def test_every_layout_is_compressed_in_its_ffns_alone(name: str):
     model, dense = tiny_model(name), tiny_model(name)
     report = apply_baseline("wanda", model, WINDOWS, 0.5)
-    touched = {part for site in find_ffns(model) for part in (site.up_name, site.down_name)}
+    touched = {part for site in find_ffns(model) for part in site.linears}
     assert {row.name for row in report.layers} == touched
     state = dense.state_dict()
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, state[key])}
@@ -110,7 +113,7 @@ def test_every_family_is_compressed_in_its_ffns_alone(name: str):
     assert not torch.allclose(output(model), output(dense))
 
 
-@every_family
+@every_layout
 def test_scope_all_takes_every_linear_layer_of_the_blocks(name: str):
     model = tiny_model(name)
     report = apply_baseline("sparsegpt", model, WINDOWS, 0.5, "all")
@@ -185,6 +188,25 @@ def test_bytes_of_affine_maps_are_those_counted_by_hand():
     assert [row.touched for row in report.layers] == [4 * (64 * 64 + 64)] * LAYERS
     assert [row.dense for row in report.layers] == [4 * (2 * 64 * 256 + 256 + 64)] * LAYERS
     assert [row.name for row in report.layers] == [f"transformer.h.{i}.mlp" for i in range(LAYERS)]
+
+
+@pytest.mark.parametrize(("name", "biases"), [("llama", 0), ("llama_biased", 2 * 172 + 64), ("phi3", 0)])
+def test_bytes_of_gated_ffns_are_those_of_three_matrices(name: str, biases: int):
+    for method in ("magnitude", "affine", "rtn4"):
+        _, report = compressed(method, name)
+        assert report.dense == LAYERS * 4 * (3 * 64 * 172 + biases), method
+
+
+@pytest.mark.parametrize("name", ["llama_biased", "phi3", "gemma2"])
+def test_affine_maps_of_gated_ffns_are_fitted_behind_the_maps_before_them(name: str):
+    model, dense = tiny_model(name), tiny_model(name)
+    apply_baseline("affine", model, WINDOWS)
+    site = find_ffns(dense)[-1]
+    linear = model.get_submodule(site.prefix)
+    (x,), (y,) = record(model, [linear], input_ids=WINDOWS.fit)
+    with torch.no_grad():  # the mean output on what the maps before give is kept exactly, whatever the damping
+        expected = site.parent(x).flatten(0, -2).mean(0)
+    torch.testing.assert_close(y.flatten(0, -2).mean(0), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_reports_say_how_many_tokens_were_used():
@@ -271,14 +293,14 @@ def test_affine_gives_back_a_model_whose_ffns_are_linear(family: str):
             torch.testing.assert_close(linear(x).double(), expected, rtol=1e-3, atol=1e-3)
 
 
-@every_family
-def test_every_family_takes_affine_maps(name: str):
+@every_layout
+def test_every_layout_takes_affine_maps(name: str):
     model, dense = tiny_model(name), tiny_model(name)
     apply_baseline("affine", model, WINDOWS)
     for site in find_ffns(dense):
-        assert isinstance(model.get_submodule(site.up_name), nn.Identity)
-        assert isinstance(model.get_submodule(site.activation_name), nn.Identity)
-        assert model.get_submodule(site.down_name).weight.shape == (HIDDEN, HIDDEN)
+        *others, last = (model.get_submodule(name) for name in site.replaced)
+        assert all(isinstance(other, nn.Identity) for other in others)
+        assert last.weight.shape == (HIDDEN, HIDDEN)
     error = (output(model) - output(dense)).square().mean() / output(dense).var()
     assert 0 < float(error) < 0.5
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from folds import SETTINGS, folded_tiny, logits, text
-from models import ENCODER_NAMES, FAMILY_NAMES, tiny_model, tiny_tokenizer, tokens
+from models import ENCODER_NAMES, LAYOUTS, tiny_model, tiny_tokenizer, tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
@@ -49,8 +49,8 @@ def edit_config(directory: Path, **changes: object) -> None:
     path.write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("name", FAMILY_NAMES)
-def test_every_family_saves_loads_with_bit_equal_logits_and_generates(name: str, tmp_path: Path):
+@pytest.mark.parametrize("name", list(LAYOUTS))
+def test_every_layout_saves_loads_with_bit_equal_logits_and_generates(name: str, tmp_path: Path):
     model, report = folded_tiny(name)
     save_folded(model, report, tmp_path)
     loaded = loader(name).from_pretrained(tmp_path)

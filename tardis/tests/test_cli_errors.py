@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import Result, assert_refused
 from models import tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from tardis_llm.checkpoint.folded import holds_fold
 from tardis_llm.runtime.placing import folded_ffns
@@ -21,10 +21,12 @@ from tardis_llm.runtime.placing import folded_ffns
 Tardis = Callable[..., Result]
 
 
-def test_a_gated_model_is_refused_with_the_families_that_work(fold: Callable[..., Result], tmp_path: Path):
-    config = LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
-    assert_refused(fold(model=tmp_path / "llama"), "'llama' has a gated FFN")
+def test_a_model_with_experts_is_refused_as_such(fold: Callable[..., Result], tmp_path: Path):
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=2, vocab_size=8)).save_pretrained(
+        tmp_path / "mixtral"
+    )
+    assert_refused(fold(model=tmp_path / "mixtral"), "'mixtral' has experts, and mixtures of experts cannot be folded")
 
 
 def test_folding_without_text_says_what_text_to_give(tardis: Tardis, tiny_dir: Path, tmp_path: Path):

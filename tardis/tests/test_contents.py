@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Result
-from models import ENCODER_NAMES, FAMILY_NAMES, tiny_tokenizer, tokens
+from models import ENCODER_NAMES, FAMILY_NAMES, LAYOUTS, tiny_tokenizer, tokens
 from mutations import read_header, write_header
 from quick_folds import FORMS, save_quick
 from safetensors.torch import load_file, save_file
@@ -32,13 +32,13 @@ from tardis_llm.checkpoint.manifest import MANIFEST
 from tardis_llm.errors import CheckpointError, TardisError
 from tardis_llm.runtime.placing import folded_ffns
 
-every_family = pytest.mark.parametrize("name", FAMILY_NAMES)
+every_layout = pytest.mark.parametrize("name", list(LAYOUTS))
 #: every family in as few bits as there are, those that name tensors in their own way plain too, and every other form
 every_form = pytest.mark.parametrize(
     ("name", "form"),
     [
         *((name, "all in few bits") for name in FAMILY_NAMES),
-        *((name, "plain") for name in ("gpt2", "gpt_neox", "bert", "roberta")),
+        *((name, "plain") for name in ("gpt2", "gpt_neox", "bert", "roberta", "llama", "phi3")),
         *(("phi", form) for form in FORMS if form != "all in few bits"),
     ],
 )
@@ -146,7 +146,7 @@ def test_a_fold_in_half_precision_loads_in_every_dtype(form: str, stored: torch.
         assert loaded.transformer.wte.weight.dtype == loaded.lm_head.weight.dtype == dtype
 
 
-@every_family
+@every_layout
 def test_every_tensor_is_needed_and_none_is_drawn_at_random(name: str, tmp_path: Path):
     save_quick(tmp_path, name)
     (tmp_path / MANIFEST).unlink()

@@ -31,19 +31,25 @@ from tardis_llm.runtime.placing import folded_ffns
 
 Tardis = Callable[..., Result]
 
-XGLM = Family("xglm", layers="layers", ffn="", up="fc1", activation="activation_fn", down="fc2")
+NANOCHAT = Family("nanochat", "layers", ffn="mlp", up="mlp.fc1", activation="mlp.activation_fn", down="mlp.fc2")
+SEED_OSS = Family(
+    "seed_oss", "layers", "mlp", gate="mlp.gate_proj", up="mlp.up_proj", activation="mlp.act_fn", down="mlp.down_proj"
+)
 BERT_LIKE = ("encoder.layer", "", "intermediate.dense", "intermediate.intermediate_act_fn", "output.dense")
 NAMES = {
-    "xglm": XGLM,
+    "nanochat": NANOCHAT,
     "gpt_neo": Family("gpt_neo", "h", "mlp", "mlp.c_fc", "mlp.act", "mlp.c_proj"),
-    "nemotron": Family("nemotron", "layers", "mlp", "mlp.up_proj", "mlp.act_fn", "mlp.down_proj"),
     "electra": Family("electra", *BERT_LIKE, causal=False),
+    "seed_oss": SEED_OSS,
+    # gate and up are one layer, and windows of attention alternate
+    "modernbert": Family("modernbert", "layers", "mlp", "mlp.Wi", "mlp.act", "mlp.Wo", merged=True, causal=False),
 }
 FIELDS: dict[str, dict[str, Any]] = {
-    "xglm": {"d_model": HIDDEN, "ffn_dim": INTERMEDIATE, "num_layers": LAYERS, "attention_heads": HEADS},
+    "nanochat": {"num_key_value_heads": 2},
     "gpt_neo": {"num_layers": LAYERS, "num_heads": HEADS, "attention_types": [[["global"], LAYERS]]},
-    "nemotron": {"num_key_value_heads": 2},
     "electra": {"embedding_size": HIDDEN},
+    "seed_oss": {"num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 172},
+    "modernbert": {"local_attention": 8, "global_attn_every_n_layers": 2, "cls_token_id": 1, "sep_token_id": 1},
 }
 every_model = pytest.mark.parametrize("name", list(NAMES))
 
@@ -91,20 +97,21 @@ def test_a_fold_is_saved_and_loads_again_with_the_same_logits(name: str, tmp_pat
         assert torch.equal(logits(loaded), logits(model))
     headless = AutoModel.from_pretrained(tmp_path)
     assert len(folded_ffns(headless)) == LAYERS
-    assert position_limit(headless.config) == POSITIONS or name == "xglm"  # which says 2048
+    assert position_limit(headless.config) == POSITIONS
     assert vocabulary(headless) == VOCAB
 
 
 def test_a_loaded_fold_is_saved_again_and_an_edited_family_is_refused(tmp_path: Path) -> None:
-    model, first, again = unknown_model("xglm"), tmp_path / "first", tmp_path / "again"
-    save_folded(model, fold(model, text(), SETTINGS, family=XGLM), first)
+    model, first, again = unknown_model("nanochat"), tmp_path / "first", tmp_path / "again"
+    save_folded(model, fold(model, text(), SETTINGS, family=NANOCHAT), first)
     load_model(str(first)).save_pretrained(again)
     assert torch.equal(logits(load_model(str(again))), logits(model))
     edits = (
-        {"up": "self_attn.q_proj", "down": "self_attn.out_proj"},
+        {"up": "self_attn.q_proj", "down": "self_attn.o_proj"},
         {"ffn": "self_attn"},
         {"layers": "h"},
-        {"gate": "g"},
+        {"gate": "mlp.fc1"},
+        {"gate": "self_attn.q_proj"},
     )
     for edit in edits:
         for directory in (first, again):
@@ -118,8 +125,8 @@ def test_a_loaded_fold_is_saved_again_and_an_edited_family_is_refused(tmp_path: 
 
 @torch.no_grad()
 def test_a_named_model_decodes_prepared_and_compiled() -> None:
-    model = unknown_model("nemotron").to(torch.bfloat16)
-    fold(model, text(), SETTINGS, family=NAMES["nemotron"])
+    model = unknown_model("nanochat").to(torch.bfloat16)
+    fold(model, text(), SETTINGS, family=NANOCHAT)
     before = logits(model)
     prepare_decoding(model)
     torch.testing.assert_close(logits(model), before, rtol=0.05, atol=0.05)
@@ -131,17 +138,17 @@ def test_an_interrupted_fold_resumes_with_the_same_family_only(tmp_path: Path, m
         if (stage, done) == ("folding layers", 1):
             raise KeyboardInterrupt
 
-    work, whole = tmp_path / "work", unknown_model("xglm")
-    expected = fold(whole, text(), SETTINGS, family=XGLM)
+    work, whole = tmp_path / "work", unknown_model("nanochat")
+    expected = fold(whole, text(), SETTINGS, family=NANOCHAT)
     with pytest.raises(KeyboardInterrupt):
-        fold(unknown_model("xglm"), text(), SETTINGS, work, progress=stop, family=XGLM)
+        fold(unknown_model("nanochat"), text(), SETTINGS, work, progress=stop, family=NANOCHAT)
     with pytest.raises(InvalidInputError, match=r"different fold. model.family"):
-        fold(unknown_model("xglm"), text(), SETTINGS, work, True, family=replace(XGLM, positions=""))
+        fold(unknown_model("nanochat"), text(), SETTINGS, work, True, family=replace(NANOCHAT, positions=""))
     calls = []
     fold_layer = pipeline._fold_layer
     monkeypatch.setattr(pipeline, "_fold_layer", lambda *args: calls.append(args) or fold_layer(*args))
-    model = unknown_model("xglm")
-    assert fold(model, text(), SETTINGS, work, True, family=XGLM) == expected
+    model = unknown_model("nanochat")
+    assert fold(model, text(), SETTINGS, work, True, family=NANOCHAT) == expected
     assert len(calls) == LAYERS - 1
     assert torch.equal(logits(model), logits(whole))
 
@@ -157,12 +164,12 @@ def test_the_table_may_be_overruled_and_folds_by_it_say_nothing_of_families(tmp_
 
 def test_commands_take_a_model_whose_config_names_its_family(tardis: Tardis, tiny_text: Path, tmp_path: Path) -> None:
     dense, out = tmp_path / "dense", tmp_path / "out"
-    unknown_model("nemotron").save_pretrained(dense)
+    unknown_model("nanochat").save_pretrained(dense)
     tiny_tokenizer().save_pretrained(dense)
     refused = tardis("fold", dense, "-o", out, "--text", tiny_text, *QUICK_TINY)
     assert_refused(refused, f"write the fields of one as '{NAMED}' into config.json")
     config = json.loads((dense / "config.json").read_text())
-    (dense / "config.json").write_text(json.dumps({**config, NAMED: NAMES["nemotron"].as_config()}))
+    (dense / "config.json").write_text(json.dumps({**config, NAMED: NANOCHAT.as_config()}))
     assert tardis("fold", dense, "-o", out, "--text", tiny_text, *QUICK_TINY).code == 0
     assert tardis("fold", dense, "-o", out, "--text", tiny_text, *QUICK_TINY, "--resume").code == 0
     for directory in (dense, out):
@@ -171,7 +178,7 @@ def test_commands_take_a_model_whose_config_names_its_family(tardis: Tardis, tin
         assert tardis("generate", directory, "Over the hills", "--max-new-tokens", 4).code == 0
     quick = ("--prompt", 16, "--steps", 2, "--rounds", 2, "--batch", 1)
     assert tardis("bench", out, "--against", dense, *quick).code == 0
-    assert load_dense(str(dense)).config.model_type == "nemotron"
+    assert load_dense(str(dense)).config.model_type == "nanochat"
 
 
 def test_vllm_says_that_it_does_not_serve_a_named_family(tmp_path: Path) -> None:
@@ -184,38 +191,80 @@ def test_vllm_says_that_it_does_not_serve_a_named_family(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"up": "fc3"}, r"model.layers.0 has no module 'fc3': model.layers.0 has .*, fc1, fc2, .*correct the path"),
+        ({"up": "mlp.fc3"}, r"model.layers.0 has no module 'mlp.fc3': model.layers.0.mlp has .*fc1, fc2.*correct the"),
         ({"layers": "decoder.layers"}, r"no module 'model.decoder.layers': .*model has embed_tokens, .*layers"),
         ({"layers": "embed_tokens"}, r"model.embed_tokens is a .*, not a ModuleList"),
-        ({"up": "self_attn_layer_norm"}, r"self_attn_layer_norm is a LayerNorm, not a linear layer"),
-        ({"down": "fc1"}, r"do not fit: .*fc1 is \[256, 64\] and .*fc1 is \[256, 64\].*correct the parts"),
-        ({"activation": "final_layer_norm"}, r"activation LayerNorm.* is none of those that TARDIS folds: gelu"),
-        ({"gate": "fc1"}, r"'xglm' has a gated FFN.*not supported yet"),
-        ({"merged": True}, r"'xglm' has a gated FFN.*not supported yet"),
-        ({"model_type": "gpt2"}, r"the Family is that of 'gpt2' models, and this model is a 'xglm'"),
+        ({"up": "self_attn"}, r"self_attn is a NanoChatAttention, not a linear layer"),
+        ({"down": "mlp.fc1"}, r"do not fit: .*fc1 is \[256, 64\] and .*fc1 is \[256, 64\].*correct the parts"),
+        ({"activation": "mlp"}, r"activation NanoChatMLP.* is none of those that TARDIS folds: gelu"),
+        ({"gate": "mlp.fc1"}, r"do not fit: .*fc1 is \[256, 64\] and .*fc2 is \[64, 256\].*\[512, 64\] is wanted"),
+        ({"merged": True}, r"do not fit: .*fc1 is \[256, 64\] and .*fc2 is \[64, 256\].*\[512, 64\] is wanted"),
+        ({"model_type": "gpt2"}, r"the Family is that of 'gpt2' models, and this model is a 'nanochat'"),
         (
-            {"up": "self_attn.q_proj", "down": "self_attn.out_proj"},
-            r"activation_fn does not get what .*q_proj",
+            {"up": "self_attn.q_proj", "down": "self_attn.o_proj"},
+            r"activation_fn does not get what .*q_proj returns.*not down\(activation\(up\(x\)\)\)",
         ),
     ],
 )
 def test_a_family_that_does_not_fit_is_refused_and_leaves_the_model(change: dict[str, Any], message: str) -> None:
-    model = unknown_model("xglm")
+    assert_fits_not(NANOCHAT, change, message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gate": "mlp.up_proj", "up": "mlp.gate_proj"}, "mlp.act_fn does not get what .*up_proj returns, so these"),
+        ({"gate": "mlp.up_proj"}, r"do not fit: .*up_proj is \[172, 64\].*\[344, 64\] is wanted"),
+        ({"gate": "mlp.gate"}, "has no module 'mlp.gate': .*mlp has gate_proj, up_proj, down_proj, act_fn"),
+        ({"gate": ""}, r"act_fn does not get what .*up_proj returns.*with a gate, give its `gate` or `merged=True`"),
+    ],
+)
+def test_a_gated_family_that_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
+    assert_fits_not(SEED_OSS, change, message)
+
+
+def assert_fits_not(family: Family, change: dict[str, Any], message: str) -> None:
+    """With a change, the family is refused and the model left as it is; without, it is taken."""
+    model = unknown_model(family.model_type)
     before = model.config.to_dict()
     with pytest.raises(TardisError, match=re.compile(message, re.DOTALL)):
-        fold(model, text(), SETTINGS, family=replace(XGLM, **change))
+        fold(model, text(), SETTINGS, family=replace(family, **change))
     assert model.config.to_dict() == before
-    fold(model, text(), SETTINGS, family=XGLM)
+    fold(model, text(), SETTINGS, family=family)
 
 
-def test_a_gated_ffn_that_is_named_as_if_it_had_no_gate_is_refused() -> None:
-    config = AutoConfig.for_model(
-        "llama", hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, vocab_size=VOCAB
-    )
-    model = AutoModelForCausalLM.from_config(config).eval()
-    family = Family("llama", "layers", "mlp", "mlp.up_proj", "mlp.act_fn", "mlp.down_proj")
-    with pytest.raises(InvalidInputError, match=r"act_fn does not get what .*up_proj returns.*with a gate cannot"):
-        fold(model, text(), SETTINGS, family=family)
+@pytest.mark.parametrize("name", ["seed_oss", "modernbert"])
+@pytest.mark.parametrize("where", ["input", "output"])
+def test_a_module_that_does_more_than_its_gated_ffn_is_refused(name: str, where: str) -> None:
+    model = unknown_model(name)
+    mlp = model.base_model.layers[1].mlp
+    if where == "input":  # behind what the module gets, which a fold would get
+        mlp.forward = lambda x, inner=mlp.forward: inner(2 * x)
+    else:
+        mlp.forward = lambda x, inner=mlp.forward: 2 * inner(x)
+    message = r"does not get what .*layers\.1\.mlp gets" if where == "input" else r"layers\.1\.mlp does not return what"
+    with pytest.raises(InvalidInputError, match=message):
+        fold(model, text(), SETTINGS, family=NAMES[name])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ffn": ""}, "'mlp.gate_proj' is no child of ffn, which is ''.*give its path as `ffn`"),
+        ({"down": "mlp.inner.down_proj"}, "'mlp.inner.down_proj' is no child of ffn, which is 'mlp'"),
+        ({"ffn": "", "gate": "g", "up": "u", "down": "d"}, "'g' is no child of ffn, which is ''"),
+        ({"merged": True}, "has the gate 'mlp.gate_proj' and is merged, too"),
+    ],
+)
+def test_the_parts_of_a_gated_family_are_children_of_one_module(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        replace(SEED_OSS, **change)
+
+
+def test_a_known_gated_model_that_is_named_as_if_it_had_no_gate_is_refused() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(InvalidInputError, match=r"act_fn does not get what .*up_proj returns.*with a gate, give"):
+        fold(model, text(), SETTINGS, family=replace(FAMILIES["llama"], gate=""))
 
 
 @pytest.mark.parametrize(
@@ -223,14 +272,14 @@ def test_a_gated_ffn_that_is_named_as_if_it_had_no_gate_is_refused() -> None:
     [
         (3, "tardis_family in the model's config is 3; give it the fields"),
         ({}, "is no Family .*missing .*required"),
-        ({**XGLM.as_config(), "sideways": "x"}, "is no Family .*sideways"),
-        ({**XGLM.as_config(), "up": 1}, "up of a Family is 1, and str is wanted"),
-        ({**XGLM.as_config(), "causal": "no"}, "causal of a Family is 'no', and bool is wanted"),
-        ({**XGLM.as_config(), "refused_flags": [1]}, r"refused_flags of a Family is \(1,\)"),
+        ({**NANOCHAT.as_config(), "sideways": "x"}, "is no Family .*sideways"),
+        ({**NANOCHAT.as_config(), "up": 1}, "up of a Family is 1, and str is wanted"),
+        ({**NANOCHAT.as_config(), "causal": "no"}, "causal of a Family is 'no', and bool is wanted"),
+        ({**NANOCHAT.as_config(), "refused_flags": [1]}, r"refused_flags of a Family is \(1,\)"),
     ],
 )
 def test_fields_in_a_config_that_are_no_family_are_refused(values: object, message: str) -> None:
-    model = unknown_model("xglm")
+    model = unknown_model("nanochat")
     setattr(model.config, NAMED, values)
     with pytest.raises(InvalidInputError, match=message):
         find_ffns(model)

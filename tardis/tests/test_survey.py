@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from folds import SETTINGS, folded_tiny, text
-from models import ENCODER_NAMES, FAMILY_NAMES, LAYERS, tiny_model, tiny_tokenizer, tokens
+from models import ENCODER_NAMES, LAYERS, LAYOUTS, tiny_model, tiny_tokenizer, tokens
 
 from tardis_llm import fold
 from tardis_llm.calibration.text import Windows, split_windows
@@ -34,8 +34,8 @@ def is_png(path: Path) -> bool:
     return content.startswith(b"\x89PNG") and width > 1000 and height > 500
 
 
-@pytest.mark.parametrize("name", FAMILY_NAMES)
-def test_every_family_can_be_surveyed(name: str):
+@pytest.mark.parametrize("name", list(LAYOUTS))
+def test_every_layout_can_be_surveyed(name: str):
     found = survey(tiny_model(name), windows())
     assert len(found.layers) == len(found.ranges) == LAYERS
     for layer, (low, high) in zip(found.layers, found.ranges, strict=True):

@@ -84,12 +84,15 @@ def replace_by_affine(model: PreTrainedModel, windows: Windows, progress: Progre
 
 
 def install(model: nn.Module, site: FFNSite, weight: Tensor, bias: Tensor) -> MatrixReport:
-    """Put `x weight^T + bias` into the model in place of the FFN at `site`: it becomes the down projection."""
+    """Put `x weight^T + bias` into the model in place of the FFN at `site`.
+
+    It becomes the down projection behind parts that do nothing, or stands for the module around a gated FFN.
+    """
     linear = torch.nn.utils.skip_init(nn.Linear, *weight.T.shape, dtype=weight.dtype)
     linear.weight, linear.bias = (nn.Parameter(value, requires_grad=False) for value in (weight, bias))
-    set_module(model, site.up_name, nn.Identity())
-    set_module(model, site.activation_name, nn.Identity())
-    set_module(model, site.down_name, linear.eval())
+    for name in site.replaced:
+        set_module(model, name, nn.Identity())
+    set_module(model, list(site.replaced)[-1], linear.eval())
     before = [part for part in site.parts() if part is not None]
     dense, weights = sum(part.nbytes for part in before), sum(part.numel() for part in before if part.ndim == 2)
     stored = weight.nbytes + bias.nbytes

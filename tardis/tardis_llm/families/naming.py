@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,33 +39,79 @@ def named(model: PreTrainedModel, family: Family | None) -> Iterator[None]:
 
 
 def check_wiring(model: PreTrainedModel, sites: list[FFNSite]) -> None:
-    """Check, by running two tokens, that FFNs whose parts a user has named compute `down(activation(up(x)))`.
+    """Check, by running two tokens, that FFNs whose parts a user has named compute what the family says.
 
-    Models of a family in the table are not checked.
+    That is `down(activation(up(x)))` or, with a gate, `down(activation(gate(x)) * up(x))` and nothing else in the
+    module around. Models of a family in the table are not checked.
 
     Args:
         model: dense, in eval mode.
         sites: FFNs of the model.
 
     Raises:
-        InvalidInputError: a part is not called, or its input is not the output of the part before it.
+        InvalidInputError: a part is not called, or its input is not the output of the parts before it.
     """
     if not getattr(model.config, NAMED, None) or model.training:  # calibration refuses training mode in clearer words
         return
-    parts = {part: name for site in sites for name, part in site.replaced.items()}
-    inputs: dict[nn.Module, Tensor] = {}
-    outputs: dict[nn.Module, Tensor] = {}
-    with ExitStack() as hooks, torch.no_grad():
-        for part in parts:  # nan_to_num copies, as an activation may work in place, and makes NaN equal to itself
-            enter = part.register_forward_pre_hook(lambda part, args: inputs.update({part: args[0].nan_to_num()}))
-            leave = part.register_forward_hook(lambda part, args, output: outputs.update({part: output.nan_to_num()}))
+    inputs, outputs = _seen(model, sites)
+    for site in sites:
+        flow = _gated_flow if site.gated else _plain_flow
+        for broken, one, other in flow(site, inputs, outputs):
+            if one is None or other is None or not torch.equal(one, other):
+                formula = "down(activation(gate(x)) * up(x))" if site.gated else "down(activation(up(x)))"
+                raise InvalidInputError(
+                    f"{broken}, so these FFNs are not {formula}, or the Family names other modules than their parts. "
+                    "Correct the Family; for FFNs with a gate, give its `gate` or `merged=True`."
+                )
+
+
+#: what modules got or returned; those that were not called, or not with a tensor, are missing
+_Tensors = dict[nn.Module, Tensor]
+#: what is wrong unless two tensors are equal, and the two
+_Flow = Iterator[tuple[str, Tensor | None, Tensor | None]]
+
+
+@torch.no_grad()
+def _seen(model: PreTrainedModel, sites: list[FFNSite]) -> tuple[_Tensors, _Tensors]:
+    """The first argument and the result of every part of the FFNs, in a forward of two tokens."""
+    inputs: _Tensors = {}
+    outputs: _Tensors = {}
+
+    def keep(where: _Tensors, part: nn.Module, value: Any) -> None:
+        if isinstance(value, Tensor):
+            where[part] = value.nan_to_num()  # copied, as others may work in place; and NaN is not equal to itself
+
+    with ExitStack() as hooks:
+        for part in {part for site in sites for part in (site.parent, site.activation, *site.linears.values())}:
+            enter = part.register_forward_pre_hook(lambda part, args: keep(inputs, part, args[0] if args else None))
+            leave = part.register_forward_hook(lambda part, args, output: keep(outputs, part, output))
             hooks.callback(enter.remove)
             hooks.callback(leave.remove)
         model(input_ids=torch.tensor([[0, 1]], device=model.device))
-    for first, second in (pair for site in sites for pair in pairwise(site.replaced.values())):
-        if first not in outputs or second not in inputs or not torch.equal(outputs[first], inputs[second]):
-            raise InvalidInputError(
-                f"{parts[second]} does not get what {parts[first]} returns, so these FFNs are not "
-                "down(activation(up(x))), or the Family names other modules than their parts. Correct the Family; FFNs "
-                "with a gate cannot be folded yet."
-            )
+    return inputs, outputs
+
+
+def _plain_flow(site: FFNSite, inputs: _Tensors, outputs: _Tensors) -> _Flow:
+    """What must be equal in `down(activation(up(x)))`."""
+    for (first, before), (second, after) in pairwise(site.replaced.items()):
+        yield f"{second} does not get what {first} returns", inputs.get(after), outputs.get(before)
+
+
+def _gated_flow(site: FFNSite, inputs: _Tensors, outputs: _Tensors) -> _Flow:
+    """What must be equal in `down(activation(gate(x)) * up(x))`; the module around must pass on x and the result."""
+    for name, part in site.projections.items():
+        yield f"{name} does not get what {site.prefix} gets", inputs.get(part), inputs.get(site.parent)
+    gate_name, returned = next(iter(site.projections)), outputs.get(site.up)
+    if returned is not None and gate_name == site.up_name:
+        gate, up = returned.chunk(2, -1)
+        gate_name, up_name = f"the first half of what {gate_name} returns", "the second"
+    else:
+        gate, up = outputs.get(site.projections[gate_name]), returned
+        gate_name, up_name = f"what {gate_name} returns", f"what {site.up_name} returns"
+    yield f"{site.activation_name} does not get {gate_name}", inputs.get(site.activation), gate
+    activated = outputs.get(site.activation)
+    product = None if activated is None or up is None else activated * up
+    broken = f"{site.down_name} does not get what {site.activation_name} returns, times {up_name}"
+    yield broken, inputs.get(site.down), product
+    broken = f"{site.prefix} does not return what {site.down_name} does"
+    yield broken, outputs.get(site.parent), outputs.get(site.down)

@@ -32,7 +32,8 @@ class Family:
         up: path from a block to the up projection, a linear layer.
         activation: path from a block to the module that computes the activation.
         down: path from a block to the down projection, a linear layer.
-        gate: path from a block to the gate projection of a gated FFN; "" where there is none.
+        gate: path from a block to the gate projection of a gated FFN; "" where there is none. The parts of a gated FFN
+            are children of the module around them, which the folded FFN replaces.
         merged: whether `up` is gate and up projection in one layer, the gate's rows first.
         norm: path from a block to the norm that the FFN's output goes through before it is added to the residual
             stream; "" where there is none.
@@ -43,17 +44,19 @@ class Family:
         padding_first: whether positions are numbered from `pad_token_id + 1`, which leaves that many fewer for text.
 
     Raises:
-        InvalidInputError: a field is of the wrong type.
+        InvalidInputError: a field is of the wrong type, or the parts of a gated FFN are not children of `ffn`.
 
     Example:
         >>> import torch
-        >>> from transformers import XGLMConfig, XGLMForCausalLM
+        >>> from transformers import NanoChatConfig, NanoChatForCausalLM
         >>> from tardis_llm import Family, FoldConfig, fold
-        >>> model = XGLMForCausalLM(XGLMConfig(vocab_size=256, d_model=32, ffn_dim=64, num_layers=1, attention_heads=2))
-        >>> family = Family("xglm", layers="layers", ffn="", up="fc1", activation="activation_fn", down="fc2")
+        >>> sizes = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+        >>> model = NanoChatForCausalLM(NanoChatConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
+        >>> paths = {"up": "mlp.fc1", "activation": "mlp.activation_fn", "down": "mlp.fc2"}
+        >>> family = Family("nanochat", layers="layers", ffn="mlp", **paths)
         >>> text = torch.randint(256, (24, 16))  # token ids; real text tells more
         >>> fold(model.eval(), text, FoldConfig(reduction=0.3), family=family).layers[0].prefix
-        'model.layers.0'
+        'model.layers.0.mlp'
     """
 
     model_type: str
@@ -77,6 +80,17 @@ class Family:
             many = isinstance(value, tuple) and all(isinstance(part, str) for part in value)
             if ("tuple[str, ...]" if many else type(value).__name__) != each.type:
                 raise InvalidInputError(f"{each.name} of a Family is {value!r}, and {each.type} is wanted.")
+        if self.gate and self.merged:
+            raise InvalidInputError(
+                f"a Family has the gate {self.gate!r} and is merged, too. Give `gate` where gate and up projection are "
+                "two layers, `merged=True` where they are one."
+            )
+        wrong = [path for path in self.linears if self.gated and path.rpartition(".")[0] != self.ffn]
+        if wrong or (self.gated and not self.ffn):
+            raise InvalidInputError(
+                f"{(wrong or self.linears)[0]!r} is no child of ffn, which is {self.ffn!r}. A folded FFN replaces the "
+                "module around a gated one: give its path as `ffn`, and those of gate, up and down directly below it."
+            )
 
     @classmethod
     def from_config(cls, values: object) -> Family:
