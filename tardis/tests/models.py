@@ -5,6 +5,7 @@ Every weight is drawn at random, biases and norms too, so that no term of an FFN
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -173,17 +175,29 @@ def tiny_model(
     Returns:
         The family's causal LM class, or its masked LM class for `ENCODER_NAMES`.
     """
+    auto = AutoModelForMaskedLM if name in ENCODER_NAMES else AutoModelForCausalLM
+    with torch.random.fork_rng(devices=[]):
+        model = auto.from_config(tiny_config(name, blocks, **overrides), dtype=dtype)
+    randomise(model, seed)
+    return model.eval()
+
+
+def tiny_config(name: str, blocks: int = LAYERS, **overrides: Any) -> PreTrainedConfig:
+    """The config of `tiny_model`; arguments as there."""
     model_type, fields = _MODELS[name]
     fields = {key: blocks if key in _BLOCKS else value for key, value in fields.items()}
     if "layer_types" in fields:
         fields["layer_types"] = (blocks * fields["layer_types"])[:blocks]
     fixed = {"vocab_size": VOCAB, "bos_token_id": END, "eos_token_id": END}
-    config = AutoConfig.for_model(model_type, **{**fixed, **fields, **overrides})
-    auto = AutoModelForMaskedLM if name in ENCODER_NAMES else AutoModelForCausalLM
-    with torch.random.fork_rng(devices=[]):
-        model = auto.from_config(config, dtype=dtype)
-    randomise(model, seed)
-    return model.eval()
+    return AutoConfig.for_model(model_type, **{**fixed, **fields, **overrides})
+
+
+def guide_families() -> dict[str, tuple[str, str]]:
+    """What the guide's table of families says of each model type: its FFN, and what vLLM has."""
+    text = (Path(__file__).parents[2] / "docs" / "guide.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in text.split("## Families")[1].split("\n## ")[0].splitlines()]
+    cells = [row for row in rows if len(row) == 4 and row[1].startswith("`")]
+    return {kind: (ffn, vllm) for _, kinds, ffn, vllm in cells for kind in kinds.strip("`").split("`, `")}
 
 
 @torch.no_grad()

@@ -12,7 +12,9 @@ from models import (
     INTERMEDIATE,
     LAYERS,
     NOT_YET,
+    guide_families,
     record,
+    tiny_config,
     tiny_model,
     tiny_tokenizer,
     tokens,
@@ -47,7 +49,12 @@ SMALL_EYES = {
 
 
 def test_the_tiny_models_cover_every_family_of_the_table() -> None:
-    assert {tiny_model(name).config.model_type for name in FAMILY_NAMES} == set(FAMILIES) - NOT_YET
+    assert {tiny_config(name).model_type for name in FAMILY_NAMES} == set(FAMILIES) - NOT_YET
+
+
+def test_the_guide_lists_every_family_with_its_kind_of_ffn() -> None:
+    kinds = {name: "gated" if row.gated else "plain" for name, row in FAMILIES.items()}
+    assert {name: ffn for name, (ffn, _) in guide_families().items()} == kinds
 
 
 @every_family
@@ -145,7 +152,7 @@ def test_sites_are_found_and_identified_on_meta(name: str) -> None:
 
 def test_encoders_are_the_families_that_are_not_causal() -> None:
     causal = {model_type for model_type, family in FAMILIES.items() if family.causal}
-    assert {tiny_model(name).config.model_type for name in CAUSAL_NAMES} == causal - NOT_YET
+    assert {tiny_config(name).model_type for name in CAUSAL_NAMES} == causal - NOT_YET
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_biased", "phi3", "glm4"])

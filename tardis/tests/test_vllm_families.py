@@ -11,20 +11,23 @@ import pytest
 import torch
 from engines import NOT_SERVED, STACKED, complete, engine, greedy, heads, needs_vllm, save_tiny
 from folds import SETTINGS
-from models import CAUSAL_NAMES, tiny_model, tokens
+from models import CAUSAL_NAMES, guide_families, tiny_config, tiny_model, tokens
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tardis_llm import FoldConfig
 from tardis_llm.checkpoint.manifest import MANIFEST
 from tardis_llm.errors import CheckpointError, UnsupportedModelError
+from tardis_llm.families.table import FAMILIES
 from tardis_llm.integrations.vllm.names import check_served
 from tardis_llm.runtime.cpu.library import available
 from tardis_llm.runtime.reference import ReferenceFFN
 
 pytestmark = needs_vllm
 
-SERVED = [name for name in CAUSAL_NAMES if name not in NOT_SERVED]
+GATED = [name for name in CAUSAL_NAMES if FAMILIES[tiny_config(name).model_type].gated]
+SERVED = [name for name in CAUSAL_NAMES if name not in (*NOT_SERVED, *GATED)]
 IN_FEW_BITS = ["gpt2", "falcon_alibi", "opt", "gpt_neox"]
 #: linear layers outside the FFNs in few bits: vLLM's own classes and its Transformers backend, heads shared and not
 LINEARS = {
@@ -138,15 +141,23 @@ def test_a_family_that_vllm_lacks_is_refused_by_name(name: str, tmp_path: Path):
         pass
 
 
-def test_a_gated_model_is_refused_before_its_weights_are_read(tiny_gpt2: tuple, tmp_path: Path):
-    config = LlamaConfig(hidden_size=64, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
+def test_a_gated_model_is_refused_before_its_weights_are_read(tmp_path: Path):
+    save_tiny("llama", tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    settings = json.loads((tiny_gpt2[0] / "config.json").read_text())["quantization_config"]
-    edit_config(tmp_path, quantization_config=settings)
-    without_tokenizer = engine(tmp_path, skip_tokenizer_init=True)
-    with pytest.raises(UnsupportedModelError, match="'llama' has a gated FFN"), without_tokenizer:
+    message = "vLLM does not serve folded FFNs with a gate, such as those of llama models, yet; use transformers"
+    with pytest.raises(UnsupportedModelError, match=message), engine(tmp_path):
         pass
+
+
+def test_the_guide_says_which_families_vllm_has():
+    from vllm import ModelRegistry
+
+    archs, native = ModelRegistry.get_supported_archs(), ModelRegistry.models
+    for kind, (_, said) in guide_families().items():
+        stock = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, "-")
+        theirs = stock in archs and FAMILIES[kind].causal
+        backend = theirs and "Transformers" in native[stock].class_name
+        assert said == ("Transformers backend" if backend else "own class" if theirs else "-"), kind
 
 
 def test_linear_layers_in_unlike_bits_are_refused_before_weights_are_read(tmp_path: Path):

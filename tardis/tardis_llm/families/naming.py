@@ -101,13 +101,7 @@ def _gated_flow(site: FFNSite, inputs: _Tensors, outputs: _Tensors) -> _Flow:
     """What must be equal in `down(activation(gate(x)) * up(x))`; the module around must pass on x and the result."""
     for name, part in site.projections.items():
         yield f"{name} does not get what {site.prefix} gets", inputs.get(part), inputs.get(site.parent)
-    gate_name, returned = next(iter(site.projections)), outputs.get(site.up)
-    if returned is not None and gate_name == site.up_name:
-        gate, up = returned.chunk(2, -1)
-        gate_name, up_name = f"the first half of what {gate_name} returns", "the second"
-    else:
-        gate, up = outputs.get(site.projections[gate_name]), returned
-        gate_name, up_name = f"what {gate_name} returns", f"what {site.up_name} returns"
+    (gate_name, gate), (up_name, up) = _gate_and_up(site, outputs)
     yield f"{site.activation_name} does not get {gate_name}", inputs.get(site.activation), gate
     activated = outputs.get(site.activation)
     product = None if activated is None or up is None else activated * up
@@ -115,3 +109,13 @@ def _gated_flow(site: FFNSite, inputs: _Tensors, outputs: _Tensors) -> _Flow:
     yield broken, inputs.get(site.down), product
     broken = f"{site.prefix} does not return what {site.down_name} does"
     yield broken, outputs.get(site.parent), outputs.get(site.down)
+
+
+def _gate_and_up(site: FFNSite, outputs: _Tensors) -> list[tuple[str, Tensor | None]]:
+    """The outputs of gate and up projection, each behind what an error calls it."""
+    found = [(f"what {name} returns", outputs.get(part)) for name, part in site.projections.items()]
+    if len(found) == 2:
+        return found
+    name, merged = found[0]
+    halves = (None, None) if merged is None else merged.chunk(2, -1)
+    return [(f"the {which} half of {name}", half) for which, half in zip(("first", "second"), halves, strict=True)]

@@ -18,7 +18,12 @@ PREFILL_OPTION = "tardis_prefill"
 
 def architectures() -> list[str]:
     """The names `Tardis<Stock>` of all causal families in the table, including those that vLLM does not serve."""
-    return [f"{PREFIX}{MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]}" for name, row in FAMILIES.items() if row.causal]
+    return [f"{PREFIX}{_stock(row)}" for row in FAMILIES.values() if row.causal]
+
+
+def _stock(family: Family) -> str:
+    """The class of transformers that generates text with the models of a family."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.model_type]
 
 
 def check_served(config: PreTrainedConfig) -> Family:
@@ -42,13 +47,18 @@ def check_served(config: PreTrainedConfig) -> Family:
         raise UnsupportedModelError(
             f"vLLM does not serve folded encoders such as {family.model_type}; use transformers."
         )
+    if family.gated:
+        raise UnsupportedModelError(
+            f"vLLM does not serve folded FFNs with a gate, such as those of {family.model_type} models, yet; use "
+            "transformers (`tardis generate`)."
+        )
     from vllm import ModelRegistry
 
     linear_bits(CheckpointConfig.read(config.quantization_config).linears)
     stock = stock_name(config)
     if stock not in ModelRegistry.get_supported_archs():
-        served = (name.removeprefix(PREFIX) for name in architectures())
-        choices = sorted(name for name in served if name in ModelRegistry.get_supported_archs())
+        plain = (_stock(row) for row in FAMILIES.values() if row.causal and not row.gated)
+        choices = sorted(name for name in plain if name in ModelRegistry.get_supported_archs())
         raise UnsupportedModelError(
             f"vLLM has no {stock or 'model of an unnamed class'}, so it cannot serve a fold of one. Of the families "
             f"that TARDIS folds it serves {', '.join(choices)}; with others use transformers (`tardis generate`)."
