@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tardis_llm.calibration.moments import BinnedMoments, SecondMoments
 from tardis_llm.config import FoldConfig
-from tardis_llm.ffn.activations import ACTIVATIONS
-from tardis_llm.ffn.neuron import Neurons
+from tardis_llm.ffn.activations import ACTIVATIONS, named
+from tardis_llm.ffn.neuron import Neurons, value
 from tardis_llm.ffn.packed import PackedMatrix, pack
 from tardis_llm.ffn.weights import DenseFFN, FoldedWeights, Storage
 from tardis_llm.folding.fold import FoldQuality, Inputs, choose_ranges, finish, predict
@@ -21,6 +21,10 @@ from tardis_llm.folding.rounding import quantise
 from tardis_llm.folding.stack import quantise_fallback, store_fold
 
 Act = Callable[[Tensor], Tensor]
+
+XIELU = named("xielu", 0.9, 1.2, 0.5, -1e-6)
+#: an activation of every kind
+NAMES = [*ACTIVATIONS, XIELU]
 
 #: the same examples on every run, and no time limit on a busy machine
 quick = settings(max_examples=25, deadline=None, derandomize=True)
@@ -48,11 +52,11 @@ def correlated(tokens: int, d: int, seed: int = 0) -> Tensor:
     return (normal(tokens, d, seed=seed) * spread) @ rotation + normal(4, d, seed=2000 + d)[cluster]
 
 
-def random_ffn(d: int, h: int, activation: str = "gelu", seed: int = 0) -> DenseFFN:
-    """An FFN whose neurons are mostly off, as trained ones are."""
+def random_ffn(d: int, h: int, activation: str = "gelu", seed: int = 0, k: int = 1) -> DenseFFN:
+    """An FFN whose neurons are mostly off, as trained ones are; k: up-projections of each."""
     return DenseFFN(
-        normal(h, d, seed=seed) / d**0.5,
-        0.3 * normal(h, seed=seed + 1) - 0.5,
+        normal(k * h, d, seed=seed) / d**0.5,
+        0.3 * normal(k * h, seed=seed + 1) - 0.5,
         normal(d, h, seed=seed + 2) / h**0.5,
         0.1 * normal(d, seed=seed + 3),
         activation,
@@ -61,7 +65,7 @@ def random_ffn(d: int, h: int, activation: str = "gelu", seed: int = 0) -> Dense
 
 def forward(ffn: DenseFFN, x: Tensor) -> Tensor:
     """The dense FFN in fp64."""
-    a = ffn.act(x.double() @ ffn.w1.double().T + ffn.b1.double())
+    a = value(x.double() @ ffn.w1.double().T + ffn.b1.double(), ffn.act, ffn.k)
     return a @ ffn.w2.double().T + ffn.b2.double()
 
 
@@ -96,29 +100,33 @@ def residuals(act: Act, z: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
 
 def folded_with(ffn: DenseFFN, low: Tensor, high: Tensor, dtype: torch.dtype = torch.float32) -> FoldedWeights:
     """The fold of random lines, unfitted, with a 4-bit predictor and the given ranges [h]."""
-    slope, offset = 0.3 + 0.2 * normal(len(ffn.w1), seed=7), 0.1 * normal(len(ffn.w1), seed=8)
-    weight = (ffn.w2 * slope) @ ffn.w1
-    bias = ffn.w2 @ (slope * ffn.b1 + offset) + ffn.b2
+    slope, offset = 0.3 + 0.2 * normal(len(ffn.w1), seed=7), 0.1 * normal(ffn.h, seed=8)
+    lines = (slope[:, None] * ffn.w1).unflatten(0, (ffn.k, -1)).sum(0)
+    weight = ffn.w2 @ lines
+    bias = ffn.w2 @ ((slope * ffn.b1).unflatten(0, (ffn.k, -1)).sum(0) + offset) + ffn.b2
     neurons = Neurons(ffn.activation, low, high, slope, offset)
     return FoldedWeights(weight.to(dtype), bias.to(dtype), quantise(ffn.w1, 4, 16), neurons)
 
 
 def everything_fixed(ffn: DenseFFN, dtype: torch.dtype = torch.float32) -> FoldedWeights:
     """A fold with empty ranges."""
-    nothing = torch.full((len(ffn.w1),), torch.inf)
+    nothing = torch.full((ffn.h,), torch.inf)
     return folded_with(ffn, nothing, -nothing, dtype)
 
 
 def nothing_fixed(ffn: DenseFFN, dtype: torch.dtype = torch.float32) -> FoldedWeights:
     """A fold with unbounded ranges."""
-    everything = torch.full((len(ffn.w1),), torch.inf)
+    everything = torch.full((ffn.h,), torch.inf)
     return folded_with(ffn, -everything, everything, dtype)
 
 
 def half_fixed(ffn: DenseFFN, dtype: torch.dtype = torch.float32) -> FoldedWeights:
-    """A fold with ranges that about half of the pre-activations leave."""
-    width = 0.2 + normal(len(ffn.w1), seed=9).abs()
-    return folded_with(ffn, ffn.b1 - width, ffn.b1 + width, dtype)
+    """A fold with ranges that about half of the pre-activations, or of the residuals of gated neurons, leave."""
+    width = 0.2 + normal(ffn.h, seed=9).abs()
+    if ffn.k == 1:
+        return folded_with(ffn, ffn.b1 - width, ffn.b1 + width, dtype)
+    middle = nothing_fixed(ffn).neurons.residual(ffn.b1[None])[0]
+    return folded_with(ffn, middle - width / 2, middle + width / 2, dtype)
 
 
 def fitted(
@@ -141,10 +149,10 @@ def neuron_major(weights: DenseFFN) -> DenseFFN:
 
 
 def stored_fold(
-    d: int, h: int, storage: Storage, dtype: torch.dtype, name: str = "gelu", ranges: str = "half"
+    d: int, h: int, storage: Storage, dtype: torch.dtype, name: str = "gelu", ranges: str = "half", k: int = 1
 ) -> tuple[FoldedWeights, DenseFFN]:
     """A fold as it is stored and the dense weights, neuron by neuron; `ranges`: none, half or all are fixed."""
-    ffn = random_ffn(d, h, name)
+    ffn = random_ffn(d, h, name, k=k)
     make = {"none": nothing_fixed, "half": half_fixed, "all": everything_fixed}[ranges]
     return as_stored(make(ffn), ffn, storage, dtype), neuron_major(fallback(ffn, dtype))
 
@@ -153,6 +161,8 @@ def as_stored(folded: FoldedWeights, ffn: DenseFFN, storage: Storage, dtype: tor
     """A fold of an FFN with a 2-bit predictor, and fold and fallback as stored."""
     predictor = quantise(ffn.w1, 2, storage.group_size)
     up, down = quantise_fallback(ffn.w1, ffn.w2, predictor, storage, None)
+    if storage.remainder_bits is not None:
+        up = quantise(ffn.w1 - predictor.dequantise(), storage.remainder_bits, storage.group_size)
     fold, bias = store_fold(folded.fold, storage, dtype, None), folded.bias.to(dtype)
     return replace(folded, fold=fold, bias=bias, predictor=predictor, up=up, down=down)
 
@@ -160,11 +170,6 @@ def as_stored(folded: FoldedWeights, ffn: DenseFFN, storage: Storage, dtype: tor
 def edited(folded: FoldedWeights, **lines: Tensor) -> FoldedWeights:
     """The fold with other ranges or lines."""
     return replace(folded, neurons=replace(folded.neurons, **lines))
-
-
-def activation(name: str) -> Act:
-    """The function of that name."""
-    return ACTIVATIONS[name]
 
 
 def packed(rows: int, d: int, bits: int, group_size: int) -> PackedMatrix:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidInputError
-from ..ffn.activations import ACTIVATIONS
+from ..ffn.activations import activation
 
 #: bins per neuron, and how many standard deviations they span to each side; the outermost bins are open
 BINS, SPAN = 96, 5.0
@@ -175,7 +175,7 @@ class BinnedMoments(Sums):
     fitted without another pass over the tokens, and the noise of the predictor is part of the statistics.
 
     Attributes:
-        activation: a name in `ACTIVATIONS`, of the neurons.
+        activation: of the neurons, a name that `activation` takes.
         edge: [h] lower edge of the first bin.
         width: [h] width of a bin.
         sums: [6, h, BINS] fp64: count, z, z^2, a, a z, a^2.
@@ -200,7 +200,7 @@ class BinnedMoments(Sums):
         """Add tokens: u and z are [tokens, h] fp32."""
         u, z = u.T.contiguous(), z.T.contiguous()
         bins = ((u - self.edge[:, None]) / self.width[:, None]).clamp_(0, BINS - 1).long()
-        a, z = ACTIVATIONS[self.activation](z).double(), z.double()
+        a, z = activation(self.activation)(z).double(), z.double()
         one = torch.ones_like(z)
         for total, value in zip(self.sums, (one, z, z * z, a, a * z, a * a), strict=True):
             total.scatter_add_(1, bins, value)
