@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -148,10 +149,14 @@ def neuron_major(weights: DenseFFN) -> DenseFFN:
     return replace(weights, w2=weights.w2.T.contiguous().T)
 
 
+@functools.cache
 def stored_fold(
     d: int, h: int, storage: Storage, dtype: torch.dtype, name: str = "gelu", ranges: str = "half", k: int = 1
 ) -> tuple[FoldedWeights, DenseFFN]:
-    """A fold as it is stored and the dense weights, neuron by neuron; `ranges`: none, half or all are fixed."""
+    """A fold as it is stored and the dense weights, neuron by neuron; `ranges`: none, half or all are fixed.
+
+    Rounding takes most of a test's time, so that the same are made once; nobody may change them.
+    """
     ffn = random_ffn(d, h, name, k=k)
     make = {"none": nothing_fixed, "half": half_fixed, "all": everything_fixed}[ranges]
     return as_stored(make(ffn), ffn, storage, dtype), neuron_major(fallback(ffn, dtype))
