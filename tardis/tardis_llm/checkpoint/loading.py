@@ -1,4 +1,4 @@
-"""Load dense and folded models and their tokenizers, from directories, GGUF files or by hub name; errors say what to do.
+"""Load dense and folded models and their tokenizers, from directories, GGUF files or the hub; errors say what to do.
 
 The family is checked on the config, before any weight is read; weights that the files lack are an error, never random.
 """
