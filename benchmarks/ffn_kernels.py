@@ -1,9 +1,10 @@
 """One folded FFN against the dense one, by the CPU kernels and by torch, measured in turns in one process.
 
-    python benchmarks/ffn_kernels.py [--d 4544 --h 18176] [--bits 2] [--fix-rate 0.05] [--batch 1,4,8] [--output FILE]
+    python benchmarks/ffn_kernels.py [--shape falcon-7b] [--bits 2] [--fix-rate 0.05] [--batch 1,4,8] [--output FILE]
+    python benchmarks/ffn_kernels.py --shape llama-3-8b --fix-rate 0.2
 
-Weights are random, and the ranges are set so that the wanted share of the neurons is fixed. Every round runs each
-variant once, so that what else the machine does falls on all of them; ratios are taken within rounds. The order is
+Weights are random, and the ranges are set so that the wanted share of the neurons is fixed, others by each input. Every
+round has an input of its own, and runs each variant once, so that what else the machine does falls on all of them; ratios are taken within rounds. The order is
 drawn anew in each, because a run pays for the code and data that the one before it pushed out of the caches. A
 variant's weights are out of the caches before each of its runs where the weights of all variants are larger than these,
 as in a whole model. All weights are in huge pages, and those that are read whole in panels, as `tardis generate` has
@@ -14,6 +15,7 @@ folded layers of models and engines call them, without torch's dispatch.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import random
@@ -29,17 +31,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tardis_llm.allocator import contiguous_in_huge_pages
-from tardis_llm.ffn.neuron import Neurons
+from tardis_llm.ffn.activations import activation
+from tardis_llm.ffn.neuron import Neurons, value
 from tardis_llm.ffn.packed import PackedMatrix, pack
 from tardis_llm.ffn.weights import DenseFFN, FoldedWeights, Matrix
 from tardis_llm.runtime.backend import lay_out
 from tardis_llm.runtime.cpu.backend import CpuFFN
 from tardis_llm.runtime.cpu.library import Kernels, open_library
+from tardis_llm.runtime.cpu.operators import ACTIVATION_BITS
 from tardis_llm.runtime.cpu.structures import Batch, Vector
 from tardis_llm.runtime.cpu.structures import Matrix as CMatrix
 
-_ACTIVATION = "gelu"
-_GROUP = 256
+#: d, h and whether the FFN is gated
+_SHAPES = {
+    "falcon-7b": (4544, 18176, False),
+    "llama-3-8b": (4096, 14336, True),
+    "qwen2.5-1.5b": (1536, 8960, True),
+}
+_GROUP = 256  # of our formats, unless told otherwise
+_DENSE_GROUPS = (128, _GROUP)  # of the dense FFN in int4
 
 
 @dataclass(frozen=True)
@@ -63,21 +73,33 @@ class Shape:
 
     Attributes:
         d, h: width and neurons.
+        gated: whether neurons have two up-projections.
         bits: of the predictor.
         fix_rate: wanted share of fixed neurons.
     """
 
     d: int
     h: int
+    gated: bool
     bits: int
     fix_rate: float
 
+    @property
+    def k(self) -> int:
+        """Up-projections per neuron."""
+        return 2 if self.gated else 1
 
-def random_packed(rows: int, d: int, bits: int) -> PackedMatrix:
+    @property
+    def activation(self) -> str:
+        """The name of the usual one."""
+        return "silu" if self.gated else "gelu"
+
+
+def random_packed(rows: int, d: int, bits: int, group_size: int = _GROUP) -> PackedMatrix:
     """A low-bit matrix of random codes, whose products with normal inputs are of order one."""
     planes = contiguous_in_huge_pages(pack(torch.randint(2**bits, (rows, d), dtype=torch.uint8), bits))
-    scale = torch.full((rows, -(-d // _GROUP)), 3.5 / 2**bits / d**0.5, dtype=torch.float16)
-    return PackedMatrix(planes, scale, d, _GROUP)
+    scale = torch.full((rows, -(-d // group_size)), 3.5 / 2**bits / d**0.5, dtype=torch.float16)
+    return PackedMatrix(planes, scale, d, group_size)
 
 
 def random_matrix(rows: int, d: int) -> Tensor:
@@ -86,33 +108,48 @@ def random_matrix(rows: int, d: int) -> Tensor:
 
 
 def predictions(x: Tensor, predictor: PackedMatrix) -> Tensor:
-    """[tokens, h] by the kernels."""
+    """[tokens, k h] by the kernels."""
     y: Tensor = torch.ops.tardis.linear(x, predictor.planes, None, predictor.scale, predictor.group_size)
     return y.float()
 
 
-def folded_weights(shape: Shape, predictor: PackedMatrix, stacked: bool) -> FoldedWeights:
-    """A random fold with ranges that a share `fix_rate` of the predictions of normal inputs leaves."""
-    d, h = shape.d, shape.h
-    x = torch.randn(16, d).bfloat16()
-    top = predictions(x, predictor).flatten().sort().values[int(16 * h * (1 - shape.fix_rate))]
-    low, high = torch.full((h,), -torch.inf), torch.full((h,), float(top))
-    neurons = Neurons(_ACTIVATION, low, high, torch.full((h,), 0.5), torch.zeros(h)).map(Tensor.half)
-    up, down = (random_packed(h, d, 4 - shape.bits), random_packed(h, d, 4)) if stacked else (None, None)
-    fold = random_packed(d, d, 8) if stacked else random_matrix(d, d)
-    return FoldedWeights(fold, torch.zeros(d).bfloat16(), predictor, neurons, down, up)
+def random_neurons(shape: Shape, predictor: PackedMatrix) -> Neurons:
+    """Lines, and ranges that a share `fix_rate` of the predictions of normal inputs leaves.
+
+    Those of a plain neuron are bounded above; those of a gated one by the size of the residual.
+    """
+    h, v = shape.h, predictions(torch.randn(16, shape.d).bfloat16(), predictor)
+    nothing = torch.full((h,), torch.inf)
+    slope = 0.1 * torch.randn(2 * h) if shape.gated else torch.full((h,), 0.5)
+    neurons = Neurons(shape.activation, -nothing, nothing, slope, torch.zeros(h))
+    tested = neurons.residual(v).abs() if shape.gated else v
+    top = float(tested.flatten().sort().values[int(tested.numel() * (1 - shape.fix_rate))])
+    high = torch.full((h,), top)
+    return replace(neurons, low=-high if shape.gated else -nothing, high=high).map(Tensor.half)
+
+
+def folded_weights(
+    shape: Shape, predictor: PackedMatrix, fold_bits: int | None = None, remainder_bits: int | None = None
+) -> FoldedWeights:
+    """A random fold, in few bits with the fallback in int4, or all in bf16."""
+    d, rows = shape.d, shape.k * shape.h
+    neurons, bias = random_neurons(shape, predictor), torch.zeros(d).bfloat16()
+    if fold_bits is None:
+        return FoldedWeights(random_matrix(d, d), bias, predictor, neurons)
+    up = random_packed(rows, d, 4 - shape.bits if remainder_bits is None else remainder_bits)
+    return FoldedWeights(random_packed(d, d, fold_bits), bias, predictor, neurons, random_packed(shape.h, d, 4), up)
 
 
 def prepared_linear(kernels: Kernels, lies: Matrix) -> Callable[[Tensor], Tensor]:
-    """The product with a dense weight, as it lies, by the kernels."""
+    """The product with a weight, as it lies, by the kernels."""
     matrix, bias = CMatrix.of(lies), Vector.of(None, 0)  # type: ignore[arg-type]  # Panels are the only layout here
 
     def run(x: Tensor) -> Tensor:
         y = x.new_empty(len(x), matrix.rows)
-        if isinstance(lies, Tensor):
-            kernels.linear(matrix, bias, Batch.of(x, y, 16))
+        if isinstance(lies, Tensor | PackedMatrix) or getattr(lies, "scale", None) is not None:
+            kernels.linear(matrix, bias, Batch.of(x, y, ACTIVATION_BITS))
         else:
-            kernels.gemm(matrix, False, bias, Batch.of(x, y, 16))
+            kernels.gemm(matrix, False, bias, Batch.of(x, y, ACTIVATION_BITS))
         return y
 
     return run
@@ -128,23 +165,45 @@ def folded_variant(name: str, folded: FoldedWeights, dense: DenseFFN) -> Variant
     return Variant(name, run, lambda x: round(weights.touched(float(run.fixed(x).any(0).float().mean()))))
 
 
-def variants(kernels: Kernels, shape: Shape) -> list[Variant]:
-    """Dense and folded FFNs of a shape; the first is what the others are compared with."""
-    dense = DenseFFN(random_matrix(shape.h, shape.d), None, random_matrix(shape.h, shape.d).T, None, _ACTIVATION)
-    down, act = random_matrix(shape.d, shape.h), dense.act
-    up_rows, down_rows = prepared_linear(kernels, dense.w1), prepared_linear(kernels, down)
-    up_own, down_own = (
-        prepared_linear(kernels, lay_out(weight, weight.dtype) or weight) for weight in (dense.w1, down)
+def dense_variant(name: str, shape: Shape, up: Matrix, down: Matrix, kernels: Kernels | None) -> Variant:
+    """The dense FFN from its up- and down-projections [k h, d] and [d, h], by the kernels or by torch."""
+    act, k = activation(shape.activation), shape.k
+    product_up, product_down = (
+        functools.partial(F.linear, weight=weight) if kernels is None else prepared_linear(kernels, weight)
+        for weight in (up, down)
     )
-    size = dense.w1.nbytes + down.nbytes
-    predictor = random_packed(shape.h, shape.d, shape.bits)
-    return [
-        Variant("dense, our bf16 kernel", lambda x: down_own(act(up_own(x))), lambda x: size),
-        Variant("dense, our kernel row by row", lambda x: down_rows(act(up_rows(x))), lambda x: size),
-        Variant("dense, F.linear", lambda x: F.linear(act(F.linear(x, dense.w1)), down), lambda x: size),
-        folded_variant("folded, bf16", folded_weights(shape, predictor, False), dense),
-        folded_variant("folded, int8 fold + int4 fallback", folded_weights(shape, predictor, True), dense),
+    size = up.nbytes + down.nbytes
+    return Variant(name, lambda x: product_down(value(product_up(x), act, k)), lambda x: size)
+
+
+def few_bits_variant(kernels: Kernels, shape: Shape, group_size: int) -> Variant:
+    """The dense FFN in int4 by the kernels, in panels where they can be."""
+    up, down = (
+        random_packed(rows, columns, 4, group_size)
+        for rows, columns in ((shape.k * shape.h, shape.d), (shape.d, shape.h))
+    )
+    laid = [lay_out(part, torch.bfloat16) or part for part in (up, down)]
+    return dense_variant(f"dense, int4 in groups of {group_size}", shape, *laid, kernels)
+
+
+def variants(kernels: Kernels, shape: Shape) -> list[Variant]:
+    """Dense and folded FFNs of a shape; the others are compared with the first two, and with the dense ones in int4."""
+    w1, down = random_matrix(shape.k * shape.h, shape.d), random_matrix(shape.d, shape.h)
+    dense = DenseFFN(w1, None, random_matrix(shape.h, shape.d).T, None, shape.activation)
+    predictor = random_packed(shape.k * shape.h, shape.d, shape.bits)
+    own_up, own_down = (lay_out(weight, weight.dtype) or weight for weight in (w1, down))
+    found = [
+        dense_variant("dense, our bf16 kernel", shape, own_up, own_down, kernels),
+        dense_variant("dense, our kernel row by row", shape, w1, down, kernels),
+        dense_variant("dense, F.linear", shape, w1, down, None),
+        *(few_bits_variant(kernels, shape, size) for size in _DENSE_GROUPS),
+        folded_variant("folded, bf16", folded_weights(shape, predictor), dense),
+        folded_variant("folded, int8 fold + int4 fallback", folded_weights(shape, predictor, 8), dense),
+        folded_variant("folded, int4 fold + int4 fallback", folded_weights(shape, predictor, 4), dense),
     ]
+    if shape.gated:
+        found.append(folded_variant("folded, int4 fold + 2 + 3 bits", folded_weights(shape, predictor, 4, 3), dense))
+    return found
 
 
 def read_bandwidth(kernels: Kernels, repeats: int = 7) -> float:
@@ -158,11 +217,11 @@ def read_bandwidth(kernels: Kernels, repeats: int = 7) -> float:
     return best
 
 
-def measure(todo: list[Variant], x: Tensor, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each variant in each round, after one round that is not counted; none runs twice in succession."""
+def measure(todo: list[Variant], inputs: list[Tensor]) -> dict[str, list[float]]:
+    """Seconds of each variant for each input but the first, which is not counted; none runs twice in succession."""
     times: dict[str, list[float]] = {variant.name: [] for variant in todo}
     draw, order = random.Random(0), list(todo)
-    for number in range(rounds + 1):
+    for number, x in enumerate(inputs):
         last = order[-1]
         draw.shuffle(order)
         if order[0] is last:
@@ -181,12 +240,14 @@ def ratio(base: list[float], own: list[float]) -> list[float]:
 
 
 def summary(todo: list[Variant], times: dict[str, list[float]], x: Tensor, bandwidth: float) -> list[dict[str, Any]]:
-    """One row per variant: median time, ratios to the first two with their quartiles, bytes and rate."""
+    """One row per variant: median time, ratios with their quartiles to the first two and to int4, bytes and rate."""
     rows = []
+    int4 = min((variant.name for variant in todo if "int4 in" in variant.name), key=lambda n: statistics.median(times[n]))
     for variant in todo:
         own = times[variant.name]
         low, middle, high = ratio(times[todo[0].name], own)
         low_rows, middle_rows, high_rows = ratio(times[todo[1].name], own)
+        low_int4, middle_int4, high_int4 = ratio(times[int4], own)
         seconds, size = statistics.median(own), variant.read(x)
         rows.append(
             {
@@ -197,6 +258,8 @@ def summary(todo: list[Variant], times: dict[str, list[float]], x: Tensor, bandw
                 "ratio_quartiles": [low, high],
                 "ratio_to_rows": middle_rows,
                 "ratio_to_rows_quartiles": [low_rows, high_rows],
+                "ratio_to_int4": middle_int4,
+                "ratio_to_int4_quartiles": [low_int4, high_int4],
                 "bytes": size,
                 "gb_per_s": size / seconds / 1e9,
                 "of_bandwidth": size / seconds / bandwidth,
@@ -216,18 +279,18 @@ def processor() -> str:
 def show(row: dict[str, Any]) -> None:
     """Print a row."""
     low, high = row["ratio_quartiles"]
+    low_int4, high_int4 = row["ratio_to_int4_quartiles"]
     print(
         f"batch {row['batch']:2d}  {row['variant']:34s} {row['ms']:8.2f} ms  {row['ratio']:5.2f}x "
-        f"[{low:.2f}-{high:.2f}]  {row['bytes'] / 1e6:7.1f} MB  {row['gb_per_s']:5.1f} GB/s = "
+        f"[{low:.2f}-{high:.2f}], of int4 {row['ratio_to_int4']:4.2f}x [{low_int4:.2f}-{high_int4:.2f}]  {row['bytes'] / 1e6:7.1f} MB  {row['gb_per_s']:5.1f} GB/s = "
         f"{row['of_bandwidth']:4.0%} of the read bandwidth"
     )
 
 
 def arguments() -> argparse.Namespace:
-    """The command line; the default is an FFN of Falcon-7B."""
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--d", type=int, default=4544)
-    parser.add_argument("--h", type=int, default=18176)
+    parser.add_argument("--shape", choices=_SHAPES, default="falcon-7b")
     parser.add_argument("--bits", type=int, default=2, help="of the predictor, below 4")
     parser.add_argument("--fix-rate", type=float, default=0.05)
     parser.add_argument("--batch", default="1")
@@ -244,7 +307,8 @@ def main() -> None:
     if kernels is None:
         raise SystemExit("the CPU kernels are not built; install a C++ compiler and reinstall tardis-llm.")
     torch.manual_seed(0)
-    todo = variants(kernels, Shape(args.d, args.h, args.bits, args.fix_rate))
+    shape = Shape(*_SHAPES[args.shape], args.bits, args.fix_rate)
+    todo = variants(kernels, shape)
     machine = {
         "cpu": processor(),
         "threads": torch.get_num_threads(),
@@ -258,14 +322,14 @@ def main() -> None:
     )
     rows = []
     for batch in map(int, args.batch.split(",")):
-        x = torch.randn(batch, args.d).bfloat16()
-        times = measure(todo, x, args.rounds)
-        for row in summary(todo, times, x, 1e9 * float(str(machine["read_gb_per_s"]))):
+        inputs = [torch.randn(batch, shape.d).bfloat16() for _ in range(args.rounds + 1)]
+        times = measure(todo, inputs)
+        for row in summary(todo, times, inputs[0], 1e9 * float(str(machine["read_gb_per_s"]))):
             rows.append(row)
             show(row)
     if args.output:
         args.output.write_text(
-            json.dumps({"machine": machine, "settings": vars(args), "rows": rows}, indent=1, default=str)
+            json.dumps({"machine": machine, "settings": vars(args) | {"d": shape.d, "h": shape.h}, "rows": rows}, indent=1, default=str)
         )
 
 

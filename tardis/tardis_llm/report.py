@@ -95,6 +95,7 @@ class FoldReport(ByteTotals):
         calibration: tokens, window length and fingerprints.
         linears: the linear layers outside the FFNs, where they are stored in few bits; no byte of theirs is in the
             figures of the layers.
+        source: format, file and quantisation of the dense weights, where they were not read from a Hugging Face model.
 
     Examples:
         >>> from tardis_llm.checkpoint.loading import load_report
@@ -109,6 +110,7 @@ class FoldReport(ByteTotals):
     config: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     linears: LinearsReport | None = None
+    source: dict[str, str] = field(default_factory=dict)
 
     @property
     def fix_rate(self) -> float:
@@ -125,7 +127,8 @@ class FoldReport(ByteTotals):
         """The inverse of `as_dict`."""
         layers = [LayerReport(**layer) for layer in values["layers"]]
         linears = values.get("linears")
-        return cls(layers, values["config"], values["calibration"], LinearsReport(**linears) if linears else None)
+        stored = LinearsReport(**linears) if linears else None
+        return cls(layers, values["config"], values["calibration"], stored, values.get("source", {}))
 
 
 #: called with the stage, the steps done and the steps in all

@@ -226,6 +226,13 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def begun_tokenizer() -> PreTrainedTokenizerFast:
+    """`tiny_tokenizer` that begins every text with <|endoftext|>."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_bos_token = True
+    return tokenizer
+
+
 def tokens(batch: int = 2, length: int = 12) -> Tensor:
     """Token ids [batch, tokens] of random bytes, the same on every call."""
     return torch.randint(2, 256, (batch, length), generator=torch.Generator().manual_seed(1))

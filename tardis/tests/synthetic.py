@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from tardis_llm.calibration.moments import BinnedMoments, SecondMoments
 from tardis_llm.config import FoldConfig
-from tardis_llm.ffn.activations import ACTIVATIONS
-from tardis_llm.ffn.neuron import Neurons
+from tardis_llm.ffn.activations import ACTIVATIONS, named
+from tardis_llm.ffn.neuron import Neurons, value
 from tardis_llm.ffn.packed import PackedMatrix, pack
 from tardis_llm.ffn.weights import DenseFFN, FoldedWeights, Storage
 from tardis_llm.folding.fold import FoldQuality, Inputs, choose_ranges, finish, predict
@@ -21,6 +22,10 @@ from tardis_llm.folding.rounding import quantise
 from tardis_llm.folding.stack import quantise_fallback, store_fold
 
 Act = Callable[[Tensor], Tensor]
+
+XIELU = named("xielu", 0.9, 1.2, 0.5, -1e-6)
+#: an activation of every kind
+NAMES = [*ACTIVATIONS, XIELU]
 
 #: the same examples on every run, and no time limit on a busy machine
 quick = settings(max_examples=25, deadline=None, derandomize=True)
@@ -48,11 +53,11 @@ def correlated(tokens: int, d: int, seed: int = 0) -> Tensor:
     return (normal(tokens, d, seed=seed) * spread) @ rotation + normal(4, d, seed=2000 + d)[cluster]
 
 
-def random_ffn(d: int, h: int, activation: str = "gelu", seed: int = 0) -> DenseFFN:
-    """An FFN whose neurons are mostly off, as trained ones are."""
+def random_ffn(d: int, h: int, activation: str = "gelu", seed: int = 0, k: int = 1) -> DenseFFN:
+    """An FFN whose neurons are mostly off, as trained ones are; k: up-projections of each."""
     return DenseFFN(
-        normal(h, d, seed=seed) / d**0.5,
-        0.3 * normal(h, seed=seed + 1) - 0.5,
+        normal(k * h, d, seed=seed) / d**0.5,
+        0.3 * normal(k * h, seed=seed + 1) - 0.5,
         normal(d, h, seed=seed + 2) / h**0.5,
         0.1 * normal(d, seed=seed + 3),
         activation,
@@ -61,7 +66,7 @@ def random_ffn(d: int, h: int, activation: str = "gelu", seed: int = 0) -> Dense
 
 def forward(ffn: DenseFFN, x: Tensor) -> Tensor:
     """The dense FFN in fp64."""
-    a = ffn.act(x.double() @ ffn.w1.double().T + ffn.b1.double())
+    a = value(x.double() @ ffn.w1.double().T + ffn.b1.double(), ffn.act, ffn.k)
     return a @ ffn.w2.double().T + ffn.b2.double()
 
 
@@ -117,9 +122,12 @@ def nothing_fixed(ffn: DenseFFN, dtype: torch.dtype = torch.float32) -> FoldedWe
 
 
 def half_fixed(ffn: DenseFFN, dtype: torch.dtype = torch.float32) -> FoldedWeights:
-    """A fold with ranges that about half of the pre-activations leave, or of a gated FFN's residuals."""
-    width, middle = 0.2 + normal(ffn.h, seed=9).abs(), ffn.b1 if ffn.k == 1 else torch.zeros(ffn.h)
-    return folded_with(ffn, middle - width, middle + width, dtype)
+    """A fold with ranges that about half of the pre-activations, or of the residuals of gated neurons, leave."""
+    width = 0.2 + normal(ffn.h, seed=9).abs()
+    if ffn.k == 1:
+        return folded_with(ffn, ffn.b1 - width, ffn.b1 + width, dtype)
+    middle = nothing_fixed(ffn).neurons.residual(ffn.b1[None])[0]
+    return folded_with(ffn, middle - width / 2, middle + width / 2, dtype)
 
 
 def fitted(
@@ -141,11 +149,15 @@ def neuron_major(weights: DenseFFN) -> DenseFFN:
     return replace(weights, w2=weights.w2.T.contiguous().T)
 
 
+@functools.cache
 def stored_fold(
-    d: int, h: int, storage: Storage, dtype: torch.dtype, name: str = "gelu", ranges: str = "half"
+    d: int, h: int, storage: Storage, dtype: torch.dtype, name: str = "gelu", ranges: str = "half", k: int = 1
 ) -> tuple[FoldedWeights, DenseFFN]:
-    """A fold as it is stored and the dense weights, neuron by neuron; `ranges`: none, half or all are fixed."""
-    ffn = random_ffn(d, h, name)
+    """A fold as it is stored and the dense weights, neuron by neuron; `ranges`: none, half or all are fixed.
+
+    Rounding takes most of a test's time, so that the same are made once; nobody may change them.
+    """
+    ffn = random_ffn(d, h, name, k=k)
     make = {"none": nothing_fixed, "half": half_fixed, "all": everything_fixed}[ranges]
     return as_stored(make(ffn), ffn, storage, dtype), neuron_major(fallback(ffn, dtype))
 
@@ -154,6 +166,8 @@ def as_stored(folded: FoldedWeights, ffn: DenseFFN, storage: Storage, dtype: tor
     """A fold of an FFN with a 2-bit predictor, and fold and fallback as stored."""
     predictor = quantise(ffn.w1, 2, storage.group_size)
     up, down = quantise_fallback(ffn.w1, ffn.w2, predictor, storage, None)
+    if storage.remainder_bits is not None:
+        up = quantise(ffn.w1 - predictor.dequantise(), storage.remainder_bits, storage.group_size)
     fold, bias = store_fold(folded.fold, storage, dtype, None), folded.bias.to(dtype)
     return replace(folded, fold=fold, bias=bias, predictor=predictor, up=up, down=down)
 
@@ -161,11 +175,6 @@ def as_stored(folded: FoldedWeights, ffn: DenseFFN, storage: Storage, dtype: tor
 def edited(folded: FoldedWeights, **lines: Tensor) -> FoldedWeights:
     """The fold with other ranges or lines."""
     return replace(folded, neurons=replace(folded.neurons, **lines))
-
-
-def activation(name: str) -> Act:
-    """The function of that name."""
-    return ACTIVATIONS[name]
 
 
 def packed(rows: int, d: int, bits: int, group_size: int) -> PackedMatrix:

@@ -35,13 +35,17 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
 
 
 def random_fold(
-    fallback_bits: int | None, dtype: torch.dtype, fold_bits: int | None = None
+    fallback_bits: int | None,
+    dtype: torch.dtype,
+    fold_bits: int | None = None,
+    remainder_bits: int | None = None,
+    gated: bool = False,
 ) -> tuple[FoldedWeights, DenseFFN]:
     """Random weights that fix every third neuron, whatever is predicted, and the dense FFN beside them.
 
     A prediction next to a bound could fall on either side of it: kernels round a predictor's inputs.
     """
-    form = FoldFormat("gelu_tanh", 2, GROUP, "float16", fold_bits, fallback_bits)
+    form = FoldFormat("gelu_tanh", 2, GROUP, "float16", fold_bits, fallback_bits, remainder_bits, gated)
     ffn = FoldedFFN(FoldedWeights.empty(form, D, H, dtype, torch.device("cpu")))
     generator = torch.Generator().manual_seed(0)
     for name, tensor in ffn.state_dict().items():
@@ -53,24 +57,31 @@ def random_fold(
             tensor.normal_(0, 0.1, generator=generator)
     ffn.low.fill_(-torch.inf), ffn.high.fill_(torch.inf)
     ffn.low[::3], ffn.high[::3] = torch.inf, -torch.inf
-    dense = DenseFFN(normal(H, D, seed=1) / 8, normal(H, seed=2) / 8, normal(D, H, seed=3) / 8, None, "gelu_tanh")
+    rows = form.k * H
+    dense = DenseFFN(normal(rows, D, seed=1) / 8, normal(rows, seed=2) / 8, normal(D, H, seed=3) / 8, None, "gelu_tanh")
     w1, b1, w2 = (part.to(dtype) for part in dense.tensors)
     return ffn.weights, neuron_major(replace(dense, w1=w1, b1=b1, w2=w2))
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 64, 200])
-@pytest.mark.parametrize(("fallback_bits", "fold_bits"), [(None, None), (4, 8), (2, None), (None, 4)])
+@pytest.mark.parametrize(
+    ("fallback_bits", "fold_bits", "remainder_bits"),
+    [(None, None, None), (4, 8, None), (2, None, None), (None, 4, None), (4, 4, 3)],
+)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("with_fold", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_folded_ffn(
     backend: Backend,
     dtype: torch.dtype,
     with_fold: bool,
+    gated: bool,
     fallback_bits: int | None,
     fold_bits: int | None,
+    remainder_bits: int | None,
     tokens: int,
 ) -> None:
-    folded, dense = random_fold(fallback_bits, dtype, fold_bits)
+    folded, dense = random_fold(fallback_bits, dtype, fold_bits, remainder_bits, gated)
     weights = folded.beside(dense)
     weights = weights if with_fold else replace(weights, fold=None, bias=None)
     x = normal(tokens, D, seed=tokens).to(dtype)

@@ -9,12 +9,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from synthetic import activation, correlated, fallback, fitted, forward, normal, random_ffn, residuals
+from synthetic import correlated, fallback, fitted, forward, normal, random_ffn, residuals
 from torch import Tensor
 
 from tardis_llm.calibration.moments import BINS, SPAN
 from tardis_llm.config import FoldConfig
-from tardis_llm.ffn.activations import ACTIVATIONS
+from tardis_llm.ffn.activations import ACTIVATIONS, activation
 from tardis_llm.ffn.neuron import Neurons
 from tardis_llm.ffn.weights import DenseFFN, FoldedWeights
 from tardis_llm.folding.fold import (

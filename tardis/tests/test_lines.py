@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic import activation, bin_of, binned, normal, quick, residuals
+from synthetic import bin_of, binned, normal, quick, residuals
 
 from tardis_llm.calibration.moments import BINS
-from tardis_llm.ffn.activations import ACTIVATIONS, gelu
+from tardis_llm.ffn.activations import ACTIVATIONS, activation, gelu
 from tardis_llm.folding.lines import fit_lines, squared_residuals
 
 everywhere = torch.ones(1, BINS, dtype=torch.bool)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from folds import folded_tiny
-from models import ENCODER_NAMES, tiny_model, tiny_tokenizer, tokens
+from models import ENCODER_NAMES, END, begun_tokenizer, tiny_model, tiny_tokenizer, tokens
 
 from tardis_llm import sample
 from tardis_llm.checkpoint.loading import load_dense, load_model, load_report, load_tokenizer
@@ -32,6 +32,14 @@ def test_it_is_exp_of_the_mean_loss_of_the_predicted_tokens():
     found = token_perplexity(model, ids)
     assert found.value == pytest.approx(math.exp(loss), rel=1e-5)
     assert (found.tokens, found.windows, found.length) == (5 * 15, 5, 16)
+
+
+def test_the_token_that_begins_texts_begins_each_window_and_is_not_predicted():
+    text = "The text is cut into windows, and each is a text of its own."
+    windows = windows_of(text, begun_tokenizer(), 9)
+    assert bool((windows[:, 0] == END).all())
+    assert torch.equal(windows[:, 1:], windows_of(text, tiny_tokenizer(), 8))
+    assert token_perplexity(tiny_model("gpt2"), windows).tokens == windows[:, 1:].numel()
 
 
 def test_memory_is_bounded_by_small_batches_that_change_nothing(monkeypatch: pytest.MonkeyPatch):

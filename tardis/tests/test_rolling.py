@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from harness_data import PAGES
-from models import ENCODER_NAMES, tiny_model, tiny_tokenizer
+from models import ENCODER_NAMES, begun_tokenizer, tiny_model, tiny_tokenizer
 
 from tardis_llm import sample
 from tardis_llm.checkpoint.loading import load_dense, load_tokenizer
@@ -58,6 +58,20 @@ def test_windows_follow_each_other_and_the_last_is_filled_up_with_context():
         ([6, 7, 8, 9], [9, 10]),
     ]
     assert [window.tokens for window in rolling._windows(0, [0, 1, 2], 4)] == [[0, 1]]
+
+
+def test_the_token_that_begins_texts_begins_every_window_and_is_never_predicted():
+    found = [(window.tokens, window.following) for window in rolling._windows(0, list(range(11)), 4, begun=True)]
+    assert found == [([0, 1, 2, 3], [1, 2, 3, 4]), ([0, 5, 6, 7], [5, 6, 7, 8]), ([0, 7, 8, 9], [9, 10])]
+
+
+def test_it_counts_the_same_tokens_where_the_tokenizer_begins_texts():
+    documents = rolling.documents_of("One text, of six words only.\n\nAnother one.")
+    plain, begun = (
+        word_perplexity(tiny_model("gpt2"), tokenizer(), documents, length=64)
+        for tokenizer in (tiny_tokenizer, begun_tokenizer)
+    )
+    assert begun == plain  # the documents are shorter than a window, and <|endoftext|> is before each in both
 
 
 def test_small_batches_change_nothing_and_progress_ends_at_the_windows(monkeypatch: pytest.MonkeyPatch):

@@ -9,7 +9,6 @@ import pytest
 import torch
 from models import FAMILY_NAMES, tiny_model, tokens
 from synthetic import (
-    activation,
     correlated,
     everything_fixed,
     fallback,
@@ -25,7 +24,7 @@ from transformers import PreTrainedModel
 
 from tardis_llm.errors import InvalidInputError
 from tardis_llm.families.sites import FFNSite, find_ffns
-from tardis_llm.ffn.activations import ACTIVATIONS
+from tardis_llm.ffn.activations import ACTIVATIONS, activation
 from tardis_llm.ffn.weights import DenseFFN
 from tardis_llm.pipeline.session import sound_weights
 from tardis_llm.runtime.modules import FoldedFFN

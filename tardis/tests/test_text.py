@@ -12,11 +12,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import POSITIONS, tiny_tokenizer
+from models import END, POSITIONS, begun_tokenizer, tiny_tokenizer
 from synthetic import quick
 
 from tardis_llm.calibration.limits import default_length
-from tardis_llm.calibration.text import TOKENS_PER_DIMENSION, Windows, check_enough, read_windows, split_windows
+from tardis_llm.calibration.text import (
+    TOKENS_PER_DIMENSION,
+    Windows,
+    check_enough,
+    first_token,
+    read_windows,
+    split_windows,
+)
 from tardis_llm.errors import InvalidInputError
 
 WORDS = 60_000
@@ -60,6 +67,21 @@ def test_windows_are_spread_over_the_whole_text(numbers: Path, tokens: int) -> N
         assert shares.min() > 0.12
     assert places(windows)[-1] > 0.95 * WORDS
     assert places(windows)[0] < 0.05 * WORDS
+
+
+def test_every_window_begins_with_the_token_that_the_tokenizer_begins_texts_with(tiny_text: Path) -> None:
+    plain = read_windows([tiny_text], tiny_tokenizer(), 1024, 31, 0.125)
+    begun = read_windows([tiny_text], begun_tokenizer(), 1024, 32, 0.125)
+    for some, others in ((begun.fit, plain.fit), (begun.heldout, plain.heldout)):
+        assert bool((some[:, 0] == END).all())
+        assert torch.equal(some[:, 1:], others)
+
+
+def test_a_tokenizer_that_also_ends_texts_begins_no_window() -> None:
+    tokenizer = begun_tokenizer()
+    tokenizer.add_eos_token = True  # as those of encoders do
+    assert first_token(begun_tokenizer()) == [END]
+    assert first_token(tokenizer) == first_token(tiny_tokenizer()) == first_token(Numbers()) == []
 
 
 def test_several_files_count_as_one_text(numbers: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InvalidInputError
-from ..ffn.activations import ACTIVATIONS
+from ..ffn.activations import activation
 
 #: bins per neuron, and how many standard deviations they span to each side; the outermost bins are open
 BINS, SPAN = 96, 5.0
@@ -228,7 +228,7 @@ class BinnedMoments(Sums):
     weight is in all of them but the count, which tells how much a range fixes.
 
     Attributes:
-        activation: a name in `ACTIVATIONS`, of the neurons.
+        activation: of the neurons, a name that `activation` takes.
         edge: [h] lower edge of the first bin.
         width: [h] width of a bin.
         sums: [7, h, BINS] fp64: count, then weighted 1, z, z^2, a, a z, a^2.
@@ -253,7 +253,7 @@ class BinnedMoments(Sums):
         """Add tokens: u and z are [tokens, h] fp32, weight [tokens] or None for 1."""
         u, z = u.T.contiguous(), z.T.contiguous()
         bins = ((u - self.edge[:, None]) / self.width[:, None]).clamp_(0, BINS - 1).long()
-        a, z = ACTIVATIONS[self.activation](z).double(), z.double()
+        a, z = activation(self.activation)(z).double(), z.double()
         one = torch.ones_like(z)
         w = one if weight is None else weight.double().expand_as(z)
         wz, wa = w * z, w * a

@@ -1,4 +1,8 @@
-"""From calibration text to windows [windows, length] of token ids."""
+"""From calibration text to windows [windows, length] of token ids.
+
+Where a tokenizer begins every text with a token (BOS), every window begins with it: models that were trained so, such
+as Gemma, make little sense of text without it.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,7 @@ from .documents import Documents, read_documents
 from .limits import Tokenizer, check_windows
 
 _SPANS = 64  # how many pieces of a long text are tokenized
+_PROBE = "text"
 _CHARACTERS_PER_TOKEN = 8  # more than texts have on average, so that pieces yield enough tokens
 #: the fewest calibration tokens per input dimension from which second moments are estimated
 TOKENS_PER_DIMENSION = 4
@@ -54,7 +59,7 @@ def read_windows(
         sources: files or names of datasets; see `read_documents`.
         tokenizer: the model's.
         tokens: how many tokens to read; fewer come back where the text is shorter.
-        length: tokens per window.
+        length: tokens per window, with the one that the tokenizer begins texts with, if there is one.
         heldout: share of the windows to keep apart.
         seed: picks the pieces of the text that are read.
         field: the field of records that holds their text; default: "text".
@@ -85,7 +90,10 @@ def windows_over(
     characters = tokens * _CHARACTERS_PER_TOKEN
     spans = _spread(texts, characters, seed) if total > characters else texts
     ids = [token for span in spans for token in encode(tokenizer, span)]
-    return split_windows(_spread_windows(torch.tensor(ids), tokens, length), length, heldout)
+    first = first_token(tokenizer)
+    rest = length - len(first)
+    windows = split_windows(_spread_windows(torch.tensor(ids), tokens, rest), rest, heldout)
+    return Windows(begun(windows.fit, first), begun(windows.heldout, first))
 
 
 def calibration_windows(
@@ -178,6 +186,22 @@ def check_enough(windows: Windows, d: int) -> None:
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """The token ids of a text, without special tokens for its beginning and end."""
     return tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+
+def first_token(tokenizer: Tokenizer) -> list[int]:
+    """The token that a tokenizer puts in front of every text (BOS); an empty list where it puts none there.
+
+    What BERT and its like put around a text stays out: a window is a piece of text without an end.
+    """
+    first = getattr(tokenizer, "bos_token_id", None)
+    if first is None or tokenizer.encode(_PROBE) != [first, *encode(tokenizer, _PROBE)]:
+        return []
+    return [first]
+
+
+def begun(windows: Tensor, first: list[int]) -> Tensor:
+    """Windows [count, length] of token ids, with the token of `first_token` in front of each."""
+    return torch.cat([windows.new_tensor(first).expand(len(windows), -1), windows], dim=1)
 
 
 def _spread(texts: list[str], characters: int, seed: int) -> list[str]:

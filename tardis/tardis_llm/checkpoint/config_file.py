@@ -10,6 +10,7 @@ from ..errors import CheckpointError, InvalidInputError, TardisError, Unsupporte
 from ..families.table import SUPPORTED, family_of
 from ..files import read_json
 from .format import METHOD, CheckpointConfig
+from .gguf import find_gguf
 from .saving import CONFIG, is_interrupted
 
 #: the most classes of a classifier: transformers makes a dict with an entry for each as it reads a config
@@ -20,13 +21,23 @@ def load_config(model: str) -> PreTrainedConfig:
     """The config of a model of a supported family.
 
     Args:
-        model: directory or hub name.
+        model: directory, GGUF file or hub name.
 
     Raises:
         UnsupportedModelError: the family is gated or unknown.
         InvalidInputError: the directory or its config.json does not exist, or the hub cannot be reached.
         CheckpointError: config.json is damaged or contradicts itself.
     """
+    file = find_gguf(model)
+    config = file.config() if file else _read(model)
+    family_of(config)
+    if quantisation(config) == METHOD:
+        CheckpointConfig.read(config.quantization_config)
+    return config
+
+
+def _read(model: str) -> PreTrainedConfig:
+    """The config.json of a model."""
     if is_local(model):
         _check_directory(Path(model))
     try:
@@ -41,9 +52,6 @@ def load_config(model: str) -> PreTrainedConfig:
         raise CheckpointError(
             f"config.json of {model} describes no model ({first_line(error)}); copy it anew."
         ) from error
-    family_of(config)
-    if quantisation(config) == METHOD:
-        CheckpointConfig.read(config.quantization_config)
     return config
 
 

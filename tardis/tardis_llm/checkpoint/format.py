@@ -11,8 +11,8 @@ from transformers import PreTrainedConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..config import FORMAT_VERSION, PREDICTOR_BITS, STACKED_BITS
-from ..errors import CheckpointError
-from ..ffn.activations import ACTIVATIONS
+from ..errors import CheckpointError, UnsupportedModelError
+from ..ffn.activations import KINDS, activation
 from ..ffn.weights import FoldFormat
 
 METHOD = "tardis"
@@ -115,7 +115,6 @@ def read_format(name: str, values: Mapping[str, Any]) -> FoldFormat:
 def _check_format(name: str, found: FoldFormat) -> None:
     """Raise CheckpointError for a field with a type or value that it cannot have."""
     choices: dict[str, tuple[object, ...]] = {
-        "activation": tuple(ACTIVATIONS),
         "bits": PREDICTOR_BITS,
         "range_dtype": _RANGE_DTYPES,
         "fold_bits": (None, *STACKED_BITS),
@@ -125,6 +124,8 @@ def _check_format(name: str, found: FoldFormat) -> None:
         value = getattr(found, key)
         plain = value is None or isinstance(value, str) or _whole(value)
         _require(plain and value in allowed, f"{key} of {name}", value, _one_of(allowed))
+    known = _one_of(KINDS) + ", with the parameters that it has,"
+    _require(_is_activation(found.activation), f"activation of {name}", found.activation, known)
     size, fallback = found.group_size, found.fallback_bits
     _require(_whole(size) and size > 0, f"group_size of {name}", size, "a positive number")
     wanted = "a number of bits no smaller than the predictor's"
@@ -136,6 +137,13 @@ def stock_name(config: PreTrainedConfig) -> str:
     named = config.architectures
     first = named[0] if isinstance(named, list | tuple) and named else ""
     return first.removeprefix(PREFIX) if isinstance(first, str) else ""
+
+
+def _is_activation(value: object) -> bool:
+    try:
+        return isinstance(value, str) and callable(activation(value))
+    except UnsupportedModelError:
+        return False
 
 
 def _whole(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""Load dense and folded models and their tokenizers, from directories or by hub name, with errors that say what to do.
+"""Load dense and folded models and their tokenizers, from directories, GGUF files or the hub; errors say what to do.
 
 The family is checked on the config, before any weight is read; weights that the files lack are an error, never random.
 """
@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import (
@@ -29,6 +28,7 @@ from ..report import FoldReport
 from .config_file import first_line, is_local, load_config, not_found, quantisation
 from .contents import refuse_missing
 from .format import METHOD, PREFIX, stock_name
+from .gguf import find_gguf
 from .manifest import MANIFEST, read_report
 from .skeleton import check_blocks
 from .weight_files import TensorInfo, headers, weight_files
@@ -49,8 +49,8 @@ def load_dense(model: str, dtype: str | None = None) -> PreTrainedModel:
     """Load a dense model of a supported family, in eval mode, on the CPU.
 
     Args:
-        model: directory or hub name.
-        dtype: one of `DTYPES`; None keeps the checkpoint's own.
+        model: directory, GGUF file or hub name.
+        dtype: one of `DTYPES`; None keeps the checkpoint's own, and is bfloat16 for a GGUF file in few bits.
 
     Raises:
         UnsupportedModelError: the family is gated or unknown.
@@ -75,8 +75,8 @@ def load_model(model: str, dtype: str | None = None) -> PreTrainedModel:
     """Load a dense or folded model of a supported family, in eval mode, on the CPU.
 
     Args:
-        model: directory or hub name.
-        dtype: one of `DTYPES`; None keeps the checkpoint's own.
+        model: directory, GGUF file or hub name.
+        dtype: one of `DTYPES`; None keeps the checkpoint's own, and is bfloat16 for a GGUF file in few bits.
 
     Raises:
         UnsupportedModelError: the family is gated or unknown.
@@ -95,7 +95,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model.
 
     Args:
-        model: directory or hub name.
+        model: directory, GGUF file or hub name.
 
     Raises:
         InvalidInputError: it is missing or cannot be read.
@@ -105,11 +105,14 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
         >>> tokenizer.decode(tokenizer.encode("Once upon a time"))
         'Once upon a time'
     """
+    file = find_gguf(model)
     remedy = f"Put the model's tokenizer files (such as tokenizer.json and tokenizer_config.json) into {model}."
-    if not is_local(model):
+    if file:
+        remedy = "Give the model as a Hugging Face directory with safetensors and a tokenizer."
+    elif not is_local(model):
         remedy = "Download the model, put a tokenizer beside it, and give that directory."
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model)
+        tokenizer: PreTrainedTokenizerBase = file.tokenizer() if file else AutoTokenizer.from_pretrained(model)
     except Exception as error:  # the library raises many kinds, all with the same remedy
         raise InvalidInputError(
             f"{model} has no tokenizer that can be loaded ({first_line(error)}). {remedy}"
@@ -173,16 +176,14 @@ def _load(model: str, config: PreTrainedConfig, dtype: str | None) -> PreTrained
     if dtype is not None and dtype not in DTYPES:
         raise InvalidInputError(f"dtype is {dtype!r}; give one of {', '.join(DTYPES)}.")
     loader = AutoModelForCausalLM if family_of(config).causal else _encoder_class(model, config)
-    if is_local(model):
-        found = check_weights(Path(model))
-        check_blocks(config, len(found))
-        if quantisation(config) is None:
-            _refuse_unmarked(model, config, found)
-    settings = _instead_of_bad_generation_config(model) if family_of(config).causal else {}
+    file = find_gguf(model)
+    if file:
+        check_blocks(config, len(file.header.tensors))
+        arguments = file.arguments(config, dtype)
+    else:
+        arguments = _arguments(model, config, dtype)
     try:
-        loaded, info = loader.from_pretrained(
-            model, dtype=getattr(torch, dtype) if dtype else "auto", output_loading_info=True, **settings
-        )
+        loaded, info = loader.from_pretrained(output_loading_info=True, **arguments)
     except TardisError:
         raise
     except (OSError, SafetensorError) as error:
@@ -192,11 +193,27 @@ def _load(model: str, config: PreTrainedConfig, dtype: str | None) -> PreTrained
     except Exception as error:  # the library raises many kinds, all for the same reason
         raise CheckpointError(
             f"the weights of {model} do not fit its config.json ({first_line(error)}). Copy both from the same model."
+            if file is None
+            else f"transformers cannot load the weights of {model} ({first_line(error)}). Give the model in another "
+            "quantisation, or as a Hugging Face directory with safetensors."
         ) from error
     remedy = "Copy or download the model anew, or correct `architectures` in its config.json."
     refuse_missing(sorted(info["missing_keys"]), model, remedy)
+    if file:
+        file.check_shapes(loaded)
     ready: PreTrainedModel = loaded.eval()
     return ready
+
+
+def _arguments(model: str, config: PreTrainedConfig, dtype: str | None) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for a model that is no GGUF file, whose weight files are checked first."""
+    if is_local(model):
+        found = check_weights(Path(model))
+        check_blocks(config, len(found))
+        if quantisation(config) is None:
+            _refuse_unmarked(model, config, found)
+    settings = _instead_of_bad_generation_config(model) if family_of(config).causal else {}
+    return {"pretrained_model_name_or_path": model, "dtype": dtype or "auto", **settings}
 
 
 def _instead_of_bad_generation_config(model: str) -> dict[str, Any]:
@@ -211,7 +228,7 @@ def _instead_of_bad_generation_config(model: str) -> dict[str, Any]:
     except Exception as error:  # a value of the wrong type can raise anything
         warnings.warn(
             f"the generation_config.json of {model} cannot be used ({first_line(error)}); its settings are left out.",
-            stacklevel=4,
+            stacklevel=5,
         )
         return {"generation_config": GenerationConfig()}
     return {}

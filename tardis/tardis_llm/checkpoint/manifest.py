@@ -257,7 +257,7 @@ def _check_report(report: FoldReport) -> None:
             unknown = value is None and name in ("damping", "loss_increase")
             if not unknown and not isinstance(value, str if name == "prefix" else int | float):
                 raise TypeError(f"{name} {reprlib.repr(value)}")
-    if not isinstance(report.config, dict) or not isinstance(report.calibration, dict):
-        raise TypeError("config and calibration are no objects")
+    if not all(isinstance(part, dict) for part in (report.config, report.calibration, report.source)):
+        raise TypeError("config, calibration and source are no objects")
     if not isinstance(report.calibration.get("tokens", 0), int):
         raise TypeError(f"tokens {reprlib.repr(report.calibration['tokens'])}")

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import CheckpointError, TardisError
 from ..families.linear import weight_of
 from ..families.sites import FFNSite, find_ffns
+from ..ffn.activations import kind
 from ..ffn.weights import FoldedWeights, FoldFormat
 from ..runtime.linears.placing import check_bits, empty_like, linear_layers, put_linears, untie_head
 from ..runtime.modules import FoldedFFN
@@ -102,7 +103,7 @@ def check_blocks(config: PreTrainedConfig, tensors: int | None) -> None:
 
 def _check_fits(name: str, layer: FoldFormat, site: FFNSite) -> None:
     """Raise CheckpointError unless an FFN of the model can have the format that config.json gives it."""
-    if layer.activation != site.activation_kind:
+    if kind(layer.activation) != kind(site.activation_kind):  # parameters are in weight files that are not read yet
         raise CheckpointError(
             f"config.json folds {name} with the activation {layer.activation}, and the model has "
             f"{site.activation_kind} there; copy config.json anew, or fold again."

@@ -24,7 +24,9 @@ from ..evaluation.variants import FOLDED, RIVALS, Variant, lay_out_all, variants
 from . import output as show
 from .options import AsJson, check_precision, from_settings
 
-Model = Annotated[str, typer.Argument(metavar="[MODEL]", help="Directory or hub name of a folded or dense model.")]
+Model = Annotated[
+    str, typer.Argument(metavar="[MODEL]", help="Directory, GGUF file or hub name of a folded or dense model.")
+]
 Shape = Annotated[
     str, typer.Option(help=f"Instead of MODEL: a model with random weights, shaped like one of {', '.join(SHAPES)}.")
 ]

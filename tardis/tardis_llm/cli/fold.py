@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ from ..calibration.limits import window_length
 from ..calibration.text import Windows, calibration_windows
 from ..checkpoint.config_file import load_config
 from ..checkpoint.folded import holds_fold, save_folded
+from ..checkpoint.gguf import find_gguf
 from ..checkpoint.loading import check_weights, load_dense, load_tokenizer
 from ..checkpoint.manifest import read_report
 from ..checkpoint.saving import check_savable
@@ -84,6 +86,7 @@ def fold(
     with stoppable(lambda: _hint(directory)), only_one(directory):
         check_output(directory, model, force, resume)  # another fold may have ended there meanwhile
         report, verdict = _fold_and_check(loaded, windows, config, directory, resume)
+        report = replace(report, source=_source(model))
         written = verdict.passed or force
         if written:
             save_folded(loaded, report, directory, tokenizer, max_shard_size)
@@ -107,6 +110,12 @@ def _load(
             "folding needs text of the kind that the model will see: give --text FILE (repeatable), about 300 kB or "
             f"more. For English prose, the text bundled with TARDIS will do to try it: {calibration_text()}."
         )
+    file = find_gguf(model)
+    if file and file.rounded:
+        show.say(
+            f"{escape(file.path.name)}: its weights were rounded to {file.quantisation} when it was made, and are the "
+            "dense model here"
+        )
     tokenizer = load_tokenizer(model)
     documents = read_texts(text, field)
     loaded = load_dense(model, dtype)
@@ -117,6 +126,12 @@ def _load(
     if found < config.tokens - length:
         show.warn(f"the text has {found:,} tokens, fewer than the {config.tokens:,} asked for.")
     return loaded, tokenizer, windows
+
+
+def _source(model: str) -> dict[str, str]:
+    """What the report says of the file that the dense weights are from, where that is a GGUF file."""
+    file = find_gguf(model)
+    return file.source() if file else {}
 
 
 def _finished(directory: Path, model: PreTrainedModel, windows: Windows, config: FoldConfig) -> FoldReport | None:

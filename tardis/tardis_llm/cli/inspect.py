@@ -89,6 +89,8 @@ def _inspect_folded(model: str, report: FoldReport, plot: Path | None, text: lis
         f"{config.get('rounding')}, calibrated on {calibration.get('tokens', 0):,} tokens in windows of "
         f"{calibration.get('sequence_length')}"
     )
+    if source := report.source:
+        show.out.print(escape(f"folded from {source.get('file')}, whose weights were in {source.get('quantisation')}"))
     _say_where(plot)
 
 

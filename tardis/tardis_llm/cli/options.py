@@ -28,7 +28,7 @@ _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 _BITS = {"int8": 8, "int4": 4}  # bf16 is the model's own dtype, see `check_precision`
 Number = TypeVar("Number", int, float)
 
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Directory or hub name of a model.")]
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Directory, GGUF file or hub name of a model.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")]
 Dtype = Annotated[
     str | None, typer.Option(help="Load the model in float32, bfloat16 or float16; default: as in the checkpoint.")

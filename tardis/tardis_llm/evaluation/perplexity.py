@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..calibration.limits import Tokenizer, check_windows
-from ..calibration.text import encode
+from ..calibration.text import begun, encode, first_token
 from ..errors import InvalidInputError
 from ..families.table import family_of, vocabulary
 from ..report import Progress, silent
@@ -77,6 +77,8 @@ class Perplexity:
 def windows_of(text: str, tokenizer: Tokenizer, length: int) -> Tensor:
     """Cut a text into windows [n, length] of token ids, one after the other; the tail is dropped.
 
+    The token that the tokenizer begins texts with, if there is one, is the first of every window.
+
     Raises:
         InvalidInputError: there is less than two windows of text, too little for a standard error.
 
@@ -84,13 +86,14 @@ def windows_of(text: str, tokenizer: Tokenizer, length: int) -> Tensor:
         >>> windows_of("The text is cut into windows, the tail is dropped.", tokenizer, length=8).shape
         torch.Size([6, 8])
     """
-    ids = torch.tensor(encode(tokenizer, text), dtype=torch.long)
-    count = len(ids) // length
+    ids, first = torch.tensor(encode(tokenizer, text), dtype=torch.long), first_token(tokenizer)
+    rest = length - len(first)
+    count = len(ids) // rest
     if count < 2:
         raise InvalidInputError(
-            f"the text has {len(ids)} tokens, less than two windows of {length}; give more text or shorter windows."
+            f"the text has {len(ids)} tokens, less than two windows of {rest}; give more text or shorter windows."
         )
-    return ids[: count * length].view(count, length)
+    return begun(ids[: count * rest].view(count, rest), first)
 
 
 @torch.no_grad()

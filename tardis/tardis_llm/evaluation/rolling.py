@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration.limits import check_length, check_tokens
+from ..calibration.text import first_token
 from ..errors import InvalidInputError
 from ..families.table import vocabulary
 from ..report import Progress, silent
@@ -191,12 +192,12 @@ def word_perplexity(
             "word perplexity needs two documents at least, which start at headings such as ` = Title = ` or behind "
             "blank lines; give more text, or measure token perplexity."
         )
-    prefix = _prefix(tokenizer)
-    texts = [tokenizer.encode(document.text, verbose=False) for document in documents]
+    prefix, begun = _prefix(tokenizer), bool(first_token(tokenizer))
+    texts = [tokenizer.encode(document.text, add_special_tokens=not begun, verbose=False) for document in documents]
     check_length(model, length)
     for ids in texts:
         check_tokens(model, torch.tensor([prefix, *ids]), tokenizer)
-    windows = [window for number, ids in enumerate(texts) for window in _windows(number, [prefix, *ids], length)]
+    windows = [window for number, ids in enumerate(texts) for window in _windows(number, [prefix, *ids], length, begun)]
     losses = torch.zeros(len(documents), dtype=torch.float64)
     for window, loss in _losses(model, windows, progress):
         losses[window.document] += loss
@@ -232,11 +233,12 @@ def _prefix(tokenizer: PreTrainedTokenizerBase) -> int:
     )
 
 
-def _windows(document: int, ids: list[int], length: int) -> Iterator[_Window]:
-    """Windows over a document's tokens, the first of which is the prefix."""
+def _windows(document: int, ids: list[int], length: int, begun: bool = False) -> Iterator[_Window]:
+    """Windows over a document's tokens, the first of which is the prefix; if `begun`, it is that of every window."""
     for start in range(0, len(ids) - 1, length):
         stop = min(start + length, len(ids) - 1)
-        yield _Window(document, ids[max(0, stop - length) : stop], ids[start + 1 : stop + 1])
+        context = ids[max(0, stop - length) : stop]
+        yield _Window(document, [ids[0], *context[1:]] if begun else context, ids[start + 1 : stop + 1])
 
 
 def _losses(model: PreTrainedModel, windows: list[_Window], progress: Progress) -> Iterator[tuple[_Window, float]]:

@@ -42,7 +42,7 @@ class LayerSurvey:
         prefix: full name of the FFN in the model.
         d: width of input and output.
         h: number of neurons.
-        activation: a name in `ACTIVATIONS`.
+        activation: a name that `activation` takes.
         dense: bytes of the FFN.
         linearity: squared error left by the best affine map of the input, over the output's variance, on held-out
             tokens: 0 if the FFN is affine there, 1 if no affine map helps.

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from .activations import ACTIVATIONS
+from .activations import activation
 
 
 def value(v: Tensor, act: Callable[[Tensor], Tensor], k: int) -> Tensor:
@@ -42,7 +42,7 @@ class Neurons:
     """The lines and hot ranges of an FFN's neurons.
 
     Attributes:
-        activation: a name in `ACTIVATIONS`.
+        activation: a name that `activation` takes.
         low, high: [h] hot range: bounds of the predicted pre-activation, or of a gated neuron's predicted residual;
             infinite where a side is open.
         slope: [k h] of the lines, in the order of v.
@@ -86,7 +86,7 @@ class Neurons:
 
     def value(self, v: Tensor) -> Tensor:
         """[tokens, h] outputs of the neurons for v [tokens, k h]."""
-        return value(v, ACTIVATIONS[self.activation], self.k)
+        return value(v, activation(self.activation), self.k)
 
     def line(self, v: Tensor) -> Tensor:
         """[tokens, h] what stands for the outputs in the hot range, for v [tokens, k h]; fp32."""

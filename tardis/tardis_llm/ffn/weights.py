@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .activations import ACTIVATIONS
+from .activations import activation
 from .neuron import Neurons
 from .packed import PackedMatrix
 
@@ -86,7 +86,7 @@ class DenseFFN:
         b1: [k h], or None.
         w2: [d, h] down-projection; one column per neuron.
         b2: [d], or None.
-        activation: a name in `ACTIVATIONS`.
+        activation: a name that `activation` takes.
     """
 
     w1: Tensor
@@ -113,7 +113,7 @@ class DenseFFN:
     @property
     def act(self) -> Callable[[Tensor], Tensor]:
         """The activation function."""
-        return ACTIVATIONS[self.activation]
+        return activation(self.activation)
 
     @property
     def gain(self) -> Tensor:
@@ -147,7 +147,7 @@ class FoldFormat:
     """How one folded FFN is stored.
 
     Attributes:
-        activation: a name in `ACTIVATIONS`.
+        activation: a name that `activation` takes.
         bits: of the predictor.
         group_size: input weights per scale, in every low-bit matrix.
         range_dtype: "float16" or "float32", of ranges and lines.

@@ -13,16 +13,33 @@ inline TARDIS_INLINE void each16(int64_t count, const F& body) {
     for (int64_t j = 0; j < count; j += 16) body(j, first16(count - j));
 }
 
+// exp(x) = 2^power * (1 + slope * rest).
+struct Exponential {
+    __m512 power, rest, slope;
+};
+
 // NaN stays NaN: where an operand is, minimum and maximum are the second one.
-inline TARDIS_INLINE __m512 exponential(__m512 x) {
-    constexpr float kTaylor[] = {1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1, 1};
+inline TARDIS_INLINE Exponential parts_of_exponential(__m512 x) {
+    constexpr float kTaylor[] = {1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1};
     x = _mm512_min_ps(_mm512_set1_ps(89), _mm512_max_ps(_mm512_set1_ps(-104), x));  // beyond, it is infinite or 0
     const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
     __m512 rest = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);  // ln 2 in two parts, the first exact
     rest = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), rest);
     __m512 sum = _mm512_setzero_ps();
     for (float coefficient : kTaylor) sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(coefficient));
-    return _mm512_scalef_ps(sum, n);
+    return {n, rest, sum};
+}
+
+inline TARDIS_INLINE __m512 exponential(__m512 x) {
+    const Exponential of = parts_of_exponential(x);
+    return _mm512_scalef_ps(_mm512_fmadd_ps(of.slope, of.rest, _mm512_set1_ps(1)), of.power);
+}
+
+// exp(x) - 1, as exact for small numbers as for large ones.
+inline TARDIS_INLINE __m512 exponential_minus_one(__m512 x) {
+    const Exponential of = parts_of_exponential(x);
+    const __m512 one = _mm512_set1_ps(1), whole = _mm512_sub_ps(_mm512_scalef_ps(one, of.power), one);
+    return _mm512_add_ps(_mm512_scalef_ps(_mm512_mul_ps(of.slope, of.rest), of.power), whole);
 }
 
 // z / (1 + exp(-u))
@@ -55,6 +72,16 @@ inline TARDIS_INLINE __m512 relu(__m512 z) {
     return _mm512_mask_mov_ps(z, _mm512_cmp_ps_mask(z, zero, _CMP_LT_OQ), zero);
 }
 
+inline TARDIS_INLINE __m512 xielu(const TardisActivation& of, __m512 z) {
+    const __m512 straight = _mm512_mul_ps(_mm512_set1_ps(of.beta), z);
+    const __m512 below = _mm512_sub_ps(exponential_minus_one(_mm512_min_ps(_mm512_set1_ps(of.eps), z)), z);
+    const __m512 negative = _mm512_fmadd_ps(_mm512_set1_ps(of.alpha_n), below, straight);
+    const __mmask16 positive = _mm512_cmp_ps_mask(z, _mm512_setzero_ps(), _CMP_GT_OQ);
+    return _mm512_mask_fmadd_ps(
+        _mm512_mask_mul_ps(negative, positive, z, _mm512_set1_ps(of.alpha_p)), positive, z, straight
+    );
+}
+
 template <typename F>
 inline TARDIS_INLINE void apply(float* z, int64_t count, const F& body) {
     each16(count, [&](int64_t j, __mmask16 some) TARDIS_INLINE {
@@ -64,8 +91,8 @@ inline TARDIS_INLINE void apply(float* z, int64_t count, const F& body) {
 
 }  // namespace
 
-void activate_avx512(int32_t activation, float* z, int64_t count) {
-    switch (activation) {
+void activate_avx512(const TardisActivation& activation, float* z, int64_t count) {
+    switch (activation.kind) {
         case TARDIS_GELU: return apply(z, count, [](__m512 at) TARDIS_INLINE { return gelu(at); });
         case TARDIS_GELU_TANH: return apply(z, count, [](__m512 at) TARDIS_INLINE { return gelu_tanh(at); });
         case TARDIS_QUICK_GELU:
@@ -75,6 +102,7 @@ void activate_avx512(int32_t activation, float* z, int64_t count) {
         case TARDIS_SILU: return apply(z, count, [](__m512 at) TARDIS_INLINE { return gated(at, at); });
         case TARDIS_RELU2:
             return apply(z, count, [](__m512 at) TARDIS_INLINE { return _mm512_mul_ps(relu(at), relu(at)); });
+        case TARDIS_XIELU: return apply(z, count, [&](__m512 at) TARDIS_INLINE { return xielu(activation, at); });
         default: return apply(z, count, [](__m512 at) TARDIS_INLINE { return relu(at); });
     }
 }

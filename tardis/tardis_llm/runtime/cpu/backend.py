@@ -13,17 +13,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...errors import TardisError
-from ...ffn.activations import ACTIVATIONS
 from ...ffn.packed import PackedMatrix
 from ...ffn.weights import FoldedWeights, Layout
 from ...ffn.weights import Matrix as AnyMatrix
 from .library import ISAS, available, can_be_in_panels, kernels, loaded
 from .operators import ACTIVATION_BITS, DTYPES, batches, check_inputs, multiplies, readable
 from .panels import Panels
-from .structures import FFN, Batch, Matrix, Vector
-
-_ACTIVATIONS = list(ACTIVATIONS)
+from .structures import FFN, Activation, Batch, Matrix, Vector
 
 
 class CpuFFN:
@@ -43,13 +39,12 @@ class CpuFFN:
         self._weights = weights  # keeps alive what the kernels read
         neurons, predictor = weights.neurons, weights.predictor
         assert isinstance(predictor, PackedMatrix | Panels), "the predictor is in few bits"
-        if neurons.activation not in _ACTIVATIONS:
-            raise TardisError(f"the activation {neurons.activation!r} is none of {', '.join(_ACTIVATIONS)}.")
         self._d, self._h = predictor.columns, neurons.count
+        h, rows = self._h, neurons.k * self._h
         matrices = [Matrix.of(matrix) for matrix in (weights.fold, predictor, weights.up, weights.down)]  # type: ignore[arg-type]
-        bias, *others = weights.bias, weights.b1, *neurons.tensors
-        vectors = [Vector.of(bias, self._d), *(Vector.of(each, self._h) for each in others)]
-        self._ffn = FFN(*matrices, *vectors, _ACTIVATIONS.index(neurons.activation))
+        vectors = weights.bias, weights.b1, *neurons.tensors
+        sized = [Vector.of(vector, size) for vector, size in zip(vectors, (self._d, rows, h, h, rows, h), strict=True)]
+        self._ffn = FFN(*matrices, *sized, Activation.of(neurons.activation), neurons.k)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Outputs [tokens, d] for inputs x [tokens, d], contiguous."""

@@ -20,10 +20,12 @@ std::string name_of() {
     if constexpr (std::is_same_v<T, TardisMatrix>) return "TardisMatrix";
     else if constexpr (std::is_same_v<T, TardisVector>) return "TardisVector";
     else if constexpr (std::is_same_v<T, TardisBatch>) return "TardisBatch";
+    else if constexpr (std::is_same_v<T, TardisActivation>) return "TardisActivation";
     else if constexpr (std::is_same_v<T, TardisFFN>) return "TardisFFN";
     else if constexpr (std::is_void_v<T>) return "void";
     else if constexpr (std::is_integral_v<T>)
         return (std::is_signed_v<T> ? "int" : "uint") + std::to_string(8 * sizeof(T));
+    else if constexpr (std::is_floating_point_v<T>) return "float" + std::to_string(8 * sizeof(T));
     else if constexpr (std::is_class_v<Target>) return name_of<Target>() + "*";
     else return "pointer";
 }
@@ -53,7 +55,7 @@ std::string described() {
     NUMBER(TARDIS_OK) NUMBER(TARDIS_NO_MEMORY) NUMBER(TARDIS_BAD_ARGUMENT)
     NUMBER(TARDIS_PORTABLE) NUMBER(TARDIS_AVX2) NUMBER(TARDIS_AVX512)
     NUMBER(TARDIS_GELU) NUMBER(TARDIS_GELU_TANH) NUMBER(TARDIS_QUICK_GELU)
-    NUMBER(TARDIS_SILU) NUMBER(TARDIS_RELU) NUMBER(TARDIS_RELU2)
+    NUMBER(TARDIS_SILU) NUMBER(TARDIS_RELU) NUMBER(TARDIS_RELU2) NUMBER(TARDIS_XIELU)
 
     STRUCTURE(TardisMatrix)
     FIELD(TardisMatrix, data) FIELD(TardisMatrix, scale) FIELD(TardisMatrix, rows) FIELD(TardisMatrix, columns)
@@ -66,10 +68,14 @@ std::string described() {
     FIELD(TardisBatch, x) FIELD(TardisBatch, y) FIELD(TardisBatch, tokens) FIELD(TardisBatch, type)
     FIELD(TardisBatch, activation_bits) FIELD(TardisBatch, threads) FIELD(TardisBatch, unused)
 
+    STRUCTURE(TardisActivation)
+    FIELD(TardisActivation, kind) FIELD(TardisActivation, alpha_p) FIELD(TardisActivation, alpha_n)
+    FIELD(TardisActivation, beta) FIELD(TardisActivation, eps)
+
     STRUCTURE(TardisFFN)
     FIELD(TardisFFN, fold) FIELD(TardisFFN, predictor) FIELD(TardisFFN, up) FIELD(TardisFFN, down)
     FIELD(TardisFFN, bias) FIELD(TardisFFN, b1) FIELD(TardisFFN, low) FIELD(TardisFFN, high)
-    FIELD(TardisFFN, slope) FIELD(TardisFFN, offset) FIELD(TardisFFN, activation) FIELD(TardisFFN, unused)
+    FIELD(TardisFFN, slope) FIELD(TardisFFN, offset) FIELD(TardisFFN, activation) FIELD(TardisFFN, k)
 
     FUNCTION(tardis_supports) FUNCTION(tardis_use) FUNCTION(tardis_isa) FUNCTION(tardis_use_openmp)
     FUNCTION(tardis_has_gemm) FUNCTION(tardis_can_be_in_panels)

@@ -20,6 +20,7 @@ _TYPES: dict[str, type | None] = {
     "int32": ctypes.c_int32,
     "int64": ctypes.c_int64,
     "uint64": ctypes.c_uint64,
+    "float32": ctypes.c_float,
 }
 _NAMES = {kind: name for name, kind in _TYPES.items()}
 _FUNCTION = "tardis_"  # how their names begin

@@ -1,7 +1,7 @@
 // The folded FFN. Its neurons are shared out in parts, one for each thread, which takes them some rows at a time:
 //
 //   1. predictions give pairs of a neuron and a token that fixes it;
-//   2. W1 rows of all pairs give residuals;
+//   2. W1 rows of all pairs, one or two per neuron, give residuals;
 //   3. W2 columns times residuals are added to the part's own outputs.
 //
 // Then threads take rows of the fold, which even out what parts differ by, and at last the outputs are added up.
@@ -23,46 +23,128 @@ constexpr int64_t kMaxFound = kMaxTokens * kBlockRows * 3 / 2;  // pairs of rows
 constexpr int kMaxParts = 32;  // each has outputs of its own, which take memory and are added up
 constexpr int64_t kSumColumns = 512;
 
-// What leaves its range of the predictions of rows begin..end-1, to which b1 is added: bits by token, and their union.
-struct OutOfRange {
-    uint64_t token[kMaxTokens], any;
-    OutOfRange(const TardisFFN& ffn, int64_t begin, int64_t end, int64_t tokens, float* zhat) : any(0) {
-        const Widened b1(ffn.b1, begin, end), low(ffn.low, begin, end), high(ffn.high, begin, end);
-        for (int64_t t = 0; t < tokens; ++t) {
-            float* z = zhat + t * kBlockRows;
-            for (int64_t i = 0; i < end - begin; ++i) z[i] += b1.at[i];
-            token[t] = kernels().outside(z, low.at, high.at, end - begin);
-            any |= token[t];
+constexpr int kMost = 2;  // up-projections per neuron
+
+int64_t neurons(const TardisFFN& ffn) { return ffn.predictor.rows / ffn.k; }
+
+// Neurons of a task: rows of a block are those of a panel, and of the next one where the others' begin within a panel.
+int64_t block_neurons(const TardisFFN& ffn, int threads) {
+    const int64_t h = neurons(ffn), block = block_rows(ffn.predictor, h, threads);
+    const bool within = in_panels(ffn.predictor) && ffn.k > 1 && h % kPanelRows != 0;
+    return within ? kPanelRows : block;
+}
+
+// The products with rows begin..end-1. Panels are multiplied from the first row on.
+void multiply(const TardisMatrix& m, int64_t begin, int64_t end, const Input& x, float* out) {
+    const int64_t before = in_panels(m) ? begin % kPanelRows : 0;
+    product_of(m)(m, {nullptr, begin - before, end, m.rows}, x, out);
+    for (int64_t t = 0; before && t < x.tokens; ++t) {
+        float* own = out + t * kBlockRows;
+        std::copy(own + before, own + before + end - begin, own);
+    }
+}
+
+// Of some neurons, kBlockRows at most, in fp32.
+struct Lines {
+    float slope[kMost][kBlockRows], offset[kBlockRows];
+
+    // Of neurons begin..end-1.
+    Lines(const TardisFFN& ffn, int64_t begin, int64_t end) {
+        const int64_t h = neurons(ffn);
+        for (int j = 0; j < ffn.k; ++j) kernels().widen(ffn.slope, j * h + begin, end - begin, slope[j]);
+        kernels().widen(ffn.offset, begin, end - begin, offset);
+    }
+
+    // Of those that are listed.
+    Lines(const TardisFFN& ffn, const int32_t* row, int64_t count) {
+        const int64_t h = neurons(ffn);
+        for (int64_t i = 0; i < count; ++i) {
+            for (int j = 0; j < ffn.k; ++j) slope[j][i] = number(ffn.slope, j * h + row[i]);
+            offset[i] = number(ffn.offset, row[i]);
         }
+    }
+};
+
+// out: value - line of some neurons, for their up-projections v.
+void residuals(const TardisFFN& ffn, const Lines& lines, const float* const (&v)[kMost], int64_t count, float* out) {
+    const float *first = v[0], *second = v[1];
+    std::copy(first, first + count, out);
+    kernels().activate(ffn.activation, out, count);
+    for (int64_t i = 0; ffn.k > 1 && i < count; ++i) out[i] = (out[i] - lines.slope[1][i]) * second[i];
+    for (int64_t i = 0; i < count; ++i) out[i] -= lines.slope[0][i] * first[i] + lines.offset[i];
+}
+
+// The predictions of neurons begin..end-1, and which of them are out of their hot ranges: bits by token, and their union.
+struct Predicted {
+    float v[kMost][kMaxTokens * kBlockRows];
+    uint64_t token[kMaxTokens], any = 0;
+
+    Predicted(const TardisFFN& ffn, const Input& x, int64_t begin, int64_t end) {
+        fetch(ffn, begin, end);
+        const int64_t h = neurons(ffn), count = end - begin;
+        for (int j = 0; j < ffn.k; ++j) {
+            multiply(ffn.predictor, j * h + begin, j * h + end, x, v[j]);
+            const Widened b1(ffn.b1, j * h + begin, j * h + end);
+            for (int64_t t = 0; t < x.tokens; ++t)
+                for (int64_t i = 0; i < count; ++i) v[j][t * kBlockRows + i] += b1.at[i];
+        }
+        test(ffn, x.tokens, begin, end);
+    }
+
+private:
+    void test(const TardisFFN& ffn, int64_t tokens, int64_t begin, int64_t end) {
+        const Widened low(ffn.low, begin, end), high(ffn.high, begin, end);
+        const auto each = [&](const auto& tested) {
+            for (int64_t t = 0; t < tokens; ++t) {
+                token[t] = kernels().outside(tested(t * kBlockRows), low.at, high.at, end - begin);
+                any |= token[t];
+            }
+        };
+        if (ffn.k == 1) return each([&](int64_t at) { return v[0] + at; });
+        const Lines lines(ffn, begin, end);
+        float residual[kBlockRows];
+        each([&](int64_t at) {
+            residuals(ffn, lines, {v[0] + at, v[1] + at}, end - begin, residual);
+            return residual;
+        });
+    }
+
+    // What the test reads: it comes from memory while the products are computed.
+    static void fetch(const TardisFFN& ffn, int64_t begin, int64_t end) {
+        const int64_t h = neurons(ffn);
+        for (const TardisVector* each : {&ffn.low, &ffn.high}) prefetch(*each, begin, end);
+        for (int j = 0; j < ffn.k; ++j) {
+            prefetch(ffn.b1, j * h + begin, j * h + end);
+            if (ffn.k > 1) prefetch(ffn.slope, j * h + begin, j * h + end);
+        }
+        if (ffn.k > 1) prefetch(ffn.offset, begin, end);
     }
 };
 
 // Pairs of a neuron and a token that fixes it, in the order of the neurons.
 struct Found {
     int32_t row[kMaxFound], token[kMaxFound];
-    float value[kMaxFound];  // predictions, then residuals
+    float value[kMost][kMaxFound];  // predictions, then in the first residuals
     int64_t count = 0;
-
-    void add(int32_t r, int32_t t, float v) { row[count] = r, token[count] = t, value[count++] = v; }
 };
 
 // Neurons and what is known of them, token by token.
 struct ByToken {
     int32_t row[kMaxFound + kMaxTokens * kTermsTogether];
-    float value[kMaxFound + kMaxTokens * kTermsTogether];
+    float value[kMost][kMaxFound + kMaxTokens * kTermsTogether];  // as those found
     int64_t begin[kMaxTokens + 1];
 };
 
 class Folded {
 public:
     Folded(const TardisFFN& ffn, const TardisBatch& batch)
-        : ffn_(ffn), batch_(batch), tokens_(batch.tokens), h_(ffn.predictor.rows), d_(ffn.predictor.columns),
+        : ffn_(ffn), batch_(batch), tokens_(batch.tokens), h_(neurons(ffn)), d_(ffn.predictor.columns),
           inputs_(batch, d_), x_(inputs_.for_matrix(ffn.predictor, selecting_bits())), stride_(x_.stride),
           fold_x_(inputs_.for_matrix(ffn.fold, batch.activation_bits)),
           up_x_(inputs_.for_matrix(ffn.up, batch.activation_bits)),
           down_layout_(ffn.down.type == TARDIS_LOW_BIT ? &layout_for(ffn.down).view() : nullptr),
-          threads_(threads_for(h_ * row_bytes(ffn.predictor) + d_ * row_bytes(ffn.fold), batch.threads)),
-          block_(block_rows(ffn.predictor, h_, threads_)), fold_block_(block_rows(ffn.fold, d_, threads_)),
+          threads_(threads_for(matrix_bytes(ffn.predictor) + d_ * row_bytes(ffn.fold), batch.threads)),
+          block_(block_neurons(ffn, threads_)), fold_block_(block_rows(ffn.fold, d_, threads_)),
           parts_(std::min<int64_t>(std::min(threads_, kMaxParts), blocks(h_, block_))) {
         static thread_local Numbers<float> kept;  // from call to call
         const auto size = static_cast<size_t>((parts_ + 1) * tokens_ * stride_);
@@ -103,21 +185,24 @@ private:
 
     private:
         void predict(Range rows) {
-            float zhat[kMaxTokens * kBlockRows];
-            for (const TardisVector* v : {&ffn_.b1, &ffn_.low, &ffn_.high}) prefetch(*v, rows.begin, rows.end);
-            product_of(ffn_.predictor)(ffn_.predictor, {nullptr, rows.begin, rows.end, all_.h_}, all_.x_, zhat);
-            const OutOfRange out(ffn_, rows.begin, rows.end, tokens_, zhat);
-            for (uint64_t left = out.any; left; left &= left - 1) {
+            const Predicted predicted(ffn_, all_.x_, rows.begin, rows.end);
+            for (uint64_t left = predicted.any; left; left &= left - 1) {
                 const int i = __builtin_ctzll(left);
-                const auto row = static_cast<int32_t>(rows.begin + i);
+                const int64_t row = rows.begin + i;
                 uint64_t tokens = 0;
-                for (int64_t t = 0; t < tokens_; ++t) tokens |= ((out.token[t] >> i) & 1) << t;
-                for (; tokens; tokens &= tokens - 1) {
-                    const int t = __builtin_ctzll(tokens);
-                    found_.add(row, t, zhat[t * kBlockRows + i]);
-                }
-                for (const TardisVector* v : {&ffn_.b1, &ffn_.slope, &ffn_.offset}) prefetch(*v, row);
+                for (int64_t t = 0; t < tokens_; ++t) tokens |= ((predicted.token[t] >> i) & 1) << t;
+                for (; tokens; tokens &= tokens - 1) add(predicted, __builtin_ctzll(tokens), i, row);
+                for (int j = 0; j < ffn_.k; ++j)
+                    for (const TardisVector* v : {&ffn_.b1, &ffn_.slope}) prefetch(*v, j * all_.h_ + row);
+                prefetch(ffn_.offset, row);
             }
+        }
+
+        // Number i of the predicted neurons.
+        void add(const Predicted& predicted, int token, int i, int64_t row) {
+            const int64_t at = found_.count++;
+            found_.row[at] = static_cast<int32_t>(row), found_.token[at] = token;
+            for (int j = 0; j < ffn_.k; ++j) found_.value[j][at] = predicted.v[j][token * kBlockRows + i];
         }
 
         // Adds the residuals times W2 columns of the pairs found so far. Of each token a multiple of what kernels round
@@ -131,11 +216,11 @@ private:
                 const int64_t begin = sorted_.begin[t], end = sorted_.begin[t + 1];
                 if (ffn_.up.type == TARDIS_LOW_BIT) multiply(t, {begin + left_[t], end});
                 const int64_t some = last ? end - begin : (end - begin) / kTermsTogether * kTermsTogether;
-                const Terms terms = {sorted_.row + begin, sorted_.value + begin, some};
+                const Terms terms = {sorted_.row + begin, sorted_.value[0] + begin, some};
                 if (some) accumulate(ffn_.down, all_.down_layout_, terms, {0, width}, y_ + t * all_.stride_);
                 left_[t] = end - begin - some;
                 std::copy(sorted_.row + begin + some, sorted_.row + end, left_row_[t]);
-                std::copy(sorted_.value + begin + some, sorted_.value + end, left_value_[t]);
+                std::copy(sorted_.value[0] + begin + some, sorted_.value[0] + end, left_value_[t]);
             }
             found_.count = 0;
         }
@@ -149,11 +234,12 @@ private:
                 at[t] = sorted_.begin[t] + left_[t];
                 sorted_.begin[t + 1] = at[t] + sizes[t];
                 std::copy(left_row_[t], left_row_[t] + left_[t], sorted_.row + sorted_.begin[t]);
-                std::copy(left_value_[t], left_value_[t] + left_[t], sorted_.value + sorted_.begin[t]);
+                std::copy(left_value_[t], left_value_[t] + left_[t], sorted_.value[0] + sorted_.begin[t]);
             }
             for (int64_t i = 0; i < found_.count; ++i) {
                 const int64_t to = at[found_.token[i]]++;
-                sorted_.row[to] = found_.row[i], sorted_.value[to] = found_.value[i];
+                sorted_.row[to] = found_.row[i];
+                for (int j = 0; j < ffn_.k; ++j) sorted_.value[j][to] = found_.value[j][i];
             }
         }
 
@@ -161,34 +247,40 @@ private:
         // not depend on its batch.
         void multiply() {
             const Pairs pairs = {found_.row, found_.token, found_.count};
-            if (ffn_.up.type == TARDIS_NONE) std::fill(z_, z_ + found_.count, 0.0f);
-            else dense_of(ffn_.up).pairs(ffn_.up, pairs, all_.up_x_, z_);
+            for (int j = 0; j < ffn_.k; ++j) {
+                if (ffn_.up.type == TARDIS_NONE) std::fill(z_[j], z_[j] + found_.count, 0.0f);
+                else dense_of(ffn_.up).pairs(part_of(ffn_.up, j, ffn_.k), pairs, all_.up_x_, z_[j]);
+            }
             for (int64_t begin = 0; begin < found_.count; begin += kBlockRows) {
                 const int64_t some = std::min(kBlockRows, found_.count - begin);
-                residuals(found_.row + begin, z_ + begin, some, found_.value + begin);
+                replace(found_.row + begin, {z_[0] + begin, z_[1] + begin}, some, found_.value, begin);
             }
         }
 
         // Replaces predictions by residuals for some pairs of one token, whose W1 rows are in few bits.
         void multiply(int64_t token, Range some) {
-            float z[kBlockRows] = {};
+            float z[kMost][kBlockRows] = {};
             const Input x = of_token(all_.up_x_, token);
             for (int64_t begin = some.begin; begin < some.end; begin += kBlockRows) {
                 const int64_t end = std::min(begin + kBlockRows, some.end);
-                product_of(ffn_.up)(ffn_.up, {sorted_.row, begin, end, some.end}, x, z);
-                residuals(sorted_.row + begin, z, end - begin, sorted_.value + begin);
+                for (int j = 0; j < ffn_.k; ++j)
+                    product_of(ffn_.up)(part_of(ffn_.up, j, ffn_.k), {sorted_.row, begin, end, some.end}, x, z[j]);
+                replace(sorted_.row + begin, {z[0], z[1]}, end - begin, sorted_.value, begin);
             }
         }
 
-        // z: the products with what `up` holds of these rows, kBlockRows at most.
-        void residuals(const int32_t* row, const float* z, int64_t count, float* value) const {
+        // Replaces predictions by residuals for some neurons, kBlockRows at most. z: the products with what `up` holds
+        // of them. value: from number `first` on.
+        template <int64_t N>
+        void replace(
+            const int32_t* row, const float* const (&z)[kMost], int64_t count, float (&value)[kMost][N], int64_t first
+        ) const {
             const bool predicted = ffn_.down.type == TARDIS_LOW_BIT;  // `up` is what the predictor leaves
-            float at[kBlockRows], active[kBlockRows];
-            for (int64_t i = 0; i < count; ++i) at[i] = z[i] + (predicted ? value[i] : number(ffn_.b1, row[i]));
-            std::copy(at, at + count, active);
-            kernels().activate(ffn_.activation, active, count);
-            for (int64_t i = 0; i < count; ++i)
-                value[i] = active[i] - (number(ffn_.slope, row[i]) * at[i] + number(ffn_.offset, row[i]));
+            float at[kMost][kBlockRows];
+            for (int j = 0; j < ffn_.k; ++j)
+                for (int64_t i = 0; i < count; ++i)
+                    at[j][i] = z[j][i] + (predicted ? value[j][first + i] : number(ffn_.b1, j * all_.h_ + row[i]));
+            residuals(ffn_, Lines(ffn_, row, count), {at[0], at[1]}, count, value[0] + first);
         }
 
         const Folded& all_;
@@ -196,7 +288,7 @@ private:
         const int64_t tokens_;
         float* const y_;
         Found found_;
-        float z_[kMaxFound];
+        float z_[kMost][kMaxFound];
         ByToken sorted_;
         int64_t left_[kMaxTokens] = {};  // numbers of pairs
         int32_t left_row_[kMaxTokens][kTermsTogether];
@@ -252,12 +344,16 @@ private:
 }  // namespace
 
 void fixed(const TardisFFN& ffn, const TardisBatch& batch) {
-    const int64_t h = ffn.predictor.rows;
-    each_product(ffn.predictor, batch, ffn.b1, [&](int64_t begin, int64_t end, float* zhat) {
-        const OutOfRange out(ffn, begin, end, batch.tokens, zhat);
+    Inputs inputs(batch, ffn.predictor.columns);
+    const Input& x = inputs.for_matrix(ffn.predictor, batch.activation_bits);
+    const int threads = threads_for(matrix_bytes(ffn.predictor), batch.threads);
+    const int64_t h = neurons(ffn), block = block_neurons(ffn, threads);
+    parallel(threads, blocks(h, block), [&](int64_t task) {
+        const int64_t begin = task * block, end = std::min(begin + block, h);
+        const Predicted predicted(ffn, x, begin, end);
         for (int64_t t = 0; t < batch.tokens; ++t)
             for (int64_t i = begin; i < end; ++i)
-                static_cast<uint8_t*>(batch.y)[t * h + i] = (out.token[t] >> (i - begin)) & 1;
+                static_cast<uint8_t*>(batch.y)[t * h + i] = (predicted.token[t] >> (i - begin)) & 1;
     });
 }
 

@@ -54,18 +54,24 @@ bool can_multiply(const TardisMatrix& m, const TardisBatch& batch) {
     return is_low_bit(m) || m.type == batch.type;
 }
 
+// Whether there is what neurons are tested with.
+bool is_known(const TardisFFN& ffn) {
+    const bool ranges = ffn.low.data && ffn.high.data && ffn.slope.data && ffn.offset.data;
+    const bool activation = ffn.activation.kind >= TARDIS_GELU && ffn.activation.kind <= TARDIS_XIELU;
+    return ranges && activation && (ffn.k == 1 || ffn.k == 2) && ffn.predictor.rows % ffn.k == 0;
+}
+
 bool is_valid(const TardisFFN& ffn, const TardisBatch& batch) {
-    const int64_t h = ffn.predictor.rows, d = ffn.predictor.columns;
+    if (!is_known(ffn)) return false;
+    const int64_t rows = ffn.predictor.rows, h = rows / ffn.k, d = ffn.predictor.columns;
     const auto is = [&](const TardisMatrix& m, int64_t rows) {
         return is_valid(m) && m.rows == rows && m.columns == d && can_multiply(m, batch);
     };
-    const bool ranges = ffn.low.data && ffn.high.data && ffn.slope.data && ffn.offset.data;
-    const bool up = ffn.up.type == TARDIS_NONE ? ffn.down.type == TARDIS_LOW_BIT : is(ffn.up, h);
+    const bool up = ffn.up.type == TARDIS_NONE ? ffn.down.type == TARDIS_LOW_BIT : is(ffn.up, rows);
     const bool fold = ffn.fold.type == TARDIS_NONE || is(ffn.fold, d);
-    const bool rows = !in_panels(ffn.up) && !in_panels(ffn.down);
-    const bool predictor = is_low_bit(ffn.predictor) && is(ffn.predictor, h);
-    const bool activation = ffn.activation >= TARDIS_GELU && ffn.activation <= TARDIS_RELU2;
-    return predictor && fold && up && rows && is(ffn.down, h) && ranges && activation;
+    const bool apart = !in_panels(ffn.up) && !in_panels(ffn.down);
+    const bool predictor = is_low_bit(ffn.predictor) && is(ffn.predictor, rows);
+    return predictor && fold && up && apart && is(ffn.down, h);
 }
 
 // What runs in tasks allocates nothing, so this is all that can fail.
@@ -112,8 +118,7 @@ int32_t tardis_gemm(
 }
 
 int32_t tardis_fixed(const TardisFFN* ffn, const TardisBatch* batch) {
-    const bool ranges = ffn->low.data && ffn->high.data;
-    if (!is_valid(ffn->predictor) || !is_valid(*batch) || !can_multiply(ffn->predictor, *batch) || !ranges)
+    if (!is_valid(ffn->predictor) || !is_valid(*batch) || !can_multiply(ffn->predictor, *batch) || !is_known(*ffn))
         return TARDIS_BAD_ARGUMENT;
     return guarded([&] { fixed(*ffn, *batch); });
 }

@@ -43,13 +43,14 @@ enum TardisType : int32_t {
 };
 enum TardisStatus : int32_t { TARDIS_OK, TARDIS_NO_MEMORY, TARDIS_BAD_ARGUMENT };
 enum TardisIsa : int32_t { TARDIS_PORTABLE, TARDIS_AVX2, TARDIS_AVX512 };
-enum TardisActivation : int32_t {
+enum TardisActivationKind : int32_t {
     TARDIS_GELU,
     TARDIS_GELU_TANH,
     TARDIS_QUICK_GELU,
     TARDIS_SILU,
     TARDIS_RELU,
     TARDIS_RELU2,
+    TARDIS_XIELU,
 };
 
 struct TardisMatrix {
@@ -76,13 +77,19 @@ struct TardisBatch {
     int32_t unused;
 };
 
+struct TardisActivation {
+    int32_t kind;  // a `TardisActivationKind`
+    float alpha_p, alpha_n, beta, eps;  // of xIELU
+};
+
+// Of h neurons with k up-projections each. Where a neuron has two, the rows of all gates come first, then all others.
 struct TardisFFN {
-    TardisMatrix fold, predictor;  // [d, d] or none, [h, d]; of any type, low-bit
-    TardisMatrix up;               // [h, d]: W1, or what the predictor leaves of it (low-bit), or none
+    TardisMatrix fold, predictor;  // [d, d] or none, [k h, d]; of any type, low-bit
+    TardisMatrix up;               // [k h, d]: W1, or what the predictor leaves of it (low-bit), or none
     TardisMatrix down;             // [h, d]: W2 transposed
-    TardisVector bias, b1, low, high, slope, offset;
-    int32_t activation;            // a `TardisActivation`
-    int32_t unused;
+    TardisVector bias, b1, low, high, slope, offset;  // b1 and slope [k h]
+    TardisActivation activation;
+    int32_t k;                     // 1, or 2: the activation of the first times the second
 };
 
 // Lines `name=value`: see description.cpp. The one function that Python calls before it knows the library's version.
@@ -103,7 +110,8 @@ int32_t tardis_gemm(
 int32_t tardis_has_gemm();  // whether the instruction set in use has it
 // Whether the instruction set in use multiplies a matrix once it is in panels. Only its type and sizes are read.
 int32_t tardis_can_be_in_panels(const TardisMatrix* matrix);
-// y [tokens, h] uint8: 1 for the neurons whose prediction is not within [low, high], NaN included.
+// y [tokens, h] uint8: 1 for the neurons whose prediction, or residual at it if k is 2, is not within [low, high], NaN
+// included.
 int32_t tardis_fixed(const TardisFFN* ffn, const TardisBatch* batch);
 // y = x fold^T + bias + sum over fixed neurons of residual * W2 column; the first two where they are given.
 int32_t tardis_folded_ffn(const TardisFFN* ffn, const TardisBatch* batch);

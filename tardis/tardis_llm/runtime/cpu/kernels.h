@@ -132,8 +132,8 @@ using Widen = void (*)(const TardisVector& v, int64_t begin, int64_t count, floa
 // Bit i: z[i] is not within [low[i], high[i]], NaN included. At most 64.
 using Outside = uint64_t (*)(const float* z, const float* low, const float* high, int64_t count);
 
-// z = activation(z), a `TardisActivation`.
-using Activate = void (*)(int32_t activation, float* z, int64_t count);
+// z = activation(z).
+using Activate = void (*)(const TardisActivation& activation, float* z, int64_t count);
 
 // The largest size of the numbers, infinite if one of them is or is NaN.
 using Largest = float (*)(const float* x, int64_t count);

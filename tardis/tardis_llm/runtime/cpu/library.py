@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidInputError, KernelsError, TardisError
-from ...ffn.activations import ACTIVATIONS
+from ...ffn.activations import KINDS
 from ...ffn.packed import BLOCK_COLUMNS, PackedMatrix
 from .description import check, declare, described, layout_of, sources_of
 from .operands import MAX_BITS
@@ -128,7 +128,7 @@ def _stated() -> dict[str, str]:
         "kFp16Together": TOGETHER[torch.float16],
         "kLineBytes": LINE_BYTES,
     }
-    for names in (Type.__members__, _STATUSES, ISAS, ACTIVATIONS):
+    for names in (Type.__members__, _STATUSES, ISAS, KINDS):
         constants |= {f"TARDIS_{name.upper()}": number for number, name in enumerate(names)}
     numbers = {name: str(number) for name, number in constants.items()}
     return numbers | layout_of(STRUCTURES) | sources_of(Path(__file__).parent)

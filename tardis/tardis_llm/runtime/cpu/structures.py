@@ -11,6 +11,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from ...errors import TardisError
+from ...ffn.activations import KINDS, kind, parameters
 from ...ffn.packed import PackedMatrix
 from .operands import check_matrix, check_tensor
 from .panels import Panels
@@ -94,15 +96,28 @@ class Batch(ctypes.Structure):
         return cls(x.data_ptr(), y.data_ptr(), len(x), _DENSE[x.dtype], activation_bits, threads, 0)
 
 
+class Activation(ctypes.Structure):
+    """`TardisActivation` of interface.h."""
+
+    _fields_ = (("kind", ctypes.c_int32), *((name, ctypes.c_float) for name in ("alpha_p", "alpha_n", "beta", "eps")))
+
+    @classmethod
+    def of(cls, name: str) -> Activation:
+        """The activation of a name; raises TardisError for one that the kernels do not have."""
+        if kind(name) not in KINDS:
+            raise TardisError(f"the activation {name!r} is none of {', '.join(KINDS)}.")
+        return cls(KINDS.index(kind(name)), *parameters(name))
+
+
 class FFN(ctypes.Structure):
     """`TardisFFN` of interface.h."""
 
     _fields_ = (
         *((name, Matrix) for name in ("fold", "predictor", "up", "down")),
         *((name, Vector) for name in ("bias", "b1", "low", "high", "slope", "offset")),
-        ("activation", ctypes.c_int32),
-        ("unused", ctypes.c_int32),
+        ("activation", Activation),
+        ("k", ctypes.c_int32),
     )
 
 
-STRUCTURES = (Matrix, Vector, Batch, FFN)
+STRUCTURES = (Matrix, Vector, Batch, Activation, FFN)

