@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import torch
 from engines import save_tiny
 from models import tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
@@ -18,9 +17,6 @@ os.environ["COLUMNS"] = "400"
 
 from tardis_llm import sample
 from tardis_llm.cli.main import run
-from tardis_llm.ffn.weights import FoldedWeights
-from tardis_llm.runtime.backend import PreparedFFN
-from tardis_llm.runtime.cpu.backend import CpuBackend
 
 #: the sample folded coarsely, but for real, in seconds
 QUICK_SAMPLE = ("--tokens", "6144", "--probe-tokens", "1024", "--predictor-bits", "1", "--reduction", "0.78")
@@ -46,17 +42,6 @@ def assert_refused(result: Result, message: str, code: int = 1) -> None:
     assert "error:" in result.err
     assert "Traceback" not in result.err
     assert not result.out
-
-
-@pytest.fixture(autouse=True)
-def _gated_by_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """REMOVE when the kernels take gated FFNs: until then they are not asked to."""
-    prepare = CpuBackend.prepare
-
-    def asked(self: CpuBackend, weights: FoldedWeights, dtype: torch.dtype) -> PreparedFFN | None:
-        return None if weights.neurons.k == 2 else prepare(self, weights, dtype)
-
-    monkeypatch.setattr(CpuBackend, "prepare", asked)
 
 
 @pytest.fixture
