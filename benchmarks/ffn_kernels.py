@@ -33,7 +33,7 @@ from torch import Tensor
 from tardis_llm.allocator import contiguous_in_huge_pages
 from tardis_llm.ffn.activations import activation
 from tardis_llm.ffn.neuron import Neurons, value
-from tardis_llm.ffn.packed import PackedMatrix, pack
+from tardis_llm.ffn.packed import PackedMatrix
 from tardis_llm.ffn.weights import DenseFFN, FoldedWeights, Matrix
 from tardis_llm.runtime.backend import lay_out
 from tardis_llm.runtime.cpu.backend import CpuFFN
@@ -97,7 +97,7 @@ class Shape:
 
 def random_packed(rows: int, d: int, bits: int, group_size: int = _GROUP) -> PackedMatrix:
     """A low-bit matrix of random codes, whose products with normal inputs are of order one."""
-    planes = contiguous_in_huge_pages(pack(torch.randint(2**bits, (rows, d), dtype=torch.uint8), bits))
+    planes = contiguous_in_huge_pages(torch.randint(256, (rows, bits, -(-d // 8)), dtype=torch.uint8))
     scale = torch.full((rows, -(-d // group_size)), 3.5 / 2**bits / d**0.5, dtype=torch.float16)
     return PackedMatrix(planes, scale, d, group_size)
 

@@ -109,8 +109,8 @@ private:
         });
     }
 
-    // What the test reads: it comes from memory while the products are computed.
-    static void fetch(const TardisFFN& ffn, int64_t begin, int64_t end) {
+    // What the test reads: it comes from memory while the products are computed. Inlined as `prefetch` is.
+    static inline __attribute__((always_inline)) void fetch(const TardisFFN& ffn, int64_t begin, int64_t end) {
         const int64_t h = neurons(ffn);
         for (const TardisVector* each : {&ffn.low, &ffn.high}) prefetch(*each, begin, end);
         for (int j = 0; j < ffn.k; ++j) {
