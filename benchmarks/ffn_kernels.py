@@ -4,12 +4,12 @@
     python benchmarks/ffn_kernels.py --shape llama-3-8b --fix-rate 0.2
 
 Weights are random, and the ranges are set so that the wanted share of the neurons is fixed, others by each input. Every
-round has an input of its own, and runs each variant once, so that what else the machine does falls on all of them; ratios are taken within rounds. The order is
-drawn anew in each, because a run pays for the code and data that the one before it pushed out of the caches. A
-variant's weights are out of the caches before each of its runs where the weights of all variants are larger than these,
-as in a whole model. All weights are in huge pages, and those that are read whole in panels, as `tardis generate` has
-them; so are the dense model's. Our kernels, dense and folded, are called with arguments that are put together once, as
-folded layers of models and engines call them, without torch's dispatch.
+round has an input of its own, and runs each variant once, so that what else the machine does falls on all of them;
+ratios are taken within rounds. The order is drawn anew in each, because a run pays for the code and data that the one
+before it pushed out of the caches. A variant's weights are out of the caches before each of its runs where the weights
+of all variants are larger than these, as in a whole model. All weights are in huge pages, and those that are read whole
+in panels, as `tardis generate` has them; so are the dense model's. Our kernels, dense and folded, are called with
+arguments that are put together once, as folded layers of models and engines call them, without torch's dispatch.
 """
 
 from __future__ import annotations
@@ -242,7 +242,9 @@ def ratio(base: list[float], own: list[float]) -> list[float]:
 def summary(todo: list[Variant], times: dict[str, list[float]], x: Tensor, bandwidth: float) -> list[dict[str, Any]]:
     """One row per variant: median time, ratios with their quartiles to the first two and to int4, bytes and rate."""
     rows = []
-    int4 = min((variant.name for variant in todo if "int4 in" in variant.name), key=lambda n: statistics.median(times[n]))
+    int4 = min(
+        (variant.name for variant in todo if "int4 in" in variant.name), key=lambda n: statistics.median(times[n])
+    )
     for variant in todo:
         own = times[variant.name]
         low, middle, high = ratio(times[todo[0].name], own)
@@ -282,7 +284,8 @@ def show(row: dict[str, Any]) -> None:
     low_int4, high_int4 = row["ratio_to_int4_quartiles"]
     print(
         f"batch {row['batch']:2d}  {row['variant']:34s} {row['ms']:8.2f} ms  {row['ratio']:5.2f}x "
-        f"[{low:.2f}-{high:.2f}], of int4 {row['ratio_to_int4']:4.2f}x [{low_int4:.2f}-{high_int4:.2f}]  {row['bytes'] / 1e6:7.1f} MB  {row['gb_per_s']:5.1f} GB/s = "
+        f"[{low:.2f}-{high:.2f}], of int4 {row['ratio_to_int4']:4.2f}x [{low_int4:.2f}-{high_int4:.2f}]  "
+        f"{row['bytes'] / 1e6:7.1f} MB  {row['gb_per_s']:5.1f} GB/s = "
         f"{row['of_bandwidth']:4.0%} of the read bandwidth"
     )
 
@@ -329,7 +332,11 @@ def main() -> None:
             show(row)
     if args.output:
         args.output.write_text(
-            json.dumps({"machine": machine, "settings": vars(args) | {"d": shape.d, "h": shape.h}, "rows": rows}, indent=1, default=str)
+            json.dumps(
+                {"machine": machine, "settings": vars(args) | {"d": shape.d, "h": shape.h}, "rows": rows},
+                indent=1,
+                default=str,
+            )
         )
 
 

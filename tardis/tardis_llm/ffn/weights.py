@@ -202,7 +202,14 @@ class Storage:
         left, stacked = self.remainder_bits, self.fallback_bits is not None
         usual = left is None or not stacked or left == self.fallback_bits - bits
         return FoldFormat(
-            activation, bits, self.group_size, "float16", self.fold_bits, self.fallback_bits, None if usual else left, gated
+            activation,
+            bits,
+            self.group_size,
+            "float16",
+            self.fold_bits,
+            self.fallback_bits,
+            None if usual else left,
+            gated,
         )
 
 
