@@ -48,6 +48,8 @@ _SHAPES = {
     "llama-3-8b": (4096, 14336, True),
     "qwen2.5-1.5b": (1536, 8960, True),
 }
+#: makes the product with a weight, from x [tokens, in] to [tokens, out]
+Product = Callable[[Matrix], Callable[[Tensor], Tensor]]
 _GROUP = 256  # of our formats, unless told otherwise
 _DENSE_GROUPS = (128, _GROUP)  # of the dense FFN in int4
 
@@ -165,15 +167,17 @@ def folded_variant(name: str, folded: FoldedWeights, dense: DenseFFN) -> Variant
     return Variant(name, run, lambda x: round(weights.touched(float(run.fixed(x).any(0).float().mean()))))
 
 
-def dense_variant(name: str, shape: Shape, up: Matrix, down: Matrix, kernels: Kernels | None) -> Variant:
-    """The dense FFN from its up- and down-projections [k h, d] and [d, h], by the kernels or by torch."""
-    act, k = activation(shape.activation), shape.k
-    product_up, product_down = (
-        functools.partial(F.linear, weight=weight) if kernels is None else prepared_linear(kernels, weight)
-        for weight in (up, down)
-    )
+def dense_variant(name: str, shape: Shape, up: Matrix, down: Matrix, product: Product) -> Variant:
+    """The dense FFN from its up- and down-projections [k h, d] and [d, h]; `product` prepares one with a weight."""
+    act, k, product_up, product_down = activation(shape.activation), shape.k, product(up), product(down)
     size = up.nbytes + down.nbytes
     return Variant(name, lambda x: product_down(value(product_up(x), act, k)), lambda x: size)
+
+
+def torch_linear(weight: Matrix) -> Callable[[Tensor], Tensor]:
+    """The product with a dense weight by torch."""
+    assert isinstance(weight, Tensor), "torch multiplies dense weights only"
+    return lambda x: F.linear(x, weight)
 
 
 def few_bits_variant(kernels: Kernels, shape: Shape, group_size: int) -> Variant:
@@ -182,8 +186,9 @@ def few_bits_variant(kernels: Kernels, shape: Shape, group_size: int) -> Variant
         random_packed(rows, columns, 4, group_size)
         for rows, columns in ((shape.k * shape.h, shape.d), (shape.d, shape.h))
     )
-    laid = [lay_out(part, torch.bfloat16) or part for part in (up, down)]
-    return dense_variant(f"dense, int4 in groups of {group_size}", shape, *laid, kernels)
+    up_own, down_own = (lay_out(part, torch.bfloat16) or part for part in (up, down))
+    name, product = f"dense, int4 in groups of {group_size}", functools.partial(prepared_linear, kernels)
+    return dense_variant(name, shape, up_own, down_own, product)
 
 
 def variants(kernels: Kernels, shape: Shape) -> list[Variant]:
@@ -192,10 +197,11 @@ def variants(kernels: Kernels, shape: Shape) -> list[Variant]:
     dense = DenseFFN(w1, None, random_matrix(shape.h, shape.d).T, None, shape.activation)
     predictor = random_packed(shape.k * shape.h, shape.d, shape.bits)
     own_up, own_down = (lay_out(weight, weight.dtype) or weight for weight in (w1, down))
+    ours = functools.partial(prepared_linear, kernels)
     found = [
-        dense_variant("dense, our bf16 kernel", shape, own_up, own_down, kernels),
-        dense_variant("dense, our kernel row by row", shape, w1, down, kernels),
-        dense_variant("dense, F.linear", shape, w1, down, None),
+        dense_variant("dense, our bf16 kernel", shape, own_up, own_down, ours),
+        dense_variant("dense, our kernel row by row", shape, w1, down, ours),
+        dense_variant("dense, F.linear", shape, w1, down, torch_linear),
         *(few_bits_variant(kernels, shape, size) for size in _DENSE_GROUPS),
         folded_variant("folded, bf16", folded_weights(shape, predictor), dense),
         folded_variant("folded, int8 fold + int4 fallback", folded_weights(shape, predictor, 8), dense),
