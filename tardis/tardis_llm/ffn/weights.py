@@ -199,18 +199,10 @@ class Storage:
 
     def format(self, activation: str, bits: int, gated: bool = False) -> FoldFormat:
         """The format of a folded FFN with this activation and a predictor of so many bits."""
-        left, stacked = self.remainder_bits, self.fallback_bits is not None
-        usual = left is None or not stacked or left == self.fallback_bits - bits
-        return FoldFormat(
-            activation,
-            bits,
-            self.group_size,
-            "float16",
-            self.fold_bits,
-            self.fallback_bits,
-            None if usual else left,
-            gated,
-        )
+        left = self.remainder_bits
+        usual = left is None or self.fallback_bits is None or left == self.fallback_bits - bits
+        stored = self.group_size, "float16", self.fold_bits, self.fallback_bits
+        return FoldFormat(activation, bits, *stored, None if usual else left, gated)
 
 
 def _bits(matrix: Matrix | None) -> int | None:
