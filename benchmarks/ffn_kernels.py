@@ -4,12 +4,12 @@
     python benchmarks/ffn_kernels.py --shape llama-3-8b --fix-rate 0.2
 
 Weights are random, and the ranges are set so that the wanted share of the neurons is fixed, others by each input. Every
-round has an input of its own, and runs each variant once, so that what else the machine does falls on all of them; ratios are taken within rounds. The order is
-drawn anew in each, because a run pays for the code and data that the one before it pushed out of the caches. A
-variant's weights are out of the caches before each of its runs where the weights of all variants are larger than these,
-as in a whole model. All weights are in huge pages, and those that are read whole in panels, as `tardis generate` has
-them; so are the dense model's. Our kernels, dense and folded, are called with arguments that are put together once, as
-folded layers of models and engines call them, without torch's dispatch.
+round has an input of its own, and runs each variant once, so that what else the machine does falls on all of them;
+ratios are taken within rounds. The order is drawn anew in each, because a run pays for the code and data that the one
+before it pushed out of the caches. A variant's weights are out of the caches before each of its runs where the weights
+of all variants are larger than these, as in a whole model. All weights are in huge pages, and those that are read whole
+in panels, as `tardis generate` has them; so are the dense model's. Our kernels, dense and folded, are called with
+arguments that are put together once, as folded layers of models and engines call them, without torch's dispatch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch import Tensor
 from tardis_llm.allocator import contiguous_in_huge_pages
 from tardis_llm.ffn.activations import activation
 from tardis_llm.ffn.neuron import Neurons, value
-from tardis_llm.ffn.packed import PackedMatrix, pack
+from tardis_llm.ffn.packed import PackedMatrix
 from tardis_llm.ffn.weights import DenseFFN, FoldedWeights, Matrix
 from tardis_llm.runtime.backend import lay_out
 from tardis_llm.runtime.cpu.backend import CpuFFN
@@ -48,6 +48,8 @@ _SHAPES = {
     "llama-3-8b": (4096, 14336, True),
     "qwen2.5-1.5b": (1536, 8960, True),
 }
+#: makes the product with a weight, from x [tokens, in] to [tokens, out]
+Product = Callable[[Matrix], Callable[[Tensor], Tensor]]
 _GROUP = 256  # of our formats, unless told otherwise
 _DENSE_GROUPS = (128, _GROUP)  # of the dense FFN in int4
 
@@ -97,7 +99,7 @@ class Shape:
 
 def random_packed(rows: int, d: int, bits: int, group_size: int = _GROUP) -> PackedMatrix:
     """A low-bit matrix of random codes, whose products with normal inputs are of order one."""
-    planes = contiguous_in_huge_pages(pack(torch.randint(2**bits, (rows, d), dtype=torch.uint8), bits))
+    planes = contiguous_in_huge_pages(torch.randint(256, (rows, bits, -(-d // 8)), dtype=torch.uint8))
     scale = torch.full((rows, -(-d // group_size)), 3.5 / 2**bits / d**0.5, dtype=torch.float16)
     return PackedMatrix(planes, scale, d, group_size)
 
@@ -165,15 +167,17 @@ def folded_variant(name: str, folded: FoldedWeights, dense: DenseFFN) -> Variant
     return Variant(name, run, lambda x: round(weights.touched(float(run.fixed(x).any(0).float().mean()))))
 
 
-def dense_variant(name: str, shape: Shape, up: Matrix, down: Matrix, kernels: Kernels | None) -> Variant:
-    """The dense FFN from its up- and down-projections [k h, d] and [d, h], by the kernels or by torch."""
-    act, k = activation(shape.activation), shape.k
-    product_up, product_down = (
-        functools.partial(F.linear, weight=weight) if kernels is None else prepared_linear(kernels, weight)
-        for weight in (up, down)
-    )
+def dense_variant(name: str, shape: Shape, up: Matrix, down: Matrix, product: Product) -> Variant:
+    """The dense FFN from its up- and down-projections [k h, d] and [d, h]; `product` prepares one with a weight."""
+    act, k, product_up, product_down = activation(shape.activation), shape.k, product(up), product(down)
     size = up.nbytes + down.nbytes
     return Variant(name, lambda x: product_down(value(product_up(x), act, k)), lambda x: size)
+
+
+def torch_linear(weight: Matrix) -> Callable[[Tensor], Tensor]:
+    """The product with a dense weight by torch."""
+    assert isinstance(weight, Tensor), "torch multiplies dense weights only"
+    return lambda x: F.linear(x, weight)
 
 
 def few_bits_variant(kernels: Kernels, shape: Shape, group_size: int) -> Variant:
@@ -182,8 +186,9 @@ def few_bits_variant(kernels: Kernels, shape: Shape, group_size: int) -> Variant
         random_packed(rows, columns, 4, group_size)
         for rows, columns in ((shape.k * shape.h, shape.d), (shape.d, shape.h))
     )
-    laid = [lay_out(part, torch.bfloat16) or part for part in (up, down)]
-    return dense_variant(f"dense, int4 in groups of {group_size}", shape, *laid, kernels)
+    up_own, down_own = (lay_out(part, torch.bfloat16) or part for part in (up, down))
+    name, product = f"dense, int4 in groups of {group_size}", functools.partial(prepared_linear, kernels)
+    return dense_variant(name, shape, up_own, down_own, product)
 
 
 def variants(kernels: Kernels, shape: Shape) -> list[Variant]:
@@ -192,10 +197,11 @@ def variants(kernels: Kernels, shape: Shape) -> list[Variant]:
     dense = DenseFFN(w1, None, random_matrix(shape.h, shape.d).T, None, shape.activation)
     predictor = random_packed(shape.k * shape.h, shape.d, shape.bits)
     own_up, own_down = (lay_out(weight, weight.dtype) or weight for weight in (w1, down))
+    ours = functools.partial(prepared_linear, kernels)
     found = [
-        dense_variant("dense, our bf16 kernel", shape, own_up, own_down, kernels),
-        dense_variant("dense, our kernel row by row", shape, w1, down, kernels),
-        dense_variant("dense, F.linear", shape, w1, down, None),
+        dense_variant("dense, our bf16 kernel", shape, own_up, own_down, ours),
+        dense_variant("dense, our kernel row by row", shape, w1, down, ours),
+        dense_variant("dense, F.linear", shape, w1, down, torch_linear),
         *(few_bits_variant(kernels, shape, size) for size in _DENSE_GROUPS),
         folded_variant("folded, bf16", folded_weights(shape, predictor), dense),
         folded_variant("folded, int8 fold + int4 fallback", folded_weights(shape, predictor, 8), dense),
@@ -242,7 +248,9 @@ def ratio(base: list[float], own: list[float]) -> list[float]:
 def summary(todo: list[Variant], times: dict[str, list[float]], x: Tensor, bandwidth: float) -> list[dict[str, Any]]:
     """One row per variant: median time, ratios with their quartiles to the first two and to int4, bytes and rate."""
     rows = []
-    int4 = min((variant.name for variant in todo if "int4 in" in variant.name), key=lambda n: statistics.median(times[n]))
+    int4 = min(
+        (variant.name for variant in todo if "int4 in" in variant.name), key=lambda n: statistics.median(times[n])
+    )
     for variant in todo:
         own = times[variant.name]
         low, middle, high = ratio(times[todo[0].name], own)
@@ -282,7 +290,8 @@ def show(row: dict[str, Any]) -> None:
     low_int4, high_int4 = row["ratio_to_int4_quartiles"]
     print(
         f"batch {row['batch']:2d}  {row['variant']:34s} {row['ms']:8.2f} ms  {row['ratio']:5.2f}x "
-        f"[{low:.2f}-{high:.2f}], of int4 {row['ratio_to_int4']:4.2f}x [{low_int4:.2f}-{high_int4:.2f}]  {row['bytes'] / 1e6:7.1f} MB  {row['gb_per_s']:5.1f} GB/s = "
+        f"[{low:.2f}-{high:.2f}], of int4 {row['ratio_to_int4']:4.2f}x [{low_int4:.2f}-{high_int4:.2f}]  "
+        f"{row['bytes'] / 1e6:7.1f} MB  {row['gb_per_s']:5.1f} GB/s = "
         f"{row['of_bandwidth']:4.0%} of the read bandwidth"
     )
 
@@ -329,7 +338,11 @@ def main() -> None:
             show(row)
     if args.output:
         args.output.write_text(
-            json.dumps({"machine": machine, "settings": vars(args) | {"d": shape.d, "h": shape.h}, "rows": rows}, indent=1, default=str)
+            json.dumps(
+                {"machine": machine, "settings": vars(args) | {"d": shape.d, "h": shape.h}, "rows": rows},
+                indent=1,
+                default=str,
+            )
         )
 
 

@@ -674,8 +674,8 @@ def test_a_model_runs_through_the_kernels_and_keeps_its_weights(name: str, calls
         install(model, site, FoldedFFN(everything_fixed(ffn)))
     logits = model(ids).logits
     assert calls == [ids.numel()] * len(sites)
-    for key, value in state.items():  # laid out anew in memory, and the same
-        assert torch.equal(model.state_dict()[key], value)
+    for key, before in state.items():  # laid out anew in memory, and the same
+        assert torch.equal(model.state_dict()[key], before)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CpuBackend, "accepts", lambda self, x: False)
         torch.testing.assert_close(model(ids).logits, logits, rtol=1e-4, atol=1e-4)

@@ -29,6 +29,12 @@ def _of(width: int, layers: int, heads: int) -> dict[str, Any]:
     return {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
 
 
+def _gated(width: int, layers: int, heads: int, groups: int, neurons: int, vocabulary: int) -> dict[str, Any]:
+    """The fields of families with gated FFNs, whose heads share keys and values in groups."""
+    more = {"num_key_value_heads": groups, "intermediate_size": neurons, "vocab_size": vocabulary}
+    return {**_of(width, layers, heads), **more}
+
+
 #: model type and the fields of its config, as published; the last two are layouts of 16 layers without the large
 #: vocabulary, whose share of the bytes would hide that of the FFNs
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -40,6 +46,13 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "pythia-6.9b": ("gpt_neox", {**_of(4096, 32, 32), "intermediate_size": 16384}),
     "phi-2": ("phi", {**_of(2560, 32, 32), "intermediate_size": 10240}),
     "starcoder2-7b": ("starcoder2", {**_of(4608, 32, 36), "intermediate_size": 18432, "num_key_value_heads": 4}),
+    "llama-3-8b": ("llama", {**_gated(4096, 32, 32, 8, 14336, 128256), "tie_word_embeddings": False}),
+    "qwen2.5-1.5b": ("qwen2", {**_gated(1536, 28, 12, 2, 8960, 151936), "tie_word_embeddings": True}),
+    "gemma-2-2b": ("gemma2", {**_gated(2304, 26, 8, 4, 9216, 256000), "head_dim": 256, "tie_word_embeddings": True}),
+    "mistral-7b": (
+        "mistral",
+        {**_gated(4096, 32, 32, 8, 14336, 32768), "sliding_window": None, "tie_word_embeddings": False},
+    ),
     "gpt2-16x2048": ("gpt2", {"n_embd": 2048, "n_layer": 16, "n_head": 16, "vocab_size": 1024}),
     "falcon-16x2048": ("falcon", {**_of(2048, 16, 32), "vocab_size": 1024, "bias": False}),
 }
@@ -122,7 +135,7 @@ def random_folds(
     """A fold for every FFN of a model, random but for its ranges, which leave `fix_rate` of the neurons outside.
 
     The predictor's output is spread like the inputs of the FFN on random tokens, so that every token fixes other
-    neurons, about as many as stated.
+    neurons, about as many as stated. Lines are zero.
 
     Args:
         model: dense.
@@ -156,11 +169,11 @@ def _randomise(name: str, tensor: Tensor, generator: torch.Generator) -> None:
 
 
 def _set_ranges(ffn: FoldedFFN, site: FFNSite, x: Tensor, fix_rate: float) -> None:
-    """Bounds around zero with `fix_rate` of the predictions for inputs x [tokens, d] outside."""
-    b1, neurons = site.weights().b1, ffn.weights.neurons
-    predicted = F.linear(x.float(), written_out(ffn.predictor.matrix), None if b1 is None else b1.float())
-    tested = (neurons.residual(predicted) if site.gated else predicted).abs()
-    bound = tested.flatten().kthvalue(max(1, round((1 - fix_rate) * tested.numel()))).values
+    """Bounds around zero with `fix_rate` of what is predicted for inputs x [tokens, d] outside."""
+    b1 = site.weights().b1
+    v = F.linear(x.float(), written_out(ffn.predictor.matrix), None if b1 is None else b1.float())
+    size = ffn.weights.neurons.tested(v).abs().flatten()
+    bound = size.kthvalue(max(1, round((1 - fix_rate) * len(size)))).values
     ffn.low.fill_(-float(bound))
     ffn.high.fill_(float(bound))
 

@@ -51,7 +51,7 @@ def relu2(z: Tensor) -> Tensor:
 
 
 def xielu(z: Tensor, alpha_p: float, alpha_n: float, beta: float, eps: float) -> Tensor:
-    """xIELU (arXiv 2411.13010): `alpha_p z^2 + beta z` above zero, `alpha_n (expm1(min(z, eps)) - z) + beta z` below."""
+    """xIELU, arXiv 2411.13010: `alpha_p z^2 + beta z` above 0, `alpha_n (expm1(min(z, eps)) - z) + beta z` below."""
     below = alpha_n * (torch.expm1(z.clamp(max=eps)) - z)
     return torch.where(z > 0, alpha_p * z * z, below) + beta * z
 

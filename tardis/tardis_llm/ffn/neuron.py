@@ -110,9 +110,13 @@ class Neurons:
         """
         return self.residual(v).abs() * norm
 
+    def tested(self, v: Tensor) -> Tensor:
+        """[tokens, h] what hot ranges are of, for predicted v [tokens, k h]."""
+        return v if self.k == 1 else self.residual(v)
+
     def outside(self, v: Tensor) -> Tensor:
         """[tokens, h] bool: neurons out of their hot range by predicted v [tokens, k h]; NaN counts as out of it."""
-        tested = v if self.k == 1 else self.residual(v)
+        tested = self.tested(v)
         return ~((tested >= self.low.float()) & (tested <= self.high.float()))
 
     def _sloped(self, v: Tensor) -> Tensor:

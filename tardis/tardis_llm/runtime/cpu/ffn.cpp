@@ -74,25 +74,52 @@ void residuals(const TardisFFN& ffn, const Lines& lines, const float* const (&v)
     for (int64_t i = 0; i < count; ++i) out[i] -= lines.slope[0][i] * first[i] + lines.offset[i];
 }
 
-// The predictions of neurons begin..end-1, and which of them are out of their hot ranges: bits by token, and their union.
-struct Predicted {
-    float v[kMost][kMaxTokens * kBlockRows];
-    uint64_t token[kMaxTokens], any = 0;
+constexpr int64_t kSpan = 16;  // blocks whose gates are predicted before the others: memory reads long stretches faster
 
-    Predicted(const TardisFFN& ffn, const Input& x, int64_t begin, int64_t end) {
-        fetch(ffn, begin, end);
-        const int64_t h = neurons(ffn), count = end - begin;
+int64_t span_blocks(const TardisFFN& ffn, int64_t tokens) {
+    return ffn.k == 1 ? 1 : std::max<int64_t>(std::min(kSpan, kMaxTokens / tokens), 1);
+}
+
+// The predictions of some neurons, which are `span_blocks` blocks at most.
+class Predictions {
+public:
+    Predictions(const TardisFFN& ffn, const Input& x, Range some, int64_t block) : tokens_(x.tokens) {
+        const int64_t h = neurons(ffn);
         for (int j = 0; j < ffn.k; ++j) {
-            multiply(ffn.predictor, j * h + begin, j * h + end, x, v[j]);
-            const Widened b1(ffn.b1, j * h + begin, j * h + end);
-            for (int64_t t = 0; t < x.tokens; ++t)
-                for (int64_t i = 0; i < count; ++i) v[j][t * kBlockRows + i] += b1.at[i];
+            for (int64_t begin = some.begin, number = 0; begin < some.end; begin += block, ++number) {
+                const int64_t end = std::min(begin + block, some.end);
+                fetch(ffn, j, begin, end);
+                multiply(ffn.predictor, j * h + begin, j * h + end, x, at(j, number));
+                const Widened b1(ffn.b1, j * h + begin, j * h + end);
+                for (int64_t t = 0; t < x.tokens; ++t)
+                    for (int64_t i = 0; i < end - begin; ++i) at(j, number)[t * kBlockRows + i] += b1.at[i];
+            }
         }
-        test(ffn, x.tokens, begin, end);
     }
 
+    // Of up-projection j in a block, [tokens, kBlockRows].
+    float* at(int j, int64_t block) { return v_[j] + block * tokens_ * kBlockRows; }
+
 private:
-    void test(const TardisFFN& ffn, int64_t tokens, int64_t begin, int64_t end) {
+    // What the test reads: it comes from memory while the products are computed. Inlined as `prefetch` is.
+    static inline __attribute__((always_inline)) void fetch(const TardisFFN& ffn, int j, int64_t begin, int64_t end) {
+        const int64_t h = neurons(ffn);
+        prefetch(ffn.b1, j * h + begin, j * h + end);
+        if (ffn.k > 1) prefetch(ffn.slope, j * h + begin, j * h + end);
+        if (j + 1 < ffn.k) return;
+        for (const TardisVector* each : {&ffn.low, &ffn.high}) prefetch(*each, begin, end);
+        if (ffn.k > 1) prefetch(ffn.offset, begin, end);
+    }
+
+    const int64_t tokens_;
+    float v_[kMost][kMaxTokens * kBlockRows];
+};
+
+// Which of neurons begin..end-1 are out of their hot ranges by their predictions v: bits by token, and their union.
+struct OutOfRange {
+    uint64_t token[kMaxTokens], any = 0;
+
+    OutOfRange(const TardisFFN& ffn, int64_t begin, int64_t end, int64_t tokens, const float* const (&v)[kMost]) {
         const Widened low(ffn.low, begin, end), high(ffn.high, begin, end);
         const auto each = [&](const auto& tested) {
             for (int64_t t = 0; t < tokens; ++t) {
@@ -100,7 +127,10 @@ private:
                 any |= token[t];
             }
         };
-        if (ffn.k == 1) return each([&](int64_t at) { return v[0] + at; });
+        if (ffn.k == 1) {
+            each([&](int64_t at) { return v[0] + at; });
+            return;
+        }
         const Lines lines(ffn, begin, end);
         float residual[kBlockRows];
         each([&](int64_t at) {
@@ -108,18 +138,22 @@ private:
             return residual;
         });
     }
-
-    // What the test reads: it comes from memory while the products are computed.
-    static void fetch(const TardisFFN& ffn, int64_t begin, int64_t end) {
-        const int64_t h = neurons(ffn);
-        for (const TardisVector* each : {&ffn.low, &ffn.high}) prefetch(*each, begin, end);
-        for (int j = 0; j < ffn.k; ++j) {
-            prefetch(ffn.b1, j * h + begin, j * h + end);
-            if (ffn.k > 1) prefetch(ffn.slope, j * h + begin, j * h + end);
-        }
-        if (ffn.k > 1) prefetch(ffn.offset, begin, end);
-    }
 };
+
+// body(begin, end, v, out of range) for some neurons, block by block.
+template <typename F>
+void each_block(const TardisFFN& ffn, const Input& x, Range some, int64_t block, const F& body) {
+    const int64_t span = block * span_blocks(ffn, x.tokens);
+    for (int64_t first = some.begin; first < some.end; first += span) {
+        const int64_t last = std::min(first + span, some.end);
+        Predictions predictions(ffn, x, {first, last}, block);
+        for (int64_t begin = first, number = 0; begin < last; begin += block, ++number) {
+            const int64_t end = std::min(begin + block, last);
+            const float* v[kMost] = {predictions.at(0, number), predictions.at(1, number)};
+            body(begin, end, v, OutOfRange(ffn, begin, end, x.tokens, v));
+        }
+    }
+}
 
 // Pairs of a neuron and a token that fixes it, in the order of the neurons.
 struct Found {
@@ -175,34 +209,30 @@ private:
     public:
         Worker(const Folded& all, float* y) : all_(all), ffn_(all.ffn_), tokens_(all.tokens_), y_(y) {}
 
-        void run(Range rows) {
-            for (int64_t begin = rows.begin; begin < rows.end; begin += all_.block_) {
+        void run(Range neurons) {
+            each_block(ffn_, all_.x_, neurons, all_.block_, [&](int64_t begin, int64_t, const auto& v, const auto& out) {
                 if (found_.count + kBlockRows * tokens_ > kMaxFound) add_found(false);
-                predict({begin, std::min(begin + all_.block_, rows.end)});
-            }
+                find(begin, v, out);
+            });
             add_found(true);
         }
 
     private:
-        void predict(Range rows) {
-            const Predicted predicted(ffn_, all_.x_, rows.begin, rows.end);
-            for (uint64_t left = predicted.any; left; left &= left - 1) {
+        void find(int64_t begin, const float* const (&v)[kMost], const OutOfRange& out) {
+            for (uint64_t left = out.any; left; left &= left - 1) {
                 const int i = __builtin_ctzll(left);
-                const int64_t row = rows.begin + i;
                 uint64_t tokens = 0;
-                for (int64_t t = 0; t < tokens_; ++t) tokens |= ((predicted.token[t] >> i) & 1) << t;
-                for (; tokens; tokens &= tokens - 1) add(predicted, __builtin_ctzll(tokens), i, row);
+                for (int64_t t = 0; t < tokens_; ++t) tokens |= ((out.token[t] >> i) & 1) << t;
+                for (; tokens; tokens &= tokens - 1) {
+                    const int t = __builtin_ctzll(tokens);
+                    found_.row[found_.count] = static_cast<int32_t>(begin + i), found_.token[found_.count] = t;
+                    for (int j = 0; j < ffn_.k; ++j) found_.value[j][found_.count] = v[j][t * kBlockRows + i];
+                    ++found_.count;
+                }
                 for (int j = 0; j < ffn_.k; ++j)
-                    for (const TardisVector* v : {&ffn_.b1, &ffn_.slope}) prefetch(*v, j * all_.h_ + row);
-                prefetch(ffn_.offset, row);
+                    for (const TardisVector* each : {&ffn_.b1, &ffn_.slope}) prefetch(*each, j * all_.h_ + begin + i);
+                prefetch(ffn_.offset, begin + i);
             }
-        }
-
-        // Number i of the predicted neurons.
-        void add(const Predicted& predicted, int token, int i, int64_t row) {
-            const int64_t at = found_.count++;
-            found_.row[at] = static_cast<int32_t>(row), found_.token[at] = token;
-            for (int j = 0; j < ffn_.k; ++j) found_.value[j][at] = predicted.v[j][token * kBlockRows + i];
         }
 
         // Adds the residuals times W2 columns of the pairs found so far. Of each token a multiple of what kernels round
@@ -347,13 +377,14 @@ void fixed(const TardisFFN& ffn, const TardisBatch& batch) {
     Inputs inputs(batch, ffn.predictor.columns);
     const Input& x = inputs.for_matrix(ffn.predictor, batch.activation_bits);
     const int threads = threads_for(matrix_bytes(ffn.predictor), batch.threads);
-    const int64_t h = neurons(ffn), block = block_neurons(ffn, threads);
-    parallel(threads, blocks(h, block), [&](int64_t task) {
-        const int64_t begin = task * block, end = std::min(begin + block, h);
-        const Predicted predicted(ffn, x, begin, end);
-        for (int64_t t = 0; t < batch.tokens; ++t)
-            for (int64_t i = begin; i < end; ++i)
-                static_cast<uint8_t*>(batch.y)[t * h + i] = (predicted.token[t] >> (i - begin)) & 1;
+    const int64_t h = neurons(ffn), block = block_neurons(ffn, threads), some = block * span_blocks(ffn, batch.tokens);
+    parallel(threads, blocks(h, some), [&](int64_t task) {
+        const Range own = {task * some, std::min((task + 1) * some, h)};
+        each_block(ffn, x, own, block, [&](int64_t begin, int64_t end, const auto&, const OutOfRange& out) {
+            for (int64_t t = 0; t < batch.tokens; ++t)
+                for (int64_t i = begin; i < end; ++i)
+                    static_cast<uint8_t*>(batch.y)[t * h + i] = (out.token[t] >> (i - begin)) & 1;
+        });
     });
 }
 
