@@ -75,7 +75,9 @@ def output(model: PreTrainedModel) -> Tensor:
 
 
 def reduction_for(name: str) -> float | None:
-    return 0.6 if needs_reduction(name) else None
+    if not needs_reduction(name):
+        return None
+    return 0.4 if name == "cats" else 0.6  # which reads half of a plain FFN to choose its neurons
 
 
 def compressed(method: str, family: str = "gpt2", **more: object) -> tuple[PreTrainedModel, BaselineReport]:
@@ -138,7 +140,8 @@ def test_every_baseline_runs_and_changes_the_model(name: str):
     assert report.method == name
     assert bool(torch.isfinite(output(model)).all())
     assert not torch.allclose(output(model), output(tiny_model("gpt2")))
-    assert report.touched == report.resident < report.dense
+    assert report.touched < report.dense
+    assert report.resident == (report.dense if name in ("teal", "cats") else report.touched)
 
 
 @pytest.mark.parametrize("name", ["magnitude", "wanda", "ria", "sparsegpt", "owl-wanda", "owl-sparsegpt"])
@@ -299,8 +302,8 @@ def test_short_names_are_completed():
     assert [full_name(name) for name in ("rtn4", "gptq2", "gptq8-g64", "wanda")] == [
         *("rtn4-g128", "gptq2-g128", "gptq8-g64", "wanda")
     ]
-    assert len(NAMES) == len(set(NAMES)) == 6 + 2 * 4 * 2 + 1
-    assert [name for name in NAMES if needs_reduction(name)] == list(NAMES[:6])
+    assert len(NAMES) == len(set(NAMES)) == 8 + 2 * 4 * 2 + 1
+    assert [name for name in NAMES if needs_reduction(name)] == list(NAMES[:8])
 
 
 @pytest.mark.parametrize("name", ["", "rtn5", "gptq4-g32", "owl-ria", "Wanda", "rtn4-g128x"])
@@ -369,7 +372,7 @@ def test_a_linear_layer_that_never_runs_is_named():
 
 def test_families_without_support_are_refused():
     model = tiny_model("gpt2")
-    model.config.model_type = "llama"
+    model.config.model_type = "mixtral"
     with pytest.raises(UnsupportedModelError):
         apply_baseline("rtn4", model, WINDOWS)
 

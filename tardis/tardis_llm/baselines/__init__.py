@@ -3,6 +3,7 @@
 from .matrices import Scope, find_matrices
 from .methods import NAMES, apply_baseline, full_name, needs_reduction
 from .report import BaselineReport, MatrixReport
+from .skipping import count_skips
 
 __all__ = [
     "NAMES",
@@ -10,6 +11,7 @@ __all__ = [
     "MatrixReport",
     "Scope",
     "apply_baseline",
+    "count_skips",
     "find_matrices",
     "full_name",
     "needs_reduction",

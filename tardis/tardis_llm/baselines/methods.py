@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..calibration.text import Windows
 from ..errors import InvalidInputError
 from ..report import Progress, silent
-from . import affine
+from . import affine, cats, teal
 from .gptq import quantise_gptq
 from .inputs import InputStatistics, Need
 from .layerwise import MatrixMethod, compress_layerwise, outlier_shares
@@ -34,7 +34,12 @@ _PRUNERS: dict[str, tuple[Need, _Prune]] = {
     "ria": (Need.NORMS, lambda w, x, s: prune_ria(w, x.norms, s)),
     "sparsegpt": (Need.GRAM, lambda w, x, s: prune_sparsegpt(w, x.hessian, s)),
 }
-_SPARSE = (*_PRUNERS, "owl-wanda", "owl-sparsegpt")
+#: methods for whole FFNs, with a reduction
+_FFN_METHODS: dict[str, Callable[[PreTrainedModel, Windows, float, Scope, Progress], BaselineReport]] = {
+    teal.NAME: teal.apply_teal,
+    cats.NAME: cats.apply_cats,
+}
+_SPARSE = (*_PRUNERS, "owl-wanda", "owl-sparsegpt", *_FFN_METHODS)
 
 #: every baseline by its full name; `rtn4` and the like are short for `rtn4-g128`
 NAMES = (
@@ -82,15 +87,17 @@ def apply_baseline(
         name: one of `NAMES`, or short for one.
         model: of a supported family, in eval mode, on the CPU.
         windows: calibration tokens.
-        reduction: for methods that remove weights, the share of weights to remove; None for those of fixed size. What
-            it saves in bytes, once the index is counted, is less, and in the report.
-        scope: "ffn" for the two matrices of every FFN, "all" for every linear layer in the blocks.
+        reduction: for methods that remove or skip weights, the share of weights to remove or skip; None for those of
+            fixed size. What it saves in bytes, once the index is counted, is less, and in the report.
+        scope: "ffn" for the matrices of every FFN, "all" for every linear layer in the blocks, where the method is one
+            for matrices.
         progress: told of each step.
 
     Raises:
         UnsupportedModelError: the model's family is not supported.
-        InvalidInputError: no such baseline, a reduction that does not suit it, or weights or inputs that are not
-            finite.
+        InvalidInputError: no such baseline, a reduction or scope that does not suit it, or weights or inputs that are
+            not finite.
+        InfeasibleBudgetError: CATS reads more than the reduction leaves to choose its neurons.
     """
     name = full_name(name)
     sparsity = _checked_reduction(name, reduction)
@@ -100,6 +107,8 @@ def apply_baseline(
         return affine.replace_by_affine(model, windows, progress)
     if sparsity is None:
         return compress_layerwise(model, windows, _quantiser(name), scope, progress)
+    if name in _FFN_METHODS:
+        return _FFN_METHODS[name](model, windows, sparsity, scope, progress)
     if not name.startswith(_OWL):
         return compress_layerwise(model, windows, _pruner(name, sparsity, sparsity), scope, progress)
     sparsities = block_sparsities(outlier_shares(model, windows, scope, progress), sparsity)

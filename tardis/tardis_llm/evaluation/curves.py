@@ -41,6 +41,8 @@ _SERIES = {
     "ria": Series("RIA", "#B5651D", "<"),
     "magnitude": Series("magnitude", "#BBBBBB", ">"),
     "affine": Series("affine map", "#000000", "*"),
+    "teal": Series("TEAL", "#6A3D9A", "P"),
+    "cats": Series("CATS", "#CAB2D6", "P"),
 }
 _MARKS: dict[str, Any] = {"markersize": 6, "elinewidth": 1}
 _WORST = 3.0  # perplexity over dense beyond which a method is broken, and drawn at the edge
