@@ -166,7 +166,7 @@ def test_low_precision_models_skip_in_their_dtype(method: str):
     assert logits(model).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("method", ["teal", "cats"])
+@pytest.mark.parametrize("method", ["teal", "cats", "flap", "skip"])
 def test_methods_for_ffns_refuse_all_linear_layers(method: str):
     with pytest.raises(InvalidInputError, match="give 'ffn'"):
         apply_baseline(method, rival_model("gpt2"), WINDOWS, 0.4, "all")

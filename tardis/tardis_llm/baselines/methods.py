@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..calibration.text import Windows
 from ..errors import InvalidInputError
 from ..report import Progress, silent
-from . import affine, cats, teal
+from . import affine, cats, flap, layer_skipping, teal
 from .gptq import quantise_gptq
 from .inputs import InputStatistics, Need
 from .layerwise import MatrixMethod, compress_layerwise, outlier_shares
@@ -38,6 +38,8 @@ _PRUNERS: dict[str, tuple[Need, _Prune]] = {
 _FFN_METHODS: dict[str, Callable[[PreTrainedModel, Windows, float, Scope, Progress], BaselineReport]] = {
     teal.NAME: teal.apply_teal,
     cats.NAME: cats.apply_cats,
+    flap.NAME: flap.prune_flap,
+    layer_skipping.NAME: layer_skipping.skip_layers,
 }
 _SPARSE = (*_PRUNERS, "owl-wanda", "owl-sparsegpt", *_FFN_METHODS)
 
@@ -102,9 +104,7 @@ def apply_baseline(
     name = full_name(name)
     sparsity = _checked_reduction(name, reduction)
     if name == affine.NAME:
-        if scope != "ffn":
-            raise InvalidInputError(f"{name} replaces FFNs and nothing else, but scope is {scope!r}; give 'ffn'.")
-        return affine.replace_by_affine(model, windows, progress)
+        return affine.replace_by_affine(model, windows, scope, progress)
     if sparsity is None:
         return compress_layerwise(model, windows, _quantiser(name), scope, progress)
     if name in _FFN_METHODS:

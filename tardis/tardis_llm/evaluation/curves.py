@@ -43,6 +43,8 @@ _SERIES = {
     "affine": Series("affine map", "#000000", "*"),
     "teal": Series("TEAL", "#6A3D9A", "P"),
     "cats": Series("CATS", "#CAB2D6", "P"),
+    "flap": Series("FLAP", "#33A02C", "X"),
+    "skip": Series("FFNs skipped", "#1F1F7A", "X"),
 }
 _MARKS: dict[str, Any] = {"markersize": 6, "elinewidth": 1}
 _WORST = 3.0  # perplexity over dense beyond which a method is broken, and drawn at the edge
