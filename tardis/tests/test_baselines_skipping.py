@@ -166,7 +166,8 @@ def test_low_precision_models_skip_in_their_dtype(method: str):
     assert logits(model).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("method", ["teal", "cats", "flap", "skip"])
+@pytest.mark.parametrize("method", ["teal", "cats", "flap", "skip", "rtn4+affine"])
 def test_methods_for_ffns_refuse_all_linear_layers(method: str):
+    reduction = None if method.startswith("rtn") else 0.4
     with pytest.raises(InvalidInputError, match="give 'ffn'"):
-        apply_baseline(method, rival_model("gpt2"), WINDOWS, 0.4, "all")
+        apply_baseline(method, rival_model("gpt2"), WINDOWS, reduction, "all")
