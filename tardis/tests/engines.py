@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from folds import SETTINGS, text
-from models import tiny_model, tiny_tokenizer
+from models import tiny_config, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 from tardis_llm import FoldConfig, fold, save_folded
@@ -35,7 +35,7 @@ needs_vllm = pytest.mark.skipif(
     reason="vLLM is not installed here; `make test-vllm` installs it and runs this",
 )
 #: causal families of the table that vLLM 0.32 does not have
-NOT_SERVED = ["biogpt", "codegen", "mpt", "persimmon", "xglm"]
+NOT_SERVED = ["biogpt", "codegen", "mpt", "persimmon", "xglm", "ministral", "helium"]
 STACKED = replace(SETTINGS, predictor_bits=2, fold_bits=8, fallback_bits=4, reduction=0.6)
 
 
@@ -46,7 +46,8 @@ def environment(**changes: str) -> dict[str, str]:
 
 def heads(name: str) -> dict[str, int]:
     """Config fields that give a tiny model two heads of 32, which is the least that vLLM's attention takes."""
-    return {"n_head" if name in ("gpt2", "gpt_bigcode", "gptj", "bloom") else "num_attention_heads": 2}
+    own_size = {"head_dim": 32} if "head_dim" in tiny_config(name).to_dict() else {}
+    return {"n_head" if name in ("gpt2", "gpt_bigcode", "gptj", "bloom") else "num_attention_heads": 2, **own_size}
 
 
 def save_tiny(
