@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from folds import SETTINGS, text
-from models import tiny_config, tiny_model, tiny_tokenizer
+from models import LAYERS, tiny_config, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 from tardis_llm import FoldConfig, fold, save_folded
@@ -44,10 +44,19 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, **_ENVIRONMENT, **changes}
 
 
-def heads(name: str) -> dict[str, int]:
-    """Config fields that give a tiny model two heads of 32, which is the least that vLLM's attention takes."""
-    own_size = {"head_dim": 32} if "head_dim" in tiny_config(name).to_dict() else {}
-    return {"n_head" if name in ("gpt2", "gpt_bigcode", "gptj", "bloom") else "num_attention_heads": 2, **own_size}
+def heads(name: str) -> dict[str, Any]:
+    """Config fields that give a tiny model attention that vLLM has: two heads of 32, which is the least that it takes.
+
+    It has no Qwen whose attention has a window in some blocks only.
+    """
+    fields: dict[str, Any] = {"num_attention_heads": 2}
+    if name in ("gpt2", "gpt_bigcode", "gptj", "bloom"):
+        fields = {"n_head": 2}
+    if "head_dim" in tiny_config(name).to_dict():
+        fields["head_dim"] = 32
+    if name in ("qwen2", "qwen3"):
+        fields |= {"use_sliding_window": False, "layer_types": LAYERS * ["full_attention"]}
+    return fields
 
 
 def save_tiny(
