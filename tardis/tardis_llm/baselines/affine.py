@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..calibration.inputs import token_count
 from ..calibration.moments import SecondMoments
 from ..calibration.stream import Stream
 from ..calibration.text import Windows
@@ -71,7 +72,7 @@ def replace_by_affine(model: PreTrainedModel, windows: Windows, progress: Progre
     find_matrices(model, "ffn")  # checks the weights of all before any is replaced
     sites, rows = find_ffns(model), []
     with tempfile.TemporaryDirectory() as scratch:
-        streams = [stream_of(model, ids, scratch) for ids in (windows.fit, windows.heldout)]
+        streams = [stream_of(model, inputs, scratch) for inputs in windows]
         for done, site in enumerate(sites):
             progress(_STAGE, done, len(sites))
             fit, heldout = (_moments(site, stream) for stream in streams)
@@ -80,7 +81,7 @@ def replace_by_affine(model: PreTrainedModel, windows: Windows, progress: Progre
                 for stream in streams:
                     stream.advance()
     progress(_STAGE, len(sites), len(sites))
-    return BaselineReport(NAME, "ffn", None, windows.fit.numel(), rows)
+    return BaselineReport(NAME, "ffn", None, token_count(windows.fit), rows)
 
 
 def install(model: nn.Module, site: FFNSite, weight: Tensor, bias: Tensor) -> MatrixReport:

@@ -12,7 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..calibration.limits import check_tokens, token_limit
 from ..config import check_seed
 from ..errors import InvalidInputError
-from ..families.table import family_of
+from ..families.table import family_of, kind_of
 from ..runtime.decoding import compile_errors_explained, compiled
 
 _COLDEST = 1e-3  # a temperature by which scores can be divided
@@ -28,8 +28,8 @@ def prompt_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, promp
         >>> prompt_ids(model, tokenizer, "Once upon").shape
         torch.Size([1, 9])
     """
-    if not family_of(model.config).causal:
-        raise InvalidInputError(f"{type(model).__name__} is an encoder, which generates no text; give a causal model.")
+    if not family_of(model.config).language_model:
+        raise InvalidInputError(f"{kind_of(model)}, and goes on from no text; give a causal language model.")
     ids: Tensor = tokenizer(prompt, return_tensors="pt", verbose=False).input_ids.long()
     if not ids.numel():
         raise InvalidInputError("the prompt is empty; give some words to go on from.")
