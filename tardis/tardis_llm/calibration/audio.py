@@ -133,7 +133,7 @@ def _pcm(file: Any) -> Samples:
         values = np.frombuffer(raw, f"<i{width}").astype(np.float32) / 2 ** (8 * width - 1)
     else:
         raise InvalidInputError(f"samples have {8 * width} bits, and 8, 16 or 32 are read")
-    return values.reshape(-1, file.getnchannels())
+    return np.asarray(values.reshape(-1, file.getnchannels()), np.float32)
 
 
 def _at_rate(samples: Samples, found: int, rate: int, path: Path) -> Samples:

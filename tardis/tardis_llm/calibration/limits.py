@@ -86,12 +86,12 @@ def check_kind(model: PreTrainedModel, speech: bool) -> None:
     name, hears = type(model).__name__, family_of(model.config).speech
     if speech and not hears:
         raise InvalidInputError(
-            f"{name} reads text, and speech is given; give token ids, or --text instead of --audio."
+            f"{name} reads text, and speech is given; give token ids, or --text, not --audio."
         )
     if hears and not speech:
         raise InvalidInputError(
-            f"{name} hears speech, and text is given; give log-mel features [windows, mels, frames], or --audio "
-            "instead of --text."
+            f"{name} hears speech, and text is given; give log-mel features [windows, mels, frames], or --audio, "
+            "not --text."
         )
 
 

@@ -1,4 +1,4 @@
-"""Windows of speech to calibrate on: features with the transcripts that the dense model itself writes down, greedily."""
+"""Windows of speech to calibrate on: features, with the transcripts that the dense model itself writes down."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ def transcribe(model: PreTrainedModel, features: Tensor) -> list[Tensor]:
     """
     check_features(model, features)
     settings = {"do_sample": False, "num_beams": 1, "return_timestamps": False, "return_dict_in_generate": True}
-    written = model.generate(features.to(model.dtype), **settings).sequences
+    whole = torch.ones(len(features), features.shape[2], dtype=torch.long)  # silence counts, too
+    written = model.generate(features.to(model.dtype), attention_mask=whole, **settings).sequences
     return [_until_end(ids, _ends(model)) for ids in written]
 
 

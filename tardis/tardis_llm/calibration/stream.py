@@ -162,8 +162,8 @@ class Stream:
     def loss(self, reference: Tensor | None = None) -> float:
         """The model's loss on the windows, with the remaining blocks as they are now; the stream does not move on.
 
-        A causal model's loss is the next-token cross-entropy in nats, for speech that of the transcripts. An encoder's is the squared error of its output
-        against `reference`, relative to the squared norm of that.
+        A causal model's loss is the next-token cross-entropy in nats, for a model of speech that of the transcripts. An
+        encoder's is the squared error of its output against `reference`, relative to the squared norm of that.
 
         Args:
             reference: for an encoder, what `reference()` returned before the model was changed.
@@ -220,7 +220,7 @@ def _rows(part: Tensor, real: Tensor | None) -> Tensor:
 
 
 def _losses(logits: Tensor, inputs: TextOrSpeech) -> Tensor:
-    """[tokens] fp32 cross-entropy of each token but the first of a window, from logits [windows, length, vocabulary]."""
+    """[tokens] fp32, cross-entropy of every token but a window's first, from logits [windows, length, vocabulary]."""
     ids, real = ids_of(inputs), is_text(inputs)
     losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     return losses if real is None else losses[real[:, 1:].flatten()]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from .documents import Documents, read_documents
 from .inputs import Speech, TextOrSpeech, ids_of, token_count
 from .limits import Tokenizer, check_windows
 
-Windowed = TypeVar("Windowed", Tensor, Speech)
+Windowed = TypeVar("Windowed", bound=TextOrSpeech)
 
 _SPANS = 64  # how many pieces of a long text are tokenized
 _PROBE = "text"
@@ -184,7 +184,8 @@ def some_windows(windows: Windowed, tokens: int) -> Windowed:
         windows: [count, length] token ids, or speech.
         tokens: about how many tokens to keep, in two windows at least; 0 for all.
     """
-    return windows[spread(len(windows), max(2, tokens // ids_of(windows).shape[1]) if tokens else None)]
+    chosen = spread(len(windows), max(2, tokens // ids_of(windows).shape[1]) if tokens else None)
+    return cast(Windowed, windows[chosen])
 
 
 def check_enough(windows: Windows, d: int) -> None:

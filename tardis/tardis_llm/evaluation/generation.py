@@ -10,11 +10,13 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation.streamers import BaseStreamer
 
 from ..calibration.limits import check_tokens, token_limit
+from ..calibration.speech import transcribe
 from ..config import check_seed
 from ..errors import InvalidInputError
 from ..families.table import family_of, kind_of
 from ..runtime.decoding import compile_errors_explained, compiled
 
+_AT_ONCE = 8  # windows of speech
 _COLDEST = 1e-3  # a temperature by which scores can be divided
 
 
@@ -100,6 +102,19 @@ def generate(
         )
     text: str = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     return text
+
+
+def transcript(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, features: Tensor) -> str:
+    """What a model of speech writes down for windows of features, greedily.
+
+    Args:
+        features: [windows, mels, frames]; see `read_audio`.
+
+    Raises:
+        InvalidInputError: features do not fit the model.
+    """
+    windows = [text for some in features.split(_AT_ONCE) for text in transcribe(model, some)]
+    return "".join(tokenizer.decode(ids, skip_special_tokens=True) for ids in windows).strip()
 
 
 def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:

@@ -130,11 +130,11 @@ def survey(model: PreTrainedModel, windows: Windows | None = None, progress: Pro
     if windows is None:
         return Survey(layers, [], 0, ffns)
     check_enough(windows, sites[0].hidden_size)
-    for inputs in windows:
-        check_windows(model, inputs)
+    for some in windows:
+        check_windows(model, some)
     found, ranges = [], []
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
-        fit, heldout = (Stream(model, inputs, Path(scratch), _MEMORY, _BATCH_TOKENS) for inputs in windows)
+        fit, heldout = (Stream(model, some, Path(scratch), _MEMORY, _BATCH_TOKENS) for some in windows)
         for site, layer in zip(sites, layers, strict=True):
             inputs = Inputs(Tokens(fit.ffn_inputs(site)), Tokens(heldout.ffn_inputs(site)))
             measured, hot = _measure(layer, sound_weights(site).in_fp32(), inputs)

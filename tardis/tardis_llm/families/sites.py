@@ -178,12 +178,15 @@ def layer_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
     """
     base = next(name for name, module in model.named_modules() if module is model.base_model)
     names = [_join(base, path) for path in family_of(model.config).lists]
-    found = {name: _submodule(model, name, type(model).__name__) for name in names}
-    for name, layers in found.items():
-        if not isinstance(layers, nn.ModuleList):
-            kind = type(layers).__name__
-            raise InvalidInputError(f"{name} is a {kind}, not a ModuleList. Pass an unmodified model.")
-    return found
+    return {name: _list_at(model, name) for name in names}
+
+
+def _list_at(model: PreTrainedModel, name: str) -> nn.ModuleList:
+    layers = _submodule(model, name, type(model).__name__)
+    if not isinstance(layers, nn.ModuleList):
+        found = type(layers).__name__
+        raise InvalidInputError(f"{name} is a {found}, not a ModuleList. Pass an unmodified model.")
+    return layers
 
 
 def layer_list(model: PreTrainedModel) -> nn.ModuleList:
