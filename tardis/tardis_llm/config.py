@@ -13,7 +13,7 @@ Rounding = Literal["gptq", "nearest"]
 Target = Literal["dense", "own", "stream"]
 
 #: version of the checkpoint format that this package writes, and the newest that it reads
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 #: bits per weight that a predictor may have
 PREDICTOR_BITS = (1, 2, 3, 4, 8)
 #: bits per weight that anything else may have: a fold, fallback weights, linear layers outside the FFNs

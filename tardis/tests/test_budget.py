@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import correlated, fitted, quick, random_ffn
 
+from tardis_llm.calibration.moments import Tokens
 from tardis_llm.config import PREDICTOR_BITS
 from tardis_llm.errors import InfeasibleBudgetError
 from tardis_llm.ffn import accounting
@@ -50,7 +51,7 @@ def total(options: list[Option] | tuple[Option, ...], name: str) -> float:
 @pytest.mark.parametrize("d", [20, 32])
 def test_bytes_equal_those_of_the_stored_tensors(bits: int, group_size: int, d: int) -> None:
     ffn = random_ffn(d, 48)
-    inputs = Inputs(correlated(300, d, 1), correlated(100, d, 2))
+    inputs = Inputs(Tokens(correlated(300, d, 1)), Tokens(correlated(100, d, 2)))
     weights, _ = fitted(ffn, inputs, 0.1)
     weights = replace(weights, predictor=quantise(ffn.w1, bits, group_size))
     stored = sum(tensor.nbytes for tensor in FoldedFFN(weights).state_dict().values())
@@ -89,7 +90,7 @@ def test_bytes_of_a_stacked_example_by_hand() -> None:
 @pytest.mark.parametrize("fallback_bits", [4, 8])
 @pytest.mark.parametrize("fold_bits", [None, 4, 8])
 def test_stacked_bytes_equal_those_of_the_stored_tensors(bits: int, fallback_bits: int, fold_bits: int | None) -> None:
-    form = FoldFormat("gelu", bits, 24, "float16", fold_bits, fallback_bits)
+    form = FoldFormat("gelu", bits, 24, "float16", fold_bits, fallback_bits, down_zero=True)
     shape, storage = shaped(40, 48, 2, False), Storage(24, fold_bits, fallback_bits)
     ffn = FoldedFFN(FoldedWeights.empty(form, 40, 48, torch.bfloat16, torch.device("meta")))
     assert ffn.weights.format == form and storage.format("gelu", bits) == form

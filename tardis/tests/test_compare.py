@@ -19,6 +19,7 @@ from models import tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 from results import read_table
+from tardis_llm.baselines import count_skips
 from tardis_llm.calibration.text import split_windows
 from tardis_llm.errors import InvalidInputError
 from tardis_llm.evaluation import compare as module
@@ -112,6 +113,23 @@ def test_folds_are_counted_with_the_neurons_fixed_on_the_evaluation_text(tmp_pat
         touched += always + 2 * 256 + rate * fixing
     assert cell.touched == pytest.approx(touched)
     assert cell.resident < 0.7 * cell.dense
+
+
+def test_what_skips_is_counted_on_the_evaluation_text(tmp_path: Path):
+    kept: list[PreTrainedModel] = []
+
+    def load() -> PreTrainedModel:
+        kept.append(tiny_model("gpt2", dtype=torch.bfloat16))
+        return kept[-1]
+
+    dense, teal, cats, repaired = cells(comparison(tmp_path, load=load), "teal@0.4,cats@0.3,rtn3+affine")
+    with count_skips(kept[1]) as counts:
+        token_perplexity(kept[1], EVALUATION)
+    saved = sum(rate * 2 * 64 * 256 for rate in counts.rates.values())
+    assert teal.touched == pytest.approx(dense.touched - saved)
+    assert teal.resident == cats.resident == dense.resident
+    assert Row.of(cats, dense).touched == pytest.approx(0.7, abs=0.05)
+    assert repaired.touched < dense.touched
 
 
 def test_what_does_not_fit_says_why_and_does_not_stop_the_rest(measured: list[Cell]):

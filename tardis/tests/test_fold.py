@@ -12,7 +12,7 @@ import torch
 from synthetic import correlated, fallback, fitted, forward, normal, random_ffn, residuals
 from torch import Tensor
 
-from tardis_llm.calibration.moments import BINS, SPAN
+from tardis_llm.calibration.moments import BINS, SPAN, Tokens
 from tardis_llm.config import FoldConfig
 from tardis_llm.ffn.activations import ACTIVATIONS, activation
 from tardis_llm.ffn.neuron import Neurons
@@ -39,7 +39,7 @@ both_policies = pytest.mark.parametrize("policy", ["error", "coverage"])
 
 def inputs_for(tokens: int = 2000, dtype: torch.dtype = torch.float32) -> Inputs:
     """Inputs to fit on, and a quarter as many kept apart."""
-    return Inputs(correlated(tokens, D, 1).to(dtype), correlated(tokens // 4, D, 2).to(dtype))
+    return Inputs(*(Tokens(correlated(count, D, seed).to(dtype)) for count, seed in ((tokens, 1), (tokens // 4, 2))))
 
 
 def output_error(folded: FoldedWeights, ffn: DenseFFN, x: Tensor) -> float:
@@ -121,9 +121,9 @@ def test_without_refit_fold_and_all_residuals_make_the_dense_output(name: str) -
 def test_the_quality_is_what_the_runtime_gives_on_the_held_out_tokens(name: str, policy: str, refit: bool) -> None:
     ffn, inputs = random_ffn(D, H, name), inputs_for()
     folded, quality = calibrated(name, 0.02, refit, policy)
-    fixed = fixed_neurons(inputs.heldout, folded.beside(ffn))
+    fixed = fixed_neurons(inputs.heldout.x, folded.beside(ffn))
     assert quality.fix_rate == pytest.approx(float(fixed.double().mean()), abs=1e-4)
-    assert quality.error == pytest.approx(output_error(folded, ffn, inputs.heldout), rel=1e-2)
+    assert quality.error == pytest.approx(output_error(folded, ffn, inputs.heldout.x), rel=1e-2)
 
 
 @some_activations
@@ -147,8 +147,8 @@ def test_refitting_lowers_the_error_on_text_not_seen(name: str, policy: str, rat
 def test_linearity_is_the_error_of_the_best_affine_map(name: str) -> None:
     ffn, inputs = random_ffn(D, H, name), inputs_for(8000)
     _, quality = fitted(ffn, inputs, 0.02)
-    ones = [torch.cat([x, torch.ones(len(x), 1)], 1).double().numpy() for x in (inputs.fit, inputs.heldout)]
-    y, y_held = forward(ffn, inputs.fit).numpy(), forward(ffn, inputs.heldout).numpy()
+    ones = [torch.cat([x, torch.ones(len(x), 1)], 1).double().numpy() for x in (inputs.fit.x, inputs.heldout.x)]
+    y, y_held = forward(ffn, inputs.fit.x).numpy(), forward(ffn, inputs.heldout.x).numpy()
     left = ones[1] @ np.linalg.lstsq(ones[0], y, rcond=None)[0] - y_held
     assert quality.linearity == pytest.approx((left**2).sum() / len(left) / y_held.var(0).sum(), rel=0.02)
 
@@ -209,24 +209,24 @@ def test_the_error_curve_runs_from_fixing_nothing_to_much(name: str) -> None:
 def test_predictions_are_binned_by_the_rounded_weights() -> None:
     ffn, inputs = random_ffn(D, H), inputs_for()
     predicted = predict(ffn, inputs, 2, FoldConfig(group_size=16))
-    zhat = inputs.heldout @ predicted.predictor.dequantise().T + ffn.b1
-    z = inputs.heldout @ ffn.w1.T + ffn.b1
+    zhat = inputs.heldout.x @ predicted.predictor.dequantise().T + ffn.b1
+    z = inputs.heldout.x @ ffn.w1.T + ffn.b1
     inner = predicted.heldout.edges()[:, 48]
     torch.testing.assert_close(predicted.heldout.count[:, :48].sum(1), (zhat < inner).double().sum(0), rtol=0, atol=1)
-    torch.testing.assert_close(predicted.heldout.sums[1].sum(1), z.double().sum(0), rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(predicted.heldout.sums[2].sum(1), z.double().sum(0), rtol=1e-4, atol=1e-2)
     assert torch.equal(predicted.fit.edges(), predicted.heldout.edges())
-    zhat = inputs.fit @ predicted.predictor.dequantise().T + ffn.b1
+    zhat = inputs.fit.x @ predicted.predictor.dequantise().T + ffn.b1
     torch.testing.assert_close(predicted.fit.width * BINS / (2 * SPAN), zhat.std(0), rtol=1e-2, atol=0)
     torch.testing.assert_close(predicted.fit.edge + SPAN * zhat.std(0), zhat.mean(0), rtol=0, atol=2e-2)
 
 
 def test_gptq_follows_the_inputs_and_nearest_does_not() -> None:
     ffn, inputs = random_ffn(D, H), inputs_for()
-    z = inputs.heldout @ ffn.w1.T
+    z = inputs.heldout.x @ ffn.w1.T
     error = {}
     for rounding in ("gptq", "nearest"):
         w_hat = predict(ffn, inputs, 2, FoldConfig(group_size=16, rounding=rounding)).predictor.dequantise()
-        error[rounding] = float((inputs.heldout @ w_hat.T - z).square().mean())
+        error[rounding] = float((inputs.heldout.x @ w_hat.T - z).square().mean())
     assert error["gptq"] < 0.8 * error["nearest"]
 
 
@@ -236,7 +236,7 @@ def test_neurons_that_are_always_the_same_are_not_fixed(policy: str) -> None:
     ffn.w1[:16] = 0
     ffn.b1[:16] = torch.linspace(-5, 5, 16)
     folded, quality = fitted(ffn, inputs, 0.02, policy=policy)
-    assert fixed_neurons(inputs.heldout, folded.beside(ffn))[:, :16].float().mean() < 0.01
+    assert fixed_neurons(inputs.heldout.x, folded.beside(ffn))[:, :16].float().mean() < 0.01
     assert quality.fix_rate <= 0.0201
 
 
@@ -299,5 +299,5 @@ def test_an_ffn_of_a_relu_model_folds_to_contextual_sparsity() -> None:
     folded, quality = finish(ffn, inputs, predicted, ranges, FoldConfig(refit=False), torch.float32)
     assert folded.fold.abs().max() < 0.01
     assert quality.error < 1e-3
-    z = inputs.heldout @ ffn.w1.T + ffn.b1
+    z = inputs.heldout.x @ ffn.w1.T + ffn.b1
     assert quality.fix_rate == pytest.approx(float((z > 0).float().mean()), abs=0.03)

@@ -15,9 +15,10 @@ from tardis_llm.report import FoldReport
 
 
 def test_names_without_a_reduction_get_all_of_them_and_those_of_fixed_size_none():
-    found = parse("tardis, wanda@0.6,gptq4,tardis-int4@0.875", [0.5, 0.7])
+    found = parse("tardis, wanda@0.6,gptq4,teal@0.4,gptq3+refit+affine,tardis-int4@0.875", [0.5, 0.7])
     assert [method.label for method in found] == [
-        "tardis@0.5", "tardis@0.7", "wanda@0.6", "gptq4-g128", "tardis-int4@0.875",
+        "tardis@0.5", "tardis@0.7", "wanda@0.6", "gptq4-g128", "teal@0.4", "gptq3-g128+affine+refit",
+        "tardis-int4@0.875",
     ]  # fmt: skip
 
 

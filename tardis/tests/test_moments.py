@@ -68,15 +68,17 @@ def test_binned_sums_equal_brute_force_in_any_chunking(seed: int, ends: list[int
     u = normal(60, 2, seed=seed) * 2 + 1
     z = u + 0.3 * normal(60, 2, seed=seed + 1)
     moments = BinnedMoments.around("gelu", torch.tensor([1.0, 0.0]), torch.tensor([2.0, 0.5]))
+    weight = normal(60, seed=seed + 2).abs()
     for start, stop in pairwise(ends):
-        moments.add(u[start:stop], z[start:stop])
-    expected = torch.zeros(6, 2, BINS, dtype=torch.float64)
+        moments.add(u[start:stop], z[start:stop], weight[start:stop])
+    expected = torch.zeros(7, 2, BINS, dtype=torch.float64)
     bins, a = bin_of(moments, u), gelu(z).tolist()
     for token in range(60):
         for neuron in range(2):
             value, out = float(z[token, neuron]), a[token][neuron]
             terms = (1, value, value**2, out, out * value, out**2)
-            expected[:, neuron, bins[token, neuron]] += torch.tensor(terms, dtype=torch.float64)
+            weighted = [float(weight[token]) * term for term in terms]
+            expected[:, neuron, bins[token, neuron]] += torch.tensor([1, *weighted], dtype=torch.float64)
     torch.testing.assert_close(moments.sums, expected, rtol=1e-9, atol=1e-9)
     assert moments.tokens == 60
     assert torch.equal(moments.count.sum(1), torch.full((2,), 60.0, dtype=torch.float64))
@@ -86,7 +88,7 @@ def test_sums_do_not_drift_over_many_tokens() -> None:
     z = torch.full((20_000, 1), 3.7)
     moments = binned(z, z, "gelu")
     exact = float(z[0, 0])  # 3.7 as fp32 has it
-    assert float(moments.sums[2].sum()) == pytest.approx(20_000 * exact**2, rel=1e-11)
+    assert float(moments.sums[3].sum()) == pytest.approx(20_000 * exact**2, rel=1e-11)
 
 
 def test_the_outer_bins_are_open() -> None:

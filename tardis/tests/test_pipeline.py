@@ -180,7 +180,7 @@ def test_nan_in_the_weights_is_named_before_any_work(part: str):
 def test_nan_in_the_hidden_states_is_named():
     model = tiny_model("gpt2")
     model.transformer.h[1].ln_1.weight.data[3] = torch.nan
-    with pytest.raises(InvalidInputError, match=r"inputs of transformer\.h\.1\.mlp are NaN"):
+    with pytest.raises(InvalidInputError, match=r"inputs or outputs of transformer\.h\.1\.mlp are NaN"):
         fold(model, text(), SETTINGS)
 
 

@@ -96,7 +96,7 @@ def test_error_ranges_are_close_to_the_best_of_all_intervals(name: str, price: f
     intervals = list(combinations(range(BINS + 1), 2))
     best = torch.full((NEURONS,), torch.inf, dtype=torch.float64)
     for start, stop in intervals:
-        n, z, zz, a, az, aa = fit.sums[..., start:stop].sum(-1)
+        n, z, zz, a, az, aa = fit.sums[1:, :, start:stop].sum(-1)
         n = n.clamp_min(1)
         spread, slant = zz - z * z / n, az - a * z / n
         left = (aa - a * a / n - torch.where(spread > 1e-9, slant**2 / spread, 0)).clamp_min(0)

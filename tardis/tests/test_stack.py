@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tardis_llm import FoldConfig, fold
+from tardis_llm.calibration.moments import Tokens
 from tardis_llm.checkpoint.folded import save_folded
 from tardis_llm.errors import InvalidInputError
 from tardis_llm.evaluation.fix_rate import count_fixes, measured
@@ -37,7 +38,7 @@ STACKED = replace(SETTINGS, fold_bits=8, fallback_bits=4)
 
 
 def inputs() -> Inputs:
-    return Inputs(correlated(3000, D, 1), correlated(1000, D, 2))
+    return Inputs(Tokens(correlated(3000, D, 1)), Tokens(correlated(1000, D, 2)))
 
 
 def relative(error: Tensor, reference: Tensor) -> float:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from synthetic import binned, correlated, fallback, forward, neuron_major, normal, quick, random_ffn, second_moments
 from torch import Tensor
 
-from tardis_llm.calibration.moments import BinnedMoments, SecondMoments, Sums
+from tardis_llm.calibration.moments import BinnedMoments, SecondMoments, Sums, Tokens
 from tardis_llm.config import FoldConfig
 from tardis_llm.errors import InvalidInputError
 from tardis_llm.ffn.weights import DenseFFN, FoldedWeights, written_out
@@ -106,7 +106,7 @@ def gather(dense: DenseFFN, folded: FoldedWeights, *parts: Tensor) -> Statistics
 @cache
 def solved(storage: tuple[tuple[str, int], ...]) -> tuple[DenseFFN, FoldedWeights, Inputs]:
     """An FFN, its fold and the inputs that it was fitted on."""
-    ffn, inputs = random_ffn(D, H), Inputs(correlated(3000, D, 1), correlated(1000, D, 2))
+    ffn, inputs = random_ffn(D, H), Inputs(Tokens(correlated(3000, D, 1)), Tokens(correlated(1000, D, 2)))
     config = FoldConfig(group_size=16, **dict(storage))  # type: ignore[arg-type]
     predicted = predict(ffn, inputs, 2, config)
     ranges = choose_ranges(ffn, predicted, 0.1, config)
@@ -124,7 +124,7 @@ def assert_equal(one: FoldedWeights, other: FoldedWeights) -> None:
 @pytest.mark.parametrize("storage", STORAGES, ids=str)
 def test_a_refit_on_its_own_inputs_is_the_fold_itself(storage: tuple[tuple[str, int], ...]) -> None:
     ffn, folded, inputs = solved(storage)
-    fit, heldout = (gather(ffn, folded, x) for x in (inputs.fit, inputs.heldout))
+    fit, heldout = (gather(ffn, folded, x) for x in (inputs.fit.x, inputs.heldout.x))
     assert_equal(refit_layer(ffn, folded, fit, heldout), folded)
 
 
@@ -156,7 +156,7 @@ def error(ffn: DenseFFN, weights: FoldedWeights, x: Tensor) -> Tensor:
 def test_old_traffic_is_forgotten() -> None:
     ffn, folded, inputs = solved(())
     new = correlated(1500, D, 3) + 3 * normal(D, seed=10)
-    old, latest = gather(ffn, folded, inputs.fit), gather(ffn, folded, new)
+    old, latest = gather(ffn, folded, inputs.fit.x), gather(ffn, folded, new)
     errors = [
         float(error(ffn, refit_layer(ffn, folded, old.decay(share).merge(latest)), new)) for share in (1.0, 0.1, 0.0)
     ]
@@ -167,29 +167,30 @@ def test_old_traffic_is_forgotten() -> None:
 @given(st.lists(st.integers(1, 299), max_size=4))
 def test_statistics_gathered_in_parts_and_merged_are_those_gathered_at_once(cuts: list[int]) -> None:
     ffn, folded, inputs = solved(STORAGES[1])
-    parts = inputs.fit[:300].tensor_split(sorted(cuts))
+    parts = inputs.fit.x[:300].tensor_split(sorted(cuts))
     merged = Statistics.zeros(D, H)
     for part in parts:
         merged = merged.merge(gather(ffn, folded, part))
     assert_same(merged, gather(ffn, folded, *parts), rtol=1e-12)
-    assert_same(merged, gather(ffn, folded, inputs.fit[:300]), rtol=1e-5, atol=1e-2)
+    assert_same(merged, gather(ffn, folded, inputs.fit.x[:300]), rtol=1e-5, atol=1e-2)
     assert merged.x.count == 300
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_statistics_of_a_model_in_half_precision_are_gathered_from_its_own_weights(dtype: torch.dtype) -> None:
-    ffn, inputs = fallback(random_ffn(D, H), dtype), Inputs(correlated(3000, D, 1).to(dtype), correlated(900, D, 2))
+    tokens = Tokens(correlated(3000, D, 1).to(dtype)), Tokens(correlated(900, D, 2))
+    ffn, inputs = fallback(random_ffn(D, H), dtype), Inputs(*tokens)
     config = FoldConfig(group_size=16, fallback_bits=4)
     predicted = predict(ffn.in_fp32(), inputs, 2, config)
     ranges = choose_ranges(ffn.in_fp32(), predicted, 0.1, config)
     folded = solve(ffn.in_fp32(), inputs, predicted, ranges, config, dtype).weights
-    kept = [gather(neuron_major(ffn), folded, x) for x in (inputs.fit[None], inputs.heldout)]
+    kept = [gather(neuron_major(ffn), folded, x) for x in (inputs.fit.x[None], inputs.heldout.x)]
     assert_equal(refit_layer(neuron_major(ffn), folded, *kept), folded)
 
 
 def test_a_refit_takes_damping_and_rounding_as_told() -> None:
     ffn, folded, inputs = solved(STORAGES[1])
-    fit, heldout = gather(ffn, folded, inputs.fit), gather(ffn, folded, inputs.heldout)
+    fit, heldout = gather(ffn, folded, inputs.fit.x), gather(ffn, folded, inputs.heldout.x)
     nearest = refit_layer(ffn, folded, fit, heldout, rounding="nearest")
     assert fold_error(nearest, heldout) > fold_error(folded, heldout)
     heavy = [refit_layer(ffn, folded, fit, *held, damping=1e6) for held in ([], [heldout])]
@@ -200,7 +201,7 @@ def test_a_refit_takes_damping_and_rounding_as_told() -> None:
 
 def test_statistics_from_which_no_fold_follows_are_refused() -> None:
     ffn, folded, inputs = solved(())
-    few = gather(ffn, folded, inputs.heldout)
+    few = gather(ffn, folded, inputs.heldout.x)
     with pytest.raises(InvalidInputError, match="hold no tokens"):
         refit_layer(ffn, folded, few.decay(0))
     with pytest.raises(InvalidInputError, match=f"width {D} with {H - 1} neurons"):

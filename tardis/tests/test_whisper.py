@@ -283,7 +283,7 @@ def test_without_scipy_sound_at_another_rate_is_refused_with_what_converts_it(
 ):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     audio = save_wav(tmp_path / "cd.wav", 1, rate=44_100)
-    with pytest.raises(InvalidInputError, match="44100 samples a second.*ffmpeg -i cd.wav -ar 16000.*sox"):
+    with pytest.raises(InvalidInputError, match=r"44100 samples a second.*ffmpeg -i cd\.wav -ar 16000.*sox"):
         read_audio([audio], tiny_whisper(), tiny_extractor())
 
 

@@ -1,7 +1,7 @@
 """The best affine map in place of every FFN: `y ~ x C^T + c`, what folding without any fixing could reach at best.
 
 C is found by ridge regression on the inputs and outputs of the FFN behind the maps already in place, the damping
-chosen on held-out tokens.
+chosen on held-out tokens. `best_affine` serves `repair`, too.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from ..calibration.moments import SecondMoments
 from ..calibration.stream import Stream
 from ..calibration.text import Windows
 from ..errors import InvalidInputError
-from ..families.sites import FFNSite, find_ffns, set_module
+from ..families.sites import FFNSite
 from ..folding.ridge import Spectrum, ridge
 from ..report import Progress, silent
+from .ffns import checked_sites, down_weight, replace_ffn
+from .gptq import quantise_gptq
 from .inputs import finite_rows, stream_of
-from .matrices import find_matrices
+from .matrices import Scope
 from .report import BaselineReport, MatrixReport
 
 NAME = "affine"
@@ -33,50 +35,73 @@ _STAGE = f"compressing with {NAME}"
 
 @dataclass(frozen=True)
 class FFNMoments:
-    """Second moments of the inputs of an FFN beside themselves (x) and beside its outputs (y)."""
+    """Second moments of inputs beside themselves (x) and beside outputs (y)."""
 
     x: SecondMoments
     y: SecondMoments
 
     @classmethod
-    def zeros(cls, d: int) -> FFNMoments:
-        """Nothing seen yet, d inputs and outputs."""
-        return cls(SecondMoments.zeros(d, d), SecondMoments.zeros(d, d))
+    def zeros(cls, d: int, k: int) -> FFNMoments:
+        """Nothing seen yet, d inputs and k outputs."""
+        return cls(SecondMoments.zeros(d, d), SecondMoments.zeros(d, k))
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Add inputs and outputs [tokens, d] of any float dtype."""
-        self.x.add(x, x)
-        self.y.add(x, y)
+    def add(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
+        """Add inputs [tokens, d] and outputs [tokens, k] of any float dtype, which count by weight [tokens]."""
+        self.x.add(x, x, weight)
+        self.y.add(x, y, weight)
+
+    @property
+    def hessian(self) -> Tensor:
+        """[d, d] fp64 `(2 / N) X^T X`."""
+        return self.x.cross * (2 / self.x.count)
+
+    def bias_beside(self, weight: Tensor) -> Tensor:
+        """[k] fp64, what is best added to `x weight^T` for a weight [k, d]."""
+        return (self.y.y_sum - weight.double() @ self.x.x_sum) / self.x.count
 
 
-def best_affine(fit: FFNMoments, heldout: FFNMoments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """C [d, d] and c [d] in `dtype`; c makes up for the rounding of C at the mean input."""
-    C = ridge(Spectrum.of(fit.x), fit.x, fit.y, heldout.x, heldout.y).weight.to(dtype).contiguous()
-    c = (fit.y.y_sum - C.double() @ fit.x.x_sum) / fit.x.count
-    return C, c.to(dtype)
+def best_affine(
+    fit: FFNMoments, heldout: FFNMoments, dtype: torch.dtype, bits: int | None = None, group: int = 128
+) -> tuple[Tensor, Tensor]:
+    """C [d, d] and c [d] in `dtype`; c makes up for the rounding of C at the mean input.
+
+    Args:
+        fit: moments to fit.
+        heldout: moments to choose the damping on.
+        dtype: of C and c.
+        bits: per weight of C, which GPTQ then rounds; None for all of the dtype's.
+        group: columns of a row of C that share scale and zero point, with `bits`.
+    """
+    C = ridge(Spectrum.of(fit.x), fit.x, fit.y, heldout.x, heldout.y).weight
+    if bits is not None:
+        C = quantise_gptq(C, fit.hessian, bits, group)
+    C = C.to(dtype).contiguous()
+    return C, fit.bias_beside(C).to(dtype)
 
 
 @torch.no_grad()
-def replace_by_affine(model: PreTrainedModel, windows: Windows, progress: Progress = silent) -> BaselineReport:
+def replace_by_affine(
+    model: PreTrainedModel, windows: Windows, scope: Scope = "ffn", progress: Progress = silent
+) -> BaselineReport:
     """Put the best affine map in the place of every FFN of a model.
 
     Args:
         model: of a supported family, in eval mode, on the CPU; its dtype is that of the maps.
         windows: calibration tokens, to fit on and to choose the damping with.
+        scope: must be "ffn".
         progress: told of each block.
 
     Raises:
         UnsupportedModelError: the family is not supported.
-        InvalidInputError: weights or inputs that are not finite, or a model in training mode.
+        InvalidInputError: another scope, weights or inputs that are not finite, or a model in training mode.
     """
-    find_matrices(model, "ffn")  # checks the weights of all before any is replaced
-    sites, rows = find_ffns(model), []
+    sites, rows = checked_sites(model, NAME, scope), []
     with tempfile.TemporaryDirectory() as scratch:
         streams = [stream_of(model, inputs, scratch) for inputs in windows]
         for done, site in enumerate(sites):
             progress(_STAGE, done, len(sites))
             fit, heldout = (_moments(site, stream) for stream in streams)
-            rows.append(install(model, site, *best_affine(fit, heldout, site.parts()[0].dtype)))
+            rows.append(install(model, site, *best_affine(fit, heldout, down_weight(site).dtype)))
             if done + 1 < len(sites):
                 for stream in streams:
                     stream.advance()
@@ -85,24 +110,20 @@ def replace_by_affine(model: PreTrainedModel, windows: Windows, progress: Progre
 
 
 def install(model: nn.Module, site: FFNSite, weight: Tensor, bias: Tensor) -> MatrixReport:
-    """Put `x weight^T + bias` into the model in place of the FFN at `site`.
+    """Put `x weight^T + bias` into the model in place of the FFN at `site`."""
+    return replace_ffn(model, site, linear_of(weight, bias))
 
-    It becomes the down projection behind parts that do nothing, or stands for the module around a gated FFN.
-    """
+
+def linear_of(weight: Tensor, bias: Tensor) -> nn.Linear:
+    """The layer `x weight^T + bias`."""
     linear = torch.nn.utils.skip_init(nn.Linear, *weight.T.shape, dtype=weight.dtype)
     linear.weight, linear.bias = (nn.Parameter(value, requires_grad=False) for value in (weight, bias))
-    for name in site.replaced:
-        set_module(model, name, nn.Identity())
-    set_module(model, list(site.replaced)[-1], linear.eval())
-    before = [part for part in site.parts() if part is not None]
-    dense, weights = sum(part.nbytes for part in before), sum(part.numel() for part in before if part.ndim == 2)
-    stored = weight.nbytes + bias.nbytes
-    return MatrixReport(site.prefix, weights, int(weight.count_nonzero()), dense, stored, stored)
+    return linear.eval()
 
 
 def _moments(site: FFNSite, stream: Stream) -> FFNMoments:
     """Moments of the FFN at `site`, in the next block, over all the windows of the stream."""
-    moments, inputs = FFNMoments.zeros(site.hidden_size), []
+    moments, inputs = FFNMoments.zeros(site.hidden_size, site.hidden_size), []
 
     def enter(up: nn.Module, args: tuple[Any, ...]) -> None:
         inputs.append(finite_rows(args[0], site.up_name))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..calibration.inputs import TextOrSpeech
-from ..calibration.moments import SecondMoments, chunks
+from ..calibration.moments import SecondMoments, Tokens
 from ..calibration.stream import Stream
 from ..errors import InvalidInputError
 from .matrices import ModelMatrix
@@ -52,14 +52,14 @@ class InputStatistics:
         moments = SecondMoments.zeros(width, width) if need is Need.GRAM else None
         return cls(torch.zeros(width, dtype=torch.float64), moments)
 
-    def add(self, x: Tensor) -> None:
-        """Add inputs x [tokens, in] of any float dtype."""
-        for chunk in chunks(x, x.shape[1]):
-            chunk = chunk.float()
+    def add(self, x: Tensor, weight: Tensor | None = None) -> None:
+        """Add inputs x [tokens, in] of any float dtype, which count in `moments` by a weight [tokens], or alike."""
+        for some in Tokens(x, weight=weight).chunks(x.shape[1]):
+            chunk = some.x.float()
             self.count += len(chunk)
             self.squares += chunk.square().sum(0, dtype=torch.float64)
             if self.moments is not None:
-                self.moments.add(chunk, chunk)
+                self.moments.add(chunk, chunk, some.weight)
 
     @property
     def norms(self) -> Tensor:
@@ -70,7 +70,7 @@ class InputStatistics:
     def hessian(self) -> Tensor:
         """[in, in] fp64 `(2 / N) X^T X`."""
         assert self.moments is not None, "the method that asks for it says that it needs the Gram matrix"
-        return self.moments.cross * (2 / self.count)
+        return self.moments.cross * (2 / self.moments.count)
 
 
 def stream_of(model: PreTrainedModel, windows: TextOrSpeech, scratch: str) -> Stream:

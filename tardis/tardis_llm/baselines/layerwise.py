@@ -68,7 +68,7 @@ def compress_layerwise(
     gathered = statistics_by_block(model, windows.fit, blocks, first.need)
     for done, (block, how, seen) in enumerate(zip(blocks, methods, gathered, strict=True)):
         progress(f"compressing with {first.name}", done, len(blocks))
-        rows += [_compress(matrix, how, statistics) for matrix, statistics in zip(block, seen, strict=True)]
+        rows += [compress_matrix(matrix, how, statistics) for matrix, statistics in zip(block, seen, strict=True)]
     progress(f"compressing with {first.name}", len(blocks), len(blocks))
     tokens = 0 if first.need is Need.NOTHING else token_count(windows.fit)
     return BaselineReport(first.name, scope, first.asked, tokens, rows)
@@ -92,12 +92,26 @@ def outlier_shares(
     return shares
 
 
-def _compress(matrix: ModelMatrix, method: MatrixMethod, statistics: InputStatistics | None) -> MatrixReport:
+def compress_matrix(
+    matrix: ModelMatrix, method: MatrixMethod, statistics: InputStatistics | None, weight: Tensor | None = None
+) -> MatrixReport:
+    """Compress one matrix in place.
+
+    Args:
+        matrix: in the model.
+        method: what to do with it.
+        statistics: of its inputs, if the method needs them.
+        weight: [out, in] fp32 to compress in place of what it holds.
+
+    Raises:
+        InvalidInputError: the method refuses the weight, or makes one that is not finite.
+    """
     dense, bias = matrix.weight.nbytes, matrix.bias_bytes
+    given = matrix.weight.float() if weight is None else weight
     try:
-        matrix.write(method.apply(matrix.weight.float().contiguous(), statistics))
+        matrix.write(method.apply(given.contiguous(), statistics))
     except InvalidInputError as error:
         raise InvalidInputError(f"{matrix.name} cannot be compressed: {error}") from error
-    weight = matrix.weight
-    stored = method.stored_bytes(weight) + bias
-    return MatrixReport(matrix.name, weight.numel(), int(weight.count_nonzero()), dense + bias, stored, stored)
+    now = matrix.weight
+    stored = method.stored_bytes(now) + bias
+    return MatrixReport(matrix.name, now.numel(), int(now.count_nonzero()), dense + bias, stored, stored)

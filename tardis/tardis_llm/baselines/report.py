@@ -20,7 +20,7 @@ class MatrixReport:
         weights: number of weights before.
         nonzero: number of weights now that are not zero.
         dense: bytes before.
-        touched: bytes read for a token.
+        touched: bytes read for a token, on average.
         resident: bytes kept in memory.
     """
 
@@ -28,7 +28,7 @@ class MatrixReport:
     weights: int
     nonzero: int
     dense: int
-    touched: int
+    touched: float
     resident: int
 
 

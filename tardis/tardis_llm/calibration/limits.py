@@ -85,9 +85,7 @@ def check_kind(model: PreTrainedModel, speech: bool) -> None:
     """Raise InvalidInputError where a model gets speech and reads text, or text and hears speech."""
     name, hears = type(model).__name__, family_of(model.config).speech
     if speech and not hears:
-        raise InvalidInputError(
-            f"{name} reads text, and speech is given; give token ids, or --text, not --audio."
-        )
+        raise InvalidInputError(f"{name} reads text, and speech is given; give token ids, or --text, not --audio.")
     if hears and not speech:
         raise InvalidInputError(
             f"{name} hears speech, and text is given; give log-mel features [windows, mels, frames], or --audio, "

@@ -32,6 +32,7 @@ METHODS = ",".join(
         *(f"tardis-int8@{r}" for r in (0.75, 0.8, 0.83)),
         *(f"tardis-int4@{r}" for r in (0.83, 0.875, 0.915)),
         *BASELINES,
+        *(f"gptq{bits}+affine+refit" for bits in (2, 3, 4)),
     ]
 )
 

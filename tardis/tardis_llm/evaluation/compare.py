@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import __version__
-from ..baselines import BaselineReport, Scope, find_matrices
+from ..baselines import BaselineReport, Scope, count_skips, find_matrices
 from ..calibration.documents import Documents
 from ..calibration.inputs import tensors_of, token_count
 from ..calibration.limits import check_windows, window_length
@@ -192,13 +192,13 @@ class Comparison:
             except InfeasibleBudgetError as error:
                 return Cell(method, infeasible=str(error))
             cell = replace(cell, seconds=time.perf_counter() - start)
-        with count_fixes(model) as counts:
+        with count_fixes(model) as counts, count_skips(model) as skips:
             perplexity = token_perplexity(model, self.evaluation, progress)
         if isinstance(report, FoldReport):
             report = measured(report, model, counts.rates)
             cell = replace(cell, fix_rate=report.fix_rate)
         else:
-            beside = 0
+            report, beside = report and skips.measured(report), 0
         if report is not None:
             sizes = {name: getattr(report, name) + beside for name in ("dense", "touched", "resident")}
             cell = replace(cell, **sizes)

@@ -41,6 +41,16 @@ _SERIES = {
     "ria": Series("RIA", "#B5651D", "<"),
     "magnitude": Series("magnitude", "#BBBBBB", ">"),
     "affine": Series("affine map", "#000000", "*"),
+    "gptq+affine": Series("GPTQ + affine term", "#A00000", "s"),
+    "gptq+refit": Series("GPTQ, down refitted", "#FF9999", "s"),
+    "gptq+affine+refit": Series("GPTQ + affine, refitted", "#700000", "D"),
+    "rtn+affine": Series("nearest + affine term", "#B89400", "s"),
+    "rtn+refit": Series("nearest, down refitted", "#FFD966", "s"),
+    "rtn+affine+refit": Series("nearest + affine, refitted", "#806600", "D"),
+    "teal": Series("TEAL", "#6A3D9A", "P"),
+    "cats": Series("CATS", "#CAB2D6", "P"),
+    "flap": Series("FLAP", "#33A02C", "X"),
+    "skip": Series("FFNs skipped", "#1F1F7A", "X"),
 }
 _MARKS: dict[str, Any] = {"markersize": 6, "elinewidth": 1}
 _WORST = 3.0  # perplexity over dense beyond which a method is broken, and drawn at the edge
@@ -126,7 +136,8 @@ def _by_series(rows: list[Row]) -> Iterator[tuple[Series, list[Row]]]:
 
 
 def _series_of(name: str) -> str:
-    kind, _, group = name.partition("-g")
+    quantiser, *repairs = name.split("+")
+    kind, _, group = quantiser.partition("-g")
     if kind.startswith(("rtn", "gptq")):
-        return kind.rstrip("2348") if group == "128" else ""
+        return "+".join([kind.rstrip("2348"), *repairs]) if group == "128" else ""
     return name

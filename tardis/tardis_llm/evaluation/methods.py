@@ -34,8 +34,8 @@ class Method:
 
     Attributes:
         name: a name in `NAMES`, or "dense".
-        reduction: for folds, the share of FFN bytes that a token no longer reads; for masks, the share of weights
-            removed; None for what has a fixed size.
+        reduction: for folds, the share of FFN bytes that a token no longer reads; for masks and what skips, the share
+            of weights removed or skipped; None for what has a fixed size.
     """
 
     name: str
@@ -105,7 +105,7 @@ def apply_method(
         work: folder that keeps finished layers of a fold; what it holds already is used.
 
     Raises:
-        InfeasibleBudgetError: a fold does not fit into so few bytes.
+        InfeasibleBudgetError: the method does not fit into so few bytes.
         InvalidInputError, UnsupportedModelError: as `fold` and `apply_baseline`.
     """
     if method.name not in FOLDS:

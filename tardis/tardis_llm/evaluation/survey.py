@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..calibration.inputs import token_count
 from ..calibration.limits import check_windows
 from ..calibration.moments import BinnedMoments, SecondMoments, Tokens, chunks, pre_activation_moments
-from ..calibration.stream import Stream
+from ..calibration.stream import Seen, Stream
 from ..calibration.text import Windows, check_enough
 from ..config import FoldConfig
 from ..families.sites import find_ffns
@@ -136,7 +136,7 @@ def survey(model: PreTrainedModel, windows: Windows | None = None, progress: Pro
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
         fit, heldout = (Stream(model, some, Path(scratch), _MEMORY, _BATCH_TOKENS) for some in windows)
         for site, layer in zip(sites, layers, strict=True):
-            inputs = Inputs(Tokens(fit.ffn_inputs(site)), Tokens(heldout.ffn_inputs(site)))
+            inputs = Inputs(*(_tokens(stream.observe(site)) for stream in (fit, heldout)))
             measured, hot = _measure(layer, sound_weights(site).in_fp32(), inputs)
             found.append(measured)
             ranges.append(hot)
@@ -156,26 +156,31 @@ def _measure(layer: LayerSurvey, ffn: DenseFFN, inputs: Inputs) -> tuple[LayerSu
 
 
 def _linearity(ffn: DenseFFN, inputs: Inputs) -> float:
-    fit, heldout = (_output_moments(ffn, tokens.x) for tokens in (inputs.fit, inputs.heldout))
+    fit, heldout = (_output_moments(ffn, tokens) for tokens in (inputs.fit, inputs.heldout))
     return linearity(inputs.spectrum, inputs.fit_moments, fit, inputs.heldout_moments, heldout)
 
 
-def _output_moments(ffn: DenseFFN, x: Tensor) -> SecondMoments:
-    """Moments of inputs x [tokens, d] beside the outputs of the FFN."""
+def _tokens(seen: Seen) -> Tokens:
+    return Tokens(seen.x, None, seen.weight)
+
+
+def _output_moments(ffn: DenseFFN, tokens: Tokens) -> SecondMoments:
+    """Moments of inputs beside the outputs of the FFN."""
     moments = SecondMoments.zeros(ffn.d, ffn.d)
-    for chunk in chunks(x, ffn.h):
-        chunk = chunk.float()
-        moments.add(chunk, F.linear(value(F.linear(chunk, ffn.w1, ffn.b1), ffn.act, ffn.k), ffn.w2, ffn.b2))
+    for some in tokens.chunks(ffn.h):
+        v = F.linear(some.x.float(), ffn.w1, ffn.b1)
+        moments.add(some.x, F.linear(value(v, ffn.act, ffn.k), ffn.w2, ffn.b2), some.weight)
     return moments
 
 
 def _neurons(ffn: DenseFFN, inputs: Inputs) -> tuple[BinnedMoments, Tensor]:
-    """Moments of the neurons binned by exact pre-activation, and their least and largest input, [2, h]."""
-    moments = BinnedMoments.around(ffn.activation, *pre_activation_moments(inputs.fit_moments, ffn.w1, ffn.biases[0]))
-    least = torch.full((len(ffn.w1),), torch.inf)
+    """Moments of the neurons binned by the exact input of the activation, and its least and largest value, [2, h]."""
+    w1, b1 = ffn.w1[: ffn.h], ffn.biases[0][: ffn.h]  # of the gates, where there are some
+    moments = BinnedMoments.around(ffn.activation, *pre_activation_moments(inputs.fit_moments, w1, b1))
+    least = torch.full((ffn.h,), torch.inf)
     largest = -least
-    for chunk in chunks(inputs.fit.x, len(ffn.w1)):
-        z = F.linear(chunk.float(), ffn.w1, ffn.b1)
+    for chunk in chunks(inputs.fit.x, ffn.h):
+        z = F.linear(chunk.float(), w1, b1)
         moments.add(z, z)
         least, largest = torch.minimum(least, z.amin(0)), torch.maximum(largest, z.amax(0))
     return moments, torch.stack([least, largest])

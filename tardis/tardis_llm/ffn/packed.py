@@ -29,24 +29,34 @@ class PackedMatrix:
         scale: [h, ceil(d / group_size)] fp16.
         columns: d.
         group_size: columns that share a scale; the last group may be shorter.
+        has_zero: whether one of the levels is 0: code c stands for `c - 2^(bits - 1)` times the scale, which may be
+            negative. Else levels are symmetric, `c - (2^bits - 1) / 2`.
     """
 
     planes: Tensor
     scale: Tensor
     columns: int
     group_size: int
+    has_zero: bool = False
 
     @classmethod
-    def empty(cls, rows: int, columns: int, bits: int, group_size: int, device: torch.device) -> PackedMatrix:
+    def empty(
+        cls, rows: int, columns: int, bits: int, group_size: int, device: torch.device, has_zero: bool = False
+    ) -> PackedMatrix:
         """A matrix [rows, columns] without content."""
         planes = torch.empty(rows, bits, -(-columns // 8), dtype=torch.uint8, device=device)
         scale = torch.empty(rows, -(-columns // group_size), dtype=torch.float16, device=device)
-        return cls(planes, scale, columns, group_size)
+        return cls(planes, scale, columns, group_size, has_zero)
 
     @property
     def bits(self) -> int:
         """Bits per weight."""
         return self.planes.shape[1]
+
+    @property
+    def middle(self) -> float:
+        """The code, or the point between two codes, that stands for 0."""
+        return midpoint(self.bits) + (0.5 if self.has_zero else 0.0)
 
     @property
     def nbytes(self) -> int:
@@ -57,7 +67,7 @@ class PackedMatrix:
         """The matrix [h, d] fp32 that the codes stand for."""
         parts = []
         for planes, scale in zip(self.planes.split(ROWS_AT_ONCE), self.scale.split(ROWS_AT_ONCE), strict=True):
-            level = unpack(planes, self.columns).float() - midpoint(self.bits)
+            level = unpack(planes, self.columns).float() - self.middle
             parts.append(level * expand_scale(scale.float(), self.group_size, self.columns))
         return torch.cat(parts)
 

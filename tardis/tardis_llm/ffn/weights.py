@@ -50,11 +50,11 @@ def stored(matrix: Matrix) -> Tensor | PackedMatrix:
 
 
 def kind(matrix: Matrix) -> Kind:
-    """The kind of a matrix: (rows, columns) and dtype of a dense one, (rows, columns), bits and group size else."""
+    """The kind of a matrix: (rows, columns) and dtype of a dense one, (rows, columns), bits, group size, zero else."""
     if isinstance(matrix, Tensor):
         return tuple(matrix.shape), matrix.dtype
     if isinstance(matrix, PackedMatrix):
-        return (len(matrix.planes), matrix.columns), matrix.bits, matrix.group_size
+        return (len(matrix.planes), matrix.columns), matrix.bits, matrix.group_size, matrix.has_zero
     return matrix.kind
 
 
@@ -156,6 +156,7 @@ class FoldFormat:
             reads the dense weights.
         remainder_bits: bits per weight that W1 has beside the predictor's; None for what `fallback_bits` leaves.
         gated: whether neurons have two up-projections.
+        down_zero: whether a level of W2, stacked, is 0; it is in what is folded since format version 3.
     """
 
     activation: str
@@ -166,6 +167,7 @@ class FoldFormat:
     fallback_bits: int | None = None
     remainder_bits: int | None = None
     gated: bool = False
+    down_zero: bool = False
 
     @property
     def k(self) -> int:
@@ -202,13 +204,13 @@ class Storage:
         left = self.remainder_bits
         usual = left is None or self.fallback_bits is None or left == self.fallback_bits - bits
         stored = self.group_size, "float16", self.fold_bits, self.fallback_bits
-        return FoldFormat(activation, bits, *stored, None if usual else left, gated)
+        return FoldFormat(activation, bits, *stored, None if usual else left, gated, self.fallback_bits is not None)
 
 
 def _bits(matrix: Matrix | None) -> int | None:
     """Bits per weight of a matrix in few bits; None for others."""
     _, *how = (None,) if matrix is None else kind(matrix)
-    return how[0] if len(how) == 2 else None
+    return how[0] if len(how) == 3 else None
 
 
 @dataclass(frozen=True)
@@ -249,25 +251,26 @@ class FoldedWeights:
         """
         rows = d if rows is None else rows
 
-        def packed(rows: int, bits: int) -> PackedMatrix:
-            return PackedMatrix.empty(rows, d, bits, form.group_size, device)
+        def packed(rows: int, bits: int, has_zero: bool = False) -> PackedMatrix:
+            return PackedMatrix.empty(rows, d, bits, form.group_size, device, has_zero)
 
         def values(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
         fold = packed(rows, form.fold_bits) if form.fold_bits else values(rows, d)
         lines = [values(size * h, dtype=getattr(torch, form.range_dtype)) for size in (1, 1, form.k, 1)]
-        down = packed(h, form.fallback_bits) if form.fallback_bits else None
+        down = packed(h, form.fallback_bits, form.down_zero) if form.fallback_bits else None
         up = packed(form.k * h, form.left) if form.left else None
         return cls(fold, values(rows), packed(form.k * h, form.bits), Neurons(form.activation, *lines), down, up)
 
     @property
     def format(self) -> FoldFormat:
         """How these weights are stored."""
-        _, bits, group_size = kind(self.predictor)
+        _, bits, group_size, _ = kind(self.predictor)
         storage = Storage(group_size, _bits(self.fold), _bits(self.down), _bits(self.up) or 0)
         found = storage.format(self.neurons.activation, bits, gated=self.neurons.k == 2)
-        return replace(found, range_dtype=str(self.neurons.low.dtype).removeprefix("torch."))
+        has_zero = isinstance(self.down, PackedMatrix) and self.down.has_zero
+        return replace(found, range_dtype=str(self.neurons.low.dtype).removeprefix("torch."), down_zero=has_zero)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -15,7 +15,9 @@ _LEAST_SCALE = 2.0**-24  # the least positive fp16, so that nothing is divided b
 _BLOCK = 128  # columns rounded before the rest of the matrix is updated
 
 
-def quantise(w: Tensor, bits: int, group_size: int, covariance: Tensor | None = None) -> PackedMatrix:
+def quantise(
+    w: Tensor, bits: int, group_size: int, covariance: Tensor | None = None, has_zero: bool = False
+) -> PackedMatrix:
     """Round w to `bits` per weight.
 
     Args:
@@ -24,6 +26,8 @@ def quantise(w: Tensor, bits: int, group_size: int, covariance: Tensor | None = 
         group_size: columns per scale; d or more means one scale per row.
         covariance: [d, d] second moments of the inputs. With it each column's rounding error is spread over the columns
             not yet rounded so as to keep the output (GPTQ, arXiv 2210.17323); None rounds to the nearest.
+        has_zero: whether a level is 0; see `PackedMatrix`. Where one weight of a group is far larger than all others,
+            these are rounded to 0 rather than to half a step beside it.
 
     Raises:
         InvalidInputError: w is not finite, or too large for fp16 scales.
@@ -31,32 +35,37 @@ def quantise(w: Tensor, bits: int, group_size: int, covariance: Tensor | None = 
     if not bool(torch.isfinite(w).all()):
         raise InvalidInputError("a weight of an FFN has NaN or infinite entries; reload a sound checkpoint.")
     group_size = min(group_size, w.shape[1])
-    scale = best_scale(w, bits, group_size)
+    scale, zero = best_scale(w, bits, group_size, has_zero), midpoint(bits) + (0.5 if has_zero else 0.0)
     columns = expand_scale(scale.float(), group_size, w.shape[1])
-    codes = _nearest(w, columns, bits) if covariance is None else _gptq(w, columns, bits, covariance)
-    return PackedMatrix(pack(codes, bits), scale, w.shape[1], group_size)
+    codes = _nearest(w, columns, bits, zero) if covariance is None else _gptq(w, columns, bits, covariance, zero)
+    return PackedMatrix(pack(codes, bits), scale, w.shape[1], group_size, has_zero)
 
 
-def best_scale(w: Tensor, bits: int, group_size: int) -> Tensor:
+def best_scale(w: Tensor, bits: int, group_size: int, has_zero: bool = False) -> Tensor:
     """[h, groups] fp16: per row and group, the scale whose nearest rounding has the least squared error."""
-    best = torch.cat([_best_scale(rows, bits, group_size) for rows in w.split(ROWS_AT_ONCE)])
-    if bool((best > torch.finfo(torch.float16).max).any()):
+    best = torch.cat([_best_scale(rows, bits, group_size, has_zero) for rows in w.split(ROWS_AT_ONCE)])
+    if bool((best.abs() > torch.finfo(torch.float16).max).any()):
         raise InvalidInputError("a weight of an FFN is too large for fp16 scales; check the checkpoint's weights.")
-    return best.half().clamp_min(_LEAST_SCALE)
+    return torch.where(best < 0, -1.0, 1.0).half() * best.abs().half().clamp_min(_LEAST_SCALE)
 
 
-def _best_scale(w: Tensor, bits: int, group_size: int) -> Tensor:
-    """[h, groups] fp32: the scales of least squared error for w, a few rows of a matrix."""
+def _best_scale(w: Tensor, bits: int, group_size: int, has_zero: bool) -> Tensor:
+    """[h, groups] fp32: the scales of least squared error for w, a few rows of a matrix.
+
+    With a zero, the largest weight of a group is on the side that has one level more: the scale has its sign for that.
+    """
     h, d = w.shape
     groups = F.pad(w, (0, -d % group_size)).view(h, -1, group_size)
     padding = -d % group_size
     largest = groups.abs().amax(-1).clamp_min(1e-6)
+    if has_zero:
+        largest = torch.where(groups.amax(-1) >= largest, -largest, largest)
     best, least = largest, torch.full_like(largest, torch.inf)
-    top, rounded = midpoint(bits), torch.empty_like(groups)
+    zero, top, rounded = midpoint(bits) + (0.5 if has_zero else 0.0), 2**bits - 1, torch.empty_like(groups)
     for share in torch.linspace(0.2, 1.0, _SCALE_CANDIDATES):
-        scale = largest * share / top
+        scale = largest * share / zero
         column = scale[..., None]
-        torch.div(groups, column, out=rounded).add_(top).round_().clamp_(0, 2 * top).sub_(top)
+        torch.div(groups, column, out=rounded).add_(zero).round_().clamp_(0, top).sub_(zero)
         error = rounded.mul_(column).sub_(groups).square_()
         if padding:
             error[:, -1, -padding:] = 0
@@ -65,22 +74,22 @@ def _best_scale(w: Tensor, bits: int, group_size: int) -> Tensor:
     return best
 
 
-def _nearest(w: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Codes whose levels are nearest to w, for scales that broadcast against it."""
-    return (w / scale + midpoint(bits)).round().clamp(0, 2**bits - 1).to(torch.uint8)
+def _nearest(w: Tensor, scale: Tensor, bits: int, zero: float) -> Tensor:
+    """Codes whose levels are nearest to w, for scales that broadcast against it; `zero` is the code of 0."""
+    return (w / scale + zero).round().clamp(0, 2**bits - 1).to(torch.uint8)
 
 
-def _gptq(w: Tensor, scale: Tensor, bits: int, covariance: Tensor) -> Tensor:
+def _gptq(w: Tensor, scale: Tensor, bits: int, covariance: Tensor, zero: float) -> Tensor:
     """Codes [h, d] uint8, column by column, each error carried to the columns after it."""
     rows = scale.T.contiguous()  # [d, h], as the sweep has its columns
 
     def rule(start: int, block: Tensor, diagonal: Tensor) -> Replace:
         def replace(j: int, column: Tensor) -> Tensor:
             at = rows[start + j]
-            return (_nearest(column, at, bits).float() - midpoint(bits)) * at
+            return (_nearest(column, at, bits, zero).float() - zero) * at
 
         return replace
 
     put = sweep(w, covariance, _BLOCK, rule)
     # what no token of the calibration text had, another text may have
-    return _nearest(torch.where(dead_inputs(covariance), w, put), scale, bits)
+    return _nearest(torch.where(dead_inputs(covariance), w, put), scale, bits, zero)

@@ -34,7 +34,7 @@ def quantise_fallback(
     left = bits - predictor.bits if storage.remainder_bits is None else storage.remainder_bits
     if left > 0:
         remainder = quantise(w1 - predictor.dequantise(), left, group_size, covariance)
-    return remainder, quantise(w2.T.contiguous(), bits, group_size)
+    return remainder, quantise(w2.T.contiguous(), bits, group_size, has_zero=True)
 
 
 def store_fold(

@@ -20,7 +20,7 @@ class LowBit(LaidOut):
 
     def __init__(self, matrix: PackedMatrix) -> None:
         super().__init__()
-        self.columns, self.group_size = matrix.columns, matrix.group_size
+        self.columns, self.group_size, self.has_zero = matrix.columns, matrix.group_size, matrix.has_zero
         self.register_buffer("planes", matrix.planes)
         self.register_buffer("scale", matrix.scale)
 
@@ -29,7 +29,7 @@ class LowBit(LaidOut):
         return self.current
 
     def _get(self) -> PackedMatrix:
-        return PackedMatrix(self.planes, self.scale, self.columns, self.group_size)
+        return PackedMatrix(self.planes, self.scale, self.columns, self.group_size, self.has_zero)
 
     def _set(self, matrix: PackedMatrix) -> None:
         self.planes, self.scale = matrix.planes, matrix.scale

@@ -35,7 +35,7 @@ public:
             if (token_ == 0) prefetch_ends(ahead[r], m.scale + next * layout_.groups, layout_.groups);
         });
         Totals total = {};
-        const __m512 middle = _mm512_set1_ps(static_cast<float>((1 << m.bits) - 1) / -2);
+        const __m512 middle = _mm512_set1_ps(static_cast<float>(m.twice_zero) / -2);
         for (int64_t g = 0; g < layout_.segment_count; g += 16) begin(g, scale, middle, total);
         for (int64_t b = 0; b < layout_.block_count; ++b) {
             const Block& block = layout_.blocks[b];

@@ -17,7 +17,7 @@ struct Factors {
     alignas(64) float unit[kMaxSegments];
 
     // Of `groups` groups, for the rows' scales and residuals. What is not finite makes the unit NaN.
-    TARDIS_INLINE void set(const uint16_t* const* scale, const float* r, int64_t groups, int32_t bits) {
+    TARDIS_INLINE void set(const uint16_t* const* scale, const float* r, int64_t groups, int32_t twice_zero) {
         const __m512 top = _mm512_set1_ps(127.0f * 257.0f), tiny = _mm512_set1_ps(1e-30f);
         for (int64_t g = 0; g < groups; g += 16) {
             __m512 factor[kTogether], largest = _mm512_setzero_ps(), nan = largest;
@@ -45,7 +45,7 @@ struct Factors {
                 _mm512_store_si512(low[some] + g, lows);
             });
             _mm512_store_ps(unit + g, step);
-            const __m512i middles = _mm512_mullo_epi32(total, _mm512_set1_epi32(1 - (1 << bits)));
+            const __m512i middles = _mm512_mullo_epi32(total, _mm512_set1_epi32(-twice_zero));
             _mm512_store_si512(start + g, _mm512_srai_epi32(middles, 1));
         }
     }
@@ -133,7 +133,7 @@ void add_bits(const TardisMatrix& m, const Layout& layout, const Terms& terms, R
         each<kTogether>([&](auto e) TARDIS_INLINE {
             prefetch_ends(rows.ahead[e], rows.scale_ahead[e], layout.groups);
         });
-        factors.set(rows.scale, rows.r, layout.groups, m.bits);
+        factors.set(rows.scale, rows.r, layout.groups, m.twice_zero);
         for (int64_t b = range.begin; b < range.end; ++b) {
             const Block& block = layout.blocks[b];
             each<kTogether>([&](auto e) TARDIS_INLINE {

@@ -109,7 +109,7 @@ public:
 
     LowBit(const TardisMatrix& m, const Input& x)
         : q_(x.quantised), layout_(*q_.layout), groups_((m.columns + m.group_size - 1) / m.group_size),
-          lines_((m.columns + kColumns - 1) / kColumns), half_(static_cast<float>((1 << B) - 1) / -2) {}
+          lines_((m.columns + kColumns - 1) / kColumns), half_(static_cast<float>(m.twice_zero) / -2) {}
 
     void multiply(const TardisMatrix& m, int64_t panel, int64_t tokens, float* out) const {
         const auto* data = static_cast<const char*>(m.data) + panel * lines_ * kVectors * 64;

@@ -84,6 +84,8 @@ class CpuBackend:
 
     def lay_out(self, matrix: Tensor | PackedMatrix, dtype: torch.dtype) -> Layout | None:
         """A copy of the matrix in panels, if it can be so and inputs of this dtype meet it so."""
+        if isinstance(matrix, PackedMatrix) and matrix.has_zero:
+            return None
         device = (matrix if isinstance(matrix, Tensor) else matrix.planes).device
         return Panels.of(matrix) if device.type == "cpu" and dtype in DTYPES and can_be_in_panels(matrix) else None
 
@@ -96,6 +98,8 @@ class CpuBackend:
         """x W^T + bias; None for matrices of another dtype than x, and for others that no kernel multiplies."""
         rows, run = x.reshape(-1, x.shape[-1]).contiguous(), torch.ops.tardis.linear
         if isinstance(matrix, PackedMatrix):
+            if matrix.has_zero:  # fixing reads such a matrix by rows, nothing multiplies with it
+                return None
             y = run(rows, matrix.planes, bias, matrix.scale, matrix.group_size)
         elif isinstance(matrix, Panels):
             if matrix.scale is not None or matrix.data.dtype != x.dtype:

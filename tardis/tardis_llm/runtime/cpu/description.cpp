@@ -60,6 +60,7 @@ std::string described() {
     STRUCTURE(TardisMatrix)
     FIELD(TardisMatrix, data) FIELD(TardisMatrix, scale) FIELD(TardisMatrix, rows) FIELD(TardisMatrix, columns)
     FIELD(TardisMatrix, group_size) FIELD(TardisMatrix, type) FIELD(TardisMatrix, bits)
+    FIELD(TardisMatrix, twice_zero) FIELD(TardisMatrix, unused)
 
     STRUCTURE(TardisVector)
     FIELD(TardisVector, data) FIELD(TardisVector, type) FIELD(TardisVector, unused)

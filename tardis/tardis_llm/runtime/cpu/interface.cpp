@@ -39,7 +39,9 @@ bool is_valid(const TardisMatrix& m) {
     if (!m.data || m.rows < 1 || m.columns < 1) return false;
     if (in_panels(m) && !(have_panels() && can_be_in_panels(m))) return false;
     if (!is_low_bit(m)) return is_number(m.type) || in_panels(m);
-    return m.scale && m.bits >= 1 && m.bits <= kMaxBits && m.group_size >= 1;
+    if (m.bits < 1 || m.bits > kMaxBits) return false;
+    const int32_t levels = 1 << m.bits;
+    return m.scale && m.group_size >= 1 && (m.twice_zero == levels - 1 || (m.twice_zero == levels && !in_panels(m)));
 }
 
 bool is_valid(const TardisBatch& batch) {

@@ -3,7 +3,7 @@
 //
 // A matrix is [rows, columns], row-major. In few bits it is planes [rows, bits, ceil(columns / 8)], of which the first
 // holds the highest bits, and `scale` [rows, ceil(columns / group_size)] fp16; a weight is
-// (code - (2^bits - 1) / 2) * scale. Columns come in blocks of 512, the last one shorter: bit k (1 << k) of byte j of a
+// (code - twice_zero / 2) * scale. Columns come in blocks of 512, the last one shorter: bit k (1 << k) of byte j of a
 // block of n columns is that of column k * ceil(n / 8) + j. Functions that compute return a `TardisStatus`.
 //
 // In panels it is for products only, which then read one stretch of memory: 32 rows after the other, the last ones
@@ -58,6 +58,8 @@ struct TardisMatrix {
     const uint16_t* scale;  // low-bit only
     int64_t rows, columns, group_size;
     int32_t type, bits;
+    int32_t twice_zero;  // low-bit only, twice the code of 0: 2^bits - 1, between two codes, or 2^bits
+    int32_t unused;
 };
 
 struct TardisVector {

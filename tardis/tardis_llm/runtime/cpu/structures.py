@@ -34,6 +34,8 @@ class Matrix(ctypes.Structure):
         ("group_size", ctypes.c_int64),
         ("type", ctypes.c_int32),
         ("bits", ctypes.c_int32),
+        ("twice_zero", ctypes.c_int32),
+        ("unused", ctypes.c_int32),
     )
 
     @classmethod
@@ -57,9 +59,10 @@ class Matrix(ctypes.Structure):
             rows, columns = matrix.shape
             return cls(None, None, rows, columns, columns, _DENSE.get(matrix.dtype, Type.NONE), 0)
         if isinstance(matrix, Panels):
-            kind = _PANELS[matrix.data.dtype]
-            return cls(None, None, matrix.rows, matrix.columns, matrix.group_size, kind, matrix.bits)
-        return cls(None, None, len(matrix.planes), matrix.columns, matrix.group_size, Type.LOW_BIT, matrix.bits)
+            kind, zero = _PANELS[matrix.data.dtype], 2**matrix.bits - 1
+            return cls(None, None, matrix.rows, matrix.columns, matrix.group_size, kind, matrix.bits, zero)
+        size, zero = matrix.group_size, round(2 * matrix.middle)
+        return cls(None, None, len(matrix.planes), matrix.columns, size, Type.LOW_BIT, matrix.bits, zero)
 
 
 class Vector(ctypes.Structure):
