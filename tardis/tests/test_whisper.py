@@ -132,6 +132,10 @@ def test_a_stream_keeps_the_output_of_the_encoder_as_it_is_folded_for_the_decode
     for _ in range(LAYERS):
         assert run.inputs.encoded is None
         run.advance()
+    other = stream(tiny_whisper(), inputs, tmp_path)
+    seen = [other.observe(site, advance=True) for site in find_ffns(other.model)[:LAYERS]][-1]
+    hidden = run_encoder_end(other.model, inputs, seen.after.view(4, POSITIONS, -1))
+    torch.testing.assert_close(other.inputs.encoded, hidden, rtol=1e-5, atol=1e-5)  # and what was seen is still there
     expected = model.model.encoder(inputs.features).last_hidden_state
     torch.testing.assert_close(run.inputs.encoded, expected, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(expected, tiny_whisper().model.encoder(inputs.features).last_hidden_state, atol=0.1)

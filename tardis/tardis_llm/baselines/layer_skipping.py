@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..calibration.inputs import TextOrSpeech
+from ..calibration.inputs import TextOrSpeech, token_count
 from ..calibration.text import Windows
 from ..families.sites import FFNSite
 from ..report import Progress, silent
@@ -81,4 +81,4 @@ def skip_layers(
     rows = []
     for site, without in zip(sites, gone, strict=True):
         rows += [replace_ffn(model, site, Nothing())] if without else [unchanged(each) for each in matrices_of(site)]
-    return BaselineReport(NAME, "ffn", share, windows.heldout.numel(), rows)
+    return BaselineReport(NAME, "ffn", share, token_count(windows.heldout), rows)

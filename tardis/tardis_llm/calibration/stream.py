@@ -133,11 +133,12 @@ class Stream:
         """Keep the encoder's output for the blocks of the decoder, the first of which gets the embeddings of tokens."""
         speech, hidden = self.inputs, self._hidden
         assert isinstance(speech, Speech) and hidden is not None, "an encoder is one of speech, and has run"
+        encoded = self._buffer(hidden)  # of its own: what was observed of the last block is still in the other
         size = max(1, self.batch_tokens // hidden.shape[1])
         for start in range(0, len(hidden), size):
             at = slice(start, start + size)
-            hidden[at] = run_encoder_end(self.model, speech[at], hidden[at])  # in place: no block needs it any more
-        self.inputs, self._hidden = speech.with_encoded(hidden), None
+            encoded[at] = run_encoder_end(self.model, speech[at], hidden[at])
+        self.inputs, self._hidden = speech.with_encoded(encoded), None
 
     def _real(self) -> Tensor | None:
         """[windows, length] bool, which rows of the next block are no padding; None where none is."""
