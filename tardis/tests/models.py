@@ -144,6 +144,8 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 _BLOCKS = {"n_layer", "n_layers", "num_layers", "num_hidden_layers"}
 NOT_YET: set[str] = {"apertus"}  # SWITCH: `set()`, once a folded FFN keeps the parameters of its activation
 ENCODER_NAMES = ["bert", "roberta"]
+#: families of models of speech, whose tiny model is in speech.py
+SPEECH = {"whisper"}
 #: one model for each way in which a folded FFN sits in a block, for tests that would take long over all names
 LAYOUTS = {
     "gpt2": "transposed weights, and a head that shares the embedding",

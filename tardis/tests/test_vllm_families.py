@@ -182,7 +182,7 @@ def test_the_guide_says_which_families_vllm_has():
     archs, native = ModelRegistry.get_supported_archs(), ModelRegistry.models
     for kind, (_, said) in guide_families().items():
         stock = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, "-")
-        theirs = stock in archs and FAMILIES[kind].causal
+        theirs = stock in archs and FAMILIES[kind].language_model
         backend = theirs and "Transformers" in native[stock].class_name
         assert said == ("Transformers backend" if backend else "own class" if theirs else "-"), kind
 

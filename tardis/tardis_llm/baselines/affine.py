@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..calibration.inputs import token_count
 from ..calibration.moments import SecondMoments
 from ..calibration.stream import Stream
 from ..calibration.text import Windows
@@ -96,7 +97,7 @@ def replace_by_affine(
     """
     sites, rows = checked_sites(model, NAME, scope), []
     with tempfile.TemporaryDirectory() as scratch:
-        streams = [stream_of(model, ids, scratch) for ids in (windows.fit, windows.heldout)]
+        streams = [stream_of(model, inputs, scratch) for inputs in windows]
         for done, site in enumerate(sites):
             progress(_STAGE, done, len(sites))
             fit, heldout = (_moments(site, stream) for stream in streams)
@@ -105,7 +106,7 @@ def replace_by_affine(
                 for stream in streams:
                     stream.advance()
     progress(_STAGE, len(sites), len(sites))
-    return BaselineReport(NAME, "ffn", None, windows.fit.numel(), rows)
+    return BaselineReport(NAME, "ffn", None, token_count(windows.fit), rows)
 
 
 def install(model: nn.Module, site: FFNSite, weight: Tensor, bias: Tensor) -> MatrixReport:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..calibration.inputs import token_count
 from ..calibration.moments import chunks
 from ..calibration.text import Windows
 from ..families.linear import bias_of
@@ -85,7 +86,7 @@ def prune_flap(
     triples = zip(sites, masks, seen, strict=True)
     rows = [row for site, mask, each in triples for row in remove_neurons(site, mask, each.mean)]
     progress(f"compressing with {NAME}", len(sites), len(sites))
-    return BaselineReport(NAME, "ffn", sparsity, windows.fit.numel(), rows)
+    return BaselineReport(NAME, "ffn", sparsity, token_count(windows.fit), rows)
 
 
 def remove_neurons(site: FFNSite, mask: Tensor, mean: Tensor) -> list[MatrixReport]:

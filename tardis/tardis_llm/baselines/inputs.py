@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..calibration.inputs import TextOrSpeech
 from ..calibration.moments import SecondMoments, Tokens
 from ..calibration.stream import Stream
 from ..errors import InvalidInputError
@@ -72,13 +73,13 @@ class InputStatistics:
         return self.moments.cross * (2 / self.moments.count)
 
 
-def stream_of(model: PreTrainedModel, ids: Tensor, scratch: str) -> Stream:
-    """Windows of token ids [windows, length] at the start of the model; `scratch` is a folder."""
-    return Stream(model, ids, Path(scratch), _MEMORY_LIMIT, _BATCH_TOKENS)
+def stream_of(model: PreTrainedModel, windows: TextOrSpeech, scratch: str) -> Stream:
+    """Windows at the start of the model; `scratch` is a folder."""
+    return Stream(model, windows, Path(scratch), _MEMORY_LIMIT, _BATCH_TOKENS)
 
 
 def statistics_by_block(
-    model: PreTrainedModel, ids: Tensor, blocks: Sequence[Sequence[ModelMatrix]], need: Need
+    model: PreTrainedModel, windows: TextOrSpeech, blocks: Sequence[Sequence[ModelMatrix]], need: Need
 ) -> Iterator[Sequence[InputStatistics | None]]:
     """Per block, statistics of the inputs of its matrices, from one pass of the block over all the windows.
 
@@ -86,7 +87,7 @@ def statistics_by_block(
 
     Args:
         model: in eval mode.
-        ids: [windows, length].
+        windows: token ids [windows, length], or speech.
         blocks: the matrices of every block.
         need: what to gather; without any need nothing runs.
 
@@ -98,7 +99,7 @@ def statistics_by_block(
             yield [None] * len(block)
         return
     with tempfile.TemporaryDirectory() as scratch:
-        stream = stream_of(model, ids, scratch)
+        stream = stream_of(model, windows, scratch)
         for index, block in enumerate(blocks):
             with ExitStack() as hooks:
                 gathered = [_gather(matrix, need, hooks) for matrix in block]

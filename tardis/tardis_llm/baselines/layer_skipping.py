@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..calibration.inputs import TextOrSpeech, token_count
 from ..calibration.text import Windows
 from ..families.sites import FFNSite
 from ..report import Progress, silent
@@ -36,11 +37,11 @@ class Nothing(nn.Module):
 
 
 @torch.no_grad()
-def losses_without(model: PreTrainedModel, sites: list[FFNSite], ids: Tensor, progress: Progress) -> Tensor:
-    """[layers] fp64, the loss on windows of token ids when the FFN of one layer gives nothing."""
+def losses_without(model: PreTrainedModel, sites: list[FFNSite], windows: TextOrSpeech, progress: Progress) -> Tensor:
+    """[layers] fp64, the loss on windows when the FFN of one layer gives nothing."""
     losses = []
     with tempfile.TemporaryDirectory() as scratch:
-        stream = stream_of(model, ids, scratch)
+        stream = stream_of(model, windows, scratch)
         reference = stream.reference()
         for done, site in enumerate(sites):
             progress("measuring losses", done, len(sites))
@@ -80,4 +81,4 @@ def skip_layers(
     rows = []
     for site, without in zip(sites, gone, strict=True):
         rows += [replace_ffn(model, site, Nothing())] if without else [unchanged(each) for each in matrices_of(site)]
-    return BaselineReport(NAME, "ffn", share, windows.heldout.numel(), rows)
+    return BaselineReport(NAME, "ffn", share, token_count(windows.heldout), rows)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..calibration.inputs import token_count
 from ..calibration.text import Windows
 from ..errors import InvalidInputError
 from ..report import Progress, silent
@@ -69,7 +70,7 @@ def compress_layerwise(
         progress(f"compressing with {first.name}", done, len(blocks))
         rows += [compress_matrix(matrix, how, statistics) for matrix, statistics in zip(block, seen, strict=True)]
     progress(f"compressing with {first.name}", len(blocks), len(blocks))
-    tokens = 0 if first.need is Need.NOTHING else windows.fit.numel()
+    tokens = 0 if first.need is Need.NOTHING else token_count(windows.fit)
     return BaselineReport(first.name, scope, first.asked, tokens, rows)
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..errors import InvalidInputError
 from ..families.linear import bias_of, check_linear, is_linear, weight_of
-from ..families.sites import find_ffns, layer_list, layer_list_name
+from ..families.sites import find_ffns, named_blocks
 
 #: "ffn": the two or three matrices of every FFN; "all": every linear layer in the blocks, those of attention too
 Scope = Literal["ffn", "all"]
@@ -71,8 +71,7 @@ def find_matrices(model: PreTrainedModel, scope: Scope) -> list[list[ModelMatrix
         raise InvalidInputError(f"scope is {scope!r}; give one of {', '.join(get_args(Scope))}.")
     ffn = {name for site in find_ffns(model) for name in site.linears}
     blocks = []
-    for index, block in enumerate(layer_list(model)):
-        prefix = f"{layer_list_name(model)}.{index}"
+    for prefix, block in named_blocks(model).items():
         linear = [(name, m) for name, m in block.named_modules(prefix=prefix) if is_linear(m)]
         blocks.append([ModelMatrix(name, module) for name, module in linear if scope == "all" or name in ffn])
     for matrix in (matrix for block in blocks for matrix in block):

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..calibration.inputs import TextOrSpeech, token_count
 from ..calibration.moments import Tokens
 from ..calibration.text import Windows
 from ..config import FoldConfig
@@ -132,8 +133,8 @@ def quantise_repaired(
     rows: list[MatrixReport] = []
     with tempfile.TemporaryDirectory() as scratch:
 
-        def follow(ids: Tensor) -> Followed:
-            return Followed(stream_of(model, ids, scratch), stream_of(model, ids, scratch), FoldConfig())
+        def follow(some: TextOrSpeech) -> Followed:
+            return Followed(stream_of(model, some, scratch), stream_of(model, some, scratch), FoldConfig())
 
         texts = follow(windows.fit), follow(windows.heldout)
         for done, site in enumerate(sites):
@@ -141,7 +142,7 @@ def quantise_repaired(
             fit, heldout = (text.at(site) for text in texts)
             rows += quantise_site(site, fit, heldout, method, repairs)
     progress(stage, len(sites), len(sites))
-    return BaselineReport(method.name, "ffn", None, windows.fit.numel(), rows)
+    return BaselineReport(method.name, "ffn", None, token_count(windows.fit), rows)
 
 
 def quantise_site(

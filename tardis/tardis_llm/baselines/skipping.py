@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..calibration.inputs import token_count
 from ..calibration.moments import chunks
 from ..calibration.stream import Stream
 from ..calibration.text import Windows
@@ -161,7 +162,7 @@ def skip_layerwise(
     """
     sites = checked_sites(model, name, scope)
     with tempfile.TemporaryDirectory() as scratch:
-        stream, heldout = (stream_of(model, ids, scratch) for ids in (windows.fit, windows.heldout))
+        stream, heldout = (stream_of(model, some, scratch) for some in windows)
         for done, site in enumerate(sites):
             progress(f"compressing with {name}", done, len(sites))
             install(site, stream.ffn_inputs(site), asked)
@@ -169,7 +170,7 @@ def skip_layerwise(
                 stream.advance()
         progress(f"compressing with {name}", len(sites), len(sites))
         rows = [unchanged(matrix) for site in sites for matrix in matrices_of(site)]
-        report = BaselineReport(name, "ffn", asked, windows.fit.numel(), rows)
+        report = BaselineReport(name, "ffn", asked, token_count(windows.fit), rows)
         return _read_on(heldout, len(sites), model, report)
 
 

@@ -1,14 +1,19 @@
-"""Run one transformer block, or the head alone, through the forward of the whole model.
+"""Run one transformer block, or what stands behind the last one, through the forward of the whole model.
 
 Calibration goes through the model block by block and keeps only the hidden states [batch, tokens, d] between two
 blocks. No block is called directly, because the arguments of blocks (masks, rotary tables, ALiBi) and what they return
 (a tensor or a tuple) differ between families and releases of transformers. Instead, the list of blocks is reduced to
 one and the model is called: a hook replaces the block's input, another takes its output, and a private exception ends
 the forward there.
+
+A model of speech has two lists of blocks, numbered through. Its encoder runs whole for each block of the decoder,
+unless its output comes with the inputs: `run_encoder_end` makes it from the hidden states behind the encoder's blocks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +23,9 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..errors import InvalidInputError, UnsupportedModelError
-from ..families.sites import FFNSite, block_at, layer_list, only_layer
+from ..families.sites import FFNSite, block_at, encoder_blocks, layer_lists, named_blocks, only_layer
+from ..families.table import sound_of
+from .inputs import Speech, TextOrSpeech, ids_of, model_arguments
 
 
 class _BlockDone(Exception):  # noqa: N818 - a signal, not an error
@@ -29,7 +36,7 @@ class _BlockDone(Exception):  # noqa: N818 - a signal, not an error
 def run_block(
     model: PreTrainedModel,
     index: int,
-    input_ids: Tensor,
+    inputs: TextOrSpeech,
     attention_mask: Tensor | None = None,
     hidden: Tensor | None = None,
 ) -> Tensor:
@@ -38,10 +45,10 @@ def run_block(
     Args:
         model: a model of a supported family, in eval mode.
         index: number of the block, from 0.
-        input_ids: [batch, tokens], the tokens that `hidden` was computed from; they set positions and masks.
+        inputs: token ids [batch, tokens], or speech, that `hidden` was computed from; they set positions and masks.
         attention_mask: [batch, tokens], 1 for text and 0 for padding; None for no padding.
         hidden: [batch, tokens, d], input of the block, in the model's dtype; moved to the block's device. None for
-            the embeddings of `input_ids`, which are the input of block 0.
+            the embeddings of `inputs`, which are the input of the first block of a list.
 
     Returns:
         [batch, tokens, d] output of the block, without gradient, on the block's device.
@@ -57,7 +64,7 @@ def run_block(
         raise _BlockDone
 
     hook = block_at(model, index).register_forward_hook(leave)
-    _run_until_done(model, index, input_ids, attention_mask, hidden, hook)
+    _run_until_done(model, index, inputs, attention_mask, hidden, hook)
     return captured[0]
 
 
@@ -65,14 +72,14 @@ def run_block(
 def ffn_input(
     model: PreTrainedModel,
     site: FFNSite,
-    input_ids: Tensor,
+    inputs: TextOrSpeech,
     attention_mask: Tensor | None = None,
     hidden: Tensor | None = None,
 ) -> Tensor:
     """Run one block on hidden states up to its FFN, and return the input of the FFN.
 
     Args:
-        model, input_ids, attention_mask, hidden: as for `run_block`.
+        model, inputs, attention_mask, hidden: as for `run_block`.
         site: an FFN of the model, not folded.
 
     Returns:
@@ -88,18 +95,18 @@ def ffn_input(
         raise _BlockDone
 
     hook = site.up.register_forward_pre_hook(enter)
-    _run_until_done(model, site.index, input_ids, attention_mask, hidden, hook)
-    _check_count(site, captured[0], input_ids)
+    _run_until_done(model, site.index, inputs, attention_mask, hidden, hook)
+    _check_count(site, captured[0], shape_in(model, site.index, inputs))
     return captured[0]
 
 
 def watch_ffn(
-    model: PreTrainedModel, site: FFNSite, input_ids: Tensor, hidden: Tensor | None = None
+    model: PreTrainedModel, site: FFNSite, inputs: TextOrSpeech, hidden: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run one block on hidden states, and return what its FFN gets and gives, and what the block returns.
 
     Args:
-        model, input_ids, hidden: as for `run_block`.
+        model, inputs, hidden: as for `run_block`.
         site: an FFN of the model, not folded.
 
     Returns:
@@ -118,20 +125,27 @@ def watch_ffn(
 
     hooks = site.up.register_forward_pre_hook(enter), site.down.register_forward_hook(leave)
     try:
-        after = run_block(model, site.index, input_ids, hidden=hidden)
+        after = run_block(model, site.index, inputs, hidden=hidden)
     finally:
         for hook in hooks:
             hook.remove()
-    _check_count(site, seen["x"].flatten(0, -2), input_ids)
-    x, y = (seen[name].reshape(*input_ids.shape, -1) for name in ("x", "y"))
+    _check_count(site, seen["x"].flatten(0, -2), after.shape[:-1])
+    x, y = (seen[name].reshape(*after.shape[:-1], -1) for name in ("x", "y"))
     return x, y, after
 
 
-def _check_count(site: FFNSite, x: Tensor, input_ids: Tensor) -> None:
-    """Refuse an FFN that gets the tokens in several parts."""
-    if len(x) != input_ids.numel():
+def shape_in(model: PreTrainedModel, index: int, inputs: TextOrSpeech) -> torch.Size:
+    """[batch, tokens] of the hidden states in block `index`."""
+    if not isinstance(inputs, Tensor) and index < encoder_blocks(model):
+        return torch.Size((len(inputs), sound_of(model.config).positions))
+    return ids_of(inputs).shape
+
+
+def _check_count(site: FFNSite, x: Tensor, shape: torch.Size) -> None:
+    """Refuse an FFN that gets the tokens [batch, tokens] in several parts."""
+    if len(x) != shape.numel():
         raise InvalidInputError(
-            f"{site.up_name} got {len(x)} of {input_ids.numel()} tokens; set chunk_size_feed_forward = 0 in the "
+            f"{site.up_name} got {len(x)} of {shape.numel()} tokens; set chunk_size_feed_forward = 0 in the "
             "model's config."
         )
 
@@ -139,7 +153,7 @@ def _check_count(site: FFNSite, x: Tensor, input_ids: Tensor) -> None:
 def _run_until_done(
     model: PreTrainedModel,
     index: int,
-    input_ids: Tensor,
+    inputs: TextOrSpeech,
     attention_mask: Tensor | None,
     hidden: Tensor | None,
     hook: RemovableHandle,
@@ -154,7 +168,7 @@ def _run_until_done(
         with only_layer(model, index) as block:
             entry = block.register_forward_pre_hook(enter, with_kwargs=True)
             try:
-                _forward(model, input_ids, attention_mask)
+                _forward(model, inputs, attention_mask)
             finally:
                 entry.remove()
     except _BlockDone:
@@ -168,12 +182,12 @@ def _run_until_done(
 
 
 @torch.no_grad()
-def run_head(model: PreTrainedModel, input_ids: Tensor, hidden: Tensor) -> ModelOutput:
+def run_head(model: PreTrainedModel, inputs: TextOrSpeech, hidden: Tensor) -> ModelOutput:
     """Run what follows the last block: the final norm and, if the model has one, its LM head.
 
     Args:
         model: a model of a supported family, in eval mode.
-        input_ids: [batch, tokens], the tokens that `hidden` was computed from.
+        inputs: token ids [batch, tokens], or speech, that `hidden` was computed from.
         hidden: [batch, tokens, d], output of the last block, in the model's dtype; moved to its device.
 
     Returns:
@@ -182,34 +196,58 @@ def run_head(model: PreTrainedModel, input_ids: Tensor, hidden: Tensor) -> Model
     Raises:
         InvalidInputError, UnsupportedModelError: as `run_block`.
     """
+    with _leaving_with(model, len(named_blocks(model)) - 1, hidden):
+        return _forward(model, inputs, None)
+
+
+@torch.no_grad()
+def run_encoder_end(model: PreTrainedModel, speech: Speech, hidden: Tensor) -> Tensor:
+    """Run what follows the last block of an encoder of speech.
+
+    Args:
+        model: a model of speech, in eval mode.
+        speech: that `hidden` was computed from.
+        hidden: [batch, positions, d], output of the encoder's last block, in the model's dtype.
+
+    Returns:
+        [batch, positions, d] what the decoder gets.
+
+    Raises:
+        InvalidInputError: as `run_block`.
+    """
+    encoder = model.get_submodule(next(iter(layer_lists(model))).rpartition(".")[0])
+    with _leaving_with(model, encoder_blocks(model) - 1, hidden):
+        output = encoder(speech.features, **_NO_RECORDS)
+    encoded: Tensor = output.last_hidden_state
+    return encoded
+
+
+@contextmanager
+def _leaving_with(model: PreTrainedModel, index: int, hidden: Tensor) -> Iterator[None]:
+    """Within the context, block `index` is alone in its list and returns `hidden`, whatever it computes."""
     _require_eval(model)
 
     def leave(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         value = _fit(hidden, _hidden_of(output))
         return (value, *output[1:]) if isinstance(output, tuple) else value
 
-    with only_layer(model, len(layer_list(model)) - 1) as block:
+    with only_layer(model, index) as block:
         hook = block.register_forward_hook(leave)
         try:
-            return _forward(model, input_ids, None)
+            yield
         finally:
             hook.remove()
 
 
-def _forward(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None) -> ModelOutput:
-    """Call the model, without its recording hidden states or attention.
+#: false even if the config says otherwise: when transformers records hidden states or attention for the first time, it
+#: adds hooks to the blocks in the list, once and for all, and here the list has a single block
+_NO_RECORDS = {"output_hidden_states": False, "output_attentions": False, "return_dict": True}
 
-    `output_*` is false even if the config says otherwise: when transformers records for the first time it adds hooks to
-    the blocks in the list, once and for all, and here the list has a single block.
-    """
-    output: ModelOutput = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        use_cache=False,
-        output_hidden_states=False,
-        output_attentions=False,
-        return_dict=True,
-    )
+
+def _forward(model: PreTrainedModel, inputs: TextOrSpeech, attention_mask: Tensor | None) -> ModelOutput:
+    """Call the model, without its recording hidden states or attention."""
+    mask = {} if attention_mask is None else {"attention_mask": attention_mask}
+    output: ModelOutput = model(**model_arguments(inputs), **mask, use_cache=False, **_NO_RECORDS)
     return output
 
 
@@ -238,6 +276,6 @@ def _fit(hidden: Tensor, original: Tensor) -> Tensor:
     if hidden.shape != original.shape or hidden.dtype != original.dtype:
         raise InvalidInputError(
             f"hidden is {list(hidden.shape)} {hidden.dtype}, but this block has {list(original.shape)} "
-            f"{original.dtype}. Pass the output of the block before it for the same input_ids and model."
+            f"{original.dtype}. Pass the output of the block before it for the same inputs and model."
         )
     return hidden.to(original.device)

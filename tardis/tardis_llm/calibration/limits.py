@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InvalidInputError
-from ..families.table import position_limit, vocabulary
+from ..families.table import family_of, position_limit, vocabulary
+from .inputs import Speech, TextOrSpeech, ids_of
 
 #: the most tokens of a window, unless more are asked for
 _LONGEST = 1024
@@ -61,16 +62,35 @@ def default_length(tokenizer: Tokenizer | None, positions: int | None) -> int:
     return int(min(limits))
 
 
-def check_windows(model: PreTrainedModel, ids: Tensor, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Raise InvalidInputError where windows of text are too long for a model, or have tokens that it does not know.
+def check_windows(
+    model: PreTrainedModel, inputs: TextOrSpeech, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
+    """Raise InvalidInputError where a model cannot take windows.
+
+    They are of speech and it reads text, or the other way round; they are too long, or have tokens that it does not
+    know.
 
     Args:
         model: of a supported family.
-        ids: [count, length] token ids.
+        inputs: [count, length] token ids, or speech.
         tokenizer: the one that made them; its size is named in the error.
     """
+    check_kind(model, speech=isinstance(inputs, Speech))
+    ids = ids_of(inputs)
     check_length(model, ids.shape[1])
     check_tokens(model, ids, tokenizer)
+
+
+def check_kind(model: PreTrainedModel, speech: bool) -> None:
+    """Raise InvalidInputError where a model gets speech and reads text, or text and hears speech."""
+    name, hears = type(model).__name__, family_of(model.config).speech
+    if speech and not hears:
+        raise InvalidInputError(f"{name} reads text, and speech is given; give token ids, or --text, not --audio.")
+    if hears and not speech:
+        raise InvalidInputError(
+            f"{name} hears speech, and text is given; give log-mel features [windows, mels, frames], or --audio, "
+            "not --text."
+        )
 
 
 def check_length(model: PreTrainedModel, length: int) -> None:

@@ -1,4 +1,8 @@
-"""Go through a model block by block, keeping the hidden states of all windows in front of the next block."""
+"""Go through a model block by block, keeping the hidden states of all windows in front of the next block.
+
+Behind the blocks of an encoder of speech a stream keeps what the encoder made of the windows, and goes on with the
+first block of the decoder. Of its blocks, the padding behind transcripts is left out of what is observed.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import InvalidInputError
-from ..families.sites import FFNSite, layer_list
+from ..families.sites import FFNSite, encoder_blocks, named_blocks
 from ..families.table import family_of, vocabulary
-from .blocks import ffn_input, run_block, run_head, watch_ffn
+from .blocks import ffn_input, run_block, run_encoder_end, run_head, shape_in, watch_ffn
 from .hidden import hidden_buffer
+from .inputs import Speech, TextOrSpeech, ids_of, is_text
 
 _LOGITS_AT_ONCE = 2**25  # the most elements of logits that are in memory at once
 
@@ -40,11 +45,11 @@ class Seen:
 
 @dataclass
 class Stream:
-    """Hidden states of windows of tokens in front of block `position`.
+    """Hidden states of windows of text or speech in front of block `position`.
 
     Attributes:
         model: in eval mode. Blocks in front of `position` have run, and may be changed without effect.
-        ids: [windows, length], the token ids.
+        inputs: the windows: token ids [windows, length], or speech.
         scratch: folder for hidden states that exceed the memory limit.
         memory_limit: bytes that each of two buffers of hidden states may take in memory.
         batch_tokens: how many tokens run through a block at once.
@@ -52,7 +57,7 @@ class Stream:
     """
 
     model: PreTrainedModel
-    ids: Tensor
+    inputs: TextOrSpeech
     scratch: Path
     memory_limit: float
     batch_tokens: int
@@ -62,17 +67,16 @@ class Stream:
     def advance(self) -> None:
         """Run the next block, as it is in the model now, and move on behind it."""
         for at in self._batches():
-            out = run_block(self.model, self.position, self.ids[at], hidden=self._at(at))
+            out = run_block(self.model, self.position, self.inputs[at], hidden=self._at(at))
             if self._hidden is None:
-                shape = (*self.ids.shape, out.shape[-1])
-                self._hidden = hidden_buffer(shape, out.dtype, self.scratch, self.memory_limit)
+                self._hidden = self._buffer(out)
             self._hidden[at] = out  # in place: the block's input is no longer needed
-        self.position += 1
+        self._move_on(self._hidden)
 
     def visit(self) -> None:
         """Run the next block so that hooks inside it fire; the stream does not move on."""
         for at in self._batches():
-            run_block(self.model, self.position, self.ids[at], hidden=self._at(at))
+            run_block(self.model, self.position, self.inputs[at], hidden=self._at(at))
 
     def observe(self, site: FFNSite, advance: bool = False) -> Seen:
         """Run the next block and record its FFN.
@@ -90,30 +94,58 @@ class Stream:
             InvalidInputError: an input or output is NaN or infinite.
         """
         buffers: dict[str, Tensor] = {}
-        weight = torch.empty(self.ids.shape)
+        weight = torch.empty(shape_in(self.model, self.position, self.inputs))
+        real = self._real()
         for at in self._batches():
-            x, y, after = watch_ffn(self.model, site, self.ids[at], self._at(at))
+            x, y, after = watch_ffn(self.model, site, self.inputs[at], self._at(at))
             for name, rows in (("x", x), ("y", y), ("after", after)):
                 _check_finite(rows, site)
                 self._store(buffers, name, at, rows)
             squares = _mean_square(after) * (_mean_square(y) if site.norm is not None else 1)
             weight[at] = 1 / squares.clamp_min(1e-30)
         if advance:
-            self._hidden = buffers["after"]
-            self.position += 1
-        weight = (weight / weight.mean()).flatten()
-        x, y, after = (buffers[name].flatten(0, 1) for name in ("x", "y", "after"))
-        return Seen(x, y, after, weight)
+            self._move_on(buffers["after"])
+        x, y, after, weight = (_rows(part, real) for part in (buffers["x"], buffers["y"], buffers["after"], weight))
+        return Seen(x, y, after, weight / weight.mean())
 
     def _store(self, buffers: dict[str, Tensor], name: str, at: slice, rows: Tensor) -> None:
         """Put rows [windows, length, d] of some windows into the buffer of a name, which is made with the first."""
         if name not in buffers:
-            shape = (*self.ids.shape, rows.shape[-1])
-            buffers[name] = hidden_buffer(shape, rows.dtype, self.scratch, self.memory_limit)
+            buffers[name] = self._buffer(rows)
         buffers[name][at] = rows
 
+    def _buffer(self, rows: Tensor) -> Tensor:
+        """An empty buffer [windows, length, d] for rows [some windows, length, d]."""
+        return hidden_buffer((len(self.inputs), *rows.shape[1:]), rows.dtype, self.scratch, self.memory_limit)
+
+    def _move_on(self, hidden: Tensor | None) -> None:
+        """Move behind a block, whose outputs [windows, length, d] are given."""
+        self._hidden = hidden
+        self.position += 1
+        if self._ends_encoder(self.position):
+            self._enter_decoder()
+
+    def _ends_encoder(self, position: int) -> bool:
+        """Whether the next block is the first one of a decoder behind an encoder."""
+        return position == encoder_blocks(self.model) > 0
+
+    def _enter_decoder(self) -> None:
+        """Keep the encoder's output for the blocks of the decoder, the first of which gets the embeddings of tokens."""
+        speech, hidden = self.inputs, self._hidden
+        assert isinstance(speech, Speech) and hidden is not None, "an encoder is one of speech, and has run"
+        encoded = self._buffer(hidden)  # of its own: what was observed of the last block is still in the other
+        size = max(1, self.batch_tokens // hidden.shape[1])
+        for start in range(0, len(hidden), size):
+            at = slice(start, start + size)
+            encoded[at] = run_encoder_end(self.model, speech[at], hidden[at])
+        self.inputs, self._hidden = speech.with_encoded(encoded), None
+
+    def _real(self) -> Tensor | None:
+        """[windows, length] bool, which rows of the next block are no padding; None where none is."""
+        return None if self.position < encoder_blocks(self.model) else is_text(self.inputs)
+
     def ffn_inputs(self, site: FFNSite) -> Tensor:
-        """[windows * length, d], the inputs of the FFN in the next block.
+        """[tokens, d], the inputs of the FFN in the next block.
 
         Args:
             site: the FFN of that block, not folded.
@@ -123,31 +155,32 @@ class Stream:
         """
         buffers: dict[str, Tensor] = {}
         for at in self._batches():
-            x = ffn_input(self.model, site, self.ids[at], hidden=self._at(at))
+            x = ffn_input(self.model, site, self.inputs[at], hidden=self._at(at))
             _check_finite(x, site)
-            self._store(buffers, "x", at, x.view(-1, self.ids.shape[1], x.shape[-1]))
-        return buffers["x"].flatten(0, 1)
+            self._store(buffers, "x", at, x.view(len(self.inputs[at]), -1, x.shape[-1]))
+        return _rows(buffers["x"], self._real())
 
     def loss(self, reference: Tensor | None = None) -> float:
         """The model's loss on the windows, with the remaining blocks as they are now; the stream does not move on.
 
-        A causal model's loss is the next-token cross-entropy in nats. An encoder's is the squared error of its output
-        against `reference`, relative to the squared norm of that.
+        A causal model's loss is the next-token cross-entropy in nats, for a model of speech that of the transcripts. An
+        encoder's is the squared error of its output against `reference`, relative to the squared norm of that.
 
         Args:
             reference: for an encoder, what `reference()` returned before the model was changed.
         """
         total, weight = 0.0, 0.0
         done = 0
-        for output, ids in self._outputs():
+        for output, some in self._outputs():
             if family_of(self.model.config).causal:
-                total += float(F.cross_entropy(output[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
-                weight += ids[:, 1:].numel()
+                losses = _losses(output, some)
+                total += float(losses.sum())
+                weight += losses.numel()
             elif reference is not None:
-                dense = reference[done : done + len(ids)].float()
+                dense = reference[done : done + len(some)].float()
                 total += float((output - dense).square().sum())
                 weight += float(dense.square().sum())
-            done += len(ids)
+            done += len(some)
         return total / max(weight, 1e-30)
 
     def reference(self) -> Tensor | None:
@@ -156,28 +189,42 @@ class Stream:
             return None
         return torch.cat([output.half() for output, _ in self._outputs()])
 
-    def _outputs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each batch, the model's output in fp32, which is logits or the last hidden state, and its token ids."""
-        windows = max(1, _LOGITS_AT_ONCE // (self.ids.shape[1] * vocabulary(self.model)))
+    def _outputs(self) -> Iterator[tuple[Tensor, TextOrSpeech]]:
+        """For each batch, the model's output in fp32, which is logits or the last hidden state, and its windows."""
+        windows = max(1, _LOGITS_AT_ONCE // (ids_of(self.inputs).shape[1] * vocabulary(self.model)))
         for at in self._batches(windows):
-            hidden = self._at(at)
-            for index in range(self.position, len(layer_list(self.model))):
-                hidden = run_block(self.model, index, self.ids[at], hidden=hidden)
+            some, hidden = self.inputs[at], self._at(at)
+            for index in range(self.position, len(named_blocks(self.model))):
+                hidden = run_block(self.model, index, some, hidden=hidden)
+                if isinstance(some, Speech) and self._ends_encoder(index + 1):
+                    some, hidden = some.with_encoded(run_encoder_end(self.model, some, hidden)), None
             assert hidden is not None, "a model has at least one block"
-            output = run_head(self.model, self.ids[at], hidden)
-            yield (output.logits if "logits" in output else output.last_hidden_state).float(), self.ids[at]
+            output = run_head(self.model, some, hidden)
+            yield (output.logits if "logits" in output else output.last_hidden_state).float(), some
 
     def _at(self, at: slice) -> Tensor | None:
         """Hidden states of some windows in front of the next block; None in front of the first."""
         if self._hidden is None or not self.position:
-            return None  # block 0 gets the embeddings, which the model makes from the ids
+            return None  # the first block gets the embeddings, which the model makes from the inputs
         return self._hidden[at]
 
     def _batches(self, most: int | None = None) -> list[slice]:
         """Batches of windows, of `batch_tokens` tokens and at most `most` windows each."""
-        size = max(1, self.batch_tokens // self.ids.shape[1])
+        size = max(1, self.batch_tokens // shape_in(self.model, self.position, self.inputs)[1])
         size = min(size, most) if most else size
-        return [slice(start, start + size) for start in range(0, len(self.ids), size)]
+        return [slice(start, start + size) for start in range(0, len(self.inputs), size)]
+
+
+def _rows(part: Tensor, real: Tensor | None) -> Tensor:
+    """[tokens, ...] what is known of each token, from part [windows, length, ...]; `real` [windows, length] picks."""
+    return part.flatten(0, 1) if real is None else part[real]
+
+
+def _losses(logits: Tensor, inputs: TextOrSpeech) -> Tensor:
+    """[tokens] fp32, cross-entropy of every token but a window's first, from logits [windows, length, vocabulary]."""
+    ids, real = ids_of(inputs), is_text(inputs)
+    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return losses if real is None else losses[real[:, 1:].flatten()]
 
 
 def _check_finite(x: Tensor, site: FFNSite) -> None:

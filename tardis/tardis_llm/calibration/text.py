@@ -6,9 +6,10 @@ as Gemma, make little sense of text without it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config import FoldConfig, check_seed
 from ..errors import InvalidInputError
 from .documents import Documents, read_documents
+from .inputs import Speech, TextOrSpeech, ids_of, token_count
 from .limits import Tokenizer, check_windows
+
+Windowed = TypeVar("Windowed", bound=TextOrSpeech)
 
 _SPANS = 64  # how many pieces of a long text are tokenized
 _PROBE = "text"
@@ -28,11 +32,11 @@ TOKENS_PER_DIMENSION = 4
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of calibration tokens.
+    """Windows to calibrate on: of text, or of speech.
 
     Attributes:
-        fit: [windows, length] int64, to fit on.
-        heldout: [windows, length] int64, kept apart to choose and to check on.
+        fit: token ids [windows, length] int64, or speech, to fit on.
+        heldout: the same, kept apart to choose and to check on.
 
     Examples:
         >>> windows = split_windows(torch.arange(256), length=32, heldout=0.25)
@@ -40,8 +44,12 @@ class Windows:
         (6, 2)
     """
 
-    fit: Tensor
-    heldout: Tensor
+    fit: TextOrSpeech
+    heldout: TextOrSpeech
+
+    def __iter__(self) -> Iterator[TextOrSpeech]:
+        """Those to fit on, then those kept apart."""
+        return iter((self.fit, self.heldout))
 
 
 def read_windows(
@@ -93,7 +101,7 @@ def windows_over(
     first = first_token(tokenizer)
     rest = length - len(first)
     windows = split_windows(_spread_windows(torch.tensor(ids), tokens, rest), rest, heldout)
-    return Windows(begun(windows.fit, first), begun(windows.heldout, first))
+    return Windows(*(begun(ids_of(some), first) for some in windows))
 
 
 def calibration_windows(
@@ -109,8 +117,8 @@ def calibration_windows(
         InvalidInputError: there is too little text, windows are too long, or the model does not know a token.
     """
     windows = windows_over(documents, tokenizer, config.tokens, length, config.heldout, config.seed)
-    for ids in (windows.fit, windows.heldout):
-        check_windows(model, ids, tokenizer)
+    for some in windows:
+        check_windows(model, some, tokenizer)
     return windows
 
 
@@ -142,10 +150,16 @@ def split_windows(ids: Tensor, length: int, heldout: float) -> Windows:
             "--tokens, or give a shorter --sequence-length."
         )
     windows = flat[: count * length].view(count, length).long()
-    kept = max(1, round(count * heldout))
+    kept = heldout_of(count, heldout)
+    return Windows(windows[~kept], windows[kept])
+
+
+def heldout_of(count: int, share: float) -> Tensor:
+    """[count] bool, which of so many windows are kept apart: evenly spread, and one at least."""
+    kept = max(1, round(count * share))
     chosen = torch.zeros(count, dtype=torch.bool)
     chosen[(torch.arange(kept) * count) // kept + count // (2 * kept)] = True
-    return Windows(windows[~chosen], windows[chosen])
+    return chosen
 
 
 def spread(count: int, limit: int | None) -> list[int]:
@@ -163,19 +177,25 @@ def spread(count: int, limit: int | None) -> list[int]:
     return [index * count // wanted for index in range(wanted)]
 
 
-def some_windows(windows: Tensor, tokens: int) -> Tensor:
+def some_windows(windows: Windowed, tokens: int) -> Windowed:
     """Some windows, evenly spread over all.
 
     Args:
-        windows: [count, length] token ids.
+        windows: [count, length] token ids, or speech.
         tokens: about how many tokens to keep, in two windows at least; 0 for all.
     """
-    return windows[spread(len(windows), max(2, tokens // windows.shape[1]) if tokens else None)]
+    chosen = spread(len(windows), max(2, tokens // ids_of(windows).shape[1]) if tokens else None)
+    return cast(Windowed, windows[chosen])
 
 
 def check_enough(windows: Windows, d: int) -> None:
     """Raise InvalidInputError where there are too few tokens to estimate the second moments of d inputs."""
-    have, need = windows.fit.numel(), TOKENS_PER_DIMENSION * d
+    have, need = token_count(windows.fit), TOKENS_PER_DIMENSION * d
+    if have < need and isinstance(windows.fit, Speech):
+        raise InvalidInputError(
+            f"{have} tokens in the transcripts of the calibration speech are too few for a model of width {d}: second "
+            f"moments need {need} at least. Give more --audio, or raise --tokens."
+        )
     if have < need:
         raise InvalidInputError(
             f"{have} calibration tokens are too few for a model of width {d}: second moments need {need} at least, and "

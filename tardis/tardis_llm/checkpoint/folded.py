@@ -16,7 +16,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, SequenceFeatureExtractor
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from ..errors import CheckpointError, InvalidInputError
@@ -39,6 +39,7 @@ def save_folded(
     directory: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_shard_size: int | str = "5GB",
+    extractor: SequenceFeatureExtractor | None = None,
 ) -> None:
     """Write a folded model into a directory, in place of any model that is there.
 
@@ -52,6 +53,7 @@ def save_folded(
         directory: made if it does not exist.
         tokenizer: the model's, saved beside it.
         max_shard_size: the most that one weight file may take: a number of bytes, or text such as "5GB" or "5GiB".
+        extractor: what makes the features of a model of speech, saved beside it.
 
     Raises:
         InvalidInputError: the model has no folded FFN, or `max_shard_size` is not a size.
@@ -73,6 +75,8 @@ def save_folded(
         save_model(model, staging, size)
         if tokenizer is not None:
             save_tokenizer(tokenizer, staging)
+        if extractor is not None:
+            extractor.save_pretrained(staging)
         for file in staging.glob("*.safetensors"):
             file.chmod(_READABLE)
         write_manifest(staging, report)

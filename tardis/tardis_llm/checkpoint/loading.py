@@ -13,12 +13,15 @@ from typing import Any
 import transformers
 from safetensors import SafetensorError
 from transformers import (
+    AutoFeatureExtractor,
     AutoModelForCausalLM,
+    AutoModelForSpeechSeq2Seq,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    SequenceFeatureExtractor,
 )
 from transformers.utils.hub import cached_file
 
@@ -122,6 +125,25 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_extractor(model: str) -> SequenceFeatureExtractor:
+    """Load what makes a model's features of sound.
+
+    Args:
+        model: directory or hub name of a model of speech.
+
+    Raises:
+        InvalidInputError: it is missing or cannot be read.
+    """
+    try:
+        extractor: SequenceFeatureExtractor = AutoFeatureExtractor.from_pretrained(model)
+    except Exception as error:  # the library raises many kinds, all with the same remedy
+        raise InvalidInputError(
+            f"{model} has no feature extractor that can be loaded ({first_line(error)}). Put the model's "
+            "preprocessor_config.json beside its weights."
+        ) from error
+    return extractor
+
+
 def load_report(model: str) -> FoldReport | None:
     """Load the report of the fold that made a checkpoint.
 
@@ -175,7 +197,7 @@ def is_folded(model: str) -> bool:
 def _load(model: str, config: PreTrainedConfig, dtype: str | None) -> PreTrainedModel:
     if dtype is not None and dtype not in DTYPES:
         raise InvalidInputError(f"dtype is {dtype!r}; give one of {', '.join(DTYPES)}.")
-    loader = AutoModelForCausalLM if family_of(config).causal else _encoder_class(model, config)
+    loader = _auto_class(config) or _encoder_class(model, config)
     file = find_gguf(model)
     if file:
         check_blocks(config, len(file.header.tensors))
@@ -232,6 +254,13 @@ def _instead_of_bad_generation_config(model: str) -> dict[str, Any]:
         )
         return {"generation_config": GenerationConfig()}
     return {}
+
+
+def _auto_class(config: PreTrainedConfig) -> Any:
+    """The class of transformers that loads models which generate text; None for an encoder."""
+    if family_of(config).speech:
+        return AutoModelForSpeechSeq2Seq
+    return AutoModelForCausalLM if family_of(config).causal else None
 
 
 def _encoder_class(model: str, config: PreTrainedConfig) -> Any:

@@ -91,14 +91,14 @@ def check_blocks(config: PreTrainedConfig, tensors: int | None) -> None:
         tensors: how many the weight files hold; None where the files are not known.
 
     Raises:
-        CheckpointError: there are more blocks than tensors, or `num_hidden_layers` is no number of blocks.
+        CheckpointError: there are more blocks than tensors, or what config.json says is no number of blocks.
     """
-    blocks = getattr(config, "num_hidden_layers", 0)
-    if not isinstance(blocks, int) or blocks < 1 or blocks > (tensors or _MOST_BLOCKS):
-        held = f"the weight files hold {tensors} tensors" if tensors else "no model has so many"
-        raise CheckpointError(
-            f"config.json says that the model has {reprlib.repr(blocks)} blocks, and {held}; copy config.json anew."
-        )
+    for blocks in (getattr(config, "num_hidden_layers", 0), getattr(config, "decoder_layers", 1)):
+        if not isinstance(blocks, int) or blocks < 1 or blocks > (tensors or _MOST_BLOCKS):
+            held = f"the weight files hold {tensors} tensors" if tensors else "no model has so many"
+            raise CheckpointError(
+                f"config.json says that the model has {reprlib.repr(blocks)} blocks, and {held}; copy config.json anew."
+            )
 
 
 def _check_fits(name: str, layer: FoldFormat, site: FFNSite) -> None:

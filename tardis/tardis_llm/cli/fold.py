@@ -8,20 +8,22 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..calibration.audio import read_audio
+from ..calibration.inputs import Speech, TextOrSpeech, token_count
 from ..calibration.limits import window_length
+from ..calibration.speech import hear
 from ..calibration.text import Windows, calibration_windows
 from ..checkpoint.config_file import load_config
 from ..checkpoint.folded import holds_fold, save_folded
 from ..checkpoint.gguf import find_gguf
-from ..checkpoint.loading import check_weights, load_dense, load_tokenizer
+from ..checkpoint.loading import check_weights, load_dense, load_extractor, load_tokenizer
 from ..checkpoint.manifest import read_report
 from ..checkpoint.saving import check_savable
 from ..config import FoldConfig
 from ..errors import InvalidInputError
-from ..evaluation.generation import generate
+from ..evaluation.generation import generate, transcript
 from ..evaluation.self_check import SelfCheck, Verdict
 from ..families.table import family_of
 from ..pipeline.fold import changes, check_fold, is_left_over
@@ -31,7 +33,7 @@ from ..pipeline.workspace import FOLDER, discard, only_one
 from ..report import FoldReport
 from ..sample import calibration_text
 from . import output as show
-from .options import AsJson, Dtype, ModelName, TextField, Texts, check_precision, from_settings, read_texts
+from .options import AsJson, Audio, Dtype, ModelName, TextField, Texts, check_precision, from_settings, read_texts
 from .place import check_output, check_space
 from .stopping import stoppable
 
@@ -57,6 +59,7 @@ def fold(
     model: ModelName,
     directory: Output,
     text: Texts = None,
+    audio: Audio = None,
     text_field: TextField = None,
     *,
     config: FoldConfig,
@@ -68,12 +71,12 @@ def fold(
 ) -> None:
     """Fold a model's feed-forward networks and write a checkpoint that transformers loads.
 
-    Give --text of the kind that the model will see. Ends with a self-check: if the folded model is far worse than the
-    dense one on held-out text, nothing is written.
+    Give --text of the kind that the model will see, or --audio that it will hear. Ends with a self-check: if the folded
+    model is far worse than the dense one on what was held out, nothing is written.
     """
     clock = show.Clock()
     check_output(directory, model, force, resume)
-    loaded, tokenizer, windows = _load(model, text, text_field, config, dtype)
+    loaded, tokenizer, windows = _load(model, text, audio, text_field, config, dtype)
     check_precision(context, loaded.dtype)
     done = _finished(directory, loaded, windows, config) if resume else None
     if done:
@@ -89,7 +92,8 @@ def fold(
         report = replace(report, source=_source(model))
         written = verdict.passed or force
         if written:
-            save_folded(loaded, report, directory, tokenizer, max_shard_size)
+            extractor = load_extractor(model) if family_of(loaded.config).speech else None
+            save_folded(loaded, report, directory, tokenizer, max_shard_size, extractor)
             discard(directory / FOLDER)
     sample = _sample(loaded, tokenizer, windows.heldout)
     if as_json:
@@ -98,13 +102,25 @@ def fold(
     else:
         _print(report, verdict, sample)
     _conclude(verdict, directory, written, clock)
+    if written:
+        name = escape(str(directory))
+        speech = family_of(loaded.config).speech
+        show.say(f"next: tardis generate {name} FILE" if speech else f"next: tardis eval {name} --text FILE")
 
 
 def _load(
-    model: str, text: list[str] | None, field: str | None, config: FoldConfig, dtype: str | None
+    model: str,
+    text: list[str] | None,
+    audio: list[str] | None,
+    field: str | None,
+    config: FoldConfig,
+    dtype: str | None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Windows]:
     """The dense model, its tokenizer and the calibration windows; what is quickest to check comes first."""
-    load_config(model)
+    if family_of(load_config(model)).speech:
+        return _load_speech(model, text, audio, config, dtype)
+    if audio:
+        raise InvalidInputError(f"{model} reads text, and --audio is for models of speech; give --text.")
     if not text:
         raise InvalidInputError(
             "folding needs text of the kind that the model will see: give --text FILE (repeatable), about 300 kB or "
@@ -121,10 +137,31 @@ def _load(
     loaded = load_dense(model, dtype)
     length = window_length(loaded, tokenizer, config.sequence_length)
     windows = calibration_windows(documents, loaded, tokenizer, config, length)
-    found = windows.fit.numel() + windows.heldout.numel()
+    found = sum(map(token_count, windows))
     show.say(f"calibration: {found:,} tokens in windows of {length}; {type(loaded).__name__} in {loaded.dtype}")
     if found < config.tokens - length:
         show.warn(f"the text has {found:,} tokens, fewer than the {config.tokens:,} asked for.")
+    return loaded, tokenizer, windows
+
+
+def _load_speech(
+    model: str, text: list[str] | None, audio: list[str] | None, config: FoldConfig, dtype: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Windows]:
+    """The same for a model of speech, which is calibrated on what it hears and then writes down."""
+    if text or not audio:
+        raise InvalidInputError(
+            f"{model} hears speech, and not text: give --audio FILE (repeatable), about 10 minutes or more in all."
+        )
+    tokenizer, extractor = load_tokenizer(model), load_extractor(model)
+    loaded = load_dense(model, dtype)
+    features = read_audio(audio, loaded, extractor, config.tokens)
+    with show.progress_bars("dense model: ") as progress:
+        windows = hear(loaded, features, config.heldout, progress)
+    found = sum(map(token_count, windows))
+    show.say(
+        f"calibration: {len(features)} windows of speech, {found:,} tokens in their transcripts; "
+        f"{type(loaded).__name__} in {loaded.dtype}"
+    )
     return loaded, tokenizer, windows
 
 
@@ -193,10 +230,15 @@ def _fold_and_check(
         return report, check.verdict()
 
 
-def _sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, heldout: Tensor) -> dict[str, str] | None:
-    """A held-out beginning and how the folded model goes on, greedily; None for an encoder, or if it fails."""
+def _sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, heldout: TextOrSpeech) -> dict[str, str] | None:
+    """A held-out beginning and how the folded model goes on, greedily; None for an encoder, or if it fails.
+
+    For a model of speech the beginning is empty, and what follows is the transcript of a held-out window.
+    """
     if not family_of(model.config).causal:
         return None
+    if isinstance(heldout, Speech):
+        return {"prompt": "", "text": transcript(model, tokenizer, heldout.features[:1])}
     ids = heldout[:1, : min(_PROMPT, heldout.shape[1] // 2)]
     try:
         return {"prompt": tokenizer.decode(ids[0]), "text": generate(model, tokenizer, ids, _ANSWER)}
@@ -223,4 +265,3 @@ def _conclude(verdict: Verdict, directory: Path, written: bool, clock: show.Cloc
     if not verdict.passed:
         show.warn("the self-check failed; written all the same because of --force.")
     show.say(f"[green]written to {escape(str(directory))}[/] in {clock.sentence()}")
-    show.say(f"next: tardis eval {escape(str(directory))} --text FILE")

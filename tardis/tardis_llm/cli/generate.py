@@ -1,4 +1,4 @@
-"""`tardis generate`: go on from a prompt, tokens shown as they come."""
+"""`tardis generate`: go on from a prompt, tokens shown as they come; or write down what a model of speech hears."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ import typer
 from rich.markup import escape
 from transformers import TextStreamer
 
-from ..checkpoint.loading import dtype_name, load_model, load_tokenizer
+from ..calibration.audio import read_audio
+from ..checkpoint.config_file import load_config
+from ..checkpoint.loading import dtype_name, load_extractor, load_model, load_tokenizer
 from ..config import check_seed
 from ..errors import InvalidInputError
 from ..evaluation.generation import generate as generate_text
-from ..evaluation.generation import prompt_ids, room
+from ..evaluation.generation import prompt_ids, room, transcript
+from ..families.table import family_of
 from ..runtime.decoding import prepare_decoding
-from ..runtime.prefill import set_prefill
+from ..runtime.prefill import Prefill, set_prefill
 from . import output as show
 from .options import AsJson, Dtype, ModelName, PromptsThrough
 
 
 def generate(
     model: ModelName,
-    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    prompt: Annotated[str, typer.Argument(help="Text to go on from, or a file of speech to write down.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 64,
     temperature: Annotated[
         float, typer.Option(min=0.0, help="Randomness of the choice; 0 takes the likeliest token each time.")
@@ -34,10 +37,17 @@ def generate(
     dtype: Dtype = None,
     as_json: AsJson = False,
 ) -> None:
-    """Generate text with a dense or folded model."""
+    """Generate text with a dense or folded model.
+
+    A model of speech writes down what it hears in a file, greedily and whole.
+    """
     if not prompt.strip():
         raise InvalidInputError("the prompt is empty; give some words to go on from.")
     check_seed(seed)
+    if family_of(load_config(model)).speech:
+        _refuse_choices(temperature, compile)
+        _write_down(model, prompt, prefill, dtype, as_json)
+        return
     tokenizer = load_tokenizer(model)
     loaded = load_model(model, dtype)
     prepare_decoding(loaded)
@@ -54,3 +64,23 @@ def generate(
     if as_json:
         settings = {"temperature": temperature, "seed": seed}
         show.print_json({"model": model, "dtype": dtype_name(loaded), "prompt": prompt, "text": text, **settings})
+
+
+def _refuse_choices(temperature: float, compile: bool) -> None:
+    """Raise InvalidInputError for options that go with text alone."""
+    if temperature or compile:
+        raise InvalidInputError("speech is written down greedily and not compiled; leave out --temperature, --compile.")
+
+
+def _write_down(model: str, path: str, prefill: Prefill, dtype: str | None, as_json: bool) -> None:
+    """Print what a model of speech hears in a file."""
+    tokenizer, extractor = load_tokenizer(model), load_extractor(model)
+    loaded = load_model(model, dtype)
+    features = read_audio([path], loaded, extractor)
+    prepare_decoding(loaded)
+    set_prefill(loaded, prefill)
+    text = transcript(loaded, tokenizer, features)
+    if as_json:
+        show.print_json({"model": model, "dtype": dtype_name(loaded), "audio": path, "text": text})
+    else:
+        show.out.print(escape(text))

@@ -35,6 +35,14 @@ Dtype = Annotated[
 ]
 _SOURCES = "Text in UTF-8; records in .jsonl, .json, .csv, .tsv or .parquet; or a dataset as name:config:split:column."
 Texts = Annotated[list[str] | None, typer.Option("--text", help=f"{_SOURCES} Repeatable.")]
+Audio = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--audio",
+        help="For models of speech, instead of --text: speech as .wav, or as log-mel features in .npy or .pt; other "
+        "formats with the package soundfile. Repeatable.",
+    ),
+]
 TextFile = Annotated[str | None, typer.Option("--text", help=_SOURCES)]
 TextField = Annotated[str | None, typer.Option(help="Field of the records that holds their text; default: text.")]
 Window = Annotated[

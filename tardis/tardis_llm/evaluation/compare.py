@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .. import __version__
 from ..baselines import BaselineReport, Scope, count_skips, find_matrices
 from ..calibration.documents import Documents
+from ..calibration.inputs import tensors_of, token_count
 from ..calibration.limits import check_windows, window_length
 from ..calibration.text import Windows, calibration_windows, some_windows
 from ..checkpoint.loading import dtype_name
@@ -107,9 +108,9 @@ class Comparison:
             },
             "calibration": {
                 "files": [Path(text.source).name for text in texts],
-                "tokens": calibration.fit.numel(),
-                "heldout_tokens": calibration.heldout.numel(),
-                "sha256": digest([calibration.fit, calibration.heldout]),
+                "tokens": token_count(calibration.fit),
+                "heldout_tokens": token_count(calibration.heldout),
+                "sha256": digest([part for inputs in calibration for part in tensors_of(inputs)]),
             },
             "evaluation": {
                 "file": Path(eval_text.source).name,

@@ -10,11 +10,13 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation.streamers import BaseStreamer
 
 from ..calibration.limits import check_tokens, token_limit
+from ..calibration.speech import transcribe
 from ..config import check_seed
 from ..errors import InvalidInputError
-from ..families.table import family_of
+from ..families.table import family_of, kind_of
 from ..runtime.decoding import compile_errors_explained, compiled
 
+_AT_ONCE = 8  # windows of speech
 _COLDEST = 1e-3  # a temperature by which scores can be divided
 
 
@@ -28,8 +30,8 @@ def prompt_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, promp
         >>> prompt_ids(model, tokenizer, "Once upon").shape
         torch.Size([1, 9])
     """
-    if not family_of(model.config).causal:
-        raise InvalidInputError(f"{type(model).__name__} is an encoder, which generates no text; give a causal model.")
+    if not family_of(model.config).language_model:
+        raise InvalidInputError(f"{kind_of(model)}, and goes on from no text; give a causal language model.")
     ids: Tensor = tokenizer(prompt, return_tensors="pt", verbose=False).input_ids.long()
     if not ids.numel():
         raise InvalidInputError("the prompt is empty; give some words to go on from.")
@@ -100,6 +102,19 @@ def generate(
         )
     text: str = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     return text
+
+
+def transcript(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, features: Tensor) -> str:
+    """What a model of speech writes down for windows of features, greedily.
+
+    Args:
+        features: [windows, mels, frames]; see `read_audio`.
+
+    Raises:
+        InvalidInputError: features do not fit the model.
+    """
+    windows = [text for some in features.split(_AT_ONCE) for text in transcribe(model, some)]
+    return "".join(tokenizer.decode(ids, skip_special_tokens=True) for ids in windows).strip()
 
 
 def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..calibration.limits import Tokenizer, check_windows
 from ..calibration.text import begun, encode, first_token
 from ..errors import InvalidInputError
-from ..families.table import family_of, vocabulary
+from ..families.table import family_of, kind_of, vocabulary
 from ..report import Progress, silent
 
 #: elements of the largest tensor of logits
@@ -122,11 +122,9 @@ def token_perplexity(model: PreTrainedModel, windows: Tensor, progress: Progress
 
 
 def check_causal(model: PreTrainedModel, measure: str) -> None:
-    """Raise InvalidInputError for an encoder, which has none of the measure named."""
-    if not family_of(model.config).causal:
-        raise InvalidInputError(
-            f"{type(model).__name__} is an encoder, which has no {measure}; give a causal language model."
-        )
+    """Raise InvalidInputError for an encoder or a model of speech, which have none of the measure named."""
+    if not family_of(model.config).language_model:
+        raise InvalidInputError(f"{kind_of(model)}, and such models have no {measure}; give a causal language model.")
 
 
 def exp_ratio(losses: Tensor, counts: Tensor | None = None) -> tuple[float, float]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..calibration.inputs import TextOrSpeech, token_count
 from ..calibration.stream import Stream
 from ..calibration.text import some_windows
 from ..families.table import family_of
@@ -25,6 +26,7 @@ LARGEST_RATIO = 2.0
 LARGEST_CHANGE = 0.5
 _TOKENS, _ENCODER_TOKENS = 16_384, 2_048
 _BATCH_TOKENS = 4_096
+_LARGEST_LOSS = 700  # nats; beyond, the perplexity is no float
 
 Result = TypeVar("Result")
 
@@ -75,26 +77,35 @@ class SelfCheck:
 
     Args:
         model: dense.
-        heldout: [windows, length] calibration tokens kept apart; a part is taken if there are many.
+        heldout: calibration windows kept apart; a part is taken if there are many.
     """
 
-    def __init__(self, model: PreTrainedModel, heldout: Tensor, progress: Progress = silent) -> None:
+    def __init__(self, model: PreTrainedModel, heldout: TextOrSpeech, progress: Progress = silent) -> None:
         self.model, self.progress = model, progress
         self.causal = family_of(model.config).causal
-        self.windows = some_windows(heldout, _TOKENS if self.causal else _ENCODER_TOKENS)
-        if len(self.windows) < 2:  # one window is no sample, but its two halves are
+        self.windows: TextOrSpeech = some_windows(heldout, _TOKENS if self.causal else _ENCODER_TOKENS)
+        if (
+            isinstance(self.windows, Tensor) and len(self.windows) < 2
+        ):  # one window is no sample, but its two halves are
             self.windows = self.windows[:, : self.windows.shape[1] // 2 * 2].reshape(2, -1)
-        self.perplexity = token_perplexity(model, self.windows, progress).value if self.causal else None
+        self.perplexity = self._perplexity() if self.causal else None
         self.reference = None if self.causal else self._measured(Stream.reference)
 
     def verdict(self) -> Verdict:
         """Compare the model as it is now with the dense one."""
-        tokens = self.windows.numel()
+        tokens = token_count(self.windows)
         if self.perplexity is not None:
-            folded = token_perplexity(self.model, self.windows, self.progress).value
+            folded = self._perplexity()
             return Verdict("perplexity", self.perplexity, folded, folded / self.perplexity, LARGEST_RATIO, tokens)
         change = self._measured(lambda stream: stream.loss(self.reference))
         return Verdict("output change", None, change, change, LARGEST_CHANGE, tokens)
+
+    def _perplexity(self) -> float:
+        """Perplexity of the text in the windows; of speech, that of the dense model's transcripts."""
+        if isinstance(self.windows, Tensor):
+            return token_perplexity(self.model, self.windows, self.progress).value
+        loss = self._measured(Stream.loss)
+        return math.exp(loss) if loss < _LARGEST_LOSS else math.inf
 
     @torch.no_grad()
     def _measured(self, measure: Callable[[Stream], Result]) -> Result:

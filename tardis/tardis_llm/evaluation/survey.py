@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..calibration.inputs import token_count
 from ..calibration.limits import check_windows
 from ..calibration.moments import BinnedMoments, SecondMoments, Tokens, chunks, pre_activation_moments
 from ..calibration.stream import Seen, Stream
@@ -129,13 +130,11 @@ def survey(model: PreTrainedModel, windows: Windows | None = None, progress: Pro
     if windows is None:
         return Survey(layers, [], 0, ffns)
     check_enough(windows, sites[0].hidden_size)
-    for ids in (windows.fit, windows.heldout):
-        check_windows(model, ids)
+    for some in windows:
+        check_windows(model, some)
     found, ranges = [], []
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
-        fit, heldout = (
-            Stream(model, ids, Path(scratch), _MEMORY, _BATCH_TOKENS) for ids in (windows.fit, windows.heldout)
-        )
+        fit, heldout = (Stream(model, some, Path(scratch), _MEMORY, _BATCH_TOKENS) for some in windows)
         for site, layer in zip(sites, layers, strict=True):
             inputs = Inputs(*(_tokens(stream.observe(site)) for stream in (fit, heldout)))
             measured, hot = _measure(layer, sound_weights(site).in_fp32(), inputs)
@@ -144,7 +143,7 @@ def survey(model: PreTrainedModel, windows: Windows | None = None, progress: Pro
             fit.advance()
             heldout.advance()
             progress("surveying layers", len(found), len(sites))
-    return Survey(found, ranges, windows.fit.numel(), ffns)
+    return Survey(found, ranges, token_count(windows.fit), ffns)
 
 
 def _measure(layer: LayerSurvey, ffn: DenseFFN, inputs: Inputs) -> tuple[LayerSurvey, Tensor]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..errors import InvalidInputError
 from .sites import FFNSite
-from .table import NAMED, Family
+from .table import NAMED, Family, family_of
 
 
 @contextmanager
@@ -49,8 +49,11 @@ def check_wiring(model: PreTrainedModel, sites: list[FFNSite]) -> None:
         sites: FFNs of the model.
 
     Raises:
-        InvalidInputError: a part is not called, or its input is not the output of the parts before it.
+        InvalidInputError: a part is not called, or its input is not the output of the parts before it; or the family
+            has an encoder of speech, which no other model than those of the table is known to have in the same way.
     """
+    if getattr(model.config, NAMED, None) and family_of(model.config).speech:
+        raise InvalidInputError("a Family with an encoder of speech cannot be named; of these TARDIS folds Whisper.")
     if not getattr(model.config, NAMED, None) or model.training:  # calibration refuses training mode in clearer words
         return
     inputs, outputs = _seen(model, sites)

@@ -1,4 +1,7 @@
-"""Find the FFNs of a model by the table of families: their modules, their weights, and the list of blocks."""
+"""Find the FFNs of a model by the table of families: their modules, their weights, and the lists of blocks.
+
+Blocks are numbered from 0 in the order in which they run; where there are two lists, through both.
+"""
 
 from __future__ import annotations
 
@@ -155,8 +158,7 @@ def find_ffns(model: PreTrainedModel) -> list[FFNSite]:
         InvalidInputError: a part is missing or is no dense linear layer, or shapes do not fit together.
     """
     family = family_of(model.config)
-    name = layer_list_name(model)
-    sites = [FFNSite.of(family, i, f"{name}.{i}", block) for i, block in enumerate(layer_list(model))]
+    sites = [FFNSite.of(family, i, name, block) for i, (name, block) in enumerate(named_blocks(model).items())]
     for site in sites:
         site._found()
     return sites
@@ -164,30 +166,43 @@ def find_ffns(model: PreTrainedModel) -> list[FFNSite]:
 
 def ffn_linear_names(model: PreTrainedModel) -> set[str]:
     """Full names of the linear layers of every FFN, dense or folded."""
-    family, name = family_of(model.config), layer_list_name(model)
-    blocks = range(len(layer_list(model)))
-    return {_join(f"{name}.{block}", part) for block in blocks for part in family.linears}
+    return {_join(block, part) for block in named_blocks(model) for part in family_of(model.config).linears}
 
 
-def layer_list_name(model: PreTrainedModel) -> str:
-    """Full name of the list of blocks in the model, e.g. `transformer.h`."""
-    base = next(name for name, module in model.named_modules() if module is model.base_model)
-    return _join(base, family_of(model.config).layers)
-
-
-def layer_list(model: PreTrainedModel) -> nn.ModuleList:
-    """The model's list of transformer blocks.
+def layer_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
+    """The model's lists of transformer blocks by their full names, e.g. `transformer.h`, in the order they run in.
 
     Raises:
-        UnsupportedModelError: the family is gated or unknown, or a flag of the config makes its FFN another one.
+        UnsupportedModelError: the family is unknown, or a flag of the config makes its FFN another one.
         InvalidInputError: the model has no such list.
     """
-    name = layer_list_name(model)
+    base = next(name for name, module in model.named_modules() if module is model.base_model)
+    names = [_join(base, path) for path in family_of(model.config).lists]
+    return {name: _list_at(model, name) for name in names}
+
+
+def _list_at(model: PreTrainedModel, name: str) -> nn.ModuleList:
     layers = _submodule(model, name, type(model).__name__)
     if not isinstance(layers, nn.ModuleList):
         found = type(layers).__name__
         raise InvalidInputError(f"{name} is a {found}, not a ModuleList. Pass an unmodified model.")
     return layers
+
+
+def layer_list(model: PreTrainedModel) -> nn.ModuleList:
+    """The model's list of transformer blocks; of two lists the last. Errors as `layer_lists`."""
+    return list(layer_lists(model).values())[-1]
+
+
+def named_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """All transformer blocks of a model by their full names, in the order of their numbers. Errors as `layer_lists`."""
+    lists = layer_lists(model).items()
+    return {f"{name}.{place}": block for name, layers in lists for place, block in enumerate(layers)}
+
+
+def encoder_blocks(model: PreTrainedModel) -> int:
+    """How many blocks are an encoder's, which come first; 0 for a model with one list. Errors as `layer_lists`."""
+    return sum(len(layers) for layers in list(layer_lists(model).values())[:-1])
 
 
 def block_at(model: PreTrainedModel, index: int) -> nn.Module:
@@ -196,27 +211,29 @@ def block_at(model: PreTrainedModel, index: int) -> nn.Module:
     Raises:
         InvalidInputError: there is no such block.
     """
-    layers = layer_list(model)
-    if not 0 <= index < len(layers):
-        raise InvalidInputError(f"no block {index}: choose one from 0 to {len(layers) - 1}.")
-    return layers[index]
+    blocks = list(named_blocks(model).values())
+    if not 0 <= index < len(blocks):
+        raise InvalidInputError(f"no block {index}: choose one from 0 to {len(blocks) - 1}.")
+    return blocks[index]
 
 
 @contextmanager
 def only_layer(model: PreTrainedModel, index: int) -> Iterator[nn.Module]:
-    """Within the context, the model consists of its embeddings, block `index` and its head; yields the block.
+    """Within the context, block `index` is alone in its list; yields the block.
 
-    A forward of the model then runs just that block, with the arguments that the model gives it. The list of blocks is
-    restored on leaving, also after an exception.
+    A forward of the model then runs just that block between embeddings and head, with the arguments that the model
+    gives it; another list runs whole. The list of blocks is restored on leaving, also after an exception.
 
     Raises:
         InvalidInputError: there is no block `index`.
     """
-    layers, name, block = layer_list(model), layer_list_name(model), block_at(model, index)
-    config = _submodule(model, name.rpartition(".")[0], type(model).__name__).config
+    block = block_at(model, index)
+    name, place = list(named_blocks(model))[index].rsplit(".", 1)
+    layers, parent = layer_lists(model)[name], name.rpartition(".")[0]
+    config = _submodule(model, parent, type(model).__name__).config
     set_module(model, name, nn.ModuleList([block]))
     try:
-        with _only_layer_type(config, index):
+        with _only_layer_type(config, int(place)):
             yield block
     finally:
         set_module(model, name, layers)

@@ -42,6 +42,8 @@ class Family:
         alibi: whether ALiBi (arXiv 2108.12409) biases the attention of every model of the family.
         positions: field of the config with the most tokens that a text may have; "" where there is no limit.
         padding_first: whether positions are numbered from `pad_token_id + 1`, which leaves that many fewer for text.
+        encoder: path from `model.base_model` to the list of blocks of an encoder of speech, whose output the blocks in
+            `layers` attend to; "" where there is none.
 
     Raises:
         InvalidInputError: a field is of the wrong type, or the parts of a gated FFN are not children of `ffn`.
@@ -73,6 +75,7 @@ class Family:
     alibi: bool = False
     positions: str = "max_position_embeddings"
     padding_first: bool = False
+    encoder: str = ""
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -113,6 +116,21 @@ class Family:
         return {each.name: found[each.name] for each in fields(self) if getattr(self, each.name) != each.default}
 
     @property
+    def lists(self) -> tuple[str, ...]:
+        """Paths from `model.base_model` to the lists of blocks, in the order in which they run."""
+        return tuple(path for path in (self.encoder, self.layers) if path)
+
+    @property
+    def speech(self) -> bool:
+        """Whether the models write down speech: windows of sound go in beside the tokens so far."""
+        return bool(self.encoder)
+
+    @property
+    def language_model(self) -> bool:
+        """Whether the models go on from a text alone."""
+        return self.causal and not self.speech
+
+    @property
     def gated(self) -> bool:
         """Whether the FFN has a gate, in a layer of its own or merged with up."""
         return self.merged or bool(self.gate)
@@ -123,7 +141,7 @@ class Family:
         return tuple(path for path in (self.gate, self.up, self.down) if path)
 
     def locate(self, name: str) -> tuple[int, str] | None:
-        """The number of the block that a module is in, and the module's path from that block; None where it is in none.
+        """The number in `layers` of a module's block, and the module's path from that block; None where it is in none.
 
         Args:
             name: full name of the module in a model of the family, with or without a head, of transformers or vLLM.
@@ -163,6 +181,10 @@ _ROWS = (
     Family(
         "roberta", "encoder.layer", "",
         "intermediate.dense", "intermediate.intermediate_act_fn", "output.dense", causal=False, padding_first=True,
+    ),
+    Family(
+        "whisper", "decoder.layers", "", "fc1", "activation_fn", "fc2",
+        positions="max_target_positions", encoder="encoder.layers",
     ),
 )  # fmt: skip
 
@@ -241,6 +263,11 @@ def _why_not(config: PreTrainedConfig) -> str:
     )
 
 
+def kind_of(model: PreTrainedModel) -> str:
+    """For a message about a model that is no language model: what it is."""
+    return f"{type(model).__name__} {'writes down speech' if family_of(model.config).speech else 'is an encoder'}"
+
+
 def has_alibi(config: PreTrainedConfig) -> bool:
     """Whether a model adds ALiBi (arXiv 2108.12409) to its attention; of the Falcon models, some do."""
     return family_of(config).alibi or bool(getattr(config, "alibi", False))
@@ -255,6 +282,27 @@ def position_limit(config: PreTrainedConfig) -> int | None:
     if limit is None:
         return None
     return int(limit) - (config.pad_token_id + 1 if family.padding_first else 0)
+
+
+@dataclass(frozen=True)
+class Sound:
+    """The windows of speech that a model takes, all of one length.
+
+    Attributes:
+        mels: features of a frame.
+        frames: frames of a window.
+        positions: what the encoder makes of them, one position per token of its blocks.
+    """
+
+    mels: int
+    frames: int
+    positions: int
+
+
+def sound_of(config: PreTrainedConfig) -> Sound:
+    """The windows of a model of speech."""
+    positions = config.max_source_positions
+    return Sound(config.num_mel_bins, 2 * positions, positions)  # of two convolutions, one has a stride of 2
 
 
 def vocabulary(model: PreTrainedModel) -> int:

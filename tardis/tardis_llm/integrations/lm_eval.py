@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration.limits import check_length, check_tokens
 from ..errors import InvalidInputError
-from ..families.table import family_of
+from ..families.table import family_of, kind_of
 from ..report import Progress
 
 #: tokens per forward. More is no faster on a CPU: lm-eval normalises all logits, which then no longer fit the caches
@@ -77,9 +77,9 @@ def harness_model(
         InvalidInputError: lm-eval is not installed, the model is an encoder, or `length` exceeds its positions.
     """
     check_available()
-    if not family_of(model.config).causal:
+    if not family_of(model.config).language_model:
         raise InvalidInputError(
-            f"{type(model).__name__} is an encoder, which gives text no probability; give a causal language model."
+            f"{kind_of(model)}, and such models give text no probability; give a causal language model."
         )
     check_length(model, length)
     if batch_tokens is None:

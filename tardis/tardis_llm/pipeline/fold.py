@@ -13,7 +13,9 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..calibration.inputs import ids_of, tensors_of, token_count
 from ..calibration.limits import check_windows
+from ..calibration.speech import hear
 from ..calibration.text import Windows, check_enough, split_windows
 from ..checkpoint.folded import mark_folded
 from ..config import FORMAT_VERSION, FoldConfig
@@ -50,7 +52,8 @@ def fold(
 
     Args:
         model: of a supported family, in eval mode, on the CPU; its dtype is that of the stored fold.
-        calibration: token windows, or token ids (flat or [windows, length]) to cut into them.
+        calibration: windows, or token ids (flat or [windows, length]) to cut into them; for a model of speech log-mel
+            features [windows, mels, frames], which the dense model transcribes first.
         config: settings; the defaults without.
         work: folder that keeps finished layers, so that an interrupted fold can resume. Without it nothing is kept.
         resume: go on with what `work` holds, to the same bytes as an uninterrupted fold.
@@ -62,8 +65,9 @@ def fold(
 
     Raises:
         UnsupportedModelError: the family or an activation is not supported.
-        InvalidInputError: NaN in the weights, too little text, a resume of another fold, linear layers in 4 bits
-            without bitsandbytes, or a family that does not fit the model.
+        InvalidInputError: NaN in the weights, too little text or speech, text for a model of speech or the other way
+            round, a resume of another fold, linear layers in 4 bits without bitsandbytes, or a family that does not fit
+            the model.
         InfeasibleBudgetError: the reduction leaves no byte for fixing; says what is feasible.
 
     Examples:
@@ -74,9 +78,9 @@ def fold(
         0.5
     """
     config = config or FoldConfig()
-    if not isinstance(calibration, Windows):
-        calibration = split_windows(calibration, config.sequence_length or _AUTO_LENGTH, config.heldout)
     with named(model, family):
+        if not isinstance(calibration, Windows):
+            calibration = _windows(model, calibration, config, progress)
         sites, bits = check_fold(model, calibration, config)
     fingerprint = _fingerprint(model, calibration, config)
     with (
@@ -92,6 +96,13 @@ def fold(
     return report
 
 
+def _windows(model: PreTrainedModel, given: Tensor, config: FoldConfig, progress: Progress) -> Windows:
+    """Windows of token ids, or of log-mel features of speech."""
+    if given.is_floating_point():
+        return hear(model, given, config.heldout, progress)
+    return split_windows(given, config.sequence_length or _AUTO_LENGTH, config.heldout)
+
+
 def check_fold(
     model: PreTrainedModel, calibration: Windows, config: FoldConfig
 ) -> tuple[list[FFNSite], tuple[int, ...]]:
@@ -103,8 +114,8 @@ def check_fold(
     sites = choose_sites(model, config)
     if config.linear_bits:
         check_bits(config.linear_bits)
-    for ids in (calibration.fit, calibration.heldout):
-        check_windows(model, ids)
+    for inputs in calibration:
+        check_windows(model, inputs)
     check_enough(calibration, sites[0].hidden_size)
     allowed = (config.predictor_bits,) if config.predictor_bits else _AUTO_BITS[config.policy]
     return sites, check_feasible([site.outline() for site in sites], allowed, config.storage, config.reduction)
@@ -210,7 +221,7 @@ def _fingerprint(model: PreTrainedModel, windows: Windows, config: FoldConfig) -
     return {
         "format_version": FORMAT_VERSION,
         "model": {"family": family, "sha256": digest(model.state_dict().values())},
-        "text": {"sha256": digest([windows.fit, windows.heldout])},
+        "text": {"sha256": digest([part for inputs in windows for part in tensors_of(inputs)])},
         "config": settings,
         "software": {"torch": torch.__version__, "transformers": transformers.__version__},
         "threads": torch.get_num_threads(),
@@ -219,9 +230,9 @@ def _fingerprint(model: PreTrainedModel, windows: Windows, config: FoldConfig) -
 
 def _describe(windows: Windows, fingerprint: dict[str, Any]) -> dict[str, Any]:
     return {
-        "tokens": windows.fit.numel(),
-        "heldout_tokens": windows.heldout.numel(),
-        "sequence_length": windows.fit.shape[1],
+        "tokens": token_count(windows.fit),
+        "heldout_tokens": token_count(windows.heldout),
+        "sequence_length": ids_of(windows.fit).shape[1],
         "text_sha256": fingerprint["text"]["sha256"],
         "model_sha256": fingerprint["model"]["sha256"],
     }

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..calibration.inputs import TextOrSpeech, ids_of
 from ..calibration.stream import Stream
 from ..calibration.text import spread
 from ..families.sites import FFNSite
@@ -123,7 +124,7 @@ def _split_by_error(session: Session, bits: int, probes: list[Probe]) -> list[La
 def _probe_layers(session: Session, bits: tuple[int, ...]) -> Iterator[Probe]:
     """A probe of every layer."""
     windows, sites = session.windows, session.sites
-    count = max(2, session.config.probe_tokens // windows.fit.shape[1])
+    count = max(2, session.config.probe_tokens // ids_of(windows.fit).shape[1])
     fit, heldout = session.stream(_some(windows.fit, _FIT * count)), session.stream(_some(windows.heldout, count))
     meter = _LossMeter(heldout, reference := heldout.reference(), heldout.loss(reference))
     for done, site in enumerate(sites):
@@ -171,6 +172,6 @@ def _measure(
         uninstall(session.model, site)
 
 
-def _some(windows: Tensor, count: int) -> Tensor:
-    """`count` of the windows [n, length], evenly spread; all where there are no more."""
+def _some(windows: TextOrSpeech, count: int) -> TextOrSpeech:
+    """`count` of the windows, evenly spread; all where there are no more."""
     return windows[spread(len(windows), count)]

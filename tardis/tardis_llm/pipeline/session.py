@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..calibration.blocks import shape_in
+from ..calibration.inputs import TextOrSpeech
 from ..calibration.moments import Tokens
 from ..calibration.stream import Stream
 from ..calibration.text import Windows
@@ -31,7 +32,7 @@ class Session:
     Attributes:
         model: to fold, in eval mode.
         sites: the FFNs to fold.
-        windows: calibration tokens.
+        windows: to calibrate on.
         config: settings.
         scratch: folder for hidden states that exceed the memory limit.
         progress: told of each step.
@@ -48,13 +49,13 @@ class Session:
         """Bytes of the FFN at `site`, if it is folded as configured with a predictor of so many bits."""
         return planned(site.outline(), self.config.storage, bits)
 
-    def stream(self, ids: Tensor) -> Stream:
-        """Windows of token ids [windows, length] at the start of the model."""
-        return Stream(self.model, ids, self.scratch, _buffer_limit(self.config), self.config.batch_tokens)
+    def stream(self, inputs: TextOrSpeech) -> Stream:
+        """Windows of text or speech at the start of the model."""
+        return Stream(self.model, inputs, self.scratch, _buffer_limit(self.config), self.config.batch_tokens)
 
-    def follow(self, ids: Tensor) -> Followed:
-        """Windows of token ids [windows, length] at the start of the model that is folded and of the dense one."""
-        return Followed(self.stream(ids), self.stream(ids), self.config)
+    def follow(self, inputs: TextOrSpeech) -> Followed:
+        """Windows of text or speech at the start of the model that is folded and of the dense one."""
+        return Followed(self.stream(inputs), self.stream(inputs), self.config)
 
 
 def _buffer_limit(config: FoldConfig) -> float:
@@ -65,7 +66,7 @@ def _buffer_limit(config: FoldConfig) -> float:
 def hidden_bytes_on_disk(model: PreTrainedModel, windows: Windows, config: FoldConfig) -> int:
     """Bytes of hidden states that a fold keeps in files, because they exceed the memory limit."""
     per_token = find_ffns(model)[0].hidden_size * model.dtype.itemsize
-    buffers = (ids.numel() * per_token for ids in (windows.fit, windows.heldout))
+    buffers = (shape_in(model, 0, inputs).numel() * per_token for inputs in windows)
     return sum(_BUFFERS * buffer for buffer in buffers if buffer > _buffer_limit(config))
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import InvalidInputError
-from ..families.sites import layer_list
+from ..families.sites import named_blocks
 from .placing import folded_ffns
 
 Prefill = Literal["folded", "exact", "auto"]
@@ -51,7 +51,7 @@ def set_prefill(model: PreTrainedModel, mode: Prefill) -> None:
     stacked = any(ffn.stacked for ffn in folded_ffns(model).values())
     check_prefill(mode, stacked)
     choices = {"folded": None, "exact": _are_prompts, "auto": None if stacked else partial(_are_many, crossover(model))}
-    for block in layer_list(model):
+    for block in named_blocks(model).values():
         _note_lengths(block, mode == "exact")
     for ffn in folded_ffns(model).values():
         ffn.goes_dense = choices[mode]

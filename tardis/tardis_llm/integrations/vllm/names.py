@@ -18,7 +18,7 @@ PREFILL_OPTION = "tardis_prefill"
 
 def architectures() -> list[str]:
     """The names `Tardis<Stock>` of all causal families in the table, including those that vLLM does not serve."""
-    return [f"{PREFIX}{_stock(row)}" for row in FAMILIES.values() if row.causal]
+    return [f"{PREFIX}{_stock(row)}" for row in FAMILIES.values() if row.language_model]
 
 
 def _stock(family: Family) -> str:
@@ -43,7 +43,7 @@ def check_served(config: PreTrainedConfig) -> Family:
             f"config.json names the parts of this model's FFNs as {NAMED!r}, and vLLM serves families of TARDIS' table "
             "only; use transformers (`tardis generate`)."
         )
-    if not family.causal:
+    if not family.language_model:
         raise UnsupportedModelError(
             f"vLLM does not serve folded encoders such as {family.model_type}; use transformers."
         )
@@ -52,7 +52,7 @@ def check_served(config: PreTrainedConfig) -> Family:
     linear_bits(CheckpointConfig.read(config.quantization_config).linears)
     stock = stock_name(config)
     if stock not in ModelRegistry.get_supported_archs():
-        stocks = {_stock(row) for row in FAMILIES.values() if row.causal}
+        stocks = {_stock(row) for row in FAMILIES.values() if row.language_model}
         choices = sorted(stocks.intersection(ModelRegistry.get_supported_archs()))
         raise UnsupportedModelError(
             f"vLLM has no {stock or 'model of an unnamed class'}, so it cannot serve a fold of one. Of the families "
