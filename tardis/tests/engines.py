@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from folds import SETTINGS, text
-from models import tiny_model, tiny_tokenizer
+from models import LAYERS, tiny_config, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 from tardis_llm import FoldConfig, fold, save_folded
@@ -35,7 +35,7 @@ needs_vllm = pytest.mark.skipif(
     reason="vLLM is not installed here; `make test-vllm` installs it and runs this",
 )
 #: causal families of the table that vLLM 0.32 does not have
-NOT_SERVED = ["biogpt", "codegen", "mpt", "persimmon", "xglm"]
+NOT_SERVED = ["biogpt", "codegen", "mpt", "persimmon", "xglm", "ministral", "helium"]
 STACKED = replace(SETTINGS, predictor_bits=2, fold_bits=8, fallback_bits=4, reduction=0.6)
 
 
@@ -44,9 +44,19 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, **_ENVIRONMENT, **changes}
 
 
-def heads(name: str) -> dict[str, int]:
-    """Config fields that give a tiny model two heads of 32, which is the least that vLLM's attention takes."""
-    return {"n_head" if name in ("gpt2", "gpt_bigcode", "gptj", "bloom") else "num_attention_heads": 2}
+def heads(name: str) -> dict[str, Any]:
+    """Config fields that give a tiny model attention that vLLM has: two heads of 32, which is the least that it takes.
+
+    It has no Qwen whose attention has a window in some blocks only.
+    """
+    fields: dict[str, Any] = {"num_attention_heads": 2}
+    if name in ("gpt2", "gpt_bigcode", "gptj", "bloom"):
+        fields = {"n_head": 2}
+    if "head_dim" in tiny_config(name).to_dict():
+        fields["head_dim"] = 32
+    if name in ("qwen2", "qwen3"):
+        fields |= {"use_sliding_window": False, "layer_types": LAYERS * ["full_attention"]}
+    return fields
 
 
 def save_tiny(

@@ -160,9 +160,9 @@ def test_a_short_last_group_is_rounded_by_itself() -> None:
 
 @quick
 @given(widths, st.integers(0, 100))
-def test_gptq_on_uncorrelated_inputs_rounds_to_nearest(bits: int, seed: int) -> None:
+def test_gptq_on_uncorrelated_inputs_of_one_size_rounds_to_nearest(bits: int, seed: int) -> None:
     w = normal(8, 30, seed=seed)
-    diagonal = torch.diag(0.1 + normal(30, seed=seed + 1).square())
+    diagonal = 0.7 * torch.eye(30)
     gptq, nearest = quantise(w, bits, 16, diagonal), quantise(w, bits, 16)
     assert torch.equal(gptq.planes, nearest.planes)
     assert torch.equal(gptq.scale, nearest.scale)
@@ -241,3 +241,31 @@ def test_rounding_leaves_the_weights_alone() -> None:
     before = w.clone()
     quantise(w, 2, 8, covariance_of(20))
     assert torch.equal(w, before)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_grid_with_a_zero_leaves_weights_beside_a_large_one_near_zero(bits: int) -> None:
+    w = 0.02 * normal(8, 64)
+    w[:, 5] = torch.tensor([2.0, -2.0]).repeat(4)
+    with_zero, without = (quantise(w, bits, 64, has_zero=zero) for zero in (True, False))
+    small = torch.arange(64) != 5
+    assert (with_zero.dequantise() - w)[:, small].square().mean() < 1.01 * w[:, small].square().mean()
+    assert (with_zero.dequantise() - w)[:, 5].abs().max() < 0.02, "the largest weight is a level of its own"
+    if bits < 8:
+        assert (without.dequantise() - w).square().mean() > 3 * (with_zero.dequantise() - w).square().mean()
+    assert with_zero.has_zero and with_zero.nbytes == without.nbytes
+
+
+def test_a_grid_with_a_zero_has_the_levels_that_it_states() -> None:
+    stored = quantise(normal(6, 40), 4, 16, has_zero=True)
+    codes = unpack(stored.planes, 40).float()
+    torch.testing.assert_close(stored.dequantise(), (codes - 8) * expand_scale(stored.scale.float(), 16, 40))
+    assert stored.middle == 8 and quantise(normal(6, 40), 4, 16).middle == 7.5
+
+
+def test_scales_suit_the_weights_of_large_inputs() -> None:
+    w, importance = normal(32, 64), torch.ones(64)
+    importance[7] = 1e5
+    plain, suited = (best_scale(w, 3, 64, importance=each).float() for each in (None, importance))
+    errors = [(((w / s + 3.5).round().clamp(0, 7) - 3.5) * s - w)[:, 7].abs().mean() for s in (plain, suited)]
+    assert errors[1] < 0.2 * errors[0]

@@ -13,6 +13,7 @@ from engines import NOT_SERVED, STACKED, complete, engine, greedy, heads, needs_
 from folds import SETTINGS
 from models import CAUSAL_NAMES, guide_families, tiny_config, tiny_model, tokens
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -26,9 +27,18 @@ from tardis_llm.runtime.reference import ReferenceFFN
 
 pytestmark = needs_vllm
 
-GATED = [name for name in CAUSAL_NAMES if FAMILIES[tiny_config(name).model_type].gated]
-SERVED = [name for name in CAUSAL_NAMES if name not in (*NOT_SERVED, *GATED)]
-IN_FEW_BITS = ["gpt2", "falcon_alibi", "opt", "gpt_neox"]
+#: one gated model for each way in which vLLM has their FFNs
+GATED = {
+    "llama_biased": "gate and up merged as they are loaded, with biases",
+    "qwen3": "the same without",
+    "gemma2": "GeGLU, with a norm behind, and an embedding that is the head, too",
+    "phi3": "merged in the checkpoint",
+    "olmo2": "merged by the Transformers backend",
+    "glm": "merged in the checkpoint, in the Transformers backend",
+}
+PLAIN = [name for name in CAUSAL_NAMES if not FAMILIES[tiny_config(name).model_type].gated]
+SERVED = [name for name in (*PLAIN, *GATED) if name not in NOT_SERVED]
+IN_FEW_BITS = ["gpt2", "falcon_alibi", "opt", "gpt_neox", "llama_biased", "gemma2", "glm"]
 #: linear layers outside the FFNs in few bits: vLLM's own classes and its Transformers backend, heads shared and not
 LINEARS = {
     "gpt2": 4,
@@ -39,7 +49,11 @@ LINEARS = {
     "opt": 4,
     "gpt_neox": 4,
     "phi": 8,
+    "qwen3": 4,
+    "gemma2": 8,
 }
+#: folded in blocks 0 and 2, all else in few bits
+ALL_IN_FEW_BITS = ["opt", "llama_biased"]
 
 
 class Made(NamedTuple):
@@ -59,7 +73,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
         *((f"{name} in few bits", name, STACKED, None) for name in IN_FEW_BITS),
         *((f"{name} with linears", name, SETTINGS, bits) for name, bits in LINEARS.items()),
         ("gpt2 in part", "gpt2", partial, None),
-        ("opt all in few bits", "opt", replace(STACKED, layers=(0, 2)), 8),
+        *((f"{name} all in few bits", name, replace(STACKED, layers=(0, 2)), 8) for name in ALL_IN_FEW_BITS),
     ]
     for key, name, settings, bits in wanted:
         directory = tmp_path_factory.mktemp("made")
@@ -73,7 +87,7 @@ def assert_same_text(made: Made) -> None:
 
 
 @pytest.mark.parametrize("name", SERVED)
-def test_every_family_generates_as_in_transformers(name: str, made: dict[str, Made]):
+def test_folds_generate_as_in_transformers(name: str, made: dict[str, Made]):
     assert_same_text(made[name])
 
 
@@ -87,8 +101,9 @@ def test_linear_layers_in_few_bits_generate_as_in_transformers(name: str, made: 
     assert_same_text(made[f"{name} with linears"])
 
 
-def test_all_in_few_bits_but_the_ffns_that_are_not_folded(made: dict[str, Made]):
-    assert_same_text(made["opt all in few bits"])
+@pytest.mark.parametrize("name", ALL_IN_FEW_BITS)
+def test_ffns_that_are_not_folded_in_few_bits_beside_others(name: str, made: dict[str, Made]):
+    assert_same_text(made[f"{name} all in few bits"])
 
 
 def test_blocks_that_are_not_folded_stay_dense(made: dict[str, Made]):
@@ -136,17 +151,29 @@ def test_a_family_that_vllm_lacks_is_refused_by_name(name: str, tmp_path: Path):
     model = save_tiny(name, tmp_path)
     (tmp_path / "model.safetensors").unlink()  # it is refused before weights are read
     stock = type(model).__name__
-    message = rf"vLLM has no {stock}.*it serves BloomFor.*tardis generate"
+    message = rf"vLLM has no {stock}.*it serves ApertusFor.*LlamaFor.*tardis generate"
     with pytest.raises(UnsupportedModelError, match=message), engine(tmp_path):
         pass
 
 
-def test_a_gated_model_is_refused_before_its_weights_are_read(tmp_path: Path):
-    save_tiny("llama", tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    message = "vLLM does not serve folded FFNs with a gate, such as those of llama models, yet; use transformers"
-    with pytest.raises(UnsupportedModelError, match=message), engine(tmp_path):
-        pass
+@pytest.mark.parametrize(
+    ("kind", "layer", "message"),
+    [
+        ("glm", "gate_up_proj", "parts the gates of h.0.mlp from its ups. Serve it with --tensor-parallel-size 1"),
+        ("olmo2", "up_proj", "no mlp.gate_up_proj in the block of h.0.mlp.*use transformers"),
+    ],
+    ids=["shared by rows", "gate apart"],
+)
+def test_a_gate_that_is_not_where_its_up_projection_is_is_refused(kind: str, layer: str, message: str):
+    from tardis_llm.integrations.vllm.ffn import install_empty_fold
+
+    block = nn.Module()
+    block.mlp = nn.Module()
+    part = nn.Linear(4, 12)
+    part.output_size = 24
+    block.mlp.add_module(layer, part)
+    with pytest.raises(UnsupportedModelError, match=message):
+        install_empty_fold(block, FAMILIES[kind], *3 * [None], "h.0.mlp")
 
 
 def test_the_guide_says_which_families_vllm_has():

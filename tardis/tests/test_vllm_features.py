@@ -121,9 +121,13 @@ def test_prompts_whose_beginning_is_in_the_cache(tiny_gpt2: Tiny):
     assert list(output.outputs[0].token_ids) == greedy(model, other, 12)[0]
 
 
-@pytest.mark.parametrize(("settings", "linear_bits"), [(SETTINGS, None), (STACKED, 4)], ids=["dense", "few bits"])
-def test_compiled_by_torch(settings: FoldConfig, linear_bits: int | None, tmp_path: Path):
-    model = save_tiny("gpt2", tmp_path, settings, linear_bits)
+@pytest.mark.parametrize(
+    ("name", "settings", "linear_bits"),
+    [("gpt2", SETTINGS, None), ("gpt2", STACKED, 4), ("llama_biased", SETTINGS, None), ("gemma2", STACKED, 8)],
+    ids=["dense", "few bits", "gated", "gated in few bits"],
+)
+def test_compiled_by_torch(name: str, settings: FoldConfig, linear_bits: int | None, tmp_path: Path):
+    model = save_tiny(name, tmp_path, settings, linear_bits)
     ids = tokens(3, 20)
     with engine(tmp_path, enforce_eager=False) as llm:
         assert complete(llm, ids, 16) == greedy(model, ids, 16)
@@ -171,10 +175,16 @@ if __name__ == "__main__":
 
 # Both are `auto`. The first has dense FFNs for its prompts of 40 tokens, which come one by one: an engine in a process
 # of its own begins when the first is there, and whom it mixes with whom decides what is dense. It has biases that vLLM
-# adds outside of the FFN. The second, all folded and in few bits, sums attention and FFN over the processes at once
+# adds outside of the FFN. The second, all folded and in few bits, sums attention and FFN over the processes at once.
+# The third and fourth are gated: a process has its share of the gates and of the ups
 @pytest.mark.parametrize(
     ("name", "settings", "linear_bits", "together"),
-    [("falcon_alibi", SETTINGS, None, 1), ("falcon_new_decoder", STACKED, 8, 3)],
+    [
+        ("falcon_alibi", SETTINGS, None, 1),
+        ("falcon_new_decoder", STACKED, 8, 3),
+        ("llama_biased", SETTINGS, None, 1),
+        ("gemma2", STACKED, 8, 3),
+    ],
 )
 def test_neurons_shared_among_two_processes(
     name: str, settings: FoldConfig, linear_bits: int | None, together: int, tmp_path: Path

@@ -3,7 +3,8 @@
 affine    an affine term of the FFN's input, `x C^T + c` with C in 4 bits, is added to the output. It is fitted by ridge
           regression to what rounding left.
 refit     the down matrix is solved anew for the hidden activations that the rounded matrices before it give, drawn
-          towards the dense one, and then rounded on these. It costs no byte.
+          towards the dense one, and then rounded on these. It costs no byte. With an affine term, it is solved for
+          what the best such term leaves, or the two would make up for the same errors.
 weigh     the Hessians of GPTQ count tokens by their weights, too.
 
 They are calibrated as folds are: layer by layer behind the layers rounded before, each token weighed by what the norms
@@ -18,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -162,7 +164,11 @@ def quantise_site(
     if not repairs.refit:  # down is rounded on what the dense matrices before it give, as by `compress_layerwise`
         hidden = _statistics(method.need, site.intermediate_size, _hidden(site, fit), repairs.weigh)
     rows = [compress_matrix(up, method, seen) for up in ups]
-    rows.append(_refit(site, fit, heldout, method) if repairs.refit else compress_matrix(down, method, hidden))
+    if repairs.refit:
+        texts = _beside_affine(site, fit, heldout) if repairs.affine else (fit, heldout)
+        rows.append(_refit(site, *texts, method))
+    else:
+        rows.append(compress_matrix(down, method, hidden))
     return [*rows, _add_affine(site, fit, heldout)] if repairs.affine else rows
 
 
@@ -213,11 +219,29 @@ def _refit(site: FFNSite, fit: Tokens, heldout: Tokens, method: MatrixMethod) ->
     return row
 
 
-def _add_affine(site: FFNSite, fit: Tokens, heldout: Tokens) -> MatrixReport:
-    """Add an affine term to an FFN; its row has no weights, as none were there."""
+def _beside_affine(site: FFNSite, fit: Tokens, heldout: Tokens) -> tuple[Tokens, Tokens]:
+    """The tokens of both texts with what the affine term that fits the FFN now best leaves of the outputs wanted."""
+    weight, bias = _best_affine(site, fit, heldout, torch.float32)
+
+    def left(tokens: Tokens) -> Tokens:
+        assert tokens.target is not None, "the dense model gives a target"
+        return replace(tokens, target=tokens.target.float() - F.linear(tokens.x.float(), weight, bias))
+
+    return left(fit), left(heldout)
+
+
+def _best_affine(
+    site: FFNSite, fit: Tokens, heldout: Tokens, dtype: torch.dtype, bits: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The affine map of an FFN's inputs that fits best what its outputs lack; in few bits, if so asked."""
     d = site.hidden_size
     seen, held = (_moments(d, d, _missing(site, tokens)) for tokens in (fit, heldout))
-    weight, bias = best_affine(seen, held, down_weight(site).dtype, BITS, GROUP)
+    return best_affine(seen, held, dtype, bits, GROUP)
+
+
+def _add_affine(site: FFNSite, fit: Tokens, heldout: Tokens) -> MatrixReport:
+    """Add an affine term to an FFN; its row has no weights, as none were there."""
+    weight, bias = _best_affine(site, fit, heldout, down_weight(site).dtype, BITS)
     AffineTerm(linear_of(weight, bias)).beside(site)
     stored = quantised_bytes(weight, BITS, GROUP) + bias.nbytes
     return MatrixReport(f"{site.prefix}.affine", 0, 0, 0, stored, stored)

@@ -57,8 +57,12 @@ class Inputs:
 
     @cached_property
     def covariance(self) -> Tensor:
-        """[d, d] fp32, weighted mean of x x^T over `fit`."""
-        return self.fit_moments.mean_product
+        """[d, d] fp32, mean of x x^T over `fit`, whatever the tokens' weights.
+
+        Rounding is spread by it. A token that counts for next to nothing elsewhere, such as the first, on which all
+        others lean in their attention, must not come out wrong for that.
+        """
+        return SecondMoments.of(Tokens(self.fit.x)).mean_product
 
     @cached_property
     def heldout_moments(self) -> SecondMoments:

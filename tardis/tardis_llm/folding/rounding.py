@@ -35,28 +35,38 @@ def quantise(
     if not bool(torch.isfinite(w).all()):
         raise InvalidInputError("a weight of an FFN has NaN or infinite entries; reload a sound checkpoint.")
     group_size = min(group_size, w.shape[1])
-    scale, zero = best_scale(w, bits, group_size, has_zero), midpoint(bits) + (0.5 if has_zero else 0.0)
+    importance = None if covariance is None else covariance.diagonal()
+    scale, zero = best_scale(w, bits, group_size, has_zero, importance), midpoint(bits) + (0.5 if has_zero else 0.0)
     columns = expand_scale(scale.float(), group_size, w.shape[1])
     codes = _nearest(w, columns, bits, zero) if covariance is None else _gptq(w, columns, bits, covariance, zero)
     return PackedMatrix(pack(codes, bits), scale, w.shape[1], group_size, has_zero)
 
 
-def best_scale(w: Tensor, bits: int, group_size: int, has_zero: bool = False) -> Tensor:
-    """[h, groups] fp16: per row and group, the scale whose nearest rounding has the least squared error."""
-    best = torch.cat([_best_scale(rows, bits, group_size, has_zero) for rows in w.split(ROWS_AT_ONCE)])
+def best_scale(
+    w: Tensor, bits: int, group_size: int, has_zero: bool = False, importance: Tensor | None = None
+) -> Tensor:
+    """[h, groups] fp16: per row and group, the scale whose nearest rounding has the least squared error.
+
+    Args:
+        w, bits, group_size, has_zero: as for `quantise`.
+        importance: [d] mean square of each input, by which the errors of its weights count; None for 1. Where one input
+            of a group is far larger than all others, the scale comes to suit its weight.
+    """
+    best = torch.cat([_best_scale(rows, bits, group_size, has_zero, importance) for rows in w.split(ROWS_AT_ONCE)])
     if bool((best.abs() > torch.finfo(torch.float16).max).any()):
         raise InvalidInputError("a weight of an FFN is too large for fp16 scales; check the checkpoint's weights.")
     return torch.where(best < 0, -1.0, 1.0).half() * best.abs().half().clamp_min(_LEAST_SCALE)
 
 
-def _best_scale(w: Tensor, bits: int, group_size: int, has_zero: bool) -> Tensor:
+def _best_scale(w: Tensor, bits: int, group_size: int, has_zero: bool, importance: Tensor | None) -> Tensor:
     """[h, groups] fp32: the scales of least squared error for w, a few rows of a matrix.
 
     With a zero, the largest weight of a group is on the side that has one level more: the scale has its sign for that.
     """
     h, d = w.shape
     groups = F.pad(w, (0, -d % group_size)).view(h, -1, group_size)
-    padding = -d % group_size
+    counts = torch.ones(d) if importance is None else importance.float() + 1e-3 * importance.float().mean()
+    counts = F.pad(counts, (0, -d % group_size)).view(-1, group_size)  # 0 for what is filled up
     largest = groups.abs().amax(-1).clamp_min(1e-6)
     if has_zero:
         largest = torch.where(groups.amax(-1) >= largest, -largest, largest)
@@ -66,10 +76,7 @@ def _best_scale(w: Tensor, bits: int, group_size: int, has_zero: bool) -> Tensor
         scale = largest * share / zero
         column = scale[..., None]
         torch.div(groups, column, out=rounded).add_(zero).round_().clamp_(0, top).sub_(zero)
-        error = rounded.mul_(column).sub_(groups).square_()
-        if padding:
-            error[:, -1, -padding:] = 0
-        error = error.sum(-1)
+        error = rounded.mul_(column).sub_(groups).square_().mul_(counts).sum(-1)
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
     return best
 

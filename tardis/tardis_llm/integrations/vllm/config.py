@@ -65,7 +65,7 @@ class TardisConfig(QuantizationConfig):
         """Check that the model can be served; vLLM calls it before any weight is read.
 
         Raises:
-            UnsupportedModelError: its family is gated, unknown, or not served by vLLM.
+            UnsupportedModelError: its family is unknown, or not served by vLLM.
             CheckpointError: config.json contradicts itself, or does not fit the weight files beside it.
         """
         if hf_config is None:

@@ -2,8 +2,9 @@
 
 It replaces the three parts of the dense FFN, as in transformers: the up projection passes its input on, the activation
 does nothing, and the down projection returns the output of the folded FFN. So the residuals, biases and all-reduce of
-each family stay those of vLLM. A rank has some of the neurons and some rows of the fold; vLLM's sum over ranks behind
-every down projection adds up both.
+each family stay those of vLLM. Of a gated FFN, whose parts do not always follow one another, `GatedFFN` takes the place
+of the module around them; vLLM has gate and up projection in one layer, whose rows are in the order of `DenseFFN`. A
+rank has some of the neurons and some rows of the fold; vLLM's sum over ranks behind every down projection adds up both.
 
 For `torch.compile` an FFN is one operator, `tardis::served_ffn`, which finds its layer by name as vLLM's attention
 does. It computes
@@ -22,10 +23,10 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear, UnquantizedLinearMethod
 
 from ...allocator import contiguous_in_huge_pages
-from ...errors import CheckpointError
+from ...errors import CheckpointError, UnsupportedModelError
 from ...families.sites import set_module
 from ...families.table import Family
 from ...ffn.weights import DenseFFN, FoldedWeights, FoldFormat
@@ -33,7 +34,11 @@ from ...runtime.backend import dense_ffn, linear
 from ...runtime.matrices import Fold
 from ...runtime.operators import library
 from ...runtime.state import FoldState
+from .names import up_projection
 from .prefill import Choice
+
+#: tensors with a row, or a number, for each up-projection of a neuron: those of all gates, and then those of all ups
+_PER_PROJECTION = ("predictor.", "remainder.", "slope")
 
 library.define("served_ffn(Tensor x, str name) -> Tensor")
 
@@ -57,14 +62,15 @@ class ServedFFN(FoldState):
 
     Args:
         form: how it is stored.
-        up, down: the dense projections of vLLM, whose shapes tell the rank's share.
+        up, down: the dense projections of vLLM, whose shapes tell the rank's share. Of a gated FFN, `up` is gate and
+            up in one.
         choice: which calls go through the dense weights.
         dtype: of the model.
     """
 
     def __init__(self, form: FoldFormat, up: LinearBase, down: LinearBase, choice: Choice, dtype: torch.dtype) -> None:
-        d, neurons = up.input_size, up.weight.shape[0]
-        ranks = up.output_size // neurons
+        d, rows = up.input_size, up.weight.shape[0]
+        neurons, ranks = rows // form.k, up.output_size // rows
         empty = FoldedWeights.empty(form, d, neurons, dtype, torch.get_default_device(), rows=d // ranks)
         super().__init__(empty)
         self._projections = up, down  # in a tuple, so that they are not registered twice
@@ -85,7 +91,9 @@ class ServedFFN(FoldState):
         own = self.state_dict()
         if key not in own:
             raise CheckpointError(f"the weight files have a tensor tardis.{key} that config.json does not describe.")
-        own[key].copy_(_share(tensor, own[key], self.rank, key))
+        parts = self.neurons.k if key.startswith(_PER_PROJECTION) else 1
+        for part, whole in zip(own[key].chunk(parts), tensor.chunk(parts), strict=True):
+            part.copy_(_share(whole, part, self.rank, key))
 
     def prepare(self) -> None:
         """Bring what each token reads whole into the layout of the kernels. Call it when all tensors are loaded."""
@@ -158,6 +166,28 @@ class FoldedDownMethod(UnquantizedLinearMethod):
         return y.view(x.shape)
 
 
+class GatedFFN(nn.Module):
+    """A folded FFN in the place of vLLM's module around a gated one; its projections keep their names in it.
+
+    Args:
+        family: of the model; it names the projections.
+        up: gate and up projection, which keeps the dense weight and is not called.
+        down: down projection, which returns the output of the folded FFN.
+    """
+
+    def __init__(self, family: Family, up: nn.Module, down: nn.Module) -> None:
+        super().__init__()
+        above = f"{family.ffn}."
+        self._down = family.down.removeprefix(above)
+        self.add_module(up_projection(family).removeprefix(above), up)
+        self.add_module(self._down, down)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Output [..., d] of the folded FFN for x [..., d]."""
+        y = self.get_submodule(self._down)(x)
+        return y[0] if isinstance(y, tuple) else y  # beside a bias that is to be added later, which is None here
+
+
 def install_empty_fold(
     block: nn.Module, family: Family, form: FoldFormat, choice: Choice, config: VllmConfig, name: str
 ) -> ServedFFN:
@@ -171,8 +201,7 @@ def install_empty_fold(
         config: of the engine.
         name: of the FFN in the checkpoint.
     """
-    up: Any = block.get_submodule(family.up)
-    down: Any = block.get_submodule(family.down)
+    up, down = _projections(block, family, name)
     dtype = config.model_config.dtype
     ffn = ServedFFN(form, up, down, choice, dtype)
     for part in (up, down):
@@ -182,9 +211,33 @@ def install_empty_fold(
     known = f"{name}.tardis"
     config.compilation_config.static_forward_context[known] = ffn
     up.quant_method, down.quant_method = PassOnMethod(), FoldedDownMethod(known, stacked=ffn.stacked)
-    set_module(block, family.activation, nn.Identity())
+    if family.gated:
+        set_module(block, family.ffn, GatedFFN(family, up, down))
+    else:
+        set_module(block, family.activation, nn.Identity())
     block.get_submodule(family.ffn).add_module("tardis", ffn)
     return ffn
+
+
+def _projections(block: nn.Module, family: Family, name: str) -> tuple[Any, Any]:
+    """Up and down projection of the FFN in a block of a vLLM model; of a gated FFN, `up` is gate and up in one.
+
+    Raises:
+        UnsupportedModelError: vLLM has gate and up apart, or gives a rank other rows than its share of each.
+    """
+    path = up_projection(family)
+    if family.gated and not hasattr(block.get_submodule(family.ffn), path.removeprefix(f"{family.ffn}.")):
+        raise UnsupportedModelError(
+            f"vLLM has no {path} in the block of {name}, and a folded FFN needs gate and up projection in one layer. "
+            "Use transformers (`tardis generate`)."
+        )
+    up: Any = block.get_submodule(path)
+    if family.gated and up.weight.shape[0] < up.output_size and not isinstance(up, MergedColumnParallelLinear):
+        raise UnsupportedModelError(
+            f"vLLM shares {family.model_type} models among processes in a way that parts the gates of {name} from its "
+            "ups. Serve it with --tensor-parallel-size 1."
+        )
+    return up, block.get_submodule(family.down)
 
 
 def _share(whole: Tensor, part: Tensor, rank: int, key: str) -> Tensor:

@@ -14,7 +14,11 @@ from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.utils import set_weight_attrs
 
 from ...errors import CheckpointError
@@ -122,8 +126,29 @@ class LowBitMethod(LinearMethodBase):
         return y if bias is None else y + bias
 
 
+class SharedHeadMethod(UnquantizedEmbeddingMethod):
+    """An embedding that also serves as head: vectors are its own, products are those of a head in few bits.
+
+    Args:
+        head: that head.
+    """
+
+    def __init__(self, head: ParallelLMHead) -> None:
+        self._head = head
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[..., tokens that the model knows] for x [..., inputs]."""
+        y: Tensor = self._head.quant_method.apply(self._head, x, bias)
+        return y
+
+
 def install_head(model: nn.Module, bits: int) -> None:
-    """Put the head of a model in few bits where vLLM's class did not ask how it is stored, as BLOOM's and OPT's."""
+    """Put the head of a model in few bits where vLLM's class did not ask how it is stored, as BLOOM's and OPT's.
+
+    Cohere's and Gemma 2's have no head of their own, and are given one.
+    """
+    if not hasattr(model, "lm_head"):
+        _part_head(model)
     for name, head in model.named_modules():
         if isinstance(head, ParallelLMHead) and not isinstance(head.quant_method, LowBitMethod):
             del head.weight
@@ -137,3 +162,13 @@ def install_head(model: nn.Module, bits: int) -> None:
                 params_dtype=head.params_dtype,
                 weight_loader=head.weight_loader,
             )
+
+
+def _part_head(model: nn.Module) -> None:
+    """Give a model whose embedding is its head, too, a head without content."""
+    for module in model.modules():
+        if isinstance(module, VocabParallelEmbedding):
+            head = ParallelLMHead(module.num_embeddings, module.embedding_dim)
+            module.quant_method = SharedHeadMethod(head)
+            model.add_module("lm_head", head)
+            return

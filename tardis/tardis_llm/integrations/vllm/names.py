@@ -33,7 +33,7 @@ def check_served(config: PreTrainedConfig) -> Family:
         config: the model's, with `quantization_config`.
 
     Raises:
-        UnsupportedModelError: the family is gated, unknown, named by the user, of encoders, or not in vLLM.
+        UnsupportedModelError: the family is unknown, named by the user, of encoders, or not in vLLM.
         CheckpointError: linear layers are stored in different numbers of bits.
         InvalidInputError: the bits of linear layers are not supported, or the package that multiplies them is missing.
     """
@@ -47,18 +47,13 @@ def check_served(config: PreTrainedConfig) -> Family:
         raise UnsupportedModelError(
             f"vLLM does not serve folded encoders such as {family.model_type}; use transformers."
         )
-    if family.gated:
-        raise UnsupportedModelError(
-            f"vLLM does not serve folded FFNs with a gate, such as those of {family.model_type} models, yet; use "
-            "transformers (`tardis generate`)."
-        )
     from vllm import ModelRegistry
 
     linear_bits(CheckpointConfig.read(config.quantization_config).linears)
     stock = stock_name(config)
     if stock not in ModelRegistry.get_supported_archs():
-        plain = (_stock(row) for row in FAMILIES.values() if row.language_model and not row.gated)
-        choices = sorted(name for name in plain if name in ModelRegistry.get_supported_archs())
+        stocks = {_stock(row) for row in FAMILIES.values() if row.language_model}
+        choices = sorted(stocks.intersection(ModelRegistry.get_supported_archs()))
         raise UnsupportedModelError(
             f"vLLM has no {stock or 'model of an unnamed class'}, so it cannot serve a fold of one. Of the families "
             f"that TARDIS folds it serves {', '.join(choices)}; with others use transformers (`tardis generate`)."
@@ -83,6 +78,11 @@ def block_index(name: str, family: Family) -> int:
             "or fold the model again."
         )
     return found[0]
+
+
+def up_projection(family: Family) -> str:
+    """Path from a block of a vLLM model to the up projection; vLLM puts a gate projection into the same layer."""
+    return f"{family.ffn}.gate_up_proj" if family.gate else family.up
 
 
 def linear_bits(linears: Mapping[str, int]) -> int | None:
@@ -110,8 +110,9 @@ def linear_bits(linears: Mapping[str, int]) -> int | None:
 class Projections:
     """How the linear layers of a vLLM model are stored, by their names in vLLM.
 
-    Projections of FFNs have the same names within a block as in the checkpoint. Other layers may have other names, and
-    one layer of vLLM may contain several of the checkpoint, so they are all taken to be stored alike.
+    Projections of FFNs have the same names within a block as in the checkpoint, but for gate and up, which are one
+    layer. Other layers may have other names, and one layer of vLLM may contain several of the checkpoint, so they are
+    all taken to be stored alike.
 
     Args:
         family: of the model.
@@ -134,6 +135,11 @@ class Projections:
         return self._of_ffn(name) in self._few
 
     def _of_ffn(self, name: str) -> tuple[int, str] | None:
-        """The block's number and the path in it, if a layer is a projection of an FFN; None for other layers."""
-        found = self._family.locate(name)
-        return found if found and found[1] in self._family.linears else None
+        """The block's number and the path in it, if a layer is a projection of an FFN; None for other layers.
+
+        Gate and up are stored alike, so the layer that vLLM has for both goes by the path of up.
+        """
+        index, path = self._family.locate(name) or (0, "")
+        if path == up_projection(self._family):
+            path = self._family.up
+        return (index, path) if path in self._family.linears else None
