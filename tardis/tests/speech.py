@@ -14,10 +14,10 @@ from models import END, HEADS, HIDDEN, INTERMEDIATE, LAYERS, VOCAB, randomise, t
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import (
-    PreTrainedTokenizerFast,
     WhisperConfig,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
+    WhisperTokenizer,
 )
 
 RATE, MELS, SECONDS, TOKENS = 16_000, 16, 1, 32
@@ -62,9 +62,10 @@ def tiny_extractor() -> WhisperFeatureExtractor:
     return WhisperFeatureExtractor(feature_size=MELS, sampling_rate=RATE, chunk_length=SECONDS)
 
 
-def speech_tokenizer() -> PreTrainedTokenizerFast:
-    """The byte tokenizer, with the token that transcripts begin with; the last tokens of the vocabulary are no text."""
-    tokenizer = tiny_tokenizer()
+def speech_tokenizer() -> WhisperTokenizer:
+    """The byte tokenizer as one of Whisper; the last tokens of the vocabulary are no text."""
+    vocabulary = tiny_tokenizer().get_vocab()
+    tokenizer = WhisperTokenizer(vocab=vocabulary, merges=[])
     tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{i}|>" for i in range(START, VOCAB)]})
     return tokenizer
 
