@@ -47,9 +47,9 @@ test-vllm: venv-vllm
 	OMP_NUM_THREADS=1 $(BIN_VLLM)/python -m pytest -q tardis/tests/test_serve.py tardis/tests/test_vllm_*.py
 
 lint: venv
-	$(BIN)/ruff check --config $(CONFIG) --exclude benchmarks/doraemon tardis benchmarks docs
-	$(BIN)/ruff format --check --config $(CONFIG) --exclude benchmarks/doraemon tardis benchmarks docs
-	$(BIN)/mypy --config-file $(CONFIG) tardis/tardis_llm benchmarks/*.py benchmarks/training docs/*.py
+	$(BIN)/ruff check --config $(CONFIG) --exclude benchmarks/doraemon tardis benchmarks docs examples
+	$(BIN)/ruff format --check --config $(CONFIG) --exclude benchmarks/doraemon tardis benchmarks docs examples
+	$(BIN)/mypy --config-file $(CONFIG) tardis/tardis_llm benchmarks/*.py benchmarks/training docs/*.py examples/*.py
 	$(BIN)/ruff check --config $(INDEX) doraemon benchmarks/doraemon
 	$(BIN)/ruff format --check --config $(INDEX) doraemon benchmarks/doraemon
 	$(BIN)/mypy --config-file $(INDEX) doraemon/doraemon

@@ -138,7 +138,7 @@ class Bench:
             "bits": [layer.bits for layer in report.layers],
             "layer_fix_rates": [layer.fix_rate for layer in there.layers],
             "dampings": [layer.damping for layer in report.layers],
-            "tokens": windows.fit.numel(),
+            "tokens": token_count(windows.fit),
             "seconds": seconds,
         }
 

@@ -45,7 +45,8 @@ class FoldConfig:
         damping: ridge penalty of the refit, relative to the inputs' mean variance; default: chosen on held-out tokens.
         sequential: calibrate each layer behind the folded layers before it; otherwise behind dense ones.
         target: outputs that a folded FFN is fitted to: "dense" for those of the FFN in the dense model, whose inputs no
-            fold has changed, "own" for those of the dense FFN at the inputs that it gets.
+            fold has changed, "own" for those of the dense FFN at the inputs that it gets, "stream" for those with which
+            the residual stream behind the FFN is the dense model's; not for families with a norm behind the FFN.
         weigh: let a token's errors count over the mean square of the residual stream, by which norms divide them;
             otherwise all tokens count alike.
         tokens: calibration tokens.

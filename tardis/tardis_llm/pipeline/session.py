@@ -142,5 +142,9 @@ def choose_sites(model: PreTrainedModel, config: FoldConfig) -> list[FFNSite]:
         sites = [site for site in sites if site.index in config.layers]
     for site in sites:
         sound_weights(site)
+        if config.target == "stream" and site.norm is not None:
+            raise InvalidInputError(
+                f"target is 'stream', and a norm stands between {site.prefix} and the residual stream; give 'dense'."
+            )
     check_wiring(model, sites)
     return sites
