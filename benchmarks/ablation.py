@@ -26,6 +26,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from tardis_llm import FoldConfig, fold
 from tardis_llm.allocator import keep_freed_memory
+from tardis_llm.calibration.inputs import token_count
 from tardis_llm.calibration.limits import default_length
 from tardis_llm.calibration.text import Windows, read_windows, some_windows
 from tardis_llm.checkpoint.loading import load_dense

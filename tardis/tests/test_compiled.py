@@ -52,6 +52,10 @@ def from_scratch() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+#: transformers chooses their positions by values of tensors, which no graph can
+NO_GRAPH = ("xglm",)
+
+
 def generated(model: PreTrainedModel, **settings: Any) -> Tensor:
     """Tokens that a model generates greedily behind prompts."""
     greedy = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 5}
@@ -73,7 +77,7 @@ def counting(model: PreTrainedModel, graphs: list[int]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [name for name in CAUSAL_NAMES if name not in ALIBI_NAMES])
+@pytest.mark.parametrize("name", [name for name in CAUSAL_NAMES if name not in (*ALIBI_NAMES, *NO_GRAPH)])
 def test_every_family_without_alibi_decodes_as_one_graph(name: str) -> None:
     model, graphs = tiny_model(name), list[int]()
     fold(model, text(), SETTINGS)

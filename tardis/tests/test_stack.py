@@ -105,7 +105,7 @@ def test_quality_is_that_of_the_runtime(fold_bits: int | None, fallback_bits: in
     folded, quality = fitted(ffn, data, 0.2, fold_bits=fold_bits, fallback_bits=fallback_bits, refit=refit)
     assert isinstance(folded.fold, PackedMatrix) == (fold_bits is not None)
     assert folded.stacked == (fallback_bits is not None)
-    assert quality.error == pytest.approx(runtime_error(folded, ffn, data.heldout), rel=1e-2)
+    assert quality.error == pytest.approx(runtime_error(folded, ffn, data.heldout.x), rel=1e-2)
 
 
 def test_the_refit_takes_up_what_rounding_leaves() -> None:
@@ -118,7 +118,7 @@ def test_the_refit_takes_up_what_rounding_leaves() -> None:
     # a fold solved for dense fallback weights does worse with these
     exact, _ = fitted(ffn, data, 0.4)
     mixed = replace(exact, up=stacked.up, down=stacked.down)
-    assert runtime_error(stacked, ffn, data.heldout) < runtime_error(mixed, ffn, data.heldout)
+    assert runtime_error(stacked, ffn, data.heldout.x) < runtime_error(mixed, ffn, data.heldout.x)
 
 
 def test_more_bits_leave_less_error() -> None:

@@ -54,7 +54,7 @@ def one_below_the_other(matrices: Sequence[Tensor]) -> Tensor:
     first = matrices[0]
     if len(matrices) == 1:
         return first
-    if not follow_one_another(matrices):
+    if torch.compiler.is_compiling() or not follow_one_another(matrices):  # a graph cannot see where they lie
         return torch.cat(list(matrices))
     return first.as_strided((sum(map(len, matrices)), *first.shape[1:]), first.stride())
 

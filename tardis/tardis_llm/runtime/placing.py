@@ -8,6 +8,7 @@ another, so `GatedFFN` takes the place of the module around them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ class KeptLinear(Stored):
 
     weight: Tensor
     bias: Tensor | None
+    #: the storage that its weight shares with those of the layers behind it, as one matrix
+    together: Tensor | None = None
 
     def __init__(self, linear: nn.Module, stacked: bool) -> None:
         super().__init__()
@@ -76,6 +79,14 @@ class KeptLinear(Stored):
         if not weight.is_contiguous():  # strides choose the kernel, and so bits
             weight.data = contiguous_in_huge_pages(weight.data)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeptLinear:
+        self.together = None  # the weight moves away from it
+        super()._apply(fn, recurse)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "together": None}
+
     def forward(self, x: Tensor | None = None) -> Any:
         """x itself; without x, weight [out, in] and bias: see `FoldState.fetched`."""
         return (self.matrix, self.bias) if x is None else x
@@ -102,8 +113,13 @@ class Parts:
     def _dense(self, ups: list[tuple[Tensor, Tensor | None]], down: tuple[Tensor, Tensor | None]) -> DenseFFN:
         """The dense weights from weight and bias of each layer."""
         matrices = [matrix for matrix, _ in ups]
-        w1 = matrices[0] if self.ffn.stacked else one_below_the_other(matrices)
+        w1 = matrices[0] if self.ffn.stacked else self._together(matrices)
         return DenseFFN(w1, joined([bias for _, bias in ups], matrices), *down, self.ffn.activation)
+
+    def _together(self, matrices: list[Tensor]) -> Tensor:
+        """The up-projections as one matrix; a graph cannot see where they lie, and takes what was kept of them."""
+        kept = self.ups[0].together if torch.compiler.is_compiling() and len(matrices) > 1 else None
+        return one_below_the_other(matrices) if kept is None else kept
 
     def lay_out(self) -> None:
         """Lay out what fixing reads of the dense weights, unless they are offloaded; see `KeptLinear.lay_out`."""
@@ -146,6 +162,7 @@ def _put_behind_one_another(layers: list[KeptLinear]) -> None:
         whole = contiguous_in_huge_pages(torch.cat([layer.matrix for layer in layers]))
         for layer, rows in zip(layers, whole.split(sizes), strict=True):
             layer.weight.data = rows.T if layer.transposed else rows
+        layers[0].together = whole
         biases = [layer.bias for layer in layers if layer.bias is not None]
         if len(biases) == len(layers):
             for bias, some in zip(biases, torch.cat(biases).split(sizes), strict=True):

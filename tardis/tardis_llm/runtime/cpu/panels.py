@@ -53,7 +53,7 @@ class Panels:
     def kind(self) -> Kind:
         """The kind of the matrix in the order in which it is stored."""
         shape = self.rows, self.columns
-        return (shape, self.data.dtype) if self.scale is None else (shape, self.bits, self.group_size)
+        return (shape, self.data.dtype) if self.scale is None else (shape, self.bits, self.group_size, False)
 
     @property
     def nbytes(self) -> int:
