@@ -54,6 +54,8 @@ def from_scratch() -> Iterator[None]:
 
 #: transformers chooses their positions by values of tensors, which no graph can
 NO_GRAPH = ("xglm",)
+#: caches of sliding windows have several states, and transformers compiles a graph for each
+SLIDING = ("mistral", "ministral", "smollm3", "qwen2", "qwen3", "cohere2", "gemma2", "gemma3_text", "exaone4", "olmo3")
 
 
 def generated(model: PreTrainedModel, **settings: Any) -> Tensor:
@@ -84,8 +86,9 @@ def test_every_family_without_alibi_decodes_as_one_graph(name: str) -> None:
     prepare_decoding(model)
     settings = counting(model, graphs)
     assert torch.equal(generated(model, **settings), generated(model))
+    made = len(graphs)
     assert torch.equal(generated(model, **settings), generated(model))
-    assert len(graphs) == 1
+    assert len(graphs) == made and (made == 1 or name in SLIDING)
 
 
 @pytest.mark.parametrize("name", ALIBI_NAMES)
