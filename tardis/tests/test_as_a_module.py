@@ -33,7 +33,7 @@ from tardis_llm.runtime.cpu.backend import CpuBackend
 from tardis_llm.runtime.decoding import prepare_decoding
 from tardis_llm.runtime.linears.placing import low_bit_linears, quantise_linears
 from tardis_llm.runtime.modules import FoldedFFN
-from tardis_llm.runtime.placing import KeptLinear, install
+from tardis_llm.runtime.placing import GatedFFN, KeptLinear, install
 from tardis_llm.runtime.stored import Stored
 
 
@@ -126,9 +126,14 @@ def logits(model: nn.Module, ids: Tensor | None = None) -> Tensor:
 
 
 def assert_same(model: nn.Module, expected: Tensor, close: float | None = None) -> None:
-    """The same numbers, but for sums in another order, or as close as is said."""
-    found = logits(model)
-    assert_near(found, expected, close or (1e-5 if found.dtype == torch.float32 else CLOSE))
+    """The same numbers, but for sums in another order, or as close as is said.
+
+    A sum in another order may fix one neuron more or less, whose prediction is next to a bound; of a gated FFN that is a
+    bound on its error, so it shows.
+    """
+    found, gated = logits(model), any(isinstance(module, GatedFFN) for module in model.modules())
+    exact = 1e-3 if gated else 1e-5
+    assert_near(found, expected, close or (exact if found.dtype == torch.float32 else CLOSE))
 
 
 def assert_near(found: Tensor, expected: Tensor, close: float) -> None:
