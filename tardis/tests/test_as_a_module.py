@@ -128,8 +128,8 @@ def logits(model: nn.Module, ids: Tensor | None = None) -> Tensor:
 def assert_same(model: nn.Module, expected: Tensor, close: float | None = None) -> None:
     """The same numbers, but for sums in another order, or as close as is said.
 
-    A sum in another order may fix one neuron more or less, whose prediction is next to a bound; of a gated FFN that is a
-    bound on its error, so it shows.
+    A sum in another order may fix one neuron more or less, whose prediction is next to a bound. Of a gated FFN that is
+    a bound on its error, so it shows.
     """
     found, gated = logits(model), any(isinstance(module, GatedFFN) for module in model.modules())
     exact = 1e-3 if gated else 1e-5
