@@ -99,6 +99,9 @@ class FoldConfig:
         self._require("predictor_bits", bits in allowed, f"one of {allowed}")
         for name in ("fold_bits", "fallback_bits", "linear_bits"):
             self._require(name, getattr(self, name) in (None, *STACKED_BITS), "4, 8 or None")
+        left = self.remainder_bits
+        fits = left is None or (self.fallback_bits is not None and 0 <= left <= max(PREDICTOR_BITS))
+        self._require("remainder_bits", fits, "0 to 8 bits, and only with fallback_bits")
         remedy = f"at most the {most} bits of the fallback weights, which include it"
         self._require("predictor_bits", bits is None or bits <= most, remedy)
         self._require("group_size", self.group_size > 0, "a positive number of weights, such as 256")

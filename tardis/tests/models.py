@@ -142,7 +142,6 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 _BLOCKS = {"n_layer", "n_layers", "num_layers", "num_hidden_layers"}
-NOT_YET: set[str] = {"apertus"}  # SWITCH: `set()`, once a folded FFN keeps the parameters of its activation
 ENCODER_NAMES = ["bert", "roberta"]
 #: families of models of speech, whose tiny model is in speech.py
 SPEECH = {"whisper"}
@@ -158,7 +157,7 @@ LAYOUTS = {
     "phi3": "gate and up merged",
     "gemma2": "apart, with a norm behind, and windows of attention",
 }
-FAMILY_NAMES = [name for name in _MODELS if name not in NOT_YET]
+FAMILY_NAMES = list(_MODELS)
 CAUSAL_NAMES = [name for name in FAMILY_NAMES if name not in ENCODER_NAMES]
 
 

@@ -7,6 +7,7 @@ import json
 import shutil
 import weakref
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from transformers import (
 from tardis_llm.checkpoint.loading import load_model, load_report
 from tardis_llm.checkpoint.manifest import MANIFEST
 from tardis_llm.errors import CheckpointError, TardisError
+from tardis_llm.ffn.weights import FoldFormat
 from tardis_llm.runtime.placing import folded_ffns
 
 every_layout = pytest.mark.parametrize("name", list(LAYOUTS))
@@ -209,12 +211,12 @@ def test_a_tensor_under_two_names_or_in_two_files_is_refused(copy: Path, shards:
     refused(shards, "both .* have the tensor")
 
 
-@pytest.mark.parametrize("key", ["bits", "group_size", "range_dtype", "fold_bits", "fallback_bits", "activation"])
+@pytest.mark.parametrize("key", [field.name for field in fields(FoldFormat)])
 @pytest.mark.parametrize("value", [True, -1, 3.0, 10**30, "relu", None, []])
 def test_formats_that_cannot_be_are_refused(copy: Path, key: str, value: object):
     (copy / MANIFEST).unlink()
     edit_settings(copy, lambda settings: [layer.update({key: value}) for layer in settings["layers"].values()])
-    if value is None and key in ("fold_bits", "fallback_bits"):
+    if value is None and key in ("fold_bits", "fallback_bits", "remainder_bits"):
         assert folded_ffns(load_model(str(copy)))
     else:
         refused(copy, r"config\.json")

@@ -226,3 +226,24 @@ def test_a_plan_survives_its_file(tmp_path: Path):
     plan = [LayerPlan(**layer) for layer in read_json(tmp_path / "plan.json")["layers"]]
     assert len(plan) == 3
     assert all(0 < layer.fix_rate < 1 for layer in plan)
+
+
+def test_settings_that_a_gated_ffn_cannot_have_are_refused() -> None:
+    with pytest.raises(InvalidInputError, match=r"policy is 'coverage'.*has a gate; give 'error'"):
+        fold(tiny_model("llama"), text(), dataclasses.replace(SETTINGS, policy="coverage"))
+    with pytest.raises(InvalidInputError, match=r"target is 'stream', and a norm stands.*give 'dense'"):
+        fold(tiny_model("gemma2"), text(), dataclasses.replace(SETTINGS, target="stream"))
+    with pytest.raises(InvalidInputError, match=r"remainder_bits is 3; give 0 to 8 bits, and only with fallback_bits"):
+        dataclasses.replace(SETTINGS, remainder_bits=3)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_the_outputs_wanted_are_chosen(name: str) -> None:
+    """The first fold, behind nothing that was folded, is the same; those behind it are not."""
+    folds = [tiny_model(name) for _ in range(3)]
+    for model, target in zip(folds, ("own", "dense", "stream"), strict=True):
+        fold(model, text(), dataclasses.replace(SETTINGS, target=target))
+    first, *_, last = (list(layer) for layer in zip(*(folded_ffns(model).values() for model in folds), strict=True))
+    own, *others = (ffn.weights.fold for ffn in first)
+    assert all(torch.allclose(own, other, atol=1e-2) for other in others)
+    assert not any(torch.equal(last[0].weights.fold, ffn.weights.fold) for ffn in last[1:])

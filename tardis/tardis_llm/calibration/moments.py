@@ -279,7 +279,7 @@ class PairMoments(Sums):
     """Per gated neuron, the weighted moments of its predicted (g, u) and its output: a line follows from them.
 
     Attributes:
-        sums: [10, h] fp64: 1, g, u, g^2, g u, u^2, a, a g, a u, a^2 for the output a.
+        sums: [9, h] fp64: 1, g, u, g^2, g u, u^2, a, a g, a u for the output a.
     """
 
     sums: Tensor
@@ -287,13 +287,13 @@ class PairMoments(Sums):
     @classmethod
     def zeros(cls, h: int) -> PairMoments:
         """Moments of no tokens."""
-        return cls(torch.zeros(10, h, dtype=torch.float64))
+        return cls(torch.zeros(9, h, dtype=torch.float64))
 
     def add(self, v: Tensor, a: Tensor, weight: Tensor | None = None) -> None:
         """Add tokens: predicted v [tokens, 2 h] and outputs a [tokens, h], fp32; weight [tokens] or None for 1."""
         g, u = v.chunk(2, -1)
         w = torch.ones(len(v)) if weight is None else weight
-        products = (torch.ones_like(g), g, u, g * g, g * u, u * u, a, a * g, a * u, a * a)
+        products = (torch.ones_like(g), g, u, g * g, g * u, u * u, a, a * g, a * u)
         for total, product in zip(self.sums, products, strict=True):
             total += w @ product
 

@@ -119,7 +119,13 @@ def _check_format(name: str, found: FoldFormat) -> None:
         "range_dtype": _RANGE_DTYPES,
         "fold_bits": (None, *STACKED_BITS),
         "fallback_bits": (None, *STACKED_BITS),
+        "remainder_bits": (None, *range(max(PREDICTOR_BITS) + 1)) if found.fallback_bits else (None,),
     }
+    for key in ("gated", "down_zero"):
+        value = getattr(found, key)
+        _require(isinstance(value, bool), f"{key} of {name}", value, "true or false")
+    zero = found.down_zero
+    _require(not zero or found.fallback_bits is not None, f"down_zero of {name}", zero, "false without fallback_bits")
     for key, allowed in choices.items():
         value = getattr(found, key)
         plain = value is None or isinstance(value, str) or _whole(value)

@@ -56,7 +56,7 @@ class PackedMatrix:
     @property
     def middle(self) -> float:
         """The code, or the point between two codes, that stands for 0."""
-        return midpoint(self.bits) + (0.5 if self.has_zero else 0.0)
+        return midpoint(self.bits, self.has_zero)
 
     @property
     def nbytes(self) -> int:
@@ -117,5 +117,6 @@ def _join(bits: Tensor) -> Tensor:
     return codes
 
 
-def midpoint(bits: int) -> float:
-    return (2**bits - 1) / 2
+def midpoint(bits: int, has_zero: bool) -> float:
+    """The code, or the point between two codes, that stands for 0; see `PackedMatrix`."""
+    return (2**bits - 1 + has_zero) / 2

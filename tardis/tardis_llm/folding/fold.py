@@ -81,7 +81,8 @@ class FoldQuality:
 
     Attributes:
         fix_rate: mean share of neurons fixed per token, held-out tokens.
-        error: squared output error over the output's variance, held-out tokens.
+        error: squared error of the output against the outputs wanted, over their variance, held-out tokens, each by
+            its weight.
         linearity: squared error of the best affine map, with no neuron fixed, over the output's variance.
         damping: of the refit; None without refit.
     """

@@ -32,7 +32,7 @@ def fit_gated_lines(moments: PairMoments) -> tuple[Tensor, Tensor]:
     Args:
         moments: of the neurons.
     """
-    n, g, u, gg, gu, uu, a, ag, au, _ = moments.sums
+    n, g, u, gg, gu, uu, a, ag, au = moments.sums
     n = divisor(n)
     g, u, a = g / n, u / n, a / n
     gg, uu, gu, ag, au = gg / n - g * g, uu / n - u * u, gu / n - g * u, ag / n - a * g, au / n - a * u

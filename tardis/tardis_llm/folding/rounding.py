@@ -36,7 +36,7 @@ def quantise(
         raise InvalidInputError("a weight of an FFN has NaN or infinite entries; reload a sound checkpoint.")
     group_size = min(group_size, w.shape[1])
     importance = None if covariance is None else covariance.diagonal()
-    scale, zero = best_scale(w, bits, group_size, has_zero, importance), midpoint(bits) + (0.5 if has_zero else 0.0)
+    scale, zero = best_scale(w, bits, group_size, has_zero, importance), midpoint(bits, has_zero)
     columns = expand_scale(scale.float(), group_size, w.shape[1])
     codes = _nearest(w, columns, bits, zero) if covariance is None else _gptq(w, columns, bits, covariance, zero)
     return PackedMatrix(pack(codes, bits), scale, w.shape[1], group_size, has_zero)
@@ -71,7 +71,7 @@ def _best_scale(w: Tensor, bits: int, group_size: int, has_zero: bool, importanc
     if has_zero:
         largest = torch.where(groups.amax(-1) >= largest, -largest, largest)
     best, least = largest, torch.full_like(largest, torch.inf)
-    zero, top, rounded = midpoint(bits) + (0.5 if has_zero else 0.0), 2**bits - 1, torch.empty_like(groups)
+    zero, top, rounded = midpoint(bits, has_zero), 2**bits - 1, torch.empty_like(groups)
     for share in torch.linspace(0.2, 1.0, _SCALE_CANDIDATES):
         scale = largest * share / zero
         column = scale[..., None]

@@ -142,6 +142,10 @@ def choose_sites(model: PreTrainedModel, config: FoldConfig) -> list[FFNSite]:
         sites = [site for site in sites if site.index in config.layers]
     for site in sites:
         sound_weights(site)
+        if config.policy == "coverage" and site.gated:
+            raise InvalidInputError(
+                f"policy is 'coverage', which is for plain FFNs, and {site.prefix} has a gate; give 'error'."
+            )
         if config.target == "stream" and site.norm is not None:
             raise InvalidInputError(
                 f"target is 'stream', and a norm stands between {site.prefix} and the residual stream; give 'dense'."
