@@ -10,7 +10,7 @@ from .ffn.weights import Storage
 
 Policy = Literal["error", "coverage"]
 Rounding = Literal["gptq", "nearest"]
-Target = Literal["dense", "own", "stream"]
+Target = Literal["stream", "dense", "own"]
 
 #: version of the checkpoint format that this package writes, and the newest that it reads
 FORMAT_VERSION = 3
@@ -44,9 +44,10 @@ class FoldConfig:
         refit: solve the fold anew, by ridge regression on the outputs that fixing leaves to it.
         damping: ridge penalty of the refit, relative to the inputs' mean variance; default: chosen on held-out tokens.
         sequential: calibrate each layer behind the folded layers before it; otherwise behind dense ones.
-        target: outputs that a folded FFN is fitted to: "dense" for those of the FFN in the dense model, whose inputs no
-            fold has changed, "own" for those of the dense FFN at the inputs that it gets, "stream" for those with which
-            the residual stream behind the FFN is the dense model's; not for families with a norm behind the FFN.
+        target: outputs that a folded FFN is fitted to: "stream" for those with which the residual stream behind its
+            block is the dense model's, "dense" for those of the FFN in the dense model, whose inputs no fold has
+            changed, "own" for those of the dense FFN at the inputs that it gets. Where a block does more than add its
+            FFN's output to the stream, as BERT's, which ends in a norm, "stream" is "dense".
         weigh: let a token's errors count over the mean square of the residual stream, by which norms divide them;
             otherwise all tokens count alike.
         tokens: calibration tokens.
@@ -79,7 +80,7 @@ class FoldConfig:
     refit: bool = True
     damping: float | None = field(default=None, metadata=_PYTHON_ONLY)
     sequential: bool = field(default=True, metadata=_PYTHON_ONLY)
-    target: Target = field(default="dense", metadata=_PYTHON_ONLY)
+    target: Target = field(default="stream", metadata=_PYTHON_ONLY)
     weigh: bool = field(default=True, metadata=_PYTHON_ONLY)
     tokens: int = 65_536
     sequence_length: int | None = None

@@ -11,7 +11,8 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from tardis_llm.calibration.moments import BinnedMoments, SecondMoments
+from tardis_llm.calibration.moments import SecondMoments
+from tardis_llm.calibration.neurons import BinnedMoments
 from tardis_llm.config import FoldConfig
 from tardis_llm.ffn.activations import ACTIVATIONS, named
 from tardis_llm.ffn.neuron import Neurons, value

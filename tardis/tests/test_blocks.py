@@ -9,9 +9,12 @@ from models import HIDDEN as D
 from torch import Tensor
 from transformers import AutoModel
 
-from tardis_llm.calibration.blocks import run_block, run_head
+from tardis_llm.calibration.blocks import run_block, run_head, stream_gain
 from tardis_llm.errors import InvalidInputError
 from tardis_llm.families.sites import find_ffns, layer_list, only_layer
+
+#: variants whose blocks end in a norm behind the sum of residual stream and FFN
+ENDS_IN_NORM = ("bert", "roberta", "opt_post_norm")
 
 every_family = pytest.mark.parametrize("name", FAMILY_NAMES)
 
@@ -139,3 +142,15 @@ def test_hidden_states_of_the_wrong_shape_or_dtype_are_refused_and_the_model_res
 def test_a_model_in_training_mode_is_refused() -> None:
     with pytest.raises(InvalidInputError, match=r"model\.eval\(\)"):
         run_block(tiny_model("gpt2").train(), 0, tokens())
+
+
+@every_family
+def test_what_a_block_does_with_its_ffns_output_is_measured(name: str) -> None:
+    dtype = torch.bfloat16 if name in ("llama", "gemma2", "gpt2") else torch.float32
+    model = tiny_model(name, dtype=dtype)
+    hidden = run_block(model, 0, tokens())
+    gain = stream_gain(model, find_ffns(model)[1], tokens(), hidden)
+    if name in ENDS_IN_NORM:
+        assert gain is None
+    else:
+        assert gain == pytest.approx(getattr(model.config, "residual_multiplier", 1.0), rel=1e-2)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import correlated, fitted, quick, random_ffn
 
-from tardis_llm.calibration.moments import Tokens
+from tardis_llm.calibration.tokens import Tokens
 from tardis_llm.config import PREDICTOR_BITS
 from tardis_llm.errors import InfeasibleBudgetError
 from tardis_llm.ffn import accounting

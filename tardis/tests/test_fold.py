@@ -12,7 +12,8 @@ import torch
 from synthetic import correlated, fallback, fitted, forward, normal, random_ffn, residuals
 from torch import Tensor
 
-from tardis_llm.calibration.moments import BINS, SPAN, Tokens
+from tardis_llm.calibration.neurons import BINS, SPAN
+from tardis_llm.calibration.tokens import Tokens
 from tardis_llm.config import FoldConfig
 from tardis_llm.ffn.activations import ACTIVATIONS, activation
 from tardis_llm.ffn.neuron import Neurons

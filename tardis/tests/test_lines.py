@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import bin_of, binned, normal, quick, residuals
 
-from tardis_llm.calibration.moments import BINS
+from tardis_llm.calibration.neurons import BINS
 from tardis_llm.ffn.activations import ACTIVATIONS, activation, gelu
 from tardis_llm.folding.lines import fit_lines, squared_residuals
 

@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import bin_of, binned, correlated, normal, quick, second_moments
 
-from tardis_llm.calibration import moments as module
-from tardis_llm.calibration.moments import BINS, SPAN, BinnedMoments, SecondMoments, chunks, pre_activation_moments
+from tardis_llm.calibration import tokens as module
+from tardis_llm.calibration.moments import SecondMoments, pre_activation_moments
+from tardis_llm.calibration.neurons import BINS, SPAN, BinnedMoments
+from tardis_llm.calibration.tokens import chunks
 from tardis_llm.ffn.activations import gelu
 
 cuts = st.lists(st.integers(0, 60), max_size=5).map(lambda inner: [0, *sorted(inner), 60])

@@ -10,10 +10,14 @@ from models import FAMILY_NAMES, tiny_model
 from transformers import PreTrainedModel
 
 from tardis_llm import FoldConfig, fold
+from tardis_llm.calibration.blocks import run_block
+from tardis_llm.calibration.text import split_windows
 from tardis_llm.errors import InfeasibleBudgetError, InvalidInputError, UnsupportedModelError
 from tardis_llm.families.sites import find_ffns
 from tardis_llm.families.table import FAMILIES
 from tardis_llm.pipeline.planning import LayerPlan
+from tardis_llm.pipeline.session import Session
+from tardis_llm.report import silent
 from tardis_llm.runtime.placing import folded_ffns
 
 
@@ -231,8 +235,6 @@ def test_a_plan_survives_its_file(tmp_path: Path):
 def test_settings_that_a_gated_ffn_cannot_have_are_refused() -> None:
     with pytest.raises(InvalidInputError, match=r"policy is 'coverage'.*has a gate; give 'error'"):
         fold(tiny_model("llama"), text(), dataclasses.replace(SETTINGS, policy="coverage"))
-    with pytest.raises(InvalidInputError, match=r"target is 'stream', and a norm stands.*give 'dense'"):
-        fold(tiny_model("gemma2"), text(), dataclasses.replace(SETTINGS, target="stream"))
     with pytest.raises(InvalidInputError, match=r"remainder_bits is 3; give 0 to 8 bits, and only with fallback_bits"):
         dataclasses.replace(SETTINGS, remainder_bits=3)
 
@@ -247,3 +249,26 @@ def test_the_outputs_wanted_are_chosen(name: str) -> None:
     own, *others = (ffn.weights.fold for ffn in first)
     assert all(torch.allclose(own, other, atol=1e-2) for other in others)
     assert not any(torch.equal(last[0].weights.fold, ffn.weights.fold) for ffn in last[1:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "left"), [("llama", 1e-6), ("granite", 1e-6), ("gpt2", 1e-6), ("gemma2", 0.5)])
+def test_the_stream_target_makes_up_for_what_folds_have_changed_before(name: str, left: float, tmp_path: Path) -> None:
+    """With the target in place of the FFN's output, the stream behind the block is the dense model's."""
+    model, dense, config = tiny_model(name), tiny_model(name), SETTINGS
+    first, second = find_ffns(model)[:2]
+    windows = split_windows(text(), 32, 0.125)
+    session = Session(model, [first, second], windows, config, tmp_path, silent)
+    followed = session.follow(windows.fit)
+    followed.at(first)
+    followed.pass_by(first)
+    first.down.get_parameter("weight").mul_(0.7)  # a poor fold of the first FFN
+    wanted = followed.at(second).target
+    ids = windows.fit[:4]
+    aim = run_block(dense, 1, ids, hidden=run_block(dense, 0, ids))
+    hidden = run_block(model, 0, ids)
+    changed = run_block(model, 1, ids, hidden=hidden)
+    with_target = second.down.register_forward_hook(lambda *_: wanted[: ids.numel()].view(*ids.shape, -1))
+    made_up = run_block(model, 1, ids, hidden=hidden)
+    with_target.remove()
+    assert (made_up - aim).square().sum() < left * (changed - aim).square().sum()

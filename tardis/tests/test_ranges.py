@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from synthetic import binned, normal, quick, residuals
 from torch import Tensor
 
-from tardis_llm.calibration.moments import BINS, BinnedMoments
+from tardis_llm.calibration.neurons import BINS, BinnedMoments
 from tardis_llm.ffn.activations import ACTIVATIONS, gelu
 from tardis_llm.folding.lines import fit_lines, squared_residuals
 from tardis_llm.folding.ranges import (

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tardis_llm import FoldConfig, fold
-from tardis_llm.calibration.moments import Tokens
+from tardis_llm.calibration.tokens import Tokens
 from tardis_llm.checkpoint.folded import save_folded
 from tardis_llm.errors import InvalidInputError
 from tardis_llm.evaluation.fix_rate import count_fixes, measured

@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 from synthetic import binned, correlated, fallback, forward, neuron_major, normal, quick, random_ffn, second_moments
 from torch import Tensor
 
-from tardis_llm.calibration.moments import BinnedMoments, SecondMoments, Sums, Tokens
+from tardis_llm.calibration.moments import SecondMoments
+from tardis_llm.calibration.neurons import BinnedMoments
+from tardis_llm.calibration.sums import Sums
+from tardis_llm.calibration.tokens import Tokens
 from tardis_llm.config import FoldConfig
 from tardis_llm.errors import InvalidInputError
 from tardis_llm.ffn.weights import DenseFFN, FoldedWeights, written_out

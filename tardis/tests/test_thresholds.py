@@ -8,11 +8,23 @@ import pytest
 import torch
 from synthetic import correlated, forward, normal, random_ffn
 
-from tardis_llm.calibration.moments import PairMoments, ScoreHistogram, Tokens
+from tardis_llm.calibration.neurons import PairMoments, ScoreHistogram
+from tardis_llm.calibration.tokens import Tokens
 from tardis_llm.config import FoldConfig
 from tardis_llm.ffn.neuron import Neurons
-from tardis_llm.folding.fold import Inputs, choose_ranges, error_curve, error_left, finish, predict
+from tardis_llm.folding.fold import (
+    Inputs,
+    _fit_lines,
+    _gated_lines,
+    _scores,
+    choose_ranges,
+    error_curve,
+    error_left,
+    finish,
+    predict,
+)
 from tardis_llm.folding.lines import fit_gated_lines
+from tardis_llm.folding.rounding import quantise
 from tardis_llm.folding.thresholds import score_curve, thresholds_at
 from tardis_llm.runtime.reference import fixed_neurons, folded_ffn
 
@@ -155,3 +167,22 @@ def test_the_target_of_a_fold_may_be_other_outputs_than_its_own() -> None:
     moved = folded_ffn(x, weights.beside(ffn)).double() - forward(ffn, x)
     torch.testing.assert_close(moved.mean(0), shift.double(), rtol=0.1, atol=0.1)
     assert quality.error < 0.3
+
+
+def test_lines_are_of_the_outputs_that_fixing_leaves_to_them() -> None:
+    """Rounds within a threshold leave less error inside it than lines that have to suit all outputs."""
+    ffn, inputs = random_ffn(D, H, "silu", k=2), gated_inputs()
+    predictor = quantise(ffn.w1, 4, 12).dequantise()
+    every = _fit_lines(ffn, inputs.fit, predictor, None)
+    left = []
+    for lines in (every, _gated_lines(ffn, inputs.fit, predictor)):
+        scores = _scores(ffn, inputs.heldout, predictor, lines)
+        left.append(thresholds_at(lines, ffn.gain, scores, 0.25).error(scores))
+    assert left[1] < 0.95 * left[0], left
+
+
+def test_tokens_are_spread_over_the_text() -> None:
+    tokens = Tokens(torch.arange(10.0)[:, None], None, torch.arange(10.0))
+    few = tokens.spread(4)
+    assert few.x.flatten().tolist() == few.weight.tolist() == [0, 3, 6, 9]
+    assert tokens.spread(10).x.equal(tokens.x) and tokens.spread(99).x.equal(tokens.x)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..calibration.moments import chunks
 from ..calibration.text import Windows
+from ..calibration.tokens import chunks
 from ..errors import InfeasibleBudgetError
 from ..families.sites import FFNSite
 from ..report import Progress, silent

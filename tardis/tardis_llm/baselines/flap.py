@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..calibration.inputs import token_count
-from ..calibration.moments import chunks
 from ..calibration.text import Windows
+from ..calibration.tokens import chunks
 from ..families.linear import bias_of
 from ..families.sites import FFNSite
 from ..report import Progress, silent

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..calibration.inputs import TextOrSpeech
-from ..calibration.moments import SecondMoments, Tokens
+from ..calibration.moments import SecondMoments
 from ..calibration.stream import Stream
+from ..calibration.tokens import Tokens
 from ..errors import InvalidInputError
 from .matrices import ModelMatrix
 

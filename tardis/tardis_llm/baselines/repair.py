@@ -8,7 +8,7 @@ refit     the down matrix is solved anew for the hidden activations that the rou
 weigh     the Hessians of GPTQ count tokens by their weights, too.
 
 They are calibrated as folds are: layer by layer behind the layers rounded before, each token weighed by what the norms
-behind it divide by (`Stream.observe`), and with the outputs of the FFN in the dense model as the target.
+behind it divide by (`Stream.observe`), and with outputs as the target that make the residual stream the dense model's.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..calibration.inputs import TextOrSpeech, token_count
-from ..calibration.moments import Tokens
 from ..calibration.text import Windows
+from ..calibration.tokens import Tokens
 from ..config import FoldConfig
 from ..families.linear import bias_of
 from ..families.sites import FFNSite

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..calibration.inputs import token_count
-from ..calibration.moments import chunks
 from ..calibration.stream import Stream
 from ..calibration.text import Windows
+from ..calibration.tokens import chunks
 from ..families.sites import FFNSite
 from ..report import Progress
 from .ffns import checked_sites, matrices_of, unchanged

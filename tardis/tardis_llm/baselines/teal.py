@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..calibration.moments import chunks
 from ..calibration.text import Windows, spread
+from ..calibration.tokens import chunks
 from ..families.sites import FFNSite
 from ..report import Progress, silent
 from .ffns import hidden_of, matrices_of, output_of

@@ -27,6 +27,8 @@ from ..families.sites import FFNSite, block_at, encoder_blocks, layer_lists, nam
 from ..families.table import sound_of
 from .inputs import Speech, TextOrSpeech, ids_of, model_arguments
 
+_JUST_ADDED = 1e-3  # of what was added: the rounding of bf16 leaves 1e-5 of it, and a norm half
+
 
 class _BlockDone(Exception):  # noqa: N818 - a signal, not an error
     """Ends a forward once the block has run; caught in `run_block`."""
@@ -123,15 +125,52 @@ def watch_ffn(
     def leave(down: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         seen["y"] = output.clone()  # Falcon adds to it in place
 
-    hooks = site.up.register_forward_pre_hook(enter), site.down.register_forward_hook(leave)
-    try:
+    with _hooked(site.up.register_forward_pre_hook(enter), site.down.register_forward_hook(leave)):
         after = run_block(model, site.index, inputs, hidden=hidden)
-    finally:
-        for hook in hooks:
-            hook.remove()
     _check_count(site, seen["x"].flatten(0, -2), after.shape[:-1])
     x, y = (seen[name].reshape(*after.shape[:-1], -1) for name in ("x", "y"))
     return x, y, after
+
+
+def stream_gain(
+    model: PreTrainedModel, site: FFNSite, inputs: TextOrSpeech, hidden: Tensor | None = None
+) -> float | None:
+    """By what a block multiplies its FFN's output before it adds it to the residual stream.
+
+    It is measured, by adding a known tensor to that output, behind the FFN's own norm if there is one.
+
+    Args:
+        model, inputs, hidden: as for `run_block`.
+        site: an FFN of the model, not folded.
+
+    Returns:
+        Usually 1; None where the block does more than add, as with a norm behind the sum (BERT).
+
+    Raises:
+        InvalidInputError, UnsupportedModelError: as `run_block`.
+    """
+    plain = run_block(model, site.index, inputs, hidden=hidden).float()
+    # far above the rounding of the stream, and far from what a norm could take for small
+    added = torch.ones(plain.shape[-1]).cumsum(0).mul_(2.4).sin_() * 4 * plain.square().mean(-1, keepdim=True).sqrt()
+
+    def add(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output + added.view_as(output).to(output.dtype)
+
+    with _hooked((site.norm or site.down).register_forward_hook(add)):
+        change = run_block(model, site.index, inputs, hidden=hidden).float() - plain
+    gain = float((change * added).sum() / added.square().sum())
+    rest = float((change - gain * added).square().sum() / change.square().sum().clamp_min(1e-30))
+    return gain if rest < _JUST_ADDED else None
+
+
+@contextmanager
+def _hooked(*hooks: RemovableHandle) -> Iterator[None]:
+    """Remove hooks in the end."""
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def shape_in(model: PreTrainedModel, index: int, inputs: TextOrSpeech) -> torch.Size:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..errors import InvalidInputError
 from ..families.sites import FFNSite, encoder_blocks, named_blocks
 from ..families.table import family_of, vocabulary
-from .blocks import ffn_input, run_block, run_encoder_end, run_head, shape_in, watch_ffn
+from .blocks import ffn_input, run_block, run_encoder_end, run_head, shape_in, stream_gain, watch_ffn
 from .hidden import hidden_buffer
 from .inputs import Speech, TextOrSpeech, ids_of, is_text
 
@@ -107,6 +107,14 @@ class Stream:
             self._move_on(buffers["after"])
         x, y, after, weight = (_rows(part, real) for part in (buffers["x"], buffers["y"], buffers["after"], weight))
         return Seen(x, y, after, weight / weight.mean())
+
+    def gain(self, site: FFNSite) -> float | None:
+        """By what the next block multiplies its FFN's output before it adds it to the residual stream: `stream_gain`.
+
+        Args:
+            site: the FFN of that block, not folded.
+        """
+        return stream_gain(self.model, site, self.inputs[:1], self._at(slice(0, 1)))
 
     def _store(self, buffers: dict[str, Tensor], name: str, at: slice, rows: Tensor) -> None:
         """Put rows [windows, length, d] of some windows into the buffer of a name, which is made with the first."""

@@ -15,9 +15,11 @@ from transformers import PreTrainedModel
 
 from ..calibration.inputs import token_count
 from ..calibration.limits import check_windows
-from ..calibration.moments import BinnedMoments, SecondMoments, Tokens, chunks, pre_activation_moments
+from ..calibration.moments import SecondMoments, pre_activation_moments
+from ..calibration.neurons import BinnedMoments
 from ..calibration.stream import Seen, Stream
 from ..calibration.text import Windows, check_enough
+from ..calibration.tokens import Tokens, chunks
 from ..config import FoldConfig
 from ..families.sites import find_ffns
 from ..ffn.accounting import planned

@@ -15,15 +15,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..calibration.moments import (
-    BinnedMoments,
-    PairMoments,
-    ScoreHistogram,
-    SecondMoments,
-    Tokens,
-    pre_activation_moments,
-    product,
-)
+from ..calibration.moments import SecondMoments, pre_activation_moments
+from ..calibration.neurons import BinnedMoments, PairMoments, ScoreHistogram
+from ..calibration.tokens import Tokens, product
 from ..config import FoldConfig
 from ..ffn.neuron import Neurons, value
 from ..ffn.packed import PackedMatrix
@@ -36,6 +30,9 @@ from .rounding import quantise
 from .stack import quantise_fallback, store_fold
 from .statistics import Statistics
 from .thresholds import Thresholds, score_curve, thresholds_at
+
+_LINE_TOKENS = 4096  # on which gated lines are fitted: three numbers a neuron need no more
+_LINE_ROUNDS, _LINE_RATE = 3, 0.25  # fits inside a threshold, and the share of neurons that it leaves outside
 
 
 @dataclass(frozen=True)
@@ -143,11 +140,26 @@ def predict(ffn: DenseFFN, inputs: Inputs, bits: int, config: FoldConfig) -> Any
 
 
 def _gated_lines(ffn: DenseFFN, tokens: Tokens, w_hat: Tensor) -> Neurons:
-    """The lines of gated neurons: of their outputs in what is predicted of gate and up. Their ranges are open."""
+    """The lines of gated neurons: of their outputs in what is predicted of gate and up. Their ranges are open.
+
+    A neuron that is fixed does not need its line. So the lines are fitted anew to what the last ones leave inside a
+    threshold, which has as many neurons outside as are fixed at most budgets.
+    """
+    some = tokens.spread(_LINE_TOKENS)
+    lines = _fit_lines(ffn, some, w_hat, None)
+    for _ in range(_LINE_ROUNDS):
+        inside = thresholds_at(lines, ffn.gain, _scores(ffn, some, w_hat, lines), _LINE_RATE)
+        lines = _fit_lines(ffn, some, w_hat, inside.neurons)
+    return lines
+
+
+def _fit_lines(ffn: DenseFFN, tokens: Tokens, w_hat: Tensor, ranges: Neurons | None) -> Neurons:
+    """Least-squares lines, with open ranges, over all tokens or those that are predicted inside `ranges`."""
     moments = PairMoments.zeros(ffn.h)
     for some in tokens.chunks(len(ffn.w1)):
+        v = product(some.x, w_hat, ffn.b1)
         outputs = value(product(some.x, ffn.w1, ffn.b1), ffn.act, ffn.k)
-        moments.add(product(some.x, w_hat, ffn.b1), outputs, some.weight)
+        moments.add(v, outputs, some.weight, None if ranges is None else ~ranges.outside(v))
     slope, offset = fit_gated_lines(moments)
     everything = torch.full((ffn.h,), torch.inf)
     return Neurons(ffn.activation, -everything, everything, slope.float(), offset.float())

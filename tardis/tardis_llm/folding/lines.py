@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..calibration.moments import BinnedMoments, PairMoments, divisor
+from ..calibration.neurons import BinnedMoments, PairMoments
+from ..calibration.sums import divisor
 
 
 def fit_lines(moments: BinnedMoments, inside: Tensor) -> tuple[Tensor, Tensor]:

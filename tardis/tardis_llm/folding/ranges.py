@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..calibration.moments import BINS, BinnedMoments, divisor
+from ..calibration.neurons import BINS, BinnedMoments
+from ..calibration.sums import divisor
 from ..ffn.neuron import Neurons
 from .lines import fit_lines, squared_residuals
 

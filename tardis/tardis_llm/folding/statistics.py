@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..calibration.moments import SecondMoments, Sums, Tokens, product
+from ..calibration.moments import SecondMoments
+from ..calibration.sums import Sums
+from ..calibration.tokens import Tokens, product
 from ..ffn.weights import DenseFFN, FoldedWeights, written_out
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..calibration.moments import ScoreHistogram
+from ..calibration.neurons import ScoreHistogram
 from ..ffn.neuron import Neurons
 
 

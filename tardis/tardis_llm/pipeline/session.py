@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..calibration.blocks import shape_in
 from ..calibration.inputs import TextOrSpeech
-from ..calibration.moments import Tokens
-from ..calibration.stream import Stream
+from ..calibration.stream import Seen, Stream
 from ..calibration.text import Windows
+from ..calibration.tokens import Tokens, chunks
 from ..config import FoldConfig
 from ..errors import InvalidInputError
 from ..families.naming import check_wiring
@@ -22,7 +23,7 @@ from ..ffn.weights import DenseFFN
 from ..report import Progress
 
 _GIB = 2**30
-_BUFFERS = 5  # of one text: hidden states dense and folded, inputs of one FFN dense and folded, and its outputs
+_BUFFERS = 7  # of one text: hidden states dense and folded; inputs and outputs of one FFN and the stream behind it
 
 
 @dataclass(frozen=True)
@@ -91,16 +92,42 @@ class Followed:
         weight = taught.weight if self.config.weigh else None
         if not self.config.sequential:
             return Tokens(taught.x, None, weight)
-        if self.config.target == "stream":
-            own = self.folded.observe(site)
-            missing = taught.after.float() - own.after.float()
-            return Tokens(own.x, own.y.float() + missing, weight)
-        target = taught.y if self.config.target == "dense" else None
-        return Tokens(self.folded.ffn_inputs(site), target, weight)
+        gain = self.folded.gain(site) if self.config.target == "stream" else None
+        if gain is None:
+            return Tokens(self.folded.ffn_inputs(site), None if self.config.target == "own" else taught.y, weight)
+        own = self.folded.observe(site)
+        _make_up(site, own, taught.after, gain)
+        return Tokens(own.x, own.y, weight)
 
     def pass_by(self, site: FFNSite) -> None:
         """Move the dense stream behind a site whose fold is about to be installed."""
         advance_to(site.index + 1, self.dense)
+
+
+def _make_up(site: FFNSite, seen: Seen, wanted: Tensor, gain: float) -> None:
+    """Change an FFN's outputs in place, so that the residual stream behind it is the wanted one.
+
+    A norm behind the FFN is taken for what it is to small changes of its input's direction: a factor per channel over
+    the size of the token.
+
+    Args:
+        site: the FFN.
+        seen: its outputs, and the stream behind it.
+        wanted: [tokens, d] the stream.
+        gain: by which the block multiplies what it adds to the stream.
+    """
+    channel = 1 / gain if site.norm is None else _inverse(site.norm, seen.y) / gain
+    for y, after, aim in zip(*(chunks(part, seen.y.shape[1]) for part in (seen.y, seen.after, wanted)), strict=True):
+        size = 1 if site.norm is None else y.float().square().mean(1, keepdim=True).sqrt()
+        y += ((aim.float() - after.float()) * channel * size).to(y.dtype)
+
+
+def _inverse(norm: nn.Module, like: Tensor) -> Tensor:
+    """[d] fp32, one over the factors by which a norm multiplies channels; next to 0 where those are."""
+    signs = torch.ones_like(like[:1])
+    signs[:, 1::2] = -1  # of mean 0 and mean square 1, which no norm changes
+    factor = ((norm(signs) - norm(-signs)) / 2 * signs)[0].float()
+    return factor / (factor.square() + 1e-3 * factor.square().mean())
 
 
 def tokens_at(site: FFNSite, stream: Stream, config: FoldConfig) -> Tokens:
@@ -145,10 +172,6 @@ def choose_sites(model: PreTrainedModel, config: FoldConfig) -> list[FFNSite]:
         if config.policy == "coverage" and site.gated:
             raise InvalidInputError(
                 f"policy is 'coverage', which is for plain FFNs, and {site.prefix} has a gate; give 'error'."
-            )
-        if config.target == "stream" and site.norm is not None:
-            raise InvalidInputError(
-                f"target is 'stream', and a norm stands between {site.prefix} and the residual stream; give 'dense'."
             )
     check_wiring(model, sites)
     return sites
