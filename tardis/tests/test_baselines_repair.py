@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from models import HIDDEN, LAYERS, tokens
-from rivals import RIVALS, WINDOWS, ffn_bytes, logits, outputs_of, rival_model
+from rivals import RIVALS, WINDOWS, ffn_bytes, logits, rival_model
 from synthetic import correlated, normal
 
 from tardis_llm.baselines import apply_baseline, full_name
