@@ -23,7 +23,7 @@ from ..ffn.weights import DenseFFN
 from ..report import Progress
 
 _GIB = 2**30
-_BUFFERS = 7  # of one text: hidden states dense and folded; inputs and outputs of one FFN and the stream behind it
+_BUFFERS = 5  # of one text: hidden states dense and folded; inputs and outputs of one FFN and the stream behind it
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,10 @@ class Followed:
         gain = self.folded.gain(site) if self.config.target == "stream" else None
         if gain is None:
             return Tokens(self.folded.ffn_inputs(site), None if self.config.target == "own" else taught.y, weight)
+        wanted = taught.after
+        del taught  # its other buffers may be as large as memory or disk allow
         own = self.folded.observe(site)
-        _make_up(site, own, taught.after, gain)
+        _make_up(site, own, wanted, gain)
         return Tokens(own.x, own.y, weight)
 
     def pass_by(self, site: FFNSite) -> None:
