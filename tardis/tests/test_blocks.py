@@ -146,7 +146,7 @@ def test_a_model_in_training_mode_is_refused() -> None:
 
 @every_family
 def test_what_a_block_does_with_its_ffns_output_is_measured(name: str) -> None:
-    dtype = torch.bfloat16 if name in ("llama", "gemma2", "gpt2") else torch.float32
+    dtype = torch.bfloat16 if name in ("llama", "gemma2", "gpt2", "granite") else torch.float32
     model = tiny_model(name, dtype=dtype)
     hidden = run_block(model, 0, tokens())
     gain = stream_gain(model, find_ffns(model)[1], tokens(), hidden)

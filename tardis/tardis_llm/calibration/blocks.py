@@ -151,7 +151,8 @@ def stream_gain(
     """
     plain = run_block(model, site.index, inputs, hidden=hidden).float()
     # far above the rounding of the stream, and far from what a norm could take for small
-    added = torch.ones(plain.shape[-1]).cumsum(0).mul_(2.4).sin_() * 4 * plain.square().mean(-1, keepdim=True).sqrt()
+    size = 4 * plain.square().mean(-1, keepdim=True).sqrt()
+    added = size * torch.arange(plain.shape[-1], device=plain.device).mul(2.4).sin()
 
     def add(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         return output + added.view_as(output).to(output.dtype)

@@ -1,4 +1,4 @@
-"""What an FFN sees of a text, taken in chunks, so that memory does not grow with the number of tokens."""
+"""The tokens that an FFN sees of a text, and parts of them: chunks whose temporaries stay small, or a spread sample."""
 
 from __future__ import annotations
 
