@@ -11,6 +11,7 @@ from .ffn.weights import Storage
 Policy = Literal["error", "coverage"]
 Rounding = Literal["gptq", "nearest"]
 Target = Literal["stream", "dense", "own"]
+Split = Literal["loss", "uniform"]
 
 #: version of the checkpoint format that this package writes, and the newest that it reads
 FORMAT_VERSION = 3
@@ -30,7 +31,10 @@ class FoldConfig:
         reduction: share of the FFN bytes that a token no longer reads, between 0 and 1.
         policy: how each neuron's hot range is chosen: "error" by the output error that it would leave, "coverage" by
             the share of the neuron's inputs that it holds, as in the paper.
-        predictor_bits: bits per weight of the predictor: 1, 2, 3, 4 or 8; default: the best for each layer.
+        split: how the bytes are split over the layers: "loss" by what folding each of them costs the model, which is
+            measured first, "uniform" with the same fix rate for all, which saves the time of measuring.
+        predictor_bits: bits per weight of the predictor: 1, 2, 3, 4 or 8; default: the best for each layer, or 2 where
+            the split is uniform.
         group_size: weights that share one scale, in the predictor and in all else that is stored in few bits.
         fold_bits: precision of the stored fold, which may have 4 or 8 bits per weight; default: the model's dtype.
         fallback_bits: precision of the W1 and W2 that fixing reads, which may have 4 or 8 bits per weight; default: the
@@ -70,6 +74,7 @@ class FoldConfig:
 
     reduction: float = 0.8
     policy: Policy = "error"
+    split: Split = "loss"
     predictor_bits: int | None = None
     group_size: int = 256
     fold_bits: int | None = None
@@ -95,7 +100,7 @@ class FoldConfig:
         allowed, bits, length = (None, *PREDICTOR_BITS), self.predictor_bits, self.sequence_length
         most = self.fallback_bits or max(PREDICTOR_BITS)
         self._require("reduction", 0 < self.reduction < 1, "a number between 0 and 1, such as 0.8")
-        for name, kind in (("policy", Policy), ("rounding", Rounding), ("target", Target)):
+        for name, kind in (("policy", Policy), ("split", Split), ("rounding", Rounding), ("target", Target)):
             self._require(name, getattr(self, name) in get_args(kind), f"one of {', '.join(get_args(kind))}")
         self._require("predictor_bits", bits in allowed, f"one of {allowed}")
         for name in ("fold_bits", "fallback_bits", "linear_bits"):

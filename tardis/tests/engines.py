@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -90,12 +90,40 @@ def engine(directory: Path, **options: Any) -> Iterator[Any]:
         cleanup_dist_env_and_memory()
 
 
-def greedy(model: PreTrainedModel, ids: torch.Tensor, count: int, prefill: Prefill = "folded") -> list[list[int]]:
+class Text(NamedTuple):
+    """What transformers generates: tokens [batch, count], and the logits [batch, count, vocabulary] of each step."""
+
+    tokens: list[list[int]]
+    logits: torch.Tensor
+
+
+def generated(model: PreTrainedModel, ids: torch.Tensor, count: int, prefill: Prefill = "folded") -> Text:
     """The `count` likeliest tokens behind ids [batch, tokens], as transformers finds them."""
     set_prefill(model, prefill)
+    settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     with torch.no_grad():
-        out = model.generate(ids, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
-    return out[:, ids.shape[1] :].tolist()
+        out = model.generate(ids, max_new_tokens=count, **settings, output_logits=True, return_dict_in_generate=True)
+    return Text(out.sequences[:, ids.shape[1] :].tolist(), torch.stack(out.logits, 1))
+
+
+def greedy(model: PreTrainedModel, ids: torch.Tensor, count: int, prefill: Prefill = "folded") -> list[list[int]]:
+    """The tokens of `generated`."""
+    return generated(model, ids, count, prefill).tokens
+
+
+def assert_same_text(found: list[list[int]], wanted: Text, apart: float) -> None:
+    """The rows are the text up to where two tokens were equally good: their logits less than `apart` apart.
+
+    What is behind such a token is another text, so rows are compared that far, and most tokens must have been.
+    """
+    compared = 0
+    for row, tokens, logits in zip(found, wanted.tokens, wanted.logits, strict=True):
+        differ = [at for at, (mine, theirs) in enumerate(zip(row, tokens, strict=True)) if mine != theirs]
+        for at in differ[:1]:
+            lost = float(logits[at].max() - logits[at, row[at]])
+            assert lost < apart, f"token {at} of {row} is {lost:.3f} worse than that of {tokens}"
+        compared += differ[0] if differ else len(row)
+    assert compared > wanted.logits[..., 0].numel() / 2
 
 
 def complete(llm: Any, ids: torch.Tensor, count: int, **sampling: Any) -> list[list[int]]:

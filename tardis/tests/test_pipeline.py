@@ -74,6 +74,15 @@ def test_free_predictor_widths_are_chosen_within_the_budget():
     assert report.reduction == pytest.approx(0.5, abs=0.02)
 
 
+def test_a_uniform_split_fixes_alike_in_all_layers_without_measuring_any(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("tardis_llm.pipeline.planning._probe_layers", lambda *_: pytest.fail("measured"))
+    settings = dataclasses.replace(SETTINGS, split="uniform", predictor_bits=None)
+    report = fold(tiny_model("gpt2"), text(), settings)
+    assert report.reduction == pytest.approx(0.5, abs=0.02)
+    assert {(layer.bits, layer.loss_increase) for layer in report.layers} == {(2, None)}
+    assert [layer.fix_rate for layer in report.layers] == pytest.approx(3 * [report.fix_rate], abs=0.03)
+
+
 def test_only_the_chosen_layers_are_folded():
     model = tiny_model("gpt2")
     report = fold(model, text(), dataclasses.replace(SETTINGS, layers=(0, 2)))

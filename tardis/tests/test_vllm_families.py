@@ -9,7 +9,18 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from engines import NOT_SERVED, STACKED, complete, engine, greedy, heads, needs_vllm, save_tiny
+from engines import (
+    NOT_SERVED,
+    STACKED,
+    Text,
+    assert_same_text,
+    complete,
+    engine,
+    generated,
+    heads,
+    needs_vllm,
+    save_tiny,
+)
 from folds import SETTINGS
 from models import CAUSAL_NAMES, guide_families, tiny_config, tiny_model, tokens
 from safetensors.torch import load_file, save_file
@@ -57,10 +68,10 @@ ALL_IN_FEW_BITS = ["opt", "llama_biased"]
 
 
 class Made(NamedTuple):
-    """A folded model on disk, and the 16 tokens that transformers generates with it behind `tokens(3, 20)`."""
+    """A folded model on disk, and what transformers generates with it behind `tokens(3, 20)`."""
 
     directory: Path
-    text: list[list[int]]
+    text: Text
 
 
 @pytest.fixture(scope="module")
@@ -77,37 +88,39 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
     ]
     for key, name, settings, bits in wanted:
         directory = tmp_path_factory.mktemp("made")
-        folds[key] = Made(directory, greedy(save_tiny(name, directory, settings, bits), tokens(3, 20), 16))
+        folds[key] = Made(directory, generated(save_tiny(name, directory, settings, bits), tokens(3, 20), 16))
     return folds
 
 
-def assert_same_text(made: Made) -> None:
+def assert_served(made: Made, apart: float = 0.02) -> None:
+    """vLLM's text is that of transformers, but where two tokens are nearly equally good."""
     with engine(made.directory) as llm:
-        assert complete(llm, tokens(3, 20), 16) == made.text
+        assert_same_text(complete(llm, tokens(3, 20), 16), made.text, apart)
 
 
 @pytest.mark.parametrize("name", SERVED)
 def test_folds_generate_as_in_transformers(name: str, made: dict[str, Made]):
-    assert_same_text(made[name])
+    assert_served(made[name])
 
 
 @pytest.mark.parametrize("name", IN_FEW_BITS)
 def test_folds_and_fallback_weights_in_few_bits_generate_as_in_transformers(name: str, made: dict[str, Made]):
-    assert_same_text(made[f"{name} in few bits"])
+    assert_served(made[f"{name} in few bits"])
 
 
 @pytest.mark.parametrize("name", LINEARS)
 def test_linear_layers_in_few_bits_generate_as_in_transformers(name: str, made: dict[str, Made]):
-    assert_same_text(made[f"{name} with linears"])
+    # in 4 bits their outputs and so the logits are bf16, whose last bit differs with the processor and the batch
+    assert_served(made[f"{name} with linears"], apart=0.25 if LINEARS[name] == 4 else 0.02)
 
 
 @pytest.mark.parametrize("name", ALL_IN_FEW_BITS)
 def test_ffns_that_are_not_folded_in_few_bits_beside_others(name: str, made: dict[str, Made]):
-    assert_same_text(made[f"{name} all in few bits"])
+    assert_served(made[f"{name} all in few bits"])
 
 
 def test_blocks_that_are_not_folded_stay_dense(made: dict[str, Made]):
-    assert_same_text(made["gpt2 in part"])
+    assert_served(made["gpt2 in part"])
 
 
 def test_with_every_neuron_fixed_it_is_the_dense_model(copy: Path):
@@ -121,7 +134,7 @@ def test_with_every_neuron_fixed_it_is_the_dense_model(copy: Path):
             tensor.copy_(stored[name.replace("tardis.fold", "c_proj")])
     save_file(stored, copy / "model.safetensors", {"format": "pt"})
     (copy / MANIFEST).unlink()
-    assert_same_text(Made(copy, greedy(tiny_model("gpt2", **heads("gpt2")), tokens(3, 20), 16)))
+    assert_served(Made(copy, generated(tiny_model("gpt2", **heads("gpt2")), tokens(3, 20), 16)))
 
 
 @pytest.mark.parametrize(("dtype", "apart"), [("bfloat16", 0.15), ("float16", 0.05)])

@@ -35,7 +35,7 @@ from .planning import LayerPlan, plan
 from .session import Followed, Session, choose_sites, sound_weights
 from .workspace import SCRATCH, Workspace, state_of
 
-_AUTO_BITS = {"error": (1, 2, 3, 4), "coverage": (2,)}  # the paper has 2
+_AUTO_BITS, _ALIKE_BITS = (1, 2, 3, 4), (2,)  # to choose from by what each layer needs, and without; the paper has 2
 _AUTO_LENGTH = 256
 
 
@@ -117,7 +117,8 @@ def check_fold(
     for inputs in calibration:
         check_windows(model, inputs)
     check_enough(calibration, sites[0].hidden_size)
-    allowed = (config.predictor_bits,) if config.predictor_bits else _AUTO_BITS[config.policy]
+    chosen = config.policy == "error" and config.split == "loss"
+    allowed = (config.predictor_bits,) if config.predictor_bits else _AUTO_BITS if chosen else _ALIKE_BITS
     return sites, check_feasible([site.outline() for site in sites], allowed, config.storage, config.reduction)
 
 

@@ -1,8 +1,9 @@
 """Plan a fold: measure what folding each layer alone costs the model, and split the byte budget accordingly.
 
-Each layer is folded alone, coarsely enough to show, and the increase of the model's loss taken on held-out windows.
-Over the squared error that this fold left in the layer's output, it tells what error costs there. The error for every
-width of predictor and fix rate follows from statistics; the layers share the bytes so that the sum of losses is least.
+Where the split is uniform, there is nothing to measure. Otherwise each layer is folded alone, coarsely enough to show,
+and the increase of the model's loss taken on held-out windows. Over the squared error that this fold left in the
+layer's output, it tells what error costs there. The error for every width of predictor and fix rate follows from
+statistics; the layers share the bytes so that the sum of losses is least.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ class LayerPlan:
     Attributes:
         bits: bits per weight of the predictor.
         fix_rate: share of neurons fixed per token.
-        loss_increase: measured with this layer alone folded, by its probe.
+        loss_increase: measured with this layer alone folded, by its probe; None where none was needed.
     """
 
     bits: int
     fix_rate: float
-    loss_increase: float
+    loss_increase: float | None
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ def plan(session: Session, bits: tuple[int, ...]) -> list[LayerPlan]:
         session: the fold under way, its model still dense.
         bits: predictor widths allowed.
     """
+    if session.config.split == "uniform":
+        return _split_alike(session, bits[0])
     probes = _above_noise(list(_probe_layers(session, bits)))
     if session.config.policy == "coverage":
         return _split_by_error(session, bits[0], probes)
@@ -93,6 +96,14 @@ def _above_noise(probes: list[Probe]) -> list[Probe]:
     """The probes with loss increases raised to `_LEAST_SHARE` of their mean where they are below."""
     floor = _LEAST_SHARE * max(sum(probe.loss_increase for probe in probes) / len(probes), 1e-7)
     return [replace(probe, loss_increase=max(probe.loss_increase, floor)) for probe in probes]
+
+
+def _split_alike(session: Session, bits: int) -> list[LayerPlan]:
+    """The same bits and fix rate for every layer."""
+    costs = [session.cost(site, bits) for site in session.sites]
+    budget = (1 - session.config.reduction) * sum(cost.dense for cost in costs)
+    rate = (budget - sum(cost.always for cost in costs)) / sum(cost.fixing for cost in costs)
+    return [LayerPlan(bits, min(1.0, rate), None) for _ in costs]
 
 
 def _split_by_loss(session: Session, probes: list[Probe]) -> list[LayerPlan]:
