@@ -198,17 +198,19 @@ class Stream:
         return torch.cat([output.half() for output, _ in self._outputs()])
 
     def _outputs(self) -> Iterator[tuple[Tensor, TextOrSpeech]]:
-        """For each batch, the model's output in fp32, which is logits or the last hidden state, and its windows."""
-        windows = max(1, _LOGITS_AT_ONCE // (ids_of(self.inputs).shape[1] * vocabulary(self.model)))
-        for at in self._batches(windows):
+        """For a few windows at a time, the model's output in fp32, logits or the last hidden state, and the windows."""
+        few = max(1, _LOGITS_AT_ONCE // (ids_of(self.inputs).shape[1] * vocabulary(self.model)))
+        for at in self._batches():
             some, hidden = self.inputs[at], self._at(at)
             for index in range(self.position, len(named_blocks(self.model))):
                 hidden = run_block(self.model, index, some, hidden=hidden)
                 if isinstance(some, Speech) and self._ends_encoder(index + 1):
                     some, hidden = some.with_encoded(run_encoder_end(self.model, some, hidden)), None
             assert hidden is not None, "a model has at least one block"
-            output = run_head(self.model, some, hidden)
-            yield (output.logits if "logits" in output else output.last_hidden_state).float(), some
+            for start in range(0, len(hidden), few):
+                part = slice(start, start + few)
+                output = run_head(self.model, some[part], hidden[part])
+                yield (output.logits if "logits" in output else output.last_hidden_state).float(), some[part]
 
     def _at(self, at: slice) -> Tensor | None:
         """Hidden states of some windows in front of the next block; None in front of the first."""
@@ -216,10 +218,9 @@ class Stream:
             return None  # the first block gets the embeddings, which the model makes from the inputs
         return self._hidden[at]
 
-    def _batches(self, most: int | None = None) -> list[slice]:
-        """Batches of windows, of `batch_tokens` tokens and at most `most` windows each."""
+    def _batches(self) -> list[slice]:
+        """Batches of windows, of `batch_tokens` tokens each."""
         size = max(1, self.batch_tokens // shape_in(self.model, self.position, self.inputs)[1])
-        size = min(size, most) if most else size
         return [slice(start, start + size) for start in range(0, len(self.inputs), size)]
 
 
