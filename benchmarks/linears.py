@@ -29,8 +29,7 @@ from torch._inductor import config as inductor
 from tardis_llm.errors import TardisError
 from tardis_llm.evaluation.machine import cpu_name, read_bandwidth
 from tardis_llm.evaluation.turns import Ratio
-from tardis_llm.folding.rounding import quantise
-from tardis_llm.runtime.linears import LOW_BIT_LAYERS
+from tardis_llm.pipeline.linears import low_bit_copy
 
 #: bytes of weights that a variant reads before it reads the same again; no cache that we know keeps so many
 _COLD_BYTES = 96 * 2**20
@@ -54,13 +53,13 @@ def ours_bf16(weight: Tensor) -> tuple[Run, int]:
     return lambda x: torch.ops.tardis.linear(x, weight, None), weight.nbytes
 
 
-def ours_low_bit(bits: int) -> Make:
-    """Our own kernel for low-bit folds: for reference, no candidate."""
+def ours_low_bit(bits: int, group_size: int) -> Make:
+    """What `tardis fold --linears` stores, through our own kernel."""
 
     def make(weight: Tensor) -> tuple[Run, int]:
-        stored = quantise(weight.float(), bits, 256)
-        linear = torch.ops.tardis.linear
-        return lambda x: linear(x, stored.planes, None, stored.scale, stored.group_size), stored.nbytes
+        layer = low_bit_copy(linear(weight), bits, group_size)
+        layer.lay_out(weight.dtype)
+        return layer, layer.nbytes
 
     return make
 
@@ -136,16 +135,6 @@ def onednn_int8(weight: Tensor) -> tuple[Run, int]:
         return (y * step).to(x.dtype)
 
     return run, codes.nbytes + scale.nbytes
-
-
-def chosen(bits: int) -> Make:
-    """What `tardis fold --linears` uses: oneDNN's int8 product on activations in 16 bits, or bitsandbytes' NF4."""
-
-    def make(weight: Tensor) -> tuple[Run, int]:
-        layer = LOW_BIT_LAYERS[bits].of(weight, None)
-        return layer, layer.nbytes
-
-    return make
 
 
 def int_mm(weight: Tensor) -> tuple[Run, int]:
@@ -297,12 +286,11 @@ VARIANTS: dict[str, Make] = {
     "int8 torch.ao dynamic fbgemm": quantised_dynamic("fbgemm"),
     "int8 torch.ao dynamic onednn": quantised_dynamic("onednn"),
     "int8 onednn, x in 8 bits": onednn_int8,
-    "int8 onednn, x in 16 bits: chosen": chosen(8),
     "int8 torch._int_mm": int_mm,
     "int8 bitsandbytes": bitsandbytes_int8,
     "int8 quanto": quanto("qint8", 8),
     "int8 onnxruntime": onnxruntime_bits(8),
-    "int8 tardis (reference)": ours_low_bit(8),
+    "int8 tardis g64": ours_low_bit(8, 64),
     "int4 _weight_int4pack_mm g32": int4_pack(32),
     "int4 _weight_int4pack_mm g64": int4_pack(64),
     "int4 torchao opaque g64": torchao(torchao_int4, 4),
@@ -310,11 +298,12 @@ VARIANTS: dict[str, Make] = {
     "int4 torchao dynamic intx": torchao(torchao_named("Int8DynamicActivationIntxWeightConfig"), 8),
     "int4 _dyn_quant_matmul_4bit": dynamic_4bit,
     "int4 bitsandbytes nf4": bitsandbytes_nf4,
-    "int4 bitsandbytes nf4: chosen": chosen(4),
     "int4 quanto": quanto("qint4", 4),
     "int4 hqq": hqq_int4,
     "int4 onnxruntime": onnxruntime_bits(4),
-    "int4 tardis (reference)": ours_low_bit(4),
+    "int4 tardis g32": ours_low_bit(4, 32),
+    "int4 tardis g64": ours_low_bit(4, 64),
+    "int4 tardis g128": ours_low_bit(4, 128),
 }
 
 

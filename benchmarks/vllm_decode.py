@@ -48,7 +48,7 @@ from tardis_llm.evaluation.turns import Ratio
 from tardis_llm.families.sites import FFNSite
 from tardis_llm.ffn.accounting import cost
 from tardis_llm.report import FoldReport, LayerReport
-from tardis_llm.runtime.linears.placing import quantise_linears
+from tardis_llm.pipeline.linears import quantise_linears
 from tardis_llm.runtime.modules import FoldedFFN
 from tardis_llm.runtime.placing import install
 

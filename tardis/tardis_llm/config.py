@@ -14,7 +14,7 @@ Target = Literal["stream", "dense", "own"]
 Split = Literal["loss", "uniform"]
 
 #: version of the checkpoint format that this package writes, and the newest that it reads
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 #: bits per weight that a predictor may have
 PREDICTOR_BITS = (1, 2, 3, 4, 8)
 #: bits per weight that anything else may have: a fold, fallback weights, linear layers outside the FFNs
@@ -43,6 +43,7 @@ class FoldConfig:
             the fallback weights' bits.
         linear_bits: precision of the linear layers outside the FFNs and of lm_head, which may have 4 or 8 bits per
             weight; default: as they are.
+        linear_group_size: inputs of these layers whose weights share one scale.
         rounding: how weights are rounded to few bits: "gptq" lets the weights not yet rounded make up for each error,
             "nearest" rounds every weight by itself.
         refit: solve the fold anew, by ridge regression on the outputs that fixing leaves to it.
@@ -81,6 +82,7 @@ class FoldConfig:
     fallback_bits: int | None = None
     remainder_bits: int | None = None
     linear_bits: int | None = None
+    linear_group_size: int = 64
     rounding: Rounding = "gptq"
     refit: bool = True
     damping: float | None = field(default=None, metadata=_PYTHON_ONLY)
@@ -110,7 +112,8 @@ class FoldConfig:
         self._require("remainder_bits", fits, "0 to 8 bits, and only with fallback_bits")
         remedy = f"at most the {most} bits of the fallback weights, which include it"
         self._require("predictor_bits", bits is None or bits <= most, remedy)
-        self._require("group_size", self.group_size > 0, "a positive number of weights, such as 256")
+        for name in ("group_size", "linear_group_size"):
+            self._require(name, getattr(self, name) > 0, "a positive number of weights, such as 64")
         self._require("damping", self.damping is None or self.damping >= 0, "a number from 0, such as 0.01")
         self._require("heldout", 0 < self.heldout <= 0.5, "a share between 0 and 0.5")
         self._require("memory_limit_gib", self.memory_limit_gib >= 0, "a number of GiB from 0")

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from tardis_llm import FoldReport, save_folded
 from tardis_llm.families.sites import find_ffns
 from tardis_llm.ffn.weights import Storage
+from tardis_llm.pipeline.linears import quantise_linears
 from tardis_llm.pipeline.session import sound_weights
 from tardis_llm.report import LayerReport
-from tardis_llm.runtime.linears.placing import quantise_linears
 from tardis_llm.runtime.modules import FoldedFFN
 from tardis_llm.runtime.placing import folded_ffns, install
 

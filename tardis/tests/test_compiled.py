@@ -30,9 +30,10 @@ from tardis_llm.evaluation.decoder import Decoder
 from tardis_llm.evaluation.shapes import random_folds
 from tardis_llm.evaluation.variants import folded_variant
 from tardis_llm.ffn.weights import Storage
+from tardis_llm.pipeline.linears import low_bit_copy
 from tardis_llm.runtime.cpu.library import available
 from tardis_llm.runtime.decoding import COMPILED, compiled, prepare_decoding
-from tardis_llm.runtime.linears import LOW_BIT_LAYERS
+from tardis_llm.runtime.linears.lowbit import BITS
 from tardis_llm.runtime.modules import FoldedFFN
 from tardis_llm.runtime.operators import numbered
 from tardis_llm.runtime.prefill import set_prefill
@@ -107,7 +108,7 @@ def test_a_cache_that_cannot_be_cut_back_is_refused() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("bits", LOW_BIT_LAYERS)
+@pytest.mark.parametrize("bits", BITS)
 def test_folds_and_layers_in_few_bits_decode_as_one_graph(
     bits: int, tardis: Callable[..., Result], tiny_dir: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
@@ -165,7 +166,9 @@ def test_weights_that_do_not_lie_as_the_kernels_read_them_compute_the_same_and_a
 def test_the_operators_pass_the_checks_of_torch() -> None:
     weights, dense = stored_fold(64, 96, Storage(64), torch.float32)
     ffn, x = FoldedFFN(weights), correlated(5, 64)
-    linear = LOW_BIT_LAYERS[8].of(dense.w1, None)
+    layer = nn.Linear(64, 96)
+    layer.weight.data = dense.w1
+    linear = low_bit_copy(layer, 8, 64)
     calls = {
         torch.ops.tardis.numbered_ffn.default: (x, ffn.number, *dense.tensors[:3]),
         torch.ops.tardis.numbered_linear.default: (x, linear.number, 96),

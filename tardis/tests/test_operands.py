@@ -13,11 +13,12 @@ from torch import Tensor
 from tardis_llm.errors import TardisError
 from tardis_llm.ffn.packed import PackedMatrix
 from tardis_llm.ffn.weights import Storage
+from tardis_llm.pipeline.linears import low_bit_copy
 from tardis_llm.runtime.cpu.backend import CpuFFN
 from tardis_llm.runtime.cpu.library import open_library
 from tardis_llm.runtime.cpu.panels import Panels
 from tardis_llm.runtime.cpu.structures import Matrix, Vector
-from tardis_llm.runtime.linears import LOW_BIT_LAYERS
+from tardis_llm.runtime.linears.lowbit import BITS
 
 needs_library = pytest.mark.skipif(open_library() is None, reason="the CPU kernels are not built")
 D, H = 64, 96
@@ -110,11 +111,10 @@ def test_operators_refuse_what_does_not_fit():
             call()
 
 
-@pytest.mark.parametrize("bits", LOW_BIT_LAYERS)
-@pytest.mark.parametrize("part", ["codes", "scale"])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("part", ["planes", "scale"])
 def test_a_low_bit_linear_layer_of_other_shapes_is_refused(bits: int, part: str):
-    pytest.importorskip("bitsandbytes")
-    layer = LOW_BIT_LAYERS[bits].of(torch.randn(64, 128), None)
+    layer = low_bit_copy(torch.nn.Linear(128, 64), bits, 64)
     setattr(layer, part, torch.nn.Parameter(getattr(layer, part)[:-1].clone(), requires_grad=False))
     with pytest.raises(TardisError):
-        layer.prepared()
+        layer.prepared(torch.zeros(1, 128))

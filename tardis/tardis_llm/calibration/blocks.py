@@ -241,6 +241,26 @@ def run_head(model: PreTrainedModel, inputs: TextOrSpeech, hidden: Tensor) -> Mo
 
 
 @torch.no_grad()
+def enter_head(model: PreTrainedModel, inputs: TextOrSpeech, hidden: Tensor) -> None:
+    """Run what follows the last block up to the head, whose hooks fire; no logits are made.
+
+    Arguments and errors as for `run_head`.
+    """
+
+    def stop(head: nn.Module, args: tuple[Any, ...]) -> None:
+        raise _BlockDone
+
+    with _leaving_with(model, len(named_blocks(model)) - 1, hidden):
+        hook = model.get_output_embeddings().register_forward_pre_hook(stop)  # the last hook: all others have run
+        try:
+            _forward(model, inputs, None)
+        except _BlockDone:
+            return
+        finally:
+            hook.remove()
+
+
+@torch.no_grad()
 def run_encoder_end(model: PreTrainedModel, speech: Speech, hidden: Tensor) -> Tensor:
     """Run what follows the last block of an encoder of speech.
 

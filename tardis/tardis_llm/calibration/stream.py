@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..errors import InvalidInputError
 from ..families.sites import FFNSite, encoder_blocks, named_blocks
 from ..families.table import family_of, vocabulary
-from .blocks import ffn_input, run_block, run_encoder_end, run_head, shape_in, stream_gain, watch_ffn
+from .blocks import enter_head, ffn_input, run_block, run_encoder_end, run_head, shape_in, stream_gain, watch_ffn
 from .hidden import hidden_buffer
 from .inputs import Speech, TextOrSpeech, ids_of, is_text
 
@@ -77,6 +77,13 @@ class Stream:
         """Run the next block so that hooks inside it fire; the stream does not move on."""
         for at in self._batches():
             run_block(self.model, self.position, self.inputs[at], hidden=self._at(at))
+
+    def visit_head(self) -> None:
+        """Run what stands behind the last block up to the model's head, so that the head's hooks fire."""
+        for at in self._batches():
+            hidden = self._at(at)
+            assert hidden is not None, "a model has at least one block"
+            enter_head(self.model, self.inputs[at], hidden)
 
     def observe(self, site: FFNSite, advance: bool = False) -> Seen:
         """Run the next block and record its FFN.

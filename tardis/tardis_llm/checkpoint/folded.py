@@ -1,4 +1,4 @@
-"""The folded checkpoint, format version 2: a Hugging Face directory with `tardis.*` tensors beside the dense weights.
+"""The folded checkpoint, format version 4: a Hugging Face directory with `tardis.*` tensors beside the dense weights.
 
     config.json     the family's own fields; `quantization_config`: a `CheckpointConfig`; `architectures`: Tardis<Stock>
     *.safetensors   every dense tensor under its own name, and `<ffn>.tardis.*` per folded FFN
@@ -6,7 +6,7 @@
 
 W1 and W2 stay under their own names, so a loader that does not know TARDIS gets the exact dense model. Where low-bit
 fallback weights replace them, W1 and W2 are empty tensors, at whose shape such a loader stops. The same holds for
-linear layers outside the FFNs whose weights are stored in few bits, as `codes` and `scale`.
+linear layers outside the FFNs whose weights are stored in few bits, as `planes` and `scale`.
 """
 
 from __future__ import annotations
@@ -100,8 +100,11 @@ def mark_folded(model: PreTrainedModel, calibration: dict[str, Any]) -> None:
     formats = {name: vars(ffn.weights.format) for name, ffn in folded_ffns(model).items()}
     if not formats:
         raise InvalidInputError("the model has no folded FFN to save; fold it first with tardis_llm.fold.")
-    linears = {name: layer.bits for name, layer in low_bit_linears(model).items()}
-    config = CheckpointConfig(layers=formats, calibration=calibration, linears=linears)
+    found = low_bit_linears(model)
+    linears, sizes = {name: layer.bits for name, layer in found.items()}, [layer.group_size for layer in found.values()]
+    config = CheckpointConfig(
+        layers=formats, calibration=calibration, linears=linears, linear_group_size=max(sizes, default=None)
+    )
     model.config.quantization_config = config
     model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
 

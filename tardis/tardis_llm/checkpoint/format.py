@@ -19,6 +19,8 @@ METHOD = "tardis"
 #: prefix of the class name under `architectures`
 PREFIX = "Tardis"
 _RANGE_DTYPES = ("float16", "float32")
+#: up to this format version, linear layers in few bits had formats of their own
+OLD_LINEARS = 3
 _UPDATE = "update TARDIS (pip install -U tardis-llm), or fold again"
 
 
@@ -31,6 +33,7 @@ class CheckpointConfig(QuantizationConfigMixin):
         format_version: version of the checkpoint format.
         calibration: what the fold was calibrated on.
         linears: bits per weight of the linear layers outside the FFNs that are stored in few bits, by their full names.
+        linear_group_size: inputs of these layers that share one scale; None up to format version 3, see `old_linears`.
         crossover: up to how many tokens at once folds are faster than dense FFNs; None if that was not measured.
         quant_method: always "tardis".
 
@@ -42,6 +45,7 @@ class CheckpointConfig(QuantizationConfigMixin):
     format_version: int = FORMAT_VERSION
     calibration: dict[str, Any] = field(default_factory=dict)
     linears: dict[str, int] = field(default_factory=dict)
+    linear_group_size: int | None = None
     crossover: int | None = None
     quant_method: str = METHOD
 
@@ -64,6 +68,9 @@ class CheckpointConfig(QuantizationConfigMixin):
                     f"config.json stores {reprlib.repr(name)[1:-1]} in {reprlib.repr(bits)} bits, and "
                     f"{_one_of(STACKED_BITS)} is wanted; {_UPDATE}."
                 )
+        size, sized = self.linear_group_size, bool(self.linears) and version > OLD_LINEARS
+        fits = size is not None and _whole(size) and size > 0 if sized else size is None
+        _require(fits, "linear_group_size", size, "a positive number" if sized else "null")
         self.formats()
 
     @classmethod

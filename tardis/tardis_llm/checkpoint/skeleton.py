@@ -15,11 +15,13 @@ from ..families.linear import weight_of
 from ..families.sites import FFNSite, find_ffns
 from ..ffn.activations import kind
 from ..ffn.weights import FoldedWeights, FoldFormat
-from ..runtime.linears.placing import check_bits, empty_like, linear_layers, put_linears, untie_head
+from ..runtime.linears.lowbit import check_bits
+from ..runtime.linears.placing import empty_like, linear_layers, put_linears, untie_head
 from ..runtime.modules import FoldedFFN
 from ..runtime.placing import install
 from .format import CheckpointConfig, stock_name
 from .names import resolve_name
+from .old_linears import OldLinear
 
 #: the most blocks of a model whose weight files are not known yet: no model has more, and making them takes minutes
 _MOST_BLOCKS = 10_000
@@ -79,7 +81,7 @@ def install_empty_layers(model: PreTrainedModel, settings: CheckpointConfig) -> 
         empty = FoldedWeights.empty(layer, dense.d, dense.h, dense.w1.dtype, device)
         install(model, sites[name], FoldedFFN(empty))
     for name, bits in settings.linears.items():
-        _install_empty_linear(model, name, bits)
+        _install_empty_linear(model, name, bits, settings.linear_group_size)
     untie_head(model)
 
 
@@ -120,7 +122,7 @@ def _check_fits(name: str, layer: FoldFormat, site: FFNSite) -> None:
         )
 
 
-def _install_empty_linear(model: PreTrainedModel, name: str, bits: int) -> None:
+def _install_empty_linear(model: PreTrainedModel, name: str, bits: int, group_size: int | None) -> None:
     """Replace a linear layer by an empty low-bit one; do nothing for a layer of a head that the model lacks."""
     dense = linear_layers(model)
     found = resolve_name(model, name, dense)
@@ -132,6 +134,5 @@ def _install_empty_linear(model: PreTrainedModel, name: str, bits: int) -> None:
             "anew, or fold again."
         )
     check_bits(bits)
-    with torch.device("cpu"):  # `empty_like` rounds a row to learn the shapes, which is slow on meta
-        layer = empty_like(dense[found], bits)
-    put_linears(model, {found: layer})
+    layer = dense[found]
+    put_linears(model, {found: OldLinear(layer, bits) if group_size is None else empty_like(layer, bits, group_size)})

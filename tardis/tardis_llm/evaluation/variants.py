@@ -19,7 +19,8 @@ from ..allocator import use_huge_pages
 from ..checkpoint.loading import dtype_name, load_dense, load_model
 from ..errors import InvalidInputError
 from ..families.sites import FFNSite
-from ..runtime.linears.placing import low_bit_copies, put_linears, through_kernels
+from ..pipeline.linears import low_bit_copies
+from ..runtime.linears.placing import put_linears, through_kernels
 from ..runtime.modules import FoldedFFN
 from ..runtime.placing import folded_ffns, install, lay_out, uninstall
 from .shapes import RandomFold, random_folds, random_ids

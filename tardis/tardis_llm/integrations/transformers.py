@@ -12,9 +12,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
 from ..checkpoint.contents import check_headers
-from ..checkpoint.folded import save_marked, transformers_save
+from ..checkpoint.folded import mark_folded, save_marked, transformers_save
 from ..checkpoint.format import METHOD, CheckpointConfig
 from ..checkpoint.manifest import check_bytes
+from ..checkpoint.old_linears import store_anew
 from ..checkpoint.saving import CONFIG
 from ..checkpoint.skeleton import check_blocks, install_empty_layers
 from ..checkpoint.weight_files import headers, weight_files
@@ -60,6 +61,8 @@ class TardisQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         self.pre_quantized = True
+        if store_anew(model):
+            mark_folded(model, self.quantization_config.calibration)
         freeze(model)  # loading sets requires_grad of every parameter
         return model
 

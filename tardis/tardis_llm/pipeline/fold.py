@@ -20,17 +20,18 @@ from ..calibration.text import Windows, check_enough, split_windows
 from ..checkpoint.folded import mark_folded
 from ..config import FORMAT_VERSION, FoldConfig
 from ..families.naming import named
-from ..families.sites import FFNSite
+from ..families.sites import FFNSite, named_blocks
 from ..families.table import NAMED, Family
 from ..ffn.accounting import Cost, cost
 from ..ffn.weights import FoldedWeights, FoldFormat
 from ..files import differences, digest
 from ..folding.budget import check_feasible
 from ..folding.fold import FoldQuality, Inputs, choose_ranges, finish, predict
-from ..report import FoldReport, LayerReport, Progress, silent
-from ..runtime.linears.placing import check_bits, quantise_linears
+from ..report import FoldReport, LayerReport, LinearsReport, Progress, silent
+from ..runtime.linears.lowbit import check_bits
 from ..runtime.modules import FoldedFFN
 from ..runtime.placing import install
+from .linears import LinearRounding
 from .planning import LayerPlan, plan
 from .session import Followed, Session, choose_sites, sound_weights
 from .workspace import SCRATCH, Workspace, state_of
@@ -66,7 +67,7 @@ def fold(
     Raises:
         UnsupportedModelError: the family or an activation is not supported.
         InvalidInputError: NaN in the weights, too little text or speech, text for a model of speech or the other way
-            round, a resume of another fold, linear layers in 4 bits without bitsandbytes, or a family that does not fit
+            round, a resume of another fold, or a family that does not fit
             the model.
         InfeasibleBudgetError: the reduction leaves no byte for fixing; says what is feasible.
 
@@ -89,8 +90,7 @@ def fold(
         torch.no_grad(),
     ):
         session = Session(model, sites, calibration, config, Path(scratch), progress)
-        layers = _fold_layers(session, _plan(session, bits, workspace), workspace)
-    linears = quantise_linears(model, config.linear_bits) if config.linear_bits else None
+        layers, linears = _fold_layers(session, _plan(session, bits, workspace), workspace)
     report = FoldReport(layers, config.as_dict(), _describe(calibration, fingerprint), linears)
     mark_folded(model, report.calibration)
     return report
@@ -153,29 +153,57 @@ def _plan(session: Session, bits: tuple[int, ...], workspace: Workspace | None) 
     return made
 
 
-def _fold_layers(session: Session, plans: list[LayerPlan], workspace: Workspace | None) -> list[LayerReport]:
-    """Fold every layer as planned, on what the folded layers before it give, and put it into the model."""
+def _fold_layers(
+    session: Session, plans: list[LayerPlan], workspace: Workspace | None
+) -> tuple[list[LayerReport], LinearsReport | None]:
+    """Fold every layer as planned, on what the folded layers before it give, and put it into the model.
+
+    The other linear layers of a block, if they are to be stored in few bits, are so before its FFN is folded, which
+    then makes up for their errors, too.
+    """
     fit, heldout = session.follow(session.windows.fit), session.follow(session.windows.heldout)
-    reports = []
-    for done, (site, layer) in enumerate(zip(session.sites, plans, strict=True)):
-        session.progress("folding layers", done, len(plans))
-        name = f"layer-{site.index:04d}"
-        ffn, quality = _load_layer(workspace, name, session, site) or _fold_layer(session, site, layer, fit, heldout)
-        if workspace:
-            _save_layer(workspace, name, ffn, quality)
-        for text in (fit, heldout):
-            text.pass_by(site)
-        install(session.model, site, ffn)
-        reports.append(_layer_report(site, layer, cost(site.outline(), ffn.weights), quality))
+    linears = LinearRounding.of(session) if session.config.linear_bits else None
+    planned = {site.index: (site, layer) for site, layer in zip(session.sites, plans, strict=True)}
+    reports: list[LayerReport] = []
+    for index in range(len(named_blocks(session.model)) if linears else max(planned) + 1):
+        session.progress("folding layers", len(reports), len(plans))
+        if index in planned:
+            reports.append(_fold_block(session, *planned[index], workspace, (fit, heldout), linears))
+        elif linears:
+            for text in (fit, heldout):
+                text.pass_by(index)
+            linears.round_block(index, fit.folded)
     session.progress("folding layers", len(plans), len(plans))
-    return reports
+    return reports, linears.finish(fit.folded) if linears else None
 
 
-def _fold_layer(
-    session: Session, site: FFNSite, layer: LayerPlan, fit: Followed, heldout: Followed
-) -> tuple[FoldedFFN, FoldQuality]:
+def _fold_block(
+    session: Session,
+    site: FFNSite,
+    layer: LayerPlan,
+    workspace: Workspace | None,
+    texts: tuple[Followed, Followed],
+    linears: LinearRounding | None,
+) -> LayerReport:
+    """Fold the FFN of a block, or take the fold that an interrupted run has left, and put it into the model."""
+    name = f"layer-{site.index:04d}"
+    found = _load_layer(workspace, name, session, site)
+    taught = [] if found else [text.teach(site) for text in texts]
+    for text in texts:
+        text.pass_by(site.index)
+    if linears:
+        linears.round_block(site.index, texts[0].folded)
+    ffn, quality = found or _fold_layer(
+        session, site, layer, Inputs(*[text.learn(site, taught.pop(0)) for text in texts])
+    )
+    if workspace:
+        _save_layer(workspace, name, ffn, quality)
+    install(session.model, site, ffn)
+    return _layer_report(site, layer, cost(site.outline(), ffn.weights), quality)
+
+
+def _fold_layer(session: Session, site: FFNSite, layer: LayerPlan, inputs: Inputs) -> tuple[FoldedFFN, FoldQuality]:
     config, ffn = session.config, sound_weights(site).in_fp32()
-    inputs = Inputs(fit.at(site), heldout.at(site))
     predicted = predict(ffn, inputs, layer.bits, config)
     ranges = choose_ranges(ffn, predicted, layer.fix_rate, config)
     weights, quality = finish(ffn, inputs, predicted, ranges, config, session.model.dtype)

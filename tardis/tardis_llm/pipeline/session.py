@@ -87,8 +87,16 @@ class Followed:
 
     def at(self, site: FFNSite) -> Tokens:
         """Inputs of the FFN at a site behind the folded layers, with the outputs wanted and the tokens' weights."""
-        advance_to(site.index, self.folded, self.dense)
-        taught = self.dense.observe(site, advance=True)
+        advance_to(site.index, self.folded)
+        return self.learn(site, self.teach(site))
+
+    def teach(self, site: FFNSite) -> Seen:
+        """What happens at a site in the dense model, whose stream moves behind the site's block."""
+        advance_to(site.index, self.dense)
+        return self.dense.observe(site, advance=True)
+
+    def learn(self, site: FFNSite, taught: Seen) -> Tokens:
+        """What `at` returns, the folded stream in front of the site's block, from what `teach` returned."""
         weight = taught.weight if self.config.weigh else None
         if not self.config.sequential:
             return Tokens(taught.x, None, weight)
@@ -101,9 +109,10 @@ class Followed:
         _make_up(site, own, wanted, gain)
         return Tokens(own.x, own.y, weight)
 
-    def pass_by(self, site: FFNSite) -> None:
-        """Move the dense stream behind a site whose fold is about to be installed."""
-        advance_to(site.index + 1, self.dense)
+    def pass_by(self, index: int) -> None:
+        """Move the dense stream behind a block that is about to change, and the folded one in front of it."""
+        advance_to(index, self.folded)
+        advance_to(index + 1, self.dense)
 
 
 def _make_up(site: FFNSite, seen: Seen, wanted: Tensor, gain: float) -> None:

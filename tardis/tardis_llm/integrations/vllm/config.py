@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ from ...errors import CheckpointError
 from ...ffn.weights import FoldFormat
 from ...runtime.prefill import CROSSOVER
 from .linears import LaidOutMethod, LowBitMethod
-from .names import Projections, block_index, check_served, linear_bits
+from .names import LinearForm, Projections, block_index, check_served, linear_form
 
 
 @register_quantization_config(METHOD)
@@ -36,17 +36,22 @@ class TardisConfig(QuantizationConfig):
     Args:
         layers: the format of each folded FFN, by its name in the checkpoint.
         crossover: up to how many tokens at once folds are faster than dense FFNs.
-        linears: bits per weight of the linear layers that are stored in few bits, by their names in the checkpoint.
+        linears: names in the checkpoint of the linear layers that are stored in few bits.
+        form: of these layers.
     """
 
     _projections: Projections  # set by `maybe_update_config`
 
     def __init__(
-        self, layers: dict[str, FoldFormat], crossover: int = CROSSOVER, linears: dict[str, int] | None = None
+        self,
+        layers: dict[str, FoldFormat],
+        crossover: int = CROSSOVER,
+        linears: Collection[str] = (),
+        form: LinearForm | None = None,
     ) -> None:
         super().__init__()
         self.layers, self.crossover = layers, crossover
-        self._linears, self.linear_bits = linears or {}, linear_bits(linears or {})
+        self._linears, self.linear_form = linears, form
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> TardisConfig:
@@ -57,7 +62,7 @@ class TardisConfig(QuantizationConfig):
         """
         checkpoint = CheckpointConfig.read(config)
         crossover = CROSSOVER if checkpoint.crossover is None else checkpoint.crossover
-        return cls(checkpoint.formats(), crossover, checkpoint.linears)
+        return cls(checkpoint.formats(), crossover, list(checkpoint.linears), linear_form(checkpoint))
 
     def maybe_update_config(
         self, model_name: str, hf_config: PreTrainedConfig | None = None, revision: str | None = None
@@ -85,8 +90,8 @@ class TardisConfig(QuantizationConfig):
             return None
         if self._projections.empty(prefix):
             return NoWeightMethod()
-        if self.linear_bits and self._projections.in_few_bits(prefix):
-            return LowBitMethod(self.linear_bits, prefix)
+        if self.linear_form and self._projections.in_few_bits(prefix):
+            return LowBitMethod(self.linear_form, prefix)
         return LaidOutMethod() if isinstance(layer, LinearBase) else None
 
     def get_name(self) -> str:

@@ -1,6 +1,6 @@
 """Linear layers of vLLM's models outside the FFNs: laid out for our kernels, or, as the head may be too, in few bits.
 
-vLLM's own layers stay, and load weights, or codes and scales, as ever: what each family has stored together or apart,
+vLLM's own layers stay, and load weights, or planes and scales, as ever: what each family has stored together or apart,
 and what share a rank has, remains their business. Only the product is ours. To `torch.compile` one in few bits is an
 operator, `tardis::served_linear`, that finds its layer by name as `tardis::served_ffn` does.
 """
@@ -22,11 +22,12 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.model_executor.utils import set_weight_attrs
 
 from ...errors import CheckpointError
+from ...ffn.packed import BLOCK_COLUMNS
 from ...ffn.weights import Layout
 from ...runtime.backend import lay_out, linear
-from ...runtime.linears import LOW_BIT_LAYERS
 from ...runtime.linears.lowbit import LowBitLinear
 from ...runtime.operators import library
+from .names import LinearForm
 
 library.define("served_linear(Tensor x, str name, int outputs) -> Tensor")
 
@@ -70,17 +71,17 @@ class LaidOutMethod(UnquantizedLinearMethod):
 
 
 class LowBitMethod(LinearMethodBase):
-    """One linear layer in few bits, or a rank's share of it; vLLM's layer has codes and scales until all are loaded.
+    """One linear layer in few bits, or a rank's share of it; vLLM's layer has planes and scales until all are loaded.
 
     Args:
-        bits: in `LOW_BIT_LAYERS`.
+        form: of all such layers.
         name: of the layer in vLLM's model.
     """
 
     linear: LowBitLinear
 
-    def __init__(self, bits: int, name: str) -> None:
-        self._bits, self._name = bits, f"{name}.tardis"
+    def __init__(self, form: LinearForm, name: str) -> None:
+        self._form, self._name = form, f"{name}.tardis"
 
     def create_weights(
         self,
@@ -92,30 +93,30 @@ class LowBitMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **attributes: Any,
     ) -> None:
-        """Give a layer `codes` and `scale` without content, shaped for a rank's share.
+        """Give a layer `planes` and `scale` without content, shaped for a rank's share.
 
         Raises:
             CheckpointError: the share would divide inputs that have one scale in common.
         """
         inputs, outputs = input_size_per_partition, sum(output_partition_sizes)
-        device = torch.get_default_device()
-        self.linear = LOW_BIT_LAYERS[self._bits].empty((outputs, inputs), None, params_dtype, device)
-        whole = LOW_BIT_LAYERS[self._bits].empty((1, input_size), None, params_dtype, device)
-        if whole.codes.shape[1] * inputs != self.linear.codes.shape[1] * input_size:
+        bits, size = self._form.bits, self._form.group_size
+        if inputs != input_size and (inputs % BLOCK_COLUMNS or inputs % min(size, input_size)):
             raise CheckpointError(
                 f"{self._name.removesuffix('.tardis')} has {input_size} inputs, which {input_size // inputs} processes "
-                f"cannot share in {self._bits} bits: groups of them have one scale. Serve with fewer processes, or "
-                "fold with --linears int8."
+                f"cannot share in few bits: {BLOCK_COLUMNS} lie together. Serve with fewer processes, or fold without "
+                "--linears."
             )
-        for key in ("codes", "scale"):
+        device = torch.get_default_device()
+        self.linear = LowBitLinear.empty((outputs, inputs), None, bits, size, params_dtype, device)
+        for key, inputs_at in (("planes", 2), ("scale", 1)):
             part = nn.Parameter(self.linear.get_buffer(key), requires_grad=False)
             layer.register_parameter(key, part)
-            set_weight_attrs(part, {"output_dim": 0, **({"input_dim": 1} if part.dim() == 2 else {}), **attributes})
+            set_weight_attrs(part, {"output_dim": 0, "input_dim": inputs_at, **attributes})
         get_current_vllm_config().compilation_config.static_forward_context[self._name] = self
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Take codes and scales from the layer, so that they can be put into the kernel's order."""
-        del layer.codes, layer.scale
+        """Take planes and scales from the layer, so that they can be put into the kernel's order."""
+        del layer.planes, layer.scale
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[..., outputs] for x [..., inputs]."""
@@ -142,7 +143,7 @@ class SharedHeadMethod(UnquantizedEmbeddingMethod):
         return y
 
 
-def install_head(model: nn.Module, bits: int) -> None:
+def install_head(model: nn.Module, form: LinearForm) -> None:
     """Put the head of a model in few bits where vLLM's class did not ask how it is stored, as BLOOM's and OPT's.
 
     Cohere's and Gemma 2's have no head of their own, and are given one.
@@ -152,7 +153,7 @@ def install_head(model: nn.Module, bits: int) -> None:
     for name, head in model.named_modules():
         if isinstance(head, ParallelLMHead) and not isinstance(head.quant_method, LowBitMethod):
             del head.weight
-            head.quant_method = LowBitMethod(bits, name)
+            head.quant_method = LowBitMethod(form, name)
             head.quant_method.create_weights(
                 head,
                 head.input_size_per_partition,

@@ -68,8 +68,8 @@ class TardisModel(nn.Module):
         stock: Any = super()  # the stock class, which `_make` gives as second base
         with _stock(config):
             stock.__init__(vllm_config=vllm_config, prefix=prefix)
-        if settings.linear_bits:
-            install_head(self, settings.linear_bits)
+        if settings.linear_form:
+            install_head(self, settings.linear_form)
         self._model, self._config = vllm_config.model_config.model, config
         self._folded = _install_empty_folds(self, check_served(config), settings, vllm_config)
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ...checkpoint.format import PREFIX, CheckpointConfig, stock_name
+from ...checkpoint.format import OLD_LINEARS, PREFIX, CheckpointConfig, stock_name
 from ...errors import CheckpointError, UnsupportedModelError
 from ...families.table import FAMILIES, NAMED, Family, family_of
-from ...runtime.linears.placing import check_bits
+from ...runtime.linears.lowbit import check_bits
 
 #: key in vLLM's `additional_config` of the prefill mode, a `runtime.prefill.Prefill`
 PREFILL_OPTION = "tardis_prefill"
@@ -34,8 +35,8 @@ def check_served(config: PreTrainedConfig) -> Family:
 
     Raises:
         UnsupportedModelError: the family is unknown, named by the user, of encoders, or not in vLLM.
-        CheckpointError: linear layers are stored in different numbers of bits.
-        InvalidInputError: the bits of linear layers are not supported, or the package that multiplies them is missing.
+        CheckpointError: linear layers are stored in different numbers of bits, or in a format of old.
+        InvalidInputError: the bits of linear layers are not supported.
     """
     family = family_of(config)
     if getattr(config, NAMED, None):
@@ -49,7 +50,7 @@ def check_served(config: PreTrainedConfig) -> Family:
         )
     from vllm import ModelRegistry
 
-    linear_bits(CheckpointConfig.read(config.quantization_config).linears)
+    linear_form(CheckpointConfig.read(config.quantization_config))
     stock = stock_name(config)
     if stock not in ModelRegistry.get_supported_archs():
         stocks = {_stock(row) for row in FAMILIES.values() if row.language_model}
@@ -85,26 +86,35 @@ def up_projection(family: Family) -> str:
     return f"{family.ffn}.gate_up_proj" if family.gate else family.up
 
 
-def linear_bits(linears: Mapping[str, int]) -> int | None:
-    """The bits per weight of linear layers that are stored in few bits; None if there are none.
+class LinearForm(NamedTuple):
+    """How the linear layers of a checkpoint are stored in few bits."""
 
-    Args:
-        linears: bits of each such layer, by its name in the checkpoint.
+    bits: int
+    group_size: int
+
+
+def linear_form(checkpoint: CheckpointConfig) -> LinearForm | None:
+    """How linear layers are stored in few bits; None if none is.
 
     Raises:
-        CheckpointError: layers have different numbers of bits.
-        InvalidInputError: the bits are not supported, or the package that multiplies such layers is not installed.
+        CheckpointError: layers have different numbers of bits, or are in a format of old.
+        InvalidInputError: the bits are not supported.
     """
-    if not linears:
+    bits, size = sorted(set(checkpoint.linears.values())), checkpoint.linear_group_size
+    if not bits:
         return None
-    bits = set(linears.values())
     if len(bits) > 1:
         raise CheckpointError(
-            f"config.json has linear layers in {sorted(bits)} bits, and in vLLM all must have the same; fold the model "
-            "again, or use transformers (`tardis generate`)."
+            f"config.json has linear layers in {bits} bits, and in vLLM all must have the same; fold the model again, "
+            "or use transformers (`tardis generate`)."
         )
-    check_bits(*bits)
-    return bits.pop()
+    if size is None:
+        raise CheckpointError(
+            f"this checkpoint has linear layers as format version {OLD_LINEARS} had them, which vLLM no longer serves. "
+            "Load it with transformers (import tardis_llm first), and save_pretrained it anew."
+        )
+    check_bits(bits[0])
+    return LinearForm(bits[0], size)
 
 
 class Projections:

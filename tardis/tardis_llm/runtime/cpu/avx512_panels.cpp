@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kVectors = kPanelRows / 16;
 constexpr int kMaxTogether = 12;  // tokens, or halves of them, whose sums stay in registers
-constexpr int64_t kAhead = 8192;  // bytes from what is multiplied to what is asked for
+constexpr int64_t kAhead = 4096;  // bytes from what is multiplied to what is asked for
 constexpr int64_t kDepth = 256;  // inputs whose weights stay in the first cache until all tokens have met them
 
 // body(T, first token), with the number of tokens a constant, for tokens in groups as equal as can be.
@@ -51,7 +51,7 @@ void tile(
         sum[t][v] = begin ? _mm512_setzero_ps() : _mm512_loadu_ps(out + t * stride + 16 * v);
     });
     for (int64_t s = 0; s < steps; ++s) {
-        each<lines>([&](auto l) TARDIS_INLINE { prefetch(ahead + 64 * (lines * s + l)); });
+        each<lines>([&](auto l) TARDIS_INLINE { prefetch_far(ahead + 64 * (lines * s + l)); });
         typename K::Vector weights[kVectors];
         each<kVectors>([&](auto v) TARDIS_INLINE {
             weights[v] = K::load(w + kStepBytes<K> * s + kStepBytes<K> / kVectors * v);
@@ -121,6 +121,11 @@ public:
 
 private:
     static constexpr int kColumns = 8 * kLineBytes / B;
+    // Of a token: a product waits for the one before it in the same sum.
+    template <int T>
+    static constexpr int kSums = T * H <= 2 && B < 8 ? 2 : 1;
+    template <int T>
+    using Sums = __m512i[T * H][kVectors][kSums<T>];
 
     template <int T>
     void some(const char* w, const uint16_t* scale, int64_t token, float* out) const {
@@ -130,7 +135,7 @@ private:
         for (int64_t g = 0, line = 0; g < layout_.segment_count; ++g) {
             const Segment& segment = layout_.segments[g];
             const int64_t left = lines_ - line, whole = segment.pieces * 64 / kColumns, n = whole < left ? whole : left;
-            __m512i dot[T * H][kVectors] = {};
+            Sums<T> dot = {};
             for (int64_t end = line + n; line < end; ++line, values += kColumns) {
                 add_line<T>(w + line * kVectors * 64, values, dot);
             }
@@ -140,7 +145,7 @@ private:
                 each<T>([&](auto t) TARDIS_INLINE {
                     const int64_t at = t * layout_.segment_count + g;
                     const __m512 middle = _mm512_set1_ps(half_ * sum[at]), step = _mm512_set1_ps(unit[at]);
-                    const __m512 product = _mm512_fmadd_ps(_mm512_cvtepi32_ps(joined<t>(dot, v)), step, middle);
+                    const __m512 product = _mm512_fmadd_ps(_mm512_cvtepi32_ps(joined<t, T>(dot, v)), step, middle);
                     float* to = total[t] + 16 * v;
                     _mm512_store_ps(to, _mm512_fmadd_ps(product, own, _mm512_load_ps(to)));
                 });
@@ -150,10 +155,10 @@ private:
     }
 
     template <int T>
-    TARDIS_INLINE void add_line(const char* w, const int8_t* values, __m512i (&dot)[T * H][kVectors]) const {
+    TARDIS_INLINE void add_line(const char* w, const int8_t* values, Sums<T>& dot) const {
         __m512i line[kVectors];
         each<kVectors>([&](auto v) TARDIS_INLINE {
-            prefetch(w + kAhead + 64 * v);
+            prefetch_far(w + kAhead + 64 * v);
             line[v] = _mm512_load_si512(w + 64 * v);
         });
         each<8 / B>([&](auto q) TARDIS_INLINE {
@@ -167,15 +172,24 @@ private:
                 int32_t four;
                 memcpy(&four, values + n * q_.stride + 4 * q, sizeof four);
                 const __m512i x = _mm512_set1_epi32(four);
-                each<kVectors>([&](auto v) TARDIS_INLINE { dot[n][v] = add_dot(dot[n][v], code[v], x); });
+                each<kVectors>([&](auto v) TARDIS_INLINE {
+                    __m512i& sum = dot[n][v][q % kSums<T>];
+                    sum = add_dot(sum, code[v], x);
+                });
             });
         });
     }
 
-    template <int t, int N>
-    TARDIS_INLINE static __m512i joined(const __m512i (&dot)[N][kVectors], int v) {
-        if constexpr (H == 1) return dot[t][v];
-        else return _mm512_add_epi32(_mm512_slli_epi32(dot[2 * t][v], 8), dot[2 * t + 1][v]);
+    template <int t, int T>
+    TARDIS_INLINE static __m512i joined(const Sums<T>& dot, int v) {
+        if constexpr (H == 1) return total<T>(dot[t][v]);
+        else return _mm512_add_epi32(_mm512_slli_epi32(total<T>(dot[2 * t][v]), 8), total<T>(dot[2 * t + 1][v]));
+    }
+
+    template <int T>
+    TARDIS_INLINE static __m512i total(const __m512i (&sum)[kSums<T>]) {
+        if constexpr (kSums<T> == 1) return sum[0];
+        else return _mm512_add_epi32(sum[0], sum[1]);
     }
 
     const Quantised& q_;

@@ -17,7 +17,7 @@ from ...ffn.packed import PackedMatrix
 from ...ffn.weights import FoldedWeights, Layout
 from ...ffn.weights import Matrix as AnyMatrix
 from .library import ISAS, available, can_be_in_panels, kernels, loaded
-from .operators import ACTIVATION_BITS, DTYPES, batches, check_inputs, multiplies, readable
+from .operators import ACTIVATION_BITS, DTYPES, LINEAR_ACTIVATION_BITS, batches, check_inputs, multiplies, readable
 from .panels import Panels
 from .structures import FFN, Activation, Batch, Matrix, Vector
 
@@ -97,14 +97,16 @@ class CpuBackend:
     def linear(self, x: Tensor, matrix: AnyMatrix, bias: Tensor | None) -> Tensor | None:
         """x W^T + bias; None for matrices of another dtype than x, and for others that no kernel multiplies."""
         rows, run = x.reshape(-1, x.shape[-1]).contiguous(), torch.ops.tardis.linear
+        bits = LINEAR_ACTIVATION_BITS
         if isinstance(matrix, PackedMatrix):
             if matrix.has_zero:  # fixing reads such a matrix by rows, nothing multiplies with it
                 return None
-            y = run(rows, matrix.planes, bias, matrix.scale, matrix.group_size)
+            y = run(rows, matrix.planes, bias, matrix.scale, matrix.group_size, activation_bits=bits)
         elif isinstance(matrix, Panels):
-            if matrix.scale is not None or matrix.data.dtype != x.dtype:
+            if not readable(matrix, x.dtype):
                 return None
-            y = run(rows, matrix.data, bias, outputs=matrix.rows)
+            shape = {"outputs": matrix.rows, "bits": matrix.bits}
+            y = run(rows, matrix.data, bias, matrix.scale, matrix.group_size, **shape, activation_bits=bits)
         else:
             assert isinstance(matrix, Tensor), "there is no other order of memory on a CPU"
             if not multiplies(x, matrix):

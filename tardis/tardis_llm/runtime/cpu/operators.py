@@ -5,8 +5,8 @@ have:
 
     dense       data [out, in] in the dtype of x; more than 64 tokens in bf16 or fp16 only
     transposed  data [in, out] in bf16 or fp16
-    panels      data of `Panels` in bf16 or fp16, and the number of outputs
     few bits    data the planes of a `PackedMatrix`, with its scales and group size
+    panels      data of `Panels`, with scales if it is of codes, and its group size, outputs and bits
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from .structures import Batch, Matrix, Vector
 
 #: dtypes of the inputs, and so of the models
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-#: of inputs where they meet low-bit weights: the rounding is far below that of the weights
-ACTIVATION_BITS = 8
+#: of inputs where they meet low-bit weights: of an FFN, and of other layers, where an outlier would take the precision
+#: of its whole group, and reading the weights takes the time anyway
+ACTIVATION_BITS, LINEAR_ACTIVATION_BITS = 8, 16
 
 library.define(
-    "linear(Tensor x, Tensor data, Tensor? bias, Tensor? scale=None, int group_size=0, *, int outputs=0, "
+    "linear(Tensor x, Tensor data, Tensor? bias, Tensor? scale=None, int group_size=0, *, int outputs=0, int bits=0, "
     f"bool transposed=False, int activation_bits={ACTIVATION_BITS}) -> Tensor"
 )
 
@@ -84,15 +85,16 @@ def _linear(
     group_size: int = 0,
     *,
     outputs: int = 0,
+    bits: int = 0,
     transposed: bool = False,
     activation_bits: int = ACTIVATION_BITS,
 ) -> Tensor:
     """[tokens, out] in the dtype of x; raises TardisError for tensors that do not fit together, or lie otherwise."""
     matrix: Tensor | PackedMatrix | Panels = data
-    if scale is not None:
+    if data.dim() == 4:
+        matrix = Panels(data, scale, outputs, x.shape[-1], bits, group_size)
+    elif scale is not None:
         matrix = PackedMatrix(data, scale, x.shape[-1], group_size)
-    elif data.dim() == 4:
-        matrix = Panels(data, None, outputs, x.shape[-1], 16, x.shape[-1])
     weight = Matrix.of(matrix)
     width, rows = (weight.rows, weight.columns) if transposed else (weight.columns, weight.rows)
     check_inputs(x, width)

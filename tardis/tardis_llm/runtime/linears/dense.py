@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from ...families.linear import is_transposed, turned
 from ..backend import linear
 from ..stored import LaidOut, refuse_training
+from .lowbit import LowBitLinear
 
 _PREPARED = (
     "they lie in another order. Load the model anew and train it before it is prepared, or freeze them with "
@@ -55,13 +56,18 @@ class KernelConv1D(ThroughKernels, Conv1D):
 
 
 def lay_out_linears(model: nn.Module) -> None:
-    """Freeze the layers of a model that multiply by the kernels, and lay out each weight that no other module has."""
+    """Freeze the layers of a model that multiply by the kernels, and lay out each weight that no other module has.
+
+    Those in few bits are laid out, too.
+    """
     owners = Counter(id(part) for module in model.modules() for part in module.parameters(recurse=False))
     for module in model.modules():
         if isinstance(module, ThroughKernels):
             module.freeze()
             if owners[id(module._parameters["weight"])] == 1:
                 module.lay_out(module.weight.dtype)
+        elif isinstance(module, LowBitLinear):
+            module.lay_out(module.weight.dtype)
 
 
 def kernel_linear(layer: nn.Module) -> ThroughKernels:
