@@ -278,8 +278,8 @@ const Table kTable = {
     kHalf<Bf16, gemm_bf16_avx512, panels_bf16_avx512>,
     kHalf<Fp16, gemm_fp16_avx512, panels_fp16_avx512>,
     {product_dense<F32>, product_pairs<F32>, add_dense<F32>, nullptr, nullptr},
-    product_low_bit_avx512, low_bit_panels_avx512, add_low_bit_avx512,
-    widen_avx512, outside_avx512, activate_avx512, largest_avx512, round_avx512,
+    product_low_bit_avx512, low_bit_panels_avx512, nullptr, add_low_bit_avx512,
+    widen_avx512, store_avx512, outside_avx512, activate_avx512, largest_avx512, round_avx512,
 };
 
 }  // namespace

@@ -24,6 +24,7 @@ void low_bit_panels_avx512(const TardisMatrix& m, const Rows& rows, const Input&
 
 // Of `avx512_vectors.cpp`; see `Widen` and what follows it.
 void widen_avx512(const TardisVector& v, int64_t begin, int64_t count, float* out);
+void store_avx512(const TardisVector& to, int64_t begin, int64_t count, const float* values, const float* bias);
 uint64_t outside_avx512(const float* z, const float* low, const float* high, int64_t count);
 void activate_avx512(const TardisActivation& activation, float* z, int64_t count);
 float largest_avx512(const float* x, int64_t count);

@@ -82,6 +82,16 @@ inline TARDIS_INLINE __m512 xielu(const TardisActivation& of, __m512 z) {
     );
 }
 
+// As `to_bf16`: the instruction for it takes subnormal numbers for zero.
+inline TARDIS_INLINE __m256i nearest_bf16(__m512 value) {
+    const __m512i bits = _mm512_castps_si512(value), high = _mm512_srli_epi32(bits, 16);
+    const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+    const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    const __m512i nan = _mm512_or_si512(high, _mm512_set1_epi32(0x40));
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(sum, 16), is_nan, nan));
+}
+
 template <typename F>
 inline TARDIS_INLINE void apply(float* z, int64_t count, const F& body) {
     each16(count, [&](int64_t j, __mmask16 some) TARDIS_INLINE {
@@ -114,6 +124,17 @@ void widen_avx512(const TardisVector& v, int64_t begin, int64_t count, float* ou
         const __m256i half = _mm256_maskz_loadu_epi16(some, from + j);
         const __m512 bf16 = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
         _mm512_mask_storeu_ps(out + j, some, v.type == TARDIS_BF16 ? bf16 : _mm512_cvtph_ps(half));
+    });
+}
+
+void store_avx512(const TardisVector& to, int64_t begin, int64_t count, const float* values, const float* bias) {
+    auto* y = static_cast<char*>(const_cast<void*>(to.data)) + begin * (to.type == TARDIS_FP32 ? 4 : 2);
+    each16(count, [&](int64_t j, __mmask16 some) TARDIS_INLINE {
+        __m512 value = _mm512_maskz_loadu_ps(some, values + j);
+        if (bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(some, bias + j));
+        if (to.type == TARDIS_FP32) return _mm512_mask_storeu_ps(y + 4 * j, some, value);
+        const __m256i half = to.type == TARDIS_BF16 ? nearest_bf16(value) : _mm512_cvtps_ph(value, 0);
+        _mm256_mask_storeu_epi16(y + 2 * j, some, half);
     });
 }
 

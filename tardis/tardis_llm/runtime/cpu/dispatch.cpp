@@ -2,6 +2,10 @@
 
 #include <atomic>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace tardis {
 namespace {
 
@@ -24,9 +28,26 @@ bool has_avx512() {
 #endif
 }
 
+bool find_amx() {
+#if defined(__x86_64__)
+    unsigned eax, ebx, ecx, edx;
+    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+    return has_avx512() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kBf16) && (edx & kTile);
+#else
+    return false;
+#endif
+}
+
+// Asked once: in a virtual machine the instruction that tells takes as long as a small product.
+bool has_amx() {
+    static const bool found = find_amx();
+    return found;
+}
+
 // Null where processor or build lack it.
 const Table* table_of(int32_t isa) {
     switch (isa) {
+        case TARDIS_AMX: return has_amx() ? amx_table() : nullptr;
         case TARDIS_AVX512: return has_avx512() ? avx512_table() : nullptr;
         case TARDIS_AVX2: return has_avx2() ? avx2_table() : nullptr;
         case TARDIS_PORTABLE: return portable_table();
@@ -35,7 +56,7 @@ const Table* table_of(int32_t isa) {
 }
 
 int32_t best() {
-    for (int32_t isa = TARDIS_AVX512; isa > TARDIS_PORTABLE; --isa)
+    for (int32_t isa = TARDIS_AMX; isa > TARDIS_PORTABLE; --isa)
         if (table_of(isa)) return isa;
     return TARDIS_PORTABLE;
 }

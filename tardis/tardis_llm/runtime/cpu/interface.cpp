@@ -105,6 +105,8 @@ int32_t tardis_linear(const TardisMatrix* weight, const TardisVector* bias, cons
 
 int32_t tardis_has_gemm() { return kernels().bf16.gemm != nullptr; }
 
+int32_t tardis_has_low_bit_gemm() { return kernels().low_bit_gemm != nullptr; }
+
 int32_t tardis_can_be_in_panels(const TardisMatrix* matrix) { return have_panels() && can_be_in_panels(*matrix); }
 
 int32_t tardis_gemm(
@@ -113,7 +115,8 @@ int32_t tardis_gemm(
     const int64_t inputs = transposed ? weight->rows : weight->columns;
     const int64_t columns = together(batch->type);
     const bool dense = !is_low_bit(*weight) && can_multiply(*weight, *batch) && columns && inputs % columns == 0;
-    const bool in_order = dense && !(transposed && in_panels(*weight));
+    const bool codes = weight->type == TARDIS_LOW_BIT_PANELS && batch->type == TARDIS_BF16 && kernels().low_bit_gemm;
+    const bool in_order = (dense || codes) && !(transposed && in_panels(*weight));
     if (!tardis_has_gemm() || !is_valid(*weight) || !in_order || !batch->x || !batch->y || batch->tokens < 1)
         return TARDIS_BAD_ARGUMENT;
     return guarded([&] { gemm(*weight, transposed, *bias, *batch); });

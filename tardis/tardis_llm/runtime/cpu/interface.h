@@ -42,7 +42,7 @@ enum TardisType : int32_t {
     TARDIS_LOW_BIT_PANELS,
 };
 enum TardisStatus : int32_t { TARDIS_OK, TARDIS_NO_MEMORY, TARDIS_BAD_ARGUMENT };
-enum TardisIsa : int32_t { TARDIS_PORTABLE, TARDIS_AVX2, TARDIS_AVX512 };
+enum TardisIsa : int32_t { TARDIS_PORTABLE, TARDIS_AVX2, TARDIS_AVX512, TARDIS_AMX };
 enum TardisActivationKind : int32_t {
     TARDIS_GELU,
     TARDIS_GELU_TANH,
@@ -105,11 +105,13 @@ void tardis_use_openmp(void* parallel);
 // y = x W^T + bias.
 int32_t tardis_linear(const TardisMatrix* weight, const TardisVector* bias, const TardisBatch* batch);
 // y = x W^T + bias for any number of tokens, all in bf16 or all in fp16; y = x W + bias if `transposed`. In bf16 the
-// number of inputs is even. TARDIS_BAD_ARGUMENT unless `tardis_has_gemm`.
+// number of inputs is even. TARDIS_BAD_ARGUMENT unless `tardis_has_gemm`. With codes in panels, in bf16, where
+// `tardis_has_low_bit_gemm`.
 int32_t tardis_gemm(
     const TardisMatrix* weight, int32_t transposed, const TardisVector* bias, const TardisBatch* batch
 );
 int32_t tardis_has_gemm();  // whether the instruction set in use has it
+int32_t tardis_has_low_bit_gemm();
 // Whether the instruction set in use multiplies a matrix once it is in panels. Only its type and sizes are read.
 int32_t tardis_can_be_in_panels(const TardisMatrix* matrix);
 // y [tokens, h] uint8: 1 for the neurons whose prediction, or residual at it if k is 2, is not within [low, high], NaN

@@ -129,6 +129,9 @@ using Accumulate = void (*)(const TardisMatrix&, const Layout*, const Terms&, Ra
 // out[0..count-1] = v[begin...] in fp32; zeros where there is no vector.
 using Widen = void (*)(const TardisVector& v, int64_t begin, int64_t count, float* out);
 
+// Numbers begin... of `to`, whose data are written, are values[i] + bias[i]; without a bias, values[i].
+using Store = void (*)(const TardisVector& to, int64_t begin, int64_t count, const float* values, const float* bias);
+
 // Bit i: z[i] is not within [low[i], high[i]], NaN included. At most 64.
 using Outside = uint64_t (*)(const float* z, const float* low, const float* high, int64_t count);
 
@@ -160,17 +163,21 @@ struct Dense {
 struct Table {
     Dense bf16, fp16, f32;
     Product low_bit, low_bit_panels;  // the second is null where there is none
+    PanelGemm low_bit_gemm;  // of codes in panels, with tokens in bf16; null where there is none
     Accumulate add_low_bit;
     Widen widen;
+    Store store;
     Outside outside;
     Activate activate;
     Largest largest;
     Round round;
+    int64_t panel_tokens = kGemmTokens;  // that a `PanelGemm` gets at once, at most
 };
 
 const Table* portable_table();
 const Table* avx2_table();    // null where not compiled in
 const Table* avx512_table();  // null where not compiled in
+const Table* amx_table();     // null where not compiled in, or not allowed
 
 static inline float from_bf16(uint16_t value) {
     const uint32_t bits = static_cast<uint32_t>(value) << 16;

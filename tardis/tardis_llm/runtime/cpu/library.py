@@ -28,7 +28,7 @@ from .structures import FFN, STRUCTURES, Batch, Matrix, Type, Vector
 #: tokens of the largest batch
 MAX_TOKENS = 64
 #: instruction sets that the kernels are written for, in the order of `TardisIsa` of interface.h
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512", "amx")
 #: what a `TardisStatus` means
 _STATUSES = {
     "ok": "",
@@ -95,6 +95,11 @@ class Kernels:
     def has_gemm(self) -> bool:
         """Whether the instruction set in use has what `gemm` needs."""
         return bool(self._library.tardis_has_gemm())
+
+    @property
+    def has_low_bit_gemm(self) -> bool:
+        """Whether the instruction set in use multiplies codes in panels by any number of tokens in bf16."""
+        return bool(self._library.tardis_has_low_bit_gemm())
 
     def can_be_in_panels(self, matrix: Tensor | PackedMatrix) -> bool:
         """Whether the instruction set in use multiplies such a matrix, once it is in panels."""
@@ -174,6 +179,12 @@ def has_gemm() -> bool:
     """Whether there is `Kernels.gemm`."""
     library = kernels()
     return library is not None and library.has_gemm
+
+
+def has_low_bit_gemm() -> bool:
+    """Whether the kernels multiply codes in panels by any number of tokens in bf16."""
+    library = kernels()
+    return library is not None and library.has_low_bit_gemm
 
 
 def can_be_in_panels(matrix: Tensor | PackedMatrix) -> bool:

@@ -19,14 +19,15 @@ void linear(const TardisMatrix& weight, const TardisVector& bias, const TardisBa
 void gemm(const TardisMatrix& weight, bool transposed, const TardisVector& bias, const TardisBatch& batch) {
     const int64_t inputs = transposed ? weight.rows : weight.columns;
     const int64_t outputs = transposed ? weight.columns : weight.rows, step = transposed ? kGemmOutputs : kBlockRows;
-    const bool panels = in_panels(weight);
     const Dense& dense = dense_of(weight);
     const auto* x = static_cast<const uint16_t*>(batch.x);
     const int threads = threads_for(2 * inputs * outputs, batch.threads);
     const bool widened = batch.type != TARDIS_BF16;
     Numbers<float> wide(widened ? static_cast<size_t>(std::min(kGemmTokens, batch.tokens) * inputs) : 0);
-    for (int64_t first = 0; first < batch.tokens; first += kGemmTokens) {
-        const int64_t count = std::min(kGemmTokens, batch.tokens - first);
+    const PanelGemm panels = is_low_bit(weight) ? kernels().low_bit_gemm : in_panels(weight) ? dense.panels : nullptr;
+    const int64_t most = panels ? kernels().panel_tokens : kGemmTokens;
+    for (int64_t first = 0; first < batch.tokens; first += most) {
+        const int64_t count = std::min(most, batch.tokens - first);
         if (widened) {
             parallel(threads_for(2 * count * inputs, batch.threads), count, [&](int64_t t) {
                 kernels().widen({batch.x, batch.type, 0}, (first + t) * inputs, inputs, &wide[t * inputs]);
@@ -36,7 +37,7 @@ void gemm(const TardisMatrix& weight, bool transposed, const TardisVector& bias,
         parallel(threads, blocks(outputs, step), [&](int64_t task) {
             const Range range = {task * step, std::min((task + 1) * step, outputs)};
             float out[kGemmTokens * kGemmOutputs], b[kGemmOutputs];
-            if (panels) dense.panels(weight, range, tokens, out, step);
+            if (panels) panels(weight, range, tokens, out, step);
             else dense.gemm(weight, transposed, range, tokens, out, step);
             kernels().widen(bias, range.begin, range.end - range.begin, b);
             for (int64_t t = 0; t < tokens.count; ++t)

@@ -21,7 +21,7 @@ from ...errors import TardisError
 from ...ffn.packed import PackedMatrix
 from ...ffn.weights import Matrix as AnyMatrix
 from ..operators import library
-from .library import MAX_TOKENS, has_gemm, loaded
+from .library import MAX_TOKENS, has_gemm, has_low_bit_gemm, loaded
 from .panels import TOGETHER, Panels
 from .structures import Batch, Matrix, Vector
 
@@ -30,6 +30,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 #: of inputs where they meet low-bit weights: of an FFN, and of other layers, where an outlier would take the precision
 #: of its whole group, and reading the weights takes the time anyway
 ACTIVATION_BITS, LINEAR_ACTIVATION_BITS = 8, 16
+
+#: tokens up to which codes in panels are met by integers: more are faster in bf16, by which all codes are written out
+_FEW = 16
 
 library.define(
     "linear(Tensor x, Tensor data, Tensor? bias, Tensor? scale=None, int group_size=0, *, int outputs=0, int bits=0, "
@@ -99,7 +102,11 @@ def _linear(
     width, rows = (weight.rows, weight.columns) if transposed else (weight.columns, weight.rows)
     check_inputs(x, width)
     vector, y = Vector.of(bias, rows), x.new_empty(len(x), rows)
-    if scale is not None or (data.dim() == 2 and not transposed and len(x) <= MAX_TOKENS):
+    if scale is not None:
+        at_once = data.dim() == 4 and len(x) > _FEW and x.dtype == torch.bfloat16 and has_low_bit_gemm()
+    else:
+        at_once = data.dim() == 4 or transposed or len(x) > MAX_TOKENS
+    if not at_once:
         for batch in batches(x, y, activation_bits):
             loaded().linear(weight, vector, batch)
     elif len(x):

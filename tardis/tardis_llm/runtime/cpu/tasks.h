@@ -27,21 +27,13 @@ inline __attribute__((always_inline)) void prefetch(const TardisVector& v, int64
     for (int64_t i = begin; i < end; i += 16) prefetch(v, i);
 }
 
-// Outputs from number `at` on, in the type of the batch.
-inline void store(const TardisBatch& batch, int64_t at, const float* values, int64_t count) {
-    auto* f32 = static_cast<float*>(batch.y) + at;
-    auto* half = static_cast<uint16_t*>(batch.y) + at;
-    switch (batch.type) {
-        case TARDIS_BF16: std::transform(values, values + count, half, to_bf16); break;
-        case TARDIS_FP16: std::transform(values, values + count, half, to_fp16); break;
-        default: std::copy(values, values + count, f32);
-    }
+// Outputs from number `at` on, in the type of the batch, with a bias if one is given.
+inline void store(const TardisBatch& batch, int64_t at, const float* values, const float* bias, int64_t count) {
+    kernels().store({batch.y, batch.type, 0}, at, count, values, bias);
 }
 
-// Adds a bias to outputs from number `at` on, and stores them.
-inline void store(const TardisBatch& batch, int64_t at, float* values, const float* bias, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) values[i] += bias[i];
-    store(batch, at, values, count);
+inline void store(const TardisBatch& batch, int64_t at, const float* values, int64_t count) {
+    store(batch, at, values, nullptr, count);
 }
 
 inline int64_t row_bytes(const TardisMatrix& m) {
