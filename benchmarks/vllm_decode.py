@@ -47,8 +47,8 @@ from tardis_llm.evaluation.shapes import SHAPES, RandomFold, random_folds, shape
 from tardis_llm.evaluation.turns import Ratio
 from tardis_llm.families.sites import FFNSite
 from tardis_llm.ffn.accounting import cost
-from tardis_llm.report import FoldReport, LayerReport
 from tardis_llm.pipeline.linears import quantise_linears
+from tardis_llm.report import FoldReport, LayerReport
 from tardis_llm.runtime.modules import FoldedFFN
 from tardis_llm.runtime.placing import install
 

@@ -131,8 +131,8 @@ def assert_same(model: nn.Module, expected: Tensor, close: float | None = None) 
     """The same numbers, but for sums in another order, or as close as is said.
 
     A sum in another order may fix one neuron more or less, whose prediction is next to a bound. Of a gated FFN that is
-    a bound on its error, so it shows. So does an input in 16 bits, as linear layers in few bits take it, that is rounded
-    to the next number.
+    a bound on its error, so it shows. So does an input of a linear layer in few bits, which has 16 bits, where it is
+    rounded to the next number.
     """
     found = logits(model)
     coarse = any(isinstance(module, GatedFFN | LowBitLinear) for module in model.modules())

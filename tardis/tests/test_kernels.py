@@ -698,7 +698,9 @@ def test_the_environment_chooses_the_kernels(name: str, monkeypatch: pytest.Monk
         else:
             assert backend.backend_for(x).name == ("reference" if name == "off" else "cpu")
             assert BUILT.isa == (name if name in ISAS else BUILT.isas[-1])
-            assert (backend.lay_out(torch.ones(2, 2).half(), torch.float16) is None) == (name not in ("", "avx512", "amx"))
+            assert (backend.lay_out(torch.ones(2, 2).half(), torch.float16) is None) == (
+                name not in ("", "avx512", "amx")
+            )
 
 
 def test_an_unknown_choice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

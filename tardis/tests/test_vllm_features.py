@@ -207,7 +207,9 @@ def test_inputs_with_one_scale_in_common_are_not_shared_among_processes():
     from tardis_llm.integrations.vllm.names import LinearForm
 
     method = LowBitMethod(LinearForm(4, 64), "h.0.attn.c_proj")
-    with pytest.raises(CheckpointError, match=r"c_proj has 192 inputs, which 2 processes cannot share.*512 lie together"):
+    with pytest.raises(
+        CheckpointError, match=r"c_proj has 192 inputs, which 2 processes cannot share.*512 lie together"
+    ):
         method.create_weights(LinearBase.__new__(LinearBase), 96, [64], 192, 64, torch.float32)
 
 

@@ -21,6 +21,8 @@ from ..errors import InvalidInputError
 from ..families.sites import FFNSite, find_ffns
 from ..families.table import vocabulary
 from ..ffn.weights import FoldedWeights, Storage, written_out
+from ..runtime.linears.lowbit import GROUP_SIZE, LowBitLinear
+from ..runtime.linears.placing import empty_like, linear_layers
 from ..runtime.modules import FoldedFFN
 
 
@@ -176,6 +178,18 @@ def _set_ranges(ffn: FoldedFFN, site: FFNSite, x: Tensor, fix_rate: float) -> No
     bound = size.kthvalue(max(1, round((1 - fix_rate) * len(size)))).values
     ffn.low.fill_(-float(bound))
     ffn.high.fill_(float(bound))
+
+
+@torch.no_grad()
+def random_linears(model: PreTrainedModel, bits: int, *, ffn: bool = False) -> dict[str, LowBitLinear]:
+    """Random low-bit layers by the names of a model's linear layers, those of its dense FFNs only with `ffn`."""
+    generator, layers = torch.Generator().manual_seed(4), {}
+    for name, layer in linear_layers(model, ffn=ffn).items():
+        layers[name] = empty_like(layer, bits, GROUP_SIZE)
+        for key, tensor in layers[name].state_dict().items():
+            if key in layers[name].format_tensors:
+                _randomise(key, tensor, generator)
+    return layers
 
 
 def random_ids(model: PreTrainedModel, batch: int, tokens: int, seed: int) -> Tensor:

@@ -23,7 +23,7 @@ from ..pipeline.linears import low_bit_copies
 from ..runtime.linears.placing import put_linears, through_kernels
 from ..runtime.modules import FoldedFFN
 from ..runtime.placing import folded_ffns, install, lay_out, uninstall
-from .shapes import RandomFold, random_folds, random_ids
+from .shapes import RandomFold, random_folds, random_ids, random_linears
 
 FOLDED = "folded"
 #: bits per weight of the rivals that have few
@@ -67,11 +67,22 @@ def rival(name: str, model: PreTrainedModel) -> Variant:
 
 
 def variants_of_dense(model: PreTrainedModel, rivals: Sequence[str], fold: RandomFold) -> list[Variant]:
-    """The rivals named, and a random fold behind them; errors as `rival`."""
-    compared = [rival(name, model) for name in rivals]
+    """The rivals named of a model with random weights, and a random fold behind them; errors as `rival`."""
+    return [*(random_rival(name, model) for name in rivals), random_variant(model, fold)]
+
+
+def random_rival(name: str, model: PreTrainedModel) -> Variant:
+    """As `rival`; weights in few bits are random, as those of the model are, which takes less time than rounding."""
+    if name not in _BITS:
+        return rival(name, model)
+    layers = random_linears(model, _BITS[name], ffn=True)
+    return Variant(name, model, lambda: swapped(model, layers))
+
+
+def random_variant(model: PreTrainedModel, fold: RandomFold) -> Variant:
+    """A random fold of a model with random weights."""
     folds = list(random_folds(model, fold.predictor_bits, fold.storage, fold.fix_rate))
-    others = low_bit_copies(model, fold.linear_bits) if fold.linear_bits else None
-    return [*compared, folded_variant(model, folds, others)]
+    return folded_variant(model, folds, random_linears(model, fold.linear_bits) if fold.linear_bits else None)
 
 
 def variants_of_checkpoint(folded_model: str, against: Sequence[str], dtype: str | None) -> list[Variant]:

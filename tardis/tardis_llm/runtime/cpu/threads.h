@@ -53,11 +53,28 @@ private:
     std::atomic<bool> open_{false};
 };
 
-// body(0..count-1) on at most `threads` threads.
+constexpr int kMaxShares = 64;
+
+// Numbers of which a thread takes one after the other, so that what it fetches ahead is its own.
+struct alignas(64) Share {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+};
+
+// body(0..count-1) on at most `threads` threads: each begins with a share of its own, and then helps the others.
 template <typename F>
 void parallel(int threads, int64_t count, const F& body) {
-    Tasks tasks(count);
-    auto run = [&] { tasks.run(body); };
+    const int shares = threads < 1 ? 1 : threads < kMaxShares ? threads : kMaxShares;
+    Share all[kMaxShares];
+    for (int s = 0; s < shares; ++s) all[s].next = s * count / shares, all[s].end = (s + 1) * count / shares;
+    std::atomic<int> arrived{0};
+    auto run = [&] {
+        const int own = arrived.fetch_add(1, std::memory_order_relaxed);
+        for (int k = 0; k < shares; ++k) {
+            Share& share = all[(own + k) % shares];
+            for (int64_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) body(i);
+        }
+    };
     on_threads(count > 1 ? threads : 1, run);
 }
 

@@ -1,0 +1,265 @@
+"""llama.cpp beside TARDIS on the same cores, in turns: decoding and prompts, batch 1.
+
+    python benchmarks/llama_cpp.py [--shape falcon-7b] [--layers 8] [--fix-rates 0.05,0.2] [--threads 2]
+    python benchmarks/llama_cpp.py --folded DIR --gguf FILE [--threads 2]
+
+The first form makes a model of a shape with random weights, and a GGUF file of the same shape in Q4_0 (Falcon only; it
+needs `pip install gguf`). The second takes a folded model and any GGUF file. llama.cpp comes prebuilt with the npm
+package node-llama-cpp, which is put into `--cache`. A process of llama.cpp waits while ours computes, and the other way round;
+every ratio is one of neighbouring runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tardis_llm.allocator import keep_freed_memory
+from tardis_llm.checkpoint.loading import load_model
+from tardis_llm.evaluation.decoder import Decoder
+from tardis_llm.evaluation.machine import cpu_name, read_bandwidth
+from tardis_llm.evaluation.shapes import SHAPES, RandomFold, shaped_model
+from tardis_llm.evaluation.speed import step_bytes
+from tardis_llm.evaluation.turns import Ratio, take_turns
+from tardis_llm.evaluation.variants import Variant, lay_out_all, loaded_variants, random_rival, random_variant
+from tardis_llm.files import write_json
+
+CACHE = Path.home() / ".cache" / "tardis" / "llama"
+PACKAGE = "node-llama-cpp@3.21.1"
+SCRIPT = Path(__file__).with_suffix(".mjs")
+LLAMA = "llama.cpp"
+_BLOCK = 32  # weights of Q4_0 that share a scale
+
+
+class Llama:
+    """A process of llama.cpp that times what it is asked to.
+
+    Args:
+        file: GGUF file.
+        threads: of its own.
+        cache: folder with the npm package.
+    """
+
+    def __init__(self, file: Path, threads: int, cache: Path) -> None:
+        command = ["node", str(cache / SCRIPT.name), str(file), str(threads)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=cache)
+        self.about = self._answer()
+
+    def timed(self, steps: int, prompt: int) -> dict[str, float]:
+        """Seconds per decoded token (`step`) and to the first token (`first`) behind a prompt of so many tokens."""
+        assert self._process.stdin is not None, "it is a pipe"
+        print(steps, prompt, file=self._process.stdin, flush=True)
+        return self._answer()
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None, "it is a pipe"
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"llama.cpp ended with status {self._process.wait()}; see what it said above.")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+def install(cache: Path) -> None:
+    """Put the npm package into a folder, unless it is there.
+
+    Raises:
+        RuntimeError: npm is missing, or cannot install it.
+    """
+    if not (cache / "node_modules" / "node-llama-cpp").is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        if shutil.which("npm") is None:
+            raise RuntimeError("llama.cpp comes as an npm package; install Node.js with npm.")
+        (cache / "package.json").write_text("{}")
+        subprocess.run(["npm", "install", "--save-exact", "--ignore-scripts", PACKAGE], cwd=cache, check=True)
+    shutil.copy(SCRIPT, cache)  # Node looks for packages beside a script
+
+
+def falcon_in_q4_0(layers: int, path: Path) -> None:
+    """Write a GGUF file of Falcon-7B's shape with random weights in Q4_0, its embedding and head included."""
+    import gguf
+    import numpy as np
+
+    width, vocabulary = SHAPES["falcon-7b"][1]["hidden_size"], SHAPES["falcon-7b"][1]["vocab_size"]
+    heads, random = SHAPES["falcon-7b"][1]["num_attention_heads"], np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "falcon")
+    writer.add_context_length(2048)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(4 * width)
+    writer.add_block_count(layers)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_eps(1e-5)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
+    writer.add_tensor_data_layout("jploski")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([f"<{number}>" for number in range(vocabulary)])
+    writer.add_token_types([gguf.TokenType.NORMAL] * vocabulary)
+    writer.add_token_merges(["< 0"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+
+    def add_matrix(name: str, rows: int, columns: int) -> None:
+        blocks = random.integers(0, 256, (rows * columns // _BLOCK, 2 + _BLOCK // 2), dtype=np.uint8)
+        blocks[:, :2] = np.frombuffer(np.float16(0.002).tobytes(), np.uint8)
+        kind = gguf.GGMLQuantizationType.Q4_0
+        writer.add_tensor(f"{name}.weight", blocks.reshape(rows, -1), raw_dtype=kind)
+
+    def add_norm(name: str) -> None:
+        writer.add_tensor(f"{name}.weight", np.ones(width, np.float32))
+        writer.add_tensor(f"{name}.bias", np.zeros(width, np.float32))
+
+    add_matrix("token_embd", vocabulary, width)
+    add_norm("output_norm")
+    add_matrix("output", vocabulary, width)
+    for block in (f"blk.{number}" for number in range(layers)):
+        add_norm(f"{block}.attn_norm")
+        add_matrix(f"{block}.attn_qkv", width + 2 * width // heads, width)
+        add_matrix(f"{block}.attn_output", width, width)
+        add_matrix(f"{block}.ffn_up", 4 * width, width)
+        add_matrix(f"{block}.ffn_down", width, 4 * width)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def variants_of_shape(shape: str, layers: int, rates: list[float]) -> Iterator[tuple[str, Variant]]:
+    """Ours in int4, dense and folded at each fix rate, by their names in the table."""
+    model = shaped_model(shape, layers)
+    yield "int4", random_rival("int4", model)
+    for rate in rates:
+        yield f"folded, {rate:.0%} fixed", random_variant(model, RandomFold(2, 4, 4, 4, rate))
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Within the context, torch and the kernels have so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def steps_of(variant: Variant, prompt: int, steps: int) -> Callable[[], float]:
+    """Seconds per decoded token, each time that it is called."""
+    with variant.within():
+        decoder = Decoder(variant.model, variant.prompt(1, prompt))
+
+    def run() -> float:
+        with variant.within():
+            return decoder.seconds(steps)
+
+    return run
+
+
+def firsts_of(variant: Variant, prompt: int) -> Callable[[], float]:
+    """Seconds from a prompt to its first token, each time that it is called."""
+
+    def run() -> float:
+        with variant.within():
+            return Decoder(variant.model, variant.prompt(1, prompt)).prefill
+
+    return run
+
+
+def compared(ours: dict[str, Variant], llama: Llama, chosen: argparse.Namespace) -> list[dict[str, Any]]:
+    """Times of every variant and of llama.cpp, with ratios to llama.cpp."""
+    lay_out_all(list(ours.values()))
+    steps: dict[str, Callable[[], float]] = {LLAMA: lambda: llama.timed(chosen.steps, 8)["step"]}
+    firsts: dict[str, Callable[[], float]] = {LLAMA: lambda: llama.timed(1, chosen.prompt)["first"]}
+    for name, variant in ours.items():
+        steps[name], firsts[name] = steps_of(variant, 8, chosen.steps), firsts_of(variant, chosen.prompt)
+    decoded = take_turns(steps, chosen.rounds, lambda *_: None, "decoding")
+    prompted = take_turns(firsts, max(2, chosen.rounds // 2), lambda *_: None, "prompts")
+    rows = []
+    for name in steps:
+        size = llama.about["bytes"] if name == LLAMA else _bytes(ours[name])
+        rows.append(
+            {
+                "variant": name,
+                "tokens_per_second": 1 / statistics.median(decoded[name]),
+                "over_llama": asdict(Ratio.of(decoded[LLAMA], decoded[name])),
+                "first_token_seconds": statistics.median(prompted[name]),
+                "first_over_llama": asdict(Ratio.of(prompted[LLAMA], prompted[name])),
+                "bytes": size,
+            }
+        )
+    return rows
+
+
+def _bytes(variant: Variant) -> float:
+    with variant.within():
+        return step_bytes(variant.model)
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table."""
+    decode, first = row["over_llama"], row["first_over_llama"]
+    return (
+        f"{row['variant']:20} {row['tokens_per_second']:7.2f} tokens/s  {decode['value']:.2f}x "
+        f"({decode['low']:.2f}-{decode['high']:.2f})  first token {row['first_token_seconds']:6.3f} s  "
+        f"{first['value']:.2f}x ({first['low']:.2f}-{first['high']:.2f})  {row['bytes'] / 2**20:6.0f} MiB"
+    )
+
+
+def main() -> None:
+    """Measure, print a table, and write the figures."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--shape", default="falcon-7b", help="random weights of this shape (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=8, help="of the shape (default: %(default)s)")
+    parser.add_argument("--fix-rates", default="0.05,0.2", help="of random folds (default: %(default)s)")
+    parser.add_argument("--folded", help="a folded model instead of a shape")
+    parser.add_argument("--gguf", type=Path, help="what llama.cpp loads; default: made for the shape")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=24, help="tokens per run (default: %(default)s)")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompts (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="runs of each (default: %(default)s)")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder for llama.cpp (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="where figures go")
+    chosen = parser.parse_args()
+    keep_freed_memory()
+    install(chosen.cache)
+    if chosen.folded:
+        ours = {"folded": loaded_variants(load_model(chosen.folded))[0]}
+    else:
+        ours = dict(variants_of_shape(chosen.shape, chosen.layers, [float(r) for r in chosen.fix_rates.split(",")]))
+    file = chosen.gguf or chosen.cache / f"falcon-{chosen.layers}.gguf"
+    if not file.exists():
+        if chosen.shape != "falcon-7b" or chosen.gguf:
+            parser.error(f"there is no {file}; only Falcon's shape is made")
+        falcon_in_q4_0(chosen.layers, file)
+    llama = Llama(file, chosen.threads, chosen.cache)
+    try:
+        with threads(chosen.threads):
+            rows = compared(ours, llama, chosen)
+            bandwidth = read_bandwidth()
+    finally:
+        llama.close()
+    print(f"{cpu_name()}, {chosen.threads} threads, reads memory at {bandwidth / 1e9:.1f} GB/s; {file.name}")
+    print("\n".join(map(line, rows)))
+    if chosen.output:
+        about = {"cpu": cpu_name(), "threads": chosen.threads, "read_bytes_per_second": bandwidth, "file": file.name}
+        write_json(chosen.output, {**about, "llama_cpp": PACKAGE, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
