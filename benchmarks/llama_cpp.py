@@ -5,8 +5,8 @@
 
 The first form makes a model of a shape with random weights, and a GGUF file of the same shape in Q4_0 (Falcon only; it
 needs `pip install gguf`). The second takes a folded model and any GGUF file. llama.cpp comes prebuilt with the npm
-package node-llama-cpp, which is put into `--cache`. A process of llama.cpp waits while ours computes, and the other way round;
-every ratio is one of neighbouring runs.
+package node-llama-cpp, which is put into `--cache`. A process of llama.cpp waits while ours computes, and the other way
+round; every ratio is one of neighbouring runs.
 """
 
 from __future__ import annotations

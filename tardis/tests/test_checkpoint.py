@@ -200,8 +200,8 @@ def test_a_missing_tensor_is_an_error_and_never_random(copy: Path, lost: str, re
 
 
 def test_a_checkpoint_of_a_newer_format_asks_for_an_update(copy: Path):
-    edit_config(copy, format_version=4)
-    with pytest.raises(CheckpointError, match=r"format version 4.*pip install -U"):
+    edit_config(copy, format_version=99)
+    with pytest.raises(CheckpointError, match=r"format version 99.*pip install -U"):
         AutoModelForCausalLM.from_pretrained(copy)
 
 

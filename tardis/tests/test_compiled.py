@@ -112,8 +112,6 @@ def test_a_cache_that_cannot_be_cut_back_is_refused() -> None:
 def test_folds_and_layers_in_few_bits_decode_as_one_graph(
     bits: int, tardis: Callable[..., Result], tiny_dir: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
-    if bits == 4:
-        pytest.importorskip("bitsandbytes")
     out, few = tmp_path / "out", ("--fold-dtype", "int8", "--fallback", "int4", "--linears", f"int{bits}")
     small = ("--tokens", 4096, "--probe-tokens", 256, "--sequence-length", 32, "--predictor-bits", 1)
     assert tardis("fold", tiny_dir, "-o", out, "--text", tiny_text, *small, *few, "--reduction", 0.5).code == 0

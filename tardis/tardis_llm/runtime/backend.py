@@ -5,8 +5,7 @@ reference, computes everything everywhere and is what all others are tested agai
 this file and an entry in that list.
 
 The environment variable `TARDIS_KERNELS` restricts the choice: with `off` only the reference is chosen, and the name of
-an instruction set, such as `avx2`, is for the backend that knows it. Linear layers in int8 or int4 outside the FFNs
-have kernels of torch or bitsandbytes, which the variable does not reach.
+an instruction set, such as `avx2`, is for the backend that knows it.
 """
 
 from __future__ import annotations
