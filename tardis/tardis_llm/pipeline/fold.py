@@ -33,7 +33,7 @@ from ..runtime.modules import FoldedFFN
 from ..runtime.placing import install
 from .linears import LinearRounding
 from .planning import LayerPlan, plan
-from .session import Followed, Session, choose_sites, sound_weights
+from .session import Followed, Session, choose_sites, sound_weights, splits_alike
 from .workspace import SCRATCH, Workspace, state_of
 
 _AUTO_BITS, _ALIKE_BITS = (1, 2, 3, 4), (2,)  # to choose from by what each layer needs, and without; the paper has 2
@@ -117,7 +117,7 @@ def check_fold(
     for inputs in calibration:
         check_windows(model, inputs)
     check_enough(calibration, sites[0].hidden_size)
-    chosen = config.policy == "error" and config.split == "loss"
+    chosen = config.policy == "error" and not splits_alike(config, sites)
     allowed = (config.predictor_bits,) if config.predictor_bits else _AUTO_BITS if chosen else _ALIKE_BITS
     return sites, check_feasible([site.outline() for site in sites], allowed, config.storage, config.reduction)
 

@@ -84,7 +84,7 @@ def plan(session: Session, bits: tuple[int, ...]) -> list[LayerPlan]:
         session: the fold under way, its model still dense.
         bits: predictor widths allowed.
     """
-    if session.config.split == "uniform":
+    if session.uniform:
         return _split_alike(session, bits[0])
     probes = _above_noise(list(_probe_layers(session, bits)))
     if session.config.policy == "coverage":

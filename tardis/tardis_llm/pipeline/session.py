@@ -46,6 +46,11 @@ class Session:
     scratch: Path
     progress: Progress
 
+    @property
+    def uniform(self) -> bool:
+        """Whether all layers get the same fix rate."""
+        return splits_alike(self.config, self.sites)
+
     def cost(self, site: FFNSite, bits: int) -> Cost:
         """Bytes of the FFN at `site`, if it is folded as configured with a predictor of so many bits."""
         return planned(site.outline(), self.config.storage, bits)
@@ -57,6 +62,11 @@ class Session:
     def follow(self, inputs: TextOrSpeech) -> Followed:
         """Windows of text or speech at the start of the model that is folded and of the dense one."""
         return Followed(self.stream(inputs), self.stream(inputs), self.config)
+
+
+def splits_alike(config: FoldConfig, sites: list[FFNSite]) -> bool:
+    """Whether all layers get the same fix rate, as configured or as is best for these FFNs."""
+    return config.split == "uniform" or (config.split is None and any(site.gated for site in sites))
 
 
 def _buffer_limit(config: FoldConfig) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import (
@@ -22,7 +23,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.model_executor.utils import set_weight_attrs
 
 from ...errors import CheckpointError
-from ...ffn.packed import BLOCK_COLUMNS
+from ...ffn.packed import PackedMatrix, pack, unpack
 from ...ffn.weights import Layout
 from ...runtime.backend import lay_out, linear
 from ...runtime.linears.lowbit import LowBitLinear
@@ -99,24 +100,28 @@ class LowBitMethod(LinearMethodBase):
             CheckpointError: the share would divide inputs that have one scale in common.
         """
         inputs, outputs = input_size_per_partition, sum(output_partition_sizes)
-        bits, size = self._form.bits, self._form.group_size
-        if inputs != input_size and (inputs % BLOCK_COLUMNS or inputs % min(size, input_size)):
+        bits, size, device = self._form.bits, self._form.group_size, torch.get_default_device()
+        if inputs % size and inputs != input_size > size:
             raise CheckpointError(
                 f"{self._name.removesuffix('.tardis')} has {input_size} inputs, which {input_size // inputs} processes "
-                f"cannot share in few bits: {BLOCK_COLUMNS} lie together. Serve with fewer processes, or fold without "
-                "--linears."
+                f"cannot share: groups of {size} have one scale. Serve with fewer processes, or fold with a "
+                "--linear-group-size that divides the share of each."
             )
-        device = torch.get_default_device()
-        self.linear = LowBitLinear.empty((outputs, inputs), None, bits, size, params_dtype, device)
-        for key, inputs_at in (("planes", 2), ("scale", 1)):
+        self._inputs = inputs
+        # a rank takes its share of the inputs out of all, as bit-planes cannot be cut at every column
+        self.linear = LowBitLinear.empty((outputs, input_size), None, bits, size, params_dtype, device)
+        for key in ("planes", "scale"):
             part = nn.Parameter(self.linear.get_buffer(key), requires_grad=False)
             layer.register_parameter(key, part)
-            set_weight_attrs(part, {"output_dim": 0, "input_dim": inputs_at, **attributes})
+            set_weight_attrs(part, {"output_dim": 0, **attributes})
         get_current_vllm_config().compilation_config.static_forward_context[self._name] = self
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Take planes and scales from the layer, so that they can be put into the kernel's order."""
         del layer.planes, layer.scale
+        if self._inputs != self.linear.in_features:
+            rank = get_tensor_model_parallel_rank()
+            self.linear = share_of_inputs(self.linear, rank * self._inputs, self._inputs)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[..., outputs] for x [..., inputs]."""
@@ -125,6 +130,16 @@ class LowBitMethod(LinearMethodBase):
         else:
             y = self.linear(x)
         return y if bias is None else y + bias
+
+
+def share_of_inputs(layer: LowBitLinear, first: int, count: int) -> LowBitLinear:
+    """A layer for `count` of a layer's inputs from number `first` on, where groups end unless there is only one."""
+    codes = unpack(layer.planes, layer.in_features)[:, first : first + count]
+    size, scale = layer.group_size, layer.scale
+    if size < layer.in_features:
+        scale = scale[:, first // size : (first + count) // size]
+    matrix = PackedMatrix(pack(codes, layer.bits), scale.contiguous(), count, min(size, count))
+    return LowBitLinear(matrix, layer.bias, layer.weight.dtype)
 
 
 class SharedHeadMethod(UnquantizedEmbeddingMethod):

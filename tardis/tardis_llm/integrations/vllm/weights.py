@@ -15,7 +15,7 @@ from ...errors import CheckpointError
 from .ffn import ServedFFN
 
 _MARK = ".tardis."
-_HEAD = ("lm_head.codes", "lm_head.scale")
+_HEAD = ("lm_head.planes", "lm_head.scale")
 
 
 class FoldLoader:
