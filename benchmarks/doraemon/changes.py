@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 from BTrees.QQBTree import QQTreeSet
-from doraemon.model import build
 from inputs import Keys, make_keys, make_queries
 from sortedcontainers import SortedList
 from timing import Row, in_turns, keep, ratios, seconds_of, show, spread, spreads
 
 from doraemon import Index
+from doraemon.model import build
 
 SMALL = 4_000_000  #: keys up to which what takes long is timed as well
 ASKED = 4_000_000  #: queries that are made at once
