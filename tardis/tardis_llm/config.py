@@ -33,7 +33,7 @@ class FoldConfig:
             the share of the neuron's inputs that it holds, as in the paper.
         split: how the bytes are split over the layers: "loss" by what folding each of them costs the model, which is
             measured first, "uniform" with the same fix rate for all, which saves the time of measuring; default: by
-            loss, but uniform where FFNs have a gate, as it was measured to be better there.
+            loss, but uniform where FFNs have a gate, as was better on the one such model measured.
         predictor_bits: bits per weight of the predictor: 1, 2, 3, 4 or 8; default: the best for each layer, or 2 where
             the split is uniform.
         group_size: weights that share one scale, in the predictor and in all else that is stored in few bits.

@@ -28,7 +28,6 @@ from ..files import differences, digest
 from ..folding.budget import check_feasible
 from ..folding.fold import FoldQuality, Inputs, choose_ranges, finish, predict
 from ..report import FoldReport, LayerReport, LinearsReport, Progress, silent
-from ..runtime.linears.lowbit import check_bits
 from ..runtime.modules import FoldedFFN
 from ..runtime.placing import install
 from .linears import LinearRounding
@@ -112,8 +111,6 @@ def check_fold(
         UnsupportedModelError, InvalidInputError, InfeasibleBudgetError: as `fold`.
     """
     sites = choose_sites(model, config)
-    if config.linear_bits:
-        check_bits(config.linear_bits)
     for inputs in calibration:
         check_windows(model, inputs)
     check_enough(calibration, sites[0].hidden_size)

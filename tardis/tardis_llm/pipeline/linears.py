@@ -22,7 +22,7 @@ from ..runtime.linears.lowbit import GROUP_SIZE, LowBitLinear, check_bits
 from ..runtime.linears.placing import linear_layers, put_linears, untie_head
 from .session import Session, advance_to
 
-_ROWS = 2048  # of a weight that are rounded at once, which bounds the working memory
+_ROWS = 16_384  # of a weight that are rounded at once, which bounds the working memory
 
 
 def quantise_linears(
@@ -49,11 +49,7 @@ def quantise_linears(
         >>> report.layers, report.stored < report.dense
         (5, True)
     """
-    return _put(model, bits, low_bit_copies(model, bits, group_size, ffn=ffn))
-
-
-def _put(model: PreTrainedModel, bits: int, layers: Mapping[str, LowBitLinear]) -> LinearsReport:
-    """Put layers in few bits in their places, and report."""
+    layers = low_bit_copies(model, bits, group_size, ffn=ffn)
     before = put_linears(model, layers)
     untie_head(model)
     return _report(model, bits, before.values(), layers.values())

@@ -46,11 +46,6 @@ class Session:
     scratch: Path
     progress: Progress
 
-    @property
-    def uniform(self) -> bool:
-        """Whether all layers get the same fix rate."""
-        return splits_alike(self.config, self.sites)
-
     def cost(self, site: FFNSite, bits: int) -> Cost:
         """Bytes of the FFN at `site`, if it is folded as configured with a predictor of so many bits."""
         return planned(site.outline(), self.config.storage, bits)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ...config import STACKED_BITS
 from ...errors import InvalidInputError
 from ...ffn.packed import PackedMatrix
 from ...ffn.weights import Matrix, nbytes
@@ -18,7 +19,7 @@ from ..operators import Numbered, library, numbered
 from ..stored import LaidOut, changing_layout, reading_layout, refuse_training
 
 #: bits per weight that there may be
-BITS = (4, 8)
+BITS = STACKED_BITS
 #: inputs that share a scale unless a user asks for another number: see docs/linears.md
 GROUP_SIZE = 64
 
