@@ -17,7 +17,6 @@ import shutil
 import statistics
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -148,17 +147,6 @@ def variants_of_shape(shape: str, layers: int, rates: list[float]) -> Iterator[t
         yield f"folded, {rate:.0%} fixed", random_variant(model, RandomFold(2, 4, 4, 4, rate))
 
 
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Within the context, torch and the kernels have so many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def steps_of(variant: Variant, prompt: int, steps: int) -> Callable[[], float]:
     """Seconds per decoded token, each time that it is called."""
     with variant.within():
@@ -237,6 +225,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="where figures go")
     chosen = parser.parse_args()
     keep_freed_memory()
+    torch.set_num_threads(chosen.threads)
     install(chosen.cache)
     if chosen.folded:
         ours = {"folded": loaded_variants(load_model(chosen.folded))[0]}
@@ -249,9 +238,7 @@ def main() -> None:
         falcon_in_q4_0(chosen.layers, file)
     llama = Llama(file, chosen.threads, chosen.cache)
     try:
-        with threads(chosen.threads):
-            rows = compared(ours, llama, chosen)
-            bandwidth = read_bandwidth()
+        rows, bandwidth = compared(ours, llama, chosen), read_bandwidth()
     finally:
         llama.close()
     print(f"{cpu_name()}, {chosen.threads} threads, reads memory at {bandwidth / 1e9:.1f} GB/s; {file.name}")

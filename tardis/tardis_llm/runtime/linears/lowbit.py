@@ -15,8 +15,9 @@ from ...ffn.packed import PackedMatrix
 from ...ffn.weights import Matrix, nbytes
 from ..backend import differentiated, linear
 from ..cpu.operands import check_kind
+from ..matrices import LowBit
 from ..operators import Numbered, library, numbered
-from ..stored import LaidOut, changing_layout, reading_layout, refuse_training
+from ..stored import changing_layout, reading_layout, refuse_training
 
 #: bits per weight that there may be
 BITS = STACKED_BITS
@@ -24,7 +25,7 @@ BITS = STACKED_BITS
 GROUP_SIZE = 64
 
 
-class LowBitLinear(Numbered, LaidOut):
+class LowBitLinear(Numbered, LowBit):
     """A linear layer whose weight [out, in] is stored in few bits.
 
     State: `planes` [out, bits, ceil(in / 8)] uint8 and `scale` [out, groups] fp16, as `PackedMatrix` has them; `bias`,
@@ -40,19 +41,13 @@ class LowBitLinear(Numbered, LaidOut):
         dtype: of the model, and of the empty weight.
     """
 
-    format_tensors = matrix_tensors = frozenset({"planes", "scale"})
     weight: Tensor
-    planes: Tensor
-    scale: Tensor
     bias: Tensor | None
 
     def __init__(self, matrix: PackedMatrix, bias: Tensor | None, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.out_features, self.in_features = len(matrix.planes), matrix.columns
-        self.bits, self.group_size, self.has_zero = matrix.bits, matrix.group_size, matrix.has_zero
+        super().__init__(matrix)
+        self.out_features, self.in_features, self.bits = len(matrix.planes), matrix.columns, matrix.bits
         self.weight = nn.Parameter(torch.empty(0, dtype=dtype, device=matrix.planes.device), requires_grad=False)
-        self.register_buffer("planes", matrix.planes)
-        self.register_buffer("scale", matrix.scale)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     @classmethod
@@ -74,7 +69,7 @@ class LowBitLinear(Numbered, LaidOut):
         assert isinstance(matrix, PackedMatrix), "a matrix in few bits is stored in few bits"
         return matrix.dequantise()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Outputs [..., out] for x [..., in], in the dtype of x.
 
         Raises:
@@ -123,15 +118,6 @@ class LowBitLinear(Numbered, LaidOut):
         with reading_layout():
             check_kind("planes", self.planes, (torch.uint8,), (rows, self.bits, -(-columns // 8)))
             check_kind("scales", self.scale, (torch.float16,), (rows, -(-columns // self.group_size)))
-
-    def _get(self) -> PackedMatrix:
-        return PackedMatrix(self.planes, self.scale, self.in_features, self.group_size, self.has_zero)
-
-    def _set(self, matrix: PackedMatrix) -> None:
-        self.planes, self.scale = matrix.planes, matrix.scale
-
-    def _clear(self) -> None:
-        self.planes, self.scale = self.planes.new_empty(0), self.scale.new_empty(0)
 
 
 def _numbered_linear(x: Tensor, number: int, outputs: int) -> Tensor:
