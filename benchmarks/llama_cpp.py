@@ -3,10 +3,10 @@
     python benchmarks/llama_cpp.py [--shape falcon-7b] [--layers 8] [--fix-rates 0.05,0.2] [--threads 2]
     python benchmarks/llama_cpp.py --folded DIR --gguf FILE [--threads 2]
 
-The first form makes a model of a shape with random weights, and a GGUF file of the same shape in Q4_0 (Falcon only; it
-needs `pip install gguf`). The second takes a folded model and any GGUF file. llama.cpp comes prebuilt with the npm
-package node-llama-cpp, which is put into `--cache`. A process of llama.cpp waits while ours computes, and the other way
-round; every ratio is one of neighbouring runs.
+The first form makes a model of a shape with random weights, and a GGUF file of the same shape in Q4_0 (shapes of Falcon
+and of Llama; it needs `pip install gguf`). The second takes a folded model and any GGUF file. llama.cpp comes prebuilt
+with the npm package node-llama-cpp, which is put into `--cache`. A process of llama.cpp waits while ours computes, and
+the other way round; every ratio is one of neighbouring runs.
 """
 
 from __future__ import annotations
@@ -89,23 +89,21 @@ def install(cache: Path) -> None:
     shutil.copy(SCRIPT, cache)  # Node looks for packages beside a script
 
 
-def falcon_in_q4_0(layers: int, path: Path) -> None:
-    """Write a GGUF file of Falcon-7B's shape with random weights in Q4_0, its embedding and head included."""
+def in_q4_0(shape: str, layers: int, path: Path) -> None:
+    """Write a GGUF file of a shape of the families of `_ARCHITECTURES`, random weights in Q4_0, head and all."""
     import gguf
-    import numpy as np
 
-    width, vocabulary = SHAPES["falcon-7b"][1]["hidden_size"], SHAPES["falcon-7b"][1]["vocab_size"]
-    heads, random = SHAPES["falcon-7b"][1]["num_attention_heads"], np.random.default_rng(0)
-    writer = gguf.GGUFWriter(path, "falcon")
+    model_type, fields = SHAPES[shape]
+    width, vocabulary, heads = (fields[name] for name in ("hidden_size", "vocab_size", "num_attention_heads"))
+    groups, neurons = fields.get("num_key_value_heads", 1), fields.get("intermediate_size", 4 * width)
+    writer = gguf.GGUFWriter(path, model_type)
     writer.add_context_length(2048)
     writer.add_embedding_length(width)
-    writer.add_feed_forward_length(4 * width)
+    writer.add_feed_forward_length(neurons)
     writer.add_block_count(layers)
     writer.add_head_count(heads)
-    writer.add_head_count_kv(1)
-    writer.add_layer_norm_eps(1e-5)
+    writer.add_head_count_kv(groups)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
-    writer.add_tensor_data_layout("jploski")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list([f"<{number}>" for number in range(vocabulary)])
@@ -113,30 +111,79 @@ def falcon_in_q4_0(layers: int, path: Path) -> None:
     writer.add_token_merges(["< 0"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
-
-    def add_matrix(name: str, rows: int, columns: int) -> None:
-        blocks = random.integers(0, 256, (rows * columns // _BLOCK, 2 + _BLOCK // 2), dtype=np.uint8)
-        blocks[:, :2] = np.frombuffer(np.float16(0.002).tobytes(), np.uint8)
-        kind = gguf.GGMLQuantizationType.Q4_0
-        writer.add_tensor(f"{name}.weight", blocks.reshape(rows, -1), raw_dtype=kind)
-
-    def add_norm(name: str) -> None:
-        writer.add_tensor(f"{name}.weight", np.ones(width, np.float32))
-        writer.add_tensor(f"{name}.bias", np.zeros(width, np.float32))
-
-    add_matrix("token_embd", vocabulary, width)
-    add_norm("output_norm")
-    add_matrix("output", vocabulary, width)
+    add_own, norm_bias, matrices = _ARCHITECTURES[model_type]
+    add_own(writer, width // heads)
+    shared = groups * width // heads
+    _add_matrix(writer, "token_embd", vocabulary, width)
+    _add_norm(writer, "output_norm", width, norm_bias)
+    _add_matrix(writer, "output", vocabulary, width)
     for block in (f"blk.{number}" for number in range(layers)):
-        add_norm(f"{block}.attn_norm")
-        add_matrix(f"{block}.attn_qkv", width + 2 * width // heads, width)
-        add_matrix(f"{block}.attn_output", width, width)
-        add_matrix(f"{block}.ffn_up", 4 * width, width)
-        add_matrix(f"{block}.ffn_down", width, 4 * width)
+        for name, (rows, columns) in matrices(width, shared, neurons).items():
+            _add_matrix(writer, f"{block}.{name}", rows, columns)
+        for name in ("attn_norm",) if model_type == "falcon" else ("attn_norm", "ffn_norm"):
+            _add_norm(writer, f"{block}.{name}", width, norm_bias)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _add_matrix(writer: Any, name: str, rows: int, columns: int) -> None:
+    import gguf
+    import numpy as np
+
+    random = np.random.default_rng(rows * columns)
+    blocks = random.integers(0, 256, (rows * columns // _BLOCK, 2 + _BLOCK // 2), dtype=np.uint8)
+    blocks[:, :2] = np.frombuffer(np.float16(0.002).tobytes(), np.uint8)
+    writer.add_tensor(f"{name}.weight", blocks.reshape(rows, -1), raw_dtype=gguf.GGMLQuantizationType.Q4_0)
+
+
+def _add_norm(writer: Any, name: str, width: int, bias: bool) -> None:
+    import numpy as np
+
+    writer.add_tensor(f"{name}.weight", np.ones(width, np.float32))
+    if bias:
+        writer.add_tensor(f"{name}.bias", np.zeros(width, np.float32))
+
+
+def _falcon(writer: Any, head: int) -> None:
+    writer.add_layer_norm_eps(1e-5)
+    writer.add_tensor_data_layout("jploski")
+
+
+def _llama(writer: Any, head: int) -> None:
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(head)
+
+
+def _matrices_of_falcon(width: int, shared: int, neurons: int) -> dict[str, tuple[int, int]]:
+    """Rows and columns of a block's matrices; `shared` is the width of keys, and of values."""
+    return {
+        "attn_qkv": (width + 2 * shared, width),
+        "attn_output": (width, width),
+        "ffn_up": (neurons, width),
+        "ffn_down": (width, neurons),
+    }
+
+
+def _matrices_of_llama(width: int, shared: int, neurons: int) -> dict[str, tuple[int, int]]:
+    """As `_matrices_of_falcon`."""
+    return {
+        "attn_q": (width, width),
+        "attn_k": (shared, width),
+        "attn_v": (shared, width),
+        "attn_output": (width, width),
+        "ffn_gate": (neurons, width),
+        "ffn_up": (neurons, width),
+        "ffn_down": (width, neurons),
+    }
+
+
+#: what else the file says, whether norms have biases, and a block's matrices, by model type
+_ARCHITECTURES = {
+    "falcon": (_falcon, True, _matrices_of_falcon),
+    "llama": (_llama, False, _matrices_of_llama),
+}
 
 
 def variants_of_shape(shape: str, layers: int, rates: list[float]) -> Iterator[tuple[str, Variant]]:
@@ -231,11 +278,11 @@ def main() -> None:
         ours = {"folded": loaded_variants(load_model(chosen.folded))[0]}
     else:
         ours = dict(variants_of_shape(chosen.shape, chosen.layers, [float(r) for r in chosen.fix_rates.split(",")]))
-    file = chosen.gguf or chosen.cache / f"falcon-{chosen.layers}.gguf"
+    file = chosen.gguf or chosen.cache / f"{chosen.shape}-{chosen.layers}.gguf"
     if not file.exists():
-        if chosen.shape != "falcon-7b" or chosen.gguf:
-            parser.error(f"there is no {file}; only Falcon's shape is made")
-        falcon_in_q4_0(chosen.layers, file)
+        if chosen.gguf or SHAPES[chosen.shape][0] not in _ARCHITECTURES:
+            parser.error(f"there is no {file}; files are made of shapes of {', '.join(_ARCHITECTURES)} only")
+        in_q4_0(chosen.shape, chosen.layers, file)
     llama = Llama(file, chosen.threads, chosen.cache)
     try:
         rows, bandwidth = compared(ours, llama, chosen), read_bandwidth()

@@ -167,8 +167,6 @@ def as_stored(folded: FoldedWeights, ffn: DenseFFN, storage: Storage, dtype: tor
     """A fold of an FFN with a 2-bit predictor, and fold and fallback as stored."""
     predictor = quantise(ffn.w1, 2, storage.group_size)
     up, down = quantise_fallback(ffn.w1, ffn.w2, predictor, storage, None)
-    if storage.remainder_bits is not None:
-        up = quantise(ffn.w1 - predictor.dequantise(), storage.remainder_bits, storage.group_size)
     fold, bias = store_fold(folded.fold, storage, dtype, None), folded.bias.to(dtype)
     return replace(folded, fold=fold, bias=bias, predictor=predictor, up=up, down=down)
 

@@ -168,7 +168,7 @@ def test_the_operators_pass_the_checks_of_torch() -> None:
     layer.weight.data = dense.w1
     linear = low_bit_copy(layer, 8, 64)
     calls = {
-        torch.ops.tardis.numbered_ffn.default: (x, ffn.number, *dense.tensors[:3]),
+        torch.ops.tardis.numbered_ffn.default: (x, ffn.number, dense.w1, dense.b1, dense.w2, dense.b2, False),
         torch.ops.tardis.numbered_linear.default: (x, linear.number, 96),
     }
     for op, arguments in calls.items():

@@ -49,10 +49,11 @@ from tardis_llm.runtime.backend import prepare
 from tardis_llm.runtime.cpu import library
 from tardis_llm.runtime.cpu.backend import CpuBackend, CpuFFN
 from tardis_llm.runtime.cpu.library import ISAS, MAX_TOKENS, open_library
+from tardis_llm.runtime.cpu.panels import Panels
 from tardis_llm.runtime.cpu.structures import FFN, Batch
 from tardis_llm.runtime.modules import FoldedFFN
 from tardis_llm.runtime.placing import install, uninstall
-from tardis_llm.runtime.reference import fixed_neurons, folded_ffn
+from tardis_llm.runtime.reference import exact_ffn, fixed_neurons, folded_ffn
 
 BUILT = open_library()
 needs_library = pytest.mark.skipif(BUILT is None, reason="the CPU kernels are not built: no C++ compiler was found")
@@ -287,6 +288,8 @@ def test_nan_counts_as_out_of_range(isa: str, k: int) -> None:
 
 # ---- the folded FFN ------------------------------------------------------------------------------------------------
 
+#: of which AMX computes every neuron: predictor and remainder of 4 and 8 bits in all, one of 3 bits, or of none
+EXACT_STORAGES = [Storage(64, 8, 4), Storage(64, 4, 8), Storage(128, 4, 4, 3), Storage(64, 8, 4, 0)]
 STORAGES = [Storage(48), Storage(48, 8), Storage(64, 8, 4), Storage(100, 4, 8), Storage(48, None, 2)]
 #: what more there is where neurons are gated: a remainder in other bits than the predictor leaves of the fallback
 GATED = [Storage(48), Storage(64, 8, 4), Storage(48, None, 2), Storage(64, 4, 4, remainder_bits=3)]
@@ -449,6 +452,32 @@ def test_what_a_token_gets_does_not_depend_on_its_batch(isa: str, storage: Stora
     assert fixed.any(0).sum() > 1100 and len(set(fixed.sum(1).tolist())) >= 5  # in more than one round, unequal
     alone = torch.cat([kernel_ffn(one, folded, dense) for one in x.split(1)])
     assert torch.equal(kernel_ffn(x, folded, dense), alone)
+
+
+@pytest.mark.parametrize("storage", EXACT_STORAGES, ids=str)
+@pytest.mark.parametrize(("d", "h", "k"), [(128, 64, 1), (576, 160, 2), (1024, 32, 2)])
+@pytest.mark.parametrize("tokens", [1, 40, 300])
+def test_every_neuron_is_computed_by_the_weights_in_few_bits(
+    storage: Storage, d: int, h: int, k: int, tokens: int
+) -> None:
+    if "amx" not in library.loaded().isas:
+        pytest.skip("this processor or build has no AMX")
+    folded, dense = stored_fold(d, h, storage, torch.bfloat16, "silu" if k == 2 else "gelu", k=k)
+    x, weights = correlated(tokens, d).bfloat16(), folded.beside(dense)
+    with library.loaded().using("amx"):
+        ffn = CpuFFN(replace(weights, predictor=Panels.of(weights.predictor)))
+        assert ffn.quick_exact
+        for b2 in (dense.b2, None):
+            expected = exact_ffn(x, weights, b2)
+            error = (ffn.exact(x, b2).float() - expected.float()).abs().max()
+            assert float(error) <= 2**-6 * float(expected.abs().max())  # hidden activations and sums are in bf16
+
+
+def test_without_a_kernel_every_neuron_is_computed_by_the_reference(isa: str) -> None:
+    folded, dense = stored_fold(100, 37, Storage(48, 8, 4), torch.float32)
+    x, ffn = correlated(3, 100), CpuFFN(folded.beside(dense))
+    assert not ffn.quick_exact
+    assert torch.equal(ffn.exact(x, dense.b2), exact_ffn(x, folded.beside(dense), dense.b2))
 
 
 def test_residuals_of_any_size_are_rounded_relative_to_their_neighbours(isa: str) -> None:

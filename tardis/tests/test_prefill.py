@@ -16,12 +16,15 @@ from transformers import PreTrainedModel
 from tardis_llm.checkpoint.folded import mark_folded
 from tardis_llm.errors import InvalidInputError
 from tardis_llm.evaluation.shapes import random_folds
+from tardis_llm.families.linear import weight_of
 from tardis_llm.families.sites import find_ffns
 from tardis_llm.ffn.weights import Storage
 from tardis_llm.pipeline.session import sound_weights
+from tardis_llm.runtime.cpu.library import available, loaded
+from tardis_llm.runtime.decoding import prepare_decoding
 from tardis_llm.runtime.linears.dense import KernelConv1D, KernelLinear, kernel_linear
 from tardis_llm.runtime.modules import FoldedFFN
-from tardis_llm.runtime.placing import folded_ffns, install
+from tardis_llm.runtime.placing import folded_ffns, folded_weights, install
 from tardis_llm.runtime.prefill import CROSSOVER, Prefill, crossover, set_prefill
 
 FAMILIES = pytest.mark.parametrize("name", ["gpt2", "opt", "falcon", "gpt_neox"])
@@ -86,13 +89,53 @@ def generated(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return model.generate(ids, max_new_tokens=10, do_sample=False, pad_token_id=0, eos_token_id=None)
 
 
-def test_auto_folds_everything_where_there_are_no_dense_weights():
-    model = tiny_model("gpt2")
-    for site, ffn in random_folds(model, 1, Storage(64, 8, 4), 0.1):
-        install(model, site, ffn)
+def test_auto_folds_everything_where_nothing_multiplies_with_the_low_bit_weights_as_they_lie():
+    model = stacked_model("gpt2", torch.float32)
     before = logits(model)
     set_prefill(model, "auto")
     assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@torch.no_grad()
+def test_exact_prompts_of_a_stacked_fold_are_those_of_its_low_bit_weights(name: str):
+    model, rounded = stacked_model(name, torch.float32), tiny_model(name)
+    for site, weights in zip(find_ffns(rounded), folded_weights(model).values(), strict=True):
+        w1, w2 = weights.fallback(torch.float32)
+        for layer, rows in zip(site.projections.values(), w1.chunk(len(site.projections)), strict=True):
+            weight_of(layer).copy_(rows)
+        weight_of(site.down).copy_(w2)
+    ids, one = tokens(2, 12), tokens(2, 12)[:, :1]
+    folded, single = model(ids).logits, model(one).logits
+    set_prefill(model, "exact")
+    torch.testing.assert_close(model(ids).logits, rounded(ids).logits, rtol=1e-4, atol=1e-4)
+    assert torch.equal(model(one).logits, single)
+    assert not torch.allclose(folded, rounded(ids).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("gpt2", {}), ("llama", {"intermediate_size": 192})])
+@torch.no_grad()
+def test_auto_takes_the_kernel_for_many_tokens_in_bf16(name: str, sizes: dict[str, int]):
+    if "amx" not in (loaded().isas if available() else ()):
+        pytest.skip("this processor or build has no AMX")
+    model = stacked_model(name, torch.bfloat16, **sizes)
+    prepare_decoding(model)
+    ids, few = tokens(1, CROSSOVER + 1), tokens(1, CROSSOVER)
+    folded, of_few = model(ids).logits, model(few).logits
+    set_prefill(model, "exact")
+    exact = model(ids).logits
+    set_prefill(model, "auto")
+    assert torch.equal(model(ids).logits, exact)
+    assert torch.equal(model(few).logits, of_few)
+    assert not torch.equal(exact, folded)
+
+
+def stacked_model(name: str, dtype: torch.dtype, **sizes: int) -> PreTrainedModel:
+    """A model whose FFNs are folded at random, with the fallback in 4 bits."""
+    model = tiny_model(name, dtype=dtype, **sizes)
+    for site, ffn in random_folds(model, 2, Storage(64, 8, 4), 0.1):
+        install(model, site, ffn)
+    return model
 
 
 @torch.no_grad()
@@ -115,12 +158,6 @@ def test_modes_that_cannot_be_are_refused():
     model, _ = badly_folded("gpt2")
     with pytest.raises(InvalidInputError, match="give one of folded, exact, auto"):
         set_prefill(model, "dense")  # type: ignore[arg-type]
-    stacked = tiny_model("gpt2")
-    for site, ffn in random_folds(stacked, 1, Storage(64, 8, 4), 0.1):
-        install(stacked, site, ffn)
-    with pytest.raises(InvalidInputError, match="--fallback bf16"):
-        set_prefill(stacked, "exact")
-    set_prefill(stacked, "folded")
 
 
 def test_an_exact_ffn_computes_the_dense_output_whatever_its_fold_is():

@@ -24,11 +24,6 @@ def test_a_missing_weight_file_is_named(tardis: Callable[..., Result], sample_fo
     assert_refused(tardis("serve", tmp_path), "has no weights")
 
 
-def test_dense_prompts_without_dense_weights_are_refused(tardis: Callable[..., Result], tmp_path: Path):
-    save_tiny("gpt2", tmp_path, STACKED)
-    assert_refused(tardis("serve", tmp_path, "--prefill", "exact"), "fold again with --fallback bf16")
-
-
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")
 def test_without_vllm_it_says_how_to_install_it(tardis: Callable[..., Result], sample_folded: Path):
     assert_refused(tardis("serve", sample_folded), "`make venv-vllm`")

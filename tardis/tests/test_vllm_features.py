@@ -99,12 +99,18 @@ def test_dense_prompts_in_chunks_are_what_they_are_in_one(coarse: Tiny):
     assert texts == [greedy(model, row[None], 12, "exact")[0] for row in ids]
 
 
-@pytest.mark.parametrize(
-    ("prefill", "message"), [("dense", "give one of folded, exact, auto"), ("exact", "low-bit ones")]
-)
-def test_a_mode_that_cannot_be_is_refused(prefill: str, message: str, tmp_path: Path):
+def test_prompts_through_low_bit_weights_go_where_they_go_in_transformers(tmp_path: Path):
+    model = save_tiny("gpt2", tmp_path, STACKED)
+    ids = tokens(3, 12)
+    expected = greedy(model, ids, 12, "exact")
+    with engine(tmp_path, prefill="exact") as llm:
+        assert complete(llm, ids, 12) == expected
+    assert expected != greedy(model, ids, 12)
+
+
+def test_a_mode_that_cannot_be_is_refused(tmp_path: Path):
     save_tiny("gpt2", tmp_path, STACKED)
-    with pytest.raises(InvalidInputError, match=message), engine(tmp_path, prefill=prefill):
+    with pytest.raises(InvalidInputError, match="give one of folded, exact, auto"), engine(tmp_path, prefill="dense"):
         pass
 
 

@@ -55,7 +55,7 @@ PromptsThrough = Annotated[
     Prefill,
     typer.Option(
         "--prefill",
-        help="Where a folded model sends prompts: through its folds (folded), its dense FFNs (exact), or by what is "
+        help="Where a folded model sends prompts: through its folds (folded), its dense FFNs or what stands for them (exact), or by what is "
         "faster for so many tokens (auto).",
     ),
 ]

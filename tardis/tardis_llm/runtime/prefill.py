@@ -1,4 +1,4 @@
-"""Choose which forwards of a folded model go through its folds, and which through its dense FFNs.
+"""Choose which forwards of a folded model go through its folds, and which have every neuron computed.
 
     folded    all go through the folds: what is evaluated is what is served
     exact     single tokens, as in decoding, go through the folds, and prompts through the dense FFNs
@@ -6,8 +6,8 @@
               number where it was measured, else it is `CROSSOVER`
 
 A prompt costs dense arithmetic either way, while decoding costs bytes: dense prompts are exact, and folds still pay
-where most of the time goes. Dense weights have to be there: with low-bit ones in their place `auto` folds everything,
-and `exact` cannot be.
+where most of the time goes. Where low-bit weights stand for the dense ones, these make up the dense FFN, whose outputs
+are as exact as they are; `auto` uses it where a kernel multiplies with them as they lie, in bf16 with AMX.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def set_prefill(model: PreTrainedModel, mode: Prefill) -> None:
         mode: one of `Prefill`.
 
     Raises:
-        InvalidInputError: no such mode, or the dense weights are not there.
+        InvalidInputError: there is no such mode.
 
     Examples:
         >>> from tardis_llm.checkpoint.loading import load_model
@@ -48,29 +48,22 @@ def set_prefill(model: PreTrainedModel, mode: Prefill) -> None:
         >>> bool(torch.allclose(folded(windows).logits, dense(windows).logits, atol=1e-4))
         True
     """
-    stacked = any(ffn.stacked for ffn in folded_ffns(model).values())
-    check_prefill(mode, stacked)
-    choices = {"folded": None, "exact": _are_prompts, "auto": None if stacked else partial(_are_many, crossover(model))}
+    check_prefill(mode)
+    choices = {"folded": None, "exact": _are_prompts, "auto": partial(_are_many, crossover(model))}
     for block in named_blocks(model).values():
         _note_lengths(block, mode == "exact")
     for ffn in folded_ffns(model).values():
-        ffn.goes_dense = choices[mode]
+        ffn.goes_dense, ffn.if_quick = choices[mode], mode == "auto"
 
 
-def check_prefill(mode: str, stacked: bool) -> None:
-    """Raise InvalidInputError for a mode that does not exist, or that needs dense weights where they are not stored.
+def check_prefill(mode: str) -> None:
+    """Raise InvalidInputError for a mode that does not exist.
 
     Args:
         mode: as a user gave it.
-        stacked: whether low-bit weights stand for dense ones.
     """
     if mode not in get_args(Prefill):
         raise InvalidInputError(f"prefill {mode!r} is asked for; give one of {', '.join(get_args(Prefill))}.")
-    if mode == "exact" and stacked:
-        raise InvalidInputError(
-            "prefill exact needs dense FFN weights, and this model stores low-bit ones in their place; use prefill "
-            "folded, or fold again with --fallback bf16."
-        )
 
 
 def crossover(model: PreTrainedModel) -> int:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..calibration.tokens import chunks
 from ..ffn.packed import PackedMatrix
 from ..ffn.weights import FoldedWeights, Matrix, written_out
 
@@ -31,25 +32,59 @@ def folded_ffn(x: Tensor, weights: FoldedWeights) -> Tensor:
         x: [tokens, d].
         weights: with the dense weights beside them, in the dtype of x, unless they are stacked.
     """
-    fixed = fixed_neurons(x, weights)  # [tokens, h]
+    predictor, w1, w2 = written_out(weights.predictor), *weights.fallback(x.dtype)
     static = torch.compiler.is_compiling() or not x.is_cpu or type(x) is not Tensor
-    some = slice(None) if static else fixed.any(0).nonzero()[:, 0]
-    w1, w2 = weights.fallback(x.dtype)
-    neurons = weights.neurons.at(some)
-    rows = _rows(some, weights.neurons.count, weights.neurons.k)
-    v = F.linear(x, w1[rows], None if weights.b1 is None else weights.b1[rows]).float()
-    residual = torch.where(fixed[:, some], neurons.residual(v), 0.0)
-    correction = F.linear(residual.to(x.dtype), w2[:, some])
+    parts = [x] if static else chunks(x, len(w1))
+    corrections = [_correction(some, weights, predictor, w1, w2, static) for some in parts]
+    correction = torch.cat(corrections) if len(corrections) > 1 else corrections[0]
     if weights.fold is None:
         return correction
     affine = F.linear(x, written_out(weights.fold).to(x.dtype), weights.bias)
     return (affine.float() + correction.float()).to(x.dtype)
 
 
+def _correction(x: Tensor, weights: FoldedWeights, predictor: Tensor, w1: Tensor, w2: Tensor, static: bool) -> Tensor:
+    """[tokens, d] what fixing adds for inputs x [tokens, d].
+
+    Args:
+        x: in the model's dtype.
+        weights: of the folded FFN.
+        predictor: written out in fp32.
+        w1, w2: as fixing reads them, written out in the dtype of x.
+        static: whether shapes may not depend on values.
+    """
+    fixed = _outside(x, weights, predictor)  # [tokens, h]
+    some = slice(None) if static else fixed.any(0).nonzero()[:, 0]
+    if not static and len(some) == fixed.shape[1]:
+        some = slice(None)  # nothing is left out, so nothing needs to be gathered
+    neurons = weights.neurons.at(some)
+    rows = _rows(some, weights.neurons.count, weights.neurons.k)
+    v = F.linear(x, w1[rows], None if weights.b1 is None else weights.b1[rows]).float()
+    residual = torch.where(fixed[:, some], neurons.residual(v), 0.0)
+    return F.linear(residual.to(x.dtype), w2[:, some])
+
+
+def exact_ffn(x: Tensor, weights: FoldedWeights, b2: Tensor | None) -> Tensor:
+    """Outputs [tokens, d] with every neuron computed by the weights that fixing reads, for inputs x [tokens, d].
+
+    Args:
+        x: in the model's dtype.
+        weights: with the dense weights beside them, unless they are stacked; the fold is not read.
+        b2: [d], or None.
+    """
+    w1, w2 = weights.fallback(x.dtype)
+    hidden = weights.neurons.value(F.linear(x, w1, weights.b1))
+    return F.linear(hidden.to(x.dtype), w2, b2)
+
+
 def fixed_neurons(x: Tensor, weights: FoldedWeights) -> Tensor:
     """[tokens, h] bool: the neurons S(x) that are predicted out of their hot range, for inputs x [tokens, d]."""
+    return _outside(x, weights, written_out(weights.predictor))
+
+
+def _outside(x: Tensor, weights: FoldedWeights, predictor: Tensor) -> Tensor:
     b1 = None if weights.b1 is None else weights.b1.float()
-    return weights.neurons.outside(F.linear(x.float(), written_out(weights.predictor), b1))
+    return weights.neurons.outside(F.linear(x.float(), predictor, b1))
 
 
 def _rows(neurons: Tensor | slice, count: int, k: int) -> Tensor | slice:
@@ -64,10 +99,15 @@ class ReferenceFFN:
     """A folded FFN by the reference."""
 
     weights: FoldedWeights
+    quick_exact = False  #: matrices in few bits are written out for each call
 
     def __call__(self, x: Tensor) -> Tensor:
         """Outputs [tokens, d] for inputs x [tokens, d]."""
         return folded_ffn(x, self.weights)
+
+    def exact(self, x: Tensor, b2: Tensor | None) -> Tensor:
+        """Outputs [tokens, d] with every neuron computed, for inputs x [tokens, d]."""
+        return exact_ffn(x, self.weights, b2)
 
     def fixed(self, x: Tensor) -> Tensor:
         """[tokens, h] bool: the neurons that are fixed for inputs x [tokens, d]."""

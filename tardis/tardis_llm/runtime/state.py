@@ -18,7 +18,7 @@ from ..errors import InvalidInputError
 from ..ffn.neuron import Neurons
 from ..ffn.packed import PackedMatrix
 from ..ffn.weights import DenseFFN, FoldedWeights, Matrix, kind, stored
-from .backend import REFERENCE, PreparedFFN, backend_for, lay_out, prepare
+from .backend import REFERENCE, PreparedFFN, backend_for, dense_ffn, lay_out, prepare
 from .matrices import Fold, LowBit, LowBitFold
 from .slow import warn_of_reference
 from .stored import LAYOUT, LaidOut, Stored, changing_layout, reading_layout
@@ -158,6 +158,19 @@ class FoldState(Stored):
         key = self._key(x, dense)
         ready = self._ready
         return ready.ffn if ready is not None and ready.key == key else self._prepare(x, dense)
+
+    def exactly(self, x: Tensor, dense: DenseFFN, if_quick: bool = False) -> Tensor | None:
+        """Outputs [tokens, d] with every neuron computed: by the dense weights, or what stands for them in few bits.
+
+        Args:
+            x: [tokens, d].
+            dense: the dense weights, empty where there are others for them.
+            if_quick: return None where that would take longer than the fold does; dense weights are always quick.
+        """
+        if not self.stacked:
+            return dense_ffn(x, dense)
+        ffn = self.prepared(x, dense)
+        return None if if_quick and not ffn.quick_exact else ffn.exact(x.contiguous(), dense.b2)
 
     def _prepare(self, x: Tensor, dense: DenseFFN) -> PreparedFFN:
         """`prepared` anew, while no tensor changes."""

@@ -9,7 +9,7 @@ rank has some of the neurons and some rows of the fold; vLLM's sum over ranks be
 For `torch.compile` an FFN is one operator, `tardis::served_ffn`, which finds its layer by name as vLLM's attention
 does. It computes
 
-    y = dense FFN of x              for calls that `Choice` sends through the dense weights
+    y = dense FFN of x              for calls that `Choice` sends through the dense weights, or what stands for them
     y = fold(x) + fixing(x)         for all others. Where a rank has the whole fold, one call of our kernels computes
                                     both terms, 1.03 to 1.2 times as fast as two
 """
@@ -30,7 +30,7 @@ from ...errors import CheckpointError, UnsupportedModelError
 from ...families.sites import set_module
 from ...families.table import Family
 from ...ffn.weights import DenseFFN, FoldedWeights, FoldFormat
-from ...runtime.backend import dense_ffn, linear
+from ...runtime.backend import linear
 from ...runtime.matrices import Fold
 from ...runtime.operators import library
 from ...runtime.state import FoldState
@@ -74,7 +74,7 @@ class ServedFFN(FoldState):
         empty = FoldedWeights.empty(form, d, neurons, dtype, torch.get_default_device(), rows=d // ranks)
         super().__init__(empty)
         self._projections = up, down  # in a tuple, so that they are not registered twice
-        self._choice = replace(choice, mode="folded") if self.stacked else choice
+        self._choice = choice
         self._whole, self.rank = ranks == 1, up.tp_rank if ranks > 1 else 0
         self._rows = slice(self.rank * (d // ranks), (self.rank + 1) * (d // ranks))
 
@@ -105,8 +105,9 @@ class ServedFFN(FoldState):
 
     def forward(self, x: Tensor) -> Tensor:
         """This rank's term of the output, [tokens, d], for x [tokens, d]; vLLM sums over ranks."""
-        if self._choice.dense(len(x)):
-            return dense_ffn(x, self._dense)
+        exact = self.exactly(x, self._dense, self._choice.if_quick) if self._choice.dense(len(x)) else None
+        if exact is not None:
+            return exact
         y = self.prepared(x, self._dense)(x.contiguous())
         if not self._whole:
             y[:, self._rows] += linear(x, self.fold.current, self.fold.bias)

@@ -35,17 +35,22 @@ class Choice:
         """The choice that `additional_config` of the engine asks for; default: mode `auto`.
 
         Raises:
-            InvalidInputError: there is no such mode, or this model or engine cannot have it.
+            InvalidInputError: there is no such mode, or this engine cannot have it.
         """
         given = config.additional_config
         mode = given.get(PREFILL_OPTION, "auto") if isinstance(given, dict) else "auto"
-        check_prefill(mode, stacked=any(layer.fallback_bits for layer in settings.layers.values()))
+        check_prefill(mode)
         if mode == "exact" and config.device_config.device_type != "cpu" and not config.model_config.enforce_eager:
             raise InvalidInputError(
                 "prefill exact looks at the requests of each call, which CUDA graphs cannot; use prefill auto or "
                 "--enforce-eager."
             )
         return cls(mode, settings.crossover)
+
+    @property
+    def if_quick(self) -> bool:
+        """Whether calls that would go through low-bit weights for the dense ones are folded where that is faster."""
+        return self.mode == "auto"
 
     def dense(self, tokens: int) -> bool:
         """Whether the running call, which has a number of tokens, goes through the dense FFNs."""

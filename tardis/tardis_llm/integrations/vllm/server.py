@@ -46,7 +46,7 @@ def check(model: str, prefill: str = "auto") -> None:
         prefill: the prefill mode, a `runtime.prefill.Prefill`.
 
     Raises:
-        InvalidInputError: the model is not folded or cannot have this prefill mode, or vLLM is not set up.
+        InvalidInputError: the model is not folded, there is no such prefill mode, or vLLM is not set up.
         UnsupportedModelError: vLLM does not serve the model's family.
         CheckpointError: a file is missing or damaged.
     """
@@ -55,8 +55,8 @@ def check(model: str, prefill: str = "auto") -> None:
         raise InvalidInputError(
             f"{model} is not folded: fold it with `tardis fold`, or serve it as it is with `python -m {MODULE}`."
         )
-    formats = CheckpointConfig.read(config.quantization_config).formats().values()
-    check_prefill(prefill, stacked=any(layer.fallback_bits for layer in formats))
+    check_prefill(prefill)
+    CheckpointConfig.read(config.quantization_config).formats()
     if Path(model).is_dir():
         check_weights(Path(model))
     if importlib.util.find_spec("vllm") is None:

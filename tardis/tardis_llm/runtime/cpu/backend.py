@@ -16,6 +16,7 @@ from torch import Tensor
 from ...ffn.packed import PackedMatrix
 from ...ffn.weights import FoldedWeights, Layout
 from ...ffn.weights import Matrix as AnyMatrix
+from ..reference import exact_ffn
 from .library import ISAS, available, can_be_in_panels, kernels, loaded
 from .operators import ACTIVATION_BITS, DTYPES, LINEAR_ACTIVATION_BITS, batches, check_inputs, multiplies, readable
 from .panels import Panels
@@ -29,6 +30,9 @@ class CpuFFN:
         weights: whose tensors must neither move nor change.
         activation_bits: of inputs where they meet a low-bit matrix, 8 or 16. A predictor that only selects, beside
             dense weights, never gets more than 8.
+
+    Attributes:
+        quick_exact: whether `exact` has a kernel, for inputs in bf16.
 
     Raises:
         TardisError: the kernels cannot read the weights.
@@ -45,10 +49,21 @@ class CpuFFN:
         vectors = weights.bias, weights.b1, *neurons.tensors
         sized = [Vector.of(vector, size) for vector, size in zip(vectors, (self._d, rows, h, h, rows, h), strict=True)]
         self._ffn = FFN(*matrices, *sized, Activation.of(neurons.activation), neurons.k)
+        self.quick_exact = weights.stacked and self._kernels.has_exact_ffn(self._ffn)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Outputs [tokens, d] for inputs x [tokens, d], contiguous."""
         return self._run(x, self._kernels.folded_ffn, torch.empty_like(x))
+
+    def exact(self, x: Tensor, b2: Tensor | None) -> Tensor:
+        """Outputs [tokens, d] with every neuron computed, for inputs x [tokens, d], contiguous."""
+        if not self.quick_exact or x.dtype != torch.bfloat16:
+            return exact_ffn(x, self._weights, b2)
+        check_inputs(x, self._d)
+        y = torch.empty_like(x)
+        if len(x):
+            self._kernels.exact_ffn(self._ffn, Vector.of(b2, self._d), Batch.of(x, y, self._bits))
+        return y
 
     def fixed(self, x: Tensor) -> Tensor:
         """[tokens, h] bool: the neurons that are fixed for inputs x [tokens, d], contiguous."""

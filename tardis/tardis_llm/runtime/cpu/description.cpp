@@ -81,7 +81,7 @@ std::string described() {
     FUNCTION(tardis_supports) FUNCTION(tardis_use) FUNCTION(tardis_isa) FUNCTION(tardis_use_openmp)
     FUNCTION(tardis_has_gemm) FUNCTION(tardis_has_low_bit_gemm) FUNCTION(tardis_can_be_in_panels)
     FUNCTION(tardis_linear) FUNCTION(tardis_gemm) FUNCTION(tardis_fixed) FUNCTION(tardis_folded_ffn)
-    FUNCTION(tardis_read)
+    FUNCTION(tardis_has_exact_ffn) FUNCTION(tardis_exact_ffn) FUNCTION(tardis_read)
     return lines;
 }
 

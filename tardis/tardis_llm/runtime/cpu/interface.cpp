@@ -44,9 +44,11 @@ bool is_valid(const TardisMatrix& m) {
     return m.scale && m.group_size >= 1 && (m.twice_zero == levels - 1 || (m.twice_zero == levels && !in_panels(m)));
 }
 
+bool has_tokens(const TardisBatch& batch) { return batch.x && batch.y && batch.tokens >= 1; }
+
 bool is_valid(const TardisBatch& batch) {
     const bool bits = batch.activation_bits == 8 || batch.activation_bits == 16;
-    return batch.x && batch.y && is_number(batch.type) && bits && batch.tokens >= 1 && batch.tokens <= kMaxTokens;
+    return has_tokens(batch) && is_number(batch.type) && bits && batch.tokens <= kMaxTokens;
 }
 
 // Dense weights meet inputs of their own type only.
@@ -117,7 +119,7 @@ int32_t tardis_gemm(
     const bool dense = !is_low_bit(*weight) && can_multiply(*weight, *batch) && columns && inputs % columns == 0;
     const bool codes = weight->type == TARDIS_LOW_BIT_PANELS && batch->type == TARDIS_BF16 && kernels().low_bit_gemm;
     const bool in_order = (dense || codes) && !(transposed && in_panels(*weight));
-    if (!tardis_has_gemm() || !is_valid(*weight) || !in_order || !batch->x || !batch->y || batch->tokens < 1)
+    if (!tardis_has_gemm() || !is_valid(*weight) || !in_order || !has_tokens(*batch))
         return TARDIS_BAD_ARGUMENT;
     return guarded([&] { gemm(*weight, transposed, *bias, *batch); });
 }
@@ -131,6 +133,14 @@ int32_t tardis_fixed(const TardisFFN* ffn, const TardisBatch* batch) {
 int32_t tardis_folded_ffn(const TardisFFN* ffn, const TardisBatch* batch) {
     if (!is_valid(*batch) || !is_valid(*ffn, *batch)) return TARDIS_BAD_ARGUMENT;
     return guarded([&] { folded_ffn(*ffn, *batch); });
+}
+
+int32_t tardis_has_exact_ffn(const TardisFFN* ffn) { return is_known(*ffn) && has_exact(*ffn); }
+
+int32_t tardis_exact_ffn(const TardisFFN* ffn, const TardisVector* b2, const TardisBatch* batch) {
+    const bool valid = has_tokens(*batch) && batch->type == TARDIS_BF16 && is_valid(*ffn, *batch) && has_exact(*ffn);
+    if (!valid) return TARDIS_BAD_ARGUMENT;
+    return guarded([&] { exact_ffn(*ffn, *b2, *batch); });
 }
 
 uint64_t tardis_read(const uint64_t* data, int64_t words, int32_t threads) {

@@ -119,6 +119,10 @@ int32_t tardis_can_be_in_panels(const TardisMatrix* matrix);
 int32_t tardis_fixed(const TardisFFN* ffn, const TardisBatch* batch);
 // y = x fold^T + bias + sum over fixed neurons of residual * W2 column; the first two where they are given.
 int32_t tardis_folded_ffn(const TardisFFN* ffn, const TardisBatch* batch);
+// y: what the FFN gives with the predictor and `up` added up for W1, `down` for W2 and the bias b2: every neuron is
+// computed, and no fold. Any number of tokens in bf16; TARDIS_BAD_ARGUMENT unless `tardis_has_exact_ffn`.
+int32_t tardis_exact_ffn(const TardisFFN* ffn, const TardisVector* b2, const TardisBatch* batch);
+int32_t tardis_has_exact_ffn(const TardisFFN* ffn);
 // Sum of the 64-bit words at `data`, read by `threads`: what the memory's read bandwidth is measured with.
 uint64_t tardis_read(const uint64_t* data, int64_t words, int32_t threads);
 }

@@ -105,6 +105,16 @@ using Gemm = void (*)(const TardisMatrix&, bool transposed, Range outputs, const
 // out[token * stride + i - begin] = output i, of weights in panels; `outputs` begin with a panel.
 using PanelGemm = void (*)(const TardisMatrix&, Range outputs, const Tokens&, float* out, int64_t stride);
 
+// The same for the sum of weights in panels and of others in planes, or none, both in few bits and in the same groups.
+using SumGemm = void (*)(
+    const TardisMatrix& panels, const TardisMatrix& planes, Range outputs, const Tokens&, float* out, int64_t stride
+);
+
+constexpr int64_t kDownColumns = kBlockColumns / 2;  // of a call, at most: half a block's, or those of half the last one
+
+// out[token * stride + i - begin] = column i of the tokens, in bf16, times weights [inputs, columns] in planes.
+using DownGemm = void (*)(const TardisMatrix&, Range columns, const Tokens&, float* out, int64_t stride);
+
 // Pairs of a row and a token.
 struct Pairs {
     const int32_t *row, *token;
@@ -171,6 +181,8 @@ struct Table {
     Activate activate;
     Largest largest;
     Round round;
+    SumGemm sum_gemm = nullptr;  // null where there is none, as the next one
+    DownGemm down_gemm = nullptr;
     int64_t panel_tokens = kGemmTokens;  // that a `PanelGemm` gets at once, at most
 };
 

@@ -117,6 +117,14 @@ class Kernels:
         """y: the output of the folded FFN."""
         _done(self._library.tardis_folded_ffn(byref(ffn), byref(batch)), "folded_ffn")
 
+    def has_exact_ffn(self, ffn: FFN) -> bool:
+        """Whether the instruction set in use has `exact_ffn` for these weights."""
+        return bool(self._library.tardis_has_exact_ffn(byref(ffn)))
+
+    def exact_ffn(self, ffn: FFN, b2: Vector, batch: Batch) -> None:
+        """y: the output with every neuron computed by the weights that fixing reads, for any number of tokens in bf16."""
+        _done(self._library.tardis_exact_ffn(byref(ffn), byref(b2), byref(batch)), "exact_ffn")
+
     def read(self, data: Tensor) -> int:
         """Read a contiguous tensor with all of torch's threads and add up its 64-bit words."""
         return int(self._library.tardis_read(data.data_ptr(), data.nbytes // 8, torch.get_num_threads()))

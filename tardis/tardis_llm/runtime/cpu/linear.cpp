@@ -18,13 +18,14 @@ void linear(const TardisMatrix& weight, const TardisVector& bias, const TardisBa
 // Rows of the weight are outputs, of which a task reads some from end to end; transposed, it reads long pieces of all.
 void gemm(const TardisMatrix& weight, bool transposed, const TardisVector& bias, const TardisBatch& batch) {
     const int64_t inputs = transposed ? weight.rows : weight.columns;
-    const int64_t outputs = transposed ? weight.columns : weight.rows, step = transposed ? kGemmOutputs : kBlockRows;
+    const int64_t outputs = transposed ? weight.columns : weight.rows, few = transposed ? kGemmOutputs : kBlockRows;
     const Dense& dense = dense_of(weight);
     const auto* x = static_cast<const uint16_t*>(batch.x);
     const int threads = threads_for(2 * inputs * outputs, batch.threads);
     const bool widened = batch.type != TARDIS_BF16;
     Numbers<float> wide(widened ? static_cast<size_t>(std::min(kGemmTokens, batch.tokens) * inputs) : 0);
     const PanelGemm panels = is_low_bit(weight) ? kernels().low_bit_gemm : in_panels(weight) ? dense.panels : nullptr;
+    const int64_t step = panels && outputs >= 4 * threads * kGemmOutputs ? kGemmOutputs : few;  // of a task
     const int64_t most = panels ? kernels().panel_tokens : kGemmTokens;
     for (int64_t first = 0; first < batch.tokens; first += most) {
         const int64_t count = std::min(most, batch.tokens - first);
