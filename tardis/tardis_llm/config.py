@@ -41,7 +41,7 @@ class FoldConfig:
         fallback_bits: precision of the W1 and W2 that fixing reads, which may have 4 or 8 bits per weight; default: the
             dense weights as they are.
         remainder_bits: bits per weight of the W1 that fixing reads beside the predictor's; default: what these leave of
-            the fallback weights' bits.
+            the fallback weights' bits, and of 4 bits one more where the predictor has 2 or 3.
         linear_bits: precision of the linear layers outside the FFNs and of lm_head, which may have 4 or 8 bits per
             weight; default: as they are.
         linear_group_size: inputs of these layers whose weights share one scale.

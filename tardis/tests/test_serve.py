@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from conftest import Result, assert_refused
-from engines import STACKED, save_tiny
 
 
 def test_a_dense_model_is_refused(tardis: Callable[..., Result], tiny_dir: Path):

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import Result, assert_refused
 from folds import SETTINGS, logits, text
 from models import tiny_model
 from safetensors.torch import load_file
-from synthetic import correlated, fallback, fitted, forward, normal, random_ffn
+from synthetic import correlated, fallback, fitted, forward, normal, random_ffn, stored_fold
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -29,7 +30,7 @@ from tardis_llm.ffn.packed import PackedMatrix
 from tardis_llm.ffn.weights import DenseFFN, FoldedWeights, Storage
 from tardis_llm.folding.fold import Inputs
 from tardis_llm.folding.rounding import quantise
-from tardis_llm.folding.stack import quantise_fallback, store_fold
+from tardis_llm.folding.stack import match_sizes, quantise_fallback, store_fold
 from tardis_llm.runtime.placing import folded_ffns
 from tardis_llm.runtime.reference import folded_ffn
 
@@ -72,6 +73,31 @@ def fallback_of(
     """W1 and W2 as fixing reads them."""
     neurons = Neurons("gelu", *torch.zeros(4, H))
     return FoldedWeights(None, None, predictor, neurons, down, remainder).fallback(torch.float32)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_rows_of_w2_make_up_for_what_rounding_w1_did_to_the_size_of_a_neuron(k: int) -> None:
+    ffn = random_ffn(D, H, "silu" if k == 2 else "gelu", k=k)
+    folded, _ = stored_fold(D, H, Storage(D, 8, 4, 1), torch.float32, ffn.activation, "all", k)
+    huge = torch.zeros(100, D)
+    huge[:, 3] = 100.0
+    tokens = Tokens(torch.cat([correlated(3000, D, 1), huge]), None, torch.cat([torch.ones(3000), torch.ones(100) / 2]))
+    scale = match_sizes(ffn, folded, tokens).down.scale / folded.down.scale  # type: ignore[union-attr]
+    exact = folded.neurons.residual(F.linear(tokens.x, ffn.w1, ffn.b1))
+    rounded = folded.neurons.residual(F.linear(tokens.x, folded.fallback(torch.float32)[0], ffn.b1))
+    before, after = ((exact - rounded * some).square().T @ tokens.weight for some in (1.0, scale.float().T))
+    assert bool((after <= 1.001 * before).all())
+    assert float(after.sum()) < 0.6 * float(before.sum())
+    worst = (exact - rounded)[-1].abs().argmax()
+    assert float(after[worst]) < 0.2 * float(before[worst])
+
+
+def test_a_row_of_w2_whose_neuron_is_never_fixed_stays_as_it_is() -> None:
+    ffn = random_ffn(D, H)
+    folded, _ = stored_fold(D, H, Storage(D, 8, 4), torch.float32, ranges="none")
+    assert folded.down is not None
+    matched = match_sizes(ffn, folded, inputs().fit)
+    assert torch.equal(matched.down.scale, folded.down.scale)  # type: ignore[union-attr]
 
 
 def test_a_predictor_with_all_the_bits_leaves_no_remainder() -> None:

@@ -55,8 +55,8 @@ PromptsThrough = Annotated[
     Prefill,
     typer.Option(
         "--prefill",
-        help="Where a folded model sends prompts: through its folds (folded), its dense FFNs or what stands for them (exact), or by what is "
-        "faster for so many tokens (auto).",
+        help="Where a folded model sends prompts: through its folds (folded), its dense FFNs or what stands for them "
+        "in few bits (exact), or by what is faster for so many tokens (auto).",
     ),
 ]
 

@@ -191,7 +191,7 @@ class Storage:
         fold_bits: bits per weight of the fold; None for the model's dtype.
         fallback_bits: bits per weight of W1 and W2 as fixing reads them; None for the dense weights. Those of W1
             include the predictor's, which serve both.
-        remainder_bits: bits per weight that W1 has beside the predictor's; None for what `fallback_bits` leaves.
+        remainder_bits: bits per weight that W1 has beside the predictor's; None for what `left` says.
     """
 
     group_size: int = 256
@@ -199,10 +199,20 @@ class Storage:
     fallback_bits: int | None = None
     remainder_bits: int | None = None
 
+    def left(self, bits: int) -> int:
+        """Bits per weight of what a predictor of so many bits leaves of W1, stacked; 0 where that is nothing, or dense.
+
+        By default, predictor and remainder together have the fallback's bits. In 4 bits they have one more where the
+        predictor has 2 or 3: W1 rounded in two steps, 2 bits and 2, is far from W1 rounded to 4.
+        """
+        if self.fallback_bits is None or self.remainder_bits is not None:
+            return self.remainder_bits or 0
+        return self.fallback_bits - bits + (self.fallback_bits == 4 and 2 <= bits < 4)
+
     def format(self, activation: str, bits: int, gated: bool = False) -> FoldFormat:
         """The format of a folded FFN with this activation and a predictor of so many bits."""
-        left = self.remainder_bits
-        usual = left is None or self.fallback_bits is None or left == self.fallback_bits - bits
+        left = self.left(bits)
+        usual = self.fallback_bits is None or left == self.fallback_bits - bits
         stored = self.group_size, "float16", self.fold_bits, self.fallback_bits
         return FoldFormat(activation, bits, *stored, None if usual else left, gated, self.fallback_bits is not None)
 

@@ -27,7 +27,7 @@ from .ranges import Ranges, coverage_ranges_at, error_ranges, error_ranges_at, h
 from .refit import fit_fold, fold_error, fold_of_lines
 from .ridge import Spectrum, linearity
 from .rounding import quantise
-from .stack import quantise_fallback, store_fold
+from .stack import match_sizes, quantise_fallback, store_fold
 from .statistics import Statistics
 from .thresholds import Thresholds, score_curve, thresholds_at
 
@@ -251,6 +251,8 @@ def solve(
     """
     spread = _spread_errors(inputs, config)
     weights = _without_fold(ffn, predicted.predictor, ranges, config, dtype, spread)
+    if weights.stacked:
+        weights = match_sizes(ffn, weights, inputs.fit)
     fit = Statistics.of(inputs.fit, inputs.fit_moments, ffn, weights)
     heldout = Statistics.of(inputs.heldout, inputs.heldout_moments, ffn, weights)
     if config.refit:

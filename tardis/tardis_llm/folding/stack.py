@@ -2,17 +2,24 @@
 
 Fixing reads W1 as `predictor + remainder`: the predictor's bits serve twice, and a fixed neuron's pre-activation is
 what was predicted plus the remainder's product. W2 is stored neuron by neuron, as its transpose. The refit comes after
-both, so the fold takes up what their rounding leaves of a linear map.
+both, so the fold takes up what their rounding leaves of a linear map. What it leaves of a neuron's size, its row of W2
+makes up for.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from ..calibration.tokens import Tokens, product
 from ..ffn.packed import PackedMatrix
-from ..ffn.weights import FoldFormat, Storage
+from ..ffn.weights import DenseFFN, FoldedWeights, FoldFormat, Storage, written_out
 from .rounding import quantise
+
+_TOKENS = 16_384  # on which a number a neuron is fitted
+_MOST = 2.0  # by which a row of W2 is multiplied or divided
 
 
 def quantise_fallback(
@@ -31,10 +38,41 @@ def quantise_fallback(
     if bits is None:
         return None, None
     remainder = None
-    left = bits - predictor.bits if storage.remainder_bits is None else storage.remainder_bits
+    left = storage.left(predictor.bits)
     if left > 0:
         remainder = quantise(w1 - predictor.dequantise(), left, group_size, covariance)
     return remainder, quantise(w2.T.contiguous(), bits, group_size, has_zero=True)
+
+
+def match_sizes(dense: DenseFFN, folded: FoldedWeights, tokens: Tokens) -> FoldedWeights:
+    """Scale each row of the stored W2 so that what fixing adds of its neuron fits the exact residuals best.
+
+    A residual computed with a rounded W1 is too large or too small where an input is far larger than all others, as
+    that of a text's first token: rounding then moves it by one weight's error. Single neurons make the huge activations
+    of that token, on which all others lean in their attention. The scale is that of least squares, with one more token
+    at which there is no error; it costs no byte.
+
+    Args:
+        dense: in fp32.
+        folded: stacked; its fold and bias are not read.
+        tokens: inputs, by whose weights errors count.
+    """
+    assert isinstance(folded.down, PackedMatrix), "W2 is in few bits"
+    w1, w_hat = folded.fallback(torch.float32)[0], written_out(folded.predictor)
+    neurons = folded.neurons.map(Tensor.float)
+    wanted, found, count = (torch.zeros(dense.h, dtype=torch.float64) for _ in range(3))
+    for some in tokens.spread(_TOKENS).chunks(len(dense.w1)):
+        outside = neurons.outside(product(some.x, w_hat, dense.b1))
+        exact = neurons.residual(product(some.x, dense.w1, dense.b1))
+        rounded = neurons.residual(product(some.x, w1, dense.b1))
+        counted = outside if some.weight is None else outside * some.weight[:, None]
+        wanted += (counted * exact * rounded).sum(0)
+        found += (counted * rounded.square()).sum(0)
+        count += outside.sum(0)
+    one = found / count.clamp_min(1)
+    scale = torch.where(found > 0, (wanted + one) / (found + one), 1.0).clamp(1 / _MOST, _MOST)
+    matched = folded.down.scale.float() * scale[:, None]
+    return replace(folded, down=replace(folded.down, scale=matched.half()))
 
 
 def store_fold(

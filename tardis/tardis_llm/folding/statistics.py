@@ -105,7 +105,8 @@ class Statistics(Sums):
             outside = neurons.outside(product(some.x, w_hat, ffn.b1))
             y = y.float()
             self.output.add(x, y, some.weight)
-            self.left.add(x, y - F.linear(neurons.residual(v) * outside, w2), some.weight)
+            fixed = (neurons.residual(v) * outside).to(some.x.dtype)  # as they meet W2 in the model
+            self.left.add(x, y - product(fixed, w2, None), some.weight)
             self.fixed += int(outside.sum())
             self.tokens += len(x)
 

@@ -87,9 +87,7 @@ def _numbered_ffn(
     return y
 
 
-library.define(
-    "numbered_ffn(Tensor x, int number, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, bool exact) -> Tensor"
-)
+library.define("numbered_ffn(Tensor x, int number, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, bool exact) -> Tensor")
 library.impl("numbered_ffn", _numbered_ffn, "CompositeExplicitAutograd")
 
 

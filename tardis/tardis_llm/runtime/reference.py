@@ -54,9 +54,8 @@ def _correction(x: Tensor, weights: FoldedWeights, predictor: Tensor, w1: Tensor
         static: whether shapes may not depend on values.
     """
     fixed = _outside(x, weights, predictor)  # [tokens, h]
-    some = slice(None) if static else fixed.any(0).nonzero()[:, 0]
-    if not static and len(some) == fixed.shape[1]:
-        some = slice(None)  # nothing is left out, so nothing needs to be gathered
+    union = None if static else fixed.any(0)
+    some = slice(None) if union is None or bool(union.all()) else union.nonzero()[:, 0]  # all are not gathered
     neurons = weights.neurons.at(some)
     rows = _rows(some, weights.neurons.count, weights.neurons.k)
     v = F.linear(x, w1[rows], None if weights.b1 is None else weights.b1[rows]).float()

@@ -122,7 +122,7 @@ class Kernels:
         return bool(self._library.tardis_has_exact_ffn(byref(ffn)))
 
     def exact_ffn(self, ffn: FFN, b2: Vector, batch: Batch) -> None:
-        """y: the output with every neuron computed by the weights that fixing reads, for any number of tokens in bf16."""
+        """y: the output with every neuron computed by the weights that fixing reads, for tokens in bf16."""
         _done(self._library.tardis_exact_ffn(byref(ffn), byref(b2), byref(batch)), "exact_ffn")
 
     def read(self, data: Tensor) -> int:
