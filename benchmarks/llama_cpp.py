@@ -195,10 +195,10 @@ def variants_of_shape(shape: str, layers: int, rates: list[float]) -> Iterator[t
         yield f"folded, {rate:.0%} fixed", random_variant(model, RandomFold(2, 4, 4, 4, rate))
 
 
-def steps_of(variant: Variant, prompt: int, steps: int) -> Callable[[], float]:
+def steps_of(variant: Variant, prompt: int, steps: int, compiled: bool) -> Callable[[], float]:
     """Seconds per decoded token, each time that it is called."""
     with variant.within():
-        decoder = Decoder(variant.model, variant.prompt(1, prompt))
+        decoder = Decoder(variant.model, variant.prompt(1, prompt), steps if compiled else None)
 
     def run() -> float:
         with variant.within():
@@ -227,7 +227,10 @@ def compared(ours: dict[str, Variant], llama: Llama, chosen: argparse.Namespace)
     steps: dict[str, Callable[[], float]] = {LLAMA: lambda: llama.timed(chosen.steps, 8)["step"]}
     firsts: dict[str, Callable[[], float]] = {LLAMA: lambda: llama.timed(1, chosen.prompt)["first"]}
     for name, variant in ours.items():
-        steps[name], firsts[name] = steps_of(variant, 8, chosen.steps), firsts_of(variant, chosen.prompt)
+        steps[name], firsts[name] = (
+            steps_of(variant, 8, chosen.steps, chosen.compile),
+            firsts_of(variant, chosen.prompt),
+        )
     decoded = take_turns(steps, chosen.rounds, lambda *_: None, "decoding")
     prompted = take_turns(firsts, max(2, chosen.rounds // 2), lambda *_: None, "prompts")
     rows = []
@@ -273,6 +276,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24, help="tokens per run (default: %(default)s)")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompts (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="runs of each (default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="run ours as compiled steps")
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder for llama.cpp (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="where figures go")
     chosen = parser.parse_args()
@@ -297,6 +301,7 @@ def main() -> None:
     print("\n".join(map(line, rows)))
     if chosen.output:
         about = {"cpu": cpu_name(), "threads": chosen.threads, "read_bytes_per_second": bandwidth, "file": file.name}
+        about["compiled"] = chosen.compile
         write_json(chosen.output, {**about, "llama_cpp": PACKAGE, "rows": rows})
 
 
