@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kVectors = kPanelRows / 16;
 constexpr int kMaxTogether = 12;  // tokens, or halves of them, whose sums stay in registers
-constexpr int64_t kAhead = 4096;  // bytes from what is multiplied to what is asked for
+constexpr int64_t kAhead = 2048;  // bytes from what is multiplied to what is asked for
 constexpr int64_t kDepth = 256;  // inputs whose weights stay in the first cache until all tokens have met them
 
 // body(T, first token), with the number of tokens a constant, for tokens in groups as equal as can be.
@@ -111,41 +111,51 @@ public:
         : q_(x.quantised), layout_(*q_.layout), groups_((m.columns + m.group_size - 1) / m.group_size),
           lines_((m.columns + kColumns - 1) / kColumns), half_(static_cast<float>(m.twice_zero) / -2) {}
 
-    void multiply(const TardisMatrix& m, int64_t panel, int64_t tokens, float* out) const {
-        const auto* data = static_cast<const char*>(m.data) + panel * lines_ * kVectors * 64;
+    // `count` panels from one on, 2 at most.
+    void multiply(const TardisMatrix& m, int64_t panel, int64_t count, int64_t tokens, float* out) const {
+        const auto* data = static_cast<const char*>(m.data) + panel * lines_ * kLine;
         const uint16_t* scale = m.scale + panel * groups_ * kPanelRows;
-        in_groups<kMost>(tokens, [&](auto count, int64_t first, int64_t) TARDIS_INLINE {
-            some<count>(data, scale, first, out + first * kBlockRows);
-        });
+        if (count == 2 && tokens == 1) return some<1, 2>(data, scale, 0, out);
+        for (int64_t p = 0; p < count; ++p) {
+            in_groups<kMost>(tokens, [&](auto together, int64_t first, int64_t) TARDIS_INLINE {
+                float* to = out + first * kBlockRows + p * kPanelRows;
+                some<together, 1>(data + p * lines_ * kLine, scale + p * groups_ * kPanelRows, first, to);
+            });
+        }
     }
 
 private:
     static constexpr int kColumns = 8 * kLineBytes / B;
+    static constexpr int64_t kLine = 64 * kVectors;
     // Of a token: a product waits for the one before it in the same sum.
-    template <int T>
-    static constexpr int kSums = T * H <= 2 && B < 8 ? 2 : 1;
-    template <int T>
-    using Sums = __m512i[T * H][kVectors][kSums<T>];
+    template <int T, int P>
+    static constexpr int kSums = T * P * H <= 2 && B < 8 ? 2 : 1;
+    template <int T, int P>
+    using Sums = __m512i[T * H][P * kVectors][kSums<T, P>];
 
-    template <int T>
+    // P panels side by side: memory gives two streams sooner than one, and a number of an input serves both.
+    template <int T, int P>
     void some(const char* w, const uint16_t* scale, int64_t token, float* out) const {
-        alignas(64) float total[T][kPanelRows] = {};
+        alignas(64) float total[T][P * kPanelRows] = {};
         const int8_t* values = q_.values + token * H * q_.stride;
         const float *unit = q_.scale + token * layout_.segment_count, *sum = q_.sum + token * layout_.segment_count;
         for (int64_t g = 0, line = 0; g < layout_.segment_count; ++g) {
             const Segment& segment = layout_.segments[g];
             const int64_t left = lines_ - line, whole = segment.pieces * 64 / kColumns, n = whole < left ? whole : left;
-            Sums<T> dot = {};
+            Sums<T, P> dot = {};
             for (int64_t end = line + n; line < end; ++line, values += kColumns) {
-                add_line<T>(w + line * kVectors * 64, values, dot);
+                // behind the end of these panels are those of the next ones
+                const int64_t ahead = kAhead + (line + kAhead / kLine < lines_ ? 0 : (P - 1) * lines_ * kLine);
+                add_line<T, P>(w + line * kLine, ahead, values, dot);
             }
-            each<kVectors>([&](auto v) TARDIS_INLINE {
-                const uint16_t* from = scale + segment.group * kPanelRows + 16 * v;
+            each<P * kVectors>([&](auto v) TARDIS_INLINE {
+                constexpr int panel = v / kVectors;
+                const uint16_t* from = scale + (panel * groups_ + segment.group) * kPanelRows + 16 * (v % kVectors);
                 const __m512 own = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
                 each<T>([&](auto t) TARDIS_INLINE {
                     const int64_t at = t * layout_.segment_count + g;
                     const __m512 middle = _mm512_set1_ps(half_ * sum[at]), step = _mm512_set1_ps(unit[at]);
-                    const __m512 product = _mm512_fmadd_ps(_mm512_cvtepi32_ps(joined<t, T>(dot, v)), step, middle);
+                    const __m512 product = _mm512_fmadd_ps(_mm512_cvtepi32_ps(joined<t, T, P>(dot, v)), step, middle);
                     float* to = total[t] + 16 * v;
                     _mm512_store_ps(to, _mm512_fmadd_ps(product, own, _mm512_load_ps(to)));
                 });
@@ -154,16 +164,17 @@ private:
         each<T>([&](auto t) TARDIS_INLINE { memcpy(out + t * kBlockRows, total[t], sizeof total[t]); });
     }
 
-    template <int T>
-    TARDIS_INLINE void add_line(const char* w, const int8_t* values, Sums<T>& dot) const {
-        __m512i line[kVectors];
-        each<kVectors>([&](auto v) TARDIS_INLINE {
-            prefetch_far(w + kAhead + 64 * v);
-            line[v] = _mm512_load_si512(w + 64 * v);
+    template <int T, int P>
+    TARDIS_INLINE void add_line(const char* w, int64_t ahead, const int8_t* values, Sums<T, P>& dot) const {
+        __m512i line[P * kVectors];
+        each<P * kVectors>([&](auto v) TARDIS_INLINE {
+            const char* from = w + v / kVectors * lines_ * kLine + 64 * (v % kVectors);
+            prefetch_far(from + ahead);
+            line[v] = _mm512_load_si512(from);
         });
         each<8 / B>([&](auto q) TARDIS_INLINE {
-            __m512i code[kVectors];
-            each<kVectors>([&](auto v) TARDIS_INLINE {
+            __m512i code[P * kVectors];
+            each<P * kVectors>([&](auto v) TARDIS_INLINE {
                 if constexpr (B == 8) code[v] = line[v];
                 else if constexpr (q == 0) code[v] = _mm512_and_si512(line[v], _mm512_set1_epi8((1 << B) - 1));
                 else code[v] = bits_of_bytes<q * B, B>(line[v]);
@@ -172,23 +183,23 @@ private:
                 int32_t four;
                 memcpy(&four, values + n * q_.stride + 4 * q, sizeof four);
                 const __m512i x = _mm512_set1_epi32(four);
-                each<kVectors>([&](auto v) TARDIS_INLINE {
-                    __m512i& sum = dot[n][v][q % kSums<T>];
+                each<P * kVectors>([&](auto v) TARDIS_INLINE {
+                    __m512i& sum = dot[n][v][q % kSums<T, P>];
                     sum = add_dot(sum, code[v], x);
                 });
             });
         });
     }
 
-    template <int t, int T>
-    TARDIS_INLINE static __m512i joined(const Sums<T>& dot, int v) {
-        if constexpr (H == 1) return total<T>(dot[t][v]);
-        else return _mm512_add_epi32(_mm512_slli_epi32(total<T>(dot[2 * t][v]), 8), total<T>(dot[2 * t + 1][v]));
+    template <int t, int T, int P>
+    TARDIS_INLINE static __m512i joined(const Sums<T, P>& dot, int v) {
+        if constexpr (H == 1) return total(dot[t][v]);
+        else return _mm512_add_epi32(_mm512_slli_epi32(total(dot[2 * t][v]), 8), total(dot[2 * t + 1][v]));
     }
 
-    template <int T>
-    TARDIS_INLINE static __m512i total(const __m512i (&sum)[kSums<T>]) {
-        if constexpr (kSums<T> == 1) return sum[0];
+    template <int N>
+    TARDIS_INLINE static __m512i total(const __m512i (&sum)[N]) {
+        if constexpr (N == 1) return sum[0];
         else return _mm512_add_epi32(sum[0], sum[1]);
     }
 
@@ -201,9 +212,11 @@ private:
 template <int B, int H>
 void low_bit(const TardisMatrix& m, const Rows& rows, const Input& x, float* out) {
     const LowBit<B, H> product(m, x);
-    each_panel({rows.begin, rows.end}, [&](int64_t panel, int64_t at) {
-        product.multiply(m, panel, x.tokens, out + at);
-    });
+    const int64_t last = (rows.end + kPanelRows - 1) / kPanelRows;
+    for (int64_t panel = rows.begin / kPanelRows, first = panel; panel < last; panel += 2) {
+        const int64_t count = panel + 1 < last ? 2 : 1;
+        product.multiply(m, panel, count, x.tokens, out + (panel - first) * kPanelRows);
+    }
 }
 
 template <int H>
