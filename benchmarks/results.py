@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ from tardis_llm.evaluation.tasks import Metric
 ROOT = Path(__file__).parent.parent
 COMPARE, ABLATION = ROOT / "benchmarks/results/compare", ROOT / "benchmarks/results/ablation.json"
 SPEEDS = ROOT / "benchmarks/results"
+REAL = SPEEDS / "real_models.json"
+_TEXTS = ("wikitext2", "lambada", "code")
 PAGE, README, IMAGES = ROOT / "docs/results.md", ROOT / "README.md", ROOT / "docs/images"
 _RANGE = (0.085, 0.275)  # of the dense bytes: from the smallest fold to the largest 4-bit quantiser
 BEGIN, END = "<!-- results: made by benchmarks/results.py -->", "<!-- end of results -->"
@@ -85,10 +88,16 @@ Every figure on this page is measured, and the page is made by a script:
     python benchmarks/prefill.py MODEL --text FILE... --evaluation FILE
     python benchmarks/ffn_kernels.py --batch 1,8 --output benchmarks/results/kernels-1.json
     tardis bench --shape falcon-7b ... [--compile] --json
+    python benchmarks/real_models.py
     python benchmarks/results.py
 
-The model is small and undertrained: these figures compare methods with each other, on one model, and say nothing of
-what a model of billions of parameters would lose.
+[Real models](#real-models) come first. All other figures of accuracy are of a model that is small and
+undertrained: they compare methods with each other, and say nothing of what a model of billions of parameters would
+lose.
+
+## Real models
+
+{real}
 
 ## Methods side by side
 
@@ -192,6 +201,61 @@ def compared_table(compared: Compared) -> str:
         cells = [*row.shown().values(), *(row.scores[task].percent() for task in tasks if row.scores)]
         lines.append([*cells, *[""] * (len(head) - len(cells))])
     return table(head, lines)
+
+
+def real_part(real: dict[str, Any]) -> str:
+    """What compressing real models costs, on text like that of the calibration and on code."""
+    settings, machine = real["settings"], real["machine"]
+    parts = [
+        f"Increase of the loss in nats per token over the dense model, whose perplexity is in the first row; "
+        f"{settings['tokens']:,} tokens of each text in windows of {settings['window']}, bf16 models out of Q4_K_M "
+        f"files. Calibrated on {settings['calibration']:,} tokens of Wikipedia and novels, and no code. The FFNs alone are "
+        "compressed, everything counted; groups of 128. Folds have the same fix rate in every layer, a 2-bit "
+        "predictor, 3 bits beside it, and fold and W2 in 4 bits. `+affine+refit+weigh` are our own tricks lent to "
+        f"GPTQ: it is calibrated as folds are. On an {machine['cpu']}, by `benchmarks/real_models.py`."
+    ]
+    for model, found in real["models"].items():
+        head = [model, "touched", *_TEXTS, *_tasks_of(found["methods"])]
+        dense = found["methods"]["dense"]
+        lines = [
+            [_real_name(label), f"{row['touched']:.1%}", *(_increase(row, dense, text) for text in _TEXTS)]
+            + [f"{row['tasks'][task]['value']:.1%}" if "tasks" in row else "" for task in head[2 + len(_TEXTS) :]]
+            for label, row in sorted(found["methods"].items(), key=lambda pair: -pair[1]["touched"])
+        ]
+        parts.append(table(head, lines))
+    return "\n\n".join(parts)
+
+
+def real_readme_part(real: dict[str, Any]) -> str:
+    """The README's table of the first real model."""
+    model, found = next(iter(real["models"].items()))
+    dense = found["methods"]["dense"]
+    lines = [
+        [_real_name(label), f"{row['touched']:.1%}", *(_increase(row, dense, text) for text in _TEXTS)]
+        for label, row in sorted(found["methods"].items(), key=lambda pair: -pair[1]["touched"])
+    ]
+    return (
+        f"{model}, FFNs alone compressed: share of their bytes that a token reads, everything counted, and increase of "
+        f"the loss in nats per token ({real['settings']['tokens']:,} tokens each; the dense perplexity in the first "
+        "row). Calibration text is prose, no code. [More models](docs/results.md#real-models).\n\n"
+        + table(["FFNs", "touched", *_TEXTS], lines)
+    )
+
+
+def _tasks_of(methods: Mapping[str, dict[str, Any]]) -> list[str]:
+    """The tasks that any method was judged by."""
+    return list(dict.fromkeys(task for row in methods.values() for task in row.get("tasks", {})))
+
+
+def _real_name(label: str) -> str:
+    name, _, _ = label.partition("@")
+    return f"**{name}**" if name.startswith("tardis") else name.replace("-g128", "")
+
+
+def _increase(row: dict[str, Any], dense: dict[str, Any], text: str) -> str:
+    """Nats over the dense model; of that itself, its perplexity."""
+    value, base = row[text]["value"], dense[text]["value"]
+    return f"{base:.2f}" if row is dense else f"{math.log(value / base):+.3f}"
 
 
 def against_masks(compared: Compared) -> str:
@@ -319,8 +383,8 @@ def plot_calibration(results: dict[str, Any], path: Path) -> None:
         figure.savefig(path, dpi=110)
 
 
-def readme_part(compared: Compared, speed: Speed) -> str:
-    """The README's table, and a sentence on speed."""
+def readme_part(compared: Compared, speed: Speed, real: dict[str, Any]) -> str:
+    """The README's tables, and a sentence on speed."""
     wanted = {
         "dense": "dense",
         "gptq4-g128": "GPTQ, 4 bits",
@@ -342,6 +406,7 @@ def readme_part(compared: Compared, speed: Speed) -> str:
     model, evaluation = compared.record["model"], compared.record["evaluation"]
     return "\n\n".join(
         [
+            real_readme_part(real),
             f"{model['name']} in {model['dtype']}, {evaluation['tokens']:,} tokens of {evaluation['file']} in windows "
             f"of {evaluation['window']}: token perplexity {compared.rows[0].perplexity:.2f} dense. Reduction: share of "
             "the dense FFN bytes that a token no longer reads, everything counted. In memory: FFN bytes, as a share of "
@@ -496,12 +561,13 @@ class Speed:
         )
 
 
-def page(compared: Compared, results: dict[str, Any], speed: Speed) -> str:
+def page(compared: Compared, results: dict[str, Any], speed: Speed, real: dict[str, Any]) -> str:
     """docs/results.md."""
     record = compared.record
     scope = {"ffn": "the FFNs", "all": "all linear layers of the blocks"}[record["scope"]]
     tasks = ",".join(f"{name}:{n}" if n else name for name, n in record["tasks"]["items"].items())
-    head = HEAD.format(tasks=tasks, title=compared.title, scope=scope, dtype=record["model"]["dtype"])
+    about = {"title": compared.title, "dtype": record["model"]["dtype"], "real": real_part(real)}
+    head = HEAD.format(tasks=tasks, scope=scope, **about)
     return (
         "\n\n".join(
             [
@@ -547,8 +613,10 @@ def main(compare: Path = COMPARE, ablation_file: Path = ABLATION) -> None:
     )
     plot_calibration(results, IMAGES / "calibration.png")
     speed = Speed.read(SPEEDS)
-    PAGE.write_text(page(compared, results, speed), encoding="utf-8")
-    README.write_text(replace_part(README.read_text(encoding="utf-8"), readme_part(compared, speed)), encoding="utf-8")
+    real = json.loads(REAL.read_text())
+    PAGE.write_text(page(compared, results, speed, real), encoding="utf-8")
+    readme = replace_part(README.read_text(encoding="utf-8"), readme_part(compared, speed, real))
+    README.write_text(readme, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import QUICK_TINY
@@ -29,6 +30,22 @@ RECORD = {
     "scope": "ffn",
     "software": {"tardis": "0", "torch": "2", "transformers": "5"},
     "machine": {"cpu": "a processor", "threads": 2},
+}
+_SCORES = {"piqa": {"value": 0.625}}
+REAL: dict[str, Any] = {
+    "settings": {"tokens": 8192, "calibration": 32768, "window": 512, "dtype": "bfloat16"},
+    "machine": {"cpu": "a processor", "threads": 1},
+    "models": {
+        "toy-1b": {
+            "methods": {
+                "dense": {"touched": 1.0, **{text: {"value": 10.0} for text in ("wikitext2", "lambada", "code")}},
+                "tardis-int4@0.8": {
+                    **{"touched": 0.2, "wikitext2": {"value": 11.0}, "lambada": {"value": 12.0}},
+                    **{"code": {"value": 20.0}, "tasks": _SCORES},
+                },
+            }
+        }
+    },
 }
 #: perplexity over dense, and bytes touched
 MEASURED = {
@@ -106,7 +123,7 @@ def test_changes_beyond_a_standard_error_are_marked(compared: results.Compared):
 
 
 def test_the_readme_keeps_what_is_around_its_part(compared: results.Compared):
-    part = results.readme_part(compared, results.Speed.read(results.SPEEDS))
+    part = results.readme_part(compared, results.Speed.read(results.SPEEDS), REAL)
     before = f"head\n{results.BEGIN}\n\nOUTDATED | 1.23\n\n{results.END}\ntail\n"
     after = results.replace_part(before, part)
     assert after.startswith("head\n")
@@ -114,6 +131,12 @@ def test_the_readme_keeps_what_is_around_its_part(compared: results.Compared):
     assert "OUTDATED" not in after
     assert results.replace_part(after, part) == after
     assert line(part, "TARDIS, bf16")[1:4] == ["78.0%", "86.40", "1.0800 ± 0.0010"]
+
+
+def test_real_models_are_compared_by_the_increase_of_the_loss():
+    assert line(results.real_part(REAL), "dense")[1:] == ["100.0%", "10.00", "10.00", "10.00", ""]
+    assert line(results.real_part(REAL), "**tardis-int4**")[1:] == ["20.0%", "+0.095", "+0.182", "+0.693", "62.5%"]
+    assert line(results.real_readme_part(REAL), "**tardis-int4**")[1:] == ["20.0%", "+0.095", "+0.182", "+0.693"]
 
 
 def test_the_page_has_the_ablation_in_full(compared: results.Compared, tmp_path: Path):
@@ -126,7 +149,7 @@ def test_the_page_has_the_ablation_in_full(compared: results.Compared, tmp_path:
     }  # fmt: skip
     found = {"title": "toy ablation", "evaluations": ["a", "b"], "cells": cells}
     speed = results.Speed.read(results.SPEEDS)
-    text = results.page(compared, found, speed)
+    text = results.page(compared, found, speed, REAL)
     for fold in speed.packed["folds"].values():
         assert f"{fold['kernels']:.3f}" in text
         assert abs(fold["ratio"] - 1) < 0.002
@@ -145,9 +168,10 @@ def test_the_published_page_is_made_of_the_published_results():
     compared = results.Compared.read(results.COMPARE)
     found = json.loads(results.ABLATION.read_text())
     speed = results.Speed.read(results.SPEEDS)
-    assert results.PAGE.read_text(encoding="utf-8") == results.page(compared, found, speed)
+    real = json.loads(results.REAL.read_text())
+    assert results.PAGE.read_text(encoding="utf-8") == results.page(compared, found, speed, real)
     readme = results.README.read_text(encoding="utf-8")
-    assert results.replace_part(readme, results.readme_part(compared, speed)) == readme
+    assert results.replace_part(readme, results.readme_part(compared, speed, real)) == readme
 
 
 def test_cells_of_the_ablation_are_valid_and_named_once_a_group():

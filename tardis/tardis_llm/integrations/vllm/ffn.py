@@ -125,7 +125,7 @@ class ServedFFN(FoldState):
         """The rank's share of the dense weights. The first rank alone has b2, as outputs are summed over ranks."""
         up, down = self._projections
         b2 = down.bias if self.rank == 0 else None
-        return DenseFFN(up.weight, up.bias, down.weight.T, b2, self.activation)
+        return DenseFFN(up.weight, up.bias, down.weight.t(), b2, self.activation)
 
 
 class AsLoadedMethod(UnquantizedLinearMethod):
