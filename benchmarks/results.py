@@ -209,8 +209,8 @@ def real_part(real: dict[str, Any]) -> str:
     parts = [
         f"Increase of the loss in nats per token over the dense model, whose perplexity is in the first row; "
         f"{settings['tokens']:,} tokens of each text in windows of {settings['window']}, bf16 models out of Q4_K_M "
-        f"files. Calibrated on {settings['calibration']:,} tokens of Wikipedia and novels, and no code. The FFNs alone are "
-        "compressed, everything counted; groups of 128. Folds have the same fix rate in every layer, a 2-bit "
+        f"files. Calibrated on {settings['calibration']:,} tokens of Wikipedia and novels, and no code. The FFNs alone "
+        "are compressed, everything counted; groups of 128. Folds have the same fix rate in every layer, a 2-bit "
         "predictor, 3 bits beside it, and fold and W2 in 4 bits. `+affine+refit+weigh` are our own tricks lent to "
         f"GPTQ: it is calibrated as folds are. On an {machine['cpu']}, by `benchmarks/real_models.py`."
     ]
