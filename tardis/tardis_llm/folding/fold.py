@@ -256,7 +256,7 @@ def solve(
     fit = Statistics.of(inputs.fit, inputs.fit_moments, ffn, weights)
     heldout = Statistics.of(inputs.heldout, inputs.heldout_moments, ffn, weights)
     if config.refit:
-        weights, damping = fit_fold(ffn, weights, inputs.spectrum, fit, heldout, config.damping, spread)
+        weights, damping = fit_fold(ffn, weights, inputs.spectrum, fit, heldout, config.damping, config.rounding)
         return Solved(weights, fit, heldout, damping)
     weight, bias = fold_of_lines(ffn, weights.neurons)
     fold = store_fold(weight, config.storage, dtype, spread)

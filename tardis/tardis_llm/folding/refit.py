@@ -67,9 +67,8 @@ def refit_layer(
         _check(dense, some)
     if damping is None and heldout is None:
         damping = _DAMPING
-    spread = statistics.x.mean_product if rounding == "gptq" else None
     spectrum = Spectrum.of(statistics.x)
-    return fit_fold(dense.in_fp32(), folded, spectrum, statistics, heldout or statistics, damping, spread)[0]
+    return fit_fold(dense.in_fp32(), folded, spectrum, statistics, heldout or statistics, damping, rounding)[0]
 
 
 def _check(dense: DenseFFN, statistics: Statistics) -> None:
@@ -95,11 +94,13 @@ def fit_fold(
     fit: Statistics,
     heldout: Statistics,
     damping: float | None,
-    spread: Tensor | None,
+    rounding: Rounding,
 ) -> tuple[FoldedWeights, float]:
     """`folded` with the fold and bias that fit the statistics best, and the damping used.
 
-    The bias makes up for the rounding of the fold at the mean input.
+    The bias makes up for the rounding of the fold at the mean input, so that rounding is spread by the inputs' centred
+    moments. What counts is the error of a fold as it is stored: little damping can put one huge weight into a row, for
+    the sake of a few tokens, and rounded to few bits such a row loses all else.
 
     Args:
         dense: in fp32.
@@ -108,15 +109,23 @@ def fit_fold(
         fit: statistics to fit.
         heldout: statistics to choose the damping on.
         damping: ridge penalty; None to choose it from `DAMPINGS`.
-        spread: [d, d] covariance by which a fold in few bits spreads rounding errors; None to round to the nearest.
+        rounding: of a fold in few bits.
     """
-    x, left = fit.x, fit.left
     prior, _ = fold_of_lines(dense, folded.neurons)
+    spread = (fit.x.centred / fit.x.count).float() if rounding == "gptq" else None
+
+    def stored(penalty: float) -> FoldedWeights:
+        solved = ridge(spectrum, fit.x, fit.left, heldout.x, heldout.left, prior, (penalty,))
+        fold = store_fold(solved.weight, folded.format, folded.dtype, spread)
+        bias = (fit.left.y_sum - written_out(fold).to(folded.dtype).double() @ fit.x.x_sum) / fit.x.count
+        return replace(folded, fold=fold, bias=bias.to(folded.dtype))
+
     dampings = DAMPINGS if damping is None else (damping,)
-    solved = ridge(spectrum, x, left, heldout.x, heldout.left, prior, dampings)
-    fold = store_fold(solved.weight, folded.format, folded.dtype, spread)
-    bias = (left.y_sum - written_out(fold).to(folded.dtype).double() @ x.x_sum) / x.count
-    return replace(folded, fold=fold, bias=bias.to(folded.dtype)), solved.damping
+    if folded.format.fold_bits is None or len(dampings) == 1:  # rounding hardly matters, and ridge compares cheaply
+        best = ridge(spectrum, fit.x, fit.left, heldout.x, heldout.left, prior, dampings).damping
+        return stored(best), best
+    found = [(stored(each), each) for each in dampings]
+    return min(found, key=lambda pair: fold_error(pair[0], heldout))
 
 
 def fold_of_lines(dense: DenseFFN, neurons: Neurons) -> tuple[Tensor, Tensor]:
