@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import activation
@@ -309,6 +310,12 @@ class FoldedWeights:
         if self.up is not None:
             w1 = w1 + written_out(self.up)
         return w1.to(dtype), written_out(self.down).T.to(dtype)
+
+    def exact(self, x: Tensor, b2: Tensor | None) -> Tensor:
+        """Outputs [tokens, d] for inputs x [tokens, d], every neuron computed by what fixing reads; b2 [d] is added."""
+        w1, w2 = self.fallback(x.dtype)
+        hidden = self.neurons.value(F.linear(x, w1, self.b1))
+        return F.linear(hidden.to(x.dtype), w2, b2)
 
     @property
     def always(self) -> int:

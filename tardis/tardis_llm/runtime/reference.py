@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..calibration.tokens import chunks
 from ..ffn.packed import PackedMatrix
 from ..ffn.weights import FoldedWeights, Matrix, written_out
+
+_TOKENS = 512  # at once, so that temporaries stay small
 
 
 def folded_ffn(x: Tensor, weights: FoldedWeights) -> Tensor:
@@ -34,7 +35,7 @@ def folded_ffn(x: Tensor, weights: FoldedWeights) -> Tensor:
     """
     predictor, w1, w2 = written_out(weights.predictor), *weights.fallback(x.dtype)
     static = torch.compiler.is_compiling() or not x.is_cpu or type(x) is not Tensor
-    parts = [x] if static else chunks(x, len(w1))
+    parts = [x] if static else x.split(_TOKENS)
     corrections = [_correction(some, weights, predictor, w1, w2, static) for some in parts]
     correction = torch.cat(corrections) if len(corrections) > 1 else corrections[0]
     if weights.fold is None:
@@ -71,9 +72,7 @@ def exact_ffn(x: Tensor, weights: FoldedWeights, b2: Tensor | None) -> Tensor:
         weights: with the dense weights beside them, unless they are stacked; the fold is not read.
         b2: [d], or None.
     """
-    w1, w2 = weights.fallback(x.dtype)
-    hidden = weights.neurons.value(F.linear(x, w1, weights.b1))
-    return F.linear(hidden.to(x.dtype), w2, b2)
+    return weights.exact(x, b2)
 
 
 def fixed_neurons(x: Tensor, weights: FoldedWeights) -> Tensor:

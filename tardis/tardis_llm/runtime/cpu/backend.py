@@ -16,7 +16,6 @@ from torch import Tensor
 from ...ffn.packed import PackedMatrix
 from ...ffn.weights import FoldedWeights, Layout
 from ...ffn.weights import Matrix as AnyMatrix
-from ..reference import exact_ffn
 from .library import ISAS, available, can_be_in_panels, kernels, loaded
 from .operators import ACTIVATION_BITS, DTYPES, LINEAR_ACTIVATION_BITS, batches, check_inputs, multiplies, readable
 from .panels import Panels
@@ -58,7 +57,7 @@ class CpuFFN:
     def exact(self, x: Tensor, b2: Tensor | None) -> Tensor:
         """Outputs [tokens, d] with every neuron computed, for inputs x [tokens, d], contiguous."""
         if not self.quick_exact or x.dtype != torch.bfloat16:
-            return exact_ffn(x, self._weights, b2)
+            return self._weights.exact(x, b2)
         check_inputs(x, self._d)
         y = torch.empty_like(x)
         if len(x):
