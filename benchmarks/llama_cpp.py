@@ -17,7 +17,7 @@ import shutil
 import statistics
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -112,17 +112,17 @@ def in_q4_0(shape: str, layers: int, path: Path) -> None:
     writer.add_token_merges(["< 0"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
-    add_own, norm_bias, matrices = _ARCHITECTURES[model_type]
-    add_own(writer, width // heads)
+    own = _ARCHITECTURES[model_type]
+    own.describe(writer, width // heads)
     shared = groups * width // heads
     _add_matrix(writer, "token_embd", vocabulary, width)
-    _add_norm(writer, "output_norm", width, norm_bias)
+    _add_norm(writer, "output_norm", width, own.norm_bias)
     _add_matrix(writer, "output", vocabulary, width)
     for block in (f"blk.{number}" for number in range(layers)):
-        for name, (rows, columns) in matrices(width, shared, neurons).items():
+        for name, (rows, columns) in own.matrices(width, shared, neurons).items():
             _add_matrix(writer, f"{block}.{name}", rows, columns)
-        for name in ("attn_norm",) if model_type == "falcon" else ("attn_norm", "ffn_norm"):
-            _add_norm(writer, f"{block}.{name}", width, norm_bias)
+        for name in own.norms:
+            _add_norm(writer, f"{block}.{name}", width, own.norm_bias)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -158,7 +158,6 @@ def _llama(writer: Any, head: int) -> None:
 
 
 def _matrices_of_falcon(width: int, shared: int, neurons: int) -> dict[str, tuple[int, int]]:
-    """Rows and columns of a block's matrices; `shared` is the width of keys, and of values."""
     return {
         "attn_qkv": (width + 2 * shared, width),
         "attn_output": (width, width),
@@ -168,7 +167,6 @@ def _matrices_of_falcon(width: int, shared: int, neurons: int) -> dict[str, tupl
 
 
 def _matrices_of_llama(width: int, shared: int, neurons: int) -> dict[str, tuple[int, int]]:
-    """As `_matrices_of_falcon`."""
     return {
         "attn_q": (width, width),
         "attn_k": (shared, width),
@@ -180,10 +178,26 @@ def _matrices_of_llama(width: int, shared: int, neurons: int) -> dict[str, tuple
     }
 
 
-#: what else the file says, whether norms have biases, and a block's matrices, by model type
+@dataclass(frozen=True)
+class Architecture:
+    """What files of a model type have.
+
+    Attributes:
+        describe: writes what else they say, given the width of a head.
+        norms: of a block.
+        norm_bias: whether norms have biases.
+        matrices: of a block, with rows and columns, given its width, that of keys and of values, and its neurons.
+    """
+
+    describe: Callable[[Any, int], None]
+    norms: tuple[str, ...]
+    norm_bias: bool
+    matrices: Callable[[int, int, int], dict[str, tuple[int, int]]]
+
+
 _ARCHITECTURES = {
-    "falcon": (_falcon, True, _matrices_of_falcon),
-    "llama": (_llama, False, _matrices_of_llama),
+    "falcon": Architecture(_falcon, ("attn_norm",), True, _matrices_of_falcon),
+    "llama": Architecture(_llama, ("attn_norm", "ffn_norm"), False, _matrices_of_llama),
 }
 
 

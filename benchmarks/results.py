@@ -215,31 +215,30 @@ def real_part(real: dict[str, Any]) -> str:
         f"GPTQ: it is calibrated as folds are. On an {machine['cpu']}, by `benchmarks/real_models.py`."
     ]
     for model, found in real["models"].items():
-        head = [model, "touched", *_TEXTS, *_tasks_of(found["methods"])]
-        dense = found["methods"]["dense"]
-        lines = [
-            [_real_name(label), f"{row['touched']:.1%}", *(_increase(row, dense, text) for text in _TEXTS)]
-            + [f"{row['tasks'][task]['value']:.1%}" if "tasks" in row else "" for task in head[2 + len(_TEXTS) :]]
-            for label, row in sorted(found["methods"].items(), key=lambda pair: -pair[1]["touched"])
-        ]
-        parts.append(table(head, lines))
+        parts.append(real_table(model, found["methods"], _tasks_of(found["methods"])))
     return "\n\n".join(parts)
 
 
 def real_readme_part(real: dict[str, Any]) -> str:
     """The README's table of the first real model."""
     model, found = next(iter(real["models"].items()))
-    dense = found["methods"]["dense"]
-    lines = [
-        [_real_name(label), f"{row['touched']:.1%}", *(_increase(row, dense, text) for text in _TEXTS)]
-        for label, row in sorted(found["methods"].items(), key=lambda pair: -pair[1]["touched"])
-    ]
     return (
         f"{model}, FFNs alone compressed: share of their bytes that a token reads, everything counted, and increase of "
         f"the loss in nats per token ({real['settings']['tokens']:,} tokens each; the dense perplexity in the first "
         "row). Calibration text is prose, no code. [More models](docs/results.md#real-models).\n\n"
-        + table(["FFNs", "touched", *_TEXTS], lines)
+        + real_table("FFNs", found["methods"], [])
     )
+
+
+def real_table(title: str, methods: Mapping[str, dict[str, Any]], tasks: Sequence[str]) -> str:
+    """Every method on one model, by the bytes that it touches."""
+    lines = [
+        [_real_name(label), f"{row['touched']:.1%}"]
+        + [_increase(row, methods["dense"], text) for text in _TEXTS]
+        + [f"{row['tasks'][task]['value']:.1%}" if "tasks" in row else "" for task in tasks]
+        for label, row in sorted(methods.items(), key=lambda pair: -pair[1]["touched"])
+    ]
+    return table([title, "touched", *_TEXTS, *tasks], lines)
 
 
 def _tasks_of(methods: Mapping[str, dict[str, Any]]) -> list[str]:

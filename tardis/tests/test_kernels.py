@@ -53,7 +53,7 @@ from tardis_llm.runtime.cpu.panels import Panels
 from tardis_llm.runtime.cpu.structures import FFN, Batch
 from tardis_llm.runtime.modules import FoldedFFN
 from tardis_llm.runtime.placing import install, uninstall
-from tardis_llm.runtime.reference import exact_ffn, fixed_neurons, folded_ffn
+from tardis_llm.runtime.reference import fixed_neurons, folded_ffn
 
 BUILT = open_library()
 needs_library = pytest.mark.skipif(BUILT is None, reason="the CPU kernels are not built: no C++ compiler was found")
@@ -466,9 +466,9 @@ def test_every_neuron_is_computed_by_the_weights_in_few_bits(
     x, weights = correlated(tokens, d).bfloat16(), folded.beside(dense)
     with library.loaded().using("amx"):
         ffn = CpuFFN(replace(weights, predictor=Panels.of(weights.predictor)))
-        assert ffn.quick_exact
+        assert ffn.quick_exact(x) and not ffn.quick_exact(x.float())
         for b2 in (dense.b2, None):
-            expected = exact_ffn(x, weights, b2)
+            expected = weights.exact(x, b2)
             error = (ffn.exact(x, b2).float() - expected.float()).abs().max()
             assert float(error) <= 2**-6 * float(expected.abs().max())  # hidden activations and sums are in bf16
 
@@ -476,8 +476,8 @@ def test_every_neuron_is_computed_by_the_weights_in_few_bits(
 def test_without_a_kernel_every_neuron_is_computed_by_the_reference(isa: str) -> None:
     folded, dense = stored_fold(100, 37, Storage(48, 8, 4), torch.float32)
     x, ffn = correlated(3, 100), CpuFFN(folded.beside(dense))
-    assert not ffn.quick_exact
-    assert torch.equal(ffn.exact(x, dense.b2), exact_ffn(x, folded.beside(dense), dense.b2))
+    assert not ffn.quick_exact(x)
+    assert torch.equal(ffn.exact(x, dense.b2), folded.beside(dense).exact(x, dense.b2))
 
 
 def test_residuals_of_any_size_are_rounded_relative_to_their_neighbours(isa: str) -> None:

@@ -82,7 +82,7 @@ def test_rows_of_w2_make_up_for_what_rounding_w1_did_to_the_size_of_a_neuron(k: 
     huge = torch.zeros(100, D)
     huge[:, 3] = 100.0
     tokens = Tokens(torch.cat([correlated(3000, D, 1), huge]), None, torch.cat([torch.ones(3000), torch.ones(100) / 2]))
-    scale = match_sizes(ffn, folded, tokens).down.scale / folded.down.scale  # type: ignore[union-attr]
+    scale = down_scale(match_sizes(ffn, folded, tokens)) / down_scale(folded)
     exact = folded.neurons.residual(F.linear(tokens.x, ffn.w1, ffn.b1))
     rounded = folded.neurons.residual(F.linear(tokens.x, folded.fallback(torch.float32)[0], ffn.b1))
     before, after = ((exact - rounded * some).square().T @ tokens.weight for some in (1.0, scale.float().T))
@@ -95,9 +95,13 @@ def test_rows_of_w2_make_up_for_what_rounding_w1_did_to_the_size_of_a_neuron(k: 
 def test_a_row_of_w2_whose_neuron_is_never_fixed_stays_as_it_is() -> None:
     ffn = random_ffn(D, H)
     folded, _ = stored_fold(D, H, Storage(D, 8, 4), torch.float32, ranges="none")
-    assert folded.down is not None
-    matched = match_sizes(ffn, folded, inputs().fit)
-    assert torch.equal(matched.down.scale, folded.down.scale)  # type: ignore[union-attr]
+    assert torch.equal(down_scale(match_sizes(ffn, folded, inputs().fit)), down_scale(folded))
+
+
+def down_scale(folded: FoldedWeights) -> Tensor:
+    """[h, groups], of W2 in few bits."""
+    assert isinstance(folded.down, PackedMatrix)
+    return folded.down.scale
 
 
 def test_a_predictor_with_all_the_bits_leaves_no_remainder() -> None:

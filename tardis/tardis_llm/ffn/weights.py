@@ -208,7 +208,7 @@ class Storage:
         """
         if self.fallback_bits is None or self.remainder_bits is not None:
             return self.remainder_bits or 0
-        return self.fallback_bits - bits + (self.fallback_bits == 4 and 2 <= bits < 4)
+        return self.fallback_bits - bits + (self.fallback_bits == 4 and bits in (2, 3))
 
     def format(self, activation: str, bits: int, gated: bool = False) -> FoldFormat:
         """The format of a folded FFN with this activation and a predictor of so many bits."""

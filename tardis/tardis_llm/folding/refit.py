@@ -7,6 +7,7 @@ and no files, and gives what `FoldedFFN.swap` takes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -114,18 +115,16 @@ def fit_fold(
     prior, _ = fold_of_lines(dense, folded.neurons)
     spread = (fit.x.centred / fit.x.count).float() if rounding == "gptq" else None
 
-    def stored(penalty: float) -> FoldedWeights:
-        solved = ridge(spectrum, fit.x, fit.left, heldout.x, heldout.left, prior, (penalty,))
-        fold = store_fold(solved.weight, folded.format, folded.dtype, spread)
+    def solved(dampings: Sequence[float]) -> tuple[FoldedWeights, float]:
+        best = ridge(spectrum, fit.x, fit.left, heldout.x, heldout.left, prior, dampings)
+        fold = store_fold(best.weight, folded.format, folded.dtype, spread)
         bias = (fit.left.y_sum - written_out(fold).to(folded.dtype).double() @ fit.x.x_sum) / fit.x.count
-        return replace(folded, fold=fold, bias=bias.to(folded.dtype))
+        return replace(folded, fold=fold, bias=bias.to(folded.dtype)), best.damping
 
     dampings = DAMPINGS if damping is None else (damping,)
-    if folded.format.fold_bits is None or len(dampings) == 1:  # rounding hardly matters, and ridge compares cheaply
-        best = ridge(spectrum, fit.x, fit.left, heldout.x, heldout.left, prior, dampings).damping
-        return stored(best), best
-    found = [(stored(each), each) for each in dampings]
-    return min(found, key=lambda pair: fold_error(pair[0], heldout))
+    if folded.format.fold_bits is None:  # rounding hardly matters, and ridge compares cheaply
+        return solved(dampings)
+    return min((solved((each,)) for each in dampings), key=lambda pair: fold_error(pair[0], heldout))
 
 
 def fold_of_lines(dense: DenseFFN, neurons: Neurons) -> tuple[Tensor, Tensor]:

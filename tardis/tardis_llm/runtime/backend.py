@@ -28,16 +28,13 @@ _VARIABLE = "TARDIS_KERNELS"
 
 
 class PreparedFFN(Protocol):
-    """A folded FFN that is ready to run. It changes as little as the weights that it was made from.
-
-    Attributes:
-        quick_exact: whether many tokens go through `exact` faster than through the fold.
-    """
-
-    quick_exact: bool
+    """A folded FFN that is ready to run. It changes as little as the weights that it was made from."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """Outputs [tokens, d] for inputs x [tokens, d], contiguous, in the dtype of x."""
+
+    def quick_exact(self, x: Tensor) -> bool:
+        """Whether many tokens like x go through `exact` faster than through the fold."""
 
     def exact(self, x: Tensor, b2: Tensor | None) -> Tensor:
         """Outputs [tokens, d] with every neuron computed by the weights that fixing reads, and b2 [d] added."""

@@ -64,17 +64,6 @@ def _correction(x: Tensor, weights: FoldedWeights, predictor: Tensor, w1: Tensor
     return F.linear(residual.to(x.dtype), w2[:, some])
 
 
-def exact_ffn(x: Tensor, weights: FoldedWeights, b2: Tensor | None) -> Tensor:
-    """Outputs [tokens, d] with every neuron computed by the weights that fixing reads, for inputs x [tokens, d].
-
-    Args:
-        x: in the model's dtype.
-        weights: with the dense weights beside them, unless they are stacked; the fold is not read.
-        b2: [d], or None.
-    """
-    return weights.exact(x, b2)
-
-
 def fixed_neurons(x: Tensor, weights: FoldedWeights) -> Tensor:
     """[tokens, h] bool: the neurons S(x) that are predicted out of their hot range, for inputs x [tokens, d]."""
     return _outside(x, weights, written_out(weights.predictor))
@@ -97,15 +86,18 @@ class ReferenceFFN:
     """A folded FFN by the reference."""
 
     weights: FoldedWeights
-    quick_exact = False  #: matrices in few bits are written out for each call
 
     def __call__(self, x: Tensor) -> Tensor:
         """Outputs [tokens, d] for inputs x [tokens, d]."""
         return folded_ffn(x, self.weights)
 
+    def quick_exact(self, x: Tensor) -> bool:
+        """No: matrices in few bits are written out for each call."""
+        return False
+
     def exact(self, x: Tensor, b2: Tensor | None) -> Tensor:
         """Outputs [tokens, d] with every neuron computed, for inputs x [tokens, d]."""
-        return exact_ffn(x, self.weights, b2)
+        return self.weights.exact(x, b2)
 
     def fixed(self, x: Tensor) -> Tensor:
         """[tokens, h] bool: the neurons that are fixed for inputs x [tokens, d]."""

@@ -170,7 +170,7 @@ class FoldState(Stored):
         if not self.stacked:
             return dense_ffn(x, dense)
         ffn = self.prepared(x, dense)
-        return None if if_quick and not ffn.quick_exact else ffn.exact(x.contiguous(), dense.b2)
+        return None if if_quick and not ffn.quick_exact(x) else ffn.exact(x.contiguous(), dense.b2)
 
     def _prepare(self, x: Tensor, dense: DenseFFN) -> PreparedFFN:
         """`prepared` anew, while no tensor changes."""

@@ -11,9 +11,9 @@ constexpr int64_t kAhead = 6;  // rows from what is written out to what is asked
 
 // Rows of W2 as bf16 numbers in panels of 32 columns.
 template <int B>
-class Rows2 {
+class WrittenOutRows {
 public:
-    Rows2(const TardisMatrix& m, Range columns)
+    WrittenOutRows(const TardisMatrix& m, Range columns)
         : m_(m), columns_(columns), row_bytes_((m.columns + 7) / 8),
           groups_((m.columns + m.group_size - 1) / m.group_size) {
         const int64_t block = columns.begin / kBlockColumns * kBlockColumns, left = m.columns - block;
@@ -77,7 +77,7 @@ private:
 
 template <int B>
 void multiply(const TardisMatrix& m, Range columns, const Tokens& x, float* out, int64_t stride) {
-    Rows2<B> rows(m, columns);
+    WrittenOutRows<B> rows(m, columns);
     for (int64_t begin = 0; begin < m.rows; begin += kNeuronsAtOnce) {
         const int64_t end = begin + kNeuronsAtOnce < m.rows ? begin + kNeuronsAtOnce : m.rows;
         rows.write(begin, end);

@@ -30,9 +30,6 @@ class CpuFFN:
         activation_bits: of inputs where they meet a low-bit matrix, 8 or 16. A predictor that only selects, beside
             dense weights, never gets more than 8.
 
-    Attributes:
-        quick_exact: whether `exact` has a kernel, for inputs in bf16.
-
     Raises:
         TardisError: the kernels cannot read the weights.
     """
@@ -48,15 +45,19 @@ class CpuFFN:
         vectors = weights.bias, weights.b1, *neurons.tensors
         sized = [Vector.of(vector, size) for vector, size in zip(vectors, (self._d, rows, h, h, rows, h), strict=True)]
         self._ffn = FFN(*matrices, *sized, Activation.of(neurons.activation), neurons.k)
-        self.quick_exact = weights.stacked and self._kernels.has_exact_ffn(self._ffn)
+        self._has_exact = weights.stacked and self._kernels.has_exact_ffn(self._ffn)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Outputs [tokens, d] for inputs x [tokens, d], contiguous."""
         return self._run(x, self._kernels.folded_ffn, torch.empty_like(x))
 
+    def quick_exact(self, x: Tensor) -> bool:
+        """Whether `exact` has a kernel for inputs like x."""
+        return self._has_exact and x.dtype == torch.bfloat16
+
     def exact(self, x: Tensor, b2: Tensor | None) -> Tensor:
         """Outputs [tokens, d] with every neuron computed, for inputs x [tokens, d], contiguous."""
-        if not self.quick_exact or x.dtype != torch.bfloat16:
+        if not self.quick_exact(x):
             return self._weights.exact(x, b2)
         check_inputs(x, self._d)
         y = torch.empty_like(x)

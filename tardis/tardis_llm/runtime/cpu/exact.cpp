@@ -21,14 +21,13 @@ public:
           most_(std::min(kernels().panel_tokens, batch.tokens)), hidden_(static_cast<size_t>(most_ * h_)) {}
 
     void run() {
-        const int64_t columns = kDownColumns * (d_ / kBlockColumns * 2 + (d_ % kBlockColumns ? 2 : 0));
         for (int64_t first = 0; first < batch_.tokens; first += most_) {
             const int64_t count = std::min(most_, batch_.tokens - first);
             const auto* x = static_cast<const uint16_t*>(batch_.x) + first * d_;
             parallel(batch_.threads, blocks(h_, kNeurons), [&](int64_t task) {
                 hide({x, nullptr, count, d_}, {task * kNeurons, std::min((task + 1) * kNeurons, h_)});
             });
-            parallel(batch_.threads, columns / kDownColumns, [&](int64_t task) {
+            parallel(batch_.threads, 2 * blocks(d_, kBlockColumns), [&](int64_t task) {
                 add_up({hidden_.data(), nullptr, count, h_}, first, halves(task));
             });
         }
@@ -51,13 +50,13 @@ private:
         }
         for (int64_t begin = neurons.begin; begin < neurons.end; begin += kBlockRows) {
             const int64_t count = std::min(kBlockRows, neurons.end - begin), at = begin - neurons.begin;
-            const Widened gate(ffn_.b1, begin, begin + count);
-            const Widened up(ffn_.k > 1 ? ffn_.b1 : TardisVector{}, (ffn_.k - 1) * h_ + begin, (ffn_.k - 1) * h_ + begin + count);
+            const int64_t other = (ffn_.k - 1) * h_ + begin;  // the row of W1 that a gate is before
+            const Widened first_bias(ffn_.b1, begin, begin + count), second_bias(ffn_.b1, other, other + count);
             for (int64_t t = 0; t < x.count; ++t) {
                 float *first = v[0] + t * kNeurons + at, *second = v[1] + t * kNeurons + at;
-                for (int64_t i = 0; i < count; ++i) first[i] += gate.at[i];
+                for (int64_t i = 0; i < count; ++i) first[i] += first_bias.at[i];
                 kernels().activate(ffn_.activation, first, count);
-                for (int64_t i = 0; ffn_.k > 1 && i < count; ++i) first[i] *= second[i] + up.at[i];
+                for (int64_t i = 0; ffn_.k > 1 && i < count; ++i) first[i] *= second[i] + second_bias.at[i];
                 kernels().store({hidden_.data(), TARDIS_BF16, 0}, t * h_ + begin, count, first, nullptr);
             }
         }
