@@ -117,6 +117,11 @@ class FoldReport(ByteTotals):
         """Mean share of neurons fixed per token."""
         return sum(layer.fix_rate for layer in self.layers) / len(self.layers)
 
+    @property
+    def worse_than_mean(self) -> list[LayerReport]:
+        """The layers whose error is 1 or more, or NaN: the mean output in their place would be no worse."""
+        return [layer for layer in self.layers if not layer.error < 1]
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, totals included."""
         totals = {name: getattr(self, name) for name in ("dense", "touched", "resident", "fix_rate", "reduction")}

@@ -19,9 +19,11 @@ from tardis_llm import __version__, sample
 from tardis_llm.checkpoint.folded import holds_fold
 from tardis_llm.checkpoint.manifest import MANIFEST
 from tardis_llm.cli import demo
+from tardis_llm.cli import output as show
 from tardis_llm.evaluation import self_check
 from tardis_llm.pipeline import fold as pipeline
 from tardis_llm.pipeline.workspace import FOLDER
+from tardis_llm.report import FoldReport, LayerReport
 from tardis_llm.runtime.placing import folded_ffns
 
 Tardis = Callable[..., Result]
@@ -224,3 +226,13 @@ def test_a_fold_that_ruins_the_model_is_not_written_unless_forced(
     assert forced.code == 0
     assert "written all the same because of --force" in forced.err
     assert holds_fold(tmp_path / "out")
+
+
+@pytest.mark.parametrize("error", [0.4, 1.0, 2.6, float("nan")])
+def test_a_layer_that_is_worse_than_its_mean_output_is_warned_of(capsys: pytest.CaptureFixture[str], error: float):
+    sound = LayerReport("model.layers.0.mlp", 2, 0.1, 0.2, 0.3, None, None, 400, 80.0, 450)
+    other = dataclasses.replace(sound, prefix="model.layers.1.mlp", error=error)
+    show.print_fold(FoldReport([sound, other]), "Folded layers")
+    err = capsys.readouterr().err
+    assert ("model.layers.1.mlp has an error of" in err) == (error != 0.4)
+    assert "model.layers.0.mlp" not in err

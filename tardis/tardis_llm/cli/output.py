@@ -156,7 +156,7 @@ def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]
 
 
 def print_fold(report: FoldReport, title: str) -> None:
-    """Print the figures of every layer of a fold and of all together, and what they mean."""
+    """Print the figures of every layer of a fold and of all together, and what they mean; warn of useless layers."""
     made = table(title, "FFN", "bits", "fixed", "error", "linearity", "touched", "resident")
     for layer in report.layers:
         figures = str(layer.bits), f"{layer.fix_rate:.2%}", f"{layer.error:.4f}", f"{layer.linearity:.4f}"
@@ -180,6 +180,11 @@ def print_fold(report: FoldReport, title: str) -> None:
         stay = f", of which {size(linears.shared)} stay as the embedding" if linears.shared else ""
         stored = f"{linears.layers} linear layers outside the FFNs in int{linears.bits}: {size(linears.stored)}"
         out.print(f"{stored}, before {size(linears.dense)}{stay}")
+    for layer in report.worse_than_mean:
+        warn(
+            f"{layer.prefix} has an error of {layer.error:.2f}, and its mean output alone would have 1. Leave it dense "
+            "with --layers, lower --reduction, or give more --text."
+        )
 
 
 def perplexity(value: Perplexity) -> str:
