@@ -96,7 +96,7 @@ def compile_launch(launch: Launch, name: str) -> Compiled:
         if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    options = {"num_warps": launch.warps, **OPTIONS}
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, **OPTIONS}
     return _measured(launch.kernel.__name__, triton.compile(source, target=target(name), options=options))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -26,11 +25,6 @@ if TYPE_CHECKING:
     from .launch import Fixing, GPUMatrix
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on CPUs: how they are tested where there is no GPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache
@@ -70,7 +64,7 @@ class TritonFFN:
         """Outputs [tokens, d] for inputs x [tokens, d], contiguous."""
         from .launch import MAX_TOKENS, multiply
 
-        if len(x) > MAX_TOKENS:
+        if not 0 < len(x) <= MAX_TOKENS:
             return self._many(x)
         launches, parts = self._fixing.launches(x)
         y = x.new_empty(len(x), parts.shape[2])
@@ -146,6 +140,7 @@ class TritonBackend:
     """The kernels, for tensors on GPUs."""
 
     name = "triton"
+    reads_stored = False
     dtypes: tuple[torch.dtype, ...] = DTYPES
     instruction_sets: tuple[str, ...] = ()
 
@@ -158,14 +153,14 @@ class TritonBackend:
         Raises:
             KernelsError: it has, and Triton is not installed.
         """
-        if not (self._on_device(x) and x.dtype in DTYPES and x.numel() > 0):
+        if not (x.is_cuda and x.dtype in DTYPES and x.numel() > 0):
             return False
         _require()
         return True
 
     def lay_out(self, matrix: Tensor | PackedMatrix, dtype: torch.dtype, by_rows: bool = False) -> Layout | None:
         """A copy of a matrix in few bits as `Codes`, if it is on a GPU."""
-        return Codes.of(matrix) if isinstance(matrix, PackedMatrix) and self._on_device(matrix.planes) else None
+        return Codes.of(matrix) if isinstance(matrix, PackedMatrix) and matrix.planes.is_cuda else None
 
     def prepare(self, weights: FoldedWeights, dtype: torch.dtype) -> TritonFFN | None:
         """A folded FFN for the kernels, if dense matrices are contiguous in this dtype."""
@@ -183,6 +178,3 @@ class TritonBackend:
             return F.linear(x, matrix, bias)
         tokens = x.reshape(-1, x.shape[-1]).contiguous()
         return product(tokens, readable(matrix), bias).view(*x.shape[:-1], -1)
-
-    def _on_device(self, x: Tensor) -> bool:
-        return x.is_cuda or (x.is_cpu and interpreted())

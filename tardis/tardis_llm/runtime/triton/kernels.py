@@ -160,8 +160,9 @@ def multiply(x, data, scale, bias, parts, y, tokens, rows, FORMAT: tl.constexpr,
         total += product(x, token, tokens, data, scale, row, ok, FORMAT, COLUMNS, T, R, STEP)
     if bias is not None:
         total += tl.load(bias + row, mask=ok, other=0.0).to(tl.float32)[None, :]
-    for part in range(PARTS):
-        total += tl.load(parts + (part * tokens + token[:, None]) * rows + row[None, :], mask=both, other=0.0)
+    if parts is not None:
+        for part in range(PARTS):
+            total += tl.load(parts + (part * tokens + token[:, None]) * rows + row[None, :], mask=both, other=0.0)
     tl.store(y + token[:, None] * rows + row[None, :], total.to(y.dtype.element_ty), mask=both)
 
 

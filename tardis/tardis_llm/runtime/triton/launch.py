@@ -41,6 +41,7 @@ class Launch:
         arguments: tensors, numbers, and None of what is not there, by name.
         constants: known when it is compiled.
         warps: of a program.
+        stages: of what is loaded ahead into shared memory, where tensor cores multiply.
     """
 
     kernel: Any
@@ -48,11 +49,12 @@ class Launch:
     arguments: Mapping[str, Tensor | int | float | None]
     constants: Mapping[str, Any]
     warps: int = 4
+    stages: int = 1
 
     def run(self) -> None:
         """Launch it on the current stream."""
         if all(self.grid):
-            self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.warps, **OPTIONS)
+            self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.warps, num_stages=self.stages, **OPTIONS)
 
 
 #: sums of products are fused, which is no longer the default of every version of Triton
@@ -91,14 +93,14 @@ def streamed(matrix: GPUMatrix, tokens: int) -> Tile:
     many = padded(tokens)
     if isinstance(matrix, Tensor):
         return Tile(many, 4, 512, 4) if many == 1 else Tile(many, 16, 128, 4)
-    return Tile(many, 32, 64, 4) if many == 1 else Tile(many, 64, 64, 4)
+    return Tile(many, 16, 64, 4) if many == 1 else Tile(many, 32, 32, 4 if many <= 16 else 8)
 
 
 def scattered(matrix: GPUMatrix | None, tokens: int) -> Tile:
     """The tile of products with rows here and there, a few for each program."""
     many = padded(tokens)
     if isinstance(matrix, Codes):
-        return Tile(many, 4, 64, 2) if many == 1 else Tile(many, 16, 64, 4)
+        return Tile(many, 4, 32, 2) if many == 1 else Tile(many, 16, 16, 4)
     return Tile(many, 1, 1024, 4) if many == 1 else Tile(many, 16, 128, 4)
 
 

@@ -122,8 +122,6 @@ def _words(total, x, token, tokens, at, scales, ok, start, FORMAT: tl.constexpr,
         there = there & (word < END)[None, :]
     some = tl.load(at[:, None] + word[None, :], mask=there, other=0, eviction_policy="evict_first")
     first = word // 16 * SPAN + word % 16
-    if T == 1:
-        part = tl.zeros_like(total)
     for field in tl.static_range(32 // WIDTH):
         column = first + field * 16
         numbers = inputs(x, token, tokens, column, END, COLUMNS, T)
@@ -131,10 +129,12 @@ def _words(total, x, token, tokens, at, scales, ok, start, FORMAT: tl.constexpr,
         if field % EVERY == 0:
             steps = steps_of(scales, there, column, END, COLUMNS, GROUP)
         if T == 1:
-            part += level * numbers.to(tl.float32)
+            if field % EVERY == 0:
+                part = level * numbers.to(tl.float32)
+            else:
+                part += level * numbers.to(tl.float32)
             if (field + 1) % EVERY == 0:
                 total += part * steps
-                part = tl.zeros_like(total)
         else:
             total = dot(numbers, tl.trans((level * steps).to(x.dtype.element_ty)), total)
     return total
