@@ -120,8 +120,10 @@ def _measured(name: str, target: str, compiled: Any) -> Compiled:
     """What was compiled, with what it takes."""
     if "amdgcn" in compiled.asm:
         text = compiled.asm["amdgcn"]
-        found = {key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "private_segment_fixed_size")}  # type: ignore[index]  # fmt: skip
-        return Compiled(name, target, text, found["vgpr_count"], found["private_segment_fixed_size"], compiled.metadata.shared)
+        found = {key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "private_segment_fixed_size")}  # type: ignore[index]  # fmt: skip  # noqa: E501
+        return Compiled(
+            name, target, text, found["vgpr_count"], found["private_segment_fixed_size"], compiled.metadata.shared
+        )
     usage = disassembled(compiled.asm["cubin"], "--dump-resource-usage")
     registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))  # type: ignore[index]
     return Compiled(name, target, compiled.asm["ptx"], registers, stack, compiled.metadata.shared)
@@ -158,7 +160,11 @@ def step(shape: Shape, bits: int | None, tokens: int = 1) -> list[Launch]:
     """The launches of a folded FFN for so many tokens, all in bf16 or in so many bits."""
     x = torch.empty(tokens, shape.d, dtype=torch.bfloat16, device=META)
     launches, parts = fixing(shape, bits).launches(x)
-    fold = torch.empty(shape.d, shape.d, dtype=torch.bfloat16, device=META) if bits is None else codes(shape.d, shape.d, bits)
+    fold = (
+        torch.empty(shape.d, shape.d, dtype=torch.bfloat16, device=META)
+        if bits is None
+        else codes(shape.d, shape.d, bits)
+    )
     bias, y = torch.empty(shape.d, dtype=torch.bfloat16, device=META), torch.empty_like(x)
     return [*launches, multiply(x, fold, bias, y, parts)]
 
@@ -168,7 +174,7 @@ FFNS = {"Falcon-7B, bf16": (FALCON, None), "Llama-3-8B, int4": (LLAMA, 4)}
 
 
 def weight_bytes(compiled: Compiled, warps: int) -> int:
-    """Bytes of weights that a program loads, from its PTX, which has no loops: weights are marked to be evicted first."""
+    """Bytes of weights that a program loads, from its PTX, which has no loops: weights are marked to be evicted first."""  # noqa: E501
     loads = re.findall(r"ld\.global[.\w:]*L1::evict_first[.\w:]*?(?:\.v(\d))?\.[busf](\d+)\b", compiled.assembly)
     return sum(int(count or 1) * int(bits) // 8 for count, bits in loads) * 32 * warps
 
@@ -235,7 +241,7 @@ GPUS = (
     GPU("H200", 4.8e12, 132 * 128 * 1.98e9),
     GPU("RTX 4090", 1.008e12, 128 * 128 * 2.52e9),
 )
-#: share of the data sheet's bandwidth that a copy is taken to reach; neurons that a token fixes; seconds between kernels
+#: share of the data sheet's bandwidth that a copy is taken to reach; neurons that a token fixes; seconds between kernels  # noqa: E501
 COPY, FIXED, GAP = 0.9, 0.05, 1e-6
 
 
@@ -244,11 +250,13 @@ def instructions(launch: Launch, target: str = "sm_90") -> int:
     text = disassembled(_compiled(launch, target).asm["cubin"], "--dump-sass")
     places = [(int(place, 16), code) for place, code in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+([^;]*);", text)]
     jumps = ((place, re.search(r"BRA.* 0x([0-9a-f]+)", code)) for place, code in places)
-    return max(((place - int(jump[1], 16)) // 16 + 1 for place, jump in jumps if jump and int(jump[1], 16) < place), default=0)
+    return max(
+        ((place - int(jump[1], 16)) // 16 + 1 for place, jump in jumps if jump and int(jump[1], 16) < place), default=0
+    )
 
 
 def issued_per_byte(bits: int) -> float:
-    """Instructions of threads for a byte of a matrix in so many bits, 16 for bf16, that one token is multiplied with."""
+    """Instructions of threads for a byte of a matrix in so many bits, 16 for bf16, that one token is multiplied with."""  # noqa: E501
     matrix: GPUMatrix = torch.empty(8192, 8192, dtype=torch.bfloat16, device=META)
     matrix = matrix if bits == 16 else codes(8192, 8192, bits)
     x, y = (torch.empty(1, 8192, dtype=torch.bfloat16, device=META) for _ in range(2))
@@ -286,20 +294,30 @@ def usage_table() -> str:
 
 def roofline_table() -> str:
     """Computed times of one FFN on each GPU, as Markdown."""
-    rows = ["| GPU | FFN | dense bf16, us | folded by bytes, us | with issue, us | ratio |", "|---|---|---|---|---|---|"]
+    rows = [
+        "| GPU | FFN | dense bf16, us | folded by bytes, us | with issue, us | ratio |",
+        "|---|---|---|---|---|---|",
+    ]
     for gpu in GPUS:
         for name, ffn in FFNS.items():
             time = computed(gpu, *ffn)
             ratio = time["dense"] / time["issue"]
-            rows.append(f"| {gpu.name} | {name} | {time['dense']:.0f} | {time['bytes']:.0f} | {time['issue']:.0f} | {ratio:.1f} |")
+            rows.append(
+                f"| {gpu.name} | {name} | {time['dense']:.0f} | {time['bytes']:.0f} | {time['issue']:.0f} | {ratio:.1f} |"  # noqa: E501
+            )
     return "\n".join(rows)
 
 
 def issue_table() -> str:
     """Instructions for a byte of a matrix in each format, and what GPUs issue in the time that a byte takes."""
     widths = (16, 8, 4, 2, 1)
-    rows = ["| | " + " | ".join("bf16" if bits == 16 else f"{bits} bits" for bits in widths) + " |", "|---|" + "---|" * 5]
-    rows.append("| instructions of threads for a byte | " + " | ".join(f"{issued_per_byte(bits):.1f}" for bits in widths) + " |")
+    rows = [
+        "| | " + " | ".join("bf16" if bits == 16 else f"{bits} bits" for bits in widths) + " |",
+        "|---|" + "---|" * 5,
+    ]
+    rows.append(
+        "| instructions of threads for a byte | " + " | ".join(f"{issued_per_byte(bits):.1f}" for bits in widths) + " |"
+    )
     limits = ", ".join(f"{gpu.name} {gpu.issue / gpu.bandwidth / COPY:.1f}" for gpu in GPUS)
     return "\n".join(rows) + f"\n\nIn the time in which a byte comes from memory: {limits}."
 

@@ -1,4 +1,4 @@
-"""The GPU kernels do what the reference does, for every format, batch and set of fixed neurons, in Triton's interpreter.
+"""The GPU kernels do what the reference does, for every format, batch and fix set, in Triton's interpreter.
 
 Sums are in fp32; what may differ is rounding to the dtype of x, of inputs' products with levels and of residuals.
 """
@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from interpreted import quick_interpreter
 from models import tiny_model, tokens
 from synthetic import NAMES, correlated, folded_with, neuron_major, normal, packed, random_ffn, stored_fold
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from interpreted import quick_interpreter
 from tardis_llm.errors import KernelsError
 from tardis_llm.families.sites import find_ffns
 from tardis_llm.ffn.packed import PackedMatrix
@@ -137,7 +137,7 @@ def test_matrices_are_written_out_as_the_reference_does(interpreter: None, bits:
 CASES = [
     (DENSE, 1, "half", 1, BF16), (DENSE, 1, "half", 64, BF16), (DENSE, 1, "none", 1, FP32), (DENSE, 1, "all", 2, FP32),
     (DENSE, 2, "half", 1, FP16), (DENSE, 2, "all", 9, BF16), (DENSE, 2, "none", 33, FP32), (DENSE, 2, "half", 70, FP32),
-    (STACKED, 1, "half", 1, FP32), (STACKED, 1, "all", 1, BF16), (STACKED, 1, "none", 5, BF16), (STACKED, 1, "half", 64, FP32),
+    (STACKED, 1, "half", 1, FP32), (STACKED, 1, "all", 1, BF16), (STACKED, 1, "none", 5, BF16), (STACKED, 1, "half", 64, FP32),  # noqa: E501
     (STACKED, 2, "half", 1, BF16), (STACKED, 2, "half", 16, FP32), (STACKED, 2, "all", 65, FP32),
     (FINE, 1, "half", 1, FP32), (FINE, 1, "half", 3, BF16), (UNEVEN, 2, "half", 1, FP32), (UNEVEN, 2, "half", 4, FP16),
 ]  # fmt: skip
@@ -155,7 +155,9 @@ def test_every_storage_fix_set_and_batch(
     assert share == {"none": 0.0, "all": 1.0}.get(ranges, share) and (ranges != "half" or 0.1 < share < 0.9)
     # the reference with the neurons that the kernels fix
     low = torch.where(fixed, torch.inf, -torch.inf)
-    wanted = torch.cat([folded_ffn(one, _fixing(folded, row).beside(dense)) for one, row in zip(x.split(1), low, strict=True)])
+    wanted = torch.cat(
+        [folded_ffn(one, _fixing(folded, row).beside(dense)) for one, row in zip(x.split(1), low, strict=True)]
+    )
     assert_near(ffn(x), wanted, BOUNDS[dtype])
 
 
@@ -368,7 +370,9 @@ def test_folded_ffns_and_layers_in_few_bits_trace_on_a_gpu_that_is_not_there(mon
         return layer(ffn(x, DenseFFN(w1, b1, w2, b2, dense.activation)))
 
     with FakeTensorMode():
-        x, *tensors = (torch.empty(part.shape, dtype=BF16, device="cuda") for part in (torch.empty(3, 72), *dense.tensors))
+        x, *tensors = (
+            torch.empty(part.shape, dtype=BF16, device="cuda") for part in (torch.empty(3, 72), *dense.tensors)
+        )
         y = torch.compile(run, backend=operators(found), fullgraph=True)(x, *tensors)
     assert y.is_cuda and y.shape == (3, 30)
     assert [each for each in found if "numbered" in each] == ["tardis.numbered_ffn", "tardis.numbered_linear"]

@@ -25,7 +25,7 @@ from .tiles import codes_of, dot, left_by_lines, levels_of_line, product, steps_
 @triton.jit
 def predict(x, data, scale, bias, low, high, slope, offset, fixed, some, predicted, tokens, count, p0, p1, p2, p3,
             FORMAT: tl.constexpr, COLUMNS: tl.constexpr, T: tl.constexpr, R: tl.constexpr, STEP: tl.constexpr,
-            KIND: tl.constexpr, K: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+            KIND: tl.constexpr, K: tl.constexpr):  # fmt: skip
     """Of R neurons and T tokens: fixed [tokens, count], some [count], predicted [tokens, K count] if it is there."""
     neuron = tl.program_id(0) * R + tl.arange(0, R)
     ok = neuron < count
@@ -53,7 +53,7 @@ def predict(x, data, scale, bias, low, high, slope, offset, fixed, some, predict
 
 
 @triton.jit
-def gather(some, neurons, found, count, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+def gather(some, neurons, found, count, SIZE: tl.constexpr):
     """Of SIZE neurons: those with a mark, behind those of the programs before; the last one writes how many."""
     program = tl.program_id(0)
     place = tl.arange(0, SIZE)
@@ -71,7 +71,7 @@ def gather(some, neurons, found, count, SIZE: tl.constexpr):  # type: ignore[no-
 @triton.jit
 def residuals(x, data, scale, bias, slope, offset, fixed, predicted, neurons, found, left, tokens, count, p0, p1, p2, p3,
               FORMAT: tl.constexpr, COLUMNS: tl.constexpr, T: tl.constexpr, R: tl.constexpr, STEP: tl.constexpr,
-              KIND: tl.constexpr, K: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+              KIND: tl.constexpr, K: tl.constexpr):  # fmt: skip
     """left [tokens, count] fp32 of the neurons that were found, R at a time; zero for tokens that do not fix them.
 
     Pre-activations are those predicted, which have the bias, and what data and scale add; or all of these, and the bias.
@@ -95,7 +95,7 @@ def residuals(x, data, scale, bias, slope, offset, fixed, predicted, neurons, fo
 
 @triton.jit
 def pre_activations(x, token, tokens, data, scale, bias, predicted, row, ok, both, rows, FORMAT: tl.constexpr,
-                    COLUMNS: tl.constexpr, T: tl.constexpr, R: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+                    COLUMNS: tl.constexpr, T: tl.constexpr, R: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
     """[T, R] fp32 of some rows of W1, beyond what was predicted of them."""
     if predicted is not None:
         v = tl.load(predicted + token[:, None] * rows + row[None, :], mask=both, other=0.0)
@@ -110,7 +110,7 @@ def pre_activations(x, token, tokens, data, scale, bias, predicted, row, ok, bot
 
 @triton.jit
 def correct(data, scale, left, neurons, found, parts, tokens, count, FORMAT: tl.constexpr, COLUMNS: tl.constexpr,
-            T: tl.constexpr, R: tl.constexpr, STEP: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+            T: tl.constexpr, R: tl.constexpr, STEP: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """parts [programs of axis 1, tokens, COLUMNS] fp32: residuals times rows of W2, R at a time, of STEP columns.
 
     In few bits, these are the columns of one line.
@@ -135,7 +135,9 @@ def correct(data, scale, left, neurons, found, parts, tokens, count, FORMAT: tl.
         else:
             line = data + neuron * FORMAT[3] + tl.program_id(0) * 16
             scales = scale + neuron * ((COLUMNS + FORMAT[1] - 1) // FORMAT[1])
-            numbers = levels_of_line(line, ok, FORMAT, R) * steps_of(scales, ok[:, None], column, True, COLUMNS, FORMAT[1])
+            numbers = levels_of_line(line, ok, FORMAT, R) * steps_of(
+                scales, ok[:, None], column, True, COLUMNS, FORMAT[1]
+            )
         if T == 1:
             total += numbers.to(tl.float32) * tl.trans(size)
         else:
@@ -148,7 +150,7 @@ def correct(data, scale, left, neurons, found, parts, tokens, count, FORMAT: tl.
 
 @triton.jit
 def multiply(x, data, scale, bias, parts, y, tokens, rows, FORMAT: tl.constexpr, COLUMNS: tl.constexpr, T: tl.constexpr,
-             R: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+             R: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
     """y [tokens, rows]: x times a matrix [rows, COLUMNS], a bias, and the sum of parts [PARTS, tokens, rows]; each may
     be missing."""
     row = tl.program_id(0) * R + tl.arange(0, R)
@@ -167,7 +169,9 @@ def multiply(x, data, scale, bias, parts, y, tokens, rows, FORMAT: tl.constexpr,
 
 
 @triton.jit
-def write_out(data, scale, numbers, rows, FORMAT: tl.constexpr, COLUMNS: tl.constexpr, R: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
+def write_out(
+    data, scale, numbers, rows, FORMAT: tl.constexpr, COLUMNS: tl.constexpr, R: tl.constexpr, STEP: tl.constexpr
+):
     """numbers [rows, COLUMNS] of a matrix in few bits; a program has R rows of STEP columns."""
     row = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
     column = tl.program_id(1) * STEP + tl.arange(0, STEP)

@@ -54,7 +54,9 @@ class Launch:
     def run(self) -> None:
         """Launch it on the current stream."""
         if all(self.grid):
-            self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.warps, num_stages=self.stages, **OPTIONS)
+            self.kernel[self.grid](
+                **self.arguments, **self.constants, num_warps=self.warps, num_stages=self.stages, **OPTIONS
+            )
 
 
 #: sums of products are fused, which is no longer the default of every version of Triton
@@ -132,7 +134,9 @@ def _blocks(size: int, block: int) -> int:
     return -(-size // block)
 
 
-def multiply(x: Tensor, matrix: GPUMatrix | None, bias: Tensor | None, y: Tensor, parts: Tensor | None = None) -> Launch:
+def multiply(
+    x: Tensor, matrix: GPUMatrix | None, bias: Tensor | None, y: Tensor, parts: Tensor | None = None
+) -> Launch:
     """y [tokens, out] = x W^T + bias + parts summed over their first dimension; x [tokens, in], any of them missing."""
     tokens, rows = y.shape
     tile = Tile(padded(tokens), 16 if tokens > 1 else 64, 64, 4) if matrix is None else streamed(matrix, tokens)
@@ -208,7 +212,7 @@ class Fixing:
 
     def gather(self, some: Tensor, neurons: Tensor, found: Tensor) -> Launch:
         """neurons [h] int32 that some token fixes, and found [1] int32, how many."""
-        arguments = {"some": some, "neurons": neurons, "found": found, "count": len(some)}
+        arguments: dict[str, Any] = {"some": some, "neurons": neurons, "found": found, "count": len(some)}
         return Launch(kernels.gather, (_blocks(len(some), _GATHERED),), arguments, {"SIZE": _GATHERED})
 
     def residuals(

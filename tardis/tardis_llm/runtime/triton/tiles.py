@@ -16,7 +16,7 @@ _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
-def dot(a, b, total):  # type: ignore[no-untyped-def]
+def dot(a, b, total):
     """The sum with the product of two tiles; Triton's interpreter takes bf16 for integers."""
     if _INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
@@ -25,7 +25,7 @@ def dot(a, b, total):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def inputs(x, token, tokens, column, ENDS: tl.constexpr, COLUMNS: tl.constexpr, T: tl.constexpr):  # type: ignore[no-untyped-def]
+def inputs(x, token, tokens, column, ENDS: tl.constexpr, COLUMNS: tl.constexpr, T: tl.constexpr):
     """[T, columns] of inputs x [tokens, COLUMNS], zeros beyond the last token, and the last column where there it ENDS."""
     inside = (token < tokens)[:, None]
     if ENDS:
@@ -34,7 +34,20 @@ def inputs(x, token, tokens, column, ENDS: tl.constexpr, COLUMNS: tl.constexpr, 
 
 
 @triton.jit
-def product(x, token, tokens, data, scale, row, ok, FORMAT: tl.constexpr, COLUMNS: tl.constexpr, T: tl.constexpr, R: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
+def product(
+    x,
+    token,
+    tokens,
+    data,
+    scale,
+    row,
+    ok,
+    FORMAT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    T: tl.constexpr,
+    R: tl.constexpr,
+    STEP: tl.constexpr,
+):
     """[T, R] fp32, inputs x times rows of a matrix [rows, COLUMNS]: of a dense one, or in few bits as FORMAT says."""
     if FORMAT[0] == 0:
         return dense_product(x, token, tokens, data, row, ok, COLUMNS, T, R, STEP)
@@ -43,7 +56,9 @@ def product(x, token, tokens, data, scale, row, ok, FORMAT: tl.constexpr, COLUMN
 
 
 @triton.jit
-def dense_product(x, token, tokens, weight, row, ok, COLUMNS: tl.constexpr, T: tl.constexpr, R: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
+def dense_product(
+    x, token, tokens, weight, row, ok, COLUMNS: tl.constexpr, T: tl.constexpr, R: tl.constexpr, STEP: tl.constexpr
+):
     """[T, R] fp32, inputs x times rows of a weight [rows, COLUMNS] in their dtype."""
     if T == 1:
         total = tl.zeros([R, STEP], tl.float32)
@@ -68,7 +83,20 @@ def dense_product(x, token, tokens, weight, row, ok, COLUMNS: tl.constexpr, T: t
 
 
 @triton.jit
-def low_bit_product(x, token, tokens, data, scale, row, ok, FORMAT: tl.constexpr, COLUMNS: tl.constexpr, T: tl.constexpr, R: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
+def low_bit_product(
+    x,
+    token,
+    tokens,
+    data,
+    scale,
+    row,
+    ok,
+    FORMAT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    T: tl.constexpr,
+    R: tl.constexpr,
+    STEP: tl.constexpr,
+):
     """[T, R] fp32, inputs x times rows of a matrix in few bits, as `Codes` has it: the sum of its parts' products."""
     BITS: tl.constexpr = FORMAT[0]
     of8: tl.constexpr = BITS // 8 % 2 * 16 * ((COLUMNS * 8 + 511) // 512)
@@ -95,7 +123,20 @@ def low_bit_product(x, token, tokens, data, scale, row, ok, FORMAT: tl.constexpr
 
 
 @triton.jit
-def _part(total, x, token, tokens, at, scales, ok, FORMAT: tl.constexpr, COLUMNS: tl.constexpr, T: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def _part(
+    total,
+    x,
+    token,
+    tokens,
+    at,
+    scales,
+    ok,
+    FORMAT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    T: tl.constexpr,
+    STEP: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """The sum with the product of a part of `WIDTH` bits: steps of which every column is there, and the last one."""
     WORDS: tl.constexpr = (COLUMNS * WIDTH + 511) // 512 * 16
     WHOLE: tl.constexpr = COLUMNS * WIDTH // 512 * 16 // STEP * STEP
@@ -107,7 +148,22 @@ def _part(total, x, token, tokens, at, scales, ok, FORMAT: tl.constexpr, COLUMNS
 
 
 @triton.jit
-def _words(total, x, token, tokens, at, scales, ok, start, FORMAT: tl.constexpr, COLUMNS: tl.constexpr, T: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr, END: tl.constexpr):  # type: ignore[no-untyped-def]
+def _words(
+    total,
+    x,
+    token,
+    tokens,
+    at,
+    scales,
+    ok,
+    start,
+    FORMAT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    T: tl.constexpr,
+    STEP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    END: tl.constexpr,
+):
     """The sum with the product of STEP words of a part, up to the word END if that is not 0.
 
     The fields of a word that have one scale are added up before they are scaled, where one token is multiplied.
@@ -141,7 +197,7 @@ def _words(total, x, token, tokens, at, scales, ok, start, FORMAT: tl.constexpr,
 
 
 @triton.jit
-def _level(words, FIELD: tl.constexpr, FORMAT: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def _level(words, FIELD: tl.constexpr, FORMAT: tl.constexpr, WIDTH: tl.constexpr):
     """fp32 levels of a field of words, times what a code of this part counts.
 
     Each part is symmetric around 0, but for the lowest one, which has what is left of the middle of all. The field
@@ -161,7 +217,7 @@ def _level(words, FIELD: tl.constexpr, FORMAT: tl.constexpr, WIDTH: tl.constexpr
 
 
 @triton.jit
-def steps_of(scales, there, column, END: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+def steps_of(scales, there, column, END: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
     """[R, columns] fp32 scales of some columns."""
     if END:
         there = there & (column < COLUMNS)[None, :]
@@ -169,7 +225,7 @@ def steps_of(scales, there, column, END: tl.constexpr, COLUMNS: tl.constexpr, GR
 
 
 @triton.jit
-def levels_of_line(at, ok, FORMAT: tl.constexpr, R: tl.constexpr):  # type: ignore[no-untyped-def]
+def levels_of_line(at, ok, FORMAT: tl.constexpr, R: tl.constexpr):
     """[R, 512 / bits] fp32 levels of one line, of codes with 1, 2, 4 or 8 bits."""
     BITS: tl.constexpr = FORMAT[0]
     words = tl.load(at[:, None] + tl.arange(0, 16)[None, :], mask=ok[:, None], other=0, eviction_policy="evict_first")
@@ -179,7 +235,7 @@ def levels_of_line(at, ok, FORMAT: tl.constexpr, R: tl.constexpr):  # type: igno
 
 
 @triton.jit
-def codes_of(at, there, column, FORMAT: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+def codes_of(at, there, column, FORMAT: tl.constexpr, COLUMNS: tl.constexpr):
     """[R, columns] fp32 codes of some columns, their parts put together."""
     BITS: tl.constexpr = FORMAT[0]
     of8: tl.constexpr = BITS // 8 % 2 * 16 * ((COLUMNS * 8 + 511) // 512)
@@ -193,7 +249,7 @@ def codes_of(at, there, column, FORMAT: tl.constexpr, COLUMNS: tl.constexpr):  #
 
 
 @triton.jit
-def _codes_of_part(at, there, column, BITS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def _codes_of_part(at, there, column, BITS: tl.constexpr, WIDTH: tl.constexpr):
     """[R, columns] int32 what a part adds to codes; 0 of a part that they do not have."""
     if BITS & WIDTH:
         word = column // (512 // WIDTH) * 16 + column % 16
@@ -205,7 +261,7 @@ def _codes_of_part(at, there, column, BITS: tl.constexpr, WIDTH: tl.constexpr): 
 
 
 @triton.jit
-def activated(z, KIND: tl.constexpr, p0, p1, p2, p3):  # type: ignore[no-untyped-def]
+def activated(z, KIND: tl.constexpr, p0, p1, p2, p3):
     """The activation of a kind, with its parameters where it has some, of fp32 numbers; NaN stays NaN."""
     if KIND == "gelu":
         return 0.5 * z * (1 + tl.math.erf(z * 0.7071067811865476))
@@ -227,7 +283,7 @@ def activated(z, KIND: tl.constexpr, p0, p1, p2, p3):  # type: ignore[no-untyped
 
 
 @triton.jit
-def left_by_lines(v, up, slope, offset, neuron, ok, count, KIND: tl.constexpr, K: tl.constexpr, p0, p1, p2, p3):  # type: ignore[no-untyped-def]
+def left_by_lines(v, up, slope, offset, neuron, ok, count, KIND: tl.constexpr, K: tl.constexpr, p0, p1, p2, p3):
     """[T, R] what the lines of neurons leave of their values, by pre-activations v, of gated ones by gates v and ups."""
     line = tl.load(slope + neuron, mask=ok, other=0.0).to(tl.float32)[None, :] * v
     value = activated(v, KIND, p0, p1, p2, p3)
