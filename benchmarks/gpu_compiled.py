@@ -319,7 +319,7 @@ def issue_table() -> str:
         "| instructions of threads for a byte | " + " | ".join(f"{issued_per_byte(bits):.1f}" for bits in widths) + " |"
     )
     limits = ", ".join(f"{gpu.name} {gpu.issue / gpu.bandwidth / COPY:.1f}" for gpu in GPUS)
-    return "\n".join(rows) + f"\n\nIn the time in which a byte comes from memory: {limits}."
+    return "\n".join(rows) + f"\n\nIn the time in which a byte comes from memory, a GPU issues: {limits}."
 
 
 def main(
