@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+
+# GPU kernels run in Triton's interpreter, which is chosen when Triton is imported
+os.environ["TRITON_INTERPRET"] = "1"
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple

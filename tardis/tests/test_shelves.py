@@ -21,6 +21,7 @@ SHELVES = (
 RUNTIME = (
     "operators",
     "cpu",
+    "triton",
     "reference",
     "backend",
     "slow",

@@ -243,8 +243,8 @@ class FoldedWeights:
     bias: Tensor | None
     predictor: Matrix
     neurons: Neurons
-    down: Tensor | PackedMatrix | None = None
-    up: Tensor | PackedMatrix | None = None
+    down: Matrix | None = None
+    up: Matrix | None = None
     b1: Tensor | None = None
 
     @classmethod
@@ -280,7 +280,7 @@ class FoldedWeights:
         _, bits, group_size, _ = kind(self.predictor)
         storage = Storage(group_size, _bits(self.fold), _bits(self.down), _bits(self.up) or 0)
         found = storage.format(self.neurons.activation, bits, gated=self.neurons.k == 2)
-        has_zero = isinstance(self.down, PackedMatrix) and self.down.has_zero
+        has_zero = self.down is not None and self.stacked and bool(kind(self.down)[-1])
         return replace(found, range_dtype=str(self.neurons.low.dtype).removeprefix("torch."), down_zero=has_zero)
 
     @property
@@ -292,7 +292,7 @@ class FoldedWeights:
     @property
     def stacked(self) -> bool:
         """Whether fixing reads weights in few bits in place of the dense ones."""
-        return isinstance(self.down, PackedMatrix)
+        return not isinstance(self.down, Tensor | None)
 
     def beside(self, dense: DenseFFN) -> FoldedWeights:
         """The weights with what fixing reads of the dense FFN: the up bias, and W1 and W2 unless they are stacked."""

@@ -23,6 +23,7 @@ from ..ffn.packed import PackedMatrix
 from ..ffn.weights import DenseFFN, FoldedWeights, Layout, Matrix
 from .cpu.backend import CpuBackend
 from .reference import ReferenceBackend
+from .triton.backend import TritonBackend
 
 _VARIABLE = "TARDIS_KERNELS"
 
@@ -50,8 +51,10 @@ class Backend(Protocol):
         name: for people and tests.
         dtypes: of the inputs that it is made for.
         instruction_sets: values of `TARDIS_KERNELS` that it knows.
+        reads_stored: whether it computes with matrices in few bits as they are stored; else they are laid out first.
     """
 
+    reads_stored: bool
     name: str
     dtypes: tuple[torch.dtype, ...]
     instruction_sets: tuple[str, ...]
@@ -62,10 +65,11 @@ class Backend(Protocol):
     def accepts(self, x: Tensor) -> bool:
         """Whether it is there and computes with inputs like x [..., d]: on their device, in their dtype."""
 
-    def lay_out(self, matrix: Tensor | PackedMatrix, dtype: torch.dtype) -> Layout | None:
+    def lay_out(self, matrix: Tensor | PackedMatrix, dtype: torch.dtype, by_rows: bool = False) -> Layout | None:
         """A copy of a matrix [out, in] in the order of memory in which products with inputs of a dtype are fastest.
 
-        None where it has no other order than the stored one for this matrix.
+        None where it has no other order than the stored one for this matrix, or for one that is read `by_rows`, some
+        here and there, as by fixing.
         """
 
     def prepare(self, weights: FoldedWeights, dtype: torch.dtype) -> PreparedFFN | None:
@@ -76,7 +80,7 @@ class Backend(Protocol):
 
 
 REFERENCE = ReferenceBackend()
-BACKENDS: tuple[Backend, ...] = (CpuBackend(), REFERENCE)
+BACKENDS: tuple[Backend, ...] = (CpuBackend(), TritonBackend(), REFERENCE)
 
 
 @torch.compiler.assume_constant_result
@@ -126,10 +130,10 @@ def prepare(weights: FoldedWeights, x: Tensor) -> PreparedFFN:
     return REFERENCE.prepare(weights, x.dtype) if prepared is None else prepared
 
 
-def lay_out(matrix: Tensor | PackedMatrix, dtype: torch.dtype) -> Layout | None:
+def lay_out(matrix: Tensor | PackedMatrix, dtype: torch.dtype, by_rows: bool = False) -> Layout | None:
     """A copy of a matrix in the order of memory that its backend reads fastest; see `Backend.lay_out`."""
     for backend in BACKENDS if _kernels_wanted() else ():
-        layout = backend.lay_out(matrix, dtype)
+        layout = backend.lay_out(matrix, dtype, by_rows)
         if layout is not None:
             return layout
     return None

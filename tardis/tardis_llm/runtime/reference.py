@@ -108,6 +108,7 @@ class ReferenceBackend:
     """Everything, everywhere, in plain torch."""
 
     name = "reference"
+    reads_stored = True
     dtypes: tuple[torch.dtype, ...] = ()
     instruction_sets: tuple[str, ...] = ()
 
@@ -118,7 +119,7 @@ class ReferenceBackend:
         """Any inputs."""
         return True
 
-    def lay_out(self, matrix: Tensor | PackedMatrix, dtype: torch.dtype) -> None:
+    def lay_out(self, matrix: Tensor | PackedMatrix, dtype: torch.dtype, by_rows: bool = False) -> None:
         """Nothing: it reads matrices as they are stored."""
 
     def prepare(self, weights: FoldedWeights, dtype: torch.dtype) -> ReferenceFFN:

@@ -23,6 +23,9 @@ from .matrices import Fold, LowBit, LowBitFold
 from .slow import warn_of_reference
 from .stored import LAYOUT, LaidOut, Stored, changing_layout, reading_layout
 
+#: what fixing reads, in rows here and there
+BY_ROWS = frozenset({"up", "down"})
+
 
 @dataclass(frozen=True)
 class _Ready:
@@ -100,14 +103,14 @@ class FoldState(Stored):
             return FoldedWeights(fold, bias, neurons=self.neurons, **parts)
 
     def lay_out(self, dtype: torch.dtype) -> None:
-        """Put what is read whole, fold and predictor, in the fastest order for inputs of a dtype."""
-        self.fold.lay_out(dtype)
-        self.predictor.lay_out(dtype)
+        """Put every matrix in the fastest order for inputs of a dtype."""
+        for part, name in self._parts:
+            part.lay_out(dtype, by_rows=name in BY_ROWS)
 
     def restore(self) -> None:
-        """Put fold and predictor back into the order in which they are stored."""
-        self.fold.restore()
-        self.predictor.restore()
+        """Put every matrix back into the order in which it is stored."""
+        for part, _ in self._parts:
+            part.restore()
 
     def swap(self, new: FoldedWeights) -> FoldedWeights:
         """Exchange the fold for another one, at once: a call that runs ends with the old fold, the next has the new.
@@ -126,7 +129,7 @@ class FoldState(Stored):
         """
         _check_exchangeable(self.current, new)
         dtype = self.fold.bias.dtype
-        ready = [(part, _ordered_as(part.current, getattr(new, name), dtype)) for part, name in self._parts]
+        ready = [(part, _ordered_as(part.current, new, name, dtype)) for part, name in self._parts]
         with changing_layout():
             old = self.current
             for part, matrix in ready:
@@ -178,6 +181,8 @@ class FoldState(Stored):
         with LAYOUT:
             if any(tensor.is_meta for tensor in self._own()):  # offloaded: they are there while a module is called
                 return prepare(self.computed(self.fetched().beside(dense)), x)
+            if not backend_for(x).reads_stored:
+                self.lay_out(x.dtype)
             ffn = prepare(self.computed(self.current.beside(dense)), x)
             self._ready = _Ready(self._key(x, dense), ffn)
             return ffn
@@ -189,7 +194,7 @@ class FoldState(Stored):
     def _own(self) -> list[Tensor]:
         """All tensors that it holds, as they lie."""
         found = [tensor for state in self._states for tensor in state.values() if tensor is not None]
-        return found + [part.layout.data for part in (self.fold, self.predictor) if part.layout is not None]
+        return found + [part.layout.data for part, _ in self._parts if part.layout is not None]
 
     def forget(self) -> None:
         """Let go of what is kept from call to call, which would keep alive the memory that tensors leave."""
@@ -210,11 +215,12 @@ def _there(bias: Tensor | None) -> Tensor:
     return bias
 
 
-def _ordered_as(old: Matrix, new: Matrix, dtype: torch.dtype) -> Matrix:
-    """The new matrix in an order of memory if the old one is, for inputs of a dtype; else in the stored order."""
+def _ordered_as(old: Matrix, weights: FoldedWeights, name: str, dtype: torch.dtype) -> Matrix:
+    """The new matrix of a name in an order of memory if the old one is, for inputs of a dtype; else as stored."""
+    new: Matrix = getattr(weights, name)
     if isinstance(old, Tensor | PackedMatrix):
         return stored(new)
-    return (lay_out(new, dtype) or new) if isinstance(new, Tensor | PackedMatrix) else new
+    return (lay_out(new, dtype, name in BY_ROWS) or new) if isinstance(new, Tensor | PackedMatrix) else new
 
 
 def _check_exchangeable(old: FoldedWeights, new: FoldedWeights) -> None:

@@ -117,11 +117,16 @@ class LaidOut(Stored):
         """The matrix in the order in which it is stored; a copy where it is laid out."""
         return stored(self.current)
 
-    def lay_out(self, dtype: torch.dtype) -> None:
-        """Put the matrix in the order in which products with inputs of a dtype are fastest, where there is one."""
+    def lay_out(self, dtype: torch.dtype, by_rows: bool = False) -> None:
+        """Put the matrix in the order in which products with inputs of a dtype are fastest, where there is one.
+
+        Args:
+            dtype: of the inputs.
+            by_rows: whether rows here and there are read, and not all.
+        """
         with changing_layout():
             if self._layout is None:
-                self.exchange(lay_out(self._get(), dtype) or self._get())
+                self.exchange(lay_out(self._get(), dtype, by_rows) or self._get())
 
     def restore(self) -> None:
         """Put the matrix back into the order in which it is stored."""

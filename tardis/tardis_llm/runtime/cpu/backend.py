@@ -80,6 +80,7 @@ class CpuBackend:
     """The kernels, where they are built and the processor has what they need."""
 
     name = "cpu"
+    reads_stored = True
     dtypes: tuple[torch.dtype, ...] = DTYPES
     instruction_sets: tuple[str, ...] = ISAS
 
@@ -97,9 +98,9 @@ class CpuBackend:
         """Whether the kernels are there and take inputs like x: some numbers in bf16, fp16 or fp32 in main memory."""
         return x.is_cpu and x.dtype in DTYPES and x.numel() > 0 and available()
 
-    def lay_out(self, matrix: Tensor | PackedMatrix, dtype: torch.dtype) -> Layout | None:
-        """A copy of the matrix in panels, if it can be so and inputs of this dtype meet it so."""
-        if isinstance(matrix, PackedMatrix) and matrix.has_zero:
+    def lay_out(self, matrix: Tensor | PackedMatrix, dtype: torch.dtype, by_rows: bool = False) -> Layout | None:
+        """A copy of the matrix in panels, if it can be so and inputs of this dtype meet it so; not `by_rows`."""
+        if by_rows or (isinstance(matrix, PackedMatrix) and matrix.has_zero):
             return None
         device = (matrix if isinstance(matrix, Tensor) else matrix.planes).device
         return Panels.of(matrix) if device.type == "cpu" and dtype in DTYPES and can_be_in_panels(matrix) else None

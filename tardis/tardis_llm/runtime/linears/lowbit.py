@@ -1,7 +1,7 @@
 """Linear layers in few bits: a matrix as folds have them, with one scale per group of inputs, through the same kernels.
 
-`PackedMatrix.dequantise` and a product specify what they compute, and run wherever kernels do not: on GPUs, and where
-gradients flow. docs/linears.md says how fast they are, and how accurate.
+`PackedMatrix.dequantise` and a product specify what they compute, and run wherever kernels do not, as where gradients
+flow. docs/linears.md says how fast they are, and how accurate.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ...config import STACKED_BITS
 from ...errors import InvalidInputError
 from ...ffn.packed import PackedMatrix
 from ...ffn.weights import Matrix, nbytes
-from ..backend import differentiated, linear
+from ..backend import REFERENCE, backend_for, linear
 from ..cpu.operands import check_kind
 from ..matrices import LowBit
 from ..operators import Numbered, library, numbered
@@ -76,7 +76,7 @@ class LowBitLinear(Numbered, LowBit):
             InvalidInputError: the weight is set to train.
         """
         refuse_training([self.weight], "weights in few bits are")
-        if torch.compiler.is_compiling() and x.is_cpu and not differentiated(x):
+        if torch.compiler.is_compiling() and backend_for(x, self.bias) is not REFERENCE:
             tokens = x.reshape(-1, self.in_features)
             y: Tensor = torch.ops.tardis.numbered_linear(tokens, self.number, self.out_features)
             return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], self.out_features)
@@ -91,7 +91,7 @@ class LowBitLinear(Numbered, LowBit):
             TardisError: planes or scales are not what kernels read.
         """
         layout = self._layout
-        if layout is not None or not x.is_cpu or differentiated(x) or hasattr(self, "_hf_hook"):
+        if layout is not None or backend_for(x) is REFERENCE or hasattr(self, "_hf_hook"):
             return layout or self.current
         with changing_layout():  # what another thread restores meanwhile is not what this call gets
             self._check()
@@ -127,7 +127,7 @@ def _numbered_linear(x: Tensor, number: int, outputs: int) -> Tensor:
 
 
 library.define("numbered_linear(Tensor x, int number, int outputs) -> Tensor")
-library.impl("numbered_linear", _numbered_linear, "CPU")
+library.impl("numbered_linear", _numbered_linear, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("tardis::numbered_linear")
