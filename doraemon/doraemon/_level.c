@@ -18,7 +18,9 @@ typedef struct {
 typedef struct {
     PyObject_HEAD
     View *base;
-    PyObject *convert, *no_value; /* makes a value a map's, None for a multiset; stands for a value not given */
+    PyObject *convert;        /* makes a value a map's; None for a multiset */
+    PyObject *plain, *scalar; /* of values of type `plain`, `scalar` makes the same, but for OverflowError */
+    PyObject *no_value;       /* stands for a value that is not given */
     Block **blocks;
     uint64_t *first; /* first[b]: no code of block b is below it, for b > 0 */
     int64_t *before; /* before[b]: the net of all blocks before b */
@@ -241,6 +243,17 @@ static PyObject *level_get(PyObject *self, PyObject *const *args, Py_ssize_t cou
                          : Py_NewRef(args[1]);
 }
 
+static PyObject *converted(Level *level, PyObject *given)
+{
+    if ((PyObject *)Py_TYPE(given) == level->plain) {
+        PyObject *value = PyObject_CallFunctionObjArgs(level->scalar, given, NULL);
+        if (value != NULL || !PyErr_ExceptionMatches(PyExc_OverflowError))
+            return value;
+        PyErr_Clear();
+    }
+    return PyObject_CallFunctionObjArgs(level->convert, given, NULL);
+}
+
 /* True, False if a key that a map has is not to be replaced, None if the level does not take the change. */
 static PyObject *put_one(Level *level, PyObject *key, PyObject *given, int replace)
 {
@@ -253,7 +266,7 @@ static PyObject *put_one(Level *level, PyObject *key, PyObject *given, int repla
         return NULL;
     if (!cut.exact || cut.above || is_closed(level))
         Py_RETURN_NONE;
-    if (is_map(level) && (value = PyObject_CallFunctionObjArgs(level->convert, given, NULL)) == NULL)
+    if (is_map(level) && (value = converted(level, given)) == NULL)
         return NULL;
     if (is_closed(level)) { /* meanwhile */
         Py_XDECREF(value);
@@ -344,10 +357,10 @@ static PyObject *level_entries(PyObject *self, PyObject *unused)
 
 static PyObject *level_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    PyObject *base, *convert, *no_value;
+    PyObject *base, *convert, *plain, *scalar, *no_value;
     Py_ssize_t capacity;
     (void)kwargs;
-    if (!PyArg_ParseTuple(args, "OnOO", &base, &capacity, &convert, &no_value))
+    if (!PyArg_ParseTuple(args, "OnOOOO", &base, &capacity, &convert, &plain, &scalar, &no_value))
         return NULL;
     if (PyType_GetSlot(Py_TYPE(base), Py_tp_dealloc) != (void *)view_dealloc) {
         PyErr_SetString(PyExc_TypeError, "a level lies over a View");
@@ -359,6 +372,8 @@ static PyObject *level_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         return NULL;
     level->base = (View *)Py_NewRef(base);
     level->convert = Py_NewRef(convert);
+    level->plain = Py_NewRef(plain);
+    level->scalar = Py_NewRef(scalar);
     level->no_value = Py_NewRef(no_value);
     level->capacity = capacity;
     return (PyObject *)level;
@@ -379,6 +394,8 @@ static void level_dealloc(PyObject *self)
     PyMem_Free(level->before);
     Py_XDECREF((PyObject *)level->base);
     Py_XDECREF(level->convert);
+    Py_XDECREF(level->plain);
+    Py_XDECREF(level->scalar);
     Py_XDECREF(level->no_value);
     free_level(self);
     Py_DECREF((PyObject *)type);
@@ -422,7 +439,7 @@ static PyType_Slot level_slots[] = {
     {Py_tp_methods, level_methods},
     {Py_tp_members, level_members},
     {Py_tp_getset, level_getters},
-    {Py_tp_doc, "Level(view, capacity, convert, no_value): single changes over the view of a state."},
+    {Py_tp_doc, "Level(view, capacity, convert, plain, scalar, no_value): single changes over the view of a state."},
     {0, NULL},
 };
 

@@ -19,8 +19,16 @@ class Level:  # the search of a View, and single changes
     net: int
     version: int
     closed: bool
+    # `convert` makes a value a map's, of a multiset it is None; of type `plain`, `scalar` does
     def __init__(
-        self, view: search.View, capacity: int, convert: Callable[[Any], Any] | None, no_value: Any, /
+        self,
+        view: search.View,
+        capacity: int,
+        convert: Callable[[Any], Any] | None,
+        plain: type | None,
+        scalar: type | None,
+        no_value: Any,
+        /,
     ) -> None: ...
     def left(self, key: object, /) -> int: ...
     def right(self, key: object, /) -> int: ...

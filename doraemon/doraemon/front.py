@@ -19,8 +19,9 @@ from .changes import fold
 from .engine import native
 from .search import View
 from .state import REQUIRED, State, values_error
-from .values import value_like
+from .values import plain_type, value_like
 
+Get = Callable[[Any, Any], Any]
 Put = Callable[[object, Any], bool | None]
 SHARE = 256  #: of the keys, how many times fewer a level has before it is folded
 
@@ -34,9 +35,10 @@ class Front:
     Attributes:
         state: what the level lies over.
         view: answers questions of one key, changes included.
+        get: a map's value for a key, or the default that is given; raises TypeError if there are keys only.
     """
 
-    __slots__ = ("_level", "_settled", "discard", "insert", "state", "update", "view")
+    __slots__ = ("_level", "_settled", "discard", "get", "insert", "state", "update", "view")
 
     def __init__(self, state: State) -> None:
         self.state = state
@@ -47,6 +49,7 @@ class Front:
         self.insert: Put = changing.insert
         self.update: Put = changing.update
         self.discard: Callable[[object], bool | None] = changing.discard
+        self.get: Get = self._getter()
 
     def __len__(self) -> int:
         return self.state.length if self._level is None else self.state.length + self._level.net
@@ -78,18 +81,28 @@ class Front:
         self._settled = (version, state)  # another reader's may be older: its version tells
         return state
 
-    def get(self, key: Any, default: Any) -> Any:
-        """A map's value for the key, or the default. Raises TypeError if there are keys only."""
+    def _getter(self) -> Get:
         if not self.state.is_map:
-            raise values_error()
-        value = self.view.get(key, default)
-        return value.copy() if isinstance(value, np.void) else value  # a record is a view of where it is stored
+            return _no_values
+        return partial(_copied, self.view.get) if self.state.value_dtype.kind == "V" else self.view.get
+
+
+def _copied(get: Get, key: Any, default: Any) -> Any:
+    value = get(key, default)
+    return value.copy() if isinstance(value, np.void) else value  # a record is a view of where it is stored
+
+
+def _no_values(key: Any, default: Any) -> Any:
+    raise values_error()
 
 
 def _level_over(state: State) -> Any:
     capacity = max(states.MIN_DELTA, len(state.run) // SHARE)
-    convert = partial(value_like, state.value_dtype) if state.is_map else None
-    return native.Level(state.view, capacity, convert, REQUIRED)
+    if not state.is_map:
+        return native.Level(state.view, capacity, None, None, None, REQUIRED)
+    dtype = state.value_dtype
+    convert = partial(value_like, dtype)
+    return native.Level(state.view, capacity, convert, plain_type(dtype), dtype.type, REQUIRED)
 
 
 class _NoLevel:

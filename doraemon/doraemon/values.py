@@ -6,7 +6,6 @@ A float is rounded to a map's shorter floats, as NumPy does. All else that a dty
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from .times import as_duration, as_time
 #: by kind of dtype, the kinds whose values are cast to it; a value that does not fit is still refused
 _CASTS_FROM = {"b": "b", "i": "biu", "u": "biu", "f": "biuf", "c": "biufc", "M": "M", "m": "mbiu", "S": "S"}
 _CASTS_FROM |= {"U": "U", "T": "TU", "O": "biufcMmSUTOV"}
-_PLAIN = {int: "i", float: "f"}  #: Python's numbers, and the kind of dtype that holds them as they are in 8 bytes
+_PLAIN: dict[np.dtype[Any], type] = {np.dtype(np.int64): int, np.dtype(np.float64): float}
 _WIDTH = {"S": 1, "U": 4}  #: bytes of a character
 _FROM_OBJECTS: dict[str, Callable[[Any], Any]] = {"M": as_time, "m": as_duration}
 
@@ -88,10 +87,12 @@ def value_like(dtype: np.dtype[Any], given: Any) -> Any:
     """One new value as the scalar that a map's array of the dtype holds; see `values_like`, which says the same."""
     if type(given) is dtype.type and dtype.kind in "iufb":
         return given
-    if _PLAIN.get(type(given)) == dtype.kind and dtype.itemsize == 8:
-        with suppress(OverflowError):  # which `values_like` words with the remedy
-            return dtype.type(given)
     return values_like([given], dtype, 1)[0]
+
+
+def plain_type(dtype: np.dtype[Any]) -> type | None:
+    """Python's type whose items the dtype's scalar type takes as `values_like` would, or raises OverflowError."""
+    return _PLAIN.get(dtype)
 
 
 def array_of(scalars: list[Any], dtype: np.dtype[Any]) -> Values:
