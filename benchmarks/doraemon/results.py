@@ -439,11 +439,12 @@ a level of their own, which batches do not use."""
 INSERTS = """On another machine: {processor}; Python {python}, NumPy {numpy}.
 A new key, and a question about it after each: its rank, or of BTrees, which count nothing, `in`. After 10,000 the same
 keys are removed one by one, which leaves the delta short: folds are in the times, merges are not."""
-YCSB = """On that machine as well: maps of int64 to int64, 3.75M keys, asked and changed one operation at a time,
-keys zipfian of exponent 0.99 and scattered. Folds into the delta are in the times; a merge, due after n/16 changes, seldom comes. A: half reads, half updates. B: 95 %
-reads, 5 % updates. C: reads. D: 95 % reads of late keys, 5 % inserts. E: 95 % scans of up to 100 keys, 5 % inserts. F:
-half reads, half reads that update what they read. SortedList holds pairs; SortedDict reads and updates in a dict. The
-percentiles are of operations timed alone, the clock's own time included."""
+YCSB = """On that machine as well: maps of int64 to int64, 3.75M keys, asked and changed one operation at a time, keys
+zipfian of exponent 0.99 and scattered. Folds into the delta are in the times; a merge, due after n/16 changes,
+seldom comes. A: half reads, half updates. B: 95 % reads, 5 % updates. C: reads. D: 95 % reads of late keys, 5 %
+inserts. E: 95 % scans of up to 100 keys, 5 % inserts. F: half reads, half reads that update what they read.
+SortedList holds pairs; SortedDict reads and updates in a dict. The percentiles are of operations timed alone,
+the clock's own time included."""
 LATENCY = """One million keys, 10,000 leaves, 90 % of the queries in 10 % of the keys. The root is trained on the
 keys (weight 0), on the accesses (1), or on both (0.5); "change" is against weight 0, the median over seeds with least
 and most. Only the search in the leaf's window is timed, as the paper's gain is there; for our index the whole call
