@@ -7,7 +7,7 @@ adapting    refit: every bucket fitted anew for the workload, as without a memor
             (90 % of the queries in 2 % of the keys) moved by 2 % of the keys; return: adapting back to the workload
             before, which is remembered. Each round does all three, at another place of the keys
 writing     inserts of new keys in batches, merges counted: they end with the first merge after 10 % more keys. Then
-            what changes not yet merged cost lookups, and single inserts with a lookup after each
+            what changes not yet merged cost lookups. Changes one at a time are in single.py
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from BTrees.QQBTree import QQTreeSet
 from inputs import Keys, make_keys, make_queries
-from sortedcontainers import SortedList
 from timing import Row, in_turns, keep, ratios, seconds_of, show, spread, spreads
 
 from doraemon import Index
@@ -92,7 +90,7 @@ def inserted(keys: Keys, more: Keys, size: int) -> tuple[float, int]:
 
 
 def writing(keys: Keys, rounds: int) -> Row:
-    """Nanoseconds per inserted key in batches, microseconds of single inserts."""
+    """Nanoseconds per inserted key in batches, and per lookup before a merge and after."""
     more = np.random.default_rng(5).integers(0, 2**64 - 1, len(keys) // 4, dtype=np.uint64)
     row: Row = {}
     for size in sorted({10_000, max(10_000, len(keys) // 400)}):
@@ -106,23 +104,7 @@ def writing(keys: Keys, rounds: int) -> Row:
     lookups = {"merged": lambda _: merged.searchsorted(queries), "unmerged": lambda _: index.searchsorted(queries)}
     seconds = in_turns(lookups, 2 * rounds + 1)
     row |= {"lookup ns": spreads(seconds, 1e3), "lookup ratio": ratios(seconds, "merged")}
-    if len(keys) > SMALL:
-        return row
-    plain, some = keys.tolist(), more.tolist()
-    ours, listed, tree = Index(keys), SortedList(plain), QQTreeSet(plain)
-    steps: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
-        "doraemon": (ours.insert, ours.bisect_left),
-        "SortedList": (listed.add, listed.bisect_left),
-        "BTrees": (tree.add, tree.__contains__),
-    }
-
-    def one_by_one(turn: int, add: Callable[[Any], Any], ask: Callable[[Any], Any]) -> None:
-        for key in some[1000 * turn : 1000 * (turn + 1)]:
-            add(key)
-            ask(key)
-
-    singles = in_turns({name: lambda turn, both=both: one_by_one(turn, *both) for name, both in steps.items()}, rounds)
-    return row | {"single insert us": spreads(singles, 1e3)}
+    return row
 
 
 PARTS: dict[str, Callable[[Keys, int], Row]] = {"building": building, "adapting": adapting, "writing": writing}

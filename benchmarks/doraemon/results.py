@@ -25,6 +25,7 @@ PARTS += ["changes_writing", "paper_latency", "paper_retraining"]
 KEYS = ["uniform", "lognormal", "cascade", "words", "offsets"]
 QUERIES = ["uniform", "90/10", "99/1", "zipf"]
 RIVALS = ["np.searchsorted", "sort + searchsorted", "polars"]
+CHANGED_ONE_BY_ONE = ["single_inserts", "single_ycsb"]  #: measured on a machine of their own
 SINGLE_RIVALS = ["pygm", "SortedDict", "bisect on a list", "np.searchsorted"]
 TARGET, LARGE = 4_000_000, 64_000_000
 
@@ -38,16 +39,17 @@ class Results:
 
     rows: dict[str, list[Row]]
     machine: dict[str, Any]
+    single: dict[str, Any]  #: the machine of changes one by one
 
     @classmethod
     def read(cls, folder: Path) -> Results:
-        parts = {name: json.loads((folder / f"{name}.json").read_text()) for name in PARTS}
+        parts = {name: json.loads((folder / f"{name}.json").read_text()) for name in [*PARTS, *CHANGED_ONE_BY_ONE]}
         rows = {name: part["rows"] for name, part in parts.items()}
         for name in ("lookups_batches", "lookups_single"):
             rows[name].sort(key=lambda row: (KEYS.index(row["keys"]), row["n"], QUERIES.index(row["queries"])))
         for name in ("changes_building", "changes_adapting", "changes_writing"):
             rows[name].sort(key=lambda row: row["n"])
-        return cls(rows, parts["lookups_batches"]["machine"])
+        return cls(rows, parts["lookups_batches"]["machine"], parts["single_ycsb"]["machine"])
 
     def of(self, part: str, **fields: Any) -> list[Row]:
         """The rows of a part that have these values."""
@@ -218,12 +220,29 @@ def writing(results: Results) -> str:
         larger = max(sizes)
         cells = [spread(sizes[10_000]), f"{spread(sizes[larger])}, of {larger:,}" if larger > 10_000 else "-"]
         cells += [figure(row["lookup ns"][name][1]) for name in ("merged", "unmerged")]
-        single = row.get("single insert us", {})
-        cells += [figure(single[name][1]) if single else "-" for name in ("doraemon", "SortedList", "BTrees")]
         rows.append([millions(row["n"]), *cells])
     names = ["n", "ns per insert, batches of 10,000", "ns per insert, larger batches", "ns per lookup, merged"]
-    names += ["ns per lookup, n/16 unmerged", "us, single insert + rank, ours", "SortedList", "BTrees (`in`)"]
-    return table(names, rows)
+    return table([*names, "ns per lookup, n/16 unmerged"], rows)
+
+
+def inserts(results: Results) -> str:
+    rows = []
+    for row in results.rows["single_inserts"]:
+        for name, microseconds in row["insert + rank us"].items():
+            faster = times(row["ratio"][name]) if name in row["ratio"] else "-"
+            cells = [spread(microseconds), faster, spread(row["discard us"][name])]
+            rows.append([millions(row["n"]), name, *cells])
+    return table(["n", "", "us, insert + rank", "ours over it", "us, discard"], rows)
+
+
+def ycsb(results: Results) -> str:
+    rows = []
+    for row in results.rows["single_ycsb"]:
+        for name, nanoseconds in row["ns"].items():
+            faster = times(row["ratio"][name]) if name in row["ratio"] else "-"
+            tail = [figure(value) for value in row["us, percentiles"][name]]
+            rows.append([row["mix"], name, spread(nanoseconds), faster, *tail])
+    return table(["mix", "", "ns per operation", "ours over it", "us, median", "us, 99 %", "us, 99.9 %"], rows)
 
 
 # ------------------------------------------------------------------ the paper
@@ -329,12 +348,10 @@ def slower_lookups(results: Results) -> Iterator[str]:
 
 def costly_changes(results: Results) -> Iterator[str]:
     row, large = (results.one("changes_writing", n=n) for n in (TARGET, LARGE))
-    single = {name: value[1] for name, value in row["single insert us"].items()}
-    faster = [figure(single["doraemon"] / single[name]) for name in ("SortedList", "BTrees")]
-    yield (
-        f"Single inserts into 4M keys, each followed by a question: SortedList is {faster[0]} and BTrees {faster[1]} "
-        "times as fast as ours."
-    )
+    for each in results.rows["single_ycsb"]:
+        for name, ratio in each["ratio"].items():
+            if ratio[1] < 1:
+                yield f"YCSB's mix {each['mix']}, one by one: {name} is {figure(1 / ratio[1])} times as fast."
     yield (
         f"Batches of 10,000 into 64M keys cost {figure(large['insert ns, batches of 10000'][1])} ns per insert: the "
         "larger the index, the larger a batch should be."
@@ -371,6 +388,8 @@ def page(results: Results) -> str:
         ("Building", "From keys in order and in none, beside sorting alone.", building),
         ("Adapting", ADAPTING, adapting),
         ("Writing", WRITING, writing),
+        ("Changes one by one", INSERTS.format(**results.single), inserts),
+        ("YCSB's mixes", YCSB, ycsb),
         ("The paper's latency", LATENCY, paper_latency),
         ("The paper's retraining", RETRAINING, paper_retraining),
         ("Reproduced or refuted", "By these figures:", verdict),
@@ -394,6 +413,7 @@ the time", and a **bold** ratio is below 1, where the other is faster.
     pip install -e 'doraemon[dev]' sortedcontainers BTrees pygm polars matplotlib
     python benchmarks/doraemon/lookups.py batches    # also: single, moving; --keys, --queries, --n, --text choose cases
     python benchmarks/doraemon/changes.py building   # also: adapting, writing
+    python benchmarks/doraemon/single.py ycsb        # also: inserts
     python benchmarks/doraemon/paper.py latency      # also: retraining
     python benchmarks/doraemon/results.py
 
@@ -414,8 +434,17 @@ ADAPTING = """90 % of the queries in 2 % of the keys, which then move by 2 % of 
 in each round. "refit" fits all buckets for the same accesses. The smaller the index, the more of `adapt()` is the
 same few dozen NumPy calls whatever is fitted, and the less is left to gain."""
 WRITING = """Inserts of new keys, from a merge to the first merge after 10 % more keys, so that all of their cost is
-counted. Then lookups in batches with the most changes that an index leaves unmerged; then single inserts, each
-followed by a question."""
+counted. Then lookups in batches with the most changes that an index leaves unmerged. Measured before single changes had
+a level of their own, which batches do not use."""
+INSERTS = """On another machine: {processor}; Python {python}, NumPy {numpy}.
+A new key, and a question about it after each: its rank, or of BTrees, which count nothing, `in`. After 10,000 the same
+keys are removed one by one, which leaves the delta short: folds are in the times, merges are not."""
+YCSB = """On that machine as well: maps of int64 to int64, 3.75M keys, asked and changed one operation at a time, keys
+zipfian of exponent 0.99 and scattered. Folds into the delta are in the times; a merge, due after n/16 changes,
+seldom comes. A: half reads, half updates. B: 95 % reads, 5 % updates. C: reads. D: 95 % reads of late keys, 5 %
+inserts. E: 95 % scans of up to 100 keys, 5 % inserts. F: half reads, half reads that update what they read.
+SortedList holds pairs; SortedDict reads and updates in a dict. The percentiles are of operations timed alone,
+the clock's own time included."""
 LATENCY = """One million keys, 10,000 leaves, 90 % of the queries in 10 % of the keys. The root is trained on the
 keys (weight 0), on the accesses (1), or on both (0.5); "change" is against weight 0, the median over seeds with least
 and most. Only the search in the leaf's window is timed, as the paper's gain is there; for our index the whole call

@@ -14,6 +14,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+#include <structmember.h>
 
 #if defined(__GNUC__) || defined(__clang__)
 #define PREFETCH(address) __builtin_prefetch(address)
@@ -746,6 +747,8 @@ static PyType_Spec view_spec = {
     .slots = view_slots,
 };
 
+#include "_level.c"
+
 /* fit(keys, ends, scales, bits, steepest, out): the leaves of some buckets, each given by its (start, end). */
 static PyObject *fit(PyObject *self, PyObject *args)
 {
@@ -835,7 +838,7 @@ static int native_exec(PyObject *module)
                                      offsetof(Leaf, base), offsetof(Leaf, slope), offsetof(Leaf, radius), sizeof(Leaf),
                                      PLACE_SHIFT);
     int failed = type == NULL || layout == NULL || PyModule_AddObjectRef(module, "View", type) < 0 ||
-                 PyModule_AddObjectRef(module, "LAYOUT", layout) < 0;
+                 PyModule_AddObjectRef(module, "LAYOUT", layout) < 0 || add_level_type(module) < 0;
     Py_XDECREF(type);
     Py_XDECREF(layout);
     return failed ? -1 : 0;

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from .arrays import Codes, Ints
+from .arrays import Codes, Ints, Mask
 from .delta import add_counts, put
 from .engine import Engine
 from .inputs import as_sequence
 from .keys import KeyType
 from .run import Models, Run
 from .state import REQUIRED, State
-from .values import as_values, values_like
+from .values import array_of, as_values, values_like
 
 
 def create(keys: ArrayLike, values: ArrayLike | None, dtype: DTypeLike | None, engine: Engine, memory: Models) -> State:
@@ -55,6 +55,31 @@ def discard_many(state: State, keys: ArrayLike) -> State:
     """Each key that is there less, from a multiset one copy per time it is given."""
     codes, exact, _ = state.key_type.cuts(keys)
     return _remove(state, codes if exact is None else codes[exact])
+
+
+def fold(state: State, writes: int, codes: Codes, net: Ints, alive: Mask, values: list[Any]) -> State:
+    """The state after single changes of some codes, distinct and ascending.
+
+    Args:
+        state: before them.
+        writes: how many changes were made, which stamps this fold later than an earlier one over the same state.
+        codes: uint64 [changes].
+        net: int64 [changes], the change in the number of keys of each code.
+        alive: bool [changes], of a map: whether the code is in it afterwards.
+        values: of a map [changes], those of codes not alive are not used.
+    """
+    stamp, count = state.writes + writes, state.count_in_run
+    if not state.is_map:
+        changed = net != 0
+        return state.with_delta(add_counts(state.delta, codes[changed], net[changed], stamp, count), writes)
+    delta, dtype = state.delta, state.value_dtype
+    if alive.any():
+        new = array_of([value for value, there in zip(values, alive.tolist(), strict=True) if there], dtype)
+        delta = put(delta, codes[alive], True, new, stamp, count)
+    if not alive.all():
+        gone = codes[~alive]
+        delta = put(delta, gone, False, np.zeros(len(gone), dtype), stamp, count)
+    return state.with_delta(delta, writes)
 
 
 def _put(state: State, codes: Codes, values: Any) -> State:

@@ -2,7 +2,8 @@
 
 This module is longer than others because it is the whole public interface, to be read from top to bottom: what may be
 asked of an index and of a snapshot alike, then what changes an index. The work is done on immutable states: `state`
-answers the questions, `changes` and `adaptation` make the next state, and an index holds a reference to its state.
+answers the questions, `changes` and `adaptation` make the next state, and an index holds a `front`, its state with the
+single changes since.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from .arrays import Ints, Mask
 from .engine import choose
 from .errors import CorruptFileError
 from .explanation import Explanation, explain
+from .front import Front
 from .packing import pack, unpack
 from .run import Models
 from .state import REQUIRED, State
@@ -42,15 +44,24 @@ class _Questions(Collection[Any], Reversible[Any]):
     """
 
     _OWN: ClassVar[frozenset[str]] = frozenset(
-        {"_state", "_merging", "_lock", "_merger"}
+        {"_front", "_merging", "_lock", "_merger"}
     )  #: attributes that are not a subclass's
 
-    def __init__(self, state: State) -> None:
-        self._begin(state)
+    def __init__(self, front: Front) -> None:
+        self._begin(front)
 
-    def _begin(self, state: State) -> None:
-        """Hold a state: what `__init__` does, also for copies and files, which are made without it."""
-        self._state = state
+    def _begin(self, front: Front) -> None:
+        """Hold a front: what `__init__` does, also for copies and files, which are made without it."""
+        self._front = front
+
+    @property
+    def _state(self) -> State:
+        """The state as of now, with every change in it."""
+        return self._front.settled()
+
+    @_state.setter
+    def _state(self, state: State) -> None:
+        self._front = Front(state)
 
     def __len__(self) -> int:
         """How many keys there are, copies counted. O(1).
@@ -58,7 +69,7 @@ class _Questions(Collection[Any], Reversible[Any]):
         >>> len(Index([3, 1, 3]))
         3
         """
-        return self._state.length
+        return len(self._front)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -67,7 +78,7 @@ class _Questions(Collection[Any], Reversible[Any]):
         >>> Index([0.5, 1.5]).dtype
         dtype('float64')
         """
-        return self._state.key_type.dtype
+        return self._front.state.key_type.dtype
 
     @property
     def is_map(self) -> bool:
@@ -76,7 +87,7 @@ class _Questions(Collection[Any], Reversible[Any]):
         >>> Index([1, 2]).is_map, Index([1, 2], values=[10, 20]).is_map
         (False, True)
         """
-        return self._state.is_map
+        return self._front.state.is_map
 
     def __repr__(self) -> str:
         """The class, the kind and number of keys, and their dtype. O(1)."""
@@ -97,7 +108,7 @@ class _Questions(Collection[Any], Reversible[Any]):
         >>> 2**63 in index, 2**63 - 1 in index, -1 in index, 7.5 in index
         (True, False, False, False)
         """
-        return self._state.view.contains(key)
+        return self._front.view.contains(key)
 
     def __getitem__(self, key: Any) -> Any:
         """A map's value for the key. One model search.
@@ -109,7 +120,7 @@ class _Questions(Collection[Any], Reversible[Any]):
         >>> int(Index([10, 20], [1, 2])[20])
         2
         """
-        value = self._state.get(key, _ABSENT)
+        value = self._front.get(key, _ABSENT)
         if value is _ABSENT:
             raise KeyError(key)
         return value
@@ -123,7 +134,7 @@ class _Questions(Collection[Any], Reversible[Any]):
         >>> Index([10, 20], [1.5, 2.5]).get(30, default=0.0)
         0.0
         """
-        return self._state.get(key, default)
+        return self._front.get(key, default)
 
     def bisect_left(self, key: Any) -> int:
         """How many keys are below this one. One model search.
@@ -131,7 +142,7 @@ class _Questions(Collection[Any], Reversible[Any]):
         >>> Index([1, 3, 3, 5]).bisect_left(3)
         1
         """
-        return self._state.view.left(key)
+        return self._front.view.left(key)
 
     def bisect_right(self, key: Any) -> int:
         """How many keys are not above this one. One model search.
@@ -139,7 +150,7 @@ class _Questions(Collection[Any], Reversible[Any]):
         >>> Index([1, 3, 3, 5]).bisect_right(3)
         3
         """
-        return self._state.view.right(key)
+        return self._front.view.right(key)
 
     def rank(self, key: Any) -> int:
         """How many keys are below this one: another name of `bisect_left`. One model search.
@@ -147,7 +158,7 @@ class _Questions(Collection[Any], Reversible[Any]):
         >>> Index([0.5, 1.5]).rank(1)
         1
         """
-        return self._state.view.left(key)
+        return self._front.view.left(key)
 
     def select(self, rank: int) -> Any:
         """The key of a rank, the inverse of `rank`; negative ranks count from the end. O(log d).
@@ -350,8 +361,9 @@ class _Questions(Collection[Any], Reversible[Any]):
 
     def __copy__(self) -> Self:
         """A copy as of now, sharing what cannot change. O(1)."""
-        other = type(self).__new__(type(self))
-        other._restore(self._state, self._options(), self._attributes())
+        other, front = type(self).__new__(type(self)), self._front
+        front.freeze()
+        other._restore(front, self._options(), self._attributes())
         return other
 
     def __getstate__(self) -> object:
@@ -361,12 +373,13 @@ class _Questions(Collection[Any], Reversible[Any]):
     def __setstate__(self, saved: Any) -> None:
         """Become what was pickled, with NumPy's engine where that was used or the other is not there."""
         (header, arrays), engine, options, attributes = saved
-        self._restore(unpack(header, arrays, "numpy" if engine == "numpy" else None), options, attributes)
+        state = unpack(header, arrays, "numpy" if engine == "numpy" else None)
+        self._restore(Front(state), options, attributes)
 
-    def _restore(self, state: State, options: tuple[Any, ...], attributes: tuple[dict[str, Any], ...]) -> None:
+    def _restore(self, front: Front, options: tuple[Any, ...], attributes: tuple[dict[str, Any], ...]) -> None:
         for name, value in (attributes[0] | attributes[1]).items():
             object.__setattr__(self, name, value)
-        self._begin(state, *options)
+        self._begin(front, *options)
 
     def _options(self) -> tuple[Any, ...]:
         """Arguments of `_begin` after the state."""
@@ -423,12 +436,12 @@ class Index(_Questions):
         merging: Merging = "inline",
         memory: int = 16,
     ) -> None:
-        self._begin(changes.create(keys, values, dtype, choose(engine), Models(memory)), merging)
+        self._begin(Front(changes.create(keys, values, dtype, choose(engine), Models(memory))), merging)
 
-    def _begin(self, state: State, merging: Merging = "inline") -> None:
+    def _begin(self, front: Front, merging: Merging = "inline") -> None:
         if merging not in get_args(Merging):
             raise ValueError(f"merging {merging!r}: choose 'inline', 'background' or 'manual'")
-        super()._begin(state)
+        super()._begin(front)
         self._merging = merging
         self._lock = threading.Lock()  # writers take turns
         self._merger: threading.Thread | None = None
@@ -445,7 +458,9 @@ class Index(_Questions):
         >>> len(frozen), len(index)
         (1, 2)
         """
-        return Snapshot(self._state)
+        front = self._front
+        front.freeze()
+        return Snapshot(front)
 
     def copy(self) -> Self:
         """An index with the same keys that changes independently. O(1), as both share the run.
@@ -502,13 +517,15 @@ class Index(_Questions):
         except CorruptFileError as error:
             raise CorruptFileError(f"{os.fspath(path)} {error}") from None
         index = cls.__new__(cls)
-        index._begin(state, merging)
+        index._begin(Front(state), merging)
         return index
 
-    # ---- changes: each makes a new state and swaps it in
+    # ---- changes: single ones go into the level, others make a new state and swap it in
 
     def insert(self, key: Any, value: Any = REQUIRED) -> None:
-        """Add one key: another copy in a multiset; in a map a new one with its value. O(d).
+        """Add one key: another copy in a multiset; in a map a new one with its value.
+
+        O(block) in C while only questions of one key come in between, else O(d) and from time to time a merge in O(n).
 
         Raises:
             KeyError: the key is in the map.
@@ -520,10 +537,14 @@ class Index(_Questions):
         >>> index.keys()
         array([1, 2, 3])
         """
-        self._change(lambda state: changes.insert(state, key, value))
+        put = self._front.insert(key, value)
+        if not put and not (put is None and self._renew().insert(key, value)):
+            self._change(lambda state: changes.insert(state, key, value))
 
     def update(self, key: Any, value: Any) -> None:
-        """Set a map's value for the key, new or not; `index[key] = value` does the same. O(d).
+        """Set a map's value for the key, new or not; `index[key] = value` does the same.
+
+        As costly as `insert`.
 
         Raises:
             OverflowError: the value does not fit the values' dtype.
@@ -535,7 +556,8 @@ class Index(_Questions):
         >>> int(index[3])
         33
         """
-        self._change(lambda state: changes.update(state, key, value))
+        if not self._front.update(key, value) and not self._renew().update(key, value):
+            self._change(lambda state: changes.update(state, key, value))
 
     __setitem__ = update
 
@@ -557,13 +579,16 @@ class Index(_Questions):
         self._change(lambda state: changes.extend(state, keys, values))
 
     def discard(self, key: Any) -> bool:
-        """Remove the key, one copy of it from a multiset; whether it was there. O(d).
+        """Remove the key, one copy of it from a multiset; whether it was there. As costly as `insert`.
 
         >>> index = Index([1, 3, 3])
         >>> index.discard(3), index.discard(2), index.keys()
         (True, False, array([1, 3]))
         """
-        return self._change(lambda state: changes.discard(state, key)) < 0
+        there = self._front.discard(key)
+        if there is None:
+            there = self._renew().discard(key)
+        return there if there is not None else self._change(lambda state: changes.discard(state, key)) < 0
 
     def discard_many(self, keys: ArrayLike) -> int:
         """Remove each key that is there, from a multiset one copy per time it is given; how many were removed.
@@ -586,7 +611,7 @@ class Index(_Questions):
         0
         """
         with self._lock:
-            self._state = self._state.merged()
+            self._state = self._frozen().merged()
 
     def adapt(self) -> Adaptation:
         """Give the model's leaves to the buckets that are searched now, if the model says that it pays.
@@ -598,28 +623,43 @@ class Index(_Questions):
         'too few accesses were counted to tell'
         """
         with self._lock:
-            self._state, report = adaptation.adapt(self._state)
+            self._state, report = adaptation.adapt(self._frozen())
             return report
 
     def _change(self, change: Callable[[State], State]) -> int:
         """Swap in the state that a change makes, and merge if that is due; how many keys there are more."""
         with self._lock:
-            before = self._state
-            state = self._state = change(before)
-            if self._merging != "manual" and state.merge_is_due:
-                self._merge()
+            before = self._frozen()
+            state = change(before)
+            self._swap_in(state)
             return state.length - before.length
 
-    def _merge(self) -> None:
-        if self._merging == "inline":
-            self._state = self._state.merged()
-        elif self._merger is None or not self._merger.is_alive():
-            self._merger = threading.Thread(target=self._merge_in_background, daemon=True)
+    def _frozen(self) -> State:
+        """The state that a writer, who holds the lock, makes the next one of: single changes go on after it."""
+        front = self._front
+        front.freeze()
+        return front.settled()
+
+    def _renew(self) -> Front:
+        """A front whose level takes changes."""
+        with self._lock:
+            if self._front.is_closed:  # else another writer was faster
+                self._swap_in(self._frozen())
+            return self._front
+
+    def _swap_in(self, state: State) -> None:
+        """Hold the state, and merge it if that is due."""
+        if self._merging == "inline" and state.merge_is_due:
+            state = state.merged()
+        self._front = Front(state)
+        if self._merging == "background" and state.merge_is_due and not (self._merger and self._merger.is_alive()):
+            self._merger = threading.Thread(target=self._merge_in_background, args=(state,), daemon=True)
             self._merger.start()
 
-    def _merge_in_background(self) -> None:
-        before = self._state
+    def _merge_in_background(self, before: State) -> None:
         merged = before.merged()  # takes long, and holds up nobody
         with self._lock:
-            if self._state.run.codes is before.run.codes:  # else compact() was faster
-                self._state = self._state.after_merge(before, merged)
+            now = self._frozen()
+            if now.run.codes is before.run.codes:  # else compact() was faster
+                now = now.after_merge(before, merged)
+            self._front = Front(now)

@@ -85,17 +85,10 @@ class State:
     def value_dtype(self) -> np.dtype[Any]:
         """The dtype of a map's values. Raises TypeError if there are none."""
         if self.run.values is None:
-            raise _values_error()
+            raise values_error()
         return self.run.values.dtype
 
     # ---- one key
-
-    def get(self, key: Any, default: Any) -> Any:
-        """A map's value for the key, or the default. Raises TypeError if there are keys only."""
-        if self.run.values is None:
-            raise _values_error()
-        value = self.view.get(key, default)
-        return value.copy() if isinstance(value, np.void) else value  # a record is a view of where it is stored
 
     def select(self, rank: int) -> Any:
         """The key of a rank; negative ranks count from the end. Raises IndexError if there is no such rank."""
@@ -209,7 +202,7 @@ class State:
 
     def _values_at(self, places: Places) -> Values:
         if self.run.values is None or self.delta.values is None:
-            raise _values_error()
+            raise values_error()
         return _taken(self.run.values, self.delta.values, places)
 
     # ---- successors
@@ -225,9 +218,9 @@ class State:
             counts[present] = self.code_ranks(codes[present], right=True, in_run=True) - left[present]
         return counts
 
-    def with_delta(self, delta: Delta) -> State:
-        """The same run with other changes, after one more write."""
-        return State.of(self.key_type, self.engine, self.run, delta, self.writes + 1, self.copied + len(delta))
+    def with_delta(self, delta: Delta, writes: int = 1) -> State:
+        """The same run with other changes, after some more writes."""
+        return State.of(self.key_type, self.engine, self.run, delta, self.writes + writes, self.copied + len(delta))
 
     def remodelled(self, model: Model, trained: Signature, memory: Models) -> State:
         """The same keys under another model, which `trained` was the workload of."""
@@ -267,5 +260,6 @@ def _taken(run: NDArray[Any], delta: NDArray[Any], places: Places) -> NDArray[An
     return result
 
 
-def _values_error() -> TypeError:
+def values_error() -> TypeError:
+    """What asking a multiset for values comes to."""
     return TypeError("this index has keys only: make it with values, Index(keys, values), to look them up")

@@ -17,6 +17,7 @@ from .times import as_duration, as_time
 #: by kind of dtype, the kinds whose values are cast to it; a value that does not fit is still refused
 _CASTS_FROM = {"b": "b", "i": "biu", "u": "biu", "f": "biuf", "c": "biufc", "M": "M", "m": "mbiu", "S": "S"}
 _CASTS_FROM |= {"U": "U", "T": "TU", "O": "biufcMmSUTOV"}
+_PLAIN: dict[np.dtype[Any], type] = {np.dtype(np.int64): int, np.dtype(np.float64): float}
 _WIDTH = {"S": 1, "U": 4}  #: bytes of a character
 _FROM_OBJECTS: dict[str, Callable[[Any], Any]] = {"M": as_time, "m": as_duration}
 
@@ -80,6 +81,28 @@ def values_like(given: Any, dtype: np.dtype[Any], count: int) -> Values:
     else:
         array = _array_of(items) if isinstance(items, list) else items
     return _converted(as_values(array, count), dtype)
+
+
+def value_like(dtype: np.dtype[Any], given: Any) -> Any:
+    """One new value as the scalar that a map's array of the dtype holds; see `values_like`, which says the same."""
+    if type(given) is dtype.type and dtype.kind in "iufb":
+        return given
+    return values_like([given], dtype, 1)[0]
+
+
+def plain_type(dtype: np.dtype[Any]) -> type | None:
+    """Python's type whose items the dtype's scalar type takes as `values_like` would, or raises OverflowError."""
+    return _PLAIN.get(dtype)
+
+
+def array_of(scalars: list[Any], dtype: np.dtype[Any]) -> Values:
+    """The array of what `value_like` made."""
+    if dtype.kind in "biufc":
+        return np.array(scalars, dtype=dtype)
+    array = np.empty(len(scalars), dtype=dtype)
+    for place, scalar in enumerate(scalars):  # an object may be a sequence, which NumPy would take apart
+        array[place] = scalar
+    return array
 
 
 def _from_tuples(items: list[Any], dtype: np.dtype[Any]) -> Values:

@@ -22,7 +22,7 @@ LAYERS = [
     ["engine", "inputs", "times", "dtypes"],
     ["values", "keys", "storage", "splicing", "heat", "fitting", "steps"],
     ["model", "delta", "run", "search", "state"],
-    ["changes", "adaptation", "explanation", "checking", "packing", "index"],
+    ["changes", "front", "adaptation", "explanation", "checking", "packing", "index"],
 ]
 ORDER = [module for layer in LAYERS for module in layer]
 

@@ -1,0 +1,464 @@
+/* The level: single changes on their way into the delta, in memory that is changed in place.
+ *
+ * Included by _native.c after the View, whose search it begins with. Entries lie in blocks of sorted codes; each block
+ * knows by how much the blocks before it shift ranks, so a rank costs two short binary searches and one short sum.
+ * Every method changes or reads the level within one hold of the GIL: what runs Python (mapping a key, converting a
+ * value) comes before, and letting go of a replaced value after. So a question sees one moment, a frozen level changes
+ * no more, and neither readers nor writers need a lock.
+ */
+enum { BLOCK = 256 };
+
+typedef struct {
+    int64_t count;
+    uint64_t codes[BLOCK];
+    int64_t net[BLOCK];       /* by how many keys the code's count differs from the base's */
+    PyObject *values[BLOCK];  /* of a map, NULL where the key was removed; NULL in a multiset */
+} Block;
+
+typedef struct {
+    PyObject_HEAD
+    View *base;
+    PyObject *convert;        /* makes a value a map's; None for a multiset */
+    PyObject *plain, *scalar; /* of values of type `plain`, `scalar` makes the same, but for OverflowError */
+    PyObject *no_value;       /* stands for a value that is not given */
+    Block **blocks;
+    uint64_t *first; /* first[b]: no code of block b is below it, for b > 0 */
+    int64_t *before; /* before[b]: the net of all blocks before b */
+    int64_t n_blocks, room, size, capacity;
+    long long net, version; /* of all entries; how often it was changed */
+    char frozen;
+} Level;
+
+/* Whether the level has an entry for `code`; it is, or would be, entry `*i` of block `*b`. */
+static int seek(const Level *level, uint64_t code, int64_t *b, int64_t *i)
+{
+    *b = *i = 0;
+    if (level->n_blocks == 0)
+        return 0;
+    *b = below(level->first + 1, level->n_blocks - 1, code);
+    *b += *b + 1 < level->n_blocks && level->first[*b + 1] == code;
+    const Block *block = level->blocks[*b];
+    *i = below(block->codes, block->count, code);
+    return *i < block->count && block->codes[*i] == code;
+}
+
+static int64_t sum(const int64_t *net, int64_t n)
+{
+    int64_t total = 0;
+    for (int64_t i = 0; i < n; i++)
+        total += net[i];
+    return total;
+}
+
+/* By how much the entries below `q` shift ranks. */
+static int64_t shift_below(const Level *level, uint64_t q)
+{
+    if (level->n_blocks == 0)
+        return 0;
+    int64_t b = below(level->first + 1, level->n_blocks - 1, q);
+    const Block *block = level->blocks[b];
+    return level->before[b] + sum(block->net, below(block->codes, block->count, q));
+}
+
+static int grow(Level *level)
+{
+    int64_t room = 2 * level->room + 4;
+    size_t bytes = (size_t)room * 8;
+    Block **blocks = PyMem_Realloc(level->blocks, (size_t)room * sizeof *blocks);
+    level->blocks = blocks != NULL ? blocks : level->blocks;
+    uint64_t *first = PyMem_Realloc(level->first, bytes);
+    level->first = first != NULL ? first : level->first;
+    int64_t *before = PyMem_Realloc(level->before, bytes);
+    level->before = before != NULL ? before : level->before;
+    if (blocks == NULL || first == NULL || before == NULL)
+        return -1;
+    level->room = room;
+    return 0;
+}
+
+/* A new block `b` that the entries of the block before it move to from `from` on; its codes are not below `first`. */
+static int add_block(Level *level, int64_t b, int64_t from, uint64_t first)
+{
+    if (level->n_blocks == level->room && grow(level) < 0)
+        return -1;
+    Block *block = PyMem_Malloc(sizeof *block);
+    if (block == NULL)
+        return -1;
+    size_t after = (size_t)(level->n_blocks - b) * 8;
+    memmove(level->blocks + b + 1, level->blocks + b, (size_t)(level->n_blocks - b) * sizeof *level->blocks);
+    memmove(level->first + b + 1, level->first + b, after);
+    memmove(level->before + b + 1, level->before + b, after);
+    level->blocks[b] = block;
+    level->first[b] = first;
+    level->before[b] = 0;
+    level->n_blocks++;
+    block->count = 0;
+    if (b == 0)
+        return 0;
+    Block *left = level->blocks[b - 1];
+    block->count = left->count - from;
+    memcpy(block->codes, left->codes + from, (size_t)block->count * sizeof *left->codes);
+    memcpy(block->net, left->net + from, (size_t)block->count * sizeof *left->net);
+    memcpy(block->values, left->values + from, (size_t)block->count * sizeof *left->values);
+    left->count = from;
+    level->before[b] = level->before[b - 1] + sum(left->net, from);
+    return 0;
+}
+
+/* An entry of no change for `code` where `seek` placed it. Full blocks are halved, but appended codes fill them. */
+static int add_entry(Level *level, uint64_t code, int64_t *b, int64_t *i)
+{
+    if (level->n_blocks == 0 && add_block(level, 0, 0, 0) < 0)
+        return -1;
+    if (level->blocks[*b]->count == BLOCK) {
+        int appended = *b == level->n_blocks - 1 && *i == BLOCK;
+        int64_t half = appended ? BLOCK : BLOCK / 2;
+        if (add_block(level, *b + 1, half, appended ? code : level->blocks[*b]->codes[half]) < 0)
+            return -1;
+        if (appended || *i > half) {
+            *b += 1;
+            *i -= half;
+        }
+    }
+    Block *block = level->blocks[*b];
+    size_t after = (size_t)(block->count - *i);
+    memmove(block->codes + *i + 1, block->codes + *i, after * sizeof *block->codes);
+    memmove(block->net + *i + 1, block->net + *i, after * sizeof *block->net);
+    memmove(block->values + *i + 1, block->values + *i, after * sizeof *block->values);
+    block->codes[*i] = code;
+    block->net[*i] = 0;
+    block->values[*i] = NULL;
+    block->count++;
+    level->size++;
+    return 0;
+}
+
+/* Change an entry by `net` keys and give it a value, whose reference is taken; -1 if memory is out. */
+static int change_entry(Level *level, uint64_t code, int found, int64_t b, int64_t i, int64_t net, PyObject *value)
+{
+    if (!found && add_entry(level, code, &b, &i) < 0) {
+        Py_XDECREF(value);
+        PyErr_NoMemory();
+        return -1;
+    }
+    Block *block = level->blocks[b];
+    PyObject *old = block->values[i];
+    block->net[i] += net;
+    block->values[i] = value;
+    for (int64_t later = b + 1; net != 0 && later < level->n_blocks; later++)
+        level->before[later] += net;
+    level->net += net;
+    level->version++;
+    Py_XDECREF(old); /* may run Python: last */
+    return 0;
+}
+
+/* ------------------------------------------------------------------ keys of base and level together */
+
+static int64_t base_rank(Level *level, uint64_t q)
+{
+    Search *s = &level->base->search;
+    return run_rank(s, q) + (s->n_delta ? s->shifts[below(s->delta, s->n_delta, q)] : 0);
+}
+
+static Place base_place(Level *level, uint64_t code)
+{
+    Search *s = &level->base->search;
+    int64_t rank = run_rank(s, code);
+    return place_of(s, code, rank, below(s->delta, s->n_delta, code));
+}
+
+static int64_t base_count(Level *level, uint64_t code)
+{
+    const Search *s = &level->base->search;
+    int64_t end = code == UINT64_MAX ? s->n + s->shifts[s->n_delta] : base_rank(level, code + 1);
+    return end - base_rank(level, code);
+}
+
+static int is_map(const Level *level) { return level->convert != Py_None; }
+
+/* Whether a code is in the index, when `seek` found entry `i` of block `b` for it or none. */
+static int is_there(Level *level, uint64_t code, int found, int64_t b, int64_t i)
+{
+    if (!found)
+        return base_place(level, code).present;
+    const Block *block = level->blocks[b];
+    if (is_map(level))
+        return block->values[i] != NULL;
+    return block->net[i] > 0 || base_count(level, code) + block->net[i] > 0;
+}
+
+static int is_closed(const Level *level) { return level->frozen || level->size >= level->capacity; }
+
+/* ------------------------------------------------------------------ Python */
+
+static PyObject *level_rank(Level *level, PyObject *key, int right)
+{
+    const Search *s = &level->base->search;
+    Cut cut;
+    if (cut_of(level->base, key, &cut) < 0)
+        return NULL;
+    right = right && cut.exact;
+    if (cut.above || (right && cut.code == UINT64_MAX))
+        return PyLong_FromLongLong(s->n + s->shifts[s->n_delta] + level->net);
+    uint64_t q = cut.code + (uint64_t)right;
+    return PyLong_FromLongLong(base_rank(level, q) + shift_below(level, q));
+}
+
+static PyObject *level_left(PyObject *self, PyObject *key) { return level_rank((Level *)self, key, 0); }
+static PyObject *level_right(PyObject *self, PyObject *key) { return level_rank((Level *)self, key, 1); }
+
+static PyObject *level_contains(PyObject *self, PyObject *key)
+{
+    Level *level = (Level *)self;
+    Cut cut;
+    int64_t b, i;
+    if (cut_of(level->base, key, &cut) < 0)
+        return NULL;
+    if (!cut.exact || cut.above)
+        Py_RETURN_FALSE;
+    int found = seek(level, cut.code, &b, &i);
+    return PyBool_FromLong(is_there(level, cut.code, found, b, i));
+}
+
+static PyObject *level_get(PyObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    Level *level = (Level *)self;
+    Cut cut;
+    int64_t b, i;
+    if (count != 2) {
+        PyErr_SetString(PyExc_TypeError, "get takes a key and a default");
+        return NULL;
+    }
+    if (cut_of(level->base, args[0], &cut) < 0)
+        return NULL;
+    if (!cut.exact || cut.above)
+        return Py_NewRef(args[1]);
+    if (seek(level, cut.code, &b, &i)) {
+        PyObject *value = level->blocks[b]->values[i];
+        return Py_NewRef(value != NULL ? value : args[1]);
+    }
+    Place place = base_place(level, cut.code);
+    return place.present ? PySequence_GetItem(level->base->values[place.in_delta], (Py_ssize_t)place.position)
+                         : Py_NewRef(args[1]);
+}
+
+static PyObject *converted(Level *level, PyObject *given)
+{
+    if ((PyObject *)Py_TYPE(given) == level->plain) {
+        PyObject *value = PyObject_CallFunctionObjArgs(level->scalar, given, NULL);
+        if (value != NULL || !PyErr_ExceptionMatches(PyExc_OverflowError))
+            return value;
+        PyErr_Clear();
+    }
+    return PyObject_CallFunctionObjArgs(level->convert, given, NULL);
+}
+
+/* True, False if a key that a map has is not to be replaced, None if the level does not take the change. */
+static PyObject *put_one(Level *level, PyObject *key, PyObject *given, int replace)
+{
+    Cut cut;
+    int64_t b, i;
+    PyObject *value = NULL;
+    if (is_map(level) == (given == level->no_value))
+        Py_RETURN_NONE;
+    if (cut_of(level->base, key, &cut) < 0)
+        return NULL;
+    if (!cut.exact || cut.above || is_closed(level))
+        Py_RETURN_NONE;
+    if (is_map(level) && (value = converted(level, given)) == NULL)
+        return NULL;
+    if (is_closed(level)) { /* meanwhile */
+        Py_XDECREF(value);
+        Py_RETURN_NONE;
+    }
+    int found = seek(level, cut.code, &b, &i);
+    int there = is_map(level) && is_there(level, cut.code, found, b, i);
+    if (there && !replace) {
+        Py_DECREF(value);
+        Py_RETURN_FALSE;
+    }
+    if (change_entry(level, cut.code, found, b, i, !there, value) < 0)
+        return NULL;
+    Py_RETURN_TRUE;
+}
+
+static PyObject *level_put(PyObject *self, PyObject *const *args, Py_ssize_t count, int replace)
+{
+    if (count == 2)
+        return put_one((Level *)self, args[0], args[1], replace);
+    PyErr_SetString(PyExc_TypeError, "insert and update take a key and a value");
+    return NULL;
+}
+
+static PyObject *level_insert(PyObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    return level_put(self, args, count, 0);
+}
+
+static PyObject *level_update(PyObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    return level_put(self, args, count, 1);
+}
+
+static PyObject *level_discard(PyObject *self, PyObject *key)
+{
+    Level *level = (Level *)self;
+    Cut cut;
+    int64_t b, i;
+    if (cut_of(level->base, key, &cut) < 0)
+        return NULL;
+    if (is_closed(level))
+        Py_RETURN_NONE;
+    if (!cut.exact || cut.above)
+        Py_RETURN_FALSE;
+    int found = seek(level, cut.code, &b, &i);
+    if (!is_there(level, cut.code, found, b, i))
+        Py_RETURN_FALSE;
+    if (change_entry(level, cut.code, found, b, i, -1, NULL) < 0)
+        return NULL;
+    Py_RETURN_TRUE;
+}
+
+static PyObject *level_freeze(PyObject *self, PyObject *unused)
+{
+    (void)unused;
+    ((Level *)self)->frozen = 1;
+    Py_RETURN_NONE;
+}
+
+static PyObject *level_entries(PyObject *self, PyObject *unused)
+{
+    Level *level = (Level *)self;
+    Py_ssize_t n = (Py_ssize_t)level->size, at = 0;
+    PyObject *codes = PyBytes_FromStringAndSize(NULL, 8 * n), *net = PyBytes_FromStringAndSize(NULL, 8 * n);
+    PyObject *alive = PyBytes_FromStringAndSize(NULL, n), *values = PyList_New(is_map(level) ? n : 0);
+    (void)unused;
+    if (codes == NULL || net == NULL || alive == NULL || values == NULL) {
+        Py_XDECREF(codes);
+        Py_XDECREF(net);
+        Py_XDECREF(alive);
+        Py_XDECREF(values);
+        return NULL;
+    }
+    for (int64_t b = 0; b < level->n_blocks; at += (Py_ssize_t)level->blocks[b]->count, b++) {
+        const Block *block = level->blocks[b];
+        memcpy(PyBytes_AsString(codes) + 8 * at, block->codes, (size_t)block->count * 8);
+        memcpy(PyBytes_AsString(net) + 8 * at, block->net, (size_t)block->count * 8);
+        for (int64_t i = 0; i < block->count; i++) {
+            PyObject *value = block->values[i];
+            PyBytes_AsString(alive)[at + i] = value != NULL;
+            if (is_map(level))
+                PyList_SetItem(values, at + (Py_ssize_t)i, Py_NewRef(value != NULL ? value : Py_None));
+        }
+    }
+    return Py_BuildValue("(LNNNN)", level->version, codes, net, alive, values);
+}
+
+static PyObject *level_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    PyObject *base, *convert, *plain, *scalar, *no_value;
+    Py_ssize_t capacity;
+    (void)kwargs;
+    if (!PyArg_ParseTuple(args, "OnOOOO", &base, &capacity, &convert, &plain, &scalar, &no_value))
+        return NULL;
+    if (PyType_GetSlot(Py_TYPE(base), Py_tp_dealloc) != (void *)view_dealloc) {
+        PyErr_SetString(PyExc_TypeError, "a level lies over a View");
+        return NULL;
+    }
+    allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
+    Level *level = (Level *)allocate(type, 0);
+    if (level == NULL)
+        return NULL;
+    level->base = (View *)Py_NewRef(base);
+    level->convert = Py_NewRef(convert);
+    level->plain = Py_NewRef(plain);
+    level->scalar = Py_NewRef(scalar);
+    level->no_value = Py_NewRef(no_value);
+    level->capacity = capacity;
+    return (PyObject *)level;
+}
+
+static void level_dealloc(PyObject *self)
+{
+    Level *level = (Level *)self;
+    PyTypeObject *type = Py_TYPE(self);
+    freefunc free_level = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    for (int64_t b = 0; b < level->n_blocks; b++) {
+        for (int64_t i = 0; i < level->blocks[b]->count; i++)
+            Py_XDECREF(level->blocks[b]->values[i]);
+        PyMem_Free(level->blocks[b]);
+    }
+    PyMem_Free(level->blocks);
+    PyMem_Free(level->first);
+    PyMem_Free(level->before);
+    Py_XDECREF((PyObject *)level->base);
+    Py_XDECREF(level->convert);
+    Py_XDECREF(level->plain);
+    Py_XDECREF(level->scalar);
+    Py_XDECREF(level->no_value);
+    free_level(self);
+    Py_DECREF((PyObject *)type);
+}
+
+static PyMethodDef level_methods[] = {
+    {"left", level_left, METH_O, "How many keys are below the key."},
+    {"right", level_right, METH_O, "How many keys are not above the key."},
+    {"contains", level_contains, METH_O, "Whether the key is in the index."},
+    {"get", (PyCFunction)(void (*)(void))level_get, METH_FASTCALL, "get(key, default): a map's value for the key."},
+    {"insert", (PyCFunction)(void (*)(void))level_insert, METH_FASTCALL,
+     "insert(key, value): True; False if a map has the key, None if the level does not take it."},
+    {"update", (PyCFunction)(void (*)(void))level_update, METH_FASTCALL,
+     "update(key, value): True; None if the level does not take it."},
+    {"discard", level_discard, METH_O, "Whether the key was there, once less now; None if the level does not take it."},
+    {"freeze", level_freeze, METH_NOARGS, "Take no more changes."},
+    {"entries", level_entries, METH_NOARGS, "Version, codes, net changes, which are alive, values, of one moment."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyObject *level_closed(PyObject *self, void *unused)
+{
+    (void)unused;
+    return PyBool_FromLong(is_closed((Level *)self));
+}
+
+static PyGetSetDef level_getters[] = {
+    {"closed", level_closed, NULL, "Whether it takes no more changes.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyMemberDef level_members[] = {
+    {"net", T_LONGLONG, offsetof(Level, net), READONLY, "How many keys more than in the base."},
+    {"version", T_LONGLONG, offsetof(Level, version), READONLY, "How many changes were made."},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyType_Slot level_slots[] = {
+    {Py_tp_new, level_new},
+    {Py_tp_dealloc, level_dealloc},
+    {Py_tp_methods, level_methods},
+    {Py_tp_members, level_members},
+    {Py_tp_getset, level_getters},
+    {Py_tp_doc, "Level(view, capacity, convert, plain, scalar, no_value): single changes over the view of a state."},
+    {0, NULL},
+};
+
+static PyType_Spec level_spec = {
+    .name = "doraemon._native.Level",
+    .basicsize = sizeof(Level),
+    .flags = Py_TPFLAGS_DEFAULT,
+    .slots = level_slots,
+};
+
+/* Without a GIL a level would need locks, so there is none, and every change goes to the delta. */
+static int add_level_type(PyObject *module)
+{
+#ifdef Py_GIL_DISABLED
+    return PyModule_AddObjectRef(module, "Level", Py_None);
+#else
+    PyObject *type = PyType_FromModuleAndSpec(module, &level_spec, NULL);
+    int failed = type == NULL || PyModule_AddObjectRef(module, "Level", type) < 0;
+    Py_XDECREF(type);
+    return failed ? -1 : 0;
+#endif
+}

@@ -1,0 +1,117 @@
+"""Fronts: what an index holds, a state with the level of single changes made since.
+
+A single change in the delta costs a copy of the delta. The level takes it in place instead, in C, and answers questions
+of one key together with the state's view. Any other question is asked of the settled state, into whose delta the level
+was folded; a snapshot freezes the level as it is, and the next change begins another front. Without the C extension, or
+without a GIL, there is no level, and every change goes to the delta.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import numpy as np
+
+from . import state as states
+from .changes import fold
+from .engine import native
+from .search import View
+from .state import REQUIRED, State, values_error
+from .values import plain_type, value_like
+
+Get = Callable[[Any, Any], Any]
+Put = Callable[[object, Any], bool | None]
+SHARE = 256  #: of the keys, how many times fewer a level has before it is folded
+
+
+class Front:
+    """A state and the single changes since: every question of one key, O(1) to freeze.
+
+    `insert`, `update` and `discard` answer None where the level does not take the change: it is full or frozen, there
+    is none, or the key or the value is not one of this index.
+
+    Attributes:
+        state: what the level lies over.
+        view: answers questions of one key, changes included.
+        get: a map's value for a key, or the default that is given; raises TypeError if there are keys only.
+    """
+
+    __slots__ = ("_level", "_settled", "discard", "get", "insert", "state", "update", "view")
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+        self._level = None if state.engine == "numpy" or native.Level is None else _level_over(state)
+        self._settled = (0, state)
+        self.view: View = state.view if self._level is None else cast(View, self._level)
+        changing = self._level or _NoLevel()
+        self.insert: Put = changing.insert
+        self.update: Put = changing.update
+        self.discard: Callable[[object], bool | None] = changing.discard
+        self.get: Get = self._getter()
+
+    def __len__(self) -> int:
+        return self.state.length if self._level is None else self.state.length + self._level.net
+
+    def freeze(self) -> None:
+        """Take no more changes. O(1)."""
+        if self._level is not None:
+            self._level.freeze()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether there is a level that takes no more changes."""
+        return self._level is not None and self._level.closed
+
+    def settled(self) -> State:
+        """The state with the level's changes in its delta. O(changes + delta), O(1) without new changes."""
+        version, state = self._settled
+        if self._level is None or self._level.version == version:
+            return state
+        version, codes, net, alive, values = self._level.entries()
+        state = fold(
+            self.state,
+            version,
+            np.frombuffer(codes, np.uint64),
+            np.frombuffer(net, np.int64),
+            np.frombuffer(alive, np.bool_),
+            values,
+        )
+        self._settled = (version, state)  # another reader's may be older: its version tells
+        return state
+
+    def _getter(self) -> Get:
+        if not self.state.is_map:
+            return _no_values
+        return partial(_copied, self.view.get) if self.state.value_dtype.kind == "V" else self.view.get
+
+
+def _copied(get: Get, key: Any, default: Any) -> Any:
+    value = get(key, default)
+    return value.copy() if isinstance(value, np.void) else value  # a record is a view of where it is stored
+
+
+def _no_values(key: Any, default: Any) -> Any:
+    raise values_error()
+
+
+def _level_over(state: State) -> Any:
+    capacity = max(states.MIN_DELTA, len(state.run) // SHARE)
+    if not state.is_map:
+        return native.Level(state.view, capacity, None, None, None, REQUIRED)
+    dtype = state.value_dtype
+    convert = partial(value_like, dtype)
+    return native.Level(state.view, capacity, convert, plain_type(dtype), dtype.type, REQUIRED)
+
+
+class _NoLevel:
+    """What refuses every change."""
+
+    def insert(self, key: object, value: Any, /) -> None:
+        """Refuse."""
+
+    update = insert
+
+    def discard(self, key: object, /) -> None:
+        """Refuse."""
