@@ -9,15 +9,15 @@ just read. Answers are checked.
 
 batches  a million queries at once, after four million were seen.
 single   one query per call, the loop's own time taken off.
-moving   the hot keys are others after each million queries. "following" adapts after the first 300,000 queries of each
-         million, and the time of `adapt()` is counted; "as built" never does; "known beforehand" has from the first query
-         on the table that it chose for these very hot keys, at no cost, and is what following can come near to at best.
+moving   the hot keys are others after each million queries. "following" adapts after the first 300,000 of each million,
+         and the time of `adapt()` is counted; "as built" never does; "known beforehand" has from the first query on the
+         table that it chose for these very hot keys, at no cost: what following can come near to at best.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -45,9 +45,9 @@ def queries_of(name: str, keys: Keys, count: int, seed: int, place: int = 0) -> 
     return keys[(scattered % np.uint64(n)).astype(np.int64)]
 
 
-def adapted(built: Index, keys: Keys, shape: str, place: int = 0) -> tuple[Index, Row]:
-    """A copy of an index that has seen such queries, and what adapting came to."""
-    index = built.copy()
+def adapted(keys: Keys, shape: str, place: int = 0) -> tuple[Index, Row]:
+    """An index that has seen such queries, and what adapting came to."""
+    index = Index(keys)  # no copy of another one, which would share its samples
     for seed in range(SEEN):
         index.searchsorted(queries_of(shape, keys, BATCH, 1000 + seed, place))
     reports: list[Any] = []
@@ -61,7 +61,7 @@ def adapted(built: Index, keys: Keys, shape: str, place: int = 0) -> tuple[Index
 
 def batches(built: Index, keys: Keys, shape: str, rounds: int) -> Row:
     """Nanoseconds per query of whole arrays."""
-    index, row = adapted(built, keys, shape)
+    index, row = adapted(keys, shape)
     asked = [queries_of(shape, keys, BATCH, 3000 + turn) for turn in range(8)]
     np.testing.assert_array_equal(index.searchsorted(asked[0]), np.searchsorted(keys, asked[0]))
     ways: dict[str, Callable[[int], Any]] = {
@@ -73,7 +73,7 @@ def batches(built: Index, keys: Keys, shape: str, rounds: int) -> Row:
 
 def single(built: Index, keys: Keys, shape: str, rounds: int) -> Row:
     """Nanoseconds per call."""
-    index, row = adapted(built, keys, shape)
+    index, row = adapted(keys, shape)
     asked = [queries_of(shape, keys, SINGLE, 3000 + turn).tolist() for turn in range(2 * rounds)]
     ways: dict[str, Callable[[int], Any]] = {
         name: lambda turn, rank=each.bisect_left: [rank(q) for q in asked[turn]]
@@ -86,25 +86,25 @@ def single(built: Index, keys: Keys, shape: str, rounds: int) -> Row:
 
 def moving(built: Index, keys: Keys, shape: str, rounds: int) -> Row:
     """Nanoseconds per query over a million queries of each place, adapting included."""
-    following, _ = adapted(built, keys, shape)
+    following, _ = adapted(keys, shape)
     seconds: dict[str, list[float]] = {"as built": [], "following": [], "known beforehand": []}
     adapting: list[float] = []
+
+    def follow(parts: list[Keys]) -> None:
+        for part, asked in enumerate(parts):
+            following.searchsorted(asked)
+            if (part + 1) * PART == LEARNED:
+                adapting.append(seconds_of(following.adapt))
+
     for place in range(1, MOVES + 1):
-        known, _ = adapted(built, keys, shape, place)
-
-        def follow(_: int, place: int = place) -> None:
-            for part, asked in enumerate(parts[0]):
-                following.searchsorted(asked)
-                if (part + 1) * PART == LEARNED:
-                    adapting.append(seconds_of(following.adapt))
-
+        known, _ = adapted(keys, shape, place)
         parts = [
             np.split(queries_of(shape, keys, BATCH, 4000 + 3 * place + way, place), BATCH // PART) for way in range(3)
         ]
         ways: dict[str, Callable[[int], Any]] = {
-            "as built": lambda _, parts=parts: [built.searchsorted(asked) for asked in parts[1]],
-            "following": follow,
-            "known beforehand": lambda _, parts=parts: [known.searchsorted(asked) for asked in parts[2]],
+            "as built": lambda _, parts=parts[0]: [built.searchsorted(asked) for asked in parts],
+            "following": lambda _, parts=parts[1]: follow(parts),
+            "known beforehand": lambda _, parts=parts[2], known=known: [known.searchsorted(asked) for asked in parts],
         }
         for name, values in in_turns(ways, 1).items():
             seconds[name] += values

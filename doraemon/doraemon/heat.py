@@ -15,6 +15,7 @@ from .workload import Signature, signature
 SAMPLING = 8  #: one access in so many is kept
 CAPACITY = 1 << 18  #: accesses that are kept at most, a power of two
 HALF_LIFE = 8  #: counts per bucket after which an older one weighs half
+ENOUGH = 8  #: half-lives of new counts, before which none is of any weight
 DOUBTED = 8  #: a count that is believed as much as its neighbours are
 NEIGHBOURS = 8  #: buckets on each side
 
@@ -42,7 +43,12 @@ class Samples:
     def newest(self, count: int = CAPACITY) -> Codes:
         """The last `count` samples or as many as there are, the oldest first."""
         taken = int(self.taken[0])
-        return self.codes[np.arange(max(0, taken - min(count, CAPACITY)), taken) % CAPACITY]
+        first, last = max(0, taken - min(count, CAPACITY)) % CAPACITY, taken % CAPACITY
+        if taken == 0 or count <= 0:
+            return self.codes[:0]
+        if first < last:
+            return self.codes[first:last].copy()
+        return np.concatenate([self.codes[first:], self.codes[:last]])
 
     def copy(self) -> Samples:
         """The same samples, to which others may be added."""
@@ -74,12 +80,14 @@ class Heat:
         """The decayed counts, with what readers added until now, but for what a hot table answers."""
         with self._lock:
             taken = int(self.samples.taken[0])
-            fresh, self._counted = self.samples.newest(taken - self._counted), taken
+            half_life = HALF_LIFE * max(len(self.bounds), 256)
+            fresh = self.samples.newest(min(taken - self._counted, ENOUGH * half_life))
+            self._counted = taken
             if hot is not None:
                 fresh = fresh[~hot.holds(fresh)]
             if len(self.bounds) and len(fresh):
                 new = self.counted(fresh)
-                self.decayed = self.decayed * 0.5 ** (new.sum() / (HALF_LIFE * max(len(new), 256))) + new
+                self.decayed = self.decayed * 0.5 ** (new.sum() / half_life) + new
             return self.decayed
 
     def counted(self, codes: Codes) -> Floats:

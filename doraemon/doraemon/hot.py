@@ -51,7 +51,7 @@ class Hot:
             return None
         slots = LINE["codes"].shape[0]
         lines = _aligned_lines(int(len(codes) / (FILLED * slots)) + 1)
-        return cls(codes, lines, native.fill_hot(codes, ranks, copies, lines))
+        return cls(codes, lines, native.fill_hot(np.ascontiguousarray(codes), ranks, copies, lines))
 
     def holds(self, codes: Codes) -> Mask:
         """Whether each code is in the table."""

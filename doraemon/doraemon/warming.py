@@ -7,6 +7,7 @@ takes part, so that where none pays there is none.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,10 +19,12 @@ from .engine import native
 from .hot import Hot
 from .run import Run
 from .state import State
-from .workload import signature
+from .workload import distance, signature
 
 MIN_SAMPLES = 4096  #: below which no table is tried
-WINDOWS = (1, 4, 16)  #: tables of all samples, and of the newest quarter and sixteenth: workloads move
+WINDOWS = (1, 4, 16)  #: tables are made of all samples, of the newest quarter and of the newest sixteenth
+MOVED = 0.1  #: share of the accesses by which a table answers fewer of late that tells of another workload
+FAR = 0.5  #: bits between the workloads of late and of before that tell the same
 HELD_OUT = 16  #: one sample in so many, the newest, is asked and not learned from
 ROUNDS = 5  #: in which the tables take turns
 PART = 512  #: queries that a table is asked at once, at least
@@ -61,10 +64,12 @@ def warm(state: State) -> tuple[State, Warming]:
         few = "too few accesses were counted to tell"
         return state, Warming(few if state.engine == "native" else "the NumPy engine has no hot table", _held(before))
     split = len(samples) - len(samples) // HELD_OUT
-    tables = [None, *([] if before is None else [before]), *_tables(state, samples[:split])]
+    past, asked = samples[:split], samples[split:]
+    new = _tables_of_late(state, past) if has_moved(state.run, past, asked) else _tables(state, past)
+    tables = [None, *([] if before is None else [before]), *new]
     if len(tables) == 1:
         return state, Warming("the accesses are spread too evenly for a table")
-    costs = _costs([state.with_hot(table) for table in tables], samples[split:])
+    costs = _costs([state.with_hot(table) for table in tables], asked)
     best = int(np.argmin(costs))
     if before is not None and costs[1] <= (1 + AS_GOOD) * costs[best]:
         best = 1
@@ -99,19 +104,40 @@ def _costs(states: list[State], asked: Codes) -> Floats:
     return costs
 
 
+def has_moved(run: Run, past: Codes, late: Codes) -> bool:
+    """Whether late samples are of another workload than those of the past.
+
+    Then little is known of the new one, and how long it will last is uncertain: only small tables are worth making.
+    """
+    past = past[:: max(1, len(past) // len(late))].copy()
+    if run.hot is not None:
+        return bool(run.hot.holds(past).mean() - run.hot.holds(late).mean() > MOVED)
+    before, now = (signature(run.heat.counted(codes), prior=run.model.depths) for codes in (past, late))
+    noise = len(now) / (2 * math.log(2) * len(late))
+    return distance(now, before) > FAR + noise
+
+
+def _tables_of_late(state: State, past: Codes) -> Iterator[Hot]:
+    """The table of what was asked for most lately."""
+    codes, known = by_count(past[-(len(past) // WINDOWS[-1]) :])
+    table = state.hot_table(codes) if known > KNOWN else None
+    if table is not None:
+        yield table
+
+
 def _tables(state: State, past: Codes) -> Iterator[Hot]:
     """Tables of what was asked for most, and of all keys of the hot buckets where samples name too few of them."""
     run, most = state.run, max(SMALLEST, int(LARGEST * len(state.run)))
-    known = 0.0
+    best = 0.0
     for window in WINDOWS:
-        codes, repeated = by_count(past[-(len(past) // window) :])
-        known = max(known, repeated)
-        table = state.hot_table(codes[:most]) if repeated > KNOWN else None
+        codes, known = by_count(past[-(len(past) // window) :])
+        best = max(best, known)
+        table = state.hot_table(codes[:most]) if known > KNOWN else None
         if table is not None:
             yield table
     shares = signature(run.heat.counted(past), prior=run.model.depths)
     hot = hot_buckets(run, shares, most)
-    table = table_of_buckets(run, hot) if shares[hot].sum() > known + WORTHWHILE else None
+    table = table_of_buckets(run, hot) if shares[hot].sum() > best + WORTHWHILE else None
     if table is not None:
         yield table
 

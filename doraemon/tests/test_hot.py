@@ -180,3 +180,27 @@ def test_lists_by_count_begin_with_what_occurs_most() -> None:
     codes, known = warming.by_count(samples)
     assert codes.tolist() == [7, 5, 9]
     assert known == pytest.approx(5 / 6)
+
+
+def test_another_workload_is_noticed_with_and_without_a_table() -> None:
+    run = Index(KEYS)._state.run
+    here, there = KEYS[:20_000], KEYS[200_000:220_000]
+    assert warming.has_moved(run, RNG.choice(here, 40_000), RNG.choice(there, 5000))
+    assert not warming.has_moved(run, RNG.choice(here, 40_000), RNG.choice(here, 5000))
+    run = heated(Index(KEYS), here)._state.run
+    assert warming.has_moved(run, RNG.choice(here, 40_000), RNG.choice(there, 5000))
+    assert not warming.has_moved(run, RNG.choice(there, 40_000), RNG.choice(there, 5000))
+
+
+def test_a_table_follows_scattered_keys_that_move() -> None:
+    index = Index(KEYS)
+    for seed in range(4):
+        index.searchsorted(zipf(200_000, seed=seed))
+    index.adapt()
+    moved = KEYS[::-1]
+    for seed in range(2):
+        index.searchsorted(moved[np.searchsorted(KEYS, zipf(100_000, seed=seed))])
+    assert index.adapt().hot.changed
+    table = index._state.run.hot
+    assert table is not None
+    assert table.holds(moved[np.searchsorted(KEYS, zipf(10_000, seed=9))]).mean() > 0.8

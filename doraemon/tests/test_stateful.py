@@ -158,7 +158,7 @@ class Machine(RuleBasedStateMachine):
         if self.engine == "native" and len(state.run):
             hot = data.draw(st.lists(keys(self.dtype), max_size=20))
             codes = state.key_type.encode_any(np.array(hot, dtype=self.dtype))
-            self.index._state = state.with_hot(state.hot_table(np.unique(codes)[::-1]))
+            self.index._state = state.with_hot(state.hot_table(np.unique(codes)))
 
     @rule(data=st.data())
     def ask(self, data: st.DataObject) -> None:
