@@ -30,7 +30,7 @@ class Adaptation:
 
     Attributes:
         reason: what became of the leaves, in words.
-        drift: modelled extra search steps per access before.
+        drift: modelled extra search steps per access before; 0 where the accesses have just moved.
         saved: modelled steps per access that the change saves, 0 if none was made.
         changed: buckets whose number of leaves changed.
         refitted: those of them that had to be fitted; the others' fits were still known.
@@ -50,8 +50,9 @@ class Adaptation:
 def adapt(state: State) -> tuple[State, Adaptation]:
     """The state for the workload that its readers' samples show, and what was done."""
     state, hot = warm(state)
-    counts = state.run.heat.counts(state.run.hot)
-    state, report = _give_leaves(state, counts)
+    if hot.moved:
+        return state, Adaptation("the accesses have just moved: fits wait until they stay", 0.0, hot=hot)
+    state, report = _give_leaves(state, state.run.heat.counts(state.run.hot))
     return state, replace(report, hot=hot)
 
 

@@ -24,10 +24,11 @@ from .workload import distance, signature
 MIN_SAMPLES = 4096  #: below which no table is tried
 WINDOWS = (1, 4, 16)  #: tables are made of all samples, of the newest quarter and of the newest sixteenth
 MOVED = 0.1  #: share of the accesses by which a table answers fewer of late that tells of another workload
-FAR = 0.5  #: bits between the workloads of late and of before that tell the same
+FAR = 1.5  #: bits between the workloads of late and of before that tell the same
 HELD_OUT = 16  #: one sample in so many, the newest, is asked and not learned from
-ROUNDS = 5  #: in which the tables take turns
-PART = 512  #: queries that a table is asked at once, at least
+ROUNDS, PARTS = 2, 3  #: in which the tables take turns, and of which each turn is made
+LEAST_PART = 512  #: queries that a table is asked at once, at least
+WARM_UP = 8192  #: queries that are not timed before each turn
 WORTHWHILE = 0.05  #: share of the time of a look-up that a table has to save
 KNOWN = 0.15  #: share of the accesses that a table has to be likely to answer, to be tried: asking it in vain costs
 AS_GOOD = 0.03  #: share by which another table has to be faster than the present one
@@ -49,12 +50,14 @@ class Warming:
         keys: in the table now.
         saved: measured share of the time of a look-up that the table saves, 0 without one.
         changed: whether there is another table than before, or none any more.
+        moved: whether the newest accesses are of another workload than those before.
     """
 
     reason: str
     keys: int = 0
     saved: float = 0.0
     changed: bool = False
+    moved: bool = False
 
 
 def warm(state: State) -> tuple[State, Warming]:
@@ -64,43 +67,46 @@ def warm(state: State) -> tuple[State, Warming]:
         few = "too few accesses were counted to tell"
         return state, Warming(few if state.engine == "native" else "the NumPy engine has no hot table", _held(before))
     split = len(samples) - len(samples) // HELD_OUT
-    past, asked = samples[:split], samples[split:]
-    new = _tables_of_late(state, past) if has_moved(state.run, past, asked) else _tables(state, past)
-    tables = [None, *([] if before is None else [before]), *new]
+    past, late = samples[:split], samples[split:]
+    moved = has_moved(state.run, past, late)
+    tables = [None, *([] if before is None else [before]), *(_tables_of_late if moved else _tables)(state, past)]
     if len(tables) == 1:
-        return state, Warming("the accesses are spread too evenly for a table")
-    costs = _costs([state.with_hot(table) for table in tables], asked)
+        return state, Warming("the accesses are spread too evenly for a table", moved=moved)
+    costs = _costs([state.with_hot(table) for table in tables], past, late)
     best = int(np.argmin(costs))
     if before is not None and costs[1] <= (1 + AS_GOOD) * costs[best]:
         best = 1
     saved = float(1 - costs[best] / costs[0])
     if saved < WORTHWHILE:
-        return state.with_hot(None), Warming("no table saves enough", changed=before is not None)
+        return state.with_hot(None), Warming("no table saves enough", 0, 0.0, before is not None, moved)
     changed = tables[best] is not before
     reason = "another table is faster" if changed else "the table fits the accesses"
-    return state.with_hot(tables[best]), Warming(reason, _held(tables[best]), saved, changed)
+    return state.with_hot(tables[best]), Warming(reason, _held(tables[best]), saved, changed, moved)
 
 
 def _held(table: Hot | None) -> int:
     return 0 if table is None else table.held
 
 
-def _costs(states: list[State], asked: Codes) -> Floats:
-    """Seconds per query of each state, in its fastest round.
+def _costs(states: list[State], past: Codes, late: Codes) -> Floats:
+    """Seconds per query of each state, in its fastest turn.
 
-    Each part of the queries is asked once, if there are enough: a state would find in the cache what another just read.
+    Before a turn the state answers some of the past, or it would find in the cache what another left there. Each part
+    of the late queries is asked once, if there are enough, for the same reason.
     """
-    turns = ROUNDS * len(states)
-    size = max(min(PART, len(asked)), len(asked) // turns)
-    parts, ranks = len(asked) // size, np.empty(size, dtype=np.int64)
-    seconds = np.empty((ROUNDS, len(states)))
-    for turn in range(turns):
-        round_, which = divmod(turn, len(states))
-        part = asked[turn % parts * size :][:size]
-        begin = time.perf_counter()
-        states[which].view.ranks(part, False, True, ranks)
-        seconds[round_, which] = time.perf_counter() - begin
-    costs: Floats = seconds.min(axis=0) / size
+    turns = [state for _ in range(ROUNDS) for state in states]
+    size = max(min(LEAST_PART, len(late)), len(late) // (len(turns) * PARTS))
+    ranks = np.empty(max(WARM_UP, size), dtype=np.int64)
+    seconds = np.full((len(turns), PARTS), np.inf)
+    for turn, state in enumerate(turns):
+        warm_up = past[-WARM_UP:]
+        state.view.ranks(warm_up, False, True, ranks[: len(warm_up)])
+        for part in range(PARTS):
+            first = (turn * PARTS + part) % (len(late) // size) * size
+            begin = time.perf_counter()
+            state.view.ranks(late[first : first + size], False, True, ranks[:size])
+            seconds[turn, part] = time.perf_counter() - begin
+    costs: Floats = seconds.reshape(ROUNDS, len(states), PARTS).min(axis=(0, 2)) / size
     return costs
 
 

@@ -200,7 +200,10 @@ def test_a_table_follows_scattered_keys_that_move() -> None:
     moved = KEYS[::-1]
     for seed in range(2):
         index.searchsorted(moved[np.searchsorted(KEYS, zipf(100_000, seed=seed))])
-    assert index.adapt().hot.changed
+    report = index.adapt()
+    assert report.hot.changed
+    assert report.hot.moved
+    assert (report.refitted, report.reason) == (0, "the accesses have just moved: fits wait until they stay")
     table = index._state.run.hot
     assert table is not None
     assert table.holds(moved[np.searchsorted(KEYS, zipf(10_000, seed=9))]).mean() > 0.8
