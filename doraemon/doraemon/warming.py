@@ -24,6 +24,7 @@ from .workload import distance, signature
 MIN_SAMPLES = 4096  #: below which no table is tried
 WINDOWS = (1, 4, 16)  #: tables are made of all samples, of the newest quarter and of the newest sixteenth
 MOVED = 0.1  #: share of the accesses by which a table answers fewer of late that tells of another workload
+BINS = 256  #: of buckets beside each other, by which workloads are compared
 FAR = 1.5  #: bits between the workloads of late and of before that tell the same
 HELD_OUT = 16  #: one sample in so many, the newest, is asked and not learned from
 ROUNDS, PARTS = 2, 3  #: in which the tables take turns, and of which each turn is made
@@ -118,8 +119,9 @@ def has_moved(run: Run, past: Codes, late: Codes) -> bool:
     past = past[:: max(1, len(past) // len(late))].copy()
     if run.hot is not None:
         return bool(run.hot.holds(past).mean() - run.hot.holds(late).mean() > MOVED)
-    before, now = (signature(run.heat.counted(codes), prior=run.model.depths) for codes in (past, late))
-    noise = len(now) / (2 * math.log(2) * len(late))
+    bins = np.linspace(0, len(run.heat.bounds), min(BINS, len(run.heat.bounds)), endpoint=False, dtype=np.int64)
+    before, now = (signature(np.add.reduceat(run.heat.counted(codes), bins)) for codes in (past, late))
+    noise = len(bins) / (2 * math.log(2) * len(late))
     return distance(now, before) > FAR + noise
 
 

@@ -51,7 +51,8 @@ class Threads:
 @pytest.mark.usefixtures("small_parts")
 def test_readers_see_every_write_whole(request: pytest.FixtureRequest, engine: str, merging: Any) -> None:
     """`--stress 600` for ten minutes."""
-    index = Index(np.arange(0, 2 * PAIR, 4), engine=engine, merging=merging)
+    adapt: Any = "auto" if merging == "background" else "manual"
+    index = Index(np.arange(0, 2 * PAIR, 4), engine=engine, merging=merging, adapt=adapt)
 
     def write() -> None:
         rng = np.random.default_rng()
