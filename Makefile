@@ -19,7 +19,7 @@ venv: $(VENV)/.complete
 
 # A change of the kernels' sources builds them anew; without a C++ compiler they are left out.
 # torch comes first, and the constraint keeps whatever pip installs afterwards from replacing it.
-$(VENV)/.complete: $(CONFIG) tardis/constraints.txt tardis/CMakeLists.txt $(KERNELS) $(INDEX) doraemon/doraemon/_native.c doraemon/doraemon/_level.c
+$(VENV)/.complete: $(CONFIG) tardis/constraints.txt tardis/CMakeLists.txt $(KERNELS) $(INDEX) $(wildcard doraemon/doraemon/*.[ch])
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
 	$(BIN)/pip install -c tardis/constraints.txt -e 'tardis[dev]' -e 'doraemon[dev]'

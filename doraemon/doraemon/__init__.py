@@ -4,6 +4,7 @@ from .adaptation import Adaptation
 from .errors import CorruptFileError
 from .explanation import Explanation
 from .index import Index, Snapshot
+from .warming import Warming
 from .workload import Match, Memory, distance, drift, signature
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Match",
     "Memory",
     "Snapshot",
+    "Warming",
     "distance",
     "drift",
     "signature",

@@ -6,13 +6,13 @@
  * value) comes before, and letting go of a replaced value after. So a question sees one moment, a frozen level changes
  * no more, and neither readers nor writers need a lock.
  */
-enum { BLOCK = 256 };
+enum { ENTRIES = 256 };
 
 typedef struct {
     int64_t count;
-    uint64_t codes[BLOCK];
-    int64_t net[BLOCK];       /* by how many keys the code's count differs from the base's */
-    PyObject *values[BLOCK];  /* of a map, NULL where the key was removed; NULL in a multiset */
+    uint64_t codes[ENTRIES];
+    int64_t net[ENTRIES];       /* by how many keys the code's count differs from the base's */
+    PyObject *values[ENTRIES];  /* of a map, NULL where the key was removed; NULL in a multiset */
 } Block;
 
 typedef struct {
@@ -110,9 +110,9 @@ static int add_entry(Level *level, uint64_t code, int64_t *b, int64_t *i)
 {
     if (level->n_blocks == 0 && add_block(level, 0, 0, 0) < 0)
         return -1;
-    if (level->blocks[*b]->count == BLOCK) {
-        int appended = *b == level->n_blocks - 1 && *i == BLOCK;
-        int64_t half = appended ? BLOCK : BLOCK / 2;
+    if (level->blocks[*b]->count == ENTRIES) {
+        int appended = *b == level->n_blocks - 1 && *i == ENTRIES;
+        int64_t half = appended ? ENTRIES : ENTRIES / 2;
         if (add_block(level, *b + 1, half, appended ? code : level->blocks[*b]->codes[half]) < 0)
             return -1;
         if (appended || *i > half) {
@@ -155,24 +155,11 @@ static int change_entry(Level *level, uint64_t code, int found, int64_t b, int64
 
 /* ------------------------------------------------------------------ keys of base and level together */
 
-static int64_t base_rank(Level *level, uint64_t q)
-{
-    Search *s = &level->base->search;
-    return run_rank(s, q) + (s->n_delta ? s->shifts[below(s->delta, s->n_delta, q)] : 0);
-}
-
-static Place base_place(Level *level, uint64_t code)
-{
-    Search *s = &level->base->search;
-    int64_t rank = run_rank(s, code);
-    return place_of(s, code, rank, below(s->delta, s->n_delta, code));
-}
-
 static int64_t base_count(Level *level, uint64_t code)
 {
-    const Search *s = &level->base->search;
-    int64_t end = code == UINT64_MAX ? s->n + s->shifts[s->n_delta] : base_rank(level, code + 1);
-    return end - base_rank(level, code);
+    Search *s = &level->base->search;
+    int64_t end = code == UINT64_MAX ? s->n + s->shifts[s->n_delta] : ask_rank(s, code, 1);
+    return end - ask_rank(s, code, 0);
 }
 
 static int is_map(const Level *level) { return level->convert != Py_None; }
@@ -181,7 +168,7 @@ static int is_map(const Level *level) { return level->convert != Py_None; }
 static int is_there(Level *level, uint64_t code, int found, int64_t b, int64_t i)
 {
     if (!found)
-        return base_place(level, code).present;
+        return ask_place(&level->base->search, code).present;
     const Block *block = level->blocks[b];
     if (is_map(level))
         return block->values[i] != NULL;
@@ -194,7 +181,7 @@ static int is_closed(const Level *level) { return level->frozen || level->size >
 
 static PyObject *level_rank(Level *level, PyObject *key, int right)
 {
-    const Search *s = &level->base->search;
+    Search *s = &level->base->search;
     Cut cut;
     if (cut_of(level->base, key, &cut) < 0)
         return NULL;
@@ -202,7 +189,7 @@ static PyObject *level_rank(Level *level, PyObject *key, int right)
     if (cut.above || (right && cut.code == UINT64_MAX))
         return PyLong_FromLongLong(s->n + s->shifts[s->n_delta] + level->net);
     uint64_t q = cut.code + (uint64_t)right;
-    return PyLong_FromLongLong(base_rank(level, q) + shift_below(level, q));
+    return PyLong_FromLongLong(ask_rank(s, cut.code, right) + shift_below(level, q));
 }
 
 static PyObject *level_left(PyObject *self, PyObject *key) { return level_rank((Level *)self, key, 0); }
@@ -238,7 +225,7 @@ static PyObject *level_get(PyObject *self, PyObject *const *args, Py_ssize_t cou
         PyObject *value = level->blocks[b]->values[i];
         return Py_NewRef(value != NULL ? value : args[1]);
     }
-    Place place = base_place(level, cut.code);
+    Place place = ask_place(&level->base->search, cut.code);
     return place.present ? PySequence_GetItem(level->base->values[place.in_delta], (Py_ssize_t)place.position)
                          : Py_NewRef(args[1]);
 }

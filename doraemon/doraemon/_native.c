@@ -1,8 +1,8 @@
 /* The search and the fit in C.
  *
  * A View is what readers of one state of an index search in: the sorted codes of the immutable run, the model over
- * them, and the sorted delta of changes since. It borrows NumPy's arrays through the buffer protocol and changes none
- * but `hits`, the sampled access counts.
+ * them, and the sorted delta of changes since; and the table of hot codes that is asked before the model. It borrows NumPy's
+ * arrays through the buffer protocol and changes none but `samples`, the codes that were asked for lately.
  *
  * Why no answer depends on the model: the root search places a query q between two bucket boundaries by comparing
  * keys, so that start <= rank(q) <= end holds whatever the leaves say. The leaf's window inside it is only a guess,
@@ -16,26 +16,10 @@
 #include <string.h>
 #include <structmember.h>
 
-#if defined(__GNUC__) || defined(__clang__)
-#define PREFETCH(address) __builtin_prefetch(address)
-#define LOAD(address) __atomic_load_n(address, __ATOMIC_RELAXED)
-#define STORE(address, value) __atomic_store_n(address, value, __ATOMIC_RELAXED)
-#define INCREMENT(address) ((void)__atomic_fetch_add(address, 1, __ATOMIC_RELAXED))
-#else
-#define PREFETCH(address) ((void)0)
-#define LOAD(address) (*(volatile uint64_t *)(address))
-#define STORE(address, value) (*(volatile uint64_t *)(address) = (value))
-#define INCREMENT(address) (++*(address))
-#endif
+#include "_hot.h"
+#include "_portable.h"
 
-/* Loops over many keys are compiled for processors with AVX2 as well, where the C library can choose at run time. */
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define WIDE __attribute__((target_clones("arch=x86-64-v3", "default")))
-#else
-#define WIDE
-#endif
-
-enum { GROUP = 64, SHORT = 16, PLACE_SHIFT = 8 };
+enum { GROUP = 64, BLOCK = 32, SHORT = 16, PLACE_SHIFT = 8 };
 enum { RUN_RANKS, RANKS, PLACES }; /* what a batch asks for */
 
 typedef struct {
@@ -58,9 +42,10 @@ typedef struct {
     const Leaf *leaves;
     const int64_t *shifts; /* shifts[j]: by how much the delta's first j codes shift the ranks after them */
     const uint8_t *alive;  /* whether the delta's code is in the index */
-    uint64_t *hits;
+    Hot hot;
+    uint64_t *samples, *taken; /* one code in `sampling` of those asked for, in a ring, and how many so far */
     int64_t n, n_buckets, n_delta;
-    uint64_t sampling, random; /* one access in `sampling` is counted */
+    uint64_t sampling, ring, random; /* `ring` is the number of samples that there is room for, less 1 */
 } Search;
 
 /* Where a code lies: whether anywhere, whether in the delta, and its position there or in the run. */
@@ -151,18 +136,38 @@ static inline int64_t draw(const Search *s, uint64_t random)
     return (int64_t)((random >> 32) * s->sampling >> 32);
 }
 
+static inline void keep_sample(const Search *s, uint64_t code)
+{
+    uint64_t at = LOAD(s->taken); /* threads that write to the same place lose a sample; it is only a sample */
+    STORE(s->samples + (at & s->ring), code);
+    STORE(s->taken, at + 1);
+}
+
+/* One code in `sampling` is kept, also over short batches. */
+static inline void sample_codes(const Search *s, const uint64_t *codes, int64_t m, uint64_t *random)
+{
+    for (int64_t first = 0; first < m; first += (int64_t)s->sampling) {
+        *random = next_random(*random);
+        int64_t sampled = first + draw(s, *random);
+        if (sampled < m)
+            keep_sample(s, codes[sampled]);
+    }
+}
+
+static inline void sample_code(Search *s, uint64_t code)
+{
+    uint64_t random = LOAD(&s->random);
+    sample_codes(s, &code, 1, &random);
+    STORE(&s->random, random);
+}
+
 /* One query, answered with the fewest comparisons: exponential search from the predicted position. */
-static int64_t run_rank(Search *s, uint64_t q)
+static int64_t run_rank(const Search *s, uint64_t q)
 {
     double fraction;
-    uint64_t random = next_random(LOAD(&s->random));
-    STORE(&s->random, random);
     if (s->n == 0)
         return 0;
-    int64_t b = below(s->bounds + 1, s->n_buckets - 1, q);
-    if (draw(s, random) == 0)
-        INCREMENT(s->hits + b);
-    const Bucket *bucket = s->buckets + b;
+    const Bucket *bucket = s->buckets + below(s->bounds + 1, s->n_buckets - 1, q);
     const Leaf *leaf = leaf_of(s, bucket, q, &fraction);
     int64_t start = bucket->start, end = bucket[1].start;
     int64_t from = start + clamp((double)leaf->base + (double)leaf->slope * fraction + 0.5, end - start);
@@ -259,49 +264,43 @@ static inline void search_windows(const Search *s, Group *g, int64_t *out)
     }
 }
 
+static inline int is_in_run(const Search *s, uint64_t q, int64_t rank) { return rank < s->n && s->keys[rank] == q; }
+
 /* The place of code `q` whose run rank is `rank`, when `entry` of the delta's codes are below it. */
-static inline Place place_of(const Search *s, uint64_t q, int64_t rank, int64_t entry)
+static inline Place place_of(const Search *s, uint64_t q, int64_t rank, int in_run, int64_t entry)
 {
     if (entry < s->n_delta && s->delta[entry] == q)
         return (Place){s->alive[entry], 1, entry};
-    return (Place){rank < s->n && s->keys[rank] == q, 0, rank};
+    return (Place){in_run, 0, rank};
 }
 
-/* One query in `sampling` is counted, also over short groups. */
-static inline void sample_group(const Search *s, const Group *g, uint64_t *random)
-{
-    for (int64_t first = 0; first < g->m; first += (int64_t)s->sampling) {
-        *random = next_random(*random);
-        int64_t sampled = first + draw(s, *random);
-        if (sampled < g->m)
-            INCREMENT(s->hits + (g->bucket[sampled] - s->buckets));
-    }
-}
-
-/* Write what is asked of a group whose run ranks are known to the places from `first` on. */
-static inline void write_answers(const Search *s, const Group *g, int asked, int right, const int64_t *rank,
-                                 int64_t first, const Answers *out)
+/* Write what is asked of m queries, whose run ranks are known, to the places from `first` on. Whether the run has them is
+ * known too, or looked up where `in_run` is NULL. */
+static inline void write_answers(const Search *s, const uint64_t *q, const int64_t *rank, const uint8_t *in_run,
+                                 int64_t m, int asked, int right, int64_t first, const Answers *out)
 {
     int64_t entry[GROUP]; /* how many of the delta's codes are below each query */
     if (asked != RUN_RANKS)
-        group_below(s->delta, s->n_delta, g->q, g->m, entry);
-    for (int64_t i = 0; i < g->m; i++) {
+        group_below(s->delta, s->n_delta, q, m, entry);
+    for (int64_t i = 0; i < m; i++) {
         if (asked == PLACES) {
-            Place place = place_of(s, g->q[i], rank[i], entry[i]);
+            int found = in_run != NULL ? in_run[i] : is_in_run(s, q[i], rank[i]);
+            Place place = place_of(s, q[i], rank[i], found, entry[i]);
             out->present[first + i] = (uint8_t)place.present;
             if (out->positions != NULL) {
                 out->in_delta[first + i] = (uint8_t)place.in_delta;
                 out->positions[first + i] = place.position;
             }
         } else {
-            int past = right && g->q[i] == 0; /* q + 1 wrapped around: everything is left of it */
+            int past = right && q[i] == 0; /* q + 1 wrapped around: everything is left of it */
             int64_t shift = asked == RANKS ? s->shifts[past ? s->n_delta : entry[i]] : 0;
             out->ranks[first + i] = (past ? s->n : rank[i]) + shift;
         }
     }
 }
 
-WIDE static void search_many(Search *s, int asked, int right, const uint64_t *codes, int64_t m, const Answers *out)
+/* A batch that all goes through the model. */
+WIDE static void search_model(Search *s, int asked, int right, const uint64_t *codes, int64_t m, const Answers *out)
 {
     Group groups[2];
     int64_t rank[GROUP] = {0}; /* of everything in an empty run */
@@ -311,18 +310,136 @@ WIDE static void search_many(Search *s, int asked, int right, const uint64_t *co
         next->m = m - first < GROUP ? m - first : GROUP;
         for (int64_t i = 0; i < next->m; i++)
             next->q[i] = codes[first + i] + (uint64_t)right; /* codes are whole: right of q is left of q + 1 */
+        if (asked != RUN_RANKS) /* which writers ask for */
+            sample_codes(s, codes + first, next->m, &random);
         if (s->n && next->m > 0)
             find_leaves(s, next);
         if (first > 0) {
-            if (s->n) {
+            if (s->n)
                 search_windows(s, last, rank);
-                sample_group(s, last, &random);
-            }
-            write_answers(s, last, asked, right, rank, first - GROUP, out);
+            write_answers(s, last->q, rank, NULL, last->m, asked, right, first - GROUP, out);
         }
         if (s->n && next->m > 0)
             find_windows(s, next);
     }
+    STORE(&s->random, random);
+}
+
+/* Queries of a batch with their places in it: those that the hot table answered, or those that wait for the model. */
+typedef struct {
+    uint64_t q[GROUP + BLOCK];
+    int64_t at[GROUP + BLOCK], rank[GROUP + BLOCK], m;
+    uint8_t in_run[GROUP + BLOCK];
+} Picked;
+
+/* Ask the hot table for the next m codes. Both lists are written for every code, and only one of them grows. */
+static inline void ask_hot(Hot hot, int right, const uint64_t *codes, int64_t first, int64_t m, Picked *hits,
+                           Picked *misses)
+{
+    int64_t hit = 0, missed = misses->m;
+    for (int64_t i = first; i < first + m; i++) {
+        const Line *line = line_of(hot, codes[i]);
+        int slot = slot_of(line, codes[i]), equal = line->code[slot] == codes[i];
+        uint64_t found = line->found[slot];
+        hits->q[hit] = misses->q[missed] = codes[i] + (uint64_t)right;
+        hits->at[hit] = misses->at[missed] = i;
+        hits->rank[hit] = rank_in(found) + (right ? copies_in(found) : 0);
+        hits->in_run[hit] = copies_in(found) > 0;
+        hit += equal;
+        missed += !equal;
+    }
+    hits->m = hit;
+    misses->m = missed;
+}
+
+/* The same where nothing but the rank in the run is asked for, which is written at once; misses write over it later. */
+static inline void ask_hot_ranks(Hot hot, int right, const uint64_t *codes, int64_t first, int64_t m, int64_t *ranks,
+                                 Picked *misses)
+{
+    int64_t missed = misses->m;
+    for (int64_t i = first; i < first + m; i++) {
+        const Line *line = line_of(hot, codes[i]);
+        int slot = slot_of(line, codes[i]);
+        uint64_t found = line->found[slot];
+        ranks[i] = rank_in(found) + (right ? copies_in(found) : 0);
+        misses->q[missed] = codes[i] + (uint64_t)right;
+        misses->at[missed] = i;
+        missed += line->code[slot] != codes[i];
+    }
+    misses->m = missed;
+}
+
+/* Write what is asked of up to GROUP queries to their places. */
+static inline void scatter_answers(const Search *s, const uint64_t *q, const int64_t *rank, const uint8_t *in_run,
+                                   const int64_t *at, int64_t m, int asked, int right, const Answers *out)
+{
+    int64_t numbers[GROUP];
+    uint8_t present[GROUP], in_delta[GROUP];
+    Answers some = {.ranks = numbers, .present = present, .in_delta = in_delta,
+                    .positions = out->positions == NULL ? NULL : numbers};
+    write_answers(s, q, rank, in_run, m, asked, right, 0, &some);
+    for (int64_t i = 0; i < m; i++) {
+        if (asked != PLACES) {
+            out->ranks[at[i]] = numbers[i];
+            continue;
+        }
+        out->present[at[i]] = present[i];
+        if (out->positions != NULL) {
+            out->in_delta[at[i]] = in_delta[i];
+            out->positions[at[i]] = numbers[i];
+        }
+    }
+}
+
+/* The first GROUP misses, or as many as there are, become a group. */
+static inline void take_group(Picked *misses, Group *g, int64_t *at)
+{
+    g->m = misses->m < GROUP ? misses->m : GROUP;
+    memcpy(g->q, misses->q, (size_t)g->m * sizeof *g->q);
+    memcpy(at, misses->at, (size_t)g->m * sizeof *at);
+    misses->m -= g->m;
+    memmove(misses->q, misses->q + g->m, (size_t)misses->m * sizeof *g->q);
+    memmove(misses->at, misses->at + g->m, (size_t)misses->m * sizeof *at);
+}
+
+/* A batch that asks the hot table first. Misses are gathered into groups for the model, and while a group waits for
+ * memory the table is asked on. */
+WIDE static void search_hot(Search *s, int asked, int right, const uint64_t *codes, int64_t m, const Answers *out)
+{
+    Group groups[2];
+    Picked hits, misses;
+    int64_t at[2][GROUP], rank[GROUP], done = 0;
+    int turn = 0, only_ranks = asked == RUN_RANKS || (asked == RANKS && s->n_delta == 0);
+    uint64_t random = LOAD(&s->random);
+    groups[1].m = misses.m = 0;
+    do {
+        Group *next = groups + turn, *last = groups + !turn;
+        while (done < m && misses.m < GROUP) {
+            int64_t size = m - done < BLOCK ? m - done : BLOCK, after = m - done - size;
+            for (int64_t i = 0; i < (after < BLOCK ? after : BLOCK); i++)
+                PREFETCH(line_of(s->hot, codes[done + size + i]));
+            if (asked != RUN_RANKS)
+                sample_codes(s, codes + done, size, &random);
+            hits.m = 0;
+            if (only_ranks)
+                ask_hot_ranks(s->hot, right, codes, done, size, out->ranks, &misses);
+            else
+                ask_hot(s->hot, right, codes, done, size, &hits, &misses);
+            if (hits.m)
+                scatter_answers(s, hits.q, hits.rank, hits.in_run, hits.at, hits.m, asked, right, out);
+            done += size;
+        }
+        take_group(&misses, next, at[turn]);
+        if (next->m)
+            find_leaves(s, next);
+        if (last->m) {
+            search_windows(s, last, rank);
+            scatter_answers(s, last->q, rank, NULL, at[!turn], last->m, asked, right, out);
+        }
+        if (next->m)
+            find_windows(s, next);
+        turn = !turn;
+    } while (done < m || misses.m || groups[!turn].m);
     STORE(&s->random, random);
 }
 
@@ -442,7 +559,7 @@ static int splice_items(const char *old, int64_t n, const int64_t *at, const cha
 
 /* ------------------------------------------------------------------ Python */
 
-enum { KEYS, BOUNDS, BUCKETS, LEAVES, DELTA, SHIFTS, ALIVE, HITS, N_BUFFERS };
+enum { KEYS, BOUNDS, BUCKETS, LEAVES, DELTA, SHIFTS, ALIVE, HOT, SAMPLES, TAKEN, N_BUFFERS };
 
 /* `kind` is the letter of the keys' dtype, `cut` maps keys that C does not read by itself, and `values` are those of
  * the run and of the delta, None for a multiset. */
@@ -504,23 +621,25 @@ static void view_dealloc(PyObject *self)
 
 static PyObject *view_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static const Py_ssize_t itemsizes[N_BUFFERS] = {8, 8, sizeof(Bucket), sizeof(Leaf), 8, 8, 1, 8};
+    static const Py_ssize_t itemsizes[N_BUFFERS] = {8, 8, sizeof(Bucket), sizeof(Leaf), 8, 8, 1, sizeof(Line), 8, 8};
     PyObject *arrays[N_BUFFERS], *cut, *values[2];
     Py_ssize_t count[N_BUFFERS];
     int kind, itemsize, sampling;
     (void)kwargs;
-    if (!PyArg_ParseTuple(args, "CiOiOOOOOOOOOO", &kind, &itemsize, &cut, &sampling, arrays, arrays + 1, arrays + 2,
-                          arrays + 3, arrays + 4, arrays + 5, arrays + 6, arrays + 7, values, values + 1))
+    if (!PyArg_ParseTuple(args, "CiOiOOOOOOOOOOOO", &kind, &itemsize, &cut, &sampling, arrays, arrays + 1, arrays + 2,
+                          arrays + 3, arrays + 4, arrays + 5, arrays + 6, arrays + 7, arrays + 8, arrays + 9, values,
+                          values + 1))
         return NULL;
     allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
     View *view = (View *)allocate(type, 0);
-    if (view == NULL || get_buffers(arrays, itemsizes, N_BUFFERS, HITS, view->held) < 0)
+    if (view == NULL || get_buffers(arrays, itemsizes, N_BUFFERS, SAMPLES, view->held) < 0)
         goto failed;
     view->n_held = N_BUFFERS;
     for (int i = 0; i < N_BUFFERS; i++)
         count[i] = view->held[i].len / itemsizes[i];
-    if (sampling < 1 || (count[KEYS] > 0) != (count[BOUNDS] > 0) || count[BUCKETS] != count[BOUNDS] + 1 ||
-        count[HITS] != count[BOUNDS] || count[SHIFTS] != count[DELTA] + 1 || count[ALIVE] != count[DELTA]) {
+    if (sampling < 1 || (count[KEYS] > 0) != (count[BOUNDS] > 0) || (count[HOT] > 0 && count[KEYS] == 0) || count[BUCKETS] != count[BOUNDS] + 1 ||
+        count[TAKEN] != 1 || count[SAMPLES] < 1 || (count[SAMPLES] & (count[SAMPLES] - 1)) != 0 ||
+        count[HOT] > UINT32_MAX || count[SHIFTS] != count[DELTA] + 1 || count[ALIVE] != count[DELTA]) {
         PyErr_SetString(PyExc_ValueError, "the arrays of a view do not fit together");
         goto failed;
     }
@@ -532,9 +651,10 @@ static PyObject *view_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     view->search = (Search){
         .keys = view->held[KEYS].buf, .bounds = view->held[BOUNDS].buf, .delta = view->held[DELTA].buf,
         .buckets = view->held[BUCKETS].buf, .leaves = view->held[LEAVES].buf, .shifts = view->held[SHIFTS].buf,
-        .alive = view->held[ALIVE].buf, .hits = view->held[HITS].buf,
+        .alive = view->held[ALIVE].buf, .samples = view->held[SAMPLES].buf, .taken = view->held[TAKEN].buf,
+        .hot = {view->held[HOT].buf, (uint64_t)count[HOT]},
         .n = count[KEYS], .n_buckets = count[BOUNDS], .n_delta = count[DELTA],
-        .sampling = (uint64_t)sampling, .random = (uint64_t)(uintptr_t)view,
+        .sampling = (uint64_t)sampling, .ring = (uint64_t)count[SAMPLES] - 1, .random = (uint64_t)(uintptr_t)view,
     };
     return (PyObject *)view;
 failed:
@@ -620,19 +740,39 @@ static int cut_of(View *view, PyObject *key, Cut *cut)
     return PyErr_Occurred() ? -1 : 0;
 }
 
+/* How many keys are below a code, or, `right`, not above it; then it is not the last code that there is. */
+static int64_t ask_rank(Search *s, uint64_t code, int right)
+{
+    uint64_t q = code + (uint64_t)right; /* codes are whole: right of q is left of q + 1 */
+    uint64_t found;
+    sample_code(s, code);
+    int64_t rank = !look_up_hot(s->hot, code, &found) ? run_rank(s, q)
+                   : right                             ? rank_in(found) + copies_in(found)
+                                                       : rank_in(found);
+    return rank + (s->n_delta ? s->shifts[below(s->delta, s->n_delta, q)] : 0);
+}
+
+/* The place of a code. */
+static Place ask_place(Search *s, uint64_t code)
+{
+    uint64_t found;
+    sample_code(s, code);
+    int hot = look_up_hot(s->hot, code, &found);
+    int64_t rank = hot ? rank_in(found) : run_rank(s, code);
+    int in_run = hot ? copies_in(found) > 0 : is_in_run(s, code, rank);
+    return place_of(s, code, rank, in_run, below(s->delta, s->n_delta, code));
+}
+
 static PyObject *view_rank(View *view, PyObject *key, int right)
 {
     Search *s = &view->search;
     Cut cut;
     if (cut_of(view, key, &cut) < 0)
         return NULL;
-    if (cut.above || (right && cut.exact && cut.code == UINT64_MAX))
+    right = right && cut.exact;
+    if (cut.above || (right && cut.code == UINT64_MAX))
         return PyLong_FromLongLong(s->n + s->shifts[s->n_delta]);
-    uint64_t q = cut.code + (uint64_t)(right && cut.exact); /* codes are whole: right of q is left of q + 1 */
-    int64_t rank = run_rank(s, q);
-    if (s->n_delta)
-        rank += s->shifts[below(s->delta, s->n_delta, q)];
-    return PyLong_FromLongLong(rank);
+    return PyLong_FromLongLong(ask_rank(s, cut.code, right));
 }
 
 static PyObject *view_left(PyObject *self, PyObject *key) { return view_rank((View *)self, key, 0); }
@@ -641,15 +781,12 @@ static PyObject *view_right(PyObject *self, PyObject *key) { return view_rank((V
 /* The place of a single key of any type; -1 on error. */
 static int find(View *view, PyObject *key, Place *place)
 {
-    Search *s = &view->search;
     Cut cut;
     *place = (Place){0};
     if (cut_of(view, key, &cut) < 0)
         return -1;
-    if (cut.exact && !cut.above) {
-        int64_t rank = run_rank(s, cut.code);
-        *place = place_of(s, cut.code, rank, below(s->delta, s->n_delta, cut.code));
-    }
+    if (cut.exact && !cut.above)
+        *place = ask_place(&view->search, cut.code);
     return 0;
 }
 
@@ -678,6 +815,7 @@ static PyObject *search_batch(PyObject *self, int asked, int right, PyObject *co
     static const Py_ssize_t itemsizes[2][4] = {{8, 8}, {8, 1, 1, 8}};
     const Py_ssize_t *sizes = itemsizes[asked == PLACES];
     Py_buffer held[4];
+    Search *search = &((View *)self)->search;
     if (get_buffers(arrays, sizes, count, 1, held) < 0)
         return NULL;
     int64_t m = held[0].len / 8;
@@ -688,7 +826,7 @@ static PyObject *search_batch(PyObject *self, int asked, int right, PyObject *co
     if (count == 4)
         out = (Answers){.present = held[1].buf, .in_delta = held[2].buf, .positions = held[3].buf};
     Py_BEGIN_ALLOW_THREADS
-    search_many(&((View *)self)->search, asked, right, held[0].buf, m, &out);
+    (search->hot.n_lines ? search_hot : search_model)(search, asked, right, held[0].buf, m, &out);
     Py_END_ALLOW_THREADS
     return end_call(held, count, NULL);
 }
@@ -787,6 +925,85 @@ static PyObject *fit(PyObject *self, PyObject *args)
     return end_call(held, 5, NULL);
 }
 
+/* fill_hot(codes, ranks, copies, lines): the hot table of codes, the hottest first; how many found room. */
+static PyObject *fill_hot(PyObject *self, PyObject *args)
+{
+    static const Py_ssize_t itemsizes[4] = {8, 8, 8, sizeof(Line)};
+    PyObject *arrays[4];
+    Py_buffer held[4];
+    (void)self;
+    if (!PyArg_ParseTuple(args, "OOOO", arrays, arrays + 1, arrays + 2, arrays + 3) ||
+        get_buffers(arrays, itemsizes, 4, 3, held) < 0)
+        return NULL;
+    const int64_t *ranks = held[1].buf, *copies = held[2].buf;
+    int64_t m = held[0].len / 8, n_lines = held[3].len / (Py_ssize_t)sizeof(Line), placed = 0;
+    int agree = m > 0 && held[1].len == held[0].len && held[2].len == held[0].len && n_lines > 0 &&
+                n_lines <= UINT32_MAX;
+    for (int64_t i = 0; agree && i < m; i++)
+        agree = (uint64_t)ranks[i] >> RANK_BITS == 0 && (uint64_t)copies[i] <= MOST_COPIES;
+    uint8_t *used = agree ? PyMem_Malloc((size_t)n_lines) : NULL;
+    if (used != NULL) {
+        Py_BEGIN_ALLOW_THREADS
+        placed = fill_lines(held[3].buf, n_lines, used, held[0].buf, ranks, copies, m);
+        Py_END_ALLOW_THREADS
+    }
+    PyMem_Free(used);
+    release_buffers(held, 4);
+    if (placed == 0)
+        PyErr_SetString(agree ? PyExc_MemoryError : PyExc_ValueError, "the arrays of a hot table do not fit together");
+    return placed == 0 ? NULL : PyLong_FromLongLong(placed);
+}
+
+/* held_hot(lines, codes, held): whether the hot table holds each code. */
+static PyObject *held_hot(PyObject *self, PyObject *args)
+{
+    static const Py_ssize_t itemsizes[3] = {sizeof(Line), 8, 1};
+    PyObject *arrays[3];
+    Py_buffer held[3];
+    (void)self;
+    if (!PyArg_ParseTuple(args, "OOO", arrays, arrays + 1, arrays + 2) || get_buffers(arrays, itemsizes, 3, 2, held) < 0)
+        return NULL;
+    Hot hot = {held[0].buf, (uint64_t)held[0].len / sizeof(Line)};
+    int64_t m = held[1].len / 8;
+    if (hot.n_lines == 0 || hot.n_lines > UINT32_MAX || held[2].len != m)
+        return end_call(held, 3, NOT_AS_MANY);
+    Py_BEGIN_ALLOW_THREADS
+    mark_held(hot, held[1].buf, m, held[2].buf);
+    Py_END_ALLOW_THREADS
+    return end_call(held, 3, NULL);
+}
+
+/* tally(samples, codes): the distinct ones, those that occur most often first; how many, and how many occur once. */
+static PyObject *tally(PyObject *self, PyObject *args)
+{
+    static const Py_ssize_t itemsizes[2] = {8, 8};
+    PyObject *arrays[2];
+    Py_buffer held[2];
+    (void)self;
+    if (!PyArg_ParseTuple(args, "OO", arrays, arrays + 1) || get_buffers(arrays, itemsizes, 2, 1, held) < 0)
+        return NULL;
+    int64_t m = held[0].len / 8, n_places = 2 * m + 1, distinct = 0, once = 0;
+    if (m >= INT32_MAX / 4 || held[1].len != held[0].len)
+        return end_call(held, 2, NOT_AS_MANY);
+    uint32_t *places = PyMem_Calloc((size_t)n_places, sizeof *places);
+    uint64_t *codes = PyMem_Malloc(((size_t)m + 1) * sizeof *codes);
+    int64_t *counts = PyMem_Malloc(((size_t)m + 1) * sizeof *counts);
+    int enough = places != NULL && codes != NULL && counts != NULL;
+    if (enough) {
+        Py_BEGIN_ALLOW_THREADS
+        distinct = count_distinct(held[0].buf, m, places, n_places, codes, counts);
+        order_by_count(codes, counts, distinct, held[1].buf);
+        for (int64_t i = 0; i < distinct; i++)
+            once += counts[i] == 1;
+        Py_END_ALLOW_THREADS
+    }
+    PyMem_Free(places);
+    PyMem_Free(codes);
+    PyMem_Free(counts);
+    release_buffers(held, 2);
+    return enough ? Py_BuildValue("LL", (long long)distinct, (long long)once) : PyErr_NoMemory();
+}
+
 /* splice(old, at, more, out): the bytes of `out`, whose items are as large as `more` and `at` say. */
 static PyObject *splice(PyObject *self, PyObject *args)
 {
@@ -833,10 +1050,10 @@ static PyObject *ranks(PyObject *self, PyObject *args)
 static int native_exec(PyObject *module)
 {
     PyObject *type = PyType_FromModuleAndSpec(module, &view_spec, NULL);
-    PyObject *layout = Py_BuildValue("(nnnnn)(nnnn)i", offsetof(Bucket, low), offsetof(Bucket, scale),
+    PyObject *layout = Py_BuildValue("(nnnnn)(nnnn)i(nnn)i", offsetof(Bucket, low), offsetof(Bucket, scale),
                                      offsetof(Bucket, start), offsetof(Bucket, place), sizeof(Bucket),
                                      offsetof(Leaf, base), offsetof(Leaf, slope), offsetof(Leaf, radius), sizeof(Leaf),
-                                     PLACE_SHIFT);
+                                     PLACE_SHIFT, offsetof(Line, code), offsetof(Line, found), sizeof(Line), RANK_BITS);
     int failed = type == NULL || layout == NULL || PyModule_AddObjectRef(module, "View", type) < 0 ||
                  PyModule_AddObjectRef(module, "LAYOUT", layout) < 0 || add_level_type(module) < 0;
     Py_XDECREF(type);
@@ -847,6 +1064,9 @@ static int native_exec(PyObject *module)
 static PyMethodDef native_methods[] = {
     {"fit", fit, METH_VARARGS, "fit(keys, ends, scales, bits, steepest, out): the leaves of some buckets."},
     {"ranks", ranks, METH_VARARGS, "ranks(codes, queries, right, out): np.searchsorted of codes."},
+    {"fill_hot", fill_hot, METH_VARARGS, "fill_hot(codes, ranks, copies, lines): the hot table of some codes."},
+    {"held_hot", held_hot, METH_VARARGS, "held_hot(lines, codes, held): whether the hot table holds each code."},
+    {"tally", tally, METH_VARARGS, "tally(samples, codes): the distinct ones by how often they occur."},
     {"splice", splice, METH_VARARGS, "splice(old, at, more, out): `old` with `more` at the places `at` of `out`."},
     {NULL, NULL, 0, NULL},
 };
@@ -854,7 +1074,7 @@ static PyMethodDef native_methods[] = {
 static PyModuleDef_Slot native_slots[] = {
     {Py_mod_exec, native_exec},
 #ifdef Py_mod_gil
-    {Py_mod_gil, Py_MOD_GIL_NOT_USED}, /* views change nothing but relaxed counters */
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED}, /* views change nothing but samples, and these one by one */
 #endif
     {0, NULL},
 };

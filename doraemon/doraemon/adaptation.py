@@ -1,9 +1,9 @@
-"""Adaptation: give leaves to the buckets that are searched now, when that pays."""
+"""Adaptation: give leaves to the buckets that are searched now, and a table to the keys, where that pays."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from .heat import shares_of
 from .model import choose_bits, refit
 from .run import Run
 from .state import State
+from .warming import Warming, warm
 from .workload import Signature, drift
 
 WORTHWHILE = 0.05  #: modelled steps per access that an adaptation has to save
@@ -28,12 +29,13 @@ class Adaptation:
     ('too few accesses were counted to tell', 0)
 
     Attributes:
-        reason: in words.
-        drift: modelled extra search steps per access before.
+        reason: what became of the leaves, in words.
+        drift: modelled extra search steps per access before; 0 where the accesses have just moved.
         saved: modelled steps per access that the change saves, 0 if none was made.
         changed: buckets whose number of leaves changed.
         refitted: those of them that had to be fitted; the others' fits were still known.
         recalled: whether the leaf numbers were remembered from a similar workload.
+        hot: what became of the hot table.
     """
 
     reason: str
@@ -42,12 +44,21 @@ class Adaptation:
     changed: int = 0
     refitted: int = 0
     recalled: bool = False
+    hot: Warming = field(default=Warming("not asked for"))
 
 
 def adapt(state: State) -> tuple[State, Adaptation]:
-    """The state under the model for the workload that its readers' heat shows, and what was done."""
+    """The state for the workload that its readers' samples show, and what was done."""
+    state, hot = warm(state)
+    if hot.moved:
+        return state, Adaptation("the accesses have just moved: fits wait until they stay", 0.0, hot=hot)
+    state, report = _give_leaves(state, state.run.heat.counts(state.run.hot))
+    return state, replace(report, hot=hot)
+
+
+def _give_leaves(state: State, counts: Floats) -> tuple[State, Adaptation]:
+    """The state under the model for these accesses, those that no hot table answers."""
     run, memory = state.run, state.run.memory.copy()
-    counts = run.heat.counts()
     now = shares_of(counts, run.model.depths)
     drifted, noise = drift(now, run.trained), _noise(counts)
     if not drifted > WORTHWHILE + noise:

@@ -19,6 +19,9 @@ Arrays = dict[str, NDArray[Any]]
 BUCKET = np.dtype([("low", np.uint64), ("scale", np.float64), ("start", np.int64), ("place", np.uint64)])
 #: of a leaf, a row of three float32: a line from a fraction of its width to a rank in the bucket, and its error bound
 LEAF = np.dtype([("base", np.float32), ("slope", np.float32), ("radius", np.float32)])
+#: of the hot table, as large as a line of the processor's cache: codes, and for each `copies << RANK_BITS | rank`
+LINE = np.dtype([("codes", np.uint64, 4), ("found", np.uint64, 4)])
+RANK_BITS = 40
 PLACE_SHIFT = 8  #: a place is the row of the first leaf, shifted by so many bits, and log2 of the number of leaves
 
 
@@ -46,4 +49,5 @@ def _offsets(record: np.dtype[Any]) -> tuple[int, ...]:
     return (*(record.fields[name][1] for name in record.names or () if record.fields), record.itemsize)
 
 
-LAYOUT = (_offsets(BUCKET), _offsets(LEAF), PLACE_SHIFT)  #: the extension states its own, and `engine` compares them
+#: the extension states its own, and `engine` compares them
+LAYOUT = (_offsets(BUCKET), _offsets(LEAF), PLACE_SHIFT, _offsets(LINE), RANK_BITS)

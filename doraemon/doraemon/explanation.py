@@ -29,9 +29,12 @@ class Explanation:
         leaves: of the model, over all buckets.
         window: modelled number of keys between which a leaf leaves the choice, mean over the accesses counted.
         window_max: the same, of the worst leaf.
-        accesses: counted so far, older ones weighing less; scaled up from the sample.
+        accesses: counted so far, older ones weighing less; scaled up from the sample. Without those that the hot table
+            answered, which need no leaves.
         drift: modelled extra search steps per access since the model's leaves were given.
         remembered: past workloads whose leaf numbers are known.
+        hot_keys: in the hot table, which is asked before the model.
+        hot_bytes: of the hot table.
         key_bytes: of the run's codes.
         model_bytes: of the model, with the fits that only past workloads use.
     """
@@ -48,6 +51,8 @@ class Explanation:
     accesses: float
     drift: float
     remembered: int
+    hot_keys: int
+    hot_bytes: int
     key_bytes: int
     model_bytes: int
 
@@ -60,6 +65,7 @@ class Explanation:
                 f"model: {self.buckets:,} buckets, {self.leaves:,} leaves, {self.model_bytes:,} bytes "
                 f"({share:.1%} of the keys)",
                 f"       leaves the choice between {self.window:.1f} keys on average, {self.window_max:.0f} at worst",
+                f"hot:   {self.hot_keys:,} keys in a table of {self.hot_bytes:,} bytes",
                 f"heat:  about {self.accesses:,.0f} accesses; drift {self.drift:.2f} steps per access; "
                 f"{self.remembered} workloads remembered",
             ]
@@ -69,8 +75,8 @@ class Explanation:
 def explain(state: State) -> Explanation:
     """Describe a state."""
     run, model = state.run, state.run.model
-    counts = run.heat.counts()
-    shares = run.heat.signature(model.depths)
+    counts = run.heat.counts(run.hot)
+    shares = run.heat.signature(model.depths, run.hot)
     radius, bucket = model.radii()
     leaves_of = np.exp2(model.bits.astype(np.float64))
     windows = 2 * radius + 1
@@ -87,6 +93,8 @@ def explain(state: State) -> Explanation:
         accesses=float(counts.sum()) * SAMPLING,
         drift=drift(shares, run.trained),
         remembered=len(run.memory),
+        hot_keys=0 if run.hot is None else run.hot.held,
+        hot_bytes=0 if run.hot is None else run.hot.nbytes,
         key_bytes=run.codes.nbytes,
         model_bytes=model.nbytes,
     )

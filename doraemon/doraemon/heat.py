@@ -1,4 +1,4 @@
-"""Heat: how often each bucket was searched, sampled and decayed."""
+"""Heat: which codes are asked for and how often each bucket is searched, sampled and decayed."""
 
 from __future__ import annotations
 
@@ -6,42 +6,98 @@ import threading
 
 import numpy as np
 
-from .arrays import Floats, Ints
+from .arrays import Codes, Floats, Ints
+from .engine import Engine
+from .hot import Hot
+from .splicing import ranks_in
 from .workload import Signature, signature
 
-SAMPLING = 32  #: one access in so many is counted
+SAMPLING = 8  #: one access in so many is kept
+CAPACITY = 1 << 18  #: accesses that are kept at most, a power of two
 HALF_LIFE = 8  #: counts per bucket after which an older one weighs half
+ENOUGH = 8  #: half-lives of new counts, before which none is of any weight
 DOUBTED = 8  #: a count that is believed as much as its neighbours are
 NEIGHBOURS = 8  #: buckets on each side
 
 
+class Samples:
+    """The codes that were asked for lately, one access in SAMPLING, as readers of both engines write them.
+
+    Codes do not depend on the run, so that samples outlive a merge.
+
+    Attributes:
+        codes: uint64 [CAPACITY], a ring.
+        taken: uint64 [1], how many were ever written; the last was written to place `(taken - 1) % CAPACITY`.
+    """
+
+    def __init__(self) -> None:
+        self.codes: Codes = np.zeros(CAPACITY, dtype=np.uint64)  # memory that is not written to is not taken
+        self.taken: Codes = np.zeros(1, dtype=np.uint64)
+
+    def add(self, codes: Codes) -> None:
+        """Keep these codes. What another thread does at the same time may be lost; it is only a sample."""
+        taken, codes = int(self.taken[0]), codes[-CAPACITY:]
+        self.codes[np.arange(taken, taken + len(codes)) % CAPACITY] = codes
+        self.taken[0] = taken + len(codes)
+
+    def newest(self, count: int = CAPACITY) -> Codes:
+        """The last `count` samples or as many as there are, the oldest first."""
+        taken = int(self.taken[0])
+        first, last = max(0, taken - min(count, CAPACITY)) % CAPACITY, taken % CAPACITY
+        if taken == 0 or count <= 0:
+            return self.codes[:0]
+        if first < last:
+            return self.codes[first:last].copy()
+        return np.concatenate([self.codes[first:], self.codes[:last]])
+
+    def copy(self) -> Samples:
+        """The same samples, to which others may be added."""
+        other = Samples()
+        other.codes[:] = self.codes
+        other.taken[:] = self.taken
+        return other
+
+
 class Heat:
-    """Access counts of one run's buckets.
+    """Access counts of one run's buckets: of the accesses that the model answers, as leaves are given for these.
 
     Time is measured in accesses, not seconds: an idle index forgets nothing.
 
     Attributes:
-        hits: uint64 [buckets], what readers add to, one in SAMPLING of their accesses.
-        decayed: float64 [buckets], what was counted before, older counts weighing less.
+        bounds: uint64 [buckets], the first code of each.
+        decayed: float64 [buckets], what was counted, older counts weighing less.
+        samples: what readers add to.
     """
 
-    def __init__(self, buckets: int, decayed: Floats | None = None) -> None:
-        self.hits = np.zeros(buckets, dtype=np.uint64)
-        self.decayed = np.zeros(buckets) if decayed is None else decayed
+    def __init__(self, bounds: Codes, engine: Engine, decayed: Floats | None = None, samples: Samples | None = None):
+        self.bounds, self._engine = bounds, engine
+        self.decayed = np.zeros(len(bounds)) if decayed is None else decayed
+        self.samples = Samples() if samples is None else samples
+        self._counted = int(self.samples.taken[0])
         self._lock = threading.Lock()
 
-    def counts(self) -> Floats:
-        """The decayed counts, with what readers added until now."""
+    def counts(self, hot: Hot | None = None) -> Floats:
+        """The decayed counts, with what readers added until now, but for what a hot table answers."""
         with self._lock:
-            taken = self.hits.copy()
-            self.hits -= taken  # a reader in between may lose a sample; it is only a sample
-            new = taken.astype(np.float64)
-            self.decayed = self.decayed * 0.5 ** (new.sum() / (HALF_LIFE * max(len(new), 256))) + new
+            taken = int(self.samples.taken[0])
+            half_life = HALF_LIFE * max(len(self.bounds), 256)
+            fresh = self.samples.newest(min(taken - self._counted, ENOUGH * half_life))
+            self._counted = taken
+            if hot is not None:
+                fresh = fresh[~hot.holds(fresh)]
+            if len(self.bounds) and len(fresh):
+                new = self.counted(fresh)
+                self.decayed = self.decayed * 0.5 ** (new.sum() / half_life) + new
             return self.decayed
 
-    def signature(self, depths: Ints) -> Signature:
+    def counted(self, codes: Codes) -> Floats:
+        """How many of the codes fall into each bucket."""
+        bucket = ranks_in(self.bounds[1:], codes, False, self._engine)
+        return np.bincount(bucket, minlength=len(self.bounds)).astype(np.float64)
+
+    def signature(self, depths: Ints, hot: Hot | None = None) -> Signature:
         """Access shares of the buckets, as well as the sample tells them."""
-        return shares_of(self.counts(), depths)
+        return shares_of(self.counts(hot), depths)
 
 
 def shares_of(counts: Floats, depths: Ints) -> Signature:

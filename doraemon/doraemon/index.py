@@ -22,6 +22,7 @@ from .arrays import Ints, Mask
 from .engine import choose
 from .errors import CorruptFileError
 from .explanation import Explanation, explain
+from .following import follow
 from .front import Front
 from .packing import pack, unpack
 from .run import Models
@@ -29,6 +30,7 @@ from .state import REQUIRED, State
 
 Side = Literal["left", "right"]
 Merging = Literal["inline", "background", "manual"]
+Adapting = Literal["manual", "auto"]
 _ABSENT: Any = object()
 
 
@@ -44,7 +46,7 @@ class _Questions(Collection[Any], Reversible[Any]):
     """
 
     _OWN: ClassVar[frozenset[str]] = frozenset(
-        {"_front", "_merging", "_lock", "_merger"}
+        {"_front", "_merging", "_adapting", "_lock", "_merger"}
     )  #: attributes that are not a subclass's
 
     def __init__(self, front: Front) -> None:
@@ -414,6 +416,8 @@ class Index(_Questions):
         merging: who merges changes into the run when they have become many: the write that made them so ("inline"),
             a thread ("background"), or only `compact()` ("manual").
         memory: how many past workloads to remember models for.
+        adapt: who calls `adapt()`: the user ("manual"), or a thread that looks whether there were new accesses and
+            takes at most a hundredth of the time for them ("auto").
 
     Raises:
         TypeError: the keys' dtype is not supported, or something is not a sequence.
@@ -435,19 +439,26 @@ class Index(_Questions):
         engine: str | None = None,
         merging: Merging = "inline",
         memory: int = 16,
+        adapt: Adapting = "manual",
     ) -> None:
-        self._begin(Front(changes.create(keys, values, dtype, choose(engine), Models(memory))), merging)
+        front = Front(changes.create(keys, values, dtype, choose(engine), Models(memory)))
+        self._begin(front, merging, adapt)
 
-    def _begin(self, front: Front, merging: Merging = "inline") -> None:
+    def _begin(self, front: Front, merging: Merging = "inline", adapt: Adapting = "manual") -> None:
         if merging not in get_args(Merging):
             raise ValueError(f"merging {merging!r}: choose 'inline', 'background' or 'manual'")
+        if adapt not in get_args(Adapting):
+            raise ValueError(f"adapt {adapt!r}: choose 'manual' or 'auto'")
         super()._begin(front)
         self._merging = merging
+        self._adapting = adapt
         self._lock = threading.Lock()  # writers take turns
         self._merger: threading.Thread | None = None
+        if adapt == "auto":
+            follow(self)
 
-    def _options(self) -> tuple[Merging]:
-        return (self._merging,)
+    def _options(self) -> tuple[Merging, Adapting]:
+        return self._merging, self._adapting
 
     def snapshot(self) -> Snapshot:
         """A frozen view of the index as it is now. O(1).
@@ -484,6 +495,7 @@ class Index(_Questions):
         verify: bool = True,
         engine: str | None = None,
         merging: Merging = "inline",
+        adapt: Adapting = "manual",
     ) -> Self:
         """An index that `save` wrote; of a subclass, made without its `__init__`.
 
@@ -500,6 +512,7 @@ class Index(_Questions):
                 the changes say of them is true. This reads all of the file.
             engine: as in `Index`.
             merging: as in `Index`.
+            adapt: as in `Index`.
 
         Raises:
             CorruptFileError: the file is damaged or not an index; the message says what is wrong with it.
@@ -517,7 +530,7 @@ class Index(_Questions):
         except CorruptFileError as error:
             raise CorruptFileError(f"{os.fspath(path)} {error}") from None
         index = cls.__new__(cls)
-        index._begin(Front(state), merging)
+        index._begin(Front(state), merging, adapt)
         return index
 
     # ---- changes: single ones go into the level, others make a new state and swap it in
@@ -614,10 +627,12 @@ class Index(_Questions):
             self._state = self._frozen().merged()
 
     def adapt(self) -> Adaptation:
-        """Give the model's leaves to the buckets that are searched now, if the model says that it pays.
+        """Follow the accesses sampled lately: a hot table for the keys asked for most, and leaves for the rest.
 
-        Fits only buckets whose number of leaves changes, and none of them if a similar workload was known. Readers
-        go on meanwhile. O(buckets + keys of the buckets fitted).
+        The table is looked up before the model, and answers what it holds. A few are made and timed on the newest
+        samples, and the fastest stays, or none. Of the buckets that are searched nevertheless only those are fitted
+        whose number of leaves changes, and none of them if a similar workload was known; leaves change if the model
+        says that it pays. Readers go on meanwhile. O(samples + keys of the table + keys of the buckets fitted).
 
         >>> Index(range(100)).adapt().reason
         'too few accesses were counted to tell'

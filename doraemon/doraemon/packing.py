@@ -28,7 +28,7 @@ def pack(state: State) -> tuple[Header, Arrays]:
     arrays = {
         "run.codes": run.codes,
         "run.trained": run.trained,
-        "run.heat": run.heat.counts(),
+        "run.heat": run.heat.counts(run.hot),
         "model.buckets": model.buckets,
         "model.bits": model.bits,
         "model.rows": model.pool.rows[: model.pool.used],
@@ -58,7 +58,7 @@ def unpack(header: Header, arrays: Arrays, engine: str | None = None, verify: bo
     pool = LeafPool(arrays["model.rows"], len(arrays["model.rows"]), arrays["model.where"].copy())
     buckets = arrays["model.buckets"].copy()
     model = Model(buckets["low"][:-1].copy(), buckets, arrays["model.bits"].copy(), pool)
-    heat = Heat(len(model.bits), arrays["run.heat"].copy())
+    heat = Heat(model.bounds, chosen, arrays["run.heat"].copy())
     memory = Models.of(zip(arrays["memory.signatures"], arrays["memory.bits"], strict=True), header["memory"])
     run = Run(codes, arrays.get("run.values"), model, heat, arrays["run.trained"], memory)
     net, present, stamps = (arrays[f"delta.{name}"] for name in ("net", "present", "stamps"))

@@ -10,6 +10,7 @@ import numpy as np
 from .arrays import Bits, Codes, Ints, Values
 from .engine import Engine
 from .heat import Heat, rebucket, shares_of
+from .hot import Hot
 from .model import Model, bucket_starts, build, choose_bits
 from .steps import Steps, find_steps
 from .workload import Memory, Signature, signature
@@ -28,6 +29,7 @@ class Run:
         heat: access counts of the model's buckets.
         trained: the access shares that the model's leaves were given for.
         memory: leaf numbers for past workloads. Never changed: an adaptation makes another.
+        hot: the codes asked for most, which are looked up before the model; None for none.
     """
 
     codes: Codes
@@ -36,12 +38,13 @@ class Run:
     heat: Heat
     trained: Signature
     memory: Models
+    hot: Hot | None = None
 
     @classmethod
     def of(cls, codes: Codes, values: Values | None, engine: Engine, memory: Models) -> Run:
         """The run of sorted codes that have not been searched yet."""
         model = build(codes, engine)
-        heat = Heat(len(model.bounds))
+        heat = Heat(model.bounds, engine)
         return cls(codes, values, model, heat, heat.signature(model.depths), memory)
 
     def __len__(self) -> int:
@@ -58,9 +61,11 @@ class Run:
         if len(self) == 0:
             return Run.of(codes, values, engine, memory)
         starts = bucket_starts(len(codes))
-        counts = rebucket(self.heat.counts(), self._bucket_ranks(codes), starts)
+        counts = rebucket(self.heat.counts(self.hot), self._bucket_ranks(codes), starts)
         shares = shares_of(counts, np.diff(starts))
-        return Run(codes, values, build(codes, engine, shares), Heat(len(counts), counts), shares, memory)
+        model = build(codes, engine, shares)
+        heat = Heat(model.bounds, engine, counts, self.heat.samples.copy())
+        return Run(codes, values, model, heat, shares, memory)
 
     def memory_over(self, codes: Codes) -> Models:
         """The memory over the buckets of other codes: each workload's shares there, and leaf numbers for them."""

@@ -12,6 +12,7 @@ from .delta import Delta
 from .engine import Engine, native
 from .fitting import BATCH
 from .heat import SAMPLING
+from .hot import NO_LINES
 from .keys import KeyType
 from .run import Run
 from .splicing import ranks_in
@@ -50,9 +51,11 @@ def make_view(engine: Engine, key_type: KeyType, run: Run, delta: Delta) -> View
     if engine == "numpy":
         return NumpyView(key_type, run, delta)
     model, dtype = run.model, key_type.dtype
-    searched = (run.codes, model.bounds, model.buckets, model.pool.rows, delta.codes, delta.shifts, delta.alive)
+    lines = NO_LINES if run.hot is None else run.hot.lines
+    searched = (run.codes, model.bounds, model.buckets, model.pool.rows, delta.codes, delta.shifts, delta.alive, lines)
+    samples = (run.heat.samples.codes, run.heat.samples.taken)
     return native.View(
-        dtype.kind, dtype.itemsize, key_type.cut_one, SAMPLING, *searched, run.heat.hits, run.values, delta.values
+        dtype.kind, dtype.itemsize, key_type.cut_one, SAMPLING, *searched, *samples, run.values, delta.values
     )
 
 
@@ -63,7 +66,7 @@ class NumpyView(View):
 
     def __init__(self, key_type: KeyType, run: Run, delta: Delta) -> None:
         self._cut, self.run, self.delta = key_type.cut_one, run, delta
-        self.codes, self.model, self.hits = run.codes, run.model, run.heat.hits
+        self.codes, self.model, self.samples = run.codes, run.model, run.heat.samples
         self._random = np.random.default_rng()
 
     # ---- single keys
@@ -85,6 +88,7 @@ class NumpyView(View):
         code, exact = self._cut(key)
         if code is None:
             return len(self.codes) + int(self.delta.shifts[-1])
+        self._sample_one(code)
         return self._rank_of(code + (right and exact), in_run=False)  # a Python int: nothing wraps
 
     def _rank_of(self, query: int, in_run: bool) -> int:
@@ -97,6 +101,7 @@ class NumpyView(View):
 
     def _find_code(self, code: int) -> tuple[Any, int] | None:
         """The values among which a code's is, and its position there; None if the code is absent."""
+        self._sample_one(code)
         rank, entry = self._run_rank(code), bisect_left(memoryview(self.delta.codes), code)
         if entry < len(self.delta) and self.delta.codes[entry] == code:
             return (self.delta.values, entry) if self.delta.alive[entry] else None
@@ -105,6 +110,8 @@ class NumpyView(View):
     # ---- batches; those of one code are answered like single keys, as NumPy's calls would take longer
 
     def ranks(self, codes: Codes, right: bool, in_run: bool, ranks: Ints, /) -> None:
+        if not in_run:  # which writers ask for
+            self._sample(codes)
         if len(codes) == 1:
             ranks[0] = self._rank_of(int(codes[0]) + right, in_run)
             return
@@ -121,6 +128,7 @@ class NumpyView(View):
         if len(codes) == 1 and positions is None:
             present[0] = self._find_code(int(codes[0])) is not None
             return
+        self._sample(codes)
         rank, entry = self._run_ranks(codes), ranks_in(self.delta.codes, codes, False, self.engine)
         changed = _equal_at(self.delta.codes, entry, codes)
         present[:] = _equal_at(self.codes, rank, codes)
@@ -140,12 +148,17 @@ class NumpyView(View):
                 return False
         return True
 
+    def _sample(self, codes: Codes) -> None:
+        self.samples.add(codes[self._random.integers(SAMPLING) :: SAMPLING])
+
+    def _sample_one(self, code: int) -> None:
+        if self._random.random() < 1 / SAMPLING:
+            self.samples.add(np.array([code], dtype=np.uint64))
+
     def _run_rank(self, query: int) -> int:
         if len(self.codes) == 0:
             return 0
         bucket = bisect_left(memoryview(self.model.bounds), query, 1) - 1
-        if self._random.random() < 1 / SAMPLING:
-            self.hits[bucket] += np.uint64(1)
         starts = self.model.starts
         return bisect_left(memoryview(self.codes), query, int(starts[bucket]), int(starts[bucket + 1]))
 
@@ -153,8 +166,6 @@ class NumpyView(View):
         if len(self.codes) == 0:
             return np.zeros(len(queries), dtype=np.int64)
         bucket = np.searchsorted(self.model.bounds[1:], queries)
-        sampled = bucket[self._random.integers(SAMPLING) :: SAMPLING]
-        np.add.at(self.hits, sampled, np.uint64(1))
         if len(queries) < SMALL:
             return np.searchsorted(self.codes, queries)
         low, high = self._windows(bucket, queries)
@@ -201,11 +212,14 @@ class NumpyView(View):
 
 
 class StepView(NumpyView):
-    """Batches over a run of few distinct codes, for both engines. Its searches use no model and are not counted."""
+    """Batches over a run of few distinct codes, for both engines. Its searches use no model and are not sampled."""
 
     def __init__(self, steps: Steps, key_type: KeyType, run: Run, delta: Delta, engine: Engine) -> None:
         super().__init__(key_type, run, delta)
         self.steps, self.engine = steps, engine
+
+    def _sample(self, codes: Codes) -> None:
+        pass  # a deliberate nothing: see the class
 
     def _run_ranks(self, queries: Codes) -> Ints:
         return self.steps.starts[ranks_in(self.steps.codes, queries, False, self.engine)]

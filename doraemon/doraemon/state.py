@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from .arrays import Codes, Ints, Mask, Values
 from .delta import Delta, changes_after, merge
 from .engine import Engine
+from .hot import Hot
 from .inputs import as_sequence, is_batch
 from .keys import KeyType
 from .model import Model
@@ -227,6 +228,20 @@ class State:
         run = replace(self.run, model=model, trained=trained, memory=memory)
         return State.of(self.key_type, self.engine, run, self.delta, self.writes, self.copied)
 
+    def with_hot(self, hot: Hot | None) -> State:
+        """The same keys with another hot table of them, or without one."""
+        if hot is self.run.hot:
+            return self
+        return State.of(self.key_type, self.engine, replace(self.run, hot=hot), self.delta, self.writes, self.copied)
+
+    def hot_table(self, codes: Codes) -> Hot | None:
+        """The hot table of distinct codes, in the run or not, the hottest first; None for none."""
+        n, left = len(self.run), self.code_ranks(codes, in_run=True)
+        copies = ((left < n) & (self.run.codes[np.minimum(left, n - 1)] == codes)).astype(np.int64)
+        again = (left + 1 < n) & (self.run.codes[np.minimum(left + 1, n - 1)] == codes)
+        copies[again] = self.code_ranks(codes[again], right=True, in_run=True) - left[again]
+        return Hot.of(codes, left, copies)
+
     @property
     def merge_is_due(self) -> bool:
         """Whether the delta is long, or writes have copied it so often that merging would have been cheaper."""
@@ -240,7 +255,10 @@ class State:
         codes, values = merge(
             self.run.codes, self.run.values, self.delta, self.code_ranks(self.delta.codes, in_run=True)
         )
-        return State.of(self.key_type, self.engine, self.run.followed_by(codes, values, self.engine))
+        state = State.of(self.key_type, self.engine, self.run.followed_by(codes, values, self.engine))
+        if self.run.hot is None or len(codes) == 0:
+            return state
+        return state.with_hot(state.hot_table(self.run.hot.codes))
 
     def after_merge(self, before: State, merged: State) -> State:
         """This state over the run of `merged`, which was made of `before`, an earlier state of this one."""

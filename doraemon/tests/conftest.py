@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from doraemon import engine as engines
-from doraemon import model, state
+from doraemon import model, state, warming
 
 settings.register_profile(
     "default", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -37,3 +37,9 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "MIN_LEAF_KEYS", 1)
     monkeypatch.setattr(model, "MAX_POOL", 2)
     monkeypatch.setattr(state, "MIN_DELTA", 12)
+
+
+@pytest.fixture
+def leaves_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No hot table is tried, so that all accesses are the leaves' and nothing depends on the time that they take."""
+    monkeypatch.setattr(warming, "MIN_SAMPLES", 1 << 62)

@@ -168,6 +168,7 @@ def test_many_copies_of_few_keys_are_merged_before_they_are_saved(tmp_path: Path
     assert (len(opened), opened.count(7, 8), opened.explain().delta_entries) == (2**20 + 102, 2**20 + 100, 0)
 
 
+@pytest.mark.usefixtures("leaves_alone")
 def test_workloads_of_an_index_that_was_emptied_are_forgotten(tmp_path: Path, engine: str) -> None:
     keys = np.arange(6000)
     index = Index(keys, engine=engine)

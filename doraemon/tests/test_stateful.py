@@ -141,7 +141,7 @@ class Machine(RuleBasedStateMachine):
     @rule(seed=st.integers(0, 100))
     def adapt_to_any_heat(self, seed: int) -> None:
         heat = self.index._state.run.heat
-        heat.decayed = np.random.default_rng(seed).pareto(0.5, len(heat.hits)) * 1000
+        heat.decayed = np.random.default_rng(seed).pareto(0.5, len(heat.bounds)) * 1000
         self.index.adapt()
 
     @rule(seed=st.integers(0, 100))
@@ -150,6 +150,15 @@ class Machine(RuleBasedStateMachine):
         bits = np.random.default_rng(seed).integers(0, 7, len(state.run.model.bits)).astype(np.uint8)
         model, _ = refit(state.run.model, state.run.codes, bits, state.engine)
         self.index._state = state.remodelled(model, state.run.trained, state.run.memory)
+
+    @rule(data=st.data())
+    def heat_any_keys(self, data: st.DataObject) -> None:
+        """A hot table of any codes, there or not: what is merged, changed and asked afterwards has to know better."""
+        state = self.index._state
+        if self.engine == "native" and len(state.run):
+            hot = data.draw(st.lists(keys(self.dtype), max_size=20))
+            codes = state.key_type.encode_any(np.array(hot, dtype=self.dtype))
+            self.index._state = state.with_hot(state.hot_table(np.unique(codes)))
 
     @rule(data=st.data())
     def ask(self, data: st.DataObject) -> None:

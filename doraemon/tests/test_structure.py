@@ -20,9 +20,9 @@ from doraemon import engine as engines
 LAYERS = [
     ["arrays", "errors", "workload", "replacing"],
     ["engine", "inputs", "times", "dtypes"],
-    ["values", "keys", "storage", "splicing", "heat", "fitting", "steps"],
+    ["values", "keys", "storage", "splicing", "hot", "heat", "fitting", "steps"],
     ["model", "delta", "run", "search", "state"],
-    ["changes", "front", "adaptation", "explanation", "checking", "packing", "index"],
+    ["changes", "front", "warming", "adaptation", "following", "explanation", "checking", "packing", "index"],
 ]
 ORDER = [module for layer in LAYERS for module in layer]
 

@@ -51,7 +51,8 @@ class Threads:
 @pytest.mark.usefixtures("small_parts")
 def test_readers_see_every_write_whole(request: pytest.FixtureRequest, engine: str, merging: Any) -> None:
     """`--stress 600` for ten minutes."""
-    index = Index(np.arange(0, 2 * PAIR, 4), engine=engine, merging=merging)
+    adapt: Any = "auto" if merging == "background" else "manual"
+    index = Index(np.arange(0, 2 * PAIR, 4), engine=engine, merging=merging, adapt=adapt)
 
     def write() -> None:
         rng = np.random.default_rng()
@@ -62,8 +63,13 @@ def test_readers_see_every_write_whole(request: pytest.FixtureRequest, engine: s
         if action == 0:
             index.compact()
         elif action < 10:
-            index._state.run.heat.hits += rng.integers(0, 1000, len(index._state.run.heat.hits)).astype(np.uint64)
+            index._state.run.heat.decayed = rng.pareto(0.5, len(index._state.run.heat.bounds)) * 1000
             index.adapt()
+        elif action < 20 and engine == "native":
+            with index._lock:
+                state = index._state
+                codes = state.key_type.encode_any(np.unique(rng.integers(0, 2 * PAIR, 30)))
+                index._state = state.with_hot(state.hot_table(codes))
 
     def read() -> None:
         frozen = index.snapshot()
@@ -121,7 +127,7 @@ def test_a_background_merge_happens(engine: str) -> None:
     assert index.explain().run_keys == len(index) == 6000
 
 
-@pytest.mark.usefixtures("small_parts")
+@pytest.mark.usefixtures("small_parts", "leaves_alone")
 def test_what_is_saved_is_of_one_moment(request: pytest.FixtureRequest, tmp_path: Path, engine: str) -> None:
     """A merge changes the number of buckets, and with it the shares that are remembered of each workload."""
     index = Index(np.arange(20_000), engine=engine, merging="manual")

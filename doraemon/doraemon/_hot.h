@@ -1,0 +1,123 @@
+/* The hot table: codes that are asked for often, each with its rank and its number of copies in the run.
+ *
+ * It is a cache, not an index: a code has one line of four slots, as large as a line of the processor's cache, and what
+ * finds its line full is left out. Every slot holds a true statement about the run, free ones the hottest code's, so
+ * whatever equals a query answers it, and nothing has to say which slots are free. A code that the run does not have
+ * may be there too, with no copies and the rank that it would have.
+ */
+#ifndef DORAEMON_HOT_H
+#define DORAEMON_HOT_H
+
+#include "_portable.h"
+
+enum { SLOTS = 4, RANK_BITS = 40 };
+static const uint64_t MOST_COPIES = ((uint64_t)1 << (64 - RANK_BITS)) - 1;
+
+typedef struct {
+    uint64_t code[SLOTS];
+    uint64_t found[SLOTS]; /* copies << RANK_BITS | rank */
+} Line;
+
+typedef struct {
+    const Line *lines;
+    uint64_t n_lines; /* 0 where there is no table */
+} Hot;
+
+static inline int64_t rank_in(uint64_t found) { return (int64_t)(found & (((uint64_t)1 << RANK_BITS) - 1)); }
+static inline int64_t copies_in(uint64_t found) { return (int64_t)(found >> RANK_BITS); }
+
+/* Which of `n_lines` lines a code has: its product with a number near 2**64 / golden ratio, scaled. */
+static inline uint64_t line_number(uint64_t code, uint64_t n_lines)
+{
+    return ((code * UINT64_C(0x9E3779B97F4A7C15) >> 32) * n_lines) >> 32;
+}
+
+static inline const Line *line_of(Hot hot, uint64_t code) { return hot.lines + line_number(code, hot.n_lines); }
+
+/* The slot of the line that holds the code, if any does; without branches. */
+static inline int slot_of(const Line *line, uint64_t code)
+{
+    int slot = line->code[1] == code ? 1 : 0;
+    slot = line->code[2] == code ? 2 : slot;
+    return line->code[3] == code ? 3 : slot;
+}
+
+/* Whether the table holds the code, and what it knows of it. */
+static inline int look_up_hot(Hot hot, uint64_t code, uint64_t *found)
+{
+    if (hot.n_lines == 0)
+        return 0;
+    const Line *line = line_of(hot, code);
+    int slot = slot_of(line, code);
+    *found = line->found[slot];
+    return line->code[slot] == code;
+}
+
+/* Put codes, the hottest first, into the lines of a table; how many found room. `used` counts each line's codes. */
+static int64_t fill_lines(Line *lines, int64_t n_lines, uint8_t *used, const uint64_t *codes, const int64_t *ranks,
+                          const int64_t *copies, int64_t m)
+{
+    int64_t placed = 0;
+    for (int64_t i = 0; i < n_lines; i++) {
+        used[i] = 0;
+        for (int slot = 0; slot < SLOTS; slot++) {
+            lines[i].code[slot] = codes[0];
+            lines[i].found[slot] = (uint64_t)copies[0] << RANK_BITS | (uint64_t)ranks[0];
+        }
+    }
+    for (int64_t i = 0; i < m; i++) {
+        uint64_t number = line_number(codes[i], (uint64_t)n_lines);
+        if (used[number] == SLOTS)
+            continue;
+        lines[number].code[used[number]] = codes[i];
+        lines[number].found[used[number]++] = (uint64_t)copies[i] << RANK_BITS | (uint64_t)ranks[i];
+        placed++;
+    }
+    return placed;
+}
+
+/* Whether the table holds each of m codes. */
+static void mark_held(Hot hot, const uint64_t *codes, int64_t m, uint8_t *held)
+{
+    for (int64_t i = 0; i < m; i++) {
+        const Line *line = line_of(hot, codes[i]);
+        held[i] = line->code[slot_of(line, codes[i])] == codes[i];
+    }
+}
+
+/* Count the distinct ones of m codes, in places of a hash table: 1 more than where each is in `codes` and `counts`. */
+static int64_t count_distinct(const uint64_t *samples, int64_t m, uint32_t *places, int64_t n_places, uint64_t *codes,
+                              int64_t *counts)
+{
+    int64_t distinct = 0;
+    for (int64_t i = 0; i < m; i++) {
+        uint64_t place = line_number(samples[i], (uint64_t)n_places);
+        while (places[place] != 0 && codes[places[place] - 1] != samples[i])
+            place = place + 1 < (uint64_t)n_places ? place + 1 : 0;
+        if (places[place] == 0) {
+            codes[distinct] = samples[i];
+            counts[distinct] = 0;
+            places[place] = (uint32_t)++distinct;
+        }
+        counts[places[place] - 1]++;
+    }
+    return distinct;
+}
+
+/* Codes by their counts, the largest first; counts above the largest that is told apart are in no order. */
+enum { TOLD_APART = 256 };
+static void order_by_count(const uint64_t *codes, const int64_t *counts, int64_t m, uint64_t *ordered)
+{
+    int64_t first[TOLD_APART + 1] = {0};
+    for (int64_t i = 0; i < m; i++)
+        first[counts[i] < TOLD_APART ? counts[i] : TOLD_APART]++;
+    for (int64_t count = TOLD_APART, place = 0; count >= 0; count--) {
+        int64_t many = first[count];
+        first[count] = place;
+        place += many;
+    }
+    for (int64_t i = 0; i < m; i++)
+        ordered[first[counts[i] < TOLD_APART ? counts[i] : TOLD_APART]++] = codes[i];
+}
+
+#endif

@@ -1,0 +1,24 @@
+/* What compilers other than GCC and Clang say differently, or not at all. */
+#ifndef DORAEMON_PORTABLE_H
+#define DORAEMON_PORTABLE_H
+
+#include <stdint.h>
+
+#if defined(__GNUC__) || defined(__clang__)
+#define PREFETCH(address) __builtin_prefetch(address)
+#define LOAD(address) __atomic_load_n(address, __ATOMIC_RELAXED)
+#define STORE(address, value) __atomic_store_n(address, value, __ATOMIC_RELAXED)
+#else
+#define PREFETCH(address) ((void)0)
+#define LOAD(address) (*(volatile uint64_t *)(address))
+#define STORE(address, value) (*(volatile uint64_t *)(address) = (value))
+#endif
+
+/* Loops over many keys are compiled for processors with AVX2 as well, where the C library can choose at run time. */
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define WIDE __attribute__((target_clones("arch=x86-64-v3", "default")))
+#else
+#define WIDE
+#endif
+
+#endif

@@ -1,0 +1,191 @@
+"""Warming: which codes go into the hot table, chosen by the time that look-ups were measured to take.
+
+What pays cannot be told beforehand: it depends on how the accesses spread, on the caches, and on how long a workload
+lasts. So a few tables are made of the older samples, each answers some of the newest, and the fastest stays. "No table"
+takes part, so that where none pays there is none.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from .arrays import Codes, Floats, Ints
+from .engine import native
+from .hot import Hot
+from .run import Run
+from .state import State
+from .workload import distance, signature
+
+MIN_SAMPLES = 4096  #: below which no table is tried
+WINDOWS = (1, 4, 16)  #: tables are made of all samples, of the newest quarter and of the newest sixteenth
+MOVED = 0.1  #: share of the accesses by which a table answers fewer of late that tells of another workload
+BINS = 256  #: of buckets beside each other, by which workloads are compared
+FAR = 1.5  #: bits between the workloads of late and of before that tell the same
+HELD_OUT = 16  #: one sample in so many, the newest, is asked and not learned from
+ROUNDS, PARTS = 2, 3  #: in which the tables take turns, and of which each turn is made
+LEAST_PART = 512  #: queries that a table is asked at once, at least
+WARM_UP = 8192  #: queries that are not timed before each turn
+WORTHWHILE = 0.05  #: share of the time of a look-up that a table has to save
+KNOWN = 0.15  #: share of the accesses that a table has to be likely to answer, to be tried: asking it in vain costs
+AS_GOOD = 0.03  #: share by which another table has to be faster than the present one
+DENSE = 2.0  #: times as many accesses per key as on average that make a bucket hot
+LARGEST = 1 / 8  #: share of the run's keys that a table may be made of
+SMALLEST = 4096  #: keys that any table may be made of
+
+
+@dataclass(frozen=True)
+class Warming:
+    """What became of the hot table, and why.
+
+    >>> from doraemon import Index
+    >>> Index([1, 2]).adapt().hot.reason
+    'too few accesses were counted to tell'
+
+    Attributes:
+        reason: in words.
+        keys: in the table now.
+        saved: measured share of the time of a look-up that the table saves, 0 without one.
+        changed: whether there is another table than before, or none any more.
+        moved: whether the newest accesses are of another workload than those before.
+    """
+
+    reason: str
+    keys: int = 0
+    saved: float = 0.0
+    changed: bool = False
+    moved: bool = False
+
+
+def warm(state: State) -> tuple[State, Warming]:
+    """The state with the hot table that its readers' samples speak for, and what was done."""
+    samples, before = state.run.heat.samples.newest(), state.run.hot
+    if state.engine != "native" or len(samples) < MIN_SAMPLES:
+        few = "too few accesses were counted to tell"
+        return state, Warming(few if state.engine == "native" else "the NumPy engine has no hot table", _held(before))
+    split = len(samples) - len(samples) // HELD_OUT
+    past, late = samples[:split], samples[split:]
+    moved = has_moved(state.run, past, late)
+    tables = [None, *([] if before is None else [before]), *(_tables_of_late if moved else _tables)(state, past)]
+    if len(tables) == 1:
+        return state, Warming("the accesses are spread too evenly for a table", moved=moved)
+    costs = _costs([state.with_hot(table) for table in tables], past, late)
+    best = int(np.argmin(costs))
+    if before is not None and costs[1] <= (1 + AS_GOOD) * costs[best]:
+        best = 1
+    saved = float(1 - costs[best] / costs[0])
+    if saved < WORTHWHILE:
+        return state.with_hot(None), Warming("no table saves enough", 0, 0.0, before is not None, moved)
+    changed = tables[best] is not before
+    reason = "another table is faster" if changed else "the table fits the accesses"
+    return state.with_hot(tables[best]), Warming(reason, _held(tables[best]), saved, changed, moved)
+
+
+def _held(table: Hot | None) -> int:
+    return 0 if table is None else table.held
+
+
+def _costs(states: list[State], past: Codes, late: Codes) -> Floats:
+    """Seconds per query of each state, in its fastest turn.
+
+    Before a turn the state answers some of the past, or it would find in the cache what another left there. Each part
+    of the late queries is asked once, if there are enough, for the same reason.
+    """
+    turns = [state for _ in range(ROUNDS) for state in states]
+    size = max(min(LEAST_PART, len(late)), len(late) // (len(turns) * PARTS))
+    ranks = np.empty(max(WARM_UP, size), dtype=np.int64)
+    seconds = np.full((len(turns), PARTS), np.inf)
+    for turn, state in enumerate(turns):
+        warm_up = past[-WARM_UP:]
+        state.view.ranks(warm_up, False, True, ranks[: len(warm_up)])
+        for part in range(PARTS):
+            first = (turn * PARTS + part) % (len(late) // size) * size
+            begin = time.perf_counter()
+            state.view.ranks(late[first : first + size], False, True, ranks[:size])
+            seconds[turn, part] = time.perf_counter() - begin
+    costs: Floats = seconds.reshape(ROUNDS, len(states), PARTS).min(axis=(0, 2)) / size
+    return costs
+
+
+def has_moved(run: Run, past: Codes, late: Codes) -> bool:
+    """Whether late samples are of another workload than those of the past.
+
+    Then little is known of the new one, and how long it will last is uncertain: only small tables are worth making.
+    """
+    past = past[:: max(1, len(past) // len(late))].copy()
+    if run.hot is not None:
+        return bool(run.hot.holds(past).mean() - run.hot.holds(late).mean() > MOVED)
+    bins = np.linspace(0, len(run.heat.bounds), min(BINS, len(run.heat.bounds)), endpoint=False, dtype=np.int64)
+    before, now = (signature(np.add.reduceat(run.heat.counted(codes), bins)) for codes in (past, late))
+    noise = len(bins) / (2 * math.log(2) * len(late))
+    return distance(now, before) > FAR + noise
+
+
+def _tables_of_late(state: State, past: Codes) -> Iterator[Hot]:
+    """The table of what was asked for most lately."""
+    codes, known = by_count(past[-(len(past) // WINDOWS[-1]) :])
+    table = state.hot_table(codes) if known > KNOWN else None
+    if table is not None:
+        yield table
+
+
+def _tables(state: State, past: Codes) -> Iterator[Hot]:
+    """Tables of what was asked for most, and of all keys of the hot buckets where samples name too few of them."""
+    run, most = state.run, max(SMALLEST, int(LARGEST * len(state.run)))
+    best = 0.0
+    for window in WINDOWS:
+        codes, known = by_count(past[-(len(past) // window) :])
+        best = max(best, known)
+        table = state.hot_table(codes[:most]) if known > KNOWN else None
+        if table is not None:
+            yield table
+    shares = signature(run.heat.counted(past), prior=run.model.depths)
+    hot = hot_buckets(run, shares, most)
+    table = table_of_buckets(run, hot) if shares[hot].sum() > best + WORTHWHILE else None
+    if table is not None:
+        yield table
+
+
+def by_count(samples: Codes) -> tuple[Codes, float]:
+    """The distinct samples, those that occur most often first; and the share of accesses to expect in them.
+
+    That share is Good's and Turing's: what occurred once tells how often something new comes.
+    """
+    codes = np.empty(len(samples), dtype=np.uint64)
+    distinct, once = native.tally(samples, codes)
+    return codes[:distinct], 1 - once / len(samples)
+
+
+def hot_buckets(run: Run, shares: Floats, most: int) -> Ints:
+    """Buckets with many more accesses per key than others have, of at most so many keys together, in order."""
+    depths = run.model.depths
+    density = shares * len(run) / np.maximum(depths, 1)
+    hottest = np.argsort(-density, kind="stable")
+    within = np.cumsum(depths[hottest]) <= most
+    return np.sort(hottest[within & (density[hottest] >= DENSE)])
+
+
+def table_of_buckets(run: Run, buckets: Ints) -> Hot | None:
+    """The table of the keys of buckets, in order, that occur only once in the run."""
+    after = np.append(np.flatnonzero(np.diff(buckets) > 1) + 1, len(buckets))
+    found, first = [], 0
+    for last in after.tolist():  # stretches of buckets beside each other
+        if first < last:
+            found.append(_keys_alone(run, *run.model.starts[[buckets[first], buckets[last - 1] + 1]].tolist()))
+        first = last
+    if not found:
+        return None
+    ranks = np.concatenate(found)
+    return Hot.of(run.codes[ranks], ranks, np.ones(len(ranks), dtype=np.int64))
+
+
+def _keys_alone(run: Run, start: int, end: int) -> Ints:
+    """The ranks from start to end of codes that the run has once."""
+    before, after = max(start - 1, 0), min(end + 1, len(run))
+    new = np.ones(after - before + 1, dtype=np.bool_)
+    new[1:-1] = run.codes[before + 1 : after] != run.codes[before : after - 1]
+    return before + np.flatnonzero((new[:-1] & new[1:])[start - before : end - before]) + (start - before)

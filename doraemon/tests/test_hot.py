@@ -1,0 +1,209 @@
+"""The hot table answers what it holds as the model would, is found by itself, and goes where it does not pay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from domains import DTYPES
+from numpy.typing import NDArray
+
+from doraemon import Index, warming
+from doraemon import engine as engines
+from doraemon.hot import MOST_COPIES, Hot
+
+pytestmark = pytest.mark.skipif(engines.choose() != "native", reason="only the C engine has a hot table")
+N = 300_000
+RNG = np.random.default_rng(5)
+KEYS = np.sort(RNG.integers(0, 2**63, N, dtype=np.uint64))
+
+
+def zipf(count: int, exponent: float = 1.3, seed: int = 1) -> NDArray[np.uint64]:
+    """Queries of a few keys, scattered over all, again and again."""
+    ranks = np.random.default_rng(seed).zipf(exponent, count).astype(np.uint64)
+    return KEYS[(ranks * np.uint64(0x9E3779B97F4A7C15) % np.uint64(N)).astype(np.int64)]
+
+
+def heated(index: Index, keys: NDArray[Any]) -> Index:
+    """The index with a hot table of these keys."""
+    state = index._state
+    codes = np.unique(state.key_type.encode_any(keys))
+    index._state = state.with_hot(state.hot_table(codes))
+    assert index.explain().hot_keys > 0
+    return index
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("changed", [False, True], ids=["merged", "with changes"])
+@pytest.mark.parametrize("is_map", [False, True], ids=["multiset", "map"])
+def test_every_question_is_answered_as_without_a_table(dtype: str, changed: bool, is_map: bool) -> None:
+    numbers = RNG.integers(0, 9000, 4000)
+    keys = np.unique(numbers) if is_map else numbers
+    made = [
+        Index(keys.astype(dtype), np.arange(len(keys)) if is_map else None, engine="native", merging="manual")
+        for _ in range(2)
+    ]
+    with_table = heated(made[0], np.arange(0, 9000, 3).astype(dtype))  # some of them are not there
+    if changed:
+        for index in made:
+            new = np.arange(0, 9000, 7).astype(dtype)
+            index.extend(new, np.arange(len(new)) if is_map else None)
+            index.discard_many(np.arange(0, 9000, 5).astype(dtype))
+    asked = RNG.integers(0, 9500, 3000).astype(dtype)
+    for side in ("left", "right"):
+        np.testing.assert_array_equal(*(index.searchsorted(asked, side) for index in made))
+    np.testing.assert_array_equal(*(index.contains(asked) for index in made))
+    if is_map:
+        np.testing.assert_array_equal(*(index.get_many(asked, -1) for index in made))
+    for key in asked[:200]:
+        one, other = (
+            (index.bisect_left(key), index.bisect_right(key), key in index, is_map and index.get(key, None))
+            for index in (with_table, made[1])
+        )
+        assert one == other
+
+
+@pytest.mark.parametrize("m", [1, 31, 32, 33, 63, 64, 65, 95, 96, 97, 128, 1000])
+def test_batches_of_any_length_with_any_share_of_misses(m: int) -> None:
+    index = heated(Index(KEYS), KEYS[::2])
+    for share in (0.0, 0.3, 0.9, 1.0):
+        at = RNG.integers(0, N // 2, m) * 2 + (RNG.random(m) < share)
+        np.testing.assert_array_equal(index.searchsorted(KEYS[at]), np.searchsorted(KEYS, KEYS[at]))
+
+
+def test_the_ends_of_the_codes_are_codes_like_others() -> None:
+    ends = np.array([0, 1, 2**64 - 2, 2**64 - 1, 2**64 - 1], dtype=np.uint64)
+    index = heated(Index(ends), ends)
+    assert index.searchsorted(ends).tolist() == [0, 1, 2, 3, 3]
+    assert index.searchsorted(ends, "right").tolist() == [1, 2, 3, 5, 5]
+    assert [index.bisect_right(int(key)) for key in ends] == [1, 2, 3, 5, 5]
+
+
+def test_what_finds_its_line_full_is_left_to_the_model() -> None:
+    codes = KEYS[:4000].copy()
+    table = Hot.of(codes, np.arange(4000), np.ones(4000, dtype=np.int64))
+    assert table is not None
+    assert 0.85 * 4000 < table.held == table.holds(codes).sum() < 4000
+    assert not table.holds(KEYS[4000:8000]).any()
+
+
+def test_codes_with_too_many_copies_to_state_are_left_out() -> None:
+    codes, ranks = np.array([1, 2], dtype=np.uint64), np.array([0, 5])
+    table = Hot.of(codes, ranks, np.array([MOST_COPIES + 1, MOST_COPIES]))
+    assert table is not None
+    assert table.holds(codes).tolist() == [False, True]
+    assert Hot.of(codes[:1], ranks[:1], np.array([MOST_COPIES + 1])) is None
+
+
+def test_skewed_accesses_get_a_table_that_answers_most_of_them() -> None:
+    index = Index(KEYS)
+    for seed in range(4):
+        index.searchsorted(zipf(200_000, seed=seed))
+    report = index.adapt().hot
+    assert report.changed
+    assert report.saved > 0.2
+    assert 1000 < report.keys == index.explain().hot_keys < N // 8
+    table = index._state.run.hot
+    assert table is not None
+    assert table.holds(zipf(10_000, seed=9)).mean() > 0.85
+    asked = zipf(50_000, seed=10)
+    np.testing.assert_array_equal(index.searchsorted(asked), np.searchsorted(KEYS, asked))
+
+
+def test_the_table_goes_when_accesses_are_even() -> None:
+    index = heated(Index(KEYS), KEYS[:4000])
+    for seed in range(4):
+        index.searchsorted(np.random.default_rng(seed).permutation(KEYS))
+    report = index.adapt().hot
+    assert (report.keys, index.explain().hot_keys) == (0, 0)
+
+
+def test_a_hot_range_gets_a_table_of_all_its_keys() -> None:
+    index = Index(KEYS)
+    hot = KEYS[100_000:120_000]
+    samples = np.where(RNG.random(60_000) < 0.9, RNG.choice(hot, 60_000), RNG.choice(KEYS, 60_000))
+    shares = index._state.run.heat.counted(samples) / len(samples)
+    buckets = warming.hot_buckets(index._state.run, shares, N // 8)
+    table = warming.table_of_buckets(index._state.run, buckets)
+    assert table is not None
+    assert table.holds(hot).mean() > 0.85
+    at = np.arange(0, N, 3)
+    index._state = index._state.with_hot(table)
+    np.testing.assert_array_equal(index.searchsorted(KEYS[at]), at)
+
+
+def test_hot_buckets_with_copies_give_only_keys_that_occur_once() -> None:
+    keys = np.sort(np.concatenate([np.arange(50_000), np.arange(20_000, 30_000, 2), np.full(9000, 25_000)]))
+    index = Index(keys.astype(np.uint64))
+    table = warming.table_of_buckets(index._state.run, np.arange(3, 18))
+    assert table is not None
+    assert not table.holds(np.arange(20_000, 30_000, 2).astype(np.uint64)).any()
+    index._state = index._state.with_hot(table)
+    np.testing.assert_array_equal(index.searchsorted(keys, "right"), np.searchsorted(keys, keys, "right"))
+
+
+def test_a_merge_keeps_the_hot_keys_and_moves_their_ranks() -> None:
+    index = heated(Index(KEYS, merging="manual"), KEYS[::50])
+    more = RNG.integers(0, 2**63, 20_000, dtype=np.uint64)
+    index.extend(more)
+    index.compact()
+    everything = np.sort(np.concatenate([KEYS, more]))
+    assert index.explain().hot_keys > 0.85 * len(KEYS[::50])
+    np.testing.assert_array_equal(index.searchsorted(KEYS[::25]), np.searchsorted(everything, KEYS[::25]))
+
+
+def test_copies_share_the_table_and_files_do_not_hold_it(tmp_path: Path) -> None:
+    index = heated(Index(KEYS), KEYS[::50])
+    frozen, other = index.snapshot(), index.copy()
+    index.save(tmp_path / "index.dora")
+    opened = Index.open(tmp_path / "index.dora")
+    assert frozen.explain().hot_keys == other.explain().hot_keys == index.explain().hot_keys
+    assert opened.explain().hot_keys == 0
+    np.testing.assert_array_equal(opened.searchsorted(KEYS[::50]), frozen.searchsorted(KEYS[::50]))
+
+
+def test_hot_answers_are_sampled_like_others_and_need_no_leaves() -> None:
+    index = heated(Index(KEYS), KEYS[:1000])
+    table = index._state.run.hot
+    assert table is not None
+    held = KEYS[:1000][table.holds(KEYS[:1000])]
+    index.searchsorted(np.tile(held, 20))
+    samples = index._state.run.heat.samples.newest()
+    assert 0.8 * 20 * len(held) < 8 * len(samples) < 1.2 * 20 * len(held)
+    assert index.explain().accesses == 0
+
+
+def test_lists_by_count_begin_with_what_occurs_most() -> None:
+    samples = np.array([7, 5, 7, 9, 7, 5], dtype=np.uint64)
+    codes, known = warming.by_count(samples)
+    assert codes.tolist() == [7, 5, 9]
+    assert known == pytest.approx(5 / 6)
+
+
+def test_another_workload_is_noticed_with_and_without_a_table() -> None:
+    run = Index(KEYS)._state.run
+    here, there = KEYS[:20_000], KEYS[200_000:220_000]
+    assert warming.has_moved(run, RNG.choice(here, 40_000), RNG.choice(there, 5000))
+    assert not warming.has_moved(run, RNG.choice(here, 40_000), RNG.choice(here, 5000))
+    run = heated(Index(KEYS), here)._state.run
+    assert warming.has_moved(run, RNG.choice(here, 40_000), RNG.choice(there, 5000))
+    assert not warming.has_moved(run, RNG.choice(there, 40_000), RNG.choice(there, 5000))
+
+
+def test_a_table_follows_scattered_keys_that_move() -> None:
+    index = Index(KEYS)
+    for seed in range(4):
+        index.searchsorted(zipf(200_000, seed=seed))
+    index.adapt()
+    moved = KEYS[::-1]
+    for seed in range(2):
+        index.searchsorted(moved[np.searchsorted(KEYS, zipf(100_000, seed=seed))])
+    report = index.adapt()
+    assert report.hot.changed
+    assert report.hot.moved
+    assert (report.refitted, report.reason) == (0, "the accesses have just moved: fits wait until they stay")
+    table = index._state.run.hot
+    assert table is not None
+    assert table.holds(moved[np.searchsorted(KEYS, zipf(10_000, seed=9))]).mean() > 0.8
