@@ -33,7 +33,7 @@ from ...ffn.weights import DenseFFN, FoldedWeights, FoldFormat
 from ...runtime.backend import linear
 from ...runtime.matrices import Fold
 from ...runtime.operators import library
-from ...runtime.state import FoldState
+from ...runtime.state import BY_ROWS, FoldState
 from .names import up_projection
 from .prefill import Choice
 
@@ -96,12 +96,12 @@ class ServedFFN(FoldState):
             part.copy_(_share(whole, part, self.rank, key))
 
     def prepare(self) -> None:
-        """Bring what each token reads whole into the layout of the kernels. Call it when all tensors are loaded."""
+        """Bring every matrix into the layout of the kernels. Call it when all tensors are loaded."""
         dtype = self.fold.bias.dtype
-        # a rank's rows of a low-bit fold are multiplied as they are stored
-        if self._whole or isinstance(self.fold, Fold):
-            self.fold.lay_out(dtype)
-        self.predictor.lay_out(dtype)
+        for part, name in self._parts:
+            # a rank's rows of a low-bit fold are multiplied as they are stored
+            if part is not self.fold or self._whole or isinstance(part, Fold):
+                part.lay_out(dtype, by_rows=name in BY_ROWS)
 
     def forward(self, x: Tensor) -> Tensor:
         """This rank's term of the output, [tokens, d], for x [tokens, d]; vLLM sums over ranks."""
