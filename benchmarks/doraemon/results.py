@@ -529,7 +529,7 @@ SKEW_SINGLE = """The same, one query per call, the call from Python included. Wh
 as before. A round is as long as the median of its ten parts, as other programs took turns on the processor."""
 SKEW_MOVING = """The hot keys are others after each million queries. "Following" calls `adapt()` after 300,000 queries
 of each million, and its time is counted; "known beforehand" has had the right table from the first query on, and its
-making is not counted: no index can do better."""
+making is not counted."""
 MOVING = """90 % of the queries in 10 % of the keys, which move by 2 % of the keys from position to position; 10
 positions after the first, each of which the index sees in a million queries. "Following" then calls `adapt()`, whose
 time is beside it (least and most in brackets); "left behind" adapted to the first position only. Medians over the

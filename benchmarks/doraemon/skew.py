@@ -46,9 +46,8 @@ def queries_of(name: str, keys: Keys, count: int, seed: int, place: int = 0) -> 
     return keys[(scattered % np.uint64(n)).astype(np.int64)]
 
 
-def adapted(keys: Keys, shape: str, place: int = 0) -> tuple[Index, Row]:
-    """An index that has seen such queries, and what adapting came to."""
-    index = Index(keys)  # no copy of another one, which would share its samples
+def adapted(index: Index, keys: Keys, shape: str, place: int = 0) -> tuple[Index, Row]:
+    """The index after it has seen such queries, and what adapting came to."""
     for seed in range(SEEN):
         index.searchsorted(queries_of(shape, keys, BATCH, 1000 + seed, place))
     reports: list[Any] = []
@@ -62,7 +61,7 @@ def adapted(keys: Keys, shape: str, place: int = 0) -> tuple[Index, Row]:
 
 def batches(built: Index, keys: Keys, shape: str, rounds: int) -> Row:
     """Nanoseconds per query of whole arrays."""
-    index, row = adapted(keys, shape)
+    index, row = adapted(built.copy(), keys, shape)  # over the same arrays, so that only the table differs
     asked = [queries_of(shape, keys, BATCH, 3000 + turn) for turn in range(8)]
     np.testing.assert_array_equal(index.searchsorted(asked[0]), np.searchsorted(keys, asked[0]))
     ways: dict[str, Callable[[int], Any]] = {
@@ -77,7 +76,7 @@ def single(built: Index, keys: Keys, shape: str, rounds: int) -> Row:
 
     A round is as long as its median part, lest other programs' turns on the processor be counted.
     """
-    index, row = adapted(keys, shape)
+    index, row = adapted(built.copy(), keys, shape)  # over the same arrays, so that only the table differs
     ways: dict[str, Callable[[Any], int]] = {
         "loop": lambda key: 0,
         "as built": built.bisect_left,
@@ -95,7 +94,7 @@ def single(built: Index, keys: Keys, shape: str, rounds: int) -> Row:
 
 def moving(built: Index, keys: Keys, shape: str, rounds: int) -> Row:
     """Nanoseconds per query over a million queries of each place, adapting included."""
-    following, _ = adapted(keys, shape)
+    following, _ = adapted(Index(keys), keys, shape)  # no copy of another index, which would share its samples
     seconds: dict[str, list[float]] = {"as built": [], "following": [], "known beforehand": []}
     adapting: list[float] = []
 
@@ -106,7 +105,7 @@ def moving(built: Index, keys: Keys, shape: str, rounds: int) -> Row:
                 adapting.append(seconds_of(following.adapt))
 
     for place in range(1, MOVES + 1):
-        known, _ = adapted(keys, shape, place)
+        known, _ = adapted(Index(keys), keys, shape, place)
         parts = [
             np.split(queries_of(shape, keys, BATCH, 4000 + 3 * place + way, place), BATCH // PART) for way in range(3)
         ]
