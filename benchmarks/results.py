@@ -31,7 +31,8 @@ from tardis_llm.evaluation.tasks import Metric
 ROOT = Path(__file__).parent.parent
 COMPARE, ABLATION = ROOT / "benchmarks/results/compare", ROOT / "benchmarks/results/ablation.json"
 SPEEDS = ROOT / "benchmarks/results"
-REAL = SPEEDS / "real_models.json"
+#: a run of real_models.py each, the one with most methods first; others have other calibration tokens
+REAL = [SPEEDS / "real_models.json", SPEEDS / "real_models_65536.json"]
 _TEXTS = ("wikitext2", "lambada", "code")
 PAGE, README, IMAGES = ROOT / "docs/results.md", ROOT / "README.md", ROOT / "docs/images"
 _RANGE = (0.085, 0.275)  # of the dense bytes: from the smallest fold to the largest 4-bit quantiser
@@ -203,9 +204,9 @@ def compared_table(compared: Compared) -> str:
     return table(head, lines)
 
 
-def real_part(real: dict[str, Any]) -> str:
+def real_part(runs: Sequence[dict[str, Any]]) -> str:
     """What compressing real models costs, on text like that of the calibration and on code."""
-    settings, machine = real["settings"], real["machine"]
+    settings, machine = runs[0]["settings"], runs[0]["machine"]
     parts = [
         f"Increase of the loss in nats per token over the dense model, whose perplexity is in the first row; "
         f"{settings['tokens']:,} tokens of each text in windows of {settings['window']}, bf16 models out of Q4_K_M "
@@ -214,19 +215,30 @@ def real_part(real: dict[str, Any]) -> str:
         "predictor, 3 bits beside it, and fold and W2 in 4 bits. `+affine+refit+weigh` are our own tricks lent to "
         f"GPTQ: it is calibrated as folds are. On an {machine['cpu']}, by `benchmarks/real_models.py`."
     ]
-    for model, found in real["models"].items():
-        parts.append(real_table(model, found["methods"], _tasks_of(found["methods"])))
+    for run in runs:
+        if run is not runs[0]:
+            parts.append(_with_more_calibration(run))
+        for model, found in run["models"].items():
+            parts.append(real_table(model, found["methods"], _tasks_of(found["methods"])))
     return "\n\n".join(parts)
 
 
-def real_readme_part(real: dict[str, Any]) -> str:
-    """The README's table of the first real model."""
+def _with_more_calibration(run: dict[str, Any]) -> str:
+    return f"Calibrated on {run['settings']['calibration']:,} tokens, all else the same:"
+
+
+def real_readme_part(runs: Sequence[dict[str, Any]]) -> str:
+    """The README's tables of the first real model."""
+    real, *others = runs
     model, found = next(iter(real["models"].items()))
+    tables = [real_table("FFNs", found["methods"], [])]
+    for run in others:
+        tables += [_with_more_calibration(run), real_table("FFNs", run["models"][model]["methods"], [])]
     return (
         f"{model}, FFNs alone compressed: share of their bytes that a token reads, everything counted, and increase of "
         f"the loss in nats per token ({real['settings']['tokens']:,} tokens each; the dense perplexity in the first "
         "row). Calibration text is prose, no code. [More models](docs/results.md#real-models).\n\n"
-        + real_table("FFNs", found["methods"], [])
+        + "\n\n".join(tables)
     )
 
 
@@ -382,7 +394,7 @@ def plot_calibration(results: dict[str, Any], path: Path) -> None:
         figure.savefig(path, dpi=110)
 
 
-def readme_part(compared: Compared, speed: Speed, real: dict[str, Any]) -> str:
+def readme_part(compared: Compared, speed: Speed, real: Sequence[dict[str, Any]]) -> str:
     """The README's tables, and a sentence on speed."""
     wanted = {
         "dense": "dense",
@@ -560,7 +572,7 @@ class Speed:
         )
 
 
-def page(compared: Compared, results: dict[str, Any], speed: Speed, real: dict[str, Any]) -> str:
+def page(compared: Compared, results: dict[str, Any], speed: Speed, real: Sequence[dict[str, Any]]) -> str:
     """docs/results.md."""
     record = compared.record
     scope = {"ffn": "the FFNs", "all": "all linear layers of the blocks"}[record["scope"]]
@@ -612,7 +624,7 @@ def main(compare: Path = COMPARE, ablation_file: Path = ABLATION) -> None:
     )
     plot_calibration(results, IMAGES / "calibration.png")
     speed = Speed.read(SPEEDS)
-    real = json.loads(REAL.read_text())
+    real = [json.loads(path.read_text()) for path in REAL]
     PAGE.write_text(page(compared, results, speed, real), encoding="utf-8")
     readme = replace_part(README.read_text(encoding="utf-8"), readme_part(compared, speed, real))
     README.write_text(readme, encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import re
@@ -123,7 +124,7 @@ def test_changes_beyond_a_standard_error_are_marked(compared: results.Compared):
 
 
 def test_the_readme_keeps_what_is_around_its_part(compared: results.Compared):
-    part = results.readme_part(compared, results.Speed.read(results.SPEEDS), REAL)
+    part = results.readme_part(compared, results.Speed.read(results.SPEEDS), [REAL])
     before = f"head\n{results.BEGIN}\n\nOUTDATED | 1.23\n\n{results.END}\ntail\n"
     after = results.replace_part(before, part)
     assert after.startswith("head\n")
@@ -134,9 +135,19 @@ def test_the_readme_keeps_what_is_around_its_part(compared: results.Compared):
 
 
 def test_real_models_are_compared_by_the_increase_of_the_loss():
-    assert line(results.real_part(REAL), "dense")[1:] == ["100.0%", "10.00", "10.00", "10.00", ""]
-    assert line(results.real_part(REAL), "**tardis-int4**")[1:] == ["20.0%", "+0.095", "+0.182", "+0.693", "62.5%"]
-    assert line(results.real_readme_part(REAL), "**tardis-int4**")[1:] == ["20.0%", "+0.095", "+0.182", "+0.693"]
+    assert line(results.real_part([REAL]), "dense")[1:] == ["100.0%", "10.00", "10.00", "10.00", ""]
+    assert line(results.real_part([REAL]), "**tardis-int4**")[1:] == ["20.0%", "+0.095", "+0.182", "+0.693", "62.5%"]
+    assert line(results.real_readme_part([REAL]), "**tardis-int4**")[1:] == ["20.0%", "+0.095", "+0.182", "+0.693"]
+
+
+def test_runs_with_other_calibration_stand_behind_the_first():
+    other = copy.deepcopy(REAL)
+    other["settings"]["calibration"] = 4 * REAL["settings"]["calibration"]
+    for part in (results.real_part([REAL, other]), results.real_readme_part([REAL, other])):
+        before, _, after = part.partition(
+            f"Calibrated on {other['settings']['calibration']:,} tokens, all else the same:"
+        )
+        assert line(before, "dense")[1] == line(after, "dense")[1] == "100.0%"
 
 
 def test_the_page_has_the_ablation_in_full(compared: results.Compared, tmp_path: Path):
@@ -149,7 +160,7 @@ def test_the_page_has_the_ablation_in_full(compared: results.Compared, tmp_path:
     }  # fmt: skip
     found = {"title": "toy ablation", "evaluations": ["a", "b"], "cells": cells}
     speed = results.Speed.read(results.SPEEDS)
-    text = results.page(compared, found, speed, REAL)
+    text = results.page(compared, found, speed, [REAL])
     for fold in speed.packed["folds"].values():
         assert f"{fold['kernels']:.3f}" in text
         assert abs(fold["ratio"] - 1) < 0.002
@@ -168,7 +179,7 @@ def test_the_published_page_is_made_of_the_published_results():
     compared = results.Compared.read(results.COMPARE)
     found = json.loads(results.ABLATION.read_text())
     speed = results.Speed.read(results.SPEEDS)
-    real = json.loads(results.REAL.read_text())
+    real = [json.loads(path.read_text()) for path in results.REAL]
     assert results.PAGE.read_text(encoding="utf-8") == results.page(compared, found, speed, real)
     readme = results.README.read_text(encoding="utf-8")
     assert results.replace_part(readme, results.readme_part(compared, speed, real)) == readme
