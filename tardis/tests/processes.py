@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import time
 from collections.abc import Callable
 
 import psutil
+import pytest
 
 
 def free_port() -> int:
@@ -22,6 +24,12 @@ def wait_until(holds: Callable[[], bool], seconds: float = 20.0) -> None:
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def skip_where_ignored(number: signal.Signals) -> None:
+    """Skip a test of a signal that processes started here ignore, as those behind nohup do."""
+    if signal.getsignal(number) is signal.SIG_IGN:
+        pytest.skip(f"{number.name} is ignored here, as behind nohup")
 
 
 def alive(pid: int) -> bool:

@@ -21,6 +21,7 @@ import torch
 from conftest import QUICK_TINY, Result, assert_refused
 from folds import SETTINGS, folded_tiny, text
 from models import tiny_model
+from processes import skip_where_ignored
 
 from tardis_llm import fold as fold_model
 from tardis_llm.checkpoint.manifest import MANIFEST
@@ -158,6 +159,7 @@ def test_a_fold_killed_at_random_moments_resumes_to_the_same_bytes(
 def test_a_fold_that_is_asked_to_end_says_how_to_go_on(
     start: Callable[..., ForkServerProcess], tmp_path: Path, number: signal.Signals, code: int
 ):
+    skip_where_ignored(number)
     process = start(pause=("folding layers", 2))
     await_pause(tmp_path, process)
     assert process.pid is not None

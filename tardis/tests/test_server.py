@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import psutil
 import pytest
-from processes import free_port, wait_until
+from processes import free_port, skip_where_ignored, wait_until
 from stub_server import Answer
 
 from tardis_llm.errors import InvalidInputError, TardisError
@@ -97,6 +97,7 @@ SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 def test_a_signal_lets_requests_in_flight_finish(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    skip_where_ignored(number)
     monkeypatch.setenv("STUB_SECONDS", "0.5")
     with watched(tmp_path) as command:
         assert command.end(number) > 0.5
