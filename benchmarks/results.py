@@ -217,13 +217,13 @@ def real_part(runs: Sequence[dict[str, Any]]) -> str:
     ]
     for run in runs:
         if run is not runs[0]:
-            parts.append(_with_more_calibration(run))
+            parts.append(_calibrated_on(run))
         for model, found in run["models"].items():
             parts.append(real_table(model, found["methods"], _tasks_of(found["methods"])))
     return "\n\n".join(parts)
 
 
-def _with_more_calibration(run: dict[str, Any]) -> str:
+def _calibrated_on(run: dict[str, Any]) -> str:
     return f"Calibrated on {run['settings']['calibration']:,} tokens, all else the same:"
 
 
@@ -233,7 +233,7 @@ def real_readme_part(runs: Sequence[dict[str, Any]]) -> str:
     model, found = next(iter(real["models"].items()))
     tables = [real_table("FFNs", found["methods"], [])]
     for run in others:
-        tables += [_with_more_calibration(run), real_table("FFNs", run["models"][model]["methods"], [])]
+        tables += [_calibrated_on(run), real_table("FFNs", run["models"][model]["methods"], [])]
     return (
         f"{model}, FFNs alone compressed: share of their bytes that a token reads, everything counted, and increase of "
         f"the loss in nats per token ({real['settings']['tokens']:,} tokens each; the dense perplexity in the first "

@@ -157,9 +157,9 @@ static int change_entry(Level *level, uint64_t code, int found, int64_t b, int64
 
 static int64_t base_count(Level *level, uint64_t code)
 {
-    Search *s = &level->base->search;
-    int64_t end = code == UINT64_MAX ? s->n + s->shifts[s->n_delta] : ask_rank(s, code, 1);
-    return end - ask_rank(s, code, 0);
+    const Search *s = &level->base->search;
+    int64_t end = code == UINT64_MAX ? s->n + s->shifts[s->n_delta] : rank_of_code(s, code, 1);
+    return end - rank_of_code(s, code, 0);
 }
 
 static int is_map(const Level *level) { return level->convert != Py_None; }

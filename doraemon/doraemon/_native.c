@@ -1,8 +1,8 @@
 /* The search and the fit in C.
  *
  * A View is what readers of one state of an index search in: the sorted codes of the immutable run, the model over
- * them, and the sorted delta of changes since; and the table of hot codes that is asked before the model. It borrows NumPy's
- * arrays through the buffer protocol and changes none but `samples`, the codes that were asked for lately.
+ * them, the sorted delta of changes since, and the table of hot codes that is asked before the model. It borrows
+ * NumPy's arrays through the buffer protocol and changes none but `samples`, the codes that were asked for lately.
  *
  * Why no answer depends on the model: the root search places a query q between two bucket boundaries by comparing
  * keys, so that start <= rank(q) <= end holds whatever the leaves say. The leaf's window inside it is only a guess,
@@ -637,8 +637,8 @@ static PyObject *view_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     view->n_held = N_BUFFERS;
     for (int i = 0; i < N_BUFFERS; i++)
         count[i] = view->held[i].len / itemsizes[i];
-    if (sampling < 1 || (count[KEYS] > 0) != (count[BOUNDS] > 0) || (count[HOT] > 0 && count[KEYS] == 0) || count[BUCKETS] != count[BOUNDS] + 1 ||
-        count[TAKEN] != 1 || count[SAMPLES] < 1 || (count[SAMPLES] & (count[SAMPLES] - 1)) != 0 ||
+    if (sampling < 1 || (count[KEYS] > 0) != (count[BOUNDS] > 0) || (count[HOT] > 0 && count[KEYS] == 0) ||
+        count[BUCKETS] != count[BOUNDS] + 1 || count[TAKEN] != 1 || count[SAMPLES] < 1 || (count[SAMPLES] & (count[SAMPLES] - 1)) != 0 ||
         count[HOT] > UINT32_MAX || count[SHIFTS] != count[DELTA] + 1 || count[ALIVE] != count[DELTA]) {
         PyErr_SetString(PyExc_ValueError, "the arrays of a view do not fit together");
         goto failed;
@@ -741,18 +741,24 @@ static int cut_of(View *view, PyObject *key, Cut *cut)
 }
 
 /* How many keys are below a code, or, `right`, not above it; then it is not the last code that there is. */
-static int64_t ask_rank(Search *s, uint64_t code, int right)
+static int64_t rank_of_code(const Search *s, uint64_t code, int right)
 {
     uint64_t q = code + (uint64_t)right; /* codes are whole: right of q is left of q + 1 */
     uint64_t found;
-    sample_code(s, code);
     int64_t rank = !look_up_hot(s->hot, code, &found) ? run_rank(s, q)
                    : right                             ? rank_in(found) + copies_in(found)
                                                        : rank_in(found);
     return rank + (s->n_delta ? s->shifts[below(s->delta, s->n_delta, q)] : 0);
 }
 
-/* The place of a code. */
+/* The same for a reader, whose accesses are sampled. */
+static int64_t ask_rank(Search *s, uint64_t code, int right)
+{
+    sample_code(s, code);
+    return rank_of_code(s, code, right);
+}
+
+/* The place of a code, for a reader, whose accesses are sampled. */
 static Place ask_place(Search *s, uint64_t code)
 {
     uint64_t found;
