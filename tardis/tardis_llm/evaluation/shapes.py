@@ -49,6 +49,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi-2": ("phi", {**_of(2560, 32, 32), "intermediate_size": 10240}),
     "starcoder2-7b": ("starcoder2", {**_of(4608, 32, 36), "intermediate_size": 18432, "num_key_value_heads": 4}),
     "llama-3-8b": ("llama", {**_gated(4096, 32, 32, 8, 14336, 128256), "tie_word_embeddings": False}),
+    "qwen2.5-0.5b": ("qwen2", {**_gated(896, 24, 14, 2, 4864, 151936), "tie_word_embeddings": True}),
     "qwen2.5-1.5b": ("qwen2", {**_gated(1536, 28, 12, 2, 8960, 151936), "tie_word_embeddings": True}),
     "gemma-2-2b": ("gemma2", {**_gated(2304, 26, 8, 4, 9216, 256000), "head_dim": 256, "tie_word_embeddings": True}),
     "mistral-7b": (

@@ -47,6 +47,11 @@ class CpuFFN:
         self._ffn = FFN(*matrices, *sized, Activation.of(neurons.activation), neurons.k)
         self._has_exact = weights.stacked and self._kernels.has_exact_ffn(self._ffn)
 
+    @property
+    def arguments(self) -> FFN:
+        """What the kernels get, for as long as this object lives."""
+        return self._ffn
+
     def __call__(self, x: Tensor) -> Tensor:
         """Outputs [tokens, d] for inputs x [tokens, d], contiguous."""
         return self._run(x, self._kernels.folded_ffn, torch.empty_like(x))

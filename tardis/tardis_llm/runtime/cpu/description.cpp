@@ -22,6 +22,8 @@ std::string name_of() {
     else if constexpr (std::is_same_v<T, TardisBatch>) return "TardisBatch";
     else if constexpr (std::is_same_v<T, TardisActivation>) return "TardisActivation";
     else if constexpr (std::is_same_v<T, TardisFFN>) return "TardisFFN";
+    else if constexpr (std::is_same_v<T, TardisRows>) return "TardisRows";
+    else if constexpr (std::is_same_v<T, TardisOperation>) return "TardisOperation";
     else if constexpr (std::is_void_v<T>) return "void";
     else if constexpr (std::is_integral_v<T>)
         return (std::is_signed_v<T> ? "int" : "uint") + std::to_string(8 * sizeof(T));
@@ -57,6 +59,9 @@ std::string described() {
     NUMBER(TARDIS_GELU) NUMBER(TARDIS_GELU_TANH) NUMBER(TARDIS_QUICK_GELU)
     NUMBER(TARDIS_SILU) NUMBER(TARDIS_RELU) NUMBER(TARDIS_RELU2) NUMBER(TARDIS_XIELU)
 
+    NUMBER(TARDIS_NORM) NUMBER(TARDIS_PRODUCTS) NUMBER(TARDIS_TURN) NUMBER(TARDIS_ATTEND) NUMBER(TARDIS_ADD)
+    NUMBER(TARDIS_GATE) NUMBER(TARDIS_FOLDED)
+
     STRUCTURE(TardisMatrix)
     FIELD(TardisMatrix, data) FIELD(TardisMatrix, scale) FIELD(TardisMatrix, rows) FIELD(TardisMatrix, columns)
     FIELD(TardisMatrix, group_size) FIELD(TardisMatrix, type) FIELD(TardisMatrix, bits)
@@ -78,10 +83,35 @@ std::string described() {
     FIELD(TardisFFN, bias) FIELD(TardisFFN, b1) FIELD(TardisFFN, low) FIELD(TardisFFN, high)
     FIELD(TardisFFN, slope) FIELD(TardisFFN, offset) FIELD(TardisFFN, activation) FIELD(TardisFFN, k)
 
+    STRUCTURE(TardisRows)
+    FIELD(TardisRows, data) FIELD(TardisRows, stride)
+
+    STRUCTURE(TardisNorm)
+    FIELD(TardisNorm, factor) FIELD(TardisNorm, bias) FIELD(TardisNorm, eps) FIELD(TardisNorm, centred)
+    FIELD(TardisNorm, rounded_first) FIELD(TardisNorm, vectors)
+
+    STRUCTURE(TardisProduct)
+    FIELD(TardisProduct, weight) FIELD(TardisProduct, bias) FIELD(TardisProduct, y)
+
+    STRUCTURE(TardisTurn)
+    FIELD(TardisTurn, cosine) FIELD(TardisTurn, sine) FIELD(TardisTurn, heads) FIELD(TardisTurn, size)
+    FIELD(TardisTurn, turned)
+
+    STRUCTURE(TardisAttention)
+    FIELD(TardisAttention, key) FIELD(TardisAttention, value) FIELD(TardisAttention, keys)
+    FIELD(TardisAttention, values) FIELD(TardisAttention, capacity) FIELD(TardisAttention, heads)
+    FIELD(TardisAttention, groups) FIELD(TardisAttention, size) FIELD(TardisAttention, window)
+    FIELD(TardisAttention, scale) FIELD(TardisAttention, unused)
+
+    STRUCTURE(TardisOperation)
+    FIELD(TardisOperation, kind) FIELD(TardisOperation, count) FIELD(TardisOperation, of)
+    FIELD(TardisOperation, x) FIELD(TardisOperation, other) FIELD(TardisOperation, y) FIELD(TardisOperation, width)
+
     FUNCTION(tardis_supports) FUNCTION(tardis_use) FUNCTION(tardis_isa) FUNCTION(tardis_use_openmp)
     FUNCTION(tardis_has_gemm) FUNCTION(tardis_has_low_bit_gemm) FUNCTION(tardis_can_be_in_panels)
     FUNCTION(tardis_linear) FUNCTION(tardis_gemm) FUNCTION(tardis_fixed) FUNCTION(tardis_folded_ffn)
-    FUNCTION(tardis_has_exact_ffn) FUNCTION(tardis_exact_ffn) FUNCTION(tardis_read)
+    FUNCTION(tardis_has_exact_ffn) FUNCTION(tardis_exact_ffn) FUNCTION(tardis_step)
+    FUNCTION(tardis_read)
     return lines;
 }
 

@@ -3,6 +3,7 @@
 
 #include "dispatch.h"
 #include "ffn.h"
+#include "step.h"
 #include "threads.h"
 
 #include <algorithm>
@@ -78,6 +79,31 @@ bool is_valid(const TardisFFN& ffn, const TardisBatch& batch) {
     return predictor && fold && up && apart && is(ffn.down, h);
 }
 
+bool is_valid(const TardisOperation& op, const TardisBatch& batch, int64_t position) {
+    if (!op.x.data || op.width < 1 || (op.kind != TARDIS_ADD && !op.of)) return false;
+    switch (op.kind) {
+        case TARDIS_PRODUCTS: {
+            const auto* products = static_cast<const TardisProduct*>(op.of);
+            return op.count >= 1 && op.count <= kMaxProducts && op.x.stride == op.width &&
+                   std::all_of(products, products + op.count, [&](const TardisProduct& each) {
+                       const TardisMatrix& m = each.weight;
+                       return each.y && is_valid(m) && can_multiply(m, batch) && m.columns == op.width;
+                   });
+        }
+        case TARDIS_FOLDED: {
+            const auto& ffn = *static_cast<const TardisFFN*>(op.of);
+            const bool contiguous = op.x.stride == op.width && op.y.stride == op.width;
+            return op.y.data && contiguous && is_valid(ffn, batch) && ffn.predictor.columns == op.width;
+        }
+        case TARDIS_ATTEND: {
+            const auto& a = *static_cast<const TardisAttention*>(op.of);
+            const bool sizes = a.size >= 1 && a.size <= kMaxHead && a.groups >= 1 && a.heads % a.groups == 0;
+            return op.y.data && sizes && a.heads * a.size == op.width && position < a.capacity;
+        }
+        default: return op.y.data && op.kind >= TARDIS_NORM && op.kind <= TARDIS_FOLDED;
+    }
+}
+
 // What runs in tasks allocates nothing, so this is all that can fail.
 template <typename F>
 int32_t guarded(const F& body) {
@@ -141,6 +167,19 @@ int32_t tardis_exact_ffn(const TardisFFN* ffn, const TardisVector* b2, const Tar
     const bool valid = has_tokens(*batch) && batch->type == TARDIS_BF16 && is_valid(*ffn, *batch) && has_exact(*ffn);
     if (!valid) return TARDIS_BAD_ARGUMENT;
     return guarded([&] { exact_ffn(*ffn, *b2, *batch); });
+}
+
+int32_t tardis_step(const TardisOperation* operations, int64_t count, const TardisBatch* batch, int64_t position) {
+    const bool bits = batch->activation_bits == 8 || batch->activation_bits == 16;
+    const bool tokens = batch->tokens >= 1 && batch->tokens <= kMaxTokens && is_number(batch->type);
+    if (!bits || !tokens || position < 0) return TARDIS_BAD_ARGUMENT;
+    for (int64_t i = 0; i < count; ++i) {
+        TardisBatch rows = *batch;
+        rows.x = operations[i].x.data, rows.y = operations[i].y.data;
+        if (!is_valid(operations[i], rows, position)) return TARDIS_BAD_ARGUMENT;
+        if (const int32_t status = guarded([&] { run(operations[i], rows, position); })) return status;
+    }
+    return TARDIS_OK;
 }
 
 uint64_t tardis_read(const uint64_t* data, int64_t words, int32_t threads) {

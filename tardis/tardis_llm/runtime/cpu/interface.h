@@ -94,6 +94,63 @@ struct TardisFFN {
     int32_t k;                     // 1, or 2: the activation of the first times the second
 };
 
+// A row of numbers for each token, in the type of the batch; the next row begins `stride` numbers behind.
+struct TardisRows {
+    void* data;
+    int64_t stride;
+};
+
+// Operations of a decoding step, each of which reads rows x, and some also others, and writes rows y, which may be x.
+// What `of` points to is beside the kind. Results are rounded where the layers of transformers round theirs.
+enum TardisOperationKind : int32_t {
+    TARDIS_NORM,      // TardisNorm: y is x normalised
+    TARDIS_PRODUCTS,  // `count` TardisProduct: products of x, which is contiguous
+    TARDIS_TURN,      // TardisTurn: y is x with the rotary embedding of the position (arXiv 2104.09864)
+    TARDIS_ATTEND,    // TardisAttention: x are queries, y what the heads give
+    TARDIS_ADD,       // nothing: y = x + other
+    TARDIS_GATE,      // TardisActivation: y = activation(x), times other if there is one
+    TARDIS_FOLDED,    // TardisFFN: y is its output; both are contiguous
+};
+
+struct TardisNorm {
+    TardisVector factor, bias;  // [width / vectors], each or none
+    float eps;
+    int32_t centred;            // of mean zero, as layer norms have it
+    int32_t rounded_first;      // before they meet the factor
+    int32_t vectors;            // of a row, each normalised by itself
+};
+
+// y = x weight^T + bias, contiguous.
+struct TardisProduct {
+    TardisMatrix weight;
+    TardisVector bias;
+    void* y;
+};
+
+// The first `turned` numbers of each of the heads in a row turn by the angles of the position.
+struct TardisTurn {
+    TardisVector cosine, sine;  // [positions, turned]
+    int64_t heads, size, turned;
+};
+
+// Queries meet the keys kept of all positions up to this one, `heads / groups` of them the same. Key and value of this
+// position are kept first.
+struct TardisAttention {
+    TardisRows key, value;      // [groups * size] for each token
+    void *keys, *values;        // [tokens, groups, capacity, size], in the type of the batch
+    int64_t capacity, heads, groups, size;
+    int64_t window;             // how many positions are seen, this one included; 0: all
+    float scale;
+    int32_t unused;
+};
+
+struct TardisOperation {
+    int32_t kind, count;
+    const void* of;
+    TardisRows x, other, y;
+    int64_t width;  // numbers in a row of x
+};
+
 // Lines `name=value`: see description.cpp. The one function that Python calls before it knows the library's version.
 const char* tardis_description();
 int32_t tardis_supports(int32_t isa);  // by processor and build
@@ -123,6 +180,9 @@ int32_t tardis_folded_ffn(const TardisFFN* ffn, const TardisBatch* batch);
 // computed, and no fold. Any number of tokens in bf16; TARDIS_BAD_ARGUMENT unless `tardis_has_exact_ffn`.
 int32_t tardis_exact_ffn(const TardisFFN* ffn, const TardisVector* b2, const TardisBatch* batch);
 int32_t tardis_has_exact_ffn(const TardisFFN* ffn);
+// One token more for each sequence of a batch, all at the same position: the operations one after the other. Of the
+// batch all is read but x and y.
+int32_t tardis_step(const TardisOperation* operations, int64_t count, const TardisBatch* batch, int64_t position);
 // Sum of the 64-bit words at `data`, read by `threads`: what the memory's read bandwidth is measured with.
 uint64_t tardis_read(const uint64_t* data, int64_t words, int32_t threads);
 }

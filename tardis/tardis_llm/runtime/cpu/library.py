@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import byref
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from ...ffn.packed import BLOCK_COLUMNS, PackedMatrix
 from .description import check, declare, described, layout_of, sources_of
 from .operands import MAX_BITS
 from .panels import LINE_BYTES, ROWS, TOGETHER
-from .structures import FFN, STRUCTURES, Batch, Matrix, Type, Vector
+from .structures import FFN, OPERATIONS, STRUCTURES, Batch, Matrix, Type, Vector
 
 #: tokens of the largest batch
 MAX_TOKENS = 64
@@ -125,6 +126,10 @@ class Kernels:
         """y: the output with every neuron computed by the weights that fixing reads, for tokens in bf16."""
         _done(self._library.tardis_exact_ffn(byref(ffn), byref(b2), byref(batch)), "exact_ffn")
 
+    def step(self, operations: Any, batch: Batch, position: int) -> None:
+        """The operations of an array one after the other, for one token more of each sequence at this position."""
+        _done(self._library.tardis_step(operations, len(operations), byref(batch), position), "step")
+
     def read(self, data: Tensor) -> int:
         """Read a contiguous tensor with all of torch's threads and add up its 64-bit words."""
         return int(self._library.tardis_read(data.data_ptr(), data.nbytes // 8, torch.get_num_threads()))
@@ -141,7 +146,7 @@ def _stated() -> dict[str, str]:
         "kFp16Together": TOGETHER[torch.float16],
         "kLineBytes": LINE_BYTES,
     }
-    for names in (Type.__members__, _STATUSES, ISAS, KINDS):
+    for names in (Type.__members__, _STATUSES, ISAS, KINDS, OPERATIONS):
         constants |= {f"TARDIS_{name.upper()}": number for number, name in enumerate(names)}
     numbers = {name: str(number) for name, number in constants.items()}
     return numbers | layout_of(STRUCTURES) | sources_of(Path(__file__).parent)

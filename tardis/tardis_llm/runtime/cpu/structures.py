@@ -123,4 +123,72 @@ class FFN(ctypes.Structure):
     )
 
 
-STRUCTURES = (Matrix, Vector, Batch, Activation, FFN)
+class Rows(ctypes.Structure):
+    """`TardisRows` of interface.h: a row for each token."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("stride", ctypes.c_int64))
+
+    @classmethod
+    def of(cls, rows: Tensor) -> Rows:
+        """Points to rows [tokens, width], which must stay alive; the numbers of each are consecutive."""
+        if rows.dim() != 2 or rows.stride(1) != 1 or rows.dtype not in _DENSE:
+            raise TardisError(f"rows are {rows.dtype} {list(rows.shape)}; wanted are consecutive numbers of each token.")
+        return cls(rows.data_ptr(), rows.stride(0))
+
+
+class Norm(ctypes.Structure):
+    """`TardisNorm` of interface.h."""
+
+    _fields_ = (
+        ("factor", Vector),
+        ("bias", Vector),
+        ("eps", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("centred", "rounded_first", "vectors")),
+    )
+
+
+class Product(ctypes.Structure):
+    """`TardisProduct` of interface.h."""
+
+    _fields_ = (("weight", Matrix), ("bias", Vector), ("y", ctypes.c_void_p))
+
+
+class Turn(ctypes.Structure):
+    """`TardisTurn` of interface.h."""
+
+    _fields_ = (
+        ("cosine", Vector),
+        ("sine", Vector),
+        *((name, ctypes.c_int64) for name in ("heads", "size", "turned")),
+    )
+
+
+class Attention(ctypes.Structure):
+    """`TardisAttention` of interface.h."""
+
+    _fields_ = (
+        ("key", Rows),
+        ("value", Rows),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("capacity", "heads", "groups", "size", "window")),
+        ("scale", ctypes.c_float),
+        ("unused", ctypes.c_int32),
+    )
+
+
+class Operation(ctypes.Structure):
+    """`TardisOperation` of interface.h."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int32),
+        ("count", ctypes.c_int32),
+        ("of", ctypes.c_void_p),
+        *((name, Rows) for name in ("x", "other", "y")),
+        ("width", ctypes.c_int64),
+    )
+
+
+#: what `TardisOperationKind` of interface.h counts
+OPERATIONS = ("norm", "products", "turn", "attend", "add", "gate", "folded")
+STRUCTURES = (Matrix, Vector, Batch, Activation, FFN, Rows, Norm, Product, Turn, Attention, Operation)

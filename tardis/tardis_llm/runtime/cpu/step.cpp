@@ -1,0 +1,173 @@
+// What happens to one token between and around the products: norms, rotary embeddings, attention, sums, gates. All of
+// it is small beside reading the weights, and is done by one thread, but for attention to many positions.
+#include "step.h"
+
+#include "attention.h"
+#include "ffn.h"
+#include "tasks.h"
+
+#include <cmath>
+
+namespace tardis {
+namespace {
+
+// Sums run in lanes, which compilers keep in vector registers.
+constexpr int64_t kLanes = 16;
+
+template <typename F>
+float sum_of(int64_t count, const F& term) {
+    float lanes[kLanes] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes)
+        for (int64_t j = 0; j < kLanes; ++j) lanes[j] += term(i + j);
+    for (int64_t j = 0; i + j < count; ++j) lanes[j] += term(i + j);
+    float sum = 0;
+    for (float lane : lanes) sum += lane;
+    return sum;
+}
+
+// Some numbers in fp32 at a time, kept by the thread from call to call.
+float* scratch(int number, int64_t count) {
+    static thread_local Numbers<float> kept[3];
+    if (static_cast<int64_t>(kept[number].size()) < count) kept[number].resize(static_cast<size_t>(count));
+    return kept[number].data();
+}
+
+// Numbers of some rows, in fp32 and back. A number that is stored is rounded to the type.
+class Number {
+public:
+    explicit Number(int32_t type) : type_(type) {}
+
+    void load(const TardisRows& rows, int64_t token, int64_t first, int64_t count, float* out) const {
+        kernels().widen({rows.data, type_, 0}, token * rows.stride + first, count, out);
+    }
+    void keep(const TardisRows& rows, int64_t token, int64_t first, int64_t count, const float* values) const {
+        kernels().store({rows.data, type_, 0}, token * rows.stride + first, count, values, nullptr);
+    }
+    void round(float* values, int64_t count) const {
+        if (type_ == TARDIS_BF16)
+            for (int64_t i = 0; i < count; ++i) values[i] = from_bf16(to_bf16(values[i]));
+        else if (type_ == TARDIS_FP16)
+            for (int64_t i = 0; i < count; ++i) values[i] = from_fp16(to_fp16(values[i]));
+    }
+
+private:
+    int32_t type_;
+};
+
+void norm(const TardisNorm& of, const TardisOperation& op, const TardisBatch& batch) {
+    const Number number(batch.type);
+    const int64_t size = op.width / of.vectors;
+    float *x = scratch(0, size), *factor = scratch(1, size), *bias = scratch(2, size);
+    kernels().widen(of.factor, 0, size, factor);
+    kernels().widen(of.bias, 0, size, bias);
+    for (int64_t t = 0; t < batch.tokens; ++t) {
+        for (int64_t v = 0; v < of.vectors; ++v) {
+            number.load(op.x, t, v * size, size, x);
+            const auto count = static_cast<float>(size);
+            const float mean = of.centred ? sum_of(size, [&](int64_t i) { return x[i]; }) / count : 0;
+            for (int64_t i = 0; i < size; ++i) x[i] -= mean;
+            const float square = sum_of(size, [&](int64_t i) { return x[i] * x[i]; }) / count;
+            const float inverse = 1 / std::sqrt(square + of.eps);
+            for (int64_t i = 0; i < size; ++i) x[i] *= inverse;
+            if (of.rounded_first) number.round(x, size);
+            if (of.factor.data)
+                for (int64_t i = 0; i < size; ++i) x[i] *= factor[i];
+            for (int64_t i = 0; i < size; ++i) x[i] += bias[i];
+            number.keep(op.y, t, v * size, size, x);
+        }
+    }
+}
+
+// All products share the threads: small ones would have a thread each, and wait for it.
+void products(const TardisProduct* all, const TardisOperation& op, const TardisBatch& batch) {
+    struct Share {
+        const Input* x;
+        int64_t block, first;  // rows of a task, and its number
+    } shares[kMaxProducts];
+    int64_t bytes = 0, tasks = 0;
+    for (int32_t i = 0; i < op.count; ++i) bytes += matrix_bytes(all[i].weight);
+    const int threads = threads_for(bytes, batch.threads);
+    Inputs inputs(batch, op.width);
+    for (int32_t i = 0; i < op.count; ++i) {
+        const TardisMatrix& m = all[i].weight;
+        shares[i] = {&inputs.for_matrix(m, batch.activation_bits), block_rows(m, m.rows, threads), tasks};
+        tasks += blocks(m.rows, shares[i].block);
+    }
+    parallel(threads, tasks, [&](int64_t task) {
+        int32_t i = op.count - 1;
+        while (task < shares[i].first) --i;
+        const TardisMatrix& m = all[i].weight;
+        const int64_t begin = (task - shares[i].first) * shares[i].block;
+        const int64_t end = std::min(begin + shares[i].block, m.rows);
+        float out[kMaxTokens * kBlockRows];
+        product_of(m)(m, {nullptr, begin, end, m.rows}, *shares[i].x, out);
+        const Widened bias(all[i].bias, begin, end);
+        for (int64_t t = 0; t < batch.tokens; ++t)
+            kernels().store({all[i].y, batch.type, 0}, t * m.rows + begin, end - begin, out + t * kBlockRows, bias.at);
+    });
+}
+
+// Both products are rounded before they are added, as tensors would be.
+void turn(const TardisTurn& of, const TardisOperation& op, const TardisBatch& batch, int64_t position) {
+    const Number number(batch.type);
+    const int64_t turned = of.turned, half = turned / 2;
+    float *x = scratch(0, 3 * turned), *straight = x + turned, *across = straight + turned;
+    float *cosine = scratch(1, turned), *sine = scratch(2, turned);
+    kernels().widen(of.cosine, position * turned, turned, cosine);
+    kernels().widen(of.sine, position * turned, turned, sine);
+    for (int64_t t = 0; t < batch.tokens; ++t) {
+        for (int64_t h = 0; h < of.heads; ++h) {
+            number.load(op.x, t, h * of.size, turned, x);
+            for (int64_t i = 0; i < turned; ++i) straight[i] = x[i] * cosine[i];
+            for (int64_t i = 0; i < half; ++i) across[i] = -x[half + i] * sine[i];
+            for (int64_t i = 0; i < half; ++i) across[half + i] = x[i] * sine[half + i];
+            number.round(straight, turned);
+            number.round(across, turned);
+            for (int64_t i = 0; i < turned; ++i) straight[i] += across[i];
+            number.keep(op.y, t, h * of.size, turned, straight);
+        }
+    }
+}
+
+void add(const TardisOperation& op, const TardisBatch& batch) {
+    const Number number(batch.type);
+    float *x = scratch(0, op.width), *other = scratch(1, op.width);
+    for (int64_t t = 0; t < batch.tokens; ++t) {
+        number.load(op.x, t, 0, op.width, x);
+        number.load(op.other, t, 0, op.width, other);
+        for (int64_t i = 0; i < op.width; ++i) x[i] += other[i];
+        number.keep(op.y, t, 0, op.width, x);
+    }
+}
+
+void gate(const TardisActivation& of, const TardisOperation& op, const TardisBatch& batch) {
+    const Number number(batch.type);
+    float *x = scratch(0, op.width), *other = scratch(1, op.width);
+    for (int64_t t = 0; t < batch.tokens; ++t) {
+        number.load(op.x, t, 0, op.width, x);
+        kernels().activate(of, x, op.width);
+        if (op.other.data) {
+            number.round(x, op.width);
+            number.load(op.other, t, 0, op.width, other);
+            for (int64_t i = 0; i < op.width; ++i) x[i] *= other[i];
+        }
+        number.keep(op.y, t, 0, op.width, x);
+    }
+}
+
+}  // namespace
+
+void run(const TardisOperation& op, const TardisBatch& batch, int64_t position) {
+    switch (op.kind) {
+        case TARDIS_NORM: return norm(*static_cast<const TardisNorm*>(op.of), op, batch);
+        case TARDIS_PRODUCTS: return products(static_cast<const TardisProduct*>(op.of), op, batch);
+        case TARDIS_TURN: return turn(*static_cast<const TardisTurn*>(op.of), op, batch, position);
+        case TARDIS_ATTEND: return attend(*static_cast<const TardisAttention*>(op.of), op, batch, position);
+        case TARDIS_ADD: return add(op, batch);
+        case TARDIS_GATE: return gate(*static_cast<const TardisActivation*>(op.of), op, batch);
+        default: return folded_ffn(*static_cast<const TardisFFN*>(op.of), batch);
+    }
+}
+
+}  // namespace tardis

@@ -1,0 +1,13 @@
+// The operations of a decoding step that have been checked.
+#pragma once
+#include "interface.h"
+
+namespace tardis {
+
+constexpr int64_t kMaxProducts = 4;  // of one operation
+constexpr int64_t kMaxHead = 512;    // numbers of a head
+
+// x and y of the batch are those of the operation.
+void run(const TardisOperation& op, const TardisBatch& batch, int64_t position);
+
+}  // namespace tardis

@@ -1,0 +1,126 @@
+"""Let a model of transformers decode through a `Program`, whatever calls it: `generate` with all its choices, or a loop."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ..backend import backend_for
+from ..cpu.backend import CpuBackend
+from .cache import GrowingCache
+from .program import NotRunWhole, Program
+
+_SEQUENCES = 16  # beyond, products are bound by arithmetic, and other kernels are faster
+_PASSED_ON = ("position_ids", "use_cache", "logits_to_keep", "return_dict")  # which say nothing that changes a step
+_ALIKE = 0.1  # of the spread of the logits: by how much two ways to compute them may differ
+
+
+class Steps:
+    """The forward of a model, which runs steps of one token through a `Program` where it can.
+
+    A step is one where each sequence of a batch gets one token behind a `GrowingCache`, without padding; all else goes
+    through the model's own forward. The first step goes both ways: where the logits differ, the model is built
+    otherwise than its family, and no step runs whole.
+
+    Args:
+        model: in eval mode, prepared for decoding.
+
+    Attributes:
+        why_not: why steps do not run whole; "" while they do, or none was asked for.
+        count: how many steps ran whole.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model, self._forward = model, model.forward
+        self._program: Program | None = None
+        self._checked = False
+        self.why_not = ""
+        self.count = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model's own forward returns for these arguments."""
+        ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+        if args or self.why_not or not self._is_step(ids, cache, kwargs):
+            return self._forward(*args, **kwargs)
+        try:
+            logits = self._logits(ids, cache, kwargs)
+        except NotRunWhole as reason:
+            self.why_not = str(reason)
+            return self._forward(**kwargs)
+        self.count += 1
+        return CausalLMOutputWithPast(logits=logits.clone(), past_key_values=cache)
+
+    def _is_step(self, ids: Any, cache: Any, kwargs: dict[str, Any]) -> bool:
+        if not isinstance(cache, GrowingCache) or not isinstance(ids, Tensor) or torch.is_grad_enabled():
+            return False
+        if ids.shape[1] != 1 or len(ids) > _SEQUENCES or not cache.get_seq_length():
+            return False
+        known = {"input_ids", "past_key_values", "attention_mask", *_PASSED_ON}
+        if any(value is not None and value is not False for name, value in kwargs.items() if name not in known):
+            return False
+        mask = kwargs.get("attention_mask")
+        return mask is None or (isinstance(mask, Tensor) and mask.dim() == 2 and bool(mask.all()))
+
+    def _logits(self, ids: Tensor, cache: GrowingCache, kwargs: dict[str, Any]) -> Tensor:
+        hidden = self._model.get_input_embeddings()(ids)
+        if not isinstance(backend_for(hidden), CpuBackend):
+            raise NotRunWhole("its kernels are not those of a CPU.")
+        if self._program is None or not self._program.fits(len(ids)):
+            self._program = Program(self._model, len(ids))
+        if not self._checked:
+            self._check(hidden, cache, kwargs)
+        return self._program.run(hidden, cache)
+
+    def _check(self, hidden: Tensor, cache: GrowingCache, kwargs: dict[str, Any]) -> None:
+        """Raise NotRunWhole where the program's logits are not the model's; the cache stays as it is."""
+        assert self._program is not None, "it is made before"
+        wanted = self._forward(**kwargs).logits[:, -1].float()
+        cache.crop(-1)
+        found = self._program.run(hidden, cache)[:, -1].float()
+        cache.crop(-1)
+        difference = (found - wanted).square().mean().sqrt() / wanted.std(-1).mean().clamp_min(1e-30)
+        if not float(difference) <= _ALIKE:
+            raise NotRunWhole(f"its logits would differ by {float(difference):.2g} of their spread.")
+        self._checked = True
+
+
+@contextmanager
+def stepping(model: PreTrainedModel) -> Iterator[Steps]:
+    """Within the context, steps of the model behind a `GrowingCache` run through the kernels as a whole.
+
+    Args:
+        model: on the CPU, in eval mode, made ready by `prepare_decoding`.
+
+    Example:
+        >>> prepare_decoding(model)
+        >>> with stepping(model) as steps:
+        ...     ids = model.generate(prompt, past_key_values=GrowingCache(model.config.num_hidden_layers))
+        >>> steps.count, steps.why_not
+    """
+    steps = Steps(model)
+    before = model.__dict__.get("forward")
+    model.forward = _as_forward(model.forward, steps)  # type: ignore[method-assign]
+    try:
+        yield steps
+    finally:
+        if before is None:
+            del model.forward
+        else:
+            model.forward = before
+
+
+def _as_forward(forward: Callable[..., Any], steps: Steps) -> Callable[..., Any]:
+    """A function with the signature of a forward, which transformers looks at."""
+
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return steps(*args, **kwargs)
+
+    return run

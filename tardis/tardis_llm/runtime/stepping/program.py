@@ -1,0 +1,307 @@
+"""A decoding step of a model as a list of operations for the kernels, on buffers that are laid out once."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ...families.linear import bias_of, is_linear, weight_of
+from ...families.sites import named_blocks
+from ...families.steps import STEPS, Step
+from ...families.table import Family, family_of
+from ...ffn.activations import identify
+from ...ffn.weights import Matrix as AnyMatrix
+from ..cpu.backend import CpuFFN
+from ..cpu.library import loaded
+from ..cpu.operators import LINEAR_ACTIVATION_BITS, readable
+from ..cpu.structures import (
+    OPERATIONS,
+    Activation,
+    Attention,
+    Batch,
+    Matrix,
+    Norm,
+    Operation,
+    Product,
+    Rows,
+    Turn,
+    Vector,
+)
+from ..linears.dense import ThroughKernels
+from ..linears.lowbit import LowBitLinear
+from ..modules import FoldedFFN
+from ..placing import FoldedDown, GatedFFN
+from .cache import GrowingCache, GrowingLayer
+
+
+class NotRunWhole(Exception):
+    """The kernels do not run this model's steps whole; the message says why."""
+
+
+class Program:
+    """The operations of one step of a model, for a batch of sequences that have the same length.
+
+    Args:
+        model: in main memory, prepared for decoding.
+        batch: number of sequences.
+
+    Raises:
+        NotRunWhole: the model has what the operations cannot do.
+    """
+
+    def __init__(self, model: PreTrainedModel, batch: int) -> None:
+        row = STEPS.get(model.config.model_type)
+        if row is None:
+            raise NotRunWhole(f"models of the family {model.config.model_type!r} are not in the table of steps.")
+        self._model, self._row, self._family = model, row, family_of(model.config)
+        self._blocks = list(named_blocks(model).values())
+        self._bits = LINEAR_ACTIVATION_BITS
+        self._operations: list[Operation] = []
+        self._kept: list[Any] = []  # what operations point to
+        self._sources: list[tuple[Callable[[], Any], Any]] = []  # what they were made of
+        self._attentions: list[Attention] = []
+        self._turns: list[tuple[Turn, str | None]] = []
+        self._positions = 0
+        self._rooms: dict[int, list[Tensor]] = {}
+        with torch.no_grad():
+            self._build(batch)
+        self._array = (Operation * len(self._operations))(*self._operations)
+
+    def fits(self, batch: int) -> bool:
+        """Whether it is for so many sequences, and all that it reads is what it was made of."""
+        return batch == self._batch and all(get() is was for get, was in self._sources)
+
+    def run(self, hidden: Tensor, cache: GrowingCache) -> Tensor:
+        """Logits [batch, 1, vocabulary], which the next call overwrites; the cache grows by a token.
+
+        Args:
+            hidden: [batch, 1, d] embeddings of the tokens.
+            cache: what came before, the same number of positions in every layer.
+        """
+        position = cache.get_seq_length()
+        self._bind(cache)
+        if position >= self._positions:
+            self._lay_out_angles(cache.layers[0].capacity)
+        self._stream.copy_(hidden[:, 0])
+        loaded().step(self._array, Batch.of(self._stream, self._logits, self._bits), position)
+        for layer in cache.layers:
+            layer.length += 1
+        return self._logits[:, None]
+
+    # ---- building
+
+    def _build(self, batch: int) -> None:
+        model, row = self._model, self._row
+        embeddings = model.get_input_embeddings().weight
+        self._batch, self._dtype = batch, embeddings.dtype
+        self._d = self._width_of(self._blocks[0], row.before_attention)
+        self._stream, read, given = (self._rows(self._d) for _ in range(3))
+        for index, block in enumerate(self._blocks):
+            self._attend(index, block, read, given)
+            if row.before_ffn:
+                self._add(self._stream, given, self._stream)
+                self._norm(block.get_submodule(row.before_ffn), self._stream, read)
+                self._ffn(block, read, given)
+            else:
+                other = self._rows(self._d)
+                self._ffn(block, read, other)
+                self._add(other, given, given)
+            self._add(self._stream, given, self._stream)
+        self._norm(model.base_model.get_submodule(row.last), self._stream, read)
+        head = model.get_output_embeddings()
+        if head is None:
+            raise NotRunWhole(f"{type(model).__name__} has no head.")
+        self._logits = self._rows(self._outputs(head))
+        self._products([head], read, [self._logits])
+
+    def _attend(self, index: int, block: nn.Module, read: Tensor, given: Tensor) -> None:
+        """Attention of a block, from the stream to `given`; what it reads stays in `read`."""
+        row, config = self._row, self._model.config
+        module = block.get_submodule(row.attention)
+        self._norm(block.get_submodule(row.before_attention), self._stream, read)
+        size = _first(module, "head_dim") or self._d // config.num_attention_heads
+        projections = [block.get_submodule(path) for path in row.projections]
+        heads = self._inputs(block.get_submodule(row.output)) // size
+        if len(projections) == 3:
+            query, key, value = (self._rows(self._outputs(layer)) for layer in projections)
+            self._products(projections, read, [query, key, value])
+        else:
+            whole = self._rows(self._outputs(projections[0]))
+            self._products(projections, read, [whole])
+            shared = (whole.shape[1] - heads * size) // 2
+            query, key, value = whole.split([heads * size, shared, shared], dim=1)
+        groups = key.shape[1] // size
+        for path, rows, vectors in zip(row.heads, (query, key), (heads, groups), strict=False):
+            self._norm(block.get_submodule(path), rows, rows, vectors)
+        kind = _first(module, "layer_type")
+        for rows, vectors in ((query, heads), (key, groups)):
+            turn = Turn(Vector(), Vector(), vectors, size, 0)
+            self._turns.append((turn, kind))
+            self._operation("turn", turn, rows, None, rows)
+        self._heads(index, module, query, key, value, size)
+        attended, output = self._last_rows, block.get_submodule(row.output)
+        self._products([output], attended, [given])
+        if row.after_attention:
+            self._norm(block.get_submodule(row.after_attention), given, given)
+
+    def _heads(
+        self, index: int, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, size: int
+    ) -> None:
+        attention = Attention(Rows.of(key), Rows.of(value))
+        attention.heads, attention.groups, attention.size = query.shape[1] // size, key.shape[1] // size, size
+        attention.window = _first(module, "sliding_window") or 0
+        attention.scale = _first(module, "scaling", "inv_norm_factor") or size**-0.5
+        if _first(module, "attn_logit_softcapping"):
+            raise NotRunWhole("the scores of its attention are capped.")
+        assert index == len(self._attentions), "blocks come in order"
+        self._attentions.append(attention)
+        self._last_rows = self._rows(query.shape[1])
+        self._operation("attend", attention, query, None, self._last_rows)
+
+    def _ffn(self, block: nn.Module, read: Tensor, given: Tensor) -> None:
+        """The FFN of a block, folded or not, and the norm behind it."""
+        family = self._family
+        around = block.get_submodule(family.ffn) if family.ffn else block
+        down = around if isinstance(around, GatedFFN) else block.get_submodule(family.down)
+        if isinstance(down, GatedFFN | FoldedDown):
+            self._folded(down, read, given)
+        else:
+            self._dense_ffn(block, family, read, given)
+        if family.norm:
+            self._norm(block.get_submodule(family.norm), given, given)
+
+    def _folded(self, folded: GatedFFN | FoldedDown, read: Tensor, given: Tensor) -> None:
+        ffn: FoldedFFN = folded.parts.ffn
+        if ffn.exact or (ffn.goes_dense is not None and ffn.goes_dense(read)):
+            raise NotRunWhole("a folded FFN computes every neuron.")
+        prepared = ffn.prepared(read, folded.parts.dense)
+        if not isinstance(prepared, CpuFFN):
+            raise NotRunWhole("the kernels do not read the weights of a folded FFN as they lie.")
+        self._watch(lambda: ffn.ready)
+        self._kept.append(prepared)
+        self._operation("folded", prepared.arguments, read, None, given)
+
+    def _dense_ffn(self, block: nn.Module, family: Family, read: Tensor, given: Tensor) -> None:
+        up, down = block.get_submodule(family.up), block.get_submodule(family.down)
+        activation = Activation.of(identify(block.get_submodule(family.activation)))
+        gated = [block.get_submodule(family.gate), up] if family.gate else [up]
+        rows = [self._rows(self._outputs(layer)) for layer in gated]
+        self._products(gated, read, rows)
+        if family.merged:
+            rows = list(rows[0].chunk(2, dim=1))
+        inner = self._rows(rows[0].shape[1]) if family.merged else rows[0]
+        self._operation("gate", activation, rows[0], rows[1] if len(rows) == 2 else None, inner)
+        self._products([down], inner, [given])
+
+    # ---- operations
+
+    def _operation(self, kind: str, of: Any, x: Tensor, other: Tensor | None, y: Tensor, count: int = 1) -> None:
+        places = [Rows() if rows is None else Rows.of(rows) for rows in (x, other, y)]
+        pointer = None if of is None else ctypes.cast(ctypes.pointer(of), ctypes.c_void_p)
+        self._kept += [of, x, other, y]
+        self._operations.append(Operation(OPERATIONS.index(kind), count, pointer, *places, x.shape[1]))
+
+    def _add(self, x: Tensor, other: Tensor, y: Tensor) -> None:
+        self._operation("add", None, x, other, y)
+
+    def _norm(self, module: nn.Module, x: Tensor, y: Tensor, vectors: int = 1) -> None:
+        factor, bias, eps, centred = _parts_of_norm(module, x.shape[1] // vectors)
+        self._kept += [factor, bias]
+        rounded_first = not centred and hasattr(module, "variance_epsilon")  # as the norms of LLaMA do
+        size = x.shape[1] // vectors
+        self._operation(
+            "norm", Norm(Vector.of(factor, size), Vector.of(bias, size), eps, centred, rounded_first, vectors), x, None, y
+        )
+
+    def _products(self, layers: Sequence[nn.Module], x: Tensor, outputs: Sequence[Tensor]) -> None:
+        products = (Product * len(layers))()
+        for product, layer, y in zip(products, layers, outputs, strict=True):
+            matrix, bias = self._matrix(layer)
+            self._kept += [matrix, bias, y]
+            product.weight, product.bias, product.y = Matrix.of(matrix), Vector.of(bias, y.shape[1]), y.data_ptr()  # type: ignore[arg-type]
+        self._operation("products", products, x, None, outputs[0], len(layers))
+
+    def _matrix(self, layer: nn.Module) -> tuple[AnyMatrix, Tensor | None]:
+        """The weight of a linear layer as the kernels read it, and its bias."""
+        if isinstance(layer, LowBitLinear):
+            matrix = layer.prepared(self._stream)
+            self._watch(lambda: layer.planes if layer.layout is None else layer.layout)
+        elif isinstance(layer, ThroughKernels):
+            matrix = layer.layout or layer.current
+            self._watch(lambda: layer.weight if layer.layout is None else layer.layout)
+        elif is_linear(layer):
+            matrix = weight_of(layer)
+            self._watch(lambda: layer.weight)
+        else:
+            raise NotRunWhole(f"it has a {type(layer).__name__} where a linear layer is wanted.")
+        if not readable(matrix, self._dtype):
+            raise NotRunWhole("the kernels do not read the weight of a linear layer as it lies.")
+        return matrix, bias_of(layer)
+
+    def _watch(self, source: Callable[[], Any]) -> None:
+        """What the operations were made of, which must stay the same object for them to be sound."""
+        self._sources.append((source, source()))
+
+    def _rows(self, width: int) -> Tensor:
+        return torch.zeros(self._batch, width, dtype=self._dtype)
+
+    def _width_of(self, block: nn.Module, norm: str) -> int:
+        return int(block.get_submodule(norm).weight.shape[0])
+
+    def _outputs(self, layer: nn.Module) -> int:
+        return int(layer.out_features) if hasattr(layer, "out_features") else len(weight_of(layer))
+
+    def _inputs(self, layer: nn.Module) -> int:
+        return int(layer.in_features) if hasattr(layer, "in_features") else weight_of(layer).shape[1]
+
+    # ---- what follows the cache
+
+    def _bind(self, cache: GrowingCache) -> None:
+        """Point the attentions to where keys and values lie, with room for one more."""
+        for index, (attention, layer) in enumerate(zip(self._attentions, cache.layers, strict=True)):
+            assert isinstance(layer, GrowingLayer), "the cache is one that grows"
+            layer.make_room(1)
+            if layer.rooms is not self._rooms.get(index):
+                self._rooms[index] = layer.rooms
+                attention.keys, attention.values = (room.data_ptr() for room in layer.rooms)
+                attention.capacity = layer.capacity
+
+    def _lay_out_angles(self, positions: int) -> None:
+        """Ask the model for the angles of so many positions."""
+        rotary = self._model.base_model.get_submodule(self._row.rotary)
+        types = rotary.rope_type
+        by_kind = isinstance(types, dict)
+        if {"dynamic", "longrope"} & set(types.values() if by_kind else [types]):
+            raise NotRunWhole("its rotary embedding depends on the length of the text.")
+        where = torch.arange(positions)[None]
+        tables: dict[str | None, list[Tensor]] = {}
+        for turn, kind in self._turns:
+            if kind not in tables:
+                tables[kind] = [part[0].contiguous() for part in rotary(self._stream[None], where, *([kind] if by_kind else []))]
+            cosine, sine = tables[kind]
+            turn.turned = cosine.shape[1]
+            turn.cosine, turn.sine = (Vector.of(part.view(-1), part.numel()) for part in (cosine, sine))
+        self._tables, self._positions = tables, positions
+
+
+def _first(module: nn.Module, *names: str) -> Any:
+    """The first attribute of these names that a module has; None without."""
+    return next((getattr(module, name) for name in names if getattr(module, name, None) is not None), None)
+
+
+def _parts_of_norm(module: nn.Module, size: int) -> tuple[Tensor, Tensor | None, float, bool]:
+    """Factor [size] and bias of a norm, what it adds to the mean square, and whether it takes the mean off."""
+    if isinstance(module, nn.LayerNorm):
+        return module.weight.detach(), None if module.bias is None else module.bias.detach(), module.eps, True
+    eps = _first(module, "variance_epsilon", "eps")
+    if eps is None:
+        raise NotRunWhole(f"{type(module).__name__} is a norm that is not known.")
+    signs = torch.ones(1, size)
+    signs[:, 1::2] = -1  # of mean square 1, which no norm changes but by its factor
+    factor = (module(signs) * signs)[0].float().contiguous()
+    return factor, None, float(eps), False
