@@ -13,6 +13,7 @@ from transformers import Cache, PreTrainedModel, StaticCache
 
 from ..errors import InvalidInputError
 from ..runtime.decoding import compile_errors_explained, compiled_call
+from ..runtime.stepping.forward import Steps, cache_for
 
 
 class Decoder:
@@ -21,7 +22,8 @@ class Decoder:
     Args:
         model: in eval mode, as it is when the decoder is made: its cache is what the prompt leaves.
         prompt: [batch, tokens] token ids.
-        compiled: the most steps at once, which then run as one compiled graph each; None for torch's eager mode.
+        compiled: the most steps at once, which then run as one compiled graph each; None for steps as `generate` runs
+            them: whole by the kernels where they can, see `stepping`, else in torch's eager mode.
 
     Attributes:
         prefill: seconds that the prompt took.
@@ -33,8 +35,10 @@ class Decoder:
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, prompt: Tensor, compiled: int | None = None) -> None:
         self.model = model
-        self._step: Callable[..., Any] = model if compiled is None else compiled_call(model)
-        cache = None if compiled is None else _static_cache(model, prompt.shape[1] + compiled)
+        self._step: Callable[..., Any] = Steps(model) if compiled is None else compiled_call(model)
+        cache: Cache | None = cache_for(model)
+        if compiled is not None:
+            cache = _static_cache(model, prompt.shape[1] + compiled)
         start = time.perf_counter()
         output = model(input_ids=prompt, past_key_values=cache, use_cache=True, **_last_logits(model))
         self.prefill = time.perf_counter() - start

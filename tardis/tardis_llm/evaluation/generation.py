@@ -15,6 +15,7 @@ from ..config import check_seed
 from ..errors import InvalidInputError
 from ..families.table import family_of, kind_of
 from ..runtime.decoding import compile_errors_explained, compiled
+from ..runtime.stepping.forward import cache_for, stepping
 
 _AT_ONCE = 8  # windows of speech
 _COLDEST = 1e-3  # a temperature by which scores can be divided
@@ -71,7 +72,8 @@ def generate(
         temperature: 0 takes the likeliest token each time.
         seed: seed of the sampling; the global generator is left alone.
         streamer: told of tokens as they come.
-        compile: run each token as one graph; see `decoding.compiled`.
+        compile: run each token as one graph of torch, see `decoding.compiled`; otherwise our kernels run tokens whole
+            where they can, see `stepping`.
 
     Raises:
         InvalidInputError: it cannot be compiled, or the temperature or the seed is out of range.
@@ -89,7 +91,7 @@ def generate(
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     plain = copy.copy(model)  # shares everything but this attribute
     plain.generation_config = _ends(model, tokenizer)
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), compile_errors_explained():
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), compile_errors_explained(), stepping(plain):
         torch.manual_seed(seed)
         out = plain.generate(
             ids,
@@ -98,7 +100,7 @@ def generate(
             streamer=streamer,
             tokenizer=tokenizer,
             **sampling,
-            **(compiled(model) if compile else {}),
+            **(compiled(model) if compile else {"past_key_values": cache_for(model)}),
         )
     text: str = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     return text

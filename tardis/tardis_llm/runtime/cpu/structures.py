@@ -132,7 +132,9 @@ class Rows(ctypes.Structure):
     def of(cls, rows: Tensor) -> Rows:
         """Points to rows [tokens, width], which must stay alive; the numbers of each are consecutive."""
         if rows.dim() != 2 or rows.stride(1) != 1 or rows.dtype not in _DENSE:
-            raise TardisError(f"rows are {rows.dtype} {list(rows.shape)}; wanted are consecutive numbers of each token.")
+            raise TardisError(
+                f"rows are {rows.dtype} {list(rows.shape)}; wanted are consecutive numbers of each token."
+            )
         return cls(rows.data_ptr(), rows.stride(0))
 
 

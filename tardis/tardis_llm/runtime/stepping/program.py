@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...families.linear import bias_of, is_linear, weight_of
+from ...families.linear import bias_of, weight_of
 from ...families.sites import named_blocks
-from ...families.steps import STEPS, Step
+from ...families.steps import STEPS
 from ...families.table import Family, family_of
 from ...ffn.activations import identify
 from ...ffn.weights import Matrix as AnyMatrix
@@ -39,7 +39,7 @@ from ..placing import FoldedDown, GatedFFN
 from .cache import GrowingCache, GrowingLayer
 
 
-class NotRunWhole(Exception):
+class NotWholeError(Exception):
     """The kernels do not run this model's steps whole; the message says why."""
 
 
@@ -51,19 +51,21 @@ class Program:
         batch: number of sequences.
 
     Raises:
-        NotRunWhole: the model has what the operations cannot do.
+        NotWholeError: the model has what the operations cannot do.
     """
 
     def __init__(self, model: PreTrainedModel, batch: int) -> None:
         row = STEPS.get(model.config.model_type)
         if row is None:
-            raise NotRunWhole(f"models of the family {model.config.model_type!r} are not in the table of steps.")
+            raise NotWholeError(f"models of the family {model.config.model_type!r} are not in the table of steps.")
+        if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+            raise NotWholeError("a module of it has a hook, which would not see the steps.")
         self._model, self._row, self._family = model, row, family_of(model.config)
         self._blocks = list(named_blocks(model).values())
         self._bits = LINEAR_ACTIVATION_BITS
         self._operations: list[Operation] = []
         self._kept: list[Any] = []  # what operations point to
-        self._sources: list[tuple[Callable[[], Any], Any]] = []  # what they were made of
+        self._sources: list[tuple[Callable[[], Any], tuple[int, int]]] = []  # what they were made of
         self._attentions: list[Attention] = []
         self._turns: list[tuple[Turn, str | None]] = []
         self._positions = 0
@@ -72,9 +74,14 @@ class Program:
             self._build(batch)
         self._array = (Operation * len(self._operations))(*self._operations)
 
+    @property
+    def folded(self) -> bool:
+        """Whether an FFN is folded."""
+        return any(operation.kind == OPERATIONS.index("folded") for operation in self._operations)
+
     def fits(self, batch: int) -> bool:
         """Whether it is for so many sequences, and all that it reads is what it was made of."""
-        return batch == self._batch and all(get() is was for get, was in self._sources)
+        return batch == self._batch and all(_version(get()) == was for get, was in self._sources)
 
     def run(self, hidden: Tensor, cache: GrowingCache) -> Tensor:
         """Logits [batch, 1, vocabulary], which the next call overwrites; the cache grows by a token.
@@ -115,7 +122,7 @@ class Program:
         self._norm(model.base_model.get_submodule(row.last), self._stream, read)
         head = model.get_output_embeddings()
         if head is None:
-            raise NotRunWhole(f"{type(model).__name__} has no head.")
+            raise NotWholeError(f"{type(model).__name__} has no head.")
         self._logits = self._rows(self._outputs(head))
         self._products([head], read, [self._logits])
 
@@ -149,15 +156,14 @@ class Program:
         if row.after_attention:
             self._norm(block.get_submodule(row.after_attention), given, given)
 
-    def _heads(
-        self, index: int, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, size: int
-    ) -> None:
+    def _heads(self, index: int, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, size: int) -> None:
         attention = Attention(Rows.of(key), Rows.of(value))
         attention.heads, attention.groups, attention.size = query.shape[1] // size, key.shape[1] // size, size
-        attention.window = _first(module, "sliding_window") or 0
+        window = module if hasattr(module, "sliding_window") else self._model.config
+        attention.window = getattr(window, "sliding_window", None) or 0
         attention.scale = _first(module, "scaling", "inv_norm_factor") or size**-0.5
         if _first(module, "attn_logit_softcapping"):
-            raise NotRunWhole("the scores of its attention are capped.")
+            raise NotWholeError("the scores of its attention are capped.")
         assert index == len(self._attentions), "blocks come in order"
         self._attentions.append(attention)
         self._last_rows = self._rows(query.shape[1])
@@ -178,10 +184,10 @@ class Program:
     def _folded(self, folded: GatedFFN | FoldedDown, read: Tensor, given: Tensor) -> None:
         ffn: FoldedFFN = folded.parts.ffn
         if ffn.exact or (ffn.goes_dense is not None and ffn.goes_dense(read)):
-            raise NotRunWhole("a folded FFN computes every neuron.")
+            raise NotWholeError("a folded FFN computes every neuron.")
         prepared = ffn.prepared(read, folded.parts.dense)
         if not isinstance(prepared, CpuFFN):
-            raise NotRunWhole("the kernels do not read the weights of a folded FFN as they lie.")
+            raise NotWholeError("the kernels do not read the weights of a folded FFN as they lie.")
         self._watch(lambda: ffn.ready)
         self._kept.append(prepared)
         self._operation("folded", prepared.arguments, read, None, given)
@@ -212,10 +218,15 @@ class Program:
     def _norm(self, module: nn.Module, x: Tensor, y: Tensor, vectors: int = 1) -> None:
         factor, bias, eps, centred = _parts_of_norm(module, x.shape[1] // vectors)
         self._kept += [factor, bias]
+        self._watch(lambda: module.weight)
         rounded_first = not centred and hasattr(module, "variance_epsilon")  # as the norms of LLaMA do
         size = x.shape[1] // vectors
         self._operation(
-            "norm", Norm(Vector.of(factor, size), Vector.of(bias, size), eps, centred, rounded_first, vectors), x, None, y
+            "norm",
+            Norm(Vector.of(factor, size), Vector.of(bias, size), eps, centred, rounded_first, vectors),
+            x,
+            None,
+            y,
         )
 
     def _products(self, layers: Sequence[nn.Module], x: Tensor, outputs: Sequence[Tensor]) -> None:
@@ -234,30 +245,29 @@ class Program:
         elif isinstance(layer, ThroughKernels):
             matrix = layer.layout or layer.current
             self._watch(lambda: layer.weight if layer.layout is None else layer.layout)
-        elif is_linear(layer):
-            matrix = weight_of(layer)
-            self._watch(lambda: layer.weight)
         else:
-            raise NotRunWhole(f"it has a {type(layer).__name__} where a linear layer is wanted.")
+            raise NotWholeError(
+                f"a {type(layer).__name__} of it does not go through the kernels; see prepare_decoding."
+            )
         if not readable(matrix, self._dtype):
-            raise NotRunWhole("the kernels do not read the weight of a linear layer as it lies.")
+            raise NotWholeError("the kernels do not read the weight of a linear layer as it lies.")
         return matrix, bias_of(layer)
 
     def _watch(self, source: Callable[[], Any]) -> None:
-        """What the operations were made of, which must stay the same object for them to be sound."""
-        self._sources.append((source, source()))
+        """What the operations were made of, which must stay the same object, and as it is, for them to be sound."""
+        self._sources.append((source, _version(source())))
 
     def _rows(self, width: int) -> Tensor:
         return torch.zeros(self._batch, width, dtype=self._dtype)
 
     def _width_of(self, block: nn.Module, norm: str) -> int:
-        return int(block.get_submodule(norm).weight.shape[0])
+        return block.get_submodule(norm).get_parameter("weight").shape[0]
 
     def _outputs(self, layer: nn.Module) -> int:
-        return int(layer.out_features) if hasattr(layer, "out_features") else len(weight_of(layer))
+        return layer.out_features if isinstance(layer, nn.Linear | LowBitLinear) else len(weight_of(layer))
 
     def _inputs(self, layer: nn.Module) -> int:
-        return int(layer.in_features) if hasattr(layer, "in_features") else weight_of(layer).shape[1]
+        return layer.in_features if isinstance(layer, nn.Linear | LowBitLinear) else weight_of(layer).shape[1]
 
     # ---- what follows the cache
 
@@ -277,16 +287,23 @@ class Program:
         types = rotary.rope_type
         by_kind = isinstance(types, dict)
         if {"dynamic", "longrope"} & set(types.values() if by_kind else [types]):
-            raise NotRunWhole("its rotary embedding depends on the length of the text.")
+            raise NotWholeError("its rotary embedding depends on the length of the text.")
         where = torch.arange(positions)[None]
         tables: dict[str | None, list[Tensor]] = {}
         for turn, kind in self._turns:
             if kind not in tables:
-                tables[kind] = [part[0].contiguous() for part in rotary(self._stream[None], where, *([kind] if by_kind else []))]
+                tables[kind] = [
+                    part[0].contiguous() for part in rotary(self._stream[None], where, *([kind] if by_kind else []))
+                ]
             cosine, sine = tables[kind]
             turn.turned = cosine.shape[1]
             turn.cosine, turn.sine = (Vector.of(part.view(-1), part.numel()) for part in (cosine, sine))
         self._tables, self._positions = tables, positions
+
+
+def _version(source: Any) -> tuple[int, int]:
+    """Which object something is, and how often it was changed in place."""
+    return id(source), source._version if isinstance(source, Tensor) and not source.is_inference() else 0
 
 
 def _first(module: nn.Module, *names: str) -> Any:
@@ -300,7 +317,7 @@ def _parts_of_norm(module: nn.Module, size: int) -> tuple[Tensor, Tensor | None,
         return module.weight.detach(), None if module.bias is None else module.bias.detach(), module.eps, True
     eps = _first(module, "variance_epsilon", "eps")
     if eps is None:
-        raise NotRunWhole(f"{type(module).__name__} is a norm that is not known.")
+        raise NotWholeError(f"{type(module).__name__} is a norm that is not known.")
     signs = torch.ones(1, size)
     signs[:, 1::2] = -1  # of mean square 1, which no norm changes but by its factor
     factor = (module(signs) * signs)[0].float().contiguous()
