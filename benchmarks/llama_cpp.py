@@ -3,10 +3,10 @@
     python benchmarks/llama_cpp.py [--shape falcon-7b] [--layers 8] [--fix-rates 0.05,0.2] [--threads 2]
     python benchmarks/llama_cpp.py --folded DIR --gguf FILE [--threads 2]
 
-The first form makes a model of a shape with random weights, and a GGUF file of the same shape in Q4_0 (shapes of Falcon
-and of Llama; it needs `pip install gguf`). The second takes a folded model and any GGUF file. llama.cpp comes prebuilt
-with the npm package node-llama-cpp, which is put into `--cache`. A process of llama.cpp waits while ours computes, and
-the other way round; every ratio is one of neighbouring runs.
+The first form makes a model of a shape with random weights, and a GGUF file of the same shape in Q4_0 (of Falcon,
+Llama or Qwen2; it needs `pip install gguf`). The second takes a folded model and any GGUF file. llama.cpp comes
+prebuilt with the npm package node-llama-cpp, which is put into `--cache`. A process of llama.cpp waits while ours
+computes, and the other way round; every ratio is one of neighbouring runs.
 """
 
 from __future__ import annotations
@@ -93,6 +93,7 @@ def install(cache: Path) -> None:
 def in_q4_0(shape: str, layers: int, path: Path) -> None:
     """Write a GGUF file of a shape of the families of `_ARCHITECTURES`, random weights in Q4_0, head and all."""
     import gguf
+    import numpy as np
 
     model_type, fields = SHAPES[shape]
     width, vocabulary, heads = (fields[name] for name in ("hidden_size", "vocab_size", "num_attention_heads"))
@@ -123,6 +124,8 @@ def in_q4_0(shape: str, layers: int, path: Path) -> None:
             _add_matrix(writer, f"{block}.{name}", rows, columns)
         for name in own.norms:
             _add_norm(writer, f"{block}.{name}", width, own.norm_bias)
+        for name in own.biases:
+            writer.add_tensor(f"{block}.{name}.bias", np.zeros(width if name == "attn_q" else shared, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -157,6 +160,11 @@ def _llama(writer: Any, head: int) -> None:
     writer.add_rope_dimension_count(head)
 
 
+def _qwen(writer: Any, head: int) -> None:
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(1e6)
+
+
 def _matrices_of_falcon(width: int, shared: int, neurons: int) -> dict[str, tuple[int, int]]:
     return {
         "attn_qkv": (width + 2 * shared, width),
@@ -187,17 +195,20 @@ class Architecture:
         norms: of a block.
         norm_bias: whether norms have biases.
         matrices: of a block, with rows and columns, given its width, that of keys and of values, and its neurons.
+        biases: of queries, keys and values.
     """
 
     describe: Callable[[Any, int], None]
     norms: tuple[str, ...]
     norm_bias: bool
     matrices: Callable[[int, int, int], dict[str, tuple[int, int]]]
+    biases: tuple[str, ...] = ()
 
 
 _ARCHITECTURES = {
     "falcon": Architecture(_falcon, ("attn_norm",), True, _matrices_of_falcon),
     "llama": Architecture(_llama, ("attn_norm", "ffn_norm"), False, _matrices_of_llama),
+    "qwen2": Architecture(_qwen, ("attn_norm", "ffn_norm"), False, _matrices_of_llama, ("attn_q", "attn_k", "attn_v")),
 }
 
 

@@ -35,7 +35,7 @@ class Decoder:
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, prompt: Tensor, compiled: int | None = None) -> None:
         self.model = model
-        self._step: Callable[..., Any] = Steps(model) if compiled is None else compiled_call(model)
+        self._step: Callable[..., Any] = Steps(model, model) if compiled is None else compiled_call(model)
         cache: Cache | None = cache_for(model)
         if compiled is not None:
             cache = _static_cache(model, prompt.shape[1] + compiled)

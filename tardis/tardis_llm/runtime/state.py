@@ -73,11 +73,6 @@ class FoldState(Stored):
         return Neurons(self.activation, self.low, self.high, self.slope, self.offset)
 
     @property
-    def ready(self) -> object:
-        """What stands for the prepared FFN of the last call: another object once that has to be made anew."""
-        return self._ready
-
-    @property
     def stacked(self) -> bool:
         """Whether low-bit weights stand for the dense ones."""
         return self.down is not None

@@ -33,14 +33,15 @@ class Steps:
 
     Args:
         model: in eval mode, prepared for decoding.
+        forward: what all else goes through; default: the model's `forward`, which it may stand for.
 
     Attributes:
         why_not: why steps do not run whole; "" while they do, or none was asked for.
         count: how many steps ran whole.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model, self._forward = model, model.forward
+    def __init__(self, model: PreTrainedModel, forward: Callable[..., Any] | None = None) -> None:
+        self._model, self._forward = model, forward or model.forward
         self._program: Program | None = None
         self._checked = False
         self.why_not = ""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+import functools
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +38,7 @@ from ..linears.dense import ThroughKernels
 from ..linears.lowbit import LowBitLinear
 from ..modules import FoldedFFN
 from ..placing import FoldedDown, GatedFFN
+from ..stored import LaidOut
 from .cache import GrowingCache, GrowingLayer
 
 
@@ -65,13 +68,15 @@ class Program:
         self._bits = LINEAR_ACTIVATION_BITS
         self._operations: list[Operation] = []
         self._kept: list[Any] = []  # what operations point to
-        self._sources: list[tuple[Callable[[], Any], tuple[int, int]]] = []  # what they were made of
+        self._sources: list[tuple[dict[str, Any], str]] = []  # where modules keep what they were made of
         self._attentions: list[Attention] = []
         self._turns: list[tuple[Turn, str | None]] = []
         self._positions = 0
         self._rooms: dict[int, list[Tensor]] = {}
         with torch.no_grad():
             self._build(batch)
+        self._found = [place[name] for place, name in self._sources]
+        self._versions = [_version(found) for found in self._found]
         self._array = (Operation * len(self._operations))(*self._operations)
 
     @property
@@ -81,7 +86,9 @@ class Program:
 
     def fits(self, batch: int) -> bool:
         """Whether it is for so many sequences, and all that it reads is what it was made of."""
-        return batch == self._batch and all(_version(get()) == was for get, was in self._sources)
+        found = [place.get(name) for place, name in self._sources]  # in every step: so it is quick
+        same = batch == self._batch and all(map(operator.is_, found, self._found))
+        return same and list(map(_version, found)) == self._versions
 
     def run(self, hidden: Tensor, cache: GrowingCache) -> Tensor:
         """Logits [batch, 1, vocabulary], which the next call overwrites; the cache grows by a token.
@@ -99,6 +106,13 @@ class Program:
         for layer in cache.layers:
             layer.length += 1
         return self._logits[:, None]
+
+    def parts(self, position: int) -> Iterator[tuple[str, Callable[[], None]]]:
+        """Every operation by its kind, to be run by itself at a position up to that of the last step: to time it."""
+        batch = Batch.of(self._stream, self._logits, self._bits)
+        for operation in self._operations:
+            alone = (Operation * 1)(operation)
+            yield OPERATIONS[operation.kind], functools.partial(loaded().step, alone, batch, position)
 
     # ---- building
 
@@ -188,7 +202,7 @@ class Program:
         prepared = ffn.prepared(read, folded.parts.dense)
         if not isinstance(prepared, CpuFFN):
             raise NotWholeError("the kernels do not read the weights of a folded FFN as they lie.")
-        self._watch(lambda: ffn.ready)
+        self._sources.append((vars(ffn), "_ready"))
         self._kept.append(prepared)
         self._operation("folded", prepared.arguments, read, None, given)
 
@@ -218,7 +232,7 @@ class Program:
     def _norm(self, module: nn.Module, x: Tensor, y: Tensor, vectors: int = 1) -> None:
         factor, bias, eps, centred = _parts_of_norm(module, x.shape[1] // vectors)
         self._kept += [factor, bias]
-        self._watch(lambda: module.weight)
+        self._sources.append((module._parameters, "weight"))
         rounded_first = not centred and hasattr(module, "variance_epsilon")  # as the norms of LLaMA do
         size = x.shape[1] // vectors
         self._operation(
@@ -241,10 +255,10 @@ class Program:
         """The weight of a linear layer as the kernels read it, and its bias."""
         if isinstance(layer, LowBitLinear):
             matrix = layer.prepared(self._stream)
-            self._watch(lambda: layer.planes if layer.layout is None else layer.layout)
+            self._watch(layer, layer._buffers, "planes")
         elif isinstance(layer, ThroughKernels):
             matrix = layer.layout or layer.current
-            self._watch(lambda: layer.weight if layer.layout is None else layer.layout)
+            self._watch(layer, layer._parameters, "weight")
         else:
             raise NotWholeError(
                 f"a {type(layer).__name__} of it does not go through the kernels; see prepare_decoding."
@@ -253,9 +267,9 @@ class Program:
             raise NotWholeError("the kernels do not read the weight of a linear layer as it lies.")
         return matrix, bias_of(layer)
 
-    def _watch(self, source: Callable[[], Any]) -> None:
-        """What the operations were made of, which must stay the same object, and as it is, for them to be sound."""
-        self._sources.append((source, _version(source())))
+    def _watch(self, layer: LaidOut, stored: dict[str, Any], name: str) -> None:
+        """The operations read a layer's matrix as it is laid out or, under this name, stored."""
+        self._sources.append((stored, name) if layer.layout is None else (vars(layer), "_layout"))
 
     def _rows(self, width: int) -> Tensor:
         return torch.zeros(self._batch, width, dtype=self._dtype)
@@ -301,9 +315,9 @@ class Program:
         self._tables, self._positions = tables, positions
 
 
-def _version(source: Any) -> tuple[int, int]:
-    """Which object something is, and how often it was changed in place."""
-    return id(source), source._version if isinstance(source, Tensor) and not source.is_inference() else 0
+def _version(source: Any) -> int:
+    """How often a tensor was changed in place; 0 where that is not counted."""
+    return source._version if isinstance(source, Tensor) and not source.is_inference() else 0
 
 
 def _first(module: nn.Module, *names: str) -> Any:
