@@ -68,18 +68,18 @@ def fold(state: State, writes: int, codes: Codes, net: Ints, alive: Mask, values
         alive: bool [changes], of a map: whether the code is in it afterwards.
         values: of a map [changes], those of codes not alive are not used.
     """
-    stamp, count = state.writes + writes, state.count_in_run
+    stamp, count = state.writes + writes, state.counted
     if not state.is_map:
         changed = net != 0
-        return state.with_delta(add_counts(state.delta, codes[changed], net[changed], stamp, count), writes)
-    delta, dtype = state.delta, state.value_dtype
+        return state.with_recent(add_counts(state.recent, codes[changed], net[changed], stamp, count), writes)
+    delta, dtype = state.recent, state.value_dtype
     if alive.any():
         new = array_of([value for value, there in zip(values, alive.tolist(), strict=True) if there], dtype)
         delta = put(delta, codes[alive], True, new, stamp, count)
     if not alive.all():
         gone = codes[~alive]
         delta = put(delta, gone, False, np.zeros(len(gone), dtype), stamp, count)
-    return state.with_delta(delta, writes)
+    return state.with_recent(delta, writes)
 
 
 def _put(state: State, codes: Codes, values: Any) -> State:
@@ -87,23 +87,23 @@ def _put(state: State, codes: Codes, values: Any) -> State:
         if values is not None:
             raise TypeError("this index has keys only: give keys without values, or make it with values")
         codes, counts = np.unique(codes, return_counts=True)
-        return state.with_delta(add_counts(state.delta, codes, counts, state.writes + 1, state.count_in_run))
+        return state.with_recent(add_counts(state.recent, codes, counts, state.writes + 1, state.counted))
     if values is None:
         raise TypeError("this index is a map: give a value for every key")
     new = values_like(values, state.value_dtype, len(codes))
     codes, last = _unique_last(codes)
-    return state.with_delta(put(state.delta, codes, True, new[last], state.writes + 1, state.count_in_run))
+    return state.with_recent(put(state.recent, codes, True, new[last], state.writes + 1, state.counted))
 
 
 def _remove(state: State, codes: Codes) -> State:
     codes, counts = np.unique(codes, return_counts=True)
     if state.is_map:
         filler = np.zeros(len(codes), dtype=state.value_dtype)
-        return state.with_delta(put(state.delta, codes, False, filler, state.writes + 1, state.count_in_run))
+        return state.with_recent(put(state.recent, codes, False, filler, state.writes + 1, state.counted))
     present: Ints = state.code_ranks(codes, right=True) - state.code_ranks(codes)
     removed = np.minimum(counts, present)
     codes, change = codes[removed > 0], -removed[removed > 0]
-    return state.with_delta(add_counts(state.delta, codes, change, state.writes + 1, state.count_in_run))
+    return state.with_recent(add_counts(state.recent, codes, change, state.writes + 1, state.counted))
 
 
 def _dtype_of(keys: NDArray[Any] | list[Any]) -> DTypeLike:

@@ -171,7 +171,7 @@ class _Questions(Collection[Any], Reversible[Any]):
         >>> Index([30, 10, 20]).select(-1)
         30
         """
-        return self._state.select(rank)
+        return self._front.select(rank)
 
     def find_lt(self, key: Any) -> Any | None:
         """The greatest key below this one, None if there is none. One model search.
@@ -179,7 +179,7 @@ class _Questions(Collection[Any], Reversible[Any]):
         >>> Index([1, 3, 5]).find_lt(3)
         1
         """
-        return self._state.neighbour(key, right=False, offset=-1)
+        return self._front.neighbour(key, right=False, offset=-1)
 
     def find_le(self, key: Any) -> Any | None:
         """The greatest key not above this one, None if there is none. One model search.
@@ -187,7 +187,7 @@ class _Questions(Collection[Any], Reversible[Any]):
         >>> Index([1, 3, 5]).find_le(4)
         3
         """
-        return self._state.neighbour(key, right=True, offset=-1)
+        return self._front.neighbour(key, right=True, offset=-1)
 
     def find_gt(self, key: Any) -> Any | None:
         """The least key above this one, None if there is none. One model search.
@@ -195,7 +195,7 @@ class _Questions(Collection[Any], Reversible[Any]):
         >>> Index([1, 3, 5]).find_gt(5) is None
         True
         """
-        return self._state.neighbour(key, right=True, offset=0)
+        return self._front.neighbour(key, right=True, offset=0)
 
     def find_ge(self, key: Any) -> Any | None:
         """The least key not below this one, None if there is none. One model search.
@@ -203,7 +203,7 @@ class _Questions(Collection[Any], Reversible[Any]):
         >>> Index([1, 3, 5]).find_ge(4)
         5
         """
-        return self._state.neighbour(key, right=False, offset=0)
+        return self._front.neighbour(key, right=False, offset=0)
 
     # ---- ranges
 
@@ -215,7 +215,7 @@ class _Questions(Collection[Any], Reversible[Any]):
         >>> Index([5, 1, 3, 9]).range(3, 9)
         array([3, 5])
         """
-        return self._state.keys_between(low, high)
+        return self._front.keys_between(low, high)
 
     def keys(self) -> NDArray[Any]:
         """All keys, ascending. O(n).
@@ -234,7 +234,7 @@ class _Questions(Collection[Any], Reversible[Any]):
         >>> Index([5, 1, 3], [50, 10, 30]).values(2)
         array([30, 50])
         """
-        return self._state.values_between(low, high)
+        return self._front.values_between(low, high)
 
     def items(self, low: Any = None, high: Any = None) -> tuple[NDArray[Any], NDArray[Any]]:
         """A map's keys and values, of all or of a `range`. Two model searches and O(result).
@@ -245,7 +245,7 @@ class _Questions(Collection[Any], Reversible[Any]):
         >>> Index([5, 1, 3], ["five", "one", "three"]).items(2)
         (array([3, 5]), array(['three', 'five'], dtype='<U5'))
         """
-        return self._state.items_between(low, high)
+        return self._front.items_between(low, high)
 
     def __iter__(self) -> Iterator[Any]:
         """The keys, ascending, as they were when the iteration began. O(n) memory.
@@ -330,7 +330,7 @@ class _Questions(Collection[Any], Reversible[Any]):
         >>> index.count(3, 5), index.count(np.array([0, 9]), np.array([9, 0]))
         (2, array([4, 0]))
         """
-        return self._state.count(low, high)
+        return self._front.count(low, high)
 
     # ---- the whole
 

@@ -9,12 +9,13 @@ from numpy.typing import NDArray
 
 from .arrays import Codes, Ints
 from .engine import Engine, native
+from .values import is_plain
 
 
 def splice(old: NDArray[Any], at: Ints, new: NDArray[Any], engine: Engine) -> NDArray[Any]:
     """`old` with `new` at the positions `at`, ascending, of the result."""
     result = np.empty(len(old) + len(new), dtype=old.dtype)
-    if engine == "native" and not old.dtype.hasobject and old.dtype.itemsize:
+    if engine == "native" and is_plain(old.dtype):
         arrays = (old, at, new.astype(old.dtype, copy=False), result)
         native.splice(*(np.ascontiguousarray(array).view(np.uint8) for array in arrays))
         return result
