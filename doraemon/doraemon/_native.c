@@ -19,8 +19,8 @@
 #include "_hot.h"
 #include "_portable.h"
 
-enum { GROUP = 64, BLOCK = 32, SHORT = 16, PLACE_SHIFT = 8 };
-enum { DELTAS = 2 };                       /* the older, larger one first */
+enum { GROUP = 64, BLOCK = 32, CHUNK = 128, SHORT = 16, PLACE_SHIFT = 8 };
+enum { DELTAS = 2, FEW = 4 };              /* the older, larger one first; entries that are compared at once */
 enum { RUN_RANKS, RANKS, PLACES, COUNTS }; /* what a batch asks for */
 
 typedef struct {
@@ -44,7 +44,7 @@ typedef struct {
 /* The changes of a delta. The rank of a code in the run tells between which of them its own is: `windows[b]` of them
  * have ranks below b << bits, and the last window takes all that are left. */
 typedef struct {
-    const Entry *entries; /* n, and one that only has a shift */
+    const Entry *entries; /* n, and FEW that are above every code and have the shift of all */
     const int64_t *left;  /* where each code is, or would be, in the run */
     const uint32_t *windows;
     int64_t n, last_window;
@@ -352,30 +352,26 @@ static inline Place place_of(const Search *s, uint64_t q, int64_t rank, int in_r
     return (Place){in_run, 0, rank};
 }
 
-/* How many of a delta's codes are below each of m queries, whose ranks in the run are known: all in step, as memory is
- * slow. Windows are made equally long, so that no branch depends on a query. */
+/* How many of a delta's codes are below each of m queries, whose ranks in the run are known: memory is asked for all of
+ * them before one is searched. Most windows have few entries, which are compared without a branch on their codes; those
+ * after the window are not below the query, and after the last one are as many that are below nothing. */
 static inline void find_entries(const Delta *delta, const uint64_t *q, const int64_t *rank, int64_t m, int64_t *entry)
 {
-    int64_t size = 1;
-    for (int64_t i = 0; i < m; i++)
-        PREFETCH(window_of(delta, rank[i]));
+    int64_t wide[GROUP];
     for (int64_t i = 0; i < m; i++) {
         const uint32_t *window = window_of(delta, rank[i]);
-        int64_t from = window[0], wide = (int64_t)window[1] - from;
-        entry[i] = from;
-        size = wide > size ? wide : size;
-        PREFETCH(delta->entries + from);
-        PREFETCH(delta->entries + from + wide);
+        entry[i] = window[0];
+        wide[i] = (int64_t)window[1] - window[0];
+        PREFETCH(delta->entries + window[0]);
     }
-    for (int64_t i = 0; i < m; i++)
-        entry[i] = entry[i] < delta->n - size ? entry[i] : delta->n - size;
-    for (int64_t n = size; n > 1; n -= n >> 1) {
-        int64_t half = n >> 1;
-        for (int64_t i = 0; i < m; i++)
-            entry[i] += half & -(int64_t)(delta->entries[entry[i] + half - 1].code < q[i]);
+    for (int64_t i = 0; i < m; i++) {
+        const Entry *at = delta->entries + entry[i];
+        if (wide[i] <= FEW)
+            for (int j = 0; j < FEW; j++)
+                entry[i] += at[j].code < q[i];
+        else
+            entry[i] += entries_below(at, wide[i], q[i]);
     }
-    for (int64_t i = 0; i < m; i++)
-        entry[i] += delta->entries[entry[i]].code < q[i];
 }
 
 /* Write the ranks of m queries, whose ranks in the run are known, to the places from `first` on. */
@@ -654,18 +650,31 @@ WIDE static void fit_bucket(const uint64_t *keys, int64_t n, int64_t start, int6
 
 /* ------------------------------------------------------------------ splice */
 
-/* memcpy of items of 8 bytes in an even gap between two others is a few words, for which a call takes too long. */
-static inline void copy_items(char *to, const char *from, int64_t count, size_t size)
+/* memcpy of a gap between two items is often short and never as long as the one before, and a loop that ends where it
+ * ends is mispredicted. Whole chunks are copied instead, if there is room after them for what is not meant. */
+static inline void copy_gap(char *to, const char *from, size_t bytes, size_t room)
 {
-    if (size == 8 && count < 64)
-        for (int64_t i = 0; i < count; i++)
-            memcpy(to + 8 * i, from + 8 * i, 8);
+    if (bytes > 4 * CHUNK || bytes + CHUNK > room) {
+        memcpy(to, from, bytes);
+        return;
+    }
+    size_t copied = 0;
+    do {
+        memcpy(to + copied, from + copied, CHUNK);
+        copied += CHUNK;
+    } while (copied < bytes);
+}
+
+static inline void copy_item(char *to, const char *from, size_t size)
+{
+    if (size == 8)
+        memcpy(to, from, 8);
     else
-        memcpy(to, from, (size_t)count * size);
+        memcpy(to, from, size);
 }
 
 /* `old` with the m items of `more`, the j-th of them at[j] in `out`; 0 if these places are not ascending in it. */
-static int splice_items(const char *old, int64_t n, const int64_t *at, const char *more, int64_t m, size_t size,
+WIDE static int splice_items(const char *old, int64_t n, const int64_t *at, const char *more, int64_t m, size_t size,
                         char *out)
 {
     int64_t taken = 0, filled = 0;
@@ -673,9 +682,9 @@ static int splice_items(const char *old, int64_t n, const int64_t *at, const cha
         int64_t gap = at[j] - filled;
         if (gap < 0 || gap > n - taken)
             return 0;
-        copy_items(out + (size_t)filled * size, old + (size_t)taken * size, gap, size);
+        copy_gap(out + (size_t)filled * size, old + (size_t)taken * size, (size_t)gap * size, (size_t)(n - taken) * size);
         taken += gap;
-        copy_items(out + (size_t)at[j] * size, more + (size_t)j * size, 1, size);
+        copy_item(out + (size_t)at[j] * size, more + (size_t)j * size, size);
         filled = at[j] + 1;
     }
     memcpy(out + (size_t)filled * size, old + (size_t)taken * size, (size_t)(n - taken) * size);
@@ -691,18 +700,20 @@ static void pack_entries(const uint64_t *codes, const int64_t *net, const int64_
         out[i] = (Entry){codes[i], 2 * shift + (present[i] + net[i] > 0)};
         shift += net[i];
     }
-    out[n] = (Entry){0, 2 * shift};
+    for (int64_t i = n; i < n + FEW; i++)
+        out[i] = (Entry){UINT64_MAX, 2 * shift};
 }
 
 /* windows[b]: how many of the ranks, which ascend, are below b << bits; the last window ends after all of them. */
 static void fill_windows(const int64_t *left, int64_t n, int bits, uint32_t *windows, int64_t count)
 {
-    int64_t window = 0;
-    for (int64_t i = 0; i < n; i++)
-        while (window < count - 1 && left[i] >> bits >= window)
-            windows[window++] = (uint32_t)i;
-    while (window < count)
-        windows[window++] = (uint32_t)n;
+    memset(windows, 0, (size_t)count * sizeof *windows);
+    for (int64_t i = 0; i < n; i++) {
+        int64_t window = left[i] >> bits;
+        windows[(window < count - 2 ? window : count - 2) + 1] = (uint32_t)i + 1;
+    }
+    for (int64_t b = 1; b < count; b++)
+        windows[b] = windows[b] > windows[b - 1] ? windows[b] : windows[b - 1];
 }
 
 /* ------------------------------------------------------------------ Python */
@@ -774,14 +785,14 @@ static void view_dealloc(PyObject *self)
 /* A delta of three buffers; -1 if they do not fit together. */
 static int read_delta(const Py_buffer *held, int bits, Delta *delta)
 {
-    int64_t entries = held[ENTRIES_OF].len / (Py_ssize_t)sizeof(Entry), windows = held[WINDOWS_OF].len / 4;
+    int64_t n = held[ENTRIES_OF].len / (Py_ssize_t)sizeof(Entry) - FEW, windows = held[WINDOWS_OF].len / 4;
     const uint32_t *window = held[WINDOWS_OF].buf;
-    if (entries < 1 || entries > UINT32_MAX || held[LEFT_OF].len / 8 != entries - 1 || windows < 2 ||
+    if (n < 0 || n > UINT32_MAX || held[LEFT_OF].len / 8 != n || windows < 2 ||
         bits < 0 || bits > 62)
         return -1;
-    *delta = (Delta){.entries = held[ENTRIES_OF].buf, .left = held[LEFT_OF].buf, .windows = window, .n = entries - 1,
+    *delta = (Delta){.entries = held[ENTRIES_OF].buf, .left = held[LEFT_OF].buf, .windows = window, .n = n,
                      .last_window = windows - 2, .bits = bits};
-    return window[0] == 0 && window[windows - 1] == entries - 1 ? 0 : -1;
+    return window[0] == 0 && window[windows - 1] == n ? 0 : -1;
 }
 
 /* Hold the bytes of plain values; -1 and none held on error. */
@@ -1255,11 +1266,36 @@ static PyObject *pack_delta(PyObject *self, PyObject *args)
         return NULL;
     int64_t n = held[0].len / 8, windows = held[5].len / 4;
     if (held[1].len != held[0].len || held[2].len != held[0].len || held[3].len != held[0].len || n >= UINT32_MAX ||
-        held[4].len / (Py_ssize_t)sizeof(Entry) != n + 1 || windows < 2 || bits < 0 || bits > 62)
+        held[4].len / (Py_ssize_t)sizeof(Entry) != n + FEW || windows < 2 || bits < 0 || bits > 62)
         return end_call(held, 6, "the arrays of a delta do not fit together");
     Py_BEGIN_ALLOW_THREADS
     pack_entries(held[0].buf, held[1].buf, held[2].buf, n, held[4].buf);
     fill_windows(held[3].buf, n, bits, held[5].buf, windows);
+    Py_END_ALLOW_THREADS
+    return end_call(held, 6, NULL);
+}
+
+/* entries_below(entries, left, windows, bits, codes, code_left, out): how many codes of a delta are below each of others,
+ * whose ranks in the run are known. */
+static PyObject *delta_entries_below(PyObject *self, PyObject *args)
+{
+    static const Py_ssize_t itemsizes[6] = {sizeof(Entry), 8, 4, 8, 8, 8};
+    PyObject *arrays[6];
+    Py_buffer held[6];
+    Delta delta;
+    int bits;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "OOOiOOO", arrays, arrays + 1, arrays + 2, &bits, arrays + 3, arrays + 4, arrays + 5) ||
+        get_buffers(arrays, itemsizes, 6, 5, held) < 0)
+        return NULL;
+    if (read_delta(held, bits, &delta) < 0 || held[4].len != held[3].len || held[5].len != held[3].len)
+        return end_call(held, 6, "the arrays of a delta do not fit together");
+    const uint64_t *codes = held[3].buf;
+    const int64_t *left = held[4].buf;
+    int64_t m = held[3].len / 8, *out = held[5].buf;
+    Py_BEGIN_ALLOW_THREADS
+    for (int64_t first = 0; first < m; first += GROUP)
+        find_entries(&delta, codes + first, left + first, m - first < GROUP ? m - first : GROUP, out + first);
     Py_END_ALLOW_THREADS
     return end_call(held, 6, NULL);
 }
@@ -1287,11 +1323,11 @@ static PyObject *ranks(PyObject *self, PyObject *args)
 static int native_exec(PyObject *module)
 {
     PyObject *type = PyType_FromModuleAndSpec(module, &view_spec, NULL);
-    PyObject *layout = Py_BuildValue("(nnnnn)(nnnn)i(nnn)i(nnn)", offsetof(Bucket, low), offsetof(Bucket, scale),
+    PyObject *layout = Py_BuildValue("(nnnnn)(nnnn)i(nnn)i(nnn)i", offsetof(Bucket, low), offsetof(Bucket, scale),
                                      offsetof(Bucket, start), offsetof(Bucket, place), sizeof(Bucket),
                                      offsetof(Leaf, base), offsetof(Leaf, slope), offsetof(Leaf, radius), sizeof(Leaf),
                                      PLACE_SHIFT, offsetof(Line, code), offsetof(Line, found), sizeof(Line), RANK_BITS,
-                                     offsetof(Entry, code), offsetof(Entry, found), sizeof(Entry));
+                                     offsetof(Entry, code), offsetof(Entry, found), sizeof(Entry), FEW);
     int failed = type == NULL || layout == NULL || PyModule_AddObjectRef(module, "View", type) < 0 ||
                  PyModule_AddObjectRef(module, "LAYOUT", layout) < 0 || add_level_type(module) < 0;
     Py_XDECREF(type);
@@ -1303,6 +1339,8 @@ static PyMethodDef native_methods[] = {
     {"fit", fit, METH_VARARGS, "fit(keys, ends, scales, bits, steepest, out): the leaves of some buckets."},
     {"pack_delta", pack_delta, METH_VARARGS,
      "pack_delta(codes, net, present, left, bits, entries, windows): what is searched of a delta."},
+    {"entries_below", delta_entries_below, METH_VARARGS,
+     "entries_below(entries, left, windows, bits, codes, code_left, out): how many codes of a delta are below others."},
     {"ranks", ranks, METH_VARARGS, "ranks(codes, queries, right, out): np.searchsorted of codes."},
     {"fill_hot", fill_hot, METH_VARARGS, "fill_hot(codes, ranks, copies, lines): the hot table of some codes."},
     {"held_hot", held_hot, METH_VARARGS, "held_hot(lines, codes, held): whether the hot table holds each code."},

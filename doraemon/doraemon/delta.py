@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import ENTRY, Codes, Ints, Mask, Values
+from .arrays import ENTRY, FEW, Codes, Ints, Mask, Values
 from .engine import Engine, native
-from .splicing import ranks_in, splice
+from .splicing import Room, ranks_in, splice
 
 MAX_STAMP = 1 << 62
 FREE_COPIES = 1 << 20  #: that a saved delta may always add
+SPARE = 4  #: of the keys, how many times fewer a merge leaves room for
 WINDOW = 2  #: entries between which a rank in the run leaves the choice, on average
 Count = Callable[
     [Codes], tuple[Ints, Ints]
@@ -87,19 +88,31 @@ class Delta:
 
     @cached_property
     def packed(self) -> tuple[NDArray[Any], NDArray[np.uint32], int]:
-        """What C searches: ENTRY [entries + 1], where each window begins, uint32, and log2 of the ranks in a window."""
+        """What C searches: ENTRY [entries + FEW], where windows begin, uint32, and log2 of a window's ranks."""
         n, d = int(self.left[-1]) + 1 if len(self) else 1, len(self)
         bits = max(0, (n * WINDOW // max(d, 1)).bit_length() - 1)
-        entries, windows = np.empty(d + 1, dtype=ENTRY), np.empty((n >> bits) + 2, dtype=np.uint32)
+        entries, windows = np.empty(d + FEW, dtype=ENTRY), np.empty((n >> bits) + 2, dtype=np.uint32)
         native.pack_delta(self.codes, self.net, self.present, self.left, bits, entries, windows)
         return entries, windows, bits
+
+    def below(self, other: Delta) -> tuple[Ints, Mask]:
+        """How many of this delta's codes are below each of another one's of the same run, and which are in both."""
+        if len(self) == 0 or self.engine == "numpy":
+            below = ranks_in(self.codes, other.codes, False, self.engine)
+        else:
+            below, (entries, windows, bits) = np.empty(len(other), dtype=np.int64), self.packed
+            native.entries_below(entries, self.left, windows, bits, other.codes, other.left, below)
+        both: Mask = np.zeros(len(other), dtype=np.bool_)
+        inside = below < len(self)
+        both[inside] = self.codes[below[inside]] == other.codes[inside]
+        return below, both
 
     def _kept(self, keep: Mask) -> Delta:
         if keep.all():
             return self
         values = None if self.values is None else self.values[keep]
-        counts = (part[keep] for part in (self.left, self.net, self.present))
-        return Delta(self.codes[keep], *counts, values, self.stamps[keep], self.engine)
+        left, net, present, stamps = (part[keep] for part in (self.left, self.net, self.present, self.stamps))
+        return Delta(self.codes[keep], left, net, present, values, stamps, self.engine)
 
     def _without_noops(self) -> Delta:
         """Without entries that say what the run says."""
@@ -169,8 +182,8 @@ def changes_after(delta: Delta, merged: Delta, count: Count) -> Delta:
     return Delta(codes, left, net, present, values, stamps, delta.engine)._without_noops()
 
 
-def merge(codes: Codes, values: Values | None, delta: Delta) -> tuple[Codes, Values | None]:
-    """The run with its delta in it."""
+def merge(codes: Codes, values: Values | None, delta: Delta) -> Room:
+    """The run with its delta in it, and room for more keys: memory that is not written to is not taken."""
     left = delta.left
     values = _with_replaced(values, delta)
     gone = np.maximum(-delta.net, 0)
@@ -179,13 +192,18 @@ def merge(codes: Codes, values: Values | None, delta: Delta) -> tuple[Codes, Val
         kept[np.repeat(left, gone) + _places_in_groups(gone)] = False
         codes, values = codes[kept], None if values is None else values[kept]
         left = left - (np.cumsum(gone) - gone)
-    more = np.maximum(delta.net, 0)
-    added = np.flatnonzero(more)
-    at = np.repeat(left[added], more[added]) + np.arange(int(more.sum()))
-    new_codes = splice(codes, at, np.repeat(delta.codes[added], more[added]), delta.engine)
-    if values is None or delta.values is None:
-        return new_codes, None
-    return new_codes, splice(values, at, delta.values[added], delta.engine)
+    added, more_codes, more_values = left, delta.codes, delta.values
+    if not (delta.net == 1).all():
+        more = np.maximum(delta.net, 0)
+        each = np.repeat(np.arange(len(delta)), more)
+        added, more_codes = left[each], delta.codes[each]
+        more_values = None if delta.values is None else delta.values[each]
+    at = added + np.arange(len(added))
+    length = len(codes) + len(added)
+    new_codes = splice(codes, at, more_codes, delta.engine, length // SPARE)
+    if values is None or more_values is None:
+        return Room((new_codes, None), length)
+    return Room((new_codes, splice(values, at, more_values, delta.engine, length // SPARE)), length)
 
 
 def _with_replaced(values: Values | None, delta: Delta) -> Values | None:
@@ -205,18 +223,18 @@ def _places_in_groups(counts: Ints) -> Ints:
 def _join(a: Delta, b: Delta) -> tuple[Delta, Ints | None]:
     """The entries of both in order, of equal codes a's first, and where each code's first entry is: None if none is
     in both, as most are not."""
-    after = ranks_in(a.codes, b.codes, True, a.engine)
+    after, both = a.below(b)
+    after += both
     at = after + np.arange(len(b))
     codes = splice(a.codes, at, b.codes, a.engine)
     values = None if a.values is None or b.values is None else splice(a.values, at, b.values, a.engine)
     pairs = ((a.left, b.left), (a.net, b.net), (a.present, b.present), (a.stamps, b.stamps))
     left, net, present, stamps = (splice(old, at, new, a.engine) for old, new in pairs)
     joined = Delta(codes, left, net, present, values, stamps, a.engine)
-    again = at[(after > 0) & (a.codes[after - 1] == b.codes)] if len(a) else at[:0]
-    if len(again) == 0:
+    if not both.any():
         return joined, None
     first = np.ones(len(codes), dtype=np.bool_)
-    first[again] = False
+    first[at[both]] = False
     return joined, np.flatnonzero(first)
 
 

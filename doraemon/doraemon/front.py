@@ -114,8 +114,11 @@ class Front:
         """Whether there is a level that takes no more changes."""
         return self._level is not None and self._level.closed
 
-    def settled(self) -> State:
-        """The state with the level's changes in its delta. O(changes + delta), O(1) without new changes."""
+    def settled(self, append: bool = False) -> State:
+        """The state with the level's changes in its recent delta. O(changes + delta), O(1) without new changes.
+
+        A writer, who makes the next state of it, may `append` keys behind the run.
+        """
         version, state = self._settled
         if self._level is None or self._level.version == version:
             return state
@@ -127,6 +130,7 @@ class Front:
             np.frombuffer(net, np.int64),
             np.frombuffer(alive, np.bool_),
             values,
+            append,
         )
         self._settled = (version, state)  # another reader's may be older: its version tells
         return state

@@ -653,7 +653,7 @@ class Index(_Questions):
         """The state that a writer, who holds the lock, makes the next one of: single changes go on after it."""
         front = self._front
         front.freeze()
-        return front.settled()
+        return front.settled(append=True)
 
     def _renew(self) -> Front:
         """A front whose level takes changes."""
@@ -675,6 +675,6 @@ class Index(_Questions):
         merged = before.merged()  # takes long, and holds up nobody
         with self._lock:
             now = self._frozen()
-            if now.run.codes is before.run.codes:  # else compact() was faster
-                now = now.after_merge(before, merged)
+            if now.run.lineage is before.run.lineage:  # else compact() was faster
+                now = now.after_merge(before, merged) or now
             self._front = Front(now)

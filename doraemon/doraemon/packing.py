@@ -23,6 +23,7 @@ def pack(state: State) -> tuple[Header, Arrays]:
     """Everything of a state; values only where there are any."""
     if not is_compact(state.delta.net, len(state.run)):
         state = state.merged()
+    state = state.fitted()
     run, delta, model, memory = state.run, state.delta, state.run.model, state.run.memory
     header = {"dtype": state.key_type.dtype.str.replace(">", "<"), "memory": memory.capacity}
     arrays = {

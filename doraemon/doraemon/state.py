@@ -7,13 +7,14 @@ moment even while others write.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from .appending import appended, fitted
 from .arrays import Bits, Codes, Ints, Mask, Values
 from .delta import Delta, changes_after, merge, stacked
 from .engine import Engine
@@ -59,6 +60,7 @@ class State:
         writes: the number of the last write, by which the deltas' entries are stamped.
         copied: how many entries of deltas the writes since the last merge have copied.
         copied_lately: of them, those of the recent delta since it was last empty.
+        asked: int64 [1], how many queries were asked in batches.
     """
 
     key_type: KeyType
@@ -71,6 +73,7 @@ class State:
     writes: int
     copied: int
     copied_lately: int
+    asked: Ints = field(default_factory=lambda: np.zeros(1, np.int64))
 
     @classmethod
     def of(cls, key_type: KeyType, engine: Engine, run: Run, delta: Delta | None = None, writes: int = 0) -> State:
@@ -82,7 +85,7 @@ class State:
 
     def _with(self, **parts: Any) -> State:
         """This state with some other parts, and the view of them."""
-        state = replace(self, **parts)
+        state = replace(self, **parts, asked=np.zeros(1, np.int64))
         view = make_view(state.engine, state.key_type, state.run, (state.older, state.recent))
         return replace(state, view=view, length=len(state.run) + state.older.shift + state.recent.shift)
 
@@ -138,7 +141,23 @@ class State:
         return ranks
 
     def _batch_view(self, codes: Codes) -> View:
-        return self.view if len(codes) < SMALL or self._step_view is None else self._step_view
+        if len(codes) < SMALL:
+            return self.view
+        if self._step_view is not None:
+            return self._step_view
+        self.asked[0] += len(codes)  # an estimate where threads ask at the same time
+        return self._flat_view if self.asked[0] > len(self.older) + len(self.recent) else self.view
+
+    @cached_property
+    def _flat_view(self) -> View:
+        """What searches all changes at once: worth making for as many queries as there are changes."""
+        if len(self.older) == 0 or len(self.recent) == 0:
+            return self.view
+        return make_view(self.engine, self.key_type, self.run, (self.delta, self._no_changes))
+
+    @property
+    def _no_changes(self) -> Delta:
+        return Delta.empty(None if self.run.values is None else self.run.values.dtype, self.engine)
 
     @cached_property
     def _step_view(self) -> StepView | None:
@@ -219,9 +238,23 @@ class State:
         state = replace(self, recent=recent, writes=self.writes + writes, copied=self.copied + len(recent))
         if lately <= max(MIN_DELTA, len(self.older) + len(recent)):
             return state._with(copied_lately=lately)
-        none = Delta.empty(None if self.run.values is None else self.value_dtype, self.engine)
         delta = state.delta
-        return state._with(older=delta, recent=none, copied=state.copied + len(delta), copied_lately=0)
+        return state._with(older=delta, recent=self._no_changes, copied=state.copied + len(delta), copied_lately=0)
+
+    def count_not_above(self, codes: Codes) -> int:
+        """How many of the codes, which are in order, are not above all codes of the run and of the changes."""
+        parts = [part[-1] for part in (self.run.codes, self.older.codes, self.recent.codes) if len(part)]
+        return int(np.searchsorted(codes, max(parts), side="right")) if parts else 0
+
+    def with_appended(self, codes: Codes, values: Values | None) -> State | None:
+        """The state with more keys, in order and above all codes that there are; None if there is no room for them."""
+        run = appended(self.run, codes, values, self.engine) if len(codes) else self.run
+        if run is None or run is self.run:
+            return None if run is None else self
+        state, hot = self._with(run=run), self.run.hot
+        if hot is None or hot.highest <= int(self.run.codes[-1]):
+            return state
+        return state.with_hot(state.hot_table(hot.codes))  # ranks that it knows of absent codes are others now
 
     def remodelled(self, model: Model, trained: Signature, memory: Models) -> State:
         """The same keys under another model, which `trained` was the workload of."""
@@ -248,18 +281,31 @@ class State:
     def merged(self) -> State:
         """The state whose run has everything; its model is fitted for the accesses counted so far."""
         if len(self.older) == len(self.recent) == 0:
-            return self
-        codes, values = merge(self.run.codes, self.run.values, self.delta)
-        state = State.of(self.key_type, self.engine, self.run.followed_by(codes, values, self.engine))
+            return self.fitted()
+        room = merge(self.run.codes, self.run.values, self.delta)
+        codes, values = room.first(room.used)
+        run = replace(self.run.followed_by(codes, values, self.engine), room=room)
+        state = State.of(self.key_type, self.engine, run)
         if self.run.hot is None or len(codes) == 0:
             return state
         return state.with_hot(state.hot_table(self.run.hot.codes))
 
-    def after_merge(self, before: State, merged: State) -> State:
-        """This state over the run of `merged`, which was made of `before`, an earlier state of this one."""
-        run = replace(merged.run, memory=self.run.memory_over(merged.run.codes))
-        delta = changes_after(self.delta, before.delta, merged.counted)
-        return State.of(self.key_type, self.engine, run, delta, self.writes)
+    def fitted(self) -> State:
+        """The state whose model knows all keys of the run, also those that were appended lately."""
+        return self._with(run=fitted(self.run, self.engine)) if self.run.tail else self
+
+    def after_merge(self, before: State, merged: State) -> State | None:
+        """This state over the run of `merged`, which was made of `before`, an earlier state of this one.
+
+        None if so many keys were appended meanwhile that they have no room there.
+        """
+        memory = self.run.memory_over(merged.run.codes, merged.run.model.starts)
+        merged, since = merged._with(run=replace(merged.run, memory=memory)), slice(len(before.run), None)
+        grown = merged.with_appended(self.run.codes[since], None if self.run.values is None else self.run.values[since])
+        if grown is None:
+            return None
+        delta = changes_after(self.delta, before.delta, grown.counted)
+        return State.of(self.key_type, self.engine, grown.run, delta, self.writes)
 
 
 def values_error() -> TypeError:
