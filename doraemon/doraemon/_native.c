@@ -285,6 +285,14 @@ static inline void find_windows(const Search *s, Group *g)
             PREFETCH(window_of(s->deltas + d, g->low[i]));
 }
 
+/* Ask memory for the entries that queries will probably be compared with: their ranks are near the windows' ends. */
+static inline void expect_entries(const Search *s, const Group *g)
+{
+    for (int d = 0; d < DELTAS; d++)
+        for (int64_t i = 0; s->deltas[d].n && i < g->m; i++)
+            PREFETCH(s->deltas[d].entries + window_of(s->deltas + d, g->low[i])[0]);
+}
+
 /* Halve the long windows, all of them in step, until none is longer than SHORT; the length of the longest then. */
 static inline int64_t halve_long(const uint64_t *keys, Group *g)
 {
@@ -436,8 +444,10 @@ WIDE static void search_model(Search *s, int asked, int right, const uint64_t *c
         if (s->n && next->m > 0)
             find_leaves(s, next);
         if (first > 0) {
-            if (s->n)
+            if (s->n) {
+                expect_entries(s, last);
                 search_windows(s, last, rank);
+            }
             write_answers(s, last->q, rank, NULL, last->m, asked, right, first - GROUP, out);
         }
         if (s->n && next->m > 0)
@@ -554,6 +564,7 @@ WIDE static void search_hot(Search *s, int asked, int right, const uint64_t *cod
         if (next->m)
             find_leaves(s, next);
         if (last->m) {
+            expect_entries(s, last);
             search_windows(s, last, rank);
             scatter_answers(s, last->q, rank, NULL, at[!turn], last->m, asked, right, out);
         }

@@ -46,7 +46,7 @@ class _Questions(Collection[Any], Reversible[Any]):
     """
 
     _OWN: ClassVar[frozenset[str]] = frozenset(
-        {"_front", "_merging", "_adapting", "_lock", "_merger"}
+        {"_front", "_merging", "_adapting", "_lock", "_adapt_lock", "_merger"}
     )  #: attributes that are not a subclass's
 
     def __init__(self, front: Front) -> None:
@@ -453,6 +453,7 @@ class Index(_Questions):
         self._merging = merging
         self._adapting = adapt
         self._lock = threading.Lock()  # writers take turns
+        self._adapt_lock = threading.Lock()  # and who adapts, before that
         self._merger: threading.Thread | None = None
         if adapt == "auto":
             follow(self)
@@ -632,13 +633,22 @@ class Index(_Questions):
         The table is looked up before the model, and answers what it holds. A few are made and timed on the newest
         samples, and the fastest stays, or none. Of the buckets that are searched nevertheless only those are fitted
         whose number of leaves changes, and none of them if a similar workload was known; leaves change if the model
-        says that it pays. Readers go on meanwhile. O(samples + keys of the table + keys of the buckets fitted).
+        says that it pays. Readers and writers go on meanwhile; only after a merge meanwhile it is done once more, and
+        writers wait. O(samples + keys of the table + keys of the buckets fitted).
 
         >>> Index(range(100)).adapt().reason
         'too few accesses were counted to tell'
         """
-        with self._lock:
-            self._state, report = adaptation.adapt(self._frozen())
+        with self._adapt_lock:
+            with self._lock:
+                before = self._frozen()
+            after, report = adaptation.adapt(before)  # takes long, and holds up nobody
+            with self._lock:
+                now = self._frozen()
+                state = now.adapted(before, after)
+                if state is None:
+                    state, report = adaptation.adapt(now)
+                self._state = state
             return report
 
     def _change(self, change: Callable[[State], State]) -> int:

@@ -75,7 +75,7 @@ class Run:
         return Run(codes, values, model, heat, shares, memory)
 
     def memory_over(self, codes: Codes, starts: Ints) -> Models:
-        """The memory over other codes, whose buckets begin at `starts`: their shares and leaf numbers of each workload."""
+        """The memory over other codes, whose buckets begin at `starts`: each workload with its shares there."""
         if len(self) == 0 or len(codes) == 0:
             return Models(self.memory.capacity)  # without buckets on both sides no workload can be carried over
         ranks, depths = self._bucket_ranks(codes), np.diff(starts)

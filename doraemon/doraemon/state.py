@@ -248,13 +248,23 @@ class State:
 
     def with_appended(self, codes: Codes, values: Values | None) -> State | None:
         """The state with more keys, in order and above all codes that there are; None if there is no room for them."""
-        run = appended(self.run, codes, values, self.engine) if len(codes) else self.run
-        if run is None or run is self.run:
-            return None if run is None else self
-        state, hot = self._with(run=run), self.run.hot
-        if hot is None or hot.highest <= int(self.run.codes[-1]):
-            return state
-        return state.with_hot(state.hot_table(hot.codes))  # ranks that it knows of absent codes are others now
+        if len(codes) == 0:
+            return self
+        run = appended(self.run, codes, values, self.engine)
+        if run is None:
+            return None
+        return self._with(run=run)._with_true_hot(self.run)
+
+    def _with_true_hot(self, shorter: Run) -> State:
+        """The state with a hot table whose ranks are those of this run, where it has those of a shorter one.
+
+        They are others only for codes above that one's keys.
+        """
+        hot = self.run.hot
+        if hot is None or len(self.run) == len(shorter) or hot.highest <= int(shorter.codes[-1]):
+            return self
+        plain = self.with_hot(None)
+        return plain.with_hot(plain.hot_table(hot.codes))
 
     def remodelled(self, model: Model, trained: Signature, memory: Models) -> State:
         """The same keys under another model, which `trained` was the workload of."""
@@ -293,6 +303,18 @@ class State:
     def fitted(self) -> State:
         """The state whose model knows all keys of the run, also those that were appended lately."""
         return self._with(run=fitted(self.run, self.engine)) if self.run.tail else self
+
+    def adapted(self, before: State, after: State) -> State | None:
+        """This state under the model and the hot table of `after`, which was made of `before`, an earlier one of it.
+
+        None if there was a merge in between. A model whose last buckets were fitted since stays.
+        """
+        run, made = self.run, after.run
+        if run.lineage is not before.run.lineage:
+            return None
+        if run.heat is before.run.heat:
+            run = replace(run, model=made.model.reaching(len(run)), trained=made.trained, memory=made.memory)
+        return self._with(run=replace(run, hot=made.hot))._with_true_hot(before.run)
 
     def after_merge(self, before: State, merged: State) -> State | None:
         """This state over the run of `merged`, which was made of `before`, an earlier state of this one.
