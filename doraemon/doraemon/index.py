@@ -539,7 +539,8 @@ class Index(_Questions):
     def insert(self, key: Any, value: Any = REQUIRED) -> None:
         """Add one key: another copy in a multiset; in a map a new one with its value.
 
-        O(block) in C while only questions of one key come in between, else O(d) and from time to time a merge in O(n).
+        O(block) in C while only questions of one key or one range come in between, else O(sqrt(d)) amortised; and from
+        time to time a merge in O(n).
 
         Raises:
             KeyError: the key is in the map.
@@ -578,7 +579,8 @@ class Index(_Questions):
     def extend(self, keys: ArrayLike, values: ArrayLike | None = None) -> None:
         """Add many keys; in a map, set the values of many, the last of equal keys winning.
 
-        O(k log k + d) for k keys, and from time to time a merge in O(n).
+        O(k log k + sqrt(k d)) amortised for k keys, O(k log k) above all others where a merge left room for them; and
+        from time to time a merge in O(n).
 
         Raises:
             OverflowError: a value does not fit the values' dtype.
@@ -607,7 +609,7 @@ class Index(_Questions):
     def discard_many(self, keys: ArrayLike) -> int:
         """Remove each key that is there, from a multiset one copy per time it is given; how many were removed.
 
-        O(k log k + d) for k keys.
+        O(k log k + sqrt(k d)) amortised for k keys.
 
         >>> index = Index([1, 3, 3, 5])
         >>> index.discard_many([3, 3, 3, 4, 5]), index.keys()

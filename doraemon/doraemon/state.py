@@ -146,7 +146,7 @@ class State:
         if self._step_view is not None:
             return self._step_view
         self.asked[0] += len(codes)  # an estimate where threads ask at the same time
-        return self._flat_view if self.asked[0] > len(self.older) + len(self.recent) else self.view
+        return self._flat_view if self.asked[0] > self.changes else self.view
 
     @cached_property
     def _flat_view(self) -> View:
@@ -236,7 +236,7 @@ class State:
         """
         lately = self.copied_lately + len(recent)
         state = replace(self, recent=recent, writes=self.writes + writes, copied=self.copied + len(recent))
-        if lately <= max(MIN_DELTA, len(self.older) + len(recent)):
+        if lately <= max(MIN_DELTA, state.changes):
             return state._with(copied_lately=lately)
         delta = state.delta
         return state._with(older=delta, recent=self._no_changes, copied=state.copied + len(delta), copied_lately=0)
@@ -283,14 +283,19 @@ class State:
         return Hot.of(codes, left, copies)
 
     @property
+    def changes(self) -> int:
+        """How many entries the deltas have. O(1), which `len(delta)` is not."""
+        return len(self.older) + len(self.recent)
+
+    @property
     def merge_is_due(self) -> bool:
         """Whether there are many changes, or writes have copied them so often that merging would have been cheaper."""
-        n, changes = len(self.run), len(self.older) + len(self.recent)
-        return changes >= max(MIN_DELTA, n // 16) or self.copied >= 2 * (n + MERGE_COST)
+        n = len(self.run)
+        return self.changes >= max(MIN_DELTA, n // 16) or self.copied >= 2 * (n + MERGE_COST)
 
     def merged(self) -> State:
         """The state whose run has everything; its model is fitted for the accesses counted so far."""
-        if len(self.older) == len(self.recent) == 0:
+        if self.changes == 0:
             return self.fitted()
         room = merge(self.run.codes, self.run.values, self.delta)
         codes, values = room.first(room.used)
