@@ -6,8 +6,9 @@ building    from sorted and from shuffled keys, beside np.sort alone
 adapting    refit: every bucket fitted anew for the workload, as without a memory of fits; adapt: after the hot keys
             (90 % of the queries in 2 % of the keys) moved by 2 % of the keys; return: adapting back to the workload
             before, which is remembered. Each round does all three, at another place of the keys
-writing     inserts of new keys in batches, merges counted: they end with the first merge after 10 % more keys. Then
-            what changes not yet merged cost lookups. Changes one at a time are in single.py
+writing     inserts of new keys in batches, merges counted: they end with the first merge after 10 % more keys. Keys
+            above all others in batches, 10 % more of them, after a merge. Then what changes not yet merged cost
+            lookups. Changes one at a time are in single.py
 """
 
 from __future__ import annotations
@@ -82,11 +83,25 @@ def inserted(keys: Keys, more: Keys, size: int) -> tuple[float, int]:
 
     def insert_all() -> None:
         nonlocal count
-        while count < len(keys) // 10 or len(index._state.delta):
+        while count < len(keys) // 10 or index._state.changes:
             index.extend(more[count : count + size])
             count += size
 
     return seconds_of(insert_all) / count, count
+
+
+def appended(keys: Keys, size: int) -> float:
+    """Seconds per key of inserting keys above all others in batches, into an index that was merged before."""
+    index = Index(keys >> np.uint64(1))
+    index.extend([0])
+    index.compact()
+    more = np.arange(len(keys) // 10, dtype=np.uint64) + np.uint64(2**63)
+
+    def append_all() -> None:
+        for first in range(0, len(more), size):
+            index.extend(more[first : first + size])
+
+    return seconds_of(append_all) / len(more)
 
 
 def writing(keys: Keys, rounds: int) -> Row:
@@ -96,8 +111,10 @@ def writing(keys: Keys, rounds: int) -> Row:
     for size in sorted({10_000, max(10_000, len(keys) // 400)}):
         times = [inserted(keys, more, size) for _ in range(rounds)]
         row[f"insert ns, batches of {size}"] = spread([seconds * 1e9 for seconds, _ in times])
+    row["append ns"] = spread([appended(keys, 10_000) * 1e9 for _ in range(rounds)])
     index = Index(keys, merging="manual")
-    index.extend(more[: len(keys) // 16])
+    for part in np.array_split(more[: len(keys) // 16], 25):
+        index.extend(part)
     merged = index.copy()
     merged.compact()
     queries = make_queries("uniform", keys, 1_000_000)

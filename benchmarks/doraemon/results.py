@@ -292,10 +292,11 @@ def writing(results: Results) -> str:
         sizes = {int(name.rsplit(" ", 1)[1]): value for name, value in row.items() if name.startswith("insert ns")}
         larger = max(sizes)
         cells = [spread(sizes[10_000]), f"{spread(sizes[larger])}, of {larger:,}" if larger > 10_000 else "-"]
+        cells.append(spread(row["append ns"]) if "append ns" in row else "-")
         cells += [figure(row["lookup ns"][name][1]) for name in ("merged", "unmerged")]
         rows.append([millions(row["n"]), *cells])
-    names = ["n", "ns per insert, batches of 10,000", "ns per insert, larger batches", "ns per lookup, merged"]
-    return table([*names, "ns per lookup, n/16 unmerged"], rows)
+    names = ["n", "ns per insert, batches of 10,000", "ns per insert, larger batches", "ns per appended key"]
+    return table([*names, "ns per lookup, merged", "ns per lookup, n/16 unmerged"], rows)
 
 
 def inserts(results: Results) -> str:

@@ -1,4 +1,4 @@
-/* The level: single changes on their way into the delta, in memory that is changed in place.
+/* The level: single changes on their way into the deltas, in memory that is changed in place.
  *
  * Included by _native.c after the View, whose search it begins with. Entries lie in blocks of sorted codes; each block
  * knows by how much the blocks before it shift ranks, so a rank costs two short binary searches and one short sum.
@@ -11,6 +11,7 @@ enum { ENTRIES = 256 };
 typedef struct {
     int64_t count;
     uint64_t codes[ENTRIES];
+    int64_t ranks[ENTRIES];     /* how many keys of the base are below the code */
     int64_t net[ENTRIES];       /* by how many keys the code's count differs from the base's */
     PyObject *values[ENTRIES];  /* of a map, NULL where the key was removed; NULL in a multiset */
 } Block;
@@ -98,6 +99,7 @@ static int add_block(Level *level, int64_t b, int64_t from, uint64_t first)
     Block *left = level->blocks[b - 1];
     block->count = left->count - from;
     memcpy(block->codes, left->codes + from, (size_t)block->count * sizeof *left->codes);
+    memcpy(block->ranks, left->ranks + from, (size_t)block->count * sizeof *left->ranks);
     memcpy(block->net, left->net + from, (size_t)block->count * sizeof *left->net);
     memcpy(block->values, left->values + from, (size_t)block->count * sizeof *left->values);
     left->count = from;
@@ -123,9 +125,11 @@ static int add_entry(Level *level, uint64_t code, int64_t *b, int64_t *i)
     Block *block = level->blocks[*b];
     size_t after = (size_t)(block->count - *i);
     memmove(block->codes + *i + 1, block->codes + *i, after * sizeof *block->codes);
+    memmove(block->ranks + *i + 1, block->ranks + *i, after * sizeof *block->ranks);
     memmove(block->net + *i + 1, block->net + *i, after * sizeof *block->net);
     memmove(block->values + *i + 1, block->values + *i, after * sizeof *block->values);
     block->codes[*i] = code;
+    block->ranks[*i] = rank_of_code(&level->base->search, code, 0);
     block->net[*i] = 0;
     block->values[*i] = NULL;
     block->count++;
@@ -158,7 +162,7 @@ static int change_entry(Level *level, uint64_t code, int found, int64_t b, int64
 static int64_t base_count(Level *level, uint64_t code)
 {
     const Search *s = &level->base->search;
-    int64_t end = code == UINT64_MAX ? s->n + s->shifts[s->n_delta] : rank_of_code(s, code, 1);
+    int64_t end = code == UINT64_MAX ? length_of(s) : rank_of_code(s, code, 1);
     return end - rank_of_code(s, code, 0);
 }
 
@@ -187,7 +191,7 @@ static PyObject *level_rank(Level *level, PyObject *key, int right)
         return NULL;
     right = right && cut.exact;
     if (cut.above || (right && cut.code == UINT64_MAX))
-        return PyLong_FromLongLong(s->n + s->shifts[s->n_delta] + level->net);
+        return PyLong_FromLongLong(length_of(s) + level->net);
     uint64_t q = cut.code + (uint64_t)right;
     return PyLong_FromLongLong(ask_rank(s, cut.code, right) + shift_below(level, q));
 }
@@ -226,7 +230,7 @@ static PyObject *level_get(PyObject *self, PyObject *const *args, Py_ssize_t cou
         return Py_NewRef(value != NULL ? value : args[1]);
     }
     Place place = ask_place(&level->base->search, cut.code);
-    return place.present ? PySequence_GetItem(level->base->values[place.in_delta], (Py_ssize_t)place.position)
+    return place.present ? PySequence_GetItem(level->base->values[place.layer], (Py_ssize_t)place.position)
                          : Py_NewRef(args[1]);
 }
 
@@ -388,6 +392,11 @@ static void level_dealloc(PyObject *self)
     Py_DECREF((PyObject *)type);
 }
 
+static PyObject *level_select(PyObject *self, PyObject *rank); /* in _scan.c, as are the next */
+static PyObject *level_neighbour(PyObject *self, PyObject *const *args, Py_ssize_t count);
+static PyObject *level_count(PyObject *self, PyObject *const *args, Py_ssize_t count);
+static PyObject *level_scan(PyObject *self, PyObject *const *args, Py_ssize_t count);
+
 static PyMethodDef level_methods[] = {
     {"left", level_left, METH_O, "How many keys are below the key."},
     {"right", level_right, METH_O, "How many keys are not above the key."},
@@ -398,6 +407,10 @@ static PyMethodDef level_methods[] = {
     {"update", (PyCFunction)(void (*)(void))level_update, METH_FASTCALL,
      "update(key, value): True; None if the level does not take it."},
     {"discard", level_discard, METH_O, "Whether the key was there, once less now; None if the level does not take it."},
+    {"select", level_select, METH_O, "The code of a rank, as in a View."},
+    {"neighbour", (PyCFunction)(void (*)(void))level_neighbour, METH_FASTCALL, "As in a View."},
+    {"count", (PyCFunction)(void (*)(void))level_count, METH_FASTCALL, "As in a View."},
+    {"scan", (PyCFunction)(void (*)(void))level_scan, METH_FASTCALL, "As in a View."},
     {"freeze", level_freeze, METH_NOARGS, "Take no more changes."},
     {"entries", level_entries, METH_NOARGS, "Version, codes, net changes, which are alive, values, of one moment."},
     {NULL, NULL, 0, NULL},

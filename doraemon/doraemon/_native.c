@@ -1,7 +1,7 @@
 /* The search and the fit in C.
  *
  * A View is what readers of one state of an index search in: the sorted codes of the immutable run, the model over
- * them, the sorted delta of changes since, and the table of hot codes that is asked before the model. It borrows
+ * them, the sorted deltas of changes since, and the table of hot codes that is asked before the model. It borrows
  * NumPy's arrays through the buffer protocol and changes none but `samples`, the codes that were asked for lately.
  *
  * Why no answer depends on the model: the root search places a query q between two bucket boundaries by comparing
@@ -19,8 +19,9 @@
 #include "_hot.h"
 #include "_portable.h"
 
-enum { GROUP = 64, BLOCK = 32, SHORT = 16, PLACE_SHIFT = 8 };
-enum { RUN_RANKS, RANKS, PLACES }; /* what a batch asks for */
+enum { GROUP = 64, BLOCK = 32, CHUNK = 128, SHORT = 16, PLACE_SHIFT = 8 };
+enum { DELTAS = 2, FEW = 4 };              /* the older, larger one first; entries that are compared at once */
+enum { RUN_RANKS, RANKS, PLACES, COUNTS }; /* what a batch asks for */
 
 typedef struct {
     uint64_t low;   /* the bucket's first code */
@@ -34,30 +35,46 @@ typedef struct {
     float radius;      /* the true position is that far away at most, for keys in the run */
 } Leaf;
 
+/* A change of a delta. */
+typedef struct {
+    uint64_t code;
+    int64_t found; /* by how much the entries before this one shift ranks, twice, and 1 more if the code is in the index */
+} Entry;
+
+/* The changes of a delta. The rank of a code in the run tells between which of them its own is: `windows[b]` of them
+ * have ranks below b << bits, and the last window takes all that are left. */
+typedef struct {
+    const Entry *entries; /* n, and FEW that are above every code and have the shift of all */
+    const int64_t *left;  /* where each code is, or would be, in the run */
+    const uint32_t *windows;
+    int64_t n, last_window;
+    int bits;
+} Delta;
+
 /* ------------------------------------------------------------------ search */
 
 typedef struct {
-    const uint64_t *keys, *bounds, *delta; /* codes: of the run, of each bucket's first key, of the delta */
+    const uint64_t *keys, *bounds; /* codes: of the run, of each bucket's first key */
     const Bucket *buckets;
     const Leaf *leaves;
-    const int64_t *shifts; /* shifts[j]: by how much the delta's first j codes shift the ranks after them */
-    const uint8_t *alive;  /* whether the delta's code is in the index */
+    Delta deltas[DELTAS];
     Hot hot;
     uint64_t *samples, *taken; /* one code in `sampling` of those asked for, in a ring, and how many so far */
-    int64_t n, n_buckets, n_delta;
+    int64_t n, n_buckets;
     uint64_t sampling, ring, random; /* `ring` is the number of samples that there is room for, less 1 */
 } Search;
 
-/* Where a code lies: whether anywhere, whether in the delta, and its position there or in the run. */
+/* Where a code lies: whether anywhere, whether in the run (0) or in which delta (from 1 on), and its position there. */
 typedef struct {
-    int present, in_delta;
+    int present, layer;
     int64_t position;
 } Place;
 
-/* Where the answers of a batch go: ranks, or places without or with their positions. */
+/* Where the answers of a batch go: ranks, or places without or with their positions. With ranks in the run the counts
+ * of keys in run and older delta. */
 typedef struct {
     int64_t *ranks, *positions;
-    uint8_t *present, *in_delta;
+    uint8_t *present, *layers;
 } Answers;
 
 /* The number of `n` sorted codes below `q`, without branches on their values. */
@@ -107,6 +124,52 @@ static int64_t gallop(const uint64_t *keys, int64_t start, int64_t end, int64_t 
         low = high - step >= start ? high - step + 1 : start;
     }
     return low + below(keys + low, high - low, q);
+}
+
+static inline const uint32_t *window_of(const Delta *delta, int64_t rank)
+{
+    int64_t window = rank >> delta->bits;
+    return delta->windows + (window < delta->last_window ? window : delta->last_window);
+}
+
+/* The number of `n` entries whose codes are below `q`, without branches on their values. */
+static inline int64_t entries_below(const Entry *entries, int64_t n, uint64_t q)
+{
+    const Entry *at = entries;
+    while (n > 1) {
+        int64_t half = n >> 1;
+        at += half & -(int64_t)(at[half - 1].code < q);
+        n -= half;
+    }
+    return (at - entries) + (n == 1 && at->code < q);
+}
+
+/* The number of a delta's codes below `q`, whose rank in the run is known. */
+static inline int64_t entry_of(const Delta *delta, uint64_t q, int64_t rank)
+{
+    const uint32_t *window = window_of(delta, rank);
+    return window[0] + entries_below(delta->entries + window[0], (int64_t)window[1] - window[0], q);
+}
+
+/* By how much the first `entry` entries of a delta shift ranks, and all of them. */
+static inline int64_t shift_at(const Delta *delta, int64_t entry) { return delta->entries[entry].found >> 1; }
+static inline int64_t whole_shift(const Delta *delta) { return shift_at(delta, delta->n); }
+
+static inline int has_entry(const Delta *delta, int64_t entry, uint64_t code)
+{
+    return entry < delta->n && delta->entries[entry].code == code;
+}
+
+/* By how much an entry changes the number of keys of its code. */
+static inline int64_t net_of(const Delta *delta, int64_t entry)
+{
+    return shift_at(delta, entry + 1) - shift_at(delta, entry);
+}
+
+/* How many keys the run and its deltas have. */
+static inline int64_t length_of(const Search *s)
+{
+    return s->n + whole_shift(s->deltas) + whole_shift(s->deltas + 1);
 }
 
 /* The leaf that serves `q` in the bucket, and where in the leaf it falls. */
@@ -217,6 +280,17 @@ static inline void find_windows(const Search *s, Group *g)
         PREFETCH(s->keys + ((g->low[i] + g->high[i]) >> 1));
         PREFETCH(s->keys + g->high[i]);
     }
+    for (int d = 0; d < DELTAS; d++)
+        for (int64_t i = 0; s->deltas[d].n && i < g->m; i++)
+            PREFETCH(window_of(s->deltas + d, g->low[i]));
+}
+
+/* Ask memory for the entries that queries will probably be compared with: their ranks are near the windows' ends. */
+static inline void expect_entries(const Search *s, const Group *g)
+{
+    for (int d = 0; d < DELTAS; d++)
+        for (int64_t i = 0; s->deltas[d].n && i < g->m; i++)
+            PREFETCH(s->deltas[d].entries + window_of(s->deltas + d, g->low[i])[0]);
 }
 
 /* Halve the long windows, all of them in step, until none is longer than SHORT; the length of the longest then. */
@@ -266,12 +340,63 @@ static inline void search_windows(const Search *s, Group *g, int64_t *out)
 
 static inline int is_in_run(const Search *s, uint64_t q, int64_t rank) { return rank < s->n && s->keys[rank] == q; }
 
-/* The place of code `q` whose run rank is `rank`, when `entry` of the delta's codes are below it. */
-static inline Place place_of(const Search *s, uint64_t q, int64_t rank, int in_run, int64_t entry)
+/* How many keys of the run equal `q`, whose rank is known. */
+static inline int64_t copies_in_run(const Search *s, uint64_t q, int64_t rank)
 {
-    if (entry < s->n_delta && s->delta[entry] == q)
-        return (Place){s->alive[entry], 1, entry};
+    if (!is_in_run(s, q, rank))
+        return 0;
+    if (rank + 1 == s->n || s->keys[rank + 1] != q)
+        return 1;
+    return q == UINT64_MAX ? s->n - rank : gallop(s->keys, rank, s->n, rank + 1, q + 1) - rank;
+}
+
+/* The place of code `q` whose rank in the run is known, and by how many codes of each delta it is preceded. */
+static inline Place place_of(const Search *s, uint64_t q, int64_t rank, int in_run, int64_t older, int64_t newer)
+{
+    if (has_entry(s->deltas + 1, newer, q))
+        return (Place){s->deltas[1].entries[newer].found & 1, 2, newer};
+    if (has_entry(s->deltas, older, q))
+        return (Place){s->deltas[0].entries[older].found & 1, 1, older};
     return (Place){in_run, 0, rank};
+}
+
+/* How many of a delta's codes are below each of m queries, whose ranks in the run are known: memory is asked for all of
+ * them before one is searched. Most windows have few entries, which are compared without a branch on their codes; those
+ * after the window are not below the query, and after the last one are as many that are below nothing. */
+static inline void find_entries(const Delta *delta, const uint64_t *q, const int64_t *rank, int64_t m, int64_t *entry)
+{
+    int64_t wide[GROUP];
+    for (int64_t i = 0; i < m; i++) {
+        const uint32_t *window = window_of(delta, rank[i]);
+        entry[i] = window[0];
+        wide[i] = (int64_t)window[1] - window[0];
+        PREFETCH(delta->entries + window[0]);
+    }
+    for (int64_t i = 0; i < m; i++) {
+        const Entry *at = delta->entries + entry[i];
+        if (wide[i] <= FEW)
+            for (int j = 0; j < FEW; j++)
+                entry[i] += at[j].code < q[i];
+        else
+            entry[i] += entries_below(at, wide[i], q[i]);
+    }
+}
+
+/* Write the ranks of m queries, whose ranks in the run are known, to the places from `first` on. */
+static inline void write_ranks(const Search *s, const uint64_t *q, const int64_t *rank, int64_t m, int with_deltas,
+                               int right, int64_t *out)
+{
+    int64_t entry[GROUP];
+    for (int64_t i = 0; i < m; i++)
+        out[i] = right && q[i] == 0 ? s->n : rank[i]; /* q + 1 wrapped around: everything is left of it */
+    for (int d = 0; with_deltas && d < DELTAS; d++) {
+        const Delta *delta = s->deltas + d;
+        if (delta->n == 0)
+            continue;
+        find_entries(delta, q, rank, m, entry);
+        for (int64_t i = 0; i < m; i++)
+            out[i] += shift_at(delta, right && q[i] == 0 ? delta->n : entry[i]);
+    }
 }
 
 /* Write what is asked of m queries, whose run ranks are known, to the places from `first` on. Whether the run has them is
@@ -279,22 +404,26 @@ static inline Place place_of(const Search *s, uint64_t q, int64_t rank, int in_r
 static inline void write_answers(const Search *s, const uint64_t *q, const int64_t *rank, const uint8_t *in_run,
                                  int64_t m, int asked, int right, int64_t first, const Answers *out)
 {
-    int64_t entry[GROUP]; /* how many of the delta's codes are below each query */
-    if (asked != RUN_RANKS)
-        group_below(s->delta, s->n_delta, q, m, entry);
-    for (int64_t i = 0; i < m; i++) {
-        if (asked == PLACES) {
-            int found = in_run != NULL ? in_run[i] : is_in_run(s, q[i], rank[i]);
-            Place place = place_of(s, q[i], rank[i], found, entry[i]);
-            out->present[first + i] = (uint8_t)place.present;
-            if (out->positions != NULL) {
-                out->in_delta[first + i] = (uint8_t)place.in_delta;
-                out->positions[first + i] = place.position;
-            }
-        } else {
-            int past = right && q[i] == 0; /* q + 1 wrapped around: everything is left of it */
-            int64_t shift = asked == RANKS ? s->shifts[past ? s->n_delta : entry[i]] : 0;
-            out->ranks[first + i] = (past ? s->n : rank[i]) + shift;
+    int64_t entry[DELTAS][GROUP] = {{0}};
+    if (asked == RUN_RANKS || asked == RANKS) {
+        write_ranks(s, q, rank, m, asked == RANKS, right, out->ranks + first);
+        return;
+    }
+    for (int d = 0; d < DELTAS; d++)
+        if (s->deltas[d].n && (d == 0 || asked == PLACES))
+            find_entries(s->deltas + d, q, rank, m, entry[d]);
+    for (int64_t i = 0; asked == COUNTS && i < m; i++) {
+        int64_t older = has_entry(s->deltas, entry[0][i], q[i]) ? net_of(s->deltas, entry[0][i]) : 0;
+        out->ranks[first + i] = rank[i];
+        out->positions[first + i] = copies_in_run(s, q[i], rank[i]) + older;
+    }
+    for (int64_t i = 0; asked == PLACES && i < m; i++) {
+        int found = in_run != NULL ? in_run[i] : is_in_run(s, q[i], rank[i]);
+        Place place = place_of(s, q[i], rank[i], found, entry[0][i], entry[1][i]);
+        out->present[first + i] = (uint8_t)place.present;
+        if (out->positions != NULL) {
+            out->layers[first + i] = (uint8_t)place.layer;
+            out->positions[first + i] = place.position;
         }
     }
 }
@@ -310,13 +439,15 @@ WIDE static void search_model(Search *s, int asked, int right, const uint64_t *c
         next->m = m - first < GROUP ? m - first : GROUP;
         for (int64_t i = 0; i < next->m; i++)
             next->q[i] = codes[first + i] + (uint64_t)right; /* codes are whole: right of q is left of q + 1 */
-        if (asked != RUN_RANKS) /* which writers ask for */
+        if (asked == RANKS || asked == PLACES) /* the others writers ask for */
             sample_codes(s, codes + first, next->m, &random);
         if (s->n && next->m > 0)
             find_leaves(s, next);
         if (first > 0) {
-            if (s->n)
+            if (s->n) {
+                expect_entries(s, last);
                 search_windows(s, last, rank);
+            }
             write_answers(s, last->q, rank, NULL, last->m, asked, right, first - GROUP, out);
         }
         if (s->n && next->m > 0)
@@ -374,8 +505,8 @@ static inline void scatter_answers(const Search *s, const uint64_t *q, const int
                                    const int64_t *at, int64_t m, int asked, int right, const Answers *out)
 {
     int64_t numbers[GROUP];
-    uint8_t present[GROUP], in_delta[GROUP];
-    Answers some = {.ranks = numbers, .present = present, .in_delta = in_delta,
+    uint8_t present[GROUP], layers[GROUP];
+    Answers some = {.ranks = numbers, .present = present, .layers = layers,
                     .positions = out->positions == NULL ? NULL : numbers};
     write_answers(s, q, rank, in_run, m, asked, right, 0, &some);
     for (int64_t i = 0; i < m; i++) {
@@ -385,7 +516,7 @@ static inline void scatter_answers(const Search *s, const uint64_t *q, const int
         }
         out->present[at[i]] = present[i];
         if (out->positions != NULL) {
-            out->in_delta[at[i]] = in_delta[i];
+            out->layers[at[i]] = layers[i];
             out->positions[at[i]] = numbers[i];
         }
     }
@@ -409,7 +540,7 @@ WIDE static void search_hot(Search *s, int asked, int right, const uint64_t *cod
     Group groups[2];
     Picked hits, misses;
     int64_t at[2][GROUP], rank[GROUP], done = 0;
-    int turn = 0, only_ranks = asked == RUN_RANKS || (asked == RANKS && s->n_delta == 0);
+    int turn = 0, only_ranks = asked == RUN_RANKS || (asked == RANKS && s->deltas[0].n + s->deltas[1].n == 0);
     uint64_t random = LOAD(&s->random);
     groups[1].m = misses.m = 0;
     do {
@@ -433,6 +564,7 @@ WIDE static void search_hot(Search *s, int asked, int right, const uint64_t *cod
         if (next->m)
             find_leaves(s, next);
         if (last->m) {
+            expect_entries(s, last);
             search_windows(s, last, rank);
             scatter_answers(s, last->q, rank, NULL, at[!turn], last->m, asked, right, out);
         }
@@ -529,18 +661,31 @@ WIDE static void fit_bucket(const uint64_t *keys, int64_t n, int64_t start, int6
 
 /* ------------------------------------------------------------------ splice */
 
-/* memcpy of items of 8 bytes in an even gap between two others is a few words, for which a call takes too long. */
-static inline void copy_items(char *to, const char *from, int64_t count, size_t size)
+/* memcpy of a gap between two items is often short and never as long as the one before, and a loop that ends where it
+ * ends is mispredicted. Whole chunks are copied instead, if there is room after them for what is not meant. */
+static inline void copy_gap(char *to, const char *from, size_t bytes, size_t room)
 {
-    if (size == 8 && count < 64)
-        for (int64_t i = 0; i < count; i++)
-            memcpy(to + 8 * i, from + 8 * i, 8);
+    if (bytes > 4 * CHUNK || bytes + CHUNK > room) {
+        memcpy(to, from, bytes);
+        return;
+    }
+    size_t copied = 0;
+    do {
+        memcpy(to + copied, from + copied, CHUNK);
+        copied += CHUNK;
+    } while (copied < bytes);
+}
+
+static inline void copy_item(char *to, const char *from, size_t size)
+{
+    if (size == 8)
+        memcpy(to, from, 8);
     else
-        memcpy(to, from, (size_t)count * size);
+        memcpy(to, from, size);
 }
 
 /* `old` with the m items of `more`, the j-th of them at[j] in `out`; 0 if these places are not ascending in it. */
-static int splice_items(const char *old, int64_t n, const int64_t *at, const char *more, int64_t m, size_t size,
+WIDE static int splice_items(const char *old, int64_t n, const int64_t *at, const char *more, int64_t m, size_t size,
                         char *out)
 {
     int64_t taken = 0, filled = 0;
@@ -548,27 +693,55 @@ static int splice_items(const char *old, int64_t n, const int64_t *at, const cha
         int64_t gap = at[j] - filled;
         if (gap < 0 || gap > n - taken)
             return 0;
-        copy_items(out + (size_t)filled * size, old + (size_t)taken * size, gap, size);
+        copy_gap(out + (size_t)filled * size, old + (size_t)taken * size, (size_t)gap * size, (size_t)(n - taken) * size);
         taken += gap;
-        copy_items(out + (size_t)at[j] * size, more + (size_t)j * size, 1, size);
+        copy_item(out + (size_t)at[j] * size, more + (size_t)j * size, size);
         filled = at[j] + 1;
     }
     memcpy(out + (size_t)filled * size, old + (size_t)taken * size, (size_t)(n - taken) * size);
     return 1;
 }
 
+/* ------------------------------------------------------------------ deltas */
+
+static void pack_entries(const uint64_t *codes, const int64_t *net, const int64_t *present, int64_t n, Entry *out)
+{
+    int64_t shift = 0;
+    for (int64_t i = 0; i < n; i++) {
+        out[i] = (Entry){codes[i], 2 * shift + (present[i] + net[i] > 0)};
+        shift += net[i];
+    }
+    for (int64_t i = n; i < n + FEW; i++)
+        out[i] = (Entry){UINT64_MAX, 2 * shift};
+}
+
+/* windows[b]: how many of the ranks, which ascend, are below b << bits; the last window ends after all of them. */
+static void fill_windows(const int64_t *left, int64_t n, int bits, uint32_t *windows, int64_t count)
+{
+    memset(windows, 0, (size_t)count * sizeof *windows);
+    for (int64_t i = 0; i < n; i++) {
+        int64_t window = left[i] >> bits;
+        windows[(window < count - 2 ? window : count - 2) + 1] = (uint32_t)i + 1;
+    }
+    for (int64_t b = 1; b < count; b++)
+        windows[b] = windows[b] > windows[b - 1] ? windows[b] : windows[b - 1];
+}
+
 /* ------------------------------------------------------------------ Python */
 
-enum { KEYS, BOUNDS, BUCKETS, LEAVES, DELTA, SHIFTS, ALIVE, HOT, SAMPLES, TAKEN, N_BUFFERS };
+enum { ENTRIES_OF, LEFT_OF, WINDOWS_OF, DELTA_BUFFERS };
+enum { KEYS, BOUNDS, BUCKETS, LEAVES, HOT, OLDER, NEWER = OLDER + DELTA_BUFFERS, SAMPLES = NEWER + DELTA_BUFFERS, TAKEN,
+       N_BUFFERS };
 
 /* `kind` is the letter of the keys' dtype, `cut` maps keys that C does not read by itself, and `values` are those of
- * the run and of the delta, None for a multiset. */
+ * the run and of the deltas, None for a multiset. */
 typedef struct {
     PyObject_HEAD
     Search search;
     int kind, itemsize, n_held;
-    PyObject *cut, *values[2];
-    Py_buffer held[N_BUFFERS];
+    PyObject *cut, *values[1 + DELTAS];
+    Py_buffer held[N_BUFFERS], raw[1 + DELTAS]; /* the values' bytes, where they are plain ones of `value_size` bytes */
+    Py_ssize_t value_size;
 } View;
 
 static void release_buffers(Py_buffer *held, int count)
@@ -612,23 +785,57 @@ static void view_dealloc(PyObject *self)
     PyTypeObject *type = Py_TYPE(self);
     freefunc free_view = (freefunc)PyType_GetSlot(type, Py_tp_free);
     release_buffers(view->held, view->n_held);
+    release_buffers(view->raw, view->value_size > 0 ? 1 + DELTAS : 0);
     Py_XDECREF(view->cut);
-    Py_XDECREF(view->values[0]);
-    Py_XDECREF(view->values[1]);
+    for (int i = 0; i <= DELTAS; i++)
+        Py_XDECREF(view->values[i]);
     free_view(self);
     Py_DECREF((PyObject *)type);
 }
 
+/* A delta of three buffers; -1 if they do not fit together. */
+static int read_delta(const Py_buffer *held, int bits, Delta *delta)
+{
+    int64_t n = held[ENTRIES_OF].len / (Py_ssize_t)sizeof(Entry) - FEW, windows = held[WINDOWS_OF].len / 4;
+    const uint32_t *window = held[WINDOWS_OF].buf;
+    if (n < 0 || n > UINT32_MAX || held[LEFT_OF].len / 8 != n || windows < 2 ||
+        bits < 0 || bits > 62)
+        return -1;
+    *delta = (Delta){.entries = held[ENTRIES_OF].buf, .left = held[LEFT_OF].buf, .windows = window, .n = n,
+                     .last_window = windows - 2, .bits = bits};
+    return window[0] == 0 && window[windows - 1] == n ? 0 : -1;
+}
+
+/* Hold the bytes of plain values; -1 and none held on error. */
+static int hold_values(View *view, PyObject *const *raw, Py_ssize_t size)
+{
+    Py_ssize_t itemsizes[1 + DELTAS] = {size, size, size};
+    if (get_buffers(raw, itemsizes, 1 + DELTAS, 1 + DELTAS, view->raw) < 0)
+        return -1;
+    int fit = view->raw[0].len == size * view->search.n;
+    for (int d = 0; d < DELTAS; d++)
+        fit = fit && view->raw[1 + d].len == size * view->search.deltas[d].n;
+    if (fit) {
+        view->value_size = size;
+        return 0;
+    }
+    release_buffers(view->raw, 1 + DELTAS);
+    PyErr_SetString(PyExc_ValueError, "the values of a view do not fit its keys");
+    return -1;
+}
+
 static PyObject *view_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static const Py_ssize_t itemsizes[N_BUFFERS] = {8, 8, sizeof(Bucket), sizeof(Leaf), 8, 8, 1, sizeof(Line), 8, 8};
-    PyObject *arrays[N_BUFFERS], *cut, *values[2];
-    Py_ssize_t count[N_BUFFERS];
-    int kind, itemsize, sampling;
+    static const Py_ssize_t itemsizes[N_BUFFERS] = {
+        8, 8, sizeof(Bucket), sizeof(Leaf), sizeof(Line), sizeof(Entry), 8, 4, sizeof(Entry), 8, 4, 8, 8};
+    PyObject *arrays[N_BUFFERS], *cut, *values[1 + DELTAS], *raw[1 + DELTAS];
+    Py_ssize_t count[N_BUFFERS], value_size;
+    int kind, itemsize, sampling, bits[DELTAS];
     (void)kwargs;
-    if (!PyArg_ParseTuple(args, "CiOiOOOOOOOOOOOO", &kind, &itemsize, &cut, &sampling, arrays, arrays + 1, arrays + 2,
-                          arrays + 3, arrays + 4, arrays + 5, arrays + 6, arrays + 7, arrays + 8, arrays + 9, values,
-                          values + 1))
+    if (!PyArg_ParseTuple(args, "CiOiOOOOOOOOOOOOOOOOiiOOOn", &kind, &itemsize, &cut, &sampling, arrays, arrays + 1,
+                          arrays + 2, arrays + 3, arrays + 4, arrays + 5, arrays + 6, arrays + 7, arrays + 8,
+                          arrays + 9, arrays + 10, arrays + 11, arrays + 12, values, values + 1, values + 2, bits,
+                          bits + 1, raw, raw + 1, raw + 2, &value_size))
         return NULL;
     allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
     View *view = (View *)allocate(type, 0);
@@ -637,25 +844,27 @@ static PyObject *view_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     view->n_held = N_BUFFERS;
     for (int i = 0; i < N_BUFFERS; i++)
         count[i] = view->held[i].len / itemsizes[i];
+    view->search = (Search){
+        .keys = view->held[KEYS].buf, .bounds = view->held[BOUNDS].buf, .buckets = view->held[BUCKETS].buf,
+        .leaves = view->held[LEAVES].buf, .samples = view->held[SAMPLES].buf, .taken = view->held[TAKEN].buf,
+        .hot = {view->held[HOT].buf, (uint64_t)count[HOT]}, .n = count[KEYS], .n_buckets = count[BOUNDS],
+        .sampling = (uint64_t)sampling, .ring = (uint64_t)count[SAMPLES] - 1, .random = (uint64_t)(uintptr_t)view,
+    };
     if (sampling < 1 || (count[KEYS] > 0) != (count[BOUNDS] > 0) || (count[HOT] > 0 && count[KEYS] == 0) ||
-        count[BUCKETS] != count[BOUNDS] + 1 || count[TAKEN] != 1 || count[SAMPLES] < 1 || (count[SAMPLES] & (count[SAMPLES] - 1)) != 0 ||
-        count[HOT] > UINT32_MAX || count[SHIFTS] != count[DELTA] + 1 || count[ALIVE] != count[DELTA]) {
+        count[BUCKETS] != count[BOUNDS] + 1 || count[TAKEN] != 1 || count[SAMPLES] < 1 ||
+        (count[SAMPLES] & (count[SAMPLES] - 1)) != 0 || count[HOT] > UINT32_MAX ||
+        read_delta(view->held + OLDER, bits[0], view->search.deltas) < 0 ||
+        read_delta(view->held + NEWER, bits[1], view->search.deltas + 1) < 0) {
         PyErr_SetString(PyExc_ValueError, "the arrays of a view do not fit together");
         goto failed;
     }
+    if (value_size > 0 && hold_values(view, raw, value_size) < 0)
+        goto failed;
     view->kind = kind;
     view->itemsize = itemsize;
     view->cut = Py_NewRef(cut);
-    view->values[0] = Py_NewRef(values[0]);
-    view->values[1] = Py_NewRef(values[1]);
-    view->search = (Search){
-        .keys = view->held[KEYS].buf, .bounds = view->held[BOUNDS].buf, .delta = view->held[DELTA].buf,
-        .buckets = view->held[BUCKETS].buf, .leaves = view->held[LEAVES].buf, .shifts = view->held[SHIFTS].buf,
-        .alive = view->held[ALIVE].buf, .samples = view->held[SAMPLES].buf, .taken = view->held[TAKEN].buf,
-        .hot = {view->held[HOT].buf, (uint64_t)count[HOT]},
-        .n = count[KEYS], .n_buckets = count[BOUNDS], .n_delta = count[DELTA],
-        .sampling = (uint64_t)sampling, .ring = (uint64_t)count[SAMPLES] - 1, .random = (uint64_t)(uintptr_t)view,
-    };
+    for (int i = 0; i <= DELTAS; i++)
+        view->values[i] = Py_NewRef(values[i]);
     return (PyObject *)view;
 failed:
     Py_XDECREF((PyObject *)view);
@@ -748,7 +957,10 @@ static int64_t rank_of_code(const Search *s, uint64_t code, int right)
     int64_t rank = !look_up_hot(s->hot, code, &found) ? run_rank(s, q)
                    : right                             ? rank_in(found) + copies_in(found)
                                                        : rank_in(found);
-    return rank + (s->n_delta ? s->shifts[below(s->delta, s->n_delta, q)] : 0);
+    int64_t shift = 0;
+    for (int d = 0; d < DELTAS; d++)
+        shift += s->deltas[d].n ? shift_at(s->deltas + d, entry_of(s->deltas + d, q, rank)) : 0;
+    return rank + shift;
 }
 
 /* The same for a reader, whose accesses are sampled. */
@@ -766,7 +978,7 @@ static Place ask_place(Search *s, uint64_t code)
     int hot = look_up_hot(s->hot, code, &found);
     int64_t rank = hot ? rank_in(found) : run_rank(s, code);
     int in_run = hot ? copies_in(found) > 0 : is_in_run(s, code, rank);
-    return place_of(s, code, rank, in_run, below(s->delta, s->n_delta, code));
+    return place_of(s, code, rank, in_run, entry_of(s->deltas, code, rank), entry_of(s->deltas + 1, code, rank));
 }
 
 static PyObject *view_rank(View *view, PyObject *key, int right)
@@ -777,7 +989,7 @@ static PyObject *view_rank(View *view, PyObject *key, int right)
         return NULL;
     right = right && cut.exact;
     if (cut.above || (right && cut.code == UINT64_MAX))
-        return PyLong_FromLongLong(s->n + s->shifts[s->n_delta]);
+        return PyLong_FromLongLong(length_of(s));
     return PyLong_FromLongLong(ask_rank(s, cut.code, right));
 }
 
@@ -811,14 +1023,14 @@ static PyObject *view_get(PyObject *self, PyObject *const *args, Py_ssize_t coun
     }
     if (find((View *)self, args[0], &place) < 0)
         return NULL;
-    return place.present ? PySequence_GetItem(((View *)self)->values[place.in_delta], (Py_ssize_t)place.position)
+    return place.present ? PySequence_GetItem(((View *)self)->values[place.layer], (Py_ssize_t)place.position)
                          : Py_NewRef(args[1]);
 }
 
 /* Answer a batch of codes, the first of `count` buffers, in the others. */
 static PyObject *search_batch(PyObject *self, int asked, int right, PyObject *const *arrays, int count)
 {
-    static const Py_ssize_t itemsizes[2][4] = {{8, 8}, {8, 1, 1, 8}};
+    static const Py_ssize_t itemsizes[2][4] = {{8, 8, 8}, {8, 1, 1, 8}};
     const Py_ssize_t *sizes = itemsizes[asked == PLACES];
     Py_buffer held[4];
     Search *search = &((View *)self)->search;
@@ -829,10 +1041,12 @@ static PyObject *search_batch(PyObject *self, int asked, int right, PyObject *co
         if (held[i].len / sizes[i] != m)
             return end_call(held, count, NOT_AS_MANY);
     Answers out = {.ranks = held[1].buf, .present = held[1].buf};
+    if (count == 3)
+        out.positions = held[2].buf;
     if (count == 4)
-        out = (Answers){.present = held[1].buf, .in_delta = held[2].buf, .positions = held[3].buf};
+        out = (Answers){.present = held[1].buf, .layers = held[2].buf, .positions = held[3].buf};
     Py_BEGIN_ALLOW_THREADS
-    (search->hot.n_lines ? search_hot : search_model)(search, asked, right, held[0].buf, m, &out);
+    (search->hot.n_lines && asked != COUNTS ? search_hot : search_model)(search, asked, right, held[0].buf, m, &out);
     Py_END_ALLOW_THREADS
     return end_call(held, count, NULL);
 }
@@ -844,6 +1058,14 @@ static PyObject *view_ranks(PyObject *self, PyObject *args)
     if (!PyArg_ParseTuple(args, "OppO", arrays, &right, &in_run, arrays + 1))
         return NULL;
     return search_batch(self, in_run ? RUN_RANKS : RANKS, right, arrays, 2);
+}
+
+static PyObject *view_count_many(PyObject *self, PyObject *args)
+{
+    PyObject *arrays[3];
+    if (!PyArg_ParseTuple(args, "OOO", arrays, arrays + 1, arrays + 2))
+        return NULL;
+    return search_batch(self, COUNTS, 0, arrays, 3);
 }
 
 static PyObject *view_find_many(PyObject *self, PyObject *args)
@@ -864,13 +1086,24 @@ static PyObject *view_within_error_bounds(PyObject *self, PyObject *unused)
     return PyBool_FromLong(within);
 }
 
+#include "_level.c"
+#include "_scan.c"
+
 static PyMethodDef view_methods[] = {
     {"left", view_left, METH_O, "How many keys are below the key."},
     {"right", view_right, METH_O, "How many keys are not above the key."},
     {"contains", view_contains, METH_O, "Whether the key is in the index."},
     {"get", (PyCFunction)(void (*)(void))view_get, METH_FASTCALL, "get(key, default): a map's value for the key."},
     {"ranks", view_ranks, METH_VARARGS, "ranks(codes, right, in_run, ranks): ranks in the run alone or in the index."},
-    {"find_many", view_find_many, METH_VARARGS, "find_many(codes, present[, in_delta, positions]): where codes lie."},
+    {"find_many", view_find_many, METH_VARARGS, "find_many(codes, present[, layers, positions]): where codes lie."},
+    {"count_many", view_count_many, METH_VARARGS,
+     "count_many(codes, ranks, counts): ranks in the run, and how many keys of it and the older delta equal each."},
+    {"select", view_select, METH_O, "The code of a rank, negative ones counted from the end; None if there is none."},
+    {"neighbour", (PyCFunction)(void (*)(void))view_neighbour, METH_FASTCALL,
+     "neighbour(key, right, offset): the code `offset` ranks from the key's left or right rank, None if there is none."},
+    {"count", (PyCFunction)(void (*)(void))view_count, METH_FASTCALL, "count(low, high): the keys between two ends."},
+    {"scan", (PyCFunction)(void (*)(void))view_scan, METH_FASTCALL,
+     "scan(low, high, most, new): the keys between two ends, in arrays that `new` makes."},
     {"within_error_bounds", view_within_error_bounds, METH_NOARGS,
      "Whether every key of the run lies within the error bound that its leaf states."},
     {NULL, NULL, 0, NULL},
@@ -890,8 +1123,6 @@ static PyType_Spec view_spec = {
     .flags = Py_TPFLAGS_DEFAULT,
     .slots = view_slots,
 };
-
-#include "_level.c"
 
 /* fit(keys, ends, scales, bits, steepest, out): the leaves of some buckets, each given by its (start, end). */
 static PyObject *fit(PyObject *self, PyObject *args)
@@ -1033,6 +1264,53 @@ static PyObject *splice(PyObject *self, PyObject *args)
     return end_call(held, 4, agree ? NULL : "the arrays of a splice do not fit together");
 }
 
+/* pack_delta(codes, net, present, left, bits, entries, windows): what is searched of a delta. */
+static PyObject *pack_delta(PyObject *self, PyObject *args)
+{
+    static const Py_ssize_t itemsizes[6] = {8, 8, 8, 8, sizeof(Entry), 4};
+    PyObject *arrays[6];
+    Py_buffer held[6];
+    int bits;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "OOOOiOO", arrays, arrays + 1, arrays + 2, arrays + 3, &bits, arrays + 4, arrays + 5) ||
+        get_buffers(arrays, itemsizes, 6, 4, held) < 0)
+        return NULL;
+    int64_t n = held[0].len / 8, windows = held[5].len / 4;
+    if (held[1].len != held[0].len || held[2].len != held[0].len || held[3].len != held[0].len || n >= UINT32_MAX ||
+        held[4].len / (Py_ssize_t)sizeof(Entry) != n + FEW || windows < 2 || bits < 0 || bits > 62)
+        return end_call(held, 6, "the arrays of a delta do not fit together");
+    Py_BEGIN_ALLOW_THREADS
+    pack_entries(held[0].buf, held[1].buf, held[2].buf, n, held[4].buf);
+    fill_windows(held[3].buf, n, bits, held[5].buf, windows);
+    Py_END_ALLOW_THREADS
+    return end_call(held, 6, NULL);
+}
+
+/* entries_below(entries, left, windows, bits, codes, code_left, out): how many codes of a delta are below each of others,
+ * whose ranks in the run are known. */
+static PyObject *delta_entries_below(PyObject *self, PyObject *args)
+{
+    static const Py_ssize_t itemsizes[6] = {sizeof(Entry), 8, 4, 8, 8, 8};
+    PyObject *arrays[6];
+    Py_buffer held[6];
+    Delta delta;
+    int bits;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "OOOiOOO", arrays, arrays + 1, arrays + 2, &bits, arrays + 3, arrays + 4, arrays + 5) ||
+        get_buffers(arrays, itemsizes, 6, 5, held) < 0)
+        return NULL;
+    if (read_delta(held, bits, &delta) < 0 || held[4].len != held[3].len || held[5].len != held[3].len)
+        return end_call(held, 6, "the arrays of a delta do not fit together");
+    const uint64_t *codes = held[3].buf;
+    const int64_t *left = held[4].buf;
+    int64_t m = held[3].len / 8, *out = held[5].buf;
+    Py_BEGIN_ALLOW_THREADS
+    for (int64_t first = 0; first < m; first += GROUP)
+        find_entries(&delta, codes + first, left + first, m - first < GROUP ? m - first : GROUP, out + first);
+    Py_END_ALLOW_THREADS
+    return end_call(held, 6, NULL);
+}
+
 /* ranks(codes, queries, right, out): how many of the sorted codes are below each query, or not above it. */
 static PyObject *ranks(PyObject *self, PyObject *args)
 {
@@ -1056,10 +1334,11 @@ static PyObject *ranks(PyObject *self, PyObject *args)
 static int native_exec(PyObject *module)
 {
     PyObject *type = PyType_FromModuleAndSpec(module, &view_spec, NULL);
-    PyObject *layout = Py_BuildValue("(nnnnn)(nnnn)i(nnn)i", offsetof(Bucket, low), offsetof(Bucket, scale),
+    PyObject *layout = Py_BuildValue("(nnnnn)(nnnn)i(nnn)i(nnn)i", offsetof(Bucket, low), offsetof(Bucket, scale),
                                      offsetof(Bucket, start), offsetof(Bucket, place), sizeof(Bucket),
                                      offsetof(Leaf, base), offsetof(Leaf, slope), offsetof(Leaf, radius), sizeof(Leaf),
-                                     PLACE_SHIFT, offsetof(Line, code), offsetof(Line, found), sizeof(Line), RANK_BITS);
+                                     PLACE_SHIFT, offsetof(Line, code), offsetof(Line, found), sizeof(Line), RANK_BITS,
+                                     offsetof(Entry, code), offsetof(Entry, found), sizeof(Entry), FEW);
     int failed = type == NULL || layout == NULL || PyModule_AddObjectRef(module, "View", type) < 0 ||
                  PyModule_AddObjectRef(module, "LAYOUT", layout) < 0 || add_level_type(module) < 0;
     Py_XDECREF(type);
@@ -1069,6 +1348,10 @@ static int native_exec(PyObject *module)
 
 static PyMethodDef native_methods[] = {
     {"fit", fit, METH_VARARGS, "fit(keys, ends, scales, bits, steepest, out): the leaves of some buckets."},
+    {"pack_delta", pack_delta, METH_VARARGS,
+     "pack_delta(codes, net, present, left, bits, entries, windows): what is searched of a delta."},
+    {"entries_below", delta_entries_below, METH_VARARGS,
+     "entries_below(entries, left, windows, bits, codes, code_left, out): how many codes of a delta are below others."},
     {"ranks", ranks, METH_VARARGS, "ranks(codes, queries, right, out): np.searchsorted of codes."},
     {"fill_hot", fill_hot, METH_VARARGS, "fill_hot(codes, ranks, copies, lines): the hot table of some codes."},
     {"held_hot", held_hot, METH_VARARGS, "held_hot(lines, codes, held): whether the hot table holds each code."},

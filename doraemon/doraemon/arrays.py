@@ -22,6 +22,9 @@ LEAF = np.dtype([("base", np.float32), ("slope", np.float32), ("radius", np.floa
 #: of the hot table, as large as a line of the processor's cache: codes, and for each `copies << RANK_BITS | rank`
 LINE = np.dtype([("codes", np.uint64, 4), ("found", np.uint64, 4)])
 RANK_BITS = 40
+#: of a delta: a code, and by how much those before it shift ranks, twice, and 1 more if it is in the index
+ENTRY = np.dtype([("code", np.uint64), ("found", np.int64)])
+FEW = 4  #: entries after the last, which are above every code
 PLACE_SHIFT = 8  #: a place is the row of the first leaf, shifted by so many bits, and log2 of the number of leaves
 
 
@@ -50,4 +53,4 @@ def _offsets(record: np.dtype[Any]) -> tuple[int, ...]:
 
 
 #: the extension states its own, and `engine` compares them
-LAYOUT = (_offsets(BUCKET), _offsets(LEAF), PLACE_SHIFT, _offsets(LINE), RANK_BITS)
+LAYOUT = (_offsets(BUCKET), _offsets(LEAF), PLACE_SHIFT, _offsets(LINE), RANK_BITS, _offsets(ENTRY), FEW)

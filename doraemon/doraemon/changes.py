@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from .arrays import Codes, Ints, Mask
-from .delta import add_counts, put
+from .arrays import Codes, Ints, Mask, Values
+from .delta import Delta, add_counts, put
 from .engine import Engine
 from .inputs import as_sequence
 from .keys import KeyType
@@ -57,7 +57,7 @@ def discard_many(state: State, keys: ArrayLike) -> State:
     return _remove(state, codes if exact is None else codes[exact])
 
 
-def fold(state: State, writes: int, codes: Codes, net: Ints, alive: Mask, values: list[Any]) -> State:
+def fold(state: State, writes: int, codes: Codes, net: Ints, alive: Mask, values: list[Any], append: bool) -> State:
     """The state after single changes of some codes, distinct and ascending.
 
     Args:
@@ -67,43 +67,68 @@ def fold(state: State, writes: int, codes: Codes, net: Ints, alive: Mask, values
         net: int64 [changes], the change in the number of keys of each code.
         alive: bool [changes], of a map: whether the code is in it afterwards.
         values: of a map [changes], those of codes not alive are not used.
+        append: whether keys above all others may go behind the run: only one successor of a state may take that place.
     """
-    stamp, count = state.writes + writes, state.count_in_run
     if not state.is_map:
         changed = net != 0
-        return state.with_delta(add_counts(state.delta, codes[changed], net[changed], stamp, count), writes)
-    delta, dtype = state.delta, state.value_dtype
-    if alive.any():
-        new = array_of([value for value, there in zip(values, alive.tolist(), strict=True) if there], dtype)
-        delta = put(delta, codes[alive], True, new, stamp, count)
-    if not alive.all():
-        gone = codes[~alive]
-        delta = put(delta, gone, False, np.zeros(len(gone), dtype), stamp, count)
-    return state.with_delta(delta, writes)
+        return _with_copies(state, codes[changed], net[changed], writes, append)
+    dtype, gone = state.value_dtype, codes[~alive]
+    new = array_of([value for value, there in zip(values, alive.tolist(), strict=True) if there], dtype)
+    state, delta = _with_values(state, codes[alive], new, writes, append)
+    if len(gone):
+        none = np.zeros(len(gone), dtype)
+        delta = put(delta, gone, False, none, state.writes + writes, state.counted)
+    return state if delta is state.recent else state.with_recent(delta, writes)
 
 
 def _put(state: State, codes: Codes, values: Any) -> State:
     if not state.is_map:
         if values is not None:
             raise TypeError("this index has keys only: give keys without values, or make it with values")
-        codes, counts = np.unique(codes, return_counts=True)
-        return state.with_delta(add_counts(state.delta, codes, counts, state.writes + 1, state.count_in_run))
+        return _with_copies(state, *np.unique(codes, return_counts=True))
     if values is None:
         raise TypeError("this index is a map: give a value for every key")
     new = values_like(values, state.value_dtype, len(codes))
     codes, last = _unique_last(codes)
-    return state.with_delta(put(state.delta, codes, True, new[last], state.writes + 1, state.count_in_run))
+    state, delta = _with_values(state, codes, new[last])
+    return state if delta is state.recent else state.with_recent(delta)
+
+
+def _with_copies(state: State, codes: Codes, counts: Ints, writes: int = 1, append: bool = True) -> State:
+    """A multiset after changes of the counts of codes, distinct and ascending."""
+    among = state.count_not_above(codes) if append else len(codes)
+    longer = state.with_appended(np.repeat(codes[among:], counts[among:]), None)
+    if longer is not None:
+        state, codes, counts = longer, codes[:among], counts[:among]
+    if len(codes) == 0:
+        return state
+    delta = add_counts(state.recent, codes, counts, state.writes + writes, state.counted)
+    return state.with_recent(delta, writes)
+
+
+def _with_values(
+    state: State, codes: Codes, values: Values, writes: int = 1, append: bool = True
+) -> tuple[State, Delta]:
+    """A map with values for codes, distinct and ascending: the state after those that could be appended, and the recent
+    changes with the others."""
+    among = state.count_not_above(codes) if append else len(codes)
+    longer = state.with_appended(codes[among:], values[among:])
+    if longer is not None:
+        state, codes, values = longer, codes[:among], values[:among]
+    if len(codes) == 0:
+        return state, state.recent
+    return state, put(state.recent, codes, True, values, state.writes + writes, state.counted)
 
 
 def _remove(state: State, codes: Codes) -> State:
     codes, counts = np.unique(codes, return_counts=True)
     if state.is_map:
         filler = np.zeros(len(codes), dtype=state.value_dtype)
-        return state.with_delta(put(state.delta, codes, False, filler, state.writes + 1, state.count_in_run))
+        return state.with_recent(put(state.recent, codes, False, filler, state.writes + 1, state.counted))
     present: Ints = state.code_ranks(codes, right=True) - state.code_ranks(codes)
     removed = np.minimum(counts, present)
     codes, change = codes[removed > 0], -removed[removed > 0]
-    return state.with_delta(add_counts(state.delta, codes, change, state.writes + 1, state.count_in_run))
+    return state.with_recent(add_counts(state.recent, codes, change, state.writes + 1, state.counted))
 
 
 def _dtype_of(keys: NDArray[Any] | list[Any]) -> DTypeLike:

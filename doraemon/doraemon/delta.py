@@ -1,8 +1,11 @@
-"""The delta: what changed since the immutable run was made, sorted by code.
+"""Deltas: what changed since the immutable run was made, sorted by code.
 
-Each entry says by how much its code's count differs from the run's: +2 copies, -1 (a tombstone), 0 (a value replaced).
-A rank in the index is then the rank in the run plus the sum of what changed below. Deltas are immutable; a write makes
-a new one, in time proportional to both.
+A run has two, a small one of recent changes over a larger one of older changes. Each entry says by how much its code's
+count differs from what is below: +2 copies, -1 (a tombstone), 0 (a value replaced). A rank in the index is then the
+rank in the run plus the sums of what changed below the key. Deltas are immutable; a write makes a new small one, in
+time proportional to both.
+
+A delta is searched by the rank that a key has in the run: of windows of that many keys each knows its first entry.
 """
 
 from __future__ import annotations
@@ -15,29 +18,35 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import Codes, Ints, Mask, Values
-from .engine import Engine
-from .splicing import ranks_in, splice
+from .arrays import ENTRY, FEW, Codes, Ints, Mask, Values
+from .engine import Engine, native
+from .splicing import Room, ranks_in, splice
 
 MAX_STAMP = 1 << 62
 FREE_COPIES = 1 << 20  #: that a saved delta may always add
-Count = Callable[[Codes], Ints]  #: how many keys of the run have each code
+SPARE = 4  #: of the keys, how many times fewer a merge leaves room for
+WINDOW = 2  #: entries between which a rank in the run leaves the choice, on average
+Count = Callable[
+    [Codes], tuple[Ints, Ints]
+]  #: where each code is in the run, and how many keys below the delta have it
 
 
 @dataclass(frozen=True, eq=False)
 class Delta:
-    """Changes of a run, sorted by code.
+    """Changes of a run and of older deltas, sorted by code.
 
     Attributes:
         codes: distinct, ascending.
+        left: where each is, or would be, in the run.
         net: the change in the number of keys of each code.
-        present: how many the run has.
+        present: how many there are below.
         values: of a map's entries; a tombstone's is filler. None for a multiset.
         stamps: the number of the write that made each entry, which tells those made during a merge from those before.
         engine: what splices its arrays.
     """
 
     codes: Codes
+    left: Ints
     net: Ints
     present: Ints
     values: Values | None
@@ -49,7 +58,7 @@ class Delta:
         """No changes, of a multiset (None) or of a map with values of a dtype."""
         none = np.zeros(0, dtype=np.int64)
         values = None if value_dtype is None else np.zeros(0, dtype=value_dtype)
-        return cls(np.zeros(0, dtype=np.uint64), none, none, values, none, engine)
+        return cls(np.zeros(0, dtype=np.uint64), none, none, none, values, none, engine)
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -72,11 +81,38 @@ class Delta:
         np.cumsum(self.net, out=shifts[1:])
         return shifts
 
+    @cached_property
+    def shift(self) -> int:
+        """By how much all entries together shift ranks."""
+        return int(self.net.sum())
+
+    @cached_property
+    def packed(self) -> tuple[NDArray[Any], NDArray[np.uint32], int]:
+        """What C searches: ENTRY [entries + FEW], where windows begin, uint32, and log2 of a window's ranks."""
+        n, d = int(self.left[-1]) + 1 if len(self) else 1, len(self)
+        bits = max(0, (n * WINDOW // max(d, 1)).bit_length() - 1)
+        entries, windows = np.empty(d + FEW, dtype=ENTRY), np.empty((n >> bits) + 2, dtype=np.uint32)
+        native.pack_delta(self.codes, self.net, self.present, self.left, bits, entries, windows)
+        return entries, windows, bits
+
+    def below(self, other: Delta) -> tuple[Ints, Mask]:
+        """How many of this delta's codes are below each of another one's of the same run, and which are in both."""
+        if len(self) == 0 or self.engine == "numpy":
+            below = ranks_in(self.codes, other.codes, False, self.engine)
+        else:
+            below, (entries, windows, bits) = np.empty(len(other), dtype=np.int64), self.packed
+            native.entries_below(entries, self.left, windows, bits, other.codes, other.left, below)
+        both: Mask = np.zeros(len(other), dtype=np.bool_)
+        inside = below < len(self)
+        both[inside] = self.codes[below[inside]] == other.codes[inside]
+        return below, both
+
     def _kept(self, keep: Mask) -> Delta:
         if keep.all():
             return self
         values = None if self.values is None else self.values[keep]
-        return Delta(self.codes[keep], self.net[keep], self.present[keep], values, self.stamps[keep], self.engine)
+        left, net, present, stamps = (part[keep] for part in (self.left, self.net, self.present, self.stamps))
+        return Delta(self.codes[keep], left, net, present, values, stamps, self.engine)
 
     def _without_noops(self) -> Delta:
         """Without entries that say what the run says."""
@@ -94,18 +130,25 @@ def is_compact(net: Ints, n: int) -> bool:
 def add_counts(delta: Delta, codes: Codes, change: Ints, stamp: int, count: Count) -> Delta:
     """A multiset's delta with more or fewer keys of some codes, which are distinct and ascending; no change is 0."""
     stamps = np.full(len(codes), stamp)
-    joined, first = _join(delta, Delta(codes, change, count(codes), None, stamps, delta.engine))
+    left, present = count(codes)
+    return stacked(delta, Delta(codes, left, change, present, None, stamps, delta.engine))
+
+
+def stacked(older: Delta, newer: Delta) -> Delta:
+    """One delta with the changes of both, the newer ones having been made after the others."""
+    joined, first = _join(older, newer)
     if first is None:
         return joined
     net, last = np.add.reduceat(joined.net, first), _last_of_each(first, len(joined))
-    parts = (joined.codes[first], net, joined.present[last], None, joined.stamps[last])
-    return Delta(*parts, delta.engine)._without_noops()
+    values = None if joined.values is None else joined.values[last]
+    parts = (joined.codes[first], joined.left[first], net, joined.present[first], values, joined.stamps[last])
+    return Delta(*parts, older.engine)._without_noops()
 
 
 def put(delta: Delta, codes: Codes, alive: bool, values: Values, stamp: int, count: Count) -> Delta:
     """A map's delta with some codes, distinct and ascending, set to values or (`alive` False) deleted."""
-    present, stamps = count(codes), np.full(len(codes), stamp)
-    joined, first = _join(delta, Delta(codes, int(alive) - present, present, values, stamps, delta.engine))
+    (left, present), stamps = count(codes), np.full(len(codes), stamp)
+    joined, first = _join(delta, Delta(codes, left, int(alive) - present, present, values, stamps, delta.engine))
     if first is None:
         return joined if alive else joined._without_noops()
     last = np.zeros(len(joined), dtype=np.bool_)
@@ -130,39 +173,45 @@ def changes_after(delta: Delta, merged: Delta, count: Count) -> Delta:
         changed = ~both | (joined.stamps[first] != joined.stamps[last])
         last, undone = last[changed], undone[changed]
     codes, stamps = joined.codes[last], joined.stamps[last]
-    present = count(codes)
+    left, present = count(codes)
     if is_map:
         net = ((joined.counts[last] > 0) & ~undone) - present
     else:
         net = np.add.reduceat(joined.net, first) if len(first) else joined.net
     values = None if joined.values is None else joined.values[last]
-    return Delta(codes, net, present, values, stamps, delta.engine)._without_noops()
+    return Delta(codes, left, net, present, values, stamps, delta.engine)._without_noops()
 
 
-def merge(codes: Codes, values: Values | None, delta: Delta, left: Ints) -> tuple[Codes, Values | None]:
-    """The run with its delta in it; `left` is where each entry's code is, or would be, in the run."""
-    values = _with_replaced(values, delta, left)
+def merge(codes: Codes, values: Values | None, delta: Delta) -> Room:
+    """The run with its delta in it, and room for more keys: memory that is not written to is not taken."""
+    left = delta.left
+    values = _with_replaced(values, delta)
     gone = np.maximum(-delta.net, 0)
     if gone.any():
         kept = np.ones(len(codes), dtype=np.bool_)
         kept[np.repeat(left, gone) + _places_in_groups(gone)] = False
         codes, values = codes[kept], None if values is None else values[kept]
         left = left - (np.cumsum(gone) - gone)
-    more = np.maximum(delta.net, 0)
-    added = np.flatnonzero(more)
-    at = np.repeat(left[added], more[added]) + np.arange(int(more.sum()))
-    new_codes = splice(codes, at, np.repeat(delta.codes[added], more[added]), delta.engine)
-    if values is None or delta.values is None:
-        return new_codes, None
-    return new_codes, splice(values, at, delta.values[added], delta.engine)
+    added, more_codes, more_values = left, delta.codes, delta.values
+    if not (delta.net == 1).all():
+        more = np.maximum(delta.net, 0)
+        each = np.repeat(np.arange(len(delta)), more)
+        added, more_codes = left[each], delta.codes[each]
+        more_values = None if delta.values is None else delta.values[each]
+    at = added + np.arange(len(added))
+    length = len(codes) + len(added)
+    new_codes = splice(codes, at, more_codes, delta.engine, length // SPARE)
+    if values is None or more_values is None:
+        return Room((new_codes, None), length)
+    return Room((new_codes, splice(values, at, more_values, delta.engine, length // SPARE)), length)
 
 
-def _with_replaced(values: Values | None, delta: Delta, left: Ints) -> Values | None:
+def _with_replaced(values: Values | None, delta: Delta) -> Values | None:
     replaced = delta.net == 0
     if values is None or delta.values is None or not replaced.any():
         return values
     values = values.copy()
-    values[left[replaced]] = delta.values[replaced]
+    values[delta.left[replaced]] = delta.values[replaced]
     return values
 
 
@@ -174,18 +223,18 @@ def _places_in_groups(counts: Ints) -> Ints:
 def _join(a: Delta, b: Delta) -> tuple[Delta, Ints | None]:
     """The entries of both in order, of equal codes a's first, and where each code's first entry is: None if none is
     in both, as most are not."""
-    after = ranks_in(a.codes, b.codes, True, a.engine)
+    after, both = a.below(b)
+    after += both
     at = after + np.arange(len(b))
     codes = splice(a.codes, at, b.codes, a.engine)
     values = None if a.values is None or b.values is None else splice(a.values, at, b.values, a.engine)
-    pairs = ((a.net, b.net), (a.present, b.present), (a.stamps, b.stamps))
-    net, present, stamps = (splice(old, at, new, a.engine) for old, new in pairs)
-    joined = Delta(codes, net, present, values, stamps, a.engine)
-    again = at[(after > 0) & (a.codes[after - 1] == b.codes)] if len(a) else at[:0]
-    if len(again) == 0:
+    pairs = ((a.left, b.left), (a.net, b.net), (a.present, b.present), (a.stamps, b.stamps))
+    left, net, present, stamps = (splice(old, at, new, a.engine) for old, new in pairs)
+    joined = Delta(codes, left, net, present, values, stamps, a.engine)
+    if not both.any():
         return joined, None
     first = np.ones(len(codes), dtype=np.bool_)
-    first[again] = False
+    first[at[both]] = False
     return joined, np.flatnonzero(first)
 
 

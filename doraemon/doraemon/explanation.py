@@ -24,7 +24,7 @@ class Explanation:
         dtype: of the keys.
         keys: in the index.
         run_keys: of them, those that the model covers.
-        delta_entries: codes changed since the run was made; each query searches them as well.
+        delta_entries: codes changed since the run was made; each query searches these changes as well.
         buckets: of the model.
         leaves: of the model, over all buckets.
         window: modelled number of keys between which a leaf leaves the choice, mean over the accesses counted.

@@ -1,28 +1,33 @@
 """Fronts: what an index holds, a state with the level of single changes made since.
 
-A single change in the delta costs a copy of the delta. The level takes it in place instead, in C, and answers questions
-of one key together with the state's view. Any other question is asked of the settled state, into whose delta the level
-was folded; a snapshot freezes the level as it is, and the next change begins another front. Without the C extension, or
-without a GIL, there is no level, and every change goes to the delta.
+A single change in the deltas costs a copy of the recent one. The level takes it in place instead, in C, and answers
+questions of one key or one range together with the state's view. Batches and long ranges are asked of the settled
+state, into whose recent delta the level was folded; a snapshot freezes the level as it is, and the next change begins
+another front. Without the C extension, or without a GIL, there is no level, and every change goes to the recent delta.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from . import state as states
+from .arrays import Values
 from .changes import fold
 from .engine import native
-from .search import View
+from .inputs import is_batch
+from .search import Scanned, View
 from .state import REQUIRED, State, values_error
 from .values import plain_type, value_like
 
 Get = Callable[[Any, Any], Any]
 Put = Callable[[object, Any], bool | None]
+LONG = 1 << 18  #: keys of a range, above which one is copied from the settled state, while other threads run
 SHARE = 256  #: of the keys, how many times fewer a level has before it is folded
 
 
@@ -54,6 +59,51 @@ class Front:
     def __len__(self) -> int:
         return self.state.length if self._level is None else self.state.length + self._level.net
 
+    # ---- ranks and ranges
+
+    def select(self, rank: int) -> Any:
+        """The key of a rank; negative ranks count from the end. Raises IndexError if there is no such rank."""
+        code = self.view.select(rank)
+        if code is None:
+            n = len(self)
+            raise IndexError(f"rank {rank} of {n} keys: give one from {-n} to {n - 1}")
+        return self.state.key_type.decode_one(code)
+
+    def neighbour(self, key: Any, right: bool, offset: int) -> Any | None:
+        """The key `offset` ranks from this one's left or right rank, None if there is none."""
+        code = self.view.neighbour(key, right, offset)
+        return None if code is None else self.state.key_type.decode_one(code)
+
+    def count(self, low: ArrayLike, high: ArrayLike) -> Any:
+        """How many keys are from `low` on and below `high`: an int, or int64 for arrays of ends."""
+        if is_batch(low) or is_batch(high):
+            return self.settled().count_many(low, high)
+        return self.view.count(low, high)
+
+    def keys_between(self, low: Any, high: Any) -> NDArray[Any]:
+        """The keys from `low` on and below `high`, ascending; None leaves an end open."""
+        (codes,), _, _ = self._scan(low, high, _new_codes)
+        return self.state.key_type.decode(codes)
+
+    def values_between(self, low: Any, high: Any) -> Values:
+        """A map's values for `keys_between`. Raises TypeError if there are keys only."""
+        arrays, late, state = self._scan(low, high, self.state.new_items)
+        return state.scanned_values(arrays, late)
+
+    def items_between(self, low: Any, high: Any) -> tuple[NDArray[Any], Values]:
+        """A map's keys and values. Raises TypeError if there are keys only."""
+        arrays, late, state = self._scan(low, high, self.state.new_items)
+        return state.key_type.decode(arrays[0]), state.scanned_values(arrays, late)
+
+    def _scan(self, low: Any, high: Any, new: Callable[[int], Scanned]) -> tuple[Scanned, list[tuple[int, Any]], State]:
+        """What a scan found, and the state that was scanned: this one with the level, or the settled one."""
+        found, state = self.view.scan(low, high, LONG, new), self.state
+        if found is None:
+            state = self.settled()
+            found = state.view.scan(low, high, sys.maxsize, new)
+        assert found is not None
+        return *found, state
+
     def freeze(self) -> None:
         """Take no more changes. O(1)."""
         if self._level is not None:
@@ -64,8 +114,11 @@ class Front:
         """Whether there is a level that takes no more changes."""
         return self._level is not None and self._level.closed
 
-    def settled(self) -> State:
-        """The state with the level's changes in its delta. O(changes + delta), O(1) without new changes."""
+    def settled(self, append: bool = False) -> State:
+        """The state with the level's changes in its recent delta. O(changes + delta), O(1) without new changes.
+
+        A writer, who makes the next state of it, may `append` keys behind the run.
+        """
         version, state = self._settled
         if self._level is None or self._level.version == version:
             return state
@@ -77,6 +130,7 @@ class Front:
             np.frombuffer(net, np.int64),
             np.frombuffer(alive, np.bool_),
             values,
+            append,
         )
         self._settled = (version, state)  # another reader's may be older: its version tells
         return state
@@ -85,6 +139,10 @@ class Front:
         if not self.state.is_map:
             return _no_values
         return partial(_copied, self.view.get) if self.state.value_dtype.kind == "V" else self.view.get
+
+
+def _new_codes(count: int) -> Scanned:
+    return (np.empty(count, dtype=np.uint64),)
 
 
 def _copied(get: Get, key: Any, default: Any) -> Any:

@@ -8,6 +8,7 @@ answer takes and never what it is. `_hot.h` has the layout.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,11 @@ class Hot:
         slots = LINE["codes"].shape[0]
         lines = _aligned_lines(int(len(codes) / (FILLED * slots)) + 1)
         return cls(codes, lines, native.fill_hot(np.ascontiguousarray(codes), ranks, copies, lines))
+
+    @cached_property
+    def highest(self) -> int:
+        """The largest code in the table."""
+        return int(self.codes.max())
 
     def holds(self, codes: Codes) -> Mask:
         """Whether each code is in the table."""

@@ -46,7 +46,7 @@ class _Questions(Collection[Any], Reversible[Any]):
     """
 
     _OWN: ClassVar[frozenset[str]] = frozenset(
-        {"_front", "_merging", "_adapting", "_lock", "_merger"}
+        {"_front", "_merging", "_adapting", "_lock", "_adapt_lock", "_merger"}
     )  #: attributes that are not a subclass's
 
     def __init__(self, front: Front) -> None:
@@ -171,7 +171,7 @@ class _Questions(Collection[Any], Reversible[Any]):
         >>> Index([30, 10, 20]).select(-1)
         30
         """
-        return self._state.select(rank)
+        return self._front.select(rank)
 
     def find_lt(self, key: Any) -> Any | None:
         """The greatest key below this one, None if there is none. One model search.
@@ -179,7 +179,7 @@ class _Questions(Collection[Any], Reversible[Any]):
         >>> Index([1, 3, 5]).find_lt(3)
         1
         """
-        return self._state.neighbour(key, right=False, offset=-1)
+        return self._front.neighbour(key, right=False, offset=-1)
 
     def find_le(self, key: Any) -> Any | None:
         """The greatest key not above this one, None if there is none. One model search.
@@ -187,7 +187,7 @@ class _Questions(Collection[Any], Reversible[Any]):
         >>> Index([1, 3, 5]).find_le(4)
         3
         """
-        return self._state.neighbour(key, right=True, offset=-1)
+        return self._front.neighbour(key, right=True, offset=-1)
 
     def find_gt(self, key: Any) -> Any | None:
         """The least key above this one, None if there is none. One model search.
@@ -195,7 +195,7 @@ class _Questions(Collection[Any], Reversible[Any]):
         >>> Index([1, 3, 5]).find_gt(5) is None
         True
         """
-        return self._state.neighbour(key, right=True, offset=0)
+        return self._front.neighbour(key, right=True, offset=0)
 
     def find_ge(self, key: Any) -> Any | None:
         """The least key not below this one, None if there is none. One model search.
@@ -203,7 +203,7 @@ class _Questions(Collection[Any], Reversible[Any]):
         >>> Index([1, 3, 5]).find_ge(4)
         5
         """
-        return self._state.neighbour(key, right=False, offset=0)
+        return self._front.neighbour(key, right=False, offset=0)
 
     # ---- ranges
 
@@ -215,7 +215,7 @@ class _Questions(Collection[Any], Reversible[Any]):
         >>> Index([5, 1, 3, 9]).range(3, 9)
         array([3, 5])
         """
-        return self._state.keys_between(low, high)
+        return self._front.keys_between(low, high)
 
     def keys(self) -> NDArray[Any]:
         """All keys, ascending. O(n).
@@ -234,7 +234,7 @@ class _Questions(Collection[Any], Reversible[Any]):
         >>> Index([5, 1, 3], [50, 10, 30]).values(2)
         array([30, 50])
         """
-        return self._state.values_between(low, high)
+        return self._front.values_between(low, high)
 
     def items(self, low: Any = None, high: Any = None) -> tuple[NDArray[Any], NDArray[Any]]:
         """A map's keys and values, of all or of a `range`. Two model searches and O(result).
@@ -245,7 +245,7 @@ class _Questions(Collection[Any], Reversible[Any]):
         >>> Index([5, 1, 3], ["five", "one", "three"]).items(2)
         (array([3, 5]), array(['three', 'five'], dtype='<U5'))
         """
-        return self._state.items_between(low, high)
+        return self._front.items_between(low, high)
 
     def __iter__(self) -> Iterator[Any]:
         """The keys, ascending, as they were when the iteration began. O(n) memory.
@@ -330,7 +330,7 @@ class _Questions(Collection[Any], Reversible[Any]):
         >>> index.count(3, 5), index.count(np.array([0, 9]), np.array([9, 0]))
         (2, array([4, 0]))
         """
-        return self._state.count(low, high)
+        return self._front.count(low, high)
 
     # ---- the whole
 
@@ -453,6 +453,7 @@ class Index(_Questions):
         self._merging = merging
         self._adapting = adapt
         self._lock = threading.Lock()  # writers take turns
+        self._adapt_lock = threading.Lock()  # and who adapts, before that
         self._merger: threading.Thread | None = None
         if adapt == "auto":
             follow(self)
@@ -538,7 +539,8 @@ class Index(_Questions):
     def insert(self, key: Any, value: Any = REQUIRED) -> None:
         """Add one key: another copy in a multiset; in a map a new one with its value.
 
-        O(block) in C while only questions of one key come in between, else O(d) and from time to time a merge in O(n).
+        O(block) in C while only questions of one key or one range come in between, else O(sqrt(d)) amortised; and from
+        time to time a merge in O(n).
 
         Raises:
             KeyError: the key is in the map.
@@ -577,7 +579,8 @@ class Index(_Questions):
     def extend(self, keys: ArrayLike, values: ArrayLike | None = None) -> None:
         """Add many keys; in a map, set the values of many, the last of equal keys winning.
 
-        O(k log k + d) for k keys, and from time to time a merge in O(n).
+        O(k log k + sqrt(k d)) amortised for k keys, O(k log k) above all others where a merge left room for them; and
+        from time to time a merge in O(n).
 
         Raises:
             OverflowError: a value does not fit the values' dtype.
@@ -606,7 +609,7 @@ class Index(_Questions):
     def discard_many(self, keys: ArrayLike) -> int:
         """Remove each key that is there, from a multiset one copy per time it is given; how many were removed.
 
-        O(k log k + d) for k keys.
+        O(k log k + sqrt(k d)) amortised for k keys.
 
         >>> index = Index([1, 3, 3, 5])
         >>> index.discard_many([3, 3, 3, 4, 5]), index.keys()
@@ -632,13 +635,22 @@ class Index(_Questions):
         The table is looked up before the model, and answers what it holds. A few are made and timed on the newest
         samples, and the fastest stays, or none. Of the buckets that are searched nevertheless only those are fitted
         whose number of leaves changes, and none of them if a similar workload was known; leaves change if the model
-        says that it pays. Readers go on meanwhile. O(samples + keys of the table + keys of the buckets fitted).
+        says that it pays. Readers and writers go on meanwhile; only after a merge meanwhile it is done once more, and
+        writers wait. O(samples + keys of the table + keys of the buckets fitted).
 
         >>> Index(range(100)).adapt().reason
         'too few accesses were counted to tell'
         """
-        with self._lock:
-            self._state, report = adaptation.adapt(self._frozen())
+        with self._adapt_lock:
+            with self._lock:
+                before = self._frozen()
+            after, report = adaptation.adapt(before)  # takes long, and holds up nobody
+            with self._lock:
+                now = self._frozen()
+                state = now.adapted(before, after)
+                if state is None:
+                    state, report = adaptation.adapt(now)
+                self._state = state
             return report
 
     def _change(self, change: Callable[[State], State]) -> int:
@@ -653,7 +665,7 @@ class Index(_Questions):
         """The state that a writer, who holds the lock, makes the next one of: single changes go on after it."""
         front = self._front
         front.freeze()
-        return front.settled()
+        return front.settled(append=True)
 
     def _renew(self) -> Front:
         """A front whose level takes changes."""
@@ -675,6 +687,6 @@ class Index(_Questions):
         merged = before.merged()  # takes long, and holds up nobody
         with self._lock:
             now = self._frozen()
-            if now.run.codes is before.run.codes:  # else compact() was faster
-                now = now.after_merge(before, merged)
+            if now.run.lineage is before.run.lineage:  # else compact() was faster
+                now = now.after_merge(before, merged) or now
             self._front = Front(now)

@@ -125,6 +125,8 @@ class KeyType:
 
     def decode_one(self, code: int) -> Any:
         """One key as users see it: a Python int or float, or a NumPy datetime64."""
+        if self.dtype.kind in "ui":
+            return code - (1 << (self.bits - 1)) if self.dtype.kind == "i" else code
         key = self.decode(np.array([code], dtype=np.uint64))[0]
         return key if self.dtype.kind == "M" else key.item()
 

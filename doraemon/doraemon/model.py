@@ -91,6 +91,12 @@ class Model:
         """How many leaves this model uses; the pool may hold more."""
         return leaf_count(self.bits)
 
+    def reaching(self, end: int) -> Model:
+        """The model with the last bucket ending there: it takes in keys that it was not fitted to."""
+        buckets = self.buckets.copy()
+        buckets["start"][-1] = end
+        return Model(self.bounds, buckets, self.bits, self.pool)
+
     @property
     def nbytes(self) -> int:
         """The bytes of all arrays, those of leaves in the pool that are not in use included."""
@@ -182,6 +188,31 @@ def _refit(model: Model, keys: Codes, bits: Bits, engine: Engine) -> tuple[Model
     buckets["scale"][:-1] = scales
     buckets["place"][:-1] = places_of(first, bits)
     return Model(model.bounds, buckets, bits, pool), missing
+
+
+def extended(model: Model, keys: Codes, engine: Engine) -> Model:
+    """The model with its last bucket, which has taken in more keys, divided into as many as it is deep, and fitted.
+
+    The other buckets and their fits stay as they are. What room the pool has goes to the model that is made.
+    """
+    kept, start = len(model.bits) - 1, int(model.starts[-2])
+    depth = max(DEPTH, start // max(kept, 1))
+    count = -(-(len(keys) - start) // depth)
+    starts = start + np.arange(count + 1, dtype=np.int64) * (len(keys) - start) // count
+    bits = choose_bits(np.diff(starts))
+    buckets = np.zeros(kept + count + 1, dtype=BUCKET)
+    buckets[:kept] = model.buckets[:kept]
+    buckets["start"][kept:] = starts
+    buckets["low"][kept:-1] = keys[starts[:-1]]
+    buckets["scale"][kept:-1] = bucket_scales(keys, starts, bits)
+    pool = model.pool
+    with pool.lock:
+        first_rows = np.full((kept + count, MAX_BITS + 1), -1, np.int64)
+        first_rows[:kept] = pool.first_rows[:kept]
+        longer = LeafPool(pool.rows, pool.used, first_rows)
+        pool.rows = pool.rows[: pool.used]
+    bits = np.append(model.bits[:kept], bits)
+    return refit(Model(np.ascontiguousarray(buckets["low"][:-1]), buckets, bits, longer), keys, bits, engine)[0]
 
 
 def bucket_scales(keys: Codes, starts: Ints, bits: Bits) -> Floats:

@@ -23,6 +23,7 @@ def pack(state: State) -> tuple[Header, Arrays]:
     """Everything of a state; values only where there are any."""
     if not is_compact(state.delta.net, len(state.run)):
         state = state.merged()
+    state = state.fitted()
     run, delta, model, memory = state.run, state.delta, state.run.model, state.run.memory
     header = {"dtype": state.key_type.dtype.str.replace(">", "<"), "memory": memory.capacity}
     arrays = {
@@ -62,22 +63,25 @@ def unpack(header: Header, arrays: Arrays, engine: str | None = None, verify: bo
     memory = Models.of(zip(arrays["memory.signatures"], arrays["memory.bits"], strict=True), header["memory"])
     run = Run(codes, arrays.get("run.values"), model, heat, arrays["run.trained"], memory)
     net, present, stamps = (arrays[f"delta.{name}"] for name in ("net", "present", "stamps"))
-    parts = (arrays["delta.codes"], net, present, arrays.get("delta.values"), stamps)
-    state = State.of(key_type, chosen, run, Delta(*parts, chosen), writes=int(stamps.max(initial=0)))
+    unchanged = State.of(key_type, chosen, run)
+    left, counts = unchanged.counted(arrays["delta.codes"])
     if verify:
-        _verify(state)
-    return state
+        _verify(unchanged)
+        if not np.array_equal(counts, present):
+            raise damaged("delta.present has other counts than the keys")
+    parts = (arrays["delta.codes"], left, net, present, arrays.get("delta.values"), stamps)
+    delta = Delta(*parts, chosen)
+    if verify and delta.values is not None:
+        check_values("delta.values", delta.values)
+    return State.of(key_type, chosen, run, delta, writes=int(stamps.max(initial=0)))
 
 
 def _verify(state: State) -> None:
-    """Raise CorruptFileError unless everything that answers rest on is true."""
-    run, delta = state.run, state.delta
+    """Raise CorruptFileError unless everything that answers of a run rest on is true."""
+    run = state.run
     check_keys(run.codes, run.values is not None, state.key_type)
-    for name, values in (("run.values", run.values), ("delta.values", delta.values)):
-        if values is not None:
-            check_values(name, values)
-    if not np.array_equal(state.count_in_run(delta.codes), delta.present):
-        raise damaged("delta.present has other counts than the keys")
+    if run.values is not None:
+        check_values("run.values", run.values)
     if not state.view.within_error_bounds():
         raise damaged("model.rows has lines that do not lead to the keys")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -12,6 +12,7 @@ from .engine import Engine
 from .heat import Heat, rebucket, shares_of
 from .hot import Hot
 from .model import Model, bucket_starts, build, choose_bits
+from .splicing import Room
 from .steps import Steps, find_steps
 from .workload import Memory, Signature, signature
 
@@ -30,6 +31,9 @@ class Run:
         trained: the access shares that the model's leaves were given for.
         memory: leaf numbers for past workloads. Never changed: an adaptation makes another.
         hot: the codes asked for most, which are looked up before the model; None for none.
+        room: the larger arrays that codes and values are the first part of; None where there are none.
+        tail: how many keys were appended that the model was not fitted to.
+        lineage: the same for a run and those that it grew into or was adapted to.
     """
 
     codes: Codes
@@ -39,6 +43,9 @@ class Run:
     trained: Signature
     memory: Models
     hot: Hot | None = None
+    room: Room | None = None
+    tail: int = 0
+    lineage: object = field(default_factory=object)
 
     @classmethod
     def of(cls, codes: Codes, values: Values | None, engine: Engine, memory: Models) -> Run:
@@ -57,7 +64,7 @@ class Run:
 
     def followed_by(self, codes: Codes, values: Values | None, engine: Engine) -> Run:
         """The run of other codes in this one's place, its model fitted for the accesses counted so far."""
-        memory = self.memory_over(codes)
+        memory = self.memory_over(codes, bucket_starts(len(codes)))
         if len(self) == 0:
             return Run.of(codes, values, engine, memory)
         starts = bucket_starts(len(codes))
@@ -67,12 +74,11 @@ class Run:
         heat = Heat(model.bounds, engine, counts, self.heat.samples.copy())
         return Run(codes, values, model, heat, shares, memory)
 
-    def memory_over(self, codes: Codes) -> Models:
-        """The memory over the buckets of other codes: each workload's shares there, and leaf numbers for them."""
+    def memory_over(self, codes: Codes, starts: Ints) -> Models:
+        """The memory over other codes, whose buckets begin at `starts`: each workload with its shares there."""
         if len(self) == 0 or len(codes) == 0:
             return Models(self.memory.capacity)  # without buckets on both sides no workload can be carried over
-        ranks, starts = self._bucket_ranks(codes), bucket_starts(len(codes))
-        depths = np.diff(starts)
+        ranks, depths = self._bucket_ranks(codes), np.diff(starts)
 
         def moved(known: Signature, bits: Bits) -> tuple[Signature, Bits]:
             shares = signature(rebucket(known, ranks, starts), depths, 1e-6)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-from .arrays import Codes, Floats, Ints, Mask, parts_of
-from .delta import Delta
+from .arrays import Bits, Codes, Floats, Ints, Mask, Values, parts_of
+from .delta import Delta, stacked
 from .engine import Engine, native
 from .fitting import BATCH
 from .heat import SAMPLING
@@ -17,7 +20,10 @@ from .keys import KeyType
 from .run import Run
 from .splicing import ranks_in
 from .steps import Steps
+from .values import is_plain
 
+Deltas = tuple[Delta, Delta]  #: of older changes and of recent ones
+Scanned = tuple[NDArray[Any], ...]  #: what a scan fills: codes, and for values what `State.new_items` says
 SMALL = 64  #: batches below this are left to np.searchsorted, whose one call costs less than ours
 
 
@@ -39,33 +45,72 @@ class View(Protocol):
     def ranks(self, codes: Codes, right: bool, in_run: bool, ranks: Ints, /) -> None:
         """How many keys of the index, or of its run alone, are below each code, or (`right`) not above it."""
 
-    def find_many(self, codes: Codes, present: Mask, in_delta: Mask = ..., positions: Ints = ..., /) -> None:
-        """Whether each code is in the index; and where, if asked: in the delta or in the run, at which position."""
+    def find_many(self, codes: Codes, present: Mask, layers: Bits = ..., positions: Ints = ..., /) -> None:
+        """Whether each code is in the index; and where, if asked: in which layer, at which position.
+
+        Layer 0 is the run, 1 the older delta and 2 the recent one.
+        """
+
+    def count_many(self, codes: Codes, ranks: Ints, counts: Ints, /) -> None:
+        """The rank of each code in the run, and how many keys of it and of the older delta equal the code."""
+
+    def select(self, rank: int, /) -> int | None:
+        """The code of a rank, negative ones counted from the end; None if there is none."""
+
+    def neighbour(self, key: object, right: bool, offset: int, /) -> int | None:
+        """The code `offset` ranks from the key's left or right rank; None if there is none."""
+
+    def count(self, low: object, high: object, /) -> int:
+        """How many keys are from `low` on and below `high`."""
+
+    def scan(
+        self, low: object, high: object, most: int, new: Callable[[int], Scanned], /
+    ) -> tuple[Scanned, list[tuple[int, Any]]] | None:
+        """Fill the arrays that `new` makes for so many keys with those from `low` on and below `high`.
+
+        None leaves an end open. The answer is None if there are more than `most` keys, else the arrays, and pairs of
+        a place and the value that belongs there.
+        """
 
     def within_error_bounds(self) -> bool:
         """Whether every key of the run lies within the error bound that its leaf states."""
 
 
-def make_view(engine: Engine, key_type: KeyType, run: Run, delta: Delta) -> View:
-    """A view of a run and its delta."""
+def make_view(engine: Engine, key_type: KeyType, run: Run, deltas: Deltas) -> View:
+    """A view of a run and its deltas, the older one first."""
     if engine == "numpy":
-        return NumpyView(key_type, run, delta)
-    model, dtype = run.model, key_type.dtype
+        return NumpyView(key_type, run, deltas)
+    model, dtype, (older, recent) = run.model, key_type.dtype, deltas
     lines = NO_LINES if run.hot is None else run.hot.lines
-    searched = (run.codes, model.bounds, model.buckets, model.pool.rows, delta.codes, delta.shifts, delta.alive, lines)
-    samples = (run.heat.samples.codes, run.heat.samples.taken)
+    (entries, windows, bits), (last_entries, last_windows, last_bits) = older.packed, recent.packed
     return native.View(
-        dtype.kind, dtype.itemsize, key_type.cut_one, SAMPLING, *searched, *samples, run.values, delta.values
+        dtype.kind,
+        dtype.itemsize,
+        key_type.cut_one,
+        SAMPLING,
+        *(run.codes, model.bounds, model.buckets, model.pool.rows, lines),
+        *(entries, older.left, windows, last_entries, recent.left, last_windows),
+        *(run.heat.samples.codes, run.heat.samples.taken),
+        *(run.values, older.values, recent.values),
+        *(bits, last_bits),
+        *_bytes_of(run.values, older.values, recent.values),
     )
+
+
+def _bytes_of(*values: Values | None) -> tuple[Any, ...]:
+    """The bytes of a map's plain values, and of how many a value is; Nones and 0 for others."""
+    if values[0] is None or not is_plain(values[0].dtype):
+        return None, None, None, 0
+    return *(array.view(np.uint8) for array in values if array is not None), values[0].dtype.itemsize
 
 
 class NumpyView(View):
     """A view without the C extension: windows of all queries of a batch are halved together."""
 
-    engine: Engine = "numpy"  #: what searches the delta
+    engine: Engine = "numpy"  #: what searches the deltas
 
-    def __init__(self, key_type: KeyType, run: Run, delta: Delta) -> None:
-        self._cut, self.run, self.delta = key_type.cut_one, run, delta
+    def __init__(self, key_type: KeyType, run: Run, deltas: Deltas) -> None:
+        self._cut, self.run, self.deltas = key_type.cut_one, run, deltas
         self.codes, self.model, self.samples = run.codes, run.model, run.heat.samples
         self._random = np.random.default_rng()
 
@@ -87,13 +132,14 @@ class NumpyView(View):
     def _rank(self, key: object, right: bool) -> int:
         code, exact = self._cut(key)
         if code is None:
-            return len(self.codes) + int(self.delta.shifts[-1])
+            return len(self.codes) + sum(delta.shift for delta in self.deltas)
         self._sample_one(code)
         return self._rank_of(code + (right and exact), in_run=False)  # a Python int: nothing wraps
 
     def _rank_of(self, query: int, in_run: bool) -> int:
-        shift = 0 if in_run else self.delta.shifts[bisect_left(memoryview(self.delta.codes), query)]
-        return self._run_rank(query) + int(shift)
+        deltas = () if in_run else self.deltas
+        shifts = (delta.shifts[bisect_left(memoryview(delta.codes), query)] for delta in deltas)
+        return self._run_rank(query) + int(sum(shifts))
 
     def _find(self, key: object) -> tuple[Any, int] | None:
         code, exact = self._cut(key)
@@ -102,10 +148,66 @@ class NumpyView(View):
     def _find_code(self, code: int) -> tuple[Any, int] | None:
         """The values among which a code's is, and its position there; None if the code is absent."""
         self._sample_one(code)
-        rank, entry = self._run_rank(code), bisect_left(memoryview(self.delta.codes), code)
-        if entry < len(self.delta) and self.delta.codes[entry] == code:
-            return (self.delta.values, entry) if self.delta.alive[entry] else None
+        for delta in reversed(self.deltas):
+            entry = bisect_left(memoryview(delta.codes), code)
+            if entry < len(delta) and delta.codes[entry] == code:
+                return (delta.values, entry) if delta.counts[entry] else None
+        rank = self._run_rank(code)
         return (self.run.values, rank) if rank < len(self.codes) and self.codes[rank] == code else None
+
+    # ---- ranges and ranks, of all changes together
+
+    def select(self, rank: int, /) -> int | None:
+        n = len(self.codes) + self._changes.shift
+        return int(self._codes_at(np.array([rank % n]))[0]) if -n <= rank < n else None
+
+    def neighbour(self, key: object, right: bool, offset: int, /) -> int | None:
+        rank = self._rank(key, right) + offset
+        return self.select(rank) if rank >= 0 else None
+
+    def count(self, low: object, high: object, /) -> int:
+        return max(0, self.left(high) - self.left(low))
+
+    def scan(
+        self, low: object, high: object, most: int, new: Callable[[int], Scanned], /
+    ) -> tuple[Scanned, list[tuple[int, Any]]] | None:
+        first = 0 if low is None else self.left(low)
+        last = len(self.codes) + self._changes.shift if high is None else self.left(high)
+        if last - first > most:
+            return None
+        ranks = np.arange(first, last)
+        arrays = new(len(ranks))
+        arrays[0][:] = self._codes_at(ranks)
+        if len(arrays) > 1:
+            arrays[1][:] = self._at(self.run.values, self._changes.values, ranks)
+        return arrays, []
+
+    @cached_property
+    def _changes(self) -> Delta:
+        return stacked(*self.deltas)
+
+    @cached_property
+    def _first_ranks(self) -> Ints:
+        """The rank in the index of the first key that each change is about."""
+        ranks: Ints = self._changes.left + self._changes.shifts[:-1]
+        return ranks
+
+    def _codes_at(self, ranks: Ints) -> Codes:
+        return self._at(self.codes, self._changes.codes, ranks)
+
+    def _at(self, run: Any, changed: Any, ranks: Ints) -> NDArray[Any]:
+        """The items of these ranks in two arrays, of the run and of the changes."""
+        delta = self._changes
+        if len(delta) == 0:
+            items: NDArray[Any] = run[ranks]
+            return items
+        entry = np.searchsorted(self._first_ranks, ranks, side="right") - 1
+        inside = np.maximum(entry, 0)
+        in_delta = (entry >= 0) & (ranks < self._first_ranks[inside] + delta.counts[inside])
+        items = np.empty(len(ranks), dtype=run.dtype)
+        items[in_delta] = changed[inside[in_delta]]
+        items[~in_delta] = run[(ranks - delta.shifts[entry + 1])[~in_delta]]
+        return items
 
     # ---- batches; those of one code are answered like single keys, as NumPy's calls would take longer
 
@@ -118,23 +220,38 @@ class NumpyView(View):
         past = codes == np.uint64(2**64 - 1) if right else np.False_
         queries = codes + np.uint64(1) * ~past if right else codes
         ranks[:] = np.where(past, len(self.codes), self._run_ranks(queries)) if right else self._run_ranks(queries)
-        if not in_run and len(self.delta):
-            entry = ranks_in(self.delta.codes, queries, False, self.engine)
-            ranks += self.delta.shifts[np.where(past, len(self.delta), entry)]
+        for delta in () if in_run else self.deltas:
+            if len(delta):
+                entry = ranks_in(delta.codes, queries, False, self.engine)
+                ranks += delta.shifts[np.where(past, len(delta), entry)]
 
     def find_many(
-        self, codes: Codes, present: Mask, in_delta: Mask | None = None, positions: Ints | None = None, /
+        self, codes: Codes, present: Mask, layers: Bits | None = None, positions: Ints | None = None, /
     ) -> None:
         if len(codes) == 1 and positions is None:
             present[0] = self._find_code(int(codes[0])) is not None
             return
         self._sample(codes)
-        rank, entry = self._run_ranks(codes), ranks_in(self.delta.codes, codes, False, self.engine)
-        changed = _equal_at(self.delta.codes, entry, codes)
+        rank = self._run_ranks(codes)
         present[:] = _equal_at(self.codes, rank, codes)
-        present[changed] = self.delta.alive[entry[changed]]
-        if in_delta is not None and positions is not None:
-            in_delta[:], positions[:] = changed, np.where(changed, entry, rank)
+        layer = np.zeros(len(codes), dtype=np.uint8)
+        for number, delta in enumerate(self.deltas, 1):
+            entry = ranks_in(delta.codes, codes, False, self.engine)
+            changed = _equal_at(delta.codes, entry, codes)
+            present[changed] = delta.counts[entry[changed]] > 0
+            rank[changed], layer[changed] = entry[changed], number
+        if layers is not None and positions is not None:
+            layers[:], positions[:] = layer, rank
+
+    def count_many(self, codes: Codes, ranks: Ints, counts: Ints, /) -> None:
+        older = self.deltas[0]
+        ranks[:] = self._run_ranks(codes)
+        counts[:] = _equal_at(self.codes, ranks, codes)
+        again = _equal_at(self.codes, ranks + 1, codes)
+        counts[again] = np.searchsorted(self.codes, codes[again], side="right") - ranks[again]
+        entry = ranks_in(older.codes, codes, False, self.engine)
+        changed = _equal_at(older.codes, entry, codes)
+        counts[changed] = older.counts[entry[changed]]
 
     def within_error_bounds(self) -> bool:
         starts = self.model.starts
@@ -214,8 +331,8 @@ class NumpyView(View):
 class StepView(NumpyView):
     """Batches over a run of few distinct codes, for both engines. Its searches use no model and are not sampled."""
 
-    def __init__(self, steps: Steps, key_type: KeyType, run: Run, delta: Delta, engine: Engine) -> None:
-        super().__init__(key_type, run, delta)
+    def __init__(self, steps: Steps, key_type: KeyType, run: Run, deltas: Deltas, engine: Engine) -> None:
+        super().__init__(key_type, run, deltas)
         self.steps, self.engine = steps, engine
 
     def _sample(self, codes: Codes) -> None:

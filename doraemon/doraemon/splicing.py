@@ -2,27 +2,61 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import Codes, Ints
+from .arrays import Codes, Ints, Values
 from .engine import Engine, native
+from .values import is_plain
 
 
-def splice(old: NDArray[Any], at: Ints, new: NDArray[Any], engine: Engine) -> NDArray[Any]:
-    """`old` with `new` at the positions `at`, ascending, of the result."""
-    result = np.empty(len(old) + len(new), dtype=old.dtype)
-    if engine == "native" and not old.dtype.hasobject and old.dtype.itemsize:
+class Room:
+    """Arrays that are used up to a length, of codes and of a map's values.
+
+    Attributes:
+        arrays: of as many items; the second is None in a multiset.
+        used: how many are keys.
+    """
+
+    def __init__(self, arrays: tuple[Codes, Values | None], used: int) -> None:
+        self.arrays, self.used = arrays, used
+        self._lock = threading.Lock()  # copies of an index share a room
+
+    def first(self, count: int) -> tuple[Codes, Values | None]:
+        """The first items of each array."""
+        codes, values = self.arrays
+        return codes[:count], None if values is None else values[:count]
+
+    def take(self, after: int, codes: Codes, values: Values | None) -> bool:
+        """Put keys behind the first `after`, if no others are there and all have room; whether that was so."""
+        all_codes, all_values = self.arrays
+        with self._lock:
+            end = after + len(codes)
+            if self.used != after or end > len(all_codes):
+                return False
+            all_codes[after:end] = codes
+            if all_values is not None:
+                all_values[after:end] = values
+            self.used = end
+            return True
+
+
+def splice(old: NDArray[Any], at: Ints, new: NDArray[Any], engine: Engine, spare: int = 0) -> NDArray[Any]:
+    """`old` with `new` at the positions `at`, ascending, of the result, and `spare` items behind it."""
+    whole = np.empty(len(old) + len(new) + spare, dtype=old.dtype)
+    result = whole[: len(old) + len(new)]
+    if engine == "native" and is_plain(old.dtype):
         arrays = (old, at, new.astype(old.dtype, copy=False), result)
         native.splice(*(np.ascontiguousarray(array).view(np.uint8) for array in arrays))
-        return result
+        return whole
     others = np.ones(len(result), dtype=np.bool_)
     others[at] = False
     result[at] = new
     result[others] = old
-    return result
+    return whole
 
 
 def ranks_in(codes: Codes, queries: Codes, right: bool, engine: Engine) -> Ints:

@@ -1,28 +1,30 @@
 """States: everything that a reader needs, immutable. A write makes a new state and swaps one reference.
 
-Questions are answered here, those for one key by the view: each from one state, so that it sees one moment even while
-others write.
+Batches are answered here, single questions by the view or the front over it: each from one state, so that it sees one
+moment even while others write.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from .arrays import Codes, Ints, Mask, Values
-from .delta import Delta, changes_after, merge
+from .appending import appended, fitted
+from .arrays import Bits, Codes, Ints, Mask, Values
+from .delta import Delta, changes_after, merge, stacked
 from .engine import Engine
 from .hot import Hot
 from .inputs import as_sequence, is_batch
 from .keys import KeyType
 from .model import Model
 from .run import Models, Run
-from .search import SMALL, StepView, View, make_view
-from .values import dtype_with_default, with_default
+from .search import SMALL, Scanned, StepView, View, make_view
+from .values import dtype_with_default, is_plain, with_default
 from .workload import Signature
 
 REQUIRED: Any = object()  #: stands for an argument that was not given
@@ -35,47 +37,57 @@ class Places(NamedTuple):
     """Where keys of an index lie.
 
     Attributes:
-        in_delta: bool [keys], whether in the delta, else in the run; None where all are in the run.
+        layers: uint8 [keys], 0 in the run, 1 in the delta of older changes, 2 in that of recent ones.
         positions: int64 [keys], there.
     """
 
-    in_delta: Mask | None
+    layers: Bits
     positions: Ints
 
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """A run, its delta, and the view that searches both.
+    """A run, its deltas, and the view that searches all.
 
     Attributes:
         key_type: of the keys.
         engine: what searches, fits and splices.
         run: most of the keys.
-        delta: what changed since the run was made.
+        older: what changed since the run was made, but for
+        recent: what changed since those changes were put together.
         view: answers single keys and batches of codes.
         length: the number of keys, copies counted.
-        writes: the number of the last write, by which the delta's entries are stamped.
+        writes: the number of the last write, by which the deltas' entries are stamped.
         copied: how many entries of deltas the writes since the last merge have copied.
+        copied_lately: of them, those of the recent delta since it was last empty.
+        asked: int64 [1], how many queries were asked in batches.
     """
 
     key_type: KeyType
     engine: Engine
     run: Run
-    delta: Delta
+    older: Delta
+    recent: Delta
     view: View
     length: int
     writes: int
     copied: int
+    copied_lately: int
+    asked: Ints = field(default_factory=lambda: np.zeros(1, np.int64))
 
     @classmethod
-    def of(
-        cls, key_type: KeyType, engine: Engine, run: Run, delta: Delta | None = None, writes: int = 0, copied: int = 0
-    ) -> State:
-        """The state of a run and its delta, by default an empty one."""
-        if delta is None:
-            delta = Delta.empty(None if run.values is None else run.values.dtype, engine)
-        view = make_view(engine, key_type, run, delta)
-        return cls(key_type, engine, run, delta, view, len(run) + int(delta.shifts[-1]), writes, copied)
+    def of(cls, key_type: KeyType, engine: Engine, run: Run, delta: Delta | None = None, writes: int = 0) -> State:
+        """The state of a run and its older changes, by default none; there are no recent ones."""
+        none = Delta.empty(None if run.values is None else run.values.dtype, engine)
+        older = none if delta is None else delta
+        view = make_view(engine, key_type, run, (older, none))
+        return cls(key_type, engine, run, older, none, view, len(run) + older.shift, writes, 0, 0)
+
+    def _with(self, **parts: Any) -> State:
+        """This state with some other parts, and the view of them."""
+        state = replace(self, **parts, asked=np.zeros(1, np.int64))
+        view = make_view(state.engine, state.key_type, state.run, (state.older, state.recent))
+        return replace(state, view=view, length=len(state.run) + state.older.shift + state.recent.shift)
 
     @property
     def is_map(self) -> bool:
@@ -88,50 +100,6 @@ class State:
         if self.run.values is None:
             raise values_error()
         return self.run.values.dtype
-
-    # ---- one key
-
-    def select(self, rank: int) -> Any:
-        """The key of a rank; negative ranks count from the end. Raises IndexError if there is no such rank."""
-        n = self.length
-        if not -n <= rank < n:
-            raise IndexError(f"rank {rank} of {n} keys: give one from {-n} to {n - 1}")
-        if len(self.delta) == 0:
-            return self.key_type.decode_one(int(self.run.codes[rank]))
-        return self.key_type.decode_one(int(self._codes_at(self._places(np.array([rank % n])))[0]))
-
-    def neighbour(self, key: Any, right: bool, offset: int) -> Any | None:
-        """The key `offset` ranks from this one's left or right rank, None if there is none."""
-        rank = (self.view.right(key) if right else self.view.left(key)) + offset
-        return self.select(rank) if 0 <= rank < self.length else None
-
-    # ---- ranges
-
-    def keys_between(self, low: Any, high: Any) -> NDArray[Any]:
-        """The keys from `low` on and below `high`, ascending; None leaves an end open."""
-        return self.key_type.decode(self._codes_at(self._places_between(low, high)))
-
-    def values_between(self, low: Any, high: Any) -> Values:
-        """A map's values for `keys_between`. Raises TypeError if there are keys only."""
-        return self._values_at(self._places_between(low, high))
-
-    def items_between(self, low: Any, high: Any) -> tuple[NDArray[Any], Values]:
-        """A map's keys and values. Raises TypeError if there are keys only."""
-        places = self._places_between(low, high)
-        return self.key_type.decode(self._codes_at(places)), self._values_at(places)
-
-    def count(self, low: ArrayLike, high: ArrayLike) -> Any:
-        """How many keys are from `low` on and below `high`: an int, or int64 for arrays of ends."""
-        counted = np.maximum(self._ranks_of(high) - self._ranks_of(low), 0)
-        return int(counted) if np.ndim(counted) == 0 else counted
-
-    def _ranks_of(self, ends: Any) -> Ints | int:
-        return self.ranks(ends, right=False) if is_batch(ends) else self.view.left(ends)
-
-    def _places_between(self, low: Any, high: Any) -> Places:
-        first = 0 if low is None else self.view.left(low)
-        last = self.length if high is None else self.view.left(high)
-        return self._places(np.arange(first, last))
 
     # ---- batches
 
@@ -154,17 +122,17 @@ class State:
         """A map's value for each query, the default where it is absent; KeyError if that is REQUIRED."""
         dtype, given = self.value_dtype, as_sequence(queries)
         codes, exact, _ = self.key_type.cuts(given)
-        present, in_delta = np.empty(len(codes), dtype=np.bool_), np.empty(len(codes), dtype=np.bool_)
+        present, layers = np.empty(len(codes), dtype=np.bool_), np.empty(len(codes), dtype=np.uint8)
         positions = np.empty(len(codes), dtype=np.int64)
-        self.view.find_many(codes, present, in_delta, positions)
+        self.view.find_many(codes, present, layers, positions)
         present = present if exact is None else present & exact
         if default is not REQUIRED:
-            values = self._values_at(Places(in_delta[present], positions[present]))
+            values = self._values_at(Places(layers[present], positions[present]))
             return with_default(values, ~present, default, dtype_with_default(default, dtype))
         if not present.all():
             first = int(np.argmin(present))
             raise KeyError(f"query {first}, {given[first]!s}, is absent: give a default to look up keys that may be")
-        return self._values_at(Places(in_delta, positions))
+        return self._values_at(Places(layers, positions))
 
     def code_ranks(self, codes: Codes, right: bool = False, in_run: bool = False) -> Ints:
         """How many keys of the index, or of its run alone, are below each code, or (`right`) not above it."""
@@ -173,66 +141,138 @@ class State:
         return ranks
 
     def _batch_view(self, codes: Codes) -> View:
-        return self.view if len(codes) < SMALL or self._step_view is None else self._step_view
+        if len(codes) < SMALL:
+            return self.view
+        if self._step_view is not None:
+            return self._step_view
+        self.asked[0] += len(codes)  # an estimate where threads ask at the same time
+        return self._flat_view if self.asked[0] > self.changes else self.view
+
+    @cached_property
+    def _flat_view(self) -> View:
+        """What searches all changes at once: worth making for as many queries as there are changes."""
+        if len(self.older) == 0 or len(self.recent) == 0:
+            return self.view
+        return make_view(self.engine, self.key_type, self.run, (self.delta, self._no_changes))
+
+    @property
+    def _no_changes(self) -> Delta:
+        return Delta.empty(None if self.run.values is None else self.run.values.dtype, self.engine)
 
     @cached_property
     def _step_view(self) -> StepView | None:
         """What searches batches where the run's distinct codes are few."""
         steps = self.run.steps
-        return None if steps is None else StepView(steps, self.key_type, self.run, self.delta, self.engine)
+        deltas = (self.older, self.recent)
+        return None if steps is None else StepView(steps, self.key_type, self.run, deltas, self.engine)
 
-    # ---- keys and values by their places
+    def count_many(self, low: ArrayLike, high: ArrayLike) -> Ints:
+        """How many keys are from each `low` on and below `high`, of which one may be a single end."""
+        counted: Ints = np.maximum(self._ranks_of(high) - self._ranks_of(low), 0)
+        return counted
+
+    def _ranks_of(self, ends: Any) -> Ints | int:
+        return self.ranks(ends, right=False) if is_batch(ends) else self.view.left(ends)
+
+    # ---- what scans of the view fill, and values by their places
 
     @cached_property
-    def _delta_ranks(self) -> Ints:
-        """The rank in the index of each of the delta's codes."""
-        ranks: Ints = self.code_ranks(self.delta.codes, in_run=True) + self.delta.shifts[:-1]
-        return ranks
+    def new_items(self) -> Callable[[int], Scanned]:
+        """Makes the arrays that a scan fills with so many codes and values.
 
-    def _places(self, ranks: Ints) -> Places:
-        """Where the keys of these ranks lie."""
-        if len(self.delta) == 0:
-            return Places(None, ranks)
-        entry = np.searchsorted(self._delta_ranks, ranks, side="right") - 1
-        inside = np.maximum(entry, 0)
-        in_delta = (entry >= 0) & (ranks < self._delta_ranks[inside] + self.delta.counts[inside])
-        return Places(in_delta, np.where(in_delta, inside, ranks - self.delta.shifts[entry + 1]))
+        With C the values' bytes if these are plain, else where the values are; with NumPy the values themselves.
+        """
+        dtype = self.value_dtype
+        if self.engine == "numpy":
+            return lambda count: (np.empty(count, np.uint64), np.empty(count, dtype))
+        if is_plain(dtype):
+            size = dtype.itemsize
+            return lambda count: (np.empty(count, np.uint64), np.empty(count * size, np.uint8))
+        return lambda count: (np.empty(count, np.uint64), np.empty(count, np.uint8), np.empty(count, np.int64))
 
-    def _codes_at(self, places: Places) -> Codes:
-        return _taken(self.run.codes, self.delta.codes, places)
+    def scanned_values(self, arrays: Scanned, late: list[tuple[int, Any]]) -> Values:
+        """The values that a scan found, but for some that came from elsewhere to their places."""
+        rest, dtype = arrays[1:], self.value_dtype
+        if len(rest) == 2:
+            values = self._values_at(Places(*rest))
+        else:
+            values = rest[0] if rest[0].dtype == dtype else rest[0].view(dtype)
+        for place, value in late:
+            values[place] = value
+        return values
 
     def _values_at(self, places: Places) -> Values:
-        if self.run.values is None or self.delta.values is None:
+        if self.run.values is None or self.older.values is None or self.recent.values is None:
             raise values_error()
-        return _taken(self.run.values, self.delta.values, places)
+        layers, positions = places
+        if not layers.any():
+            return self.run.values[positions]
+        result = np.empty(len(positions), dtype=self.run.values.dtype)
+        for layer, values in enumerate((self.run.values, self.older.values, self.recent.values)):
+            of_layer = layers == layer
+            result[of_layer] = values[positions[of_layer]]
+        return result
 
     # ---- successors
 
-    def count_in_run(self, codes: Codes) -> Ints:
-        """How many keys of the run have each code; most codes of most writes are new, and searched once."""
-        if len(self.run) == 0:
-            return np.zeros(len(codes), dtype=np.int64)
-        left = self.code_ranks(codes, in_run=True)
-        present = self.run.codes[np.minimum(left, len(self.run) - 1)] == codes
-        counts: Ints = present.astype(np.int64)
-        if not self.is_map:  # a map's keys are distinct
-            counts[present] = self.code_ranks(codes[present], right=True, in_run=True) - left[present]
-        return counts
+    @cached_property
+    def delta(self) -> Delta:
+        """All that changed since the run was made. O(changes)."""
+        if len(self.recent) == 0:
+            return self.older
+        return stacked(self.older, self.recent) if len(self.older) else self.recent
 
-    def with_delta(self, delta: Delta, writes: int = 1) -> State:
-        """The same run with other changes, after some more writes."""
-        return State.of(self.key_type, self.engine, self.run, delta, self.writes + writes, self.copied + len(delta))
+    def counted(self, codes: Codes) -> tuple[Ints, Ints]:
+        """Where each code is, or would be, in the run, and how many keys of it and of the older changes equal it."""
+        ranks, counts = np.empty(len(codes), dtype=np.int64), np.empty(len(codes), dtype=np.int64)
+        self.view.count_many(codes, ranks, counts)
+        return ranks, counts
+
+    def with_recent(self, recent: Delta, writes: int = 1) -> State:
+        """The same run with other recent changes, after some more writes.
+
+        Recent changes become older ones when copying them has cost as much as copying all will: so the cost of a
+        change grows with the square root of their number.
+        """
+        lately = self.copied_lately + len(recent)
+        state = replace(self, recent=recent, writes=self.writes + writes, copied=self.copied + len(recent))
+        if lately <= max(MIN_DELTA, state.changes):
+            return state._with(copied_lately=lately)
+        delta = state.delta
+        return state._with(older=delta, recent=self._no_changes, copied=state.copied + len(delta), copied_lately=0)
+
+    def count_not_above(self, codes: Codes) -> int:
+        """How many of the codes, which are in order, are not above all codes of the run and of the changes."""
+        parts = [part[-1] for part in (self.run.codes, self.older.codes, self.recent.codes) if len(part)]
+        return int(np.searchsorted(codes, max(parts), side="right")) if parts else 0
+
+    def with_appended(self, codes: Codes, values: Values | None) -> State | None:
+        """The state with more keys, in order and above all codes that there are; None if there is no room for them."""
+        if len(codes) == 0:
+            return self
+        run = appended(self.run, codes, values, self.engine)
+        if run is None:
+            return None
+        return self._with(run=run)._with_true_hot(self.run)
+
+    def _with_true_hot(self, shorter: Run) -> State:
+        """The state with a hot table whose ranks are those of this run, where it has those of a shorter one.
+
+        They are others only for codes above that one's keys.
+        """
+        hot = self.run.hot
+        if hot is None or len(self.run) == len(shorter) or hot.highest <= int(shorter.codes[-1]):
+            return self
+        plain = self.with_hot(None)
+        return plain.with_hot(plain.hot_table(hot.codes))
 
     def remodelled(self, model: Model, trained: Signature, memory: Models) -> State:
         """The same keys under another model, which `trained` was the workload of."""
-        run = replace(self.run, model=model, trained=trained, memory=memory)
-        return State.of(self.key_type, self.engine, run, self.delta, self.writes, self.copied)
+        return self._with(run=replace(self.run, model=model, trained=trained, memory=memory))
 
     def with_hot(self, hot: Hot | None) -> State:
         """The same keys with another hot table of them, or without one."""
-        if hot is self.run.hot:
-            return self
-        return State.of(self.key_type, self.engine, replace(self.run, hot=hot), self.delta, self.writes, self.copied)
+        return self if hot is self.run.hot else self._with(run=replace(self.run, hot=hot))
 
     def hot_table(self, codes: Codes) -> Hot | None:
         """The hot table of distinct codes, in the run or not, the hottest first; None for none."""
@@ -243,39 +283,56 @@ class State:
         return Hot.of(codes, left, copies)
 
     @property
+    def changes(self) -> int:
+        """How many entries the deltas have. O(1), which `len(delta)` is not."""
+        return len(self.older) + len(self.recent)
+
+    @property
     def merge_is_due(self) -> bool:
-        """Whether the delta is long, or writes have copied it so often that merging would have been cheaper."""
+        """Whether there are many changes, or writes have copied them so often that merging would have been cheaper."""
         n = len(self.run)
-        return len(self.delta) >= max(MIN_DELTA, n // 16) or self.copied >= 2 * (n + MERGE_COST)
+        return self.changes >= max(MIN_DELTA, n // 16) or self.copied >= 2 * (n + MERGE_COST)
 
     def merged(self) -> State:
         """The state whose run has everything; its model is fitted for the accesses counted so far."""
-        if len(self.delta) == 0:
-            return self
-        codes, values = merge(
-            self.run.codes, self.run.values, self.delta, self.code_ranks(self.delta.codes, in_run=True)
-        )
-        state = State.of(self.key_type, self.engine, self.run.followed_by(codes, values, self.engine))
+        if self.changes == 0:
+            return self.fitted()
+        room = merge(self.run.codes, self.run.values, self.delta)
+        codes, values = room.first(room.used)
+        run = replace(self.run.followed_by(codes, values, self.engine), room=room)
+        state = State.of(self.key_type, self.engine, run)
         if self.run.hot is None or len(codes) == 0:
             return state
         return state.with_hot(state.hot_table(self.run.hot.codes))
 
-    def after_merge(self, before: State, merged: State) -> State:
-        """This state over the run of `merged`, which was made of `before`, an earlier state of this one."""
-        run = replace(merged.run, memory=self.run.memory_over(merged.run.codes))
-        delta = changes_after(self.delta, before.delta, merged.count_in_run)
-        return State.of(self.key_type, self.engine, run, delta, self.writes)
+    def fitted(self) -> State:
+        """The state whose model knows all keys of the run, also those that were appended lately."""
+        return self._with(run=fitted(self.run, self.engine)) if self.run.tail else self
 
+    def adapted(self, before: State, after: State) -> State | None:
+        """This state under the model and the hot table of `after`, which was made of `before`, an earlier one of it.
 
-def _taken(run: NDArray[Any], delta: NDArray[Any], places: Places) -> NDArray[Any]:
-    """The items at places in two arrays."""
-    in_delta, positions = places
-    if in_delta is None or len(delta) == 0:
-        return run[positions]
-    result = np.empty(len(positions), dtype=run.dtype)
-    result[~in_delta] = run[positions[~in_delta]]
-    result[in_delta] = delta[positions[in_delta]]
-    return result
+        None if there was a merge in between. A model whose last buckets were fitted since stays.
+        """
+        run, made = self.run, after.run
+        if run.lineage is not before.run.lineage:
+            return None
+        if run.heat is before.run.heat:
+            run = replace(run, model=made.model.reaching(len(run)), trained=made.trained, memory=made.memory)
+        return self._with(run=replace(run, hot=made.hot))._with_true_hot(before.run)
+
+    def after_merge(self, before: State, merged: State) -> State | None:
+        """This state over the run of `merged`, which was made of `before`, an earlier state of this one.
+
+        None if so many keys were appended meanwhile that they have no room there.
+        """
+        memory = self.run.memory_over(merged.run.codes, merged.run.model.starts)
+        merged, since = merged._with(run=replace(merged.run, memory=memory)), slice(len(before.run), None)
+        grown = merged.with_appended(self.run.codes[since], None if self.run.values is None else self.run.values[since])
+        if grown is None:
+            return None
+        delta = changes_after(self.delta, before.delta, grown.counted)
+        return State.of(self.key_type, self.engine, grown.run, delta, self.writes)
 
 
 def values_error() -> TypeError:

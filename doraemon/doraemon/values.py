@@ -22,6 +22,11 @@ _WIDTH = {"S": 1, "U": 4}  #: bytes of a character
 _FROM_OBJECTS: dict[str, Callable[[Any], Any]] = {"M": as_time, "m": as_duration}
 
 
+def is_plain(dtype: np.dtype[Any]) -> bool:
+    """Whether a value is its bytes, and there are any."""
+    return not dtype.hasobject and dtype.itemsize > 0
+
+
 def as_values(given: Any, count: int) -> Values:
     """One value per key, in an array of one dimension and native byte order that may share the caller's memory."""
     array = _array_of(given)

@@ -110,6 +110,15 @@ class Machine(RuleBasedStateMachine):
         self.index.extend(array, np.array(values, dtype=np.int64) if self.is_map else None)
 
     @rule(data=st.data())
+    def append(self, data: st.DataObject) -> None:
+        """Keys above all others, which go behind the run if a merge left room there."""
+        drawn = data.draw(st.lists(keys(self.dtype), max_size=20))
+        more = [key for key in drawn if not self.contents.keys or plain(key) > self.contents.keys[-1]]
+        values = [self._put(plain(key)) for key in more]
+        array = np.array(more, dtype=self.dtype)
+        self.index.extend(array, np.array(values, dtype=np.int64) if self.is_map else None)
+
+    @rule(data=st.data())
     def discard(self, data: st.DataObject) -> None:
         query = data.draw(queries(self.dtype))
         assert self.index.discard(query) == self._take(plain(query))
@@ -173,6 +182,12 @@ class Machine(RuleBasedStateMachine):
         first, last = (bisect_left(self.contents.keys, plain(end)) for end in (low, high))
         assert self.index.count(low, high) == max(0, last - first)
         assert plain_list(self.index.range(low, high)) == self.contents.keys[first:last]
+        if self.is_map:
+            values = [self.contents.values[key] for key in self.contents.keys[first:last]]
+            assert self.index.values(low, high).tolist() == self.index.items(low, high)[1].tolist() == values
+        for rank in (first, last - 1):
+            if 0 <= rank < len(self.contents.keys):
+                assert plain(self.index.select(rank)) == self.contents.keys[rank]
 
     @invariant()
     def contents_agree(self) -> None:

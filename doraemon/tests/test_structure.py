@@ -21,7 +21,7 @@ LAYERS = [
     ["arrays", "errors", "workload", "replacing"],
     ["engine", "inputs", "times", "dtypes"],
     ["values", "keys", "storage", "splicing", "hot", "heat", "fitting", "steps"],
-    ["model", "delta", "run", "search", "state"],
+    ["model", "delta", "run", "appending", "search", "state"],
     ["changes", "front", "warming", "adaptation", "following", "explanation", "checking", "packing", "index"],
 ]
 ORDER = [module for layer in LAYERS for module in layer]
