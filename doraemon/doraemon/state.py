@@ -20,6 +20,7 @@ from .hot import Hot
 from .inputs import as_sequence, is_batch
 from .keys import KeyType
 from .model import Model
+from .parallel import in_parts
 from .run import Models, Run
 from .search import SMALL, StepView, View, make_view
 from .values import dtype_with_default, with_default
@@ -120,56 +121,58 @@ class State:
         places = self._places_between(low, high)
         return self.key_type.decode(self._codes_at(places)), self._values_at(places)
 
-    def count(self, low: ArrayLike, high: ArrayLike) -> Any:
+    def count(self, low: ArrayLike, high: ArrayLike, threads: int = 1) -> Any:
         """How many keys are from `low` on and below `high`: an int, or int64 for arrays of ends."""
-        counted = np.maximum(self._ranks_of(high) - self._ranks_of(low), 0)
+        counted = np.maximum(self._ranks_of(high, threads) - self._ranks_of(low, threads), 0)
         return int(counted) if np.ndim(counted) == 0 else counted
 
-    def _ranks_of(self, ends: Any) -> Ints | int:
-        return self.ranks(ends, right=False) if is_batch(ends) else self.view.left(ends)
+    def _ranks_of(self, ends: Any, threads: int) -> Ints | int:
+        return self.ranks(ends, False, threads) if is_batch(ends) else self.view.left(ends)
 
     def _places_between(self, low: Any, high: Any) -> Places:
         first = 0 if low is None else self.view.left(low)
         last = self.length if high is None else self.view.left(high)
         return self._places(np.arange(first, last))
 
-    # ---- batches
+    # ---- batches, which so many threads share
 
-    def ranks(self, queries: ArrayLike, right: bool) -> Ints:
+    def ranks(self, queries: ArrayLike, right: bool, threads: int = 1) -> Ints:
         """How many keys are below each query, or (`right`) not above it."""
         codes, exact, above = self.key_type.cuts(queries)
-        ranks = self.code_ranks(codes, right)
+        ranks = self.code_ranks(codes, right, threads=threads)
         if right and exact is not None:
-            ranks = np.where(exact, ranks, self.code_ranks(codes))
+            ranks = np.where(exact, ranks, self.code_ranks(codes, threads=threads))
         return ranks if above is None else np.where(above, self.length, ranks)
 
-    def contains_many(self, queries: ArrayLike) -> Mask:
+    def contains_many(self, queries: ArrayLike, threads: int = 1) -> Mask:
         """Whether each query is in the index."""
         codes, exact, _ = self.key_type.cuts(queries)
         present = np.empty(len(codes), dtype=np.bool_)
-        self._batch_view(codes).find_many(codes, present)
+        view = self._batch_view(codes)
+        in_parts(lambda part: view.find_many(codes[part], present[part]), len(codes), threads)
         return present if exact is None else present & exact
 
-    def get_many(self, queries: ArrayLike, default: Any) -> Values:
+    def get_many(self, queries: ArrayLike, default: Any, threads: int = 1) -> Values:
         """A map's value for each query, the default where it is absent; KeyError if that is REQUIRED."""
         dtype, given = self.value_dtype, as_sequence(queries)
         codes, exact, _ = self.key_type.cuts(given)
         present, in_delta = np.empty(len(codes), dtype=np.bool_), np.empty(len(codes), dtype=np.bool_)
         positions = np.empty(len(codes), dtype=np.int64)
-        self.view.find_many(codes, present, in_delta, positions)
+        in_parts(lambda p: self.view.find_many(codes[p], present[p], in_delta[p], positions[p]), len(codes), threads)
         present = present if exact is None else present & exact
         if default is not REQUIRED:
-            values = self._values_at(Places(in_delta[present], positions[present]))
+            values = self._values_in_parts(Places(in_delta[present], positions[present]), threads)
             return with_default(values, ~present, default, dtype_with_default(default, dtype))
         if not present.all():
             first = int(np.argmin(present))
             raise KeyError(f"query {first}, {given[first]!s}, is absent: give a default to look up keys that may be")
-        return self._values_at(Places(in_delta, positions))
+        return self._values_in_parts(Places(in_delta, positions), threads)
 
-    def code_ranks(self, codes: Codes, right: bool = False, in_run: bool = False) -> Ints:
+    def code_ranks(self, codes: Codes, right: bool = False, in_run: bool = False, threads: int = 1) -> Ints:
         """How many keys of the index, or of its run alone, are below each code, or (`right`) not above it."""
         ranks = np.empty(len(codes), dtype=np.int64)
-        self._batch_view(codes).ranks(codes, right, in_run, ranks)
+        view = self._batch_view(codes)
+        in_parts(lambda part: view.ranks(codes[part], right, in_run, ranks[part]), len(codes), threads)
         return ranks
 
     def _batch_view(self, codes: Codes) -> View:
@@ -205,6 +208,19 @@ class State:
         if self.run.values is None or self.delta.values is None:
             raise values_error()
         return _taken(self.run.values, self.delta.values, places)
+
+    def _values_in_parts(self, places: Places, threads: int) -> Values:
+        """The same by several threads, for values that NumPy gathers without the GIL."""
+        in_delta, positions = places
+        if threads == 1 or in_delta is None or self.value_dtype.hasobject:
+            return self._values_at(places)
+        values = np.empty(len(positions), dtype=self.value_dtype)
+
+        def gather(part: slice) -> None:
+            values[part] = self._values_at(Places(in_delta[part], positions[part]))
+
+        in_parts(gather, len(positions), threads)
+        return values
 
     # ---- successors
 
