@@ -28,6 +28,12 @@ def signed(keys: Keys) -> Ints:
     return (keys ^ np.uint64(1 << 63)).view(np.int64)
 
 
+def in_order(keys: Ints, values: Ints) -> list[Ints]:
+    """Pairs by their keys, in which order both databases store them most compactly."""
+    order = np.argsort(keys)
+    return [keys[order], values[order]]
+
+
 class Sqlite:
     """A table without row numbers, that is a B-tree of the keys."""
 
@@ -36,7 +42,8 @@ class Sqlite:
         connection.execute("PRAGMA journal_mode = OFF")
         connection.execute("CREATE TABLE pairs (key INTEGER PRIMARY KEY, value INTEGER) WITHOUT ROWID")
         connection.execute("BEGIN")
-        connection.executemany(INSERT.format("?", "?"), zip(keys.tolist(), values.tolist(), strict=True))
+        pairs = zip(*(column.tolist() for column in in_order(keys, values)), strict=True)
+        connection.executemany(INSERT.format("?", "?"), pairs)
         self._execute = connection.cursor().execute
 
     def read(self, key: int, default: int | None = None) -> Any:
@@ -64,7 +71,7 @@ class Duck:
         self._execute = self._connection.execute
         self._execute("SET threads TO 1")
         self._execute("CREATE TABLE pairs (key BIGINT PRIMARY KEY, value BIGINT)")
-        self._connection.register("given", pyarrow.table({"key": keys, "value": values}))
+        self._connection.register("given", pyarrow.table(in_order(keys, values), ["key", "value"]))
         self._execute("INSERT INTO pairs SELECT * FROM given")
         self._connection.unregister("given")
         self._execute(f"PREPARE read AS {READ}$1")
