@@ -7,26 +7,23 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sosd import GENERATORS, Keys
 
-Keys = NDArray[np.uint64]
-KEYS = ["uniform", "lognormal", "cascade", "words", "offsets"]
+KEYS = [*GENERATORS, "cascade", "words", "offsets"]
 QUERIES = ["uniform", "90/10", "99/1", "zipf"]
 
 
 def make_keys(name: str, n: int, seed: int = 1, text: list[Path] | None = None) -> Keys:
-    """n sorted keys, distinct except where n is more than the text has.
+    """n sorted keys, nearly all distinct except where n is more than the text has.
 
-    uniform    over all of uint64
-    lognormal  exp of a normal with deviation 2
+    uniform, normal, lognormal, osm, facebook: see `sosd`
     cascade    a random multiplicative cascade: dense in dense parts at every scale
     words      the first 8 bytes at the beginning of each word of the text
     offsets    the positions of the words in the text, as multiples of its gaps if it is too short
     """
     rng = np.random.default_rng(seed)
-    if name == "uniform":
-        return np.sort(rng.integers(0, 2**64 - 1, n, dtype=np.uint64))
-    if name == "lognormal":
-        return np.sort((np.exp(rng.normal(0, 2, n)) * 1e12).astype(np.uint64))
+    if name in GENERATORS:
+        return np.sort(GENERATORS[name](n, rng))
     if name == "cascade":
         return np.sort(_cascade(n, rng))
     starts, raw = _words(text or [])

@@ -2,13 +2,15 @@
 
     python benchmarks/doraemon/single.py inserts|ycsb [--n 4000000] [--rounds 7]
 
-Needs `pip install sortedcontainers BTrees`. All take turns, answer the same operations, and are checked to agree.
+Needs `pip install sortedcontainers BTrees duckdb pyarrow`. All take turns, answer the same operations, and are checked
+to agree.
 
 inserts    a new key, then its rank; of BTrees, which count nothing, `in`. Then the key is removed again
 ycsb       10,000 operations a round over maps of int64, keys zipfian of exponent 0.99 and scattered. A: half reads,
            half updates. B: 95 % reads. C: reads. D: 95 % reads of late keys, 5 % inserts. E: 95 % scans of up to 100,
            5 % inserts. F: half reads, half reads that update what they read. The SortedList holds pairs, SortedDict is
-           a dict for reads and updates. Throughputs first, then each operation timed alone for the percentiles
+           a dict for reads and updates. SQLite and DuckDB are tables in memory; DuckDB has 200 operations a round, of
+           the same kind. Throughputs first, then each operation timed alone for the percentiles
 """
 
 from __future__ import annotations
@@ -16,19 +18,21 @@ from __future__ import annotations
 import argparse
 import gc
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from time import perf_counter_ns
 from typing import Any
 
 import numpy as np
 from BTrees.QQBTree import QQBTree, QQTreeSet
+from databases import Duck, Sqlite
 from inputs import Keys, make_keys
 from sortedcontainers import SortedDict, SortedList
-from timing import Row, keep, ratios, seconds_of, show, spreads
+from timing import Row, Seconds, keep, ratios, seconds_of, show, spreads
 
 from doraemon import Index
 
-OPERATIONS = 10_000
+OPERATIONS, FEW = 10_000, 200
 READ, UPDATE, INSERT, SCAN, MODIFY = range(5)
 MIXES = {
     "A": {READ: 0.5, UPDATE: 0.5},
@@ -101,12 +105,20 @@ def btrees(pairs: dict[int, int]) -> Table:
     return [held.get, held.__setitem__, held.__setitem__, scan, modify]
 
 
+def database(make: type[Sqlite | Duck], pairs: dict[int, int]) -> Table:
+    held = make(np.fromiter(pairs, np.int64), np.fromiter(pairs.values(), np.int64))
+    return [held.read, held.update, held.insert, held.scan, held.modify]
+
+
 WAYS: dict[str, Callable[[dict[int, int]], Table]] = {
     "doraemon": ours,
     "SortedList": sorted_list,
     "SortedDict": sorted_dict,
     "BTrees": btrees,
+    "SQLite": partial(database, Sqlite),
 }
+#: what takes long, and what its answers are compared with
+SLOW: dict[str, Callable[[dict[int, int]], Table]] = {"DuckDB": partial(database, Duck), "a dict": sorted_dict}
 
 
 class Mixer:
@@ -118,10 +130,10 @@ class Mixer:
         weights = np.cumsum(np.arange(1, len(keys) + 1, dtype=np.float64) ** -0.99)
         self.shares = weights / weights[-1]
 
-    def operations(self) -> list[Operation]:
-        kinds = self.rng.choice(list(self.mix), OPERATIONS, p=list(self.mix.values())).tolist()
-        ranks = np.searchsorted(self.shares, self.rng.random(OPERATIONS)).tolist()
-        extra = self.rng.integers(1, 101, OPERATIONS).tolist()
+    def operations(self, count: int) -> list[Operation]:
+        kinds = self.rng.choice(list(self.mix), count, p=list(self.mix.values())).tolist()
+        ranks = np.searchsorted(self.shares, self.rng.random(count)).tolist()
+        extra = self.rng.integers(1, 101, count).tolist()
         return [self._operation(*each) for each in zip(kinds, ranks, extra, strict=True)]
 
     def _operation(self, kind: int, rank: int, extra: int) -> Operation:
@@ -152,31 +164,48 @@ def rotated(names: list[str], round_: int) -> list[str]:
     return names[first:] + names[:first]
 
 
+def mixed(tables: dict[str, Table], mixer: Mixer, count: int, rounds: int) -> tuple[Seconds, dict[str, list[int]]]:
+    """Seconds per operation of each round, and nanoseconds of single operations."""
+    seconds: Seconds = {way: [] for way in tables}
+    singles: dict[str, list[int]] = {way: [] for way in tables}
+    for round_ in range(rounds):
+        operations, timed = mixer.operations(count), mixer.operations(count)
+        for way in rotated(list(tables), round_):
+            taken = seconds_of(lambda way=way, some=operations: together(tables[way], some))
+            seconds[way].append(taken / count)
+        totals = set()
+        for way in rotated(list(tables), round_):
+            times, total = one_by_one(tables[way], timed)
+            singles[way] += times
+            totals.add(total)
+        assert len(totals) == 1, "the answers differ"
+    return seconds, singles
+
+
 def ycsb(keys: Keys, rounds: int) -> Iterator[Row]:
     """Nanoseconds per operation and percentiles of single ones, of each mix."""
     rng = np.random.default_rng(5)
     plain = rng.permutation(np.unique(keys >> np.uint64(1))).tolist()
-    held, spare = plain[: len(plain) * 15 // 16], iter(plain[len(plain) * 15 // 16 :])
-    tables = {name: make(dict.fromkeys(held, 1)) for name, make in WAYS.items()}
+    first = len(plain) * 15 // 16
+    groups = [
+        ({name: make(dict.fromkeys(plain[:first], 1)) for name, make in ways.items()}, count, iter(plain[first:]))
+        for ways, count in ((WAYS, OPERATIONS), (SLOW, FEW))
+    ]
+    held = [plain[:first]] * len(groups)
     gc.freeze()
     for name, mix in MIXES.items():
-        mixer = Mixer(mix, held, spare)
-        seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-        singles: dict[str, list[int]] = {way: [] for way in WAYS}
-        for round_ in range(rounds):
-            operations, timed = mixer.operations(), mixer.operations()
-            for way in rotated(list(WAYS), round_):
-                seconds[way].append(seconds_of(lambda way=way, some=operations: together(tables[way], some)))
-            totals = set()
-            for way in rotated(list(WAYS), round_):
-                times, total = one_by_one(tables[way], timed)
-                singles[way] += times
-                totals.add(total)
-            assert len(totals) == 1, f"mix {name}: the answers differ"
-        held = mixer.keys
-        latency = {way: [round(float(v) / 1e3, 2) for v in np.percentile(t, PERCENTILES)] for way, t in singles.items()}
-        yield {"mix": name, "ns": spreads(seconds, 1e9 / OPERATIONS), "ratio": ratios(seconds, "doraemon")} | {
-            "us, percentiles": latency
+        seconds: Seconds = {}
+        singles: dict[str, list[int]] = {}
+        for number, (tables, count, spare) in enumerate(groups):
+            mixer = Mixer(mix, held[number], spare)
+            throughput, latency = mixed(tables, mixer, count, rounds)
+            held[number] = mixer.keys
+            seconds |= throughput
+            singles |= latency
+        del seconds["a dict"], singles["a dict"]
+        tails = {way: [round(float(v) / 1e3, 2) for v in np.percentile(t, PERCENTILES)] for way, t in singles.items()}
+        yield {"mix": name, "ns": spreads(seconds, 1e9), "ratio": ratios(seconds, "doraemon")} | {
+            "us, percentiles": tails
         }
 
 

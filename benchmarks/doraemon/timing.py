@@ -66,10 +66,14 @@ def show(row: Row) -> None:
 
 
 def keep(name: str, rows: list[Row], by: list[str]) -> None:
-    """Put rows among the results, in place of those that have the same values of the fields `by`."""
+    """Put rows among the results, in place of those that have the same values of the fields `by`.
+
+    Rows that another machine measured are dropped, as a file states one machine.
+    """
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
-    kept = json.loads(path.read_text())["rows"] if path.exists() else []
+    held = json.loads(path.read_text()) if path.exists() else {}
+    kept = held["rows"] if held.get("machine") == machine() else []
     fresh = {tuple(row[field] for field in by) for row in rows}
     kept = [row for row in kept if tuple(row[field] for field in by) not in fresh] + rows
     lines = ",\n".join(json.dumps(row) for row in kept)

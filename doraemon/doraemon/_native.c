@@ -199,22 +199,19 @@ static inline int64_t draw(const Search *s, uint64_t random)
     return (int64_t)((random >> 32) * s->sampling >> 32);
 }
 
-static inline void keep_sample(const Search *s, uint64_t code)
-{
-    uint64_t at = LOAD(s->taken); /* threads that write to the same place lose a sample; it is only a sample */
-    STORE(s->samples + (at & s->ring), code);
-    STORE(s->taken, at + 1);
-}
-
-/* One code in `sampling` is kept, also over short batches. */
+/* One code in `sampling` is kept, also over short batches. Threads that write to the same places lose samples, but these
+ * are only samples; `taken` is read and written once, as it is in one cache at a time. */
 static inline void sample_codes(const Search *s, const uint64_t *codes, int64_t m, uint64_t *random)
 {
+    uint64_t taken = LOAD(s->taken), at = taken;
     for (int64_t first = 0; first < m; first += (int64_t)s->sampling) {
         *random = next_random(*random);
         int64_t sampled = first + draw(s, *random);
         if (sampled < m)
-            keep_sample(s, codes[sampled]);
+            STORE(s->samples + (at++ & s->ring), codes[sampled]);
     }
+    if (at != taken)
+        STORE(s->taken, at);
 }
 
 static inline void sample_code(Search *s, uint64_t code)

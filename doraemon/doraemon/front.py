@@ -74,10 +74,10 @@ class Front:
         code = self.view.neighbour(key, right, offset)
         return None if code is None else self.state.key_type.decode_one(code)
 
-    def count(self, low: ArrayLike, high: ArrayLike) -> Any:
+    def count(self, low: ArrayLike, high: ArrayLike, threads: int = 1) -> Any:
         """How many keys are from `low` on and below `high`: an int, or int64 for arrays of ends."""
         if is_batch(low) or is_batch(high):
-            return self.settled().count_many(low, high)
+            return self.settled().count_many(low, high, threads)
         return self.view.count(low, high)
 
     def keys_between(self, low: Any, high: Any) -> NDArray[Any]:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, Self, get_args
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from . import adaptation, changes, storage
+from . import adaptation, changes, columns, storage
 from .adaptation import Adaptation
 from .arrays import Ints, Mask
 from .engine import choose
@@ -46,8 +46,10 @@ class _Questions(Collection[Any], Reversible[Any]):
     """
 
     _OWN: ClassVar[frozenset[str]] = frozenset(
-        {"_front", "_merging", "_adapting", "_lock", "_adapt_lock", "_merger"}
+        {"_front", "_threads", "_merging", "_adapting", "_lock", "_adapt_lock", "_merger"}
     )  #: attributes that are not a subclass's
+
+    _threads = 1  #: how many may share a batch
 
     def __init__(self, front: Front) -> None:
         self._begin(front)
@@ -295,7 +297,7 @@ class _Questions(Collection[Any], Reversible[Any]):
         """
         if side not in ("left", "right"):
             raise ValueError(f"side {side!r}: choose 'left' or 'right'")
-        return self._state.ranks(queries, right=side == "right")
+        return self._state.ranks(queries, side == "right", self._threads)
 
     def contains(self, queries: ArrayLike) -> Mask:
         """Whether each query is in the index. q model searches.
@@ -303,7 +305,7 @@ class _Questions(Collection[Any], Reversible[Any]):
         >>> Index([1, 3]).contains([1, 2, 3])
         array([ True, False,  True])
         """
-        return self._state.contains_many(queries)
+        return self._state.contains_many(queries, self._threads)
 
     def get_many(self, queries: ArrayLike, default: Any = REQUIRED) -> NDArray[Any]:
         """A map's value for each query, the default where it is absent. q model searches.
@@ -318,7 +320,7 @@ class _Questions(Collection[Any], Reversible[Any]):
         >>> Index([1, 3], [10, 30]).get_many([3, 2], default=-1)
         array([30, -1])
         """
-        return self._state.get_many(queries, default)
+        return self._state.get_many(queries, default, self._threads)
 
     def count(self, low: ArrayLike, high: ArrayLike) -> Any:
         """How many keys are from `low` on and below `high`: an int, or for arrays of ends an int64 array.
@@ -330,9 +332,29 @@ class _Questions(Collection[Any], Reversible[Any]):
         >>> index.count(3, 5), index.count(np.array([0, 9]), np.array([9, 0]))
         (2, array([4, 0]))
         """
-        return self._front.count(low, high)
+        return self._front.count(low, high, self._threads)
 
     # ---- the whole
+
+    def to_arrow(self, low: Any = None, high: Any = None, *, zone: str | None = None) -> Any:
+        """The keys, and a map's values, of all or of a `range` as a `pyarrow.Table` with the columns "key" and "value".
+
+        Two model searches and O(result). Numbers, and times from seconds to nanoseconds, are not copied again.
+
+        Args:
+            low: as in `range`.
+            high: as in `range`.
+            zone: what zone to label the keys with, which are times of UTC; by default none.
+
+        Raises:
+            ImportError: pyarrow is not installed.
+            TypeError: Arrow has no such times, or a zone is given for keys that are none.
+
+        >>> Index([5, 1, 3], [0.5, 0.1, 0.3]).to_arrow(2).to_pydict()
+        {'key': [3, 5], 'value': [0.3, 0.5]}
+        """
+        keys, values = self.items(low, high) if self.is_map else (self.range(low, high), None)
+        return columns.arrow_table(keys, values, zone)
 
     def explain(self) -> Explanation:
         """What the index is made of and what its model costs. O(leaves).
@@ -401,6 +423,13 @@ class Snapshot(_Questions):
     <Snapshot: multiset of 2 int64 keys>
     """
 
+    def _begin(self, front: Front, threads: int = 1) -> None:
+        super()._begin(front)
+        self._threads = threads
+
+    def _options(self) -> tuple[int]:
+        return (self._threads,)
+
 
 class Index(_Questions):
     """A sorted multiset of keys, or with values a map of unique keys, searched through a learned model.
@@ -418,6 +447,8 @@ class Index(_Questions):
         memory: how many past workloads to remember models for.
         adapt: who calls `adapt()`: the user ("manual"), or a thread that looks whether there were new accesses and
             takes at most a hundredth of the time for them ("auto").
+        threads: by how many threads at most `searchsorted`, `contains`, `get_many` and `count` answer a batch, each
+            some ten thousands of its queries at a time; one by default. The answers are the same.
 
     Raises:
         TypeError: the keys' dtype is not supported, or something is not a sequence.
@@ -440,16 +471,20 @@ class Index(_Questions):
         merging: Merging = "inline",
         memory: int = 16,
         adapt: Adapting = "manual",
+        threads: int = 1,
     ) -> None:
         front = Front(changes.create(keys, values, dtype, choose(engine), Models(memory)))
-        self._begin(front, merging, adapt)
+        self._begin(front, merging, adapt, threads)
 
-    def _begin(self, front: Front, merging: Merging = "inline", adapt: Adapting = "manual") -> None:
+    def _begin(self, front: Front, merging: Merging = "inline", adapt: Adapting = "manual", threads: int = 1) -> None:
         if merging not in get_args(Merging):
             raise ValueError(f"merging {merging!r}: choose 'inline', 'background' or 'manual'")
         if adapt not in get_args(Adapting):
             raise ValueError(f"adapt {adapt!r}: choose 'manual' or 'auto'")
+        if threads < 1:
+            raise ValueError(f"threads {threads!r}: choose 1 or more, os.cpu_count() say")
         super()._begin(front)
+        self._threads = threads
         self._merging = merging
         self._adapting = adapt
         self._lock = threading.Lock()  # writers take turns
@@ -458,8 +493,8 @@ class Index(_Questions):
         if adapt == "auto":
             follow(self)
 
-    def _options(self) -> tuple[Merging, Adapting]:
-        return self._merging, self._adapting
+    def _options(self) -> tuple[Merging, Adapting, int]:
+        return self._merging, self._adapting, self._threads
 
     def snapshot(self) -> Snapshot:
         """A frozen view of the index as it is now. O(1).
@@ -472,7 +507,9 @@ class Index(_Questions):
         """
         front = self._front
         front.freeze()
-        return Snapshot(front)
+        frozen = Snapshot(front)
+        frozen._threads = self._threads
+        return frozen
 
     def copy(self) -> Self:
         """An index with the same keys that changes independently. O(1), as both share the run.
@@ -497,6 +534,7 @@ class Index(_Questions):
         engine: str | None = None,
         merging: Merging = "inline",
         adapt: Adapting = "manual",
+        threads: int = 1,
     ) -> Self:
         """An index that `save` wrote; of a subclass, made without its `__init__`.
 
@@ -514,6 +552,7 @@ class Index(_Questions):
             engine: as in `Index`.
             merging: as in `Index`.
             adapt: as in `Index`.
+            threads: as in `Index`.
 
         Raises:
             CorruptFileError: the file is damaged or not an index; the message says what is wrong with it.
@@ -531,8 +570,59 @@ class Index(_Questions):
         except CorruptFileError as error:
             raise CorruptFileError(f"{os.fspath(path)} {error}") from None
         index = cls.__new__(cls)
-        index._begin(Front(state), merging, adapt)
+        index._begin(Front(state), merging, adapt, threads)
         return index
+
+    @classmethod
+    def from_pandas(cls, keys: Any, values: Any = None, **options: Any) -> Self:
+        """An index of the keys in a column of pandas.
+
+        `Index(series)` does nearly the same; here what is no column is refused, and keys and values that are both
+        Series must have the same labels. O(n log n), O(n) for sorted keys.
+
+        Args:
+            keys: a Series or a pandas Index of numbers or times, of NumPy's, nullable or Arrow's dtypes. Times with a
+                zone become those of UTC.
+            values: a map's, one per key in the order of the keys: a Series, an array or a list.
+            options: as in `Index`.
+
+        Raises:
+            ImportError: pandas is not installed.
+            TypeError: the keys are in something else, or their dtype is not supported.
+            ValueError: an entry is missing, or the labels differ; the message names the remedy.
+
+        >>> import pandas as pd
+        >>> prices = pd.Series([9.5, 9.7], pd.to_datetime(["2026-01-02", "2026-01-05"]))
+        >>> Index.from_pandas(prices.index, prices).get("2026-01-05")
+        np.float64(9.7)
+        """
+        return cls(*columns.pandas_columns(keys, values), **options)
+
+    @classmethod
+    def from_arrow(cls, keys: Any, values: Any = None, **options: Any) -> Self:
+        """An index of the keys in an Arrow column.
+
+        NumPy reads the memory of a column of numbers or times in one chunk, so that nothing is copied to convert it;
+        chunks are joined, dictionaries decoded. O(n log n), O(n) for sorted keys.
+
+        Args:
+            keys: a `pyarrow.Array` or `pyarrow.ChunkedArray` of numbers, timestamps or dates. Times keep their unit,
+                and times with a zone become those of UTC.
+            values: a map's, one per key in the order of the keys: a column, an array or a list.
+            options: as in `Index`.
+
+        Raises:
+            ImportError: pyarrow is not installed.
+            TypeError: the keys are in something else, or their type is not supported.
+            ValueError: an entry is null; the message names the remedy.
+
+        >>> import pyarrow as pa
+        >>> table = pa.table({"time": pa.array([3, 1], pa.timestamp("ms", "Europe/Berlin")), "price": [0.5, 0.25]})
+        >>> index = Index.from_arrow(table["time"], table["price"])
+        >>> index.dtype, index.values()
+        (dtype('<M8[ms]'), array([0.25, 0.5 ]))
+        """
+        return cls(*columns.arrow_columns(keys, values), **options)
 
     # ---- changes: single ones go into the level, others make a new state and swap it in
 

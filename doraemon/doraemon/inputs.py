@@ -15,12 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 _NUMPY_KINDS = "biufMm"
+#: the methods that drop and fill missing entries, of pandas, Arrow and polars
+_WITHOUT_MISSING = [("dropna", "fillna"), ("drop_null", "fill_null"), ("drop_nulls", "fill_null")]
 
 
 def as_sequence(given: Any) -> NDArray[Any] | list[Any]:
     """An array where `given` is or has one, else a list of its items. The array may share the caller's memory.
 
-    pandas' nullable dtypes become NumPy's, and times with a zone become those of UTC.
+    pandas' nullable dtypes become NumPy's, and times with a zone become those of UTC. Arrow's columns of one chunk are
+    not copied, but for dictionaries and booleans.
 
     Raises:
         TypeError: it is a single item.
@@ -57,7 +60,8 @@ def _array_of(given: Any) -> NDArray[Any]:
     """The array of a Series or another holder of one, without the floats that NumPy would make of missing integers."""
     dtype = getattr(given, "dtype", None)
     if not isinstance(dtype, np.dtype) and _has_missing(given):
-        raise ValueError("an entry is missing: drop such entries with dropna(), or fill them with fillna()")
+        drop, fill = next((ways for ways in _WITHOUT_MISSING if hasattr(given, ways[0])), _WITHOUT_MISSING[0])
+        raise ValueError(f"an entry is missing: drop such entries with {drop}(), or fill them with {fill}()")
     wanted = numpy_dtype(dtype)
     return np.asarray(given) if wanted is None else np.asarray(given, dtype=wanted)
 

@@ -22,6 +22,7 @@ from .hot import Hot
 from .inputs import as_sequence, is_batch
 from .keys import KeyType
 from .model import Model
+from .parallel import in_parts
 from .run import Models, Run
 from .search import SMALL, Scanned, StepView, View, make_view
 from .values import dtype_with_default, is_plain, with_default
@@ -101,43 +102,45 @@ class State:
             raise values_error()
         return self.run.values.dtype
 
-    # ---- batches
+    # ---- batches, which so many threads share
 
-    def ranks(self, queries: ArrayLike, right: bool) -> Ints:
+    def ranks(self, queries: ArrayLike, right: bool, threads: int = 1) -> Ints:
         """How many keys are below each query, or (`right`) not above it."""
         codes, exact, above = self.key_type.cuts(queries)
-        ranks = self.code_ranks(codes, right)
+        ranks = self.code_ranks(codes, right, threads=threads)
         if right and exact is not None:
-            ranks = np.where(exact, ranks, self.code_ranks(codes))
+            ranks = np.where(exact, ranks, self.code_ranks(codes, threads=threads))
         return ranks if above is None else np.where(above, self.length, ranks)
 
-    def contains_many(self, queries: ArrayLike) -> Mask:
+    def contains_many(self, queries: ArrayLike, threads: int = 1) -> Mask:
         """Whether each query is in the index."""
         codes, exact, _ = self.key_type.cuts(queries)
         present = np.empty(len(codes), dtype=np.bool_)
-        self._batch_view(codes).find_many(codes, present)
+        view = self._batch_view(codes)
+        in_parts(lambda part: view.find_many(codes[part], present[part]), len(codes), threads)
         return present if exact is None else present & exact
 
-    def get_many(self, queries: ArrayLike, default: Any) -> Values:
+    def get_many(self, queries: ArrayLike, default: Any, threads: int = 1) -> Values:
         """A map's value for each query, the default where it is absent; KeyError if that is REQUIRED."""
         dtype, given = self.value_dtype, as_sequence(queries)
         codes, exact, _ = self.key_type.cuts(given)
         present, layers = np.empty(len(codes), dtype=np.bool_), np.empty(len(codes), dtype=np.uint8)
         positions = np.empty(len(codes), dtype=np.int64)
-        self.view.find_many(codes, present, layers, positions)
+        in_parts(lambda p: self.view.find_many(codes[p], present[p], layers[p], positions[p]), len(codes), threads)
         present = present if exact is None else present & exact
         if default is not REQUIRED:
-            values = self._values_at(Places(layers[present], positions[present]))
+            values = self._values_in_parts(Places(layers[present], positions[present]), threads)
             return with_default(values, ~present, default, dtype_with_default(default, dtype))
         if not present.all():
             first = int(np.argmin(present))
             raise KeyError(f"query {first}, {given[first]!s}, is absent: give a default to look up keys that may be")
-        return self._values_at(Places(layers, positions))
+        return self._values_in_parts(Places(layers, positions), threads)
 
-    def code_ranks(self, codes: Codes, right: bool = False, in_run: bool = False) -> Ints:
+    def code_ranks(self, codes: Codes, right: bool = False, in_run: bool = False, threads: int = 1) -> Ints:
         """How many keys of the index, or of its run alone, are below each code, or (`right`) not above it."""
         ranks = np.empty(len(codes), dtype=np.int64)
-        self._batch_view(codes).ranks(codes, right, in_run, ranks)
+        view = self._batch_view(codes)
+        in_parts(lambda part: view.ranks(codes[part], right, in_run, ranks[part]), len(codes), threads)
         return ranks
 
     def _batch_view(self, codes: Codes) -> View:
@@ -166,13 +169,13 @@ class State:
         deltas = (self.older, self.recent)
         return None if steps is None else StepView(steps, self.key_type, self.run, deltas, self.engine)
 
-    def count_many(self, low: ArrayLike, high: ArrayLike) -> Ints:
+    def count_many(self, low: ArrayLike, high: ArrayLike, threads: int = 1) -> Ints:
         """How many keys are from each `low` on and below `high`, of which one may be a single end."""
-        counted: Ints = np.maximum(self._ranks_of(high) - self._ranks_of(low), 0)
+        counted: Ints = np.maximum(self._ranks_of(high, threads) - self._ranks_of(low, threads), 0)
         return counted
 
-    def _ranks_of(self, ends: Any) -> Ints | int:
-        return self.ranks(ends, right=False) if is_batch(ends) else self.view.left(ends)
+    def _ranks_of(self, ends: Any, threads: int) -> Ints | int:
+        return self.ranks(ends, False, threads) if is_batch(ends) else self.view.left(ends)
 
     # ---- what scans of the view fill, and values by their places
 
@@ -212,6 +215,19 @@ class State:
             of_layer = layers == layer
             result[of_layer] = values[positions[of_layer]]
         return result
+
+    def _values_in_parts(self, places: Places, threads: int) -> Values:
+        """The same by several threads, for values that NumPy gathers without the GIL."""
+        layers, positions = places
+        if threads == 1 or self.value_dtype.hasobject:
+            return self._values_at(places)
+        values = np.empty(len(positions), dtype=self.value_dtype)
+
+        def gather(part: slice) -> None:
+            values[part] = self._values_at(Places(layers[part], positions[part]))
+
+        in_parts(gather, len(positions), threads)
+        return values
 
     # ---- successors
 

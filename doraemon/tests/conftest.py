@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -19,6 +21,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--crashes", type=int, default=6, help="how often a writer is killed")
     parser.addoption("--mutations", type=int, default=150, help="how many changed files are opened, with each engine")
     parser.addoption("--stress", type=float, default=2.0, help="seconds of each thread test")
+
+
+#: methods whose examples need a package that is optional
+NEEDED = {"from_pandas": "pandas", "from_arrow": "pyarrow", "to_arrow": "pyarrow"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        package = NEEDED.get(item.name.rsplit(".", 1)[-1])
+        if package and find_spec(package) is None:
+            item.add_marker(pytest.mark.skip(reason=f"{package} is not installed: the example is not tried"))
 
 
 @pytest.fixture(params=["native", "numpy"])

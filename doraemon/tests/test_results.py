@@ -49,3 +49,24 @@ def test_the_picture_is_drawn(results: ModuleType, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib draws the picture and nothing else")
     results.plot(results.Results.read(results.RESULTS), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
+
+
+def test_sections_are_of_what_was_measured_and_name_another_machine(results: ModuleType) -> None:
+    measured = results.Results.read(results.RESULTS)
+    other = {"processor": "another one", "python": "3", "numpy": "2"}
+    measured.machines["threads"] = other
+    measured.rows["threads"] = [
+        {
+            "n": 4_000_000,
+            "question": "count",
+            "cores": 1,
+            "threads": 2,
+            "ns": {"1 threads": [9.0, 10.0, 11.0], "2 threads": [11.0, 12.0, 13.0]},
+            "ratio": {"1 threads": [0.8, 0.83, 0.9]},
+        }
+    ]
+    page = results.page(measured)
+    assert "\nOn another one; Python 3, NumPy 2.\n\n| n | question |" in page
+    assert "`count` by 2 threads on 1 cores, 4M: 1.20 times as long as by one." in page
+    measured.rows["threads"] = []
+    assert "## Threads" not in results.page(measured)

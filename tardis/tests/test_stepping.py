@@ -7,11 +7,14 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from tardis_llm.evaluation.shapes import random_folds
 from tardis_llm.families.steps import STEPS
 from tardis_llm.families.table import FAMILIES
+from tardis_llm.ffn.weights import Storage
 from tardis_llm.pipeline.linears import quantise_linears
 from tardis_llm.runtime.cpu.library import loaded, open_library
 from tardis_llm.runtime.decoding import prepare_decoding
+from tardis_llm.runtime.placing import folded_ffns, install
 from tardis_llm.runtime.stepping.cache import GrowingCache
 from tardis_llm.runtime.stepping.forward import cache_for, stepping
 
@@ -92,6 +95,23 @@ def test_several_sequences_and_layers_in_few_bits(batch: int) -> None:
     prepare_decoding(model)
     wanted, found = _both(model, _ids(batch, 10))
     assert float((found - wanted).square().mean().sqrt()) < 0.02 * float(wanted.std())
+
+
+@pytest.mark.parametrize("kind", ["falcon", "gemma3_text", "qwen2"])
+@pytest.mark.parametrize("storage", [Storage(64), Storage(64, 8, 4)], ids=["dense weights", "few bits"])
+def test_folded_ffns(kind: str, storage: Storage) -> None:
+    model, ids = _model(kind), _ids(2, 10)
+    for site, ffn in random_folds(model, 2, storage, 0.3):
+        install(model, site, ffn)
+    prepare_decoding(model)
+    wanted, found = _both(model, ids)
+    assert torch.allclose(found, wanted, atol=2e-2 * float(wanted.std()), rtol=1e-3)
+    for ffn in folded_ffns(model).values():
+        ffn.exact = True
+    with stepping(model) as steps:
+        exact = _logits(model, ids, cache_for(model))
+    assert "every neuron" in steps.why_not
+    assert not torch.allclose(exact, wanted, atol=2e-2 * float(wanted.std()))
 
 
 def test_a_long_text_outgrows_the_room_for_it() -> None:
