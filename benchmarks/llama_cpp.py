@@ -1,6 +1,6 @@
-"""llama.cpp beside TARDIS on the same cores, in turns: decoding and prompts, batch 1.
+"""llama.cpp beside TARDIS on the same cores, in turns: decoding and prompts.
 
-    python benchmarks/llama_cpp.py [--shape falcon-7b] [--layers 8] [--fix-rates 0.05,0.2] [--threads 2]
+    python benchmarks/llama_cpp.py [--shape falcon-7b] [--layers 8] [--fix-rates 0.05,0.2] [--batch 1]
     python benchmarks/llama_cpp.py --folded DIR --gguf FILE [--threads 2]
 
 The first form makes a model of a shape with random weights, and a GGUF file of the same shape in Q4_0 (of Falcon,
@@ -47,16 +47,17 @@ class Llama:
     Args:
         file: GGUF file.
         threads: of its own.
+        batch: sequences that it decodes at once.
         cache: folder with the npm package.
     """
 
-    def __init__(self, file: Path, threads: int, cache: Path) -> None:
-        command = ["node", str(cache / SCRIPT.name), str(file), str(threads)]
+    def __init__(self, file: Path, threads: int, batch: int, cache: Path) -> None:
+        command = ["node", str(cache / SCRIPT.name), str(file), str(threads), str(batch)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=cache)
         self.about = self._answer()
 
     def timed(self, steps: int, prompt: int) -> dict[str, float]:
-        """Seconds per decoded token (`step`) and to the first token (`first`) behind a prompt of so many tokens."""
+        """Seconds per step of the batch (`step`) and to the first tokens (`first`) behind prompts of so many tokens."""
         assert self._process.stdin is not None, "it is a pipe"
         print(steps, prompt, file=self._process.stdin, flush=True)
         return self._answer()
@@ -220,10 +221,11 @@ def variants_of_shape(shape: str, layers: int, rates: list[float]) -> Iterator[t
         yield f"folded, {rate:.0%} fixed", random_variant(model, RandomFold(2, 4, 4, 4, rate))
 
 
-def steps_of(variant: Variant, prompt: int, steps: int, compiled: bool) -> Callable[[], float]:
-    """Seconds per decoded token, each time that it is called."""
+def steps_of(variant: Variant, prompt: int, chosen: argparse.Namespace) -> Callable[[], float]:
+    """Seconds per step of the batch, each time that it is called."""
+    steps = chosen.steps
     with variant.within():
-        decoder = Decoder(variant.model, variant.prompt(1, prompt), steps if compiled else None)
+        decoder = Decoder(variant.model, variant.prompt(chosen.batch, prompt), steps if chosen.compile else None)
 
     def run() -> float:
         with variant.within():
@@ -232,14 +234,14 @@ def steps_of(variant: Variant, prompt: int, steps: int, compiled: bool) -> Calla
     return run
 
 
-def firsts_of(variant: Variant, prompt: int) -> Callable[[], float]:
-    """Seconds from a prompt to its first token, each time that it is called; as `tardis generate` reads prompts."""
+def firsts_of(variant: Variant, prompt: int, batch: int) -> Callable[[], float]:
+    """Seconds from prompts to their first tokens, each time that it is called; as `tardis generate` reads prompts."""
 
     def run() -> float:
         with variant.within():
             set_prefill(variant.model, "auto")
             try:
-                return Decoder(variant.model, variant.prompt(1, prompt)).prefill
+                return Decoder(variant.model, variant.prompt(batch, prompt)).prefill
             finally:
                 set_prefill(variant.model, "folded")
 
@@ -253,8 +255,8 @@ def compared(ours: dict[str, Variant], llama: Llama, chosen: argparse.Namespace)
     firsts: dict[str, Callable[[], float]] = {LLAMA: lambda: llama.timed(1, chosen.prompt)["first"]}
     for name, variant in ours.items():
         steps[name], firsts[name] = (
-            steps_of(variant, 8, chosen.steps, chosen.compile),
-            firsts_of(variant, chosen.prompt),
+            steps_of(variant, 8, chosen),
+            firsts_of(variant, chosen.prompt, chosen.batch),
         )
     decoded = take_turns(steps, chosen.rounds, lambda *_: None, "decoding")
     prompted = take_turns(firsts, max(2, chosen.rounds // 2), lambda *_: None, "prompts")
@@ -264,7 +266,7 @@ def compared(ours: dict[str, Variant], llama: Llama, chosen: argparse.Namespace)
         rows.append(
             {
                 "variant": name,
-                "tokens_per_second": 1 / statistics.median(decoded[name]),
+                "tokens_per_second": chosen.batch / statistics.median(decoded[name]),
                 "over_llama": asdict(Ratio.of(decoded[LLAMA], decoded[name])),
                 "first_token_seconds": statistics.median(prompted[name]),
                 "first_over_llama": asdict(Ratio.of(prompted[LLAMA], prompted[name])),
@@ -300,6 +302,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=24, help="tokens per run (default: %(default)s)")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompts (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=1, help="sequences decoded at once (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="runs of each (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="run ours as compiled steps")
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder for llama.cpp (default: %(default)s)")
@@ -317,7 +320,7 @@ def main() -> None:
         if chosen.gguf or SHAPES[chosen.shape][0] not in _ARCHITECTURES:
             parser.error(f"there is no {file}; files are made of shapes of {', '.join(_ARCHITECTURES)} only")
         in_q4_0(chosen.shape, chosen.layers, file)
-    llama = Llama(file, chosen.threads, chosen.cache)
+    llama = Llama(file, chosen.threads, chosen.batch, chosen.cache)
     try:
         rows, bandwidth = compared(ours, llama, chosen), read_bandwidth()
     finally:
@@ -326,7 +329,7 @@ def main() -> None:
     print("\n".join(map(line, rows)))
     if chosen.output:
         about = {"cpu": cpu_name(), "threads": chosen.threads, "read_bytes_per_second": bandwidth, "file": file.name}
-        about["compiled"] = chosen.compile
+        about |= {"compiled": chosen.compile, "batch": chosen.batch, "prompt": chosen.prompt}
         write_json(chosen.output, {**about, "llama_cpp": PACKAGE, "rows": rows})
 
 
