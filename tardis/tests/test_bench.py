@@ -43,12 +43,24 @@ def test_shapes_are_of_models_that_fold(name: str):
 
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     sites = find_ffns(model)
-    neurons = {"llama-3-8b": 14336, "qwen2.5-1.5b": 8960, "gemma-2-2b": 9216, "mistral-7b": 14336}  # gated
+    neurons = {
+        "llama-3-8b": 14336,
+        "qwen2.5-0.5b": 4864,
+        "qwen2.5-1.5b": 8960,
+        "gemma-2-2b": 9216,
+        "mistral-7b": 14336,
+    }  # gated
     assert len(sites) == config.num_hidden_layers
     assert sites[0].intermediate_size == neurons.get(name, 4 * sites[0].hidden_size)
     billions = {"gpt2": 0.124, "gpt2-xl": 1.56, "opt-1.3b": 1.32, "opt-6.7b": 6.66, "falcon-7b": 6.92}
     billions |= {"pythia-6.9b": 6.86, "phi-2": 2.78, "starcoder2-7b": 7.17}
-    billions |= {"llama-3-8b": 8.03, "qwen2.5-1.5b": 1.54, "gemma-2-2b": 2.61, "mistral-7b": 7.25}
+    billions |= {
+        "llama-3-8b": 8.03,
+        "qwen2.5-0.5b": 0.494,
+        "qwen2.5-1.5b": 1.54,
+        "gemma-2-2b": 2.61,
+        "mistral-7b": 7.25,
+    }
     billions |= {"gpt2-16x2048": 0.81, "falcon-16x2048": 0.677}  # of small vocabularies, to time layers
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions[name], rel=0.02)
 

@@ -173,6 +173,15 @@ def test_a_model_that_is_built_otherwise_is_found_out() -> None:
     assert "logits would differ" in steps.why_not
 
 
+def test_another_layout_of_a_family_keeps_its_modules() -> None:
+    model, ids = _model("falcon", new_decoder_architecture=True, num_kv_heads=2), _ids(1, 8)
+    prepare_decoding(model)
+    with stepping(model) as steps:
+        found = _logits(model, ids, cache_for(model))
+    assert torch.allclose(found, _logits(model, ids, None), atol=1e-5)
+    assert "has no input_layernorm" in steps.why_not
+
+
 def test_hooks_are_heeded() -> None:
     model, ids = _model("llama"), _ids(1, 8)
     prepare_decoding(model)

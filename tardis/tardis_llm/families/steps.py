@@ -23,7 +23,8 @@ class Step:
         after_attention: a norm of what attention gives, before it is added; "" without.
         heads: norms of the queries and of the keys, each head by itself; empty without.
         last: path from `model.base_model` to the norm behind the blocks.
-        rotary: path from `model.base_model` to the module of rotary embeddings.
+        rotary: path from `model.base_model` to the module of rotary embeddings; "" where positions are learned.
+        positions: path from `model.base_model` to the embedding of positions, added to that of tokens; "" without.
     """
 
     model_type: str
@@ -36,6 +37,7 @@ class Step:
     heads: tuple[str, ...] = ()
     last: str = "norm"
     rotary: str = "rotary_emb"
+    positions: str = ""
 
 
 _APART = Step("", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj")
@@ -52,6 +54,10 @@ _ROWS = (
     Step(
         "falcon", ("self_attention.query_key_value",), "self_attention.dense", attention="self_attention",
         before_ffn="", last="ln_f",
+    ),
+    Step(
+        "gpt2", ("attn.c_attn",), "attn.c_proj", attention="attn", before_attention="ln_1", before_ffn="ln_2",
+        last="ln_f", rotary="", positions="wpe",
     ),
 )  # fmt: skip
 

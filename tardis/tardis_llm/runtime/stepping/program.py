@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from ...families.linear import bias_of, weight_of
+from ...families.linear import bias_of
 from ...families.sites import named_blocks
 from ...families.steps import STEPS
 from ...families.table import Family, family_of
@@ -99,9 +100,11 @@ class Program:
         """
         position = cache.get_seq_length()
         self._bind(cache)
-        if position >= self._positions:
+        if self._turns and position >= self._positions:
             self._lay_out_angles(cache.layers[0].capacity)
         self._stream.copy_(hidden[:, 0])
+        if self._row.positions:
+            self._stream += _part(self._model.base_model, self._row.positions).get_parameter("weight")[position]
         loaded().step(self._array, Batch.of(self._stream, self._logits, self._bits), position)
         for layer in cache.layers:
             layer.length += 1
@@ -126,49 +129,49 @@ class Program:
             self._attend(index, block, read, given)
             if row.before_ffn:
                 self._add(self._stream, given, self._stream)
-                self._norm(block.get_submodule(row.before_ffn), self._stream, read)
+                self._norm(_part(block, row.before_ffn), self._stream, read)
                 self._ffn(block, read, given)
             else:
                 other = self._rows(self._d)
                 self._ffn(block, read, other)
                 self._add(other, given, given)
             self._add(self._stream, given, self._stream)
-        self._norm(model.base_model.get_submodule(row.last), self._stream, read)
+        self._norm(_part(model.base_model, row.last), self._stream, read)
         head = model.get_output_embeddings()
         if head is None:
             raise NotWholeError(f"{type(model).__name__} has no head.")
-        self._logits = self._rows(self._outputs(head))
+        self._logits = self._rows(_outputs(head))
         self._products([head], read, [self._logits])
 
     def _attend(self, index: int, block: nn.Module, read: Tensor, given: Tensor) -> None:
         """Attention of a block, from the stream to `given`; what it reads stays in `read`."""
         row, config = self._row, self._model.config
-        module = block.get_submodule(row.attention)
-        self._norm(block.get_submodule(row.before_attention), self._stream, read)
+        module = _part(block, row.attention)
+        self._norm(_part(block, row.before_attention), self._stream, read)
         size = _first(module, "head_dim") or self._d // config.num_attention_heads
-        projections = [block.get_submodule(path) for path in row.projections]
-        heads = self._inputs(block.get_submodule(row.output)) // size
+        projections = [_part(block, path) for path in row.projections]
+        heads = _inputs(_part(block, row.output)) // size
         if len(projections) == 3:
-            query, key, value = (self._rows(self._outputs(layer)) for layer in projections)
+            query, key, value = (self._rows(_outputs(layer)) for layer in projections)
             self._products(projections, read, [query, key, value])
         else:
-            whole = self._rows(self._outputs(projections[0]))
+            whole = self._rows(_outputs(projections[0]))
             self._products(projections, read, [whole])
             shared = (whole.shape[1] - heads * size) // 2
             query, key, value = whole.split([heads * size, shared, shared], dim=1)
         groups = key.shape[1] // size
         for path, rows, vectors in zip(row.heads, (query, key), (heads, groups), strict=False):
-            self._norm(block.get_submodule(path), rows, rows, vectors)
+            self._norm(_part(block, path), rows, rows, vectors)
         kind = _first(module, "layer_type")
-        for rows, vectors in ((query, heads), (key, groups)):
+        for rows, vectors in ((query, heads), (key, groups)) if row.rotary else ():
             turn = Turn(Vector(), Vector(), vectors, size, 0)
             self._turns.append((turn, kind))
             self._operation("turn", turn, rows, None, rows)
         self._heads(index, module, query, key, value, size)
-        attended, output = self._last_rows, block.get_submodule(row.output)
+        attended, output = self._last_rows, _part(block, row.output)
         self._products([output], attended, [given])
         if row.after_attention:
-            self._norm(block.get_submodule(row.after_attention), given, given)
+            self._norm(_part(block, row.after_attention), given, given)
 
     def _heads(self, index: int, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, size: int) -> None:
         attention = Attention(Rows.of(key), Rows.of(value))
@@ -186,14 +189,14 @@ class Program:
     def _ffn(self, block: nn.Module, read: Tensor, given: Tensor) -> None:
         """The FFN of a block, folded or not, and the norm behind it."""
         family = self._family
-        around = block.get_submodule(family.ffn) if family.ffn else block
-        down = around if isinstance(around, GatedFFN) else block.get_submodule(family.down)
+        around = _part(block, family.ffn) if family.ffn else block
+        down = around if isinstance(around, GatedFFN) else _part(block, family.down)
         if isinstance(down, GatedFFN | FoldedDown):
             self._folded(down, read, given)
         else:
             self._dense_ffn(block, family, read, given)
         if family.norm:
-            self._norm(block.get_submodule(family.norm), given, given)
+            self._norm(_part(block, family.norm), given, given)
 
     def _folded(self, folded: GatedFFN | FoldedDown, read: Tensor, given: Tensor) -> None:
         ffn: FoldedFFN = folded.parts.ffn
@@ -207,10 +210,10 @@ class Program:
         self._operation("folded", prepared.arguments, read, None, given)
 
     def _dense_ffn(self, block: nn.Module, family: Family, read: Tensor, given: Tensor) -> None:
-        up, down = block.get_submodule(family.up), block.get_submodule(family.down)
-        activation = Activation.of(identify(block.get_submodule(family.activation)))
-        gated = [block.get_submodule(family.gate), up] if family.gate else [up]
-        rows = [self._rows(self._outputs(layer)) for layer in gated]
+        up, down = _part(block, family.up), _part(block, family.down)
+        activation = Activation.of(identify(_part(block, family.activation)))
+        gated = [_part(block, family.gate), up] if family.gate else [up]
+        rows = [self._rows(_outputs(layer)) for layer in gated]
         self._products(gated, read, rows)
         if family.merged:
             rows = list(rows[0].chunk(2, dim=1))
@@ -275,13 +278,7 @@ class Program:
         return torch.zeros(self._batch, width, dtype=self._dtype)
 
     def _width_of(self, block: nn.Module, norm: str) -> int:
-        return block.get_submodule(norm).get_parameter("weight").shape[0]
-
-    def _outputs(self, layer: nn.Module) -> int:
-        return layer.out_features if isinstance(layer, nn.Linear | LowBitLinear) else len(weight_of(layer))
-
-    def _inputs(self, layer: nn.Module) -> int:
-        return layer.in_features if isinstance(layer, nn.Linear | LowBitLinear) else weight_of(layer).shape[1]
+        return _part(block, norm).get_parameter("weight").shape[0]
 
     # ---- what follows the cache
 
@@ -297,7 +294,7 @@ class Program:
 
     def _lay_out_angles(self, positions: int) -> None:
         """Ask the model for the angles of so many positions."""
-        rotary = self._model.base_model.get_submodule(self._row.rotary)
+        rotary: Any = _part(self._model.base_model, self._row.rotary)
         types = rotary.rope_type
         by_kind = isinstance(types, dict)
         if {"dynamic", "longrope"} & set(types.values() if by_kind else [types]):
@@ -318,6 +315,32 @@ class Program:
 def _version(source: Any) -> int:
     """How often a tensor was changed in place; 0 where that is not counted."""
     return source._version if isinstance(source, Tensor) and not source.is_inference() else 0
+
+
+def _part(module: nn.Module, path: str) -> nn.Module:
+    """The module at a path from another one."""
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        raise NotWholeError(f"a {type(module).__name__} of it has no {path}, as others of its family have.") from None
+
+
+def _outputs(layer: nn.Module) -> int:
+    """How many numbers a linear layer gives."""
+    return _sizes(layer)[0]
+
+
+def _inputs(layer: nn.Module) -> int:
+    """How many numbers a linear layer takes."""
+    return _sizes(layer)[1]
+
+
+def _sizes(layer: nn.Module) -> tuple[int, int]:
+    if isinstance(layer, Conv1D):
+        return layer.nf, layer.nx
+    if isinstance(layer, nn.Linear | LowBitLinear):
+        return layer.out_features, layer.in_features
+    raise NotWholeError(f"a {type(layer).__name__} of it is no linear layer.")
 
 
 def _first(module: nn.Module, *names: str) -> Any:
