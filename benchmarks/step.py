@@ -45,7 +45,8 @@ def table(variant: Variant, position: int, rounds: int) -> list[tuple[str, float
             steps(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
             cache.crop(-1)
 
-        whole(), decoded()
+        whole()
+        decoded()
         kinds: dict[str, list[float]] = defaultdict(list)
         for _ in range(rounds):
             spent: dict[str, float] = defaultdict(float)
