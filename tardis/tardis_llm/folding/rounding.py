@@ -18,7 +18,7 @@ _SCALE_CANDIDATES = 40  # scales tried per group, between a fifth of the largest
 _LEAST_SCALE = 2.0**-24  # the least positive fp16, so that nothing is divided by zero
 _BLOCK = 128  # columns rounded before the rest of the matrix is updated
 _ROUNDS, _PASSES = 2, 2  # of fitting scales and codes to each other, and over all columns in each
-_DAMPING = 1e-3  # of the mean diagonal of the inputs' second moments, in coordinate descent
+_DAMPING = 0.2  # of the mean diagonal of the inputs' second moments: other texts have other moments
 _SCALE_DAMPING, _MOST_CHANGE = 1e-3, 0.5  # of scales fitted to levels: penalty, and relative change
 
 
@@ -48,6 +48,7 @@ def quantise(
     if covariance is None:
         codes = _nearest(w, columns, bits, zero)
     else:
+        covariance = covariance + _DAMPING * covariance.diagonal().mean() * torch.eye(len(covariance))
         codes = _gptq(w, columns, bits, covariance, zero)
         for _ in range(_ROUNDS):
             scale = refit_scale(w, codes.float() - zero, scale, group_size, covariance)
@@ -130,18 +131,17 @@ def _descend(w: Tensor, codes: Tensor, scale: Tensor, bits: int, covariance: Ten
         scale: [h, d] fp32, of each weight.
         bits, covariance, zero: as for `quantise`, and the code of 0.
     """
-    damped = covariance + _DAMPING * covariance.diagonal().mean() * torch.eye(len(covariance))
     columns = scale.T.contiguous()  # transposed, so that a column lies together
     put = (codes.T.float() - zero) * columns  # [d, h]
-    slope = damped @ (w.T - put)
+    slope = covariance @ (w.T - put)
     for start in [*range(0, len(put), _BLOCK)] * _PASSES:
         at = slice(start, start + _BLOCK)
-        before, block, within = put[at].clone(), slope[at].clone(), damped[at, at]
+        before, block, within = put[at].clone(), slope[at].clone(), covariance[at, at]
         for j, (now, own) in enumerate(zip(put[at], columns[at], strict=True)):
-            best = (_nearest(now + block[j] / within[j, j], own, bits, zero).float() - zero) * own
+            best = (_nearest(now + block[j] / within[j, j].clamp_min(1e-30), own, bits, zero).float() - zero) * own
             block.addr_(within[j], best - now, alpha=-1)
             now.copy_(best)
-        slope.addmm_(damped[:, at], put[at] - before, alpha=-1)
+        slope.addmm_(covariance[:, at], put[at] - before, alpha=-1)
     return _nearest(put, columns, bits, zero).T.contiguous()
 
 
