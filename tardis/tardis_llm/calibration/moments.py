@@ -24,20 +24,19 @@ class SecondMoments(Sums):
         x_sum: [d] sum of x.
         y_sum: [k] sum of y.
         cross: [d, k] sum of x y^T.
-        y_square: sum of |y|^2.
+        y_square: [k] sum of the squares of y.
     """
 
     count: float
     x_sum: Tensor
     y_sum: Tensor
     cross: Tensor
-    y_square: float = 0.0
+    y_square: Tensor
 
     @classmethod
     def zeros(cls, d: int, k: int) -> SecondMoments:
         """Moments of no tokens, for d inputs and k targets."""
-        x_sum, y_sum, cross = (torch.zeros(shape, dtype=torch.float64) for shape in ((d,), (k,), (d, k)))
-        return cls(0, x_sum, y_sum, cross)
+        return cls(0, *(torch.zeros(shape, dtype=torch.float64) for shape in ((d,), (k,), (d, k), (k,))))
 
     @classmethod
     def of(cls, tokens: Tokens) -> SecondMoments:
@@ -62,12 +61,12 @@ class SecondMoments(Sums):
 
     def _add(self, x: Tensor, y: Tensor, weight: Tensor | None) -> None:
         weighted = x if weight is None else x * weight[:, None].to(x.dtype)
-        squares = (y * y).sum(1, dtype=torch.float64)
-        self.count += len(x) if weight is None else float(weight.sum(dtype=torch.float64))
+        counts = torch.ones(len(x)) if weight is None else weight
+        self.count += float(counts.sum(dtype=torch.float64))
         self.x_sum += weighted.sum(0, dtype=torch.float64)
-        self.y_sum += y.sum(0, dtype=torch.float64) if weight is None else (weight.double() @ y.double())
+        self.y_sum += counts.double() @ y.double()
         self.cross += weighted.T @ y
-        self.y_square += float(squares.sum() if weight is None else weight.double() @ squares)
+        self.y_square += counts.double() @ y.double().square()
 
     @property
     def centred(self) -> Tensor:
@@ -82,8 +81,8 @@ class SecondMoments(Sums):
     @property
     def y_variance(self) -> float:
         """Mean of `|y - mean y|^2`, never quite zero."""
-        spread = self.y_square - float(self.y_sum.square().sum()) / self.count
-        return max(spread / self.count, 1e-30)
+        spread = self.y_square - self.y_sum.square() / self.count
+        return max(float(spread.sum()) / self.count, 1e-30)
 
 
 def pre_activation_moments(x: SecondMoments, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

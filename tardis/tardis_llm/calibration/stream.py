@@ -6,7 +6,7 @@ first block of the decoder. Of its blocks, the padding behind transcripts is lef
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,6 +53,7 @@ class Stream:
         scratch: folder for hidden states that exceed the memory limit.
         memory_limit: bytes that each of two buffers of hidden states may take in memory.
         batch_tokens: how many tokens run through a block at once.
+        first: by how much more an error counts in the first token of a window, by the number of the block; 1 without.
         position: number of the block that runs next.
     """
 
@@ -61,6 +62,7 @@ class Stream:
     scratch: Path
     memory_limit: float
     batch_tokens: int
+    first: Mapping[int, float] = field(default_factory=dict)
     position: int = 0
     _hidden: Tensor | None = field(default=None, repr=False)
 
@@ -91,7 +93,8 @@ class Stream:
         An error in the FFN's output reaches what follows through norms, which divide by the root of the mean square of
         the residual stream. A few tokens, such as the first, have streams hundreds of times larger than all others;
         their errors would rule every least-squares fit, and matter least. Hence the weights: the reciprocal of that
-        mean square, and, where a norm follows the FFN itself, of the mean square of its output too.
+        mean square, and, where a norm follows the FFN itself, of the mean square of its output too. The first token is
+        such a one, and all others may lean on it: it counts for more by what was measured.
 
         Args:
             site: the FFN of that block, not folded.
@@ -110,6 +113,7 @@ class Stream:
                 self._store(buffers, name, at, rows)
             squares = _mean_square(after) * (_mean_square(y) if site.norm is not None else 1)
             weight[at] = 1 / squares.clamp_min(1e-30)
+        weight[:, 0] *= self.first.get(site.index, 1)
         if advance:
             self._move_on(buffers["after"])
         x, y, after, weight = (_rows(part, real) for part in (buffers["x"], buffers["y"], buffers["after"], weight))

@@ -16,8 +16,9 @@ from torch import Tensor
 from ..config import Rounding
 from ..errors import InvalidInputError
 from ..ffn.neuron import Neurons
-from ..ffn.weights import DenseFFN, FoldedWeights, written_out
-from .ridge import DAMPINGS, Spectrum, affine_error, ridge
+from ..ffn.packed import PackedMatrix
+from ..ffn.weights import DenseFFN, FoldedWeights, stored, written_out
+from .ridge import DAMPINGS, Spectrum, affine_errors, ridge
 from .stack import store_fold
 from .statistics import Statistics
 
@@ -97,7 +98,7 @@ def fit_fold(
     damping: float | None,
     rounding: Rounding,
 ) -> tuple[FoldedWeights, float]:
-    """`folded` with the fold and bias that fit the statistics best, and the damping used.
+    """`folded` with the fold and bias that fit the statistics best, and the damping used, the median over the outputs.
 
     The bias makes up for the rounding of the fold at the mean input, so that rounding is spread by the inputs' centred
     moments. What counts is the error of a fold as it is stored: little damping can put one huge weight into a row, for
@@ -109,13 +110,13 @@ def fit_fold(
         spectrum: of `fit.x`.
         fit: statistics to fit.
         heldout: statistics to choose the damping on.
-        damping: ridge penalty; None to choose it from `DAMPINGS`.
+        damping: ridge penalty; None to choose it from `DAMPINGS`, for each output by itself.
         rounding: of a fold in few bits.
     """
     prior, _ = fold_of_lines(dense, folded.neurons)
     spread = (fit.x.centred / fit.x.count).float() if rounding == "gptq" else None
 
-    def solved(dampings: Sequence[float]) -> tuple[FoldedWeights, float]:
+    def solved(dampings: Sequence[float]) -> tuple[FoldedWeights, Tensor]:
         best = ridge(spectrum, fit.x, fit.left, heldout.x, heldout.left, prior, dampings)
         fold = store_fold(best.weight, folded.format, folded.dtype, spread)
         bias = (fit.left.y_sum - written_out(fold).to(folded.dtype).double() @ fit.x.x_sum) / fit.x.count
@@ -123,8 +124,30 @@ def fit_fold(
 
     dampings = DAMPINGS if damping is None else (damping,)
     if folded.format.fold_bits is None:  # rounding hardly matters, and ridge compares cheaply
-        return solved(dampings)
-    return min((solved((each,)) for each in dampings), key=lambda pair: fold_error(pair[0], heldout))
+        weights, chosen = solved(dampings)
+    else:
+        weights, chosen = _best_rows([solved((each,)) for each in dampings], heldout)
+    return weights, float(chosen.median())
+
+
+def _best_rows(found: list[tuple[FoldedWeights, Tensor]], heldout: Statistics) -> tuple[FoldedWeights, Tensor]:
+    """Of folds in few bits, for each output the row with the least error on held-out tokens, and its damping.
+
+    Args:
+        found: folds that differ in fold and bias only, and the dampings [d] of their outputs.
+        heldout: statistics of the held-out tokens.
+    """
+    best = torch.stack([_output_errors(weights, heldout) for weights, _ in found]).argmin(0)
+
+    def choose(parts: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(parts))[best, torch.arange(len(best))]
+
+    weights, folds = found[0][0], [stored(weights.fold) for weights, _ in found if weights.fold is not None]
+    packed = [fold for fold in folds if isinstance(fold, PackedMatrix)]
+    planes, scale = choose([fold.planes for fold in packed]), choose([fold.scale for fold in packed])
+    bias = choose([weights.bias for weights, _ in found if weights.bias is not None])
+    fold = replace(packed[0], planes=planes, scale=scale)
+    return replace(weights, fold=fold, bias=bias), choose([damping for _, damping in found])
 
 
 def fold_of_lines(dense: DenseFFN, neurons: Neurons) -> tuple[Tensor, Tensor]:
@@ -147,6 +170,11 @@ def fold_error(folded: FoldedWeights, statistics: Statistics) -> float:
     Args:
         folded: with any fold; what it fixes is what the statistics were gathered with.
     """
+    return float(_output_errors(folded, statistics).sum()) / statistics.output.y_variance
+
+
+def _output_errors(folded: FoldedWeights, statistics: Statistics) -> Tensor:
+    """[d] fp64, mean squared error of each output of the folded FFN; arguments as `fold_error`."""
     assert folded.fold is not None and folded.bias is not None, "a fold that something else adds has no error here"
     weight = written_out(folded.fold).to(folded.dtype)
-    return affine_error(weight, folded.bias, statistics.x, statistics.left) / statistics.output.y_variance
+    return affine_errors(weight, folded.bias, statistics.x, statistics.left)

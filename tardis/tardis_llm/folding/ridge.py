@@ -1,7 +1,8 @@
 """Ridge regression in closed form, from streamed second moments alone.
 
 The affine map `x C^T + c` minimises its squared error plus a penalty on how far C is from a prior. How heavy the
-penalty is, the damping, is chosen on tokens that the regression has not seen.
+penalty is, the damping, is chosen on tokens that the regression has not seen, for each output by itself: one may follow
+the inputs closely, where another is mostly noise.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ class AffineMap:
     Attributes:
         weight: [k, d] fp32, C.
         bias: [k] fp32, c.
-        damping: the penalty chosen, relative to the mean variance of the inputs.
+        damping: [k] the penalty chosen, relative to the mean variance of the inputs.
     """
 
     weight: Tensor
     bias: Tensor
-    damping: float
+    damping: Tensor
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def ridge(
     prior: Tensor | None = None,
     dampings: Sequence[float] = DAMPINGS,
 ) -> AffineMap:
-    """Ridge regression of a target on x, the damping chosen on held-out tokens.
+    """Ridge regression of a target on x, the damping of each output chosen on held-out tokens.
 
     Args:
         spectrum: of x.
@@ -80,21 +81,22 @@ def ridge(
     mean_x, mean_y = x.x_sum / x.count, y.y_sum / x.count
     rotated = V.T @ (y.centred - x.centred @ prior.T)
     floor = _NOISE * float(x.cross.diagonal().mean()) + 1e-30
-    ridges = {damping: damping * float(spectrum.values.mean()) + floor for damping in dampings}
+    size = float(spectrum.values.mean())
     # The error on held-out tokens in the eigenvectors' coordinates, where each candidate costs one product.
     x_around = _about(x_held, mean_x, mean_x)
     gram, cross = V.T @ x_around @ V, V.T @ (_about(y_held, mean_x, mean_y) - x_around @ prior.T)
 
-    def change(damping: float) -> Tensor:
-        return rotated / (spectrum.values + ridges[damping])[:, None]
+    def change(damping: float | Tensor) -> Tensor:
+        return rotated / (spectrum.values[:, None] + (damping * size + floor))
 
-    def held_out_error(damping: float) -> float:
+    def held_out_error(damping: float) -> Tensor:
         delta = change(damping)
-        return float((delta * (gram @ delta - 2 * cross)).sum())
+        return (delta * (gram @ delta - 2 * cross)).sum(0)
 
-    best = min(dampings, key=held_out_error)
-    weight = prior + (V @ change(best)).T
-    return AffineMap(weight.float(), (mean_y - weight @ mean_x).float(), best)
+    best = torch.stack([held_out_error(damping) for damping in dampings]).argmin(0)
+    chosen = torch.tensor(dampings, dtype=torch.float64)[best]
+    weight = prior + (V @ change(chosen)).T
+    return AffineMap(weight.float(), (mean_y - weight @ mean_x).float(), chosen)
 
 
 def _about(moments: SecondMoments, x: Tensor, y: Tensor) -> Tensor:
@@ -107,8 +109,8 @@ def _about(moments: SecondMoments, x: Tensor, y: Tensor) -> Tensor:
     )
 
 
-def affine_error(weight: Tensor, bias: Tensor, x: SecondMoments, y: SecondMoments) -> float:
-    """Mean over tokens of `|x C^T + c - y|^2`, from moments alone.
+def affine_errors(weight: Tensor, bias: Tensor, x: SecondMoments, y: SecondMoments) -> Tensor:
+    """[k] fp64, mean over tokens of the square of each output of `x C^T + c - y`, from moments alone.
 
     Args:
         weight: [k, d], C.
@@ -117,9 +119,14 @@ def affine_error(weight: Tensor, bias: Tensor, x: SecondMoments, y: SecondMoment
         y: moments of x beside y.
     """
     C, c = weight.double(), bias.double()
-    square = ((C @ x.cross) * C).sum() + 2 * c @ (C @ x.x_sum) + x.count * (c @ c)
-    mixed = (C * y.cross.T).sum() + c @ y.y_sum
-    return float(square - 2 * mixed + y.y_square) / x.count
+    square = ((C @ x.cross) * C).sum(1) + 2 * c * (C @ x.x_sum) + x.count * c.square()
+    mixed = (C * y.cross.T).sum(1) + c * y.y_sum
+    return (square - 2 * mixed + y.y_square) / x.count
+
+
+def affine_error(weight: Tensor, bias: Tensor, x: SecondMoments, y: SecondMoments) -> float:
+    """Mean over tokens of `|x C^T + c - y|^2`, from moments alone; arguments as `affine_errors`."""
+    return float(affine_errors(weight, bias, x, y).sum())
 
 
 def linearity(

@@ -1,4 +1,8 @@
-"""Round matrices to few bits: to the nearest, or by GPTQ, which spreads each error over the columns after it."""
+"""Round matrices to few bits: to the nearest, or so that outputs are kept.
+
+The latter starts with GPTQ, which spreads each error over the columns after it, and goes on by coordinate descent: in
+turn the scales are fitted to the codes, and every column of codes to all others as they are by then.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,9 @@ from .sweep import Replace, dead_inputs, sweep
 _SCALE_CANDIDATES = 40  # scales tried per group, between a fifth of the largest weight and all of it
 _LEAST_SCALE = 2.0**-24  # the least positive fp16, so that nothing is divided by zero
 _BLOCK = 128  # columns rounded before the rest of the matrix is updated
+_ROUNDS, _PASSES = 2, 2  # of fitting scales and codes to each other, and over all columns in each
+_DAMPING = 0.2  # of the mean diagonal of the inputs' second moments: other texts have other moments
+_SCALE_DAMPING, _MOST_CHANGE = 1e-3, 0.5  # of scales fitted to levels: penalty, and relative change
 
 
 def quantise(
@@ -24,8 +31,8 @@ def quantise(
         w: [h, d] fp32.
         bits: 1 to 8.
         group_size: columns per scale; d or more means one scale per row.
-        covariance: [d, d] second moments of the inputs. With it each column's rounding error is spread over the columns
-            not yet rounded so as to keep the output (GPTQ, arXiv 2210.17323); None rounds to the nearest.
+        covariance: [d, d] second moments of the inputs, by which the output is kept (GPTQ, arXiv 2210.17323, and
+            coordinate descent as in arXiv 2309.01885); None rounds to the nearest.
         has_zero: whether a level is 0; see `PackedMatrix`. Where one weight of a group is far larger than all others,
             these are rounded to 0 rather than to half a step beside it.
 
@@ -38,7 +45,15 @@ def quantise(
     importance = None if covariance is None else covariance.diagonal()
     scale, zero = best_scale(w, bits, group_size, has_zero, importance), midpoint(bits, has_zero)
     columns = expand_scale(scale.float(), group_size, w.shape[1])
-    codes = _nearest(w, columns, bits, zero) if covariance is None else _gptq(w, columns, bits, covariance, zero)
+    if covariance is None:
+        codes = _nearest(w, columns, bits, zero)
+    else:
+        covariance = covariance + _DAMPING * covariance.diagonal().mean() * torch.eye(len(covariance))
+        codes = _gptq(w, columns, bits, covariance, zero)
+        for _ in range(_ROUNDS):
+            scale = refit_scale(w, codes.float() - zero, scale, group_size, covariance)
+            columns = expand_scale(scale.float(), group_size, w.shape[1])
+            codes = _descend(w, codes, columns, bits, covariance, zero)
     return PackedMatrix(pack(codes, bits), scale, w.shape[1], group_size, has_zero)
 
 
@@ -87,8 +102,12 @@ def _nearest(w: Tensor, scale: Tensor, bits: int, zero: float) -> Tensor:
 
 
 def _gptq(w: Tensor, scale: Tensor, bits: int, covariance: Tensor, zero: float) -> Tensor:
-    """Codes [h, d] uint8, column by column, each error carried to the columns after it."""
-    rows = scale.T.contiguous()  # [d, h], as the sweep has its columns
+    """Codes [h, d] uint8, column by column, each error carried to the columns after it.
+
+    Columns of large inputs come first, while all others are left to make up for their errors.
+    """
+    order = covariance.diagonal().argsort(descending=True, stable=True)
+    rows = scale.T[order]  # [d, h], as the sweep has its columns
 
     def rule(start: int, block: Tensor, diagonal: Tensor) -> Replace:
         def replace(j: int, column: Tensor) -> Tensor:
@@ -97,6 +116,59 @@ def _gptq(w: Tensor, scale: Tensor, bits: int, covariance: Tensor, zero: float) 
 
         return replace
 
-    put = sweep(w, covariance, _BLOCK, rule)
+    put = torch.empty_like(w)
+    put[:, order] = sweep(w[:, order], covariance[order][:, order], _BLOCK, rule)
     # what no token of the calibration text had, another text may have
     return _nearest(torch.where(dead_inputs(covariance), w, put), scale, bits, zero)
+
+
+def _descend(w: Tensor, codes: Tensor, scale: Tensor, bits: int, covariance: Tensor, zero: float) -> Tensor:
+    """Codes [h, d] uint8: each column in turn is changed to what is best beside all others as they are by then.
+
+    Args:
+        w: [h, d] fp32.
+        codes: [h, d] uint8 to start with.
+        scale: [h, d] fp32, of each weight.
+        bits, covariance, zero: as for `quantise`, and the code of 0.
+    """
+    columns = scale.T.contiguous()  # transposed, so that a column lies together
+    put = (codes.T.float() - zero) * columns  # [d, h]
+    slope = covariance @ (w.T - put)
+    for start in [*range(0, len(put), _BLOCK)] * _PASSES:
+        at = slice(start, start + _BLOCK)
+        before, block, within = put[at].clone(), slope[at].clone(), covariance[at, at]
+        for j, (now, own) in enumerate(zip(put[at], columns[at], strict=True)):
+            best = (_nearest(now + block[j] / within[j, j].clamp_min(1e-30), own, bits, zero).float() - zero) * own
+            block.addr_(within[j], best - now, alpha=-1)
+            now.copy_(best)
+        slope.addmm_(covariance[:, at], put[at] - before, alpha=-1)
+    return _nearest(put, columns, bits, zero).T.contiguous()
+
+
+def refit_scale(w: Tensor, level: Tensor, scale: Tensor, group_size: int, covariance: Tensor) -> Tensor:
+    """[h, groups] fp16: the scales with which levels that are chosen already give the outputs of w best.
+
+    Scales are chosen for nearest rounding, and the sweep has moved the weights since. For each row this is least
+    squares with a number a group, drawn a little towards the present scale.
+
+    Args:
+        w: [h, d] fp32.
+        level: [h, d] fp32, of which each scale is a factor.
+        scale: [h, groups] fp16, by which the levels were chosen.
+        group_size: columns per scale.
+        covariance: [d, d] second moments of the inputs.
+    """
+    starts = range(0, w.shape[1], group_size)
+    gram, left = torch.empty(len(w), len(starts), len(starts)), torch.empty(scale.shape)
+    error = w - level * expand_scale(scale.float(), group_size, w.shape[1])
+    for group, start in enumerate(starts):
+        at = slice(start, start + group_size)
+        output = level[:, at] @ covariance[at]  # [h, d]
+        gram[:, group] = torch.stack([part.sum(1) for part in (output * level).split(group_size, 1)], 1)
+        left[:, group] = (output * error).sum(1)
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    diagonal += _SCALE_DAMPING * diagonal.mean(1, keepdim=True) + 1e-30
+    change = torch.linalg.solve(gram, left) / scale.float()
+    fitted = (scale.float() * (1 + change)).half()
+    sound = (change.abs() < _MOST_CHANGE) & fitted.isfinite() & (fitted != 0)  # else few inputs tell of this group
+    return torch.where(sound, fitted, scale)

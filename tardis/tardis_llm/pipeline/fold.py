@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..calibration.inputs import ids_of, tensors_of, token_count
 from ..calibration.limits import check_windows
+from ..calibration.sensitivity import first_token_importance
 from ..calibration.speech import hear
 from ..calibration.text import Windows, check_enough, split_windows
 from ..checkpoint.folded import mark_folded
@@ -88,7 +89,8 @@ def fold(
         tempfile.TemporaryDirectory(dir=work, prefix=SCRATCH) as scratch,
         torch.no_grad(),
     ):
-        session = Session(model, sites, calibration, config, Path(scratch), progress)
+        first = first_token_importance(model, sites, calibration.fit) if config.weigh else {}
+        session = Session(model, sites, calibration, config, Path(scratch), progress, first)
         layers, linears = _fold_layers(session, _plan(session, bits, workspace), workspace)
     report = FoldReport(layers, config.as_dict(), _describe(calibration, fingerprint), linears)
     mark_folded(model, report.calibration)

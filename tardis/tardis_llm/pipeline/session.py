@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -37,6 +38,7 @@ class Session:
         config: settings.
         scratch: folder for hidden states that exceed the memory limit.
         progress: told of each step.
+        first: by how much more an error counts in the first token of a window, by the number of the block.
     """
 
     model: PreTrainedModel
@@ -45,6 +47,7 @@ class Session:
     config: FoldConfig
     scratch: Path
     progress: Progress
+    first: Mapping[int, float] = field(default_factory=dict)
 
     def cost(self, site: FFNSite, bits: int) -> Cost:
         """Bytes of the FFN at `site`, if it is folded as configured with a predictor of so many bits."""
@@ -52,7 +55,8 @@ class Session:
 
     def stream(self, inputs: TextOrSpeech) -> Stream:
         """Windows of text or speech at the start of the model."""
-        return Stream(self.model, inputs, self.scratch, _buffer_limit(self.config), self.config.batch_tokens)
+        limit = _buffer_limit(self.config)
+        return Stream(self.model, inputs, self.scratch, limit, self.config.batch_tokens, self.first)
 
     def follow(self, inputs: TextOrSpeech) -> Followed:
         """Windows of text or speech at the start of the model that is folded and of the dense one."""
