@@ -18,6 +18,7 @@
 
 #include "_hot.h"
 #include "_portable.h"
+#include "_texts.h"
 
 enum { GROUP = 64, BLOCK = 32, SHORT = 16, PLACE_SHIFT = 8 };
 enum { RUN_RANKS, RANKS, PLACES }; /* what a batch asks for */
@@ -892,6 +893,7 @@ static PyType_Spec view_spec = {
 };
 
 #include "_level.c"
+#include "_texts.c"
 
 /* fit(keys, ends, scales, bits, steepest, out): the leaves of some buckets, each given by its (start, end). */
 static PyObject *fit(PyObject *self, PyObject *args)
@@ -1061,7 +1063,7 @@ static int native_exec(PyObject *module)
                                      offsetof(Leaf, base), offsetof(Leaf, slope), offsetof(Leaf, radius), sizeof(Leaf),
                                      PLACE_SHIFT, offsetof(Line, code), offsetof(Line, found), sizeof(Line), RANK_BITS);
     int failed = type == NULL || layout == NULL || PyModule_AddObjectRef(module, "View", type) < 0 ||
-                 PyModule_AddObjectRef(module, "LAYOUT", layout) < 0 || add_level_type(module) < 0;
+                 PyModule_AddObjectRef(module, "LAYOUT", layout) < 0 || add_level_type(module) < 0 || add_tree_type(module) < 0;
     Py_XDECREF(type);
     Py_XDECREF(layout);
     return failed ? -1 : 0;
@@ -1073,6 +1075,10 @@ static PyMethodDef native_methods[] = {
     {"fill_hot", fill_hot, METH_VARARGS, "fill_hot(codes, ranks, copies, lines): the hot table of some codes."},
     {"held_hot", held_hot, METH_VARARGS, "held_hot(lines, codes, held): whether the hot table holds each code."},
     {"tally", tally, METH_VARARGS, "tally(samples, codes): the distinct ones by how often they occur."},
+    {"pack", pack, METH_VARARGS, "pack(items, is_text, offsets): bytes of texts, or the place of what is none."},
+    {"unpack", unpack, METH_VARARGS, "unpack(data, offsets, numbers, is_text): a list of texts."},
+    {"order", order, METH_VARARGS, "order(data, offsets, order, again): how to sort texts, and which occur again."},
+    {"gather", gather, METH_VARARGS, "gather(data, offsets, numbers, out): the texts of some numbers."},
     {"splice", splice, METH_VARARGS, "splice(old, at, more, out): `old` with `more` at the places `at` of `out`."},
     {NULL, NULL, 0, NULL},
 };
