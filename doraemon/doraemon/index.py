@@ -253,8 +253,7 @@ class _Questions(Collection[Any], Reversible[Any]):
         >>> list(Index([2, 1]))
         [1, 2]
         """
-        keys = self.range()
-        return iter(keys if keys.dtype.kind == "M" else keys.tolist())
+        return iter(self._state.key_type.items(self.range()))
 
     def __reversed__(self) -> Iterator[Any]:
         """The keys, descending, as they were when the iteration began. O(n) memory.
@@ -276,7 +275,8 @@ class _Questions(Collection[Any], Reversible[Any]):
         """
         if copy is False:
             raise ValueError("the keys are decoded into a new array: ask for a copy")
-        return self.range().astype(self.dtype if dtype is None else dtype, copy=False)
+        keys = self.range()
+        return keys if dtype is None else keys.astype(dtype)
 
     # ---- batches
 
@@ -551,7 +551,7 @@ class Index(_Questions):
         array([1, 2, 3])
         """
         put = self._front.insert(key, value)
-        if not put and not (put is None and self._renew().insert(key, value)):
+        if not put and not (put is None and self._renew(key).insert(key, value)):
             self._change(lambda state: changes.insert(state, key, value))
 
     def update(self, key: Any, value: Any) -> None:
@@ -569,7 +569,7 @@ class Index(_Questions):
         >>> int(index[3])
         33
         """
-        if not self._front.update(key, value) and not self._renew().update(key, value):
+        if not self._front.update(key, value) and not self._renew(key).update(key, value):
             self._change(lambda state: changes.update(state, key, value))
 
     __setitem__ = update
@@ -655,11 +655,13 @@ class Index(_Questions):
         front.freeze()
         return front.settled()
 
-    def _renew(self) -> Front:
-        """A front whose level takes changes."""
+    def _renew(self, *new: Any) -> Front:
+        """A front whose level takes changes, of new keys if some are given."""
         with self._lock:
             if self._front.is_closed:  # else another writer was faster
                 self._swap_in(self._frozen())
+            for key in new:
+                self._front.state.key_type.learn(key)
             return self._front
 
     def _swap_in(self, state: State) -> None:

@@ -17,8 +17,8 @@ from .arrays import Codes, Ints, Mask, Values
 from .delta import Delta, changes_after, merge
 from .engine import Engine
 from .hot import Hot
-from .inputs import as_sequence, is_batch
-from .keys import KeyType
+from .inputs import as_sequence
+from .keytype import KeyType
 from .model import Model
 from .run import Models, Run
 from .search import SMALL, StepView, View, make_view
@@ -126,7 +126,7 @@ class State:
         return int(counted) if np.ndim(counted) == 0 else counted
 
     def _ranks_of(self, ends: Any) -> Ints | int:
-        return self.ranks(ends, right=False) if is_batch(ends) else self.view.left(ends)
+        return self.ranks(ends, right=False) if self.key_type.is_batch(ends) else self.view.left(ends)
 
     def _places_between(self, low: Any, high: Any) -> Places:
         first = 0 if low is None else self.view.left(low)
@@ -255,7 +255,8 @@ class State:
         codes, values = merge(
             self.run.codes, self.run.values, self.delta, self.code_ranks(self.delta.codes, in_run=True)
         )
-        state = State.of(self.key_type, self.engine, self.run.followed_by(codes, values, self.engine))
+        run = self.run.followed_by(codes, values, self.engine)
+        state = State.of(self.key_type.compacted(codes), self.engine, run)
         if self.run.hot is None or len(codes) == 0:
             return state
         return state.with_hot(state.hot_table(self.run.hot.codes))
@@ -264,7 +265,15 @@ class State:
         """This state over the run of `merged`, which was made of `before`, an earlier state of this one."""
         run = replace(merged.run, memory=self.run.memory_over(merged.run.codes))
         delta = changes_after(self.delta, before.delta, merged.count_in_run)
-        return State.of(self.key_type, self.engine, run, delta, self.writes)
+        key_type = merged.key_type.with_codes_of(self.key_type, delta.codes)
+        return State.of(key_type, self.engine, run, delta, self.writes)
+
+    def respaced(self) -> State:
+        """The same keys under codes with room between all of them; what was known of accesses is forgotten."""
+        merged = self.merged()
+        key_type, codes = merged.key_type.respaced(merged.run.codes)
+        run = Run.of(codes, merged.run.values, self.engine, Models(self.run.memory.capacity))
+        return State.of(key_type, self.engine, run, writes=self.writes)
 
 
 def _taken(run: NDArray[Any], delta: NDArray[Any], places: Places) -> NDArray[Any]:
