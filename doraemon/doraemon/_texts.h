@@ -13,7 +13,7 @@
 
 #include "_portable.h"
 
-enum { FAN = 32, MAX_LAYERS = 13, TEXT_GROUP = 32, FEW_TEXTS = 12 };
+enum { FAN = 32, PART = 4, MAX_LAYERS = 13, TEXT_GROUP = 32, FEW_TEXTS = 12 };
 
 typedef struct {
     const uint8_t *at;
@@ -185,7 +185,7 @@ typedef struct {
 
 /* Entry e of a layer is text e * stride and leads to node e of the layer below; node j has the entries from j * FAN on. */
 typedef struct {
-    uint64_t *codes; /* of each entry, 8 bytes after its node's `inner` */
+    uint64_t *codes; /* of each entry, 8 bytes after its node's `inner`; of whole nodes, the last one filled up */
     Node *nodes;
     int64_t n, stride;
 } Layer;
@@ -198,12 +198,13 @@ typedef struct {
 
 static inline int64_t nodes_of(int64_t entries) { return (entries + FAN - 1) / FAN; }
 
+
 /* The bytes that the nodes and codes of a tree take. */
 static size_t tree_bytes(int64_t n)
 {
     size_t bytes = 0;
     for (;; n = nodes_of(n)) {
-        bytes += (size_t)n * sizeof(uint64_t) + (size_t)nodes_of(n) * sizeof(Node);
+        bytes += (size_t)nodes_of(n) * (FAN * sizeof(uint64_t) + sizeof(Node));
         if (n <= FAN)
             return bytes;
     }
@@ -218,8 +219,8 @@ static void build_layer(const Texts *texts, Layer *layer)
         node->inner = shared_prefix(begin, text_of(texts, (after - 1) * layer->stride));
         node->outer = after < layer->n ? shared_prefix(begin, text_of(texts, after * layer->stride)) : 0;
         node->rest = chunk_of(begin, node->outer, texts->end);
-        for (int64_t e = first; e < after; e++)
-            layer->codes[e] = chunk_of(text_of(texts, e * layer->stride), node->inner, texts->end);
+        for (int64_t e = first; e < first + FAN; e++)
+            layer->codes[e] = e < after ? chunk_of(text_of(texts, e * layer->stride), node->inner, texts->end) : UINT64_MAX;
     }
 }
 
@@ -232,7 +233,7 @@ static void build_tree(Tree *tree, void *memory)
         Layer *layer = tree->layers + tree->n_layers++;
         *layer = (Layer){.nodes = memory, .n = n, .stride = stride};
         layer->codes = (uint64_t *)(layer->nodes + nodes_of(n));
-        memory = layer->codes + n;
+        memory = layer->codes + nodes_of(n) * FAN;
         build_layer(&tree->texts, layer);
         if (n <= FAN)
             return;
@@ -278,9 +279,12 @@ static inline int64_t entry_in_node(const Tree *tree, const Layer *layer, int64_
         return beside < 0 ? first : first + size;
     uint64_t code = chunk_of(q, node->inner, end);
     int64_t entry = first;
-    for (int64_t n = size; n > 1; n -= n >> 1) /* without branches on the codes */
-        entry += (n >> 1) & -(int64_t)(layer->codes[entry + (n >> 1) - 1] < code);
-    entry += layer->codes[entry] < code;
+    int64_t parts = 0; /* counted, not bisected, as these comparisons need not wait for each other */
+    for (int64_t e = PART - 1; e < FAN - PART; e += PART)
+        parts += layer->codes[first + e] < code;
+    entry += PART * parts;
+    for (int64_t e = first + PART * parts; e < first + PART * (parts + 1); e++)
+        entry += layer->codes[e] < code;
     *tied = entry < first + size && layer->codes[entry] == code;
     return entry;
 }
@@ -324,7 +328,8 @@ static inline void descend(const Tree *tree, const Layer *layer, Descent *d)
             PREFETCH(tree->texts.offsets + (tied ? d->at[i] * layer->stride : 0));
         }
     for (int64_t j = 0; j < n_tied; j++)
-        PREFETCH(tree->texts.data + tree->texts.offsets[d->at[d->tied[j]] * layer->stride] + 8);
+        PREFETCH(tree->texts.data + tree->texts.offsets[d->at[d->tied[j]] * layer->stride] +
+                 layer->nodes[d->at[d->tied[j]] / FAN].inner);
     for (int64_t j = 0; j < n_tied; j++) {
         int64_t i = d->tied[j];
         d->at[i] = untie(tree, layer, d->at[i], d->q[i], d->exact + i);
@@ -337,7 +342,7 @@ static inline void descend(const Tree *tree, const Layer *layer, Descent *d)
 }
 
 /* How many texts of the tree are below each of up to TEXT_GROUP queries, and whether it has the query. */
-static inline void find_group(const Tree *tree, Descent *d)
+static void find_group(const Tree *tree, Descent *d)
 {
     memset(d->at, 0, sizeof d->at);
     memset(d->done, tree->texts.n == 0, sizeof d->done);

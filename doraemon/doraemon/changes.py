@@ -45,9 +45,9 @@ def update(state: State, key: Any, value: Any) -> State:
 
 def extend(state: State, keys: ArrayLike, values: ArrayLike | None) -> State:
     """Many more keys; in a map values for many, the last of equal keys winning."""
-    keys = keys if hasattr(keys, "__len__") else list(keys)  # they may be looked at twice
-    codes = state.key_type.admit(keys)
-    return extend(state.respaced(), keys, values) if codes is None else _put(state, codes, values)
+    items: Any = keys if hasattr(keys, "__len__") else as_sequence(keys)  # they may be looked at twice
+    codes = state.key_type.admit(items)
+    return extend(state.respaced(), items, values) if codes is None else _put(state, codes, values)
 
 
 def discard(state: State, key: Any) -> State:

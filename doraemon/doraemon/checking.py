@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arrays import BUCKET, Arrays, Bits, Codes, Ints, places_of
+from .choosing import described_type
 from .delta import MAX_STAMP, is_compact
 from .engine import Engine
 from .errors import damaged
-from .choosing import described_type
 from .keytype import KeyType
 from .model import MAX_BITS, bucket_scales
 from .texts import LexiconType
@@ -189,4 +189,3 @@ def _check_delta(arrays: Arrays, key_type: KeyType) -> None:
     few = bool((net <= 1 - present).all()) if is_map else is_compact(net, n)
     _require(bool(changes.all()) and few, "delta.net has changes that cannot be")
     _require(bool(((stamps >= 0) & (stamps <= MAX_STAMP)).all()), "delta.stamps has writes that cannot be")
-

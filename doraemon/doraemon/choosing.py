@@ -14,7 +14,7 @@ from .keytype import KeyType
 from .records import record_type
 from .texts import BYTES, STR, is_text_dtype, text_dtype_of, text_type
 
-_TEXTS = {"str": STR, "bytes": BYTES}
+_TEXTS: dict[str, np.dtype[Any]] = {"str": STR, "bytes": BYTES}
 
 
 def key_type_of(keys: Any, dtype: DTypeLike | None, engine: Engine) -> KeyType:
@@ -27,8 +27,8 @@ def key_type_of(keys: Any, dtype: DTypeLike | None, engine: Engine) -> KeyType:
 
 def described_type(description: Described, engine: Engine) -> KeyType:
     """The type of keys that has this description. Raises TypeError or ValueError if there is none."""
-    known = _TEXTS.get(description) if isinstance(description, str) else None
-    return _of_dtype(known or parsed(description), engine)
+    known = isinstance(description, str) and description in _TEXTS
+    return _of_dtype(_TEXTS[str(description)] if known else parsed(description), engine)
 
 
 def _of_dtype(dtype: np.dtype[Any], engine: Engine) -> KeyType:
@@ -48,4 +48,3 @@ def _dtype_of(keys: NDArray[Any] | list[Any]) -> np.dtype[Any]:
     if isinstance(keys, list) and isinstance(keys[0], tuple):
         raise TypeError('keys that are tuples need a dtype: give dtype=[("a", "int64"), ("b", "float64")], say')
     return np.asarray(keys).dtype
-

@@ -1,7 +1,8 @@
 """What the rest of the package asks of a type of keys: everything else works on codes and knows no keys.
 
-Codes are uint64 in the order of the keys. Those of numbers follow from the numbers. Those of texts are given to the texts
-that the index has: such a type learns, and a code once given stays the same, so that all states of an index share it.
+Codes are uint64 in the order of the keys. Those of numbers follow from the numbers. Those of texts are given to the
+texts that the index has: such a type learns, and a code once given stays the same, so that all states of an index share
+it.
 """
 
 from __future__ import annotations
@@ -100,6 +101,7 @@ class KeyType(ABC):
 
     def learn(self, key: Any) -> None:
         """Give the key a code if it needs one and there is room."""
+        return  # it has one already
 
     def respaced(self, codes: Codes) -> tuple[KeyType, Codes]:
         """A type with room between all codes, and the new codes of ascending ones."""

@@ -1,11 +1,12 @@
 """Lexica: which code each text of an index has, in the order of the texts. They only grow.
 
 Codes of texts are even. A query that is no text of the lexicon gets an odd code, 1 less than that of the next text, so
-that it lies between its neighbours and equals none. New texts get codes between those of their neighbours: evenly spread,
-but where a gap was last filled from one side, near that side, as keys that come in order would else halve it each time.
+that it lies between its neighbours and equals none. New texts get codes between those of their neighbours: evenly
+spread, but where a gap was last filled from one side, near that side, as keys that come in order would else halve it
+each time.
 
-Texts lie in tiers, each sorted, of which the first is most of them; a new tier is merged into the one before if it is not
-much smaller. Tiers never change, and a reader takes them once: so it may read while another thread adds.
+Texts lie in tiers, each sorted, of which the first is most of them; a new tier is merged into the one before if it is
+not much smaller. Tiers never change, and a reader takes them once: so it may read while another thread adds.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Keys that are records: a few numbers or times each, in the order of the first field, then of the second, and so on.
 
-Where the fields' codes fit into 64 bits, they are the record's code. Else they become bytes, most significant first, which
-a lexicon has codes for. Either way a query is a tuple, and one of fewer fields is below all records that begin with it.
+Where the fields' codes fit into 64 bits, they are the record's code. Else they become bytes, most significant first,
+which a lexicon has codes for. Either way a query is a tuple, and one of fewer fields is below all records that begin
+with it.
 """
 
 from __future__ import annotations

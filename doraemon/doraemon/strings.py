@@ -6,7 +6,8 @@ A str is packed as its UTF-8 bytes, whose order is that of its code points.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,8 @@ _ARROW_TYPES = {True: ("string", "large_string", "string_view"), False: ("binary
 _VIEWS = {"string_view": "large_string", "binary_view": "large_binary"}
 
 
-class Packed(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Packed:
     """Texts one after the other.
 
     Attributes:
@@ -129,8 +131,8 @@ def _of_fixed(items: NDArray[Any]) -> Packed | None:
             return None
         characters = characters.astype(np.uint8)
     lengths = np.strings.str_len(items).astype(np.int64)
-    data = characters[np.arange(characters.shape[1]) < lengths[:, None]]
-    return Packed(data, _offsets_of(lengths))
+    inside = np.arange(characters.shape[1]) < lengths[:, None]
+    return Packed(characters[inside].astype(np.uint8, copy=False), _offsets_of(lengths))
 
 
 def _arrow_columns(given: Any, is_text: bool) -> list[Any] | None:
@@ -176,7 +178,8 @@ def concatenated(parts: list[Packed]) -> Packed:
     if not parts:
         return Packed(np.zeros(0, dtype=np.uint8), np.zeros(1, dtype=np.int64))
     lengths = np.concatenate([np.diff(part.offsets) for part in parts])
-    return Packed(np.concatenate([part.data[part.offsets[0] : part.offsets[-1]] for part in parts]), _offsets_of(lengths))
+    data = [part.data[part.offsets[0] : part.offsets[-1]] for part in parts]
+    return Packed(np.concatenate(data), _offsets_of(lengths))
 
 
 def gathered(texts: Packed, numbers: Ints, engine: Engine) -> Packed:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import abstractmethod
-from collections.abc import Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -23,7 +23,7 @@ CHECKED = 1 << 16  #: texts that are checked at once to be UTF-8
 
 
 class LexiconType(KeyType):
-    """Keys that become bytes, whose codes a lexicon gives. A subclass says how they do, and makes keys of them again."""
+    """Keys that become bytes, whose codes a lexicon gives. A subclass says how, and makes keys of bytes again."""
 
     def __init__(self, dtype: np.dtype[Any], engine: Engine, lexicon: Lexicon | None = None) -> None:
         self.dtype, self.engine = dtype, engine
@@ -93,7 +93,7 @@ class LexiconType(KeyType):
         for first in range(0, len(tier), CHECKED):
             number = np.arange(max(first - 1, 0), min(first + CHECKED, len(tier)))
             part = unpacked(tier.texts, number, False, self.engine)
-            if any(a >= b for a, b in zip(part, part[1:], strict=False)):
+            if any(a >= b for a, b in itertools.pairwise(part)):
                 raise ValueError("the texts are not in order")
             self._check_texts(part)
 
@@ -150,7 +150,7 @@ def text_type(dtype: np.dtype[Any], engine: Engine) -> TextType:
     return TextType(BYTES if dtype.kind == "S" else STR, engine)
 
 
-def text_dtype_of(items: Sequence[Any]) -> np.dtype[Any] | None:
+def text_dtype_of(items: NDArray[Any] | list[Any]) -> np.dtype[Any] | None:
     """The dtype of str or bytes if the first item is one, else None."""
     first = items[0] if len(items) else None
     return STR if isinstance(first, str) else BYTES if isinstance(first, bytes) else None

@@ -21,8 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from doraemon import CorruptFileError, Index, storage
-from doraemon.keys import KeyType
+from doraemon import CorruptFileError, Index, checking, storage
 
 ODD: list[Any] = [None, True, False, -1, 0, 1, 2, 7, 63, 2**31, 2**32, 2**40, 2**62, 2**63, 2**64, 10**30, 10**4000]
 ODD += [
@@ -200,7 +199,7 @@ def change_header(header: dict[str, Any], rng: random.Random) -> None:
 def expected(path: Path) -> tuple[np.ndarray[Any, Any], list[str] | None]:
     """The keys of a file, and what their values look like, from its arrays alone."""
     header, arrays = storage.read(path, mmap=False, verify=True)
-    decode = KeyType.of(header["dtype"]).decode
+    decode = checking.check(header, arrays, "numpy").opened(arrays, verify=True).decode
     run, delta, net = (arrays[name] for name in ("run.codes", "delta.codes", "delta.net"))
     if "run.values" not in arrays:
         counts = Counter(run.tolist())
