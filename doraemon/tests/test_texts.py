@@ -23,9 +23,10 @@ TEXTS = st.tuples(st.sampled_from(PREFIXES), ENDS).map("".join) | st.text(
 )
 BYTES = TEXTS.map(str.encode) | st.binary(max_size=12) | st.sampled_from([b"\xff" * 9, b"\xff" * 8, b"\0" * 9, b"\0"])
 KINDS = {"str": TEXTS, "bytes": BYTES}
-FLOATS = st.floats(allow_nan=False) | st.sampled_from([0.0, -0.0, np.inf, -np.inf])
+ODD_FLOATS = st.sampled_from([0.0, -0.0, np.inf, -np.inf])
+FLOATS, SHORT_FLOATS = st.floats(allow_nan=False) | ODD_FLOATS, st.floats(allow_nan=False, width=32) | ODD_FLOATS
 RECORDS: dict[str, tuple[list[Any], st.SearchStrategy[Any]]] = {
-    "narrow": ([("a", "i4"), ("b", "f4")], st.tuples(st.integers(-2, 2), FLOATS.map(lambda f: float(np.float32(f))))),
+    "narrow": ([("a", "i4"), ("b", "f4")], st.tuples(st.integers(-2, 2), SHORT_FLOATS)),
     "wide": ([("a", "f8"), ("b", "i8"), ("c", "u4")], st.tuples(FLOATS, st.integers(-2, 2), st.integers(0, 2))),
 }
 
@@ -78,7 +79,7 @@ def test_large_sets_have_nodes_and_ties_of_every_kind(spread: str, engine: str) 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("small_parts")
 @given(data=st.data())
-@settings(max_examples=15)
+@settings(max_examples=10)
 def test_changes_and_files_keep_what_they_should(
     kind: str, is_map: bool, engine: str, tmp_path: Path, data: st.DataObject
 ) -> None:
@@ -97,13 +98,12 @@ def test_changes_and_files_keep_what_they_should(
             for key, value in zip(some, fresh, strict=True):
                 if change == "insert":
                     index.update(key, value) if is_map else index.insert(key)
-                if not is_map or key not in values:
+                if not is_map or key not in keys:
                     keys.insert(bisect_left(keys, key), key)
                 values[key] = value
         elif change.startswith("discard"):
             some += keys[::3]
             gone = [key for key in some if remove(keys, key)]
-            assert gone == gone if is_map else True
             removed = index.discard_many(some) if change == "discard_many" else sum(map(index.discard, some))
             assert removed == len(gone)
         elif change == "compact":
@@ -275,7 +275,7 @@ def test_what_was_handed_in_is_not_shared(engine: str) -> None:
 
 @pytest.mark.parametrize("kind", RECORDS)
 @given(data=st.data())
-@settings(max_examples=40)
+@settings(max_examples=15)
 def test_records_are_ordered_as_tuples(kind: str, engine: str, tmp_path: Path, data: st.DataObject) -> None:
     dtype, records = RECORDS[kind]
     keys = data.draw(st.lists(records, max_size=40))
