@@ -49,6 +49,8 @@ class Results:
     @classmethod
     def read(cls, folder: Path) -> Results:
         parts = {name: json.loads((folder / f"{name}.json").read_text()) for name in [*PARTS, *CHANGED_ONE_BY_ONE]}
+        if (folder / "texts.json").exists():
+            parts["texts"] = json.loads((folder / "texts.json").read_text())
         rows = {name: part["rows"] for name, part in parts.items()}
         for name in ("lookups_batches", "lookups_single"):
             rows[name].sort(key=lambda row: (KEYS.index(row["keys"]), row["n"], QUERIES.index(row["queries"])))
@@ -198,6 +200,23 @@ def moving(results: Results) -> str:
         rows.append([keys, millions(n), *cells])
     names = ["keys", "n", "ns, following", "ns, left behind", "ns, never adapted"]
     return table([*names, "following over np.searchsorted", "over sort + searchsorted", "ms of adapt()"], rows)
+
+
+# ------------------------------------------------------------------ texts
+
+
+def texts(results: Results) -> str:
+    rivals = ["bisect on a list", "pandas, str", "pandas, objects", "polars"]
+    rows = []
+    for row in results.rows["texts"]:
+        cells = [row["keys"], f"{row['n']:,}", f"{row['bytes per text']:.0f}", f"{row['held']:.0f}"]
+        cells += [spread(row["ns"][name]) for name in ("doraemon", "doraemon, Arrow")]
+        cells.append(times(row["ratio"]["bisect on a list"]))
+        cells += [times(row["ratio, Arrow"][name]) for name in rivals[1:]]
+        rows.append([*cells, spread(row["single ns"]["doraemon"]), times(row["single ratio"]["bisect on a list"])])
+    names = ["keys", "n", "bytes per key", "bytes held", "ns, ours, of a list", "ns, ours, of Arrow"]
+    names += [f"over {name}" for name in rivals]
+    return table([*names, "ns, one by one", "over bisect, one by one"], rows)
 
 
 # ------------------------------------------------------------------ skew
@@ -472,6 +491,7 @@ def page(results: Results) -> str:
         ("Batches, 4M keys", BATCHES, batches_by_keys),
         ("Batches, other sizes", "The same for more and fewer keys.", batches_by_size),
         ("One by one", SINGLES, singles),
+        *([("Texts", TEXTS, texts)] if "texts" in results.rows else []),
         ("Skew, in batches", SKEW, skew_head),
         ("Skew, one by one", SKEW_SINGLE, skew_single),
         ("Skew that moves", SKEW_MOVING, skew_moving),
@@ -507,6 +527,7 @@ the time", and a **bold** ratio is below 1, where the other is faster.
     python benchmarks/doraemon/single.py ycsb        # also: inserts
     python benchmarks/doraemon/skew.py batches       # also: single, moving
     python benchmarks/doraemon/paper.py latency      # also: retraining
+    python benchmarks/doraemon/texts.py --text FILE...
     python benchmarks/doraemon/results.py
 
 ![Nanoseconds per query against the number of keys, and over the kinds of keys](images/doraemon.png)
@@ -521,6 +542,9 @@ in 10 % of the keys, 99 % in 1 %; zipf of exponent 1.1, scattered.
 BATCHES = """A million queries at once, after `adapt()` to queries of the same kind. The floors answer no question of
 order: "position known" gathers keys whose positions are given, and "hash table" is open addressing in NumPy."""
 SINGLES = """One call per query; the loop's own time is taken off. `in` is compared with what answers only that."""
+TEXTS = """Keys that are str, and 200,000 queries at once for keys that are there. `bisect` is asked, as we are, with a
+list of str; pandas, whose `get_indexer` hashes and knows no order, and polars with columns of their own, beside which
+ours is asked with an Arrow column. "Bytes held" are those of keys, codes and what finds them."""
 SKEW = """A million queries at once: of an index as built, and of one that saw four million such queries and then
 called `adapt()`, which made a table of hot keys where that was measured to pay. The keys are uniform. Zipf queries are
 of ranks up to the number of keys, scattered over them; "endless" ranks are wrapped around, so that a fifth of the

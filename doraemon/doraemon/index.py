@@ -75,7 +75,7 @@ class _Questions(Collection[Any], Reversible[Any]):
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The keys' dtype. O(1).
+        """The keys' dtype: of str NumPy's StringDType, of bytes `S` without a length. O(1).
 
         >>> Index([0.5, 1.5]).dtype
         dtype('float64')
@@ -104,7 +104,7 @@ class _Questions(Collection[Any], Reversible[Any]):
         Any number may be asked for; what no key can equal is not in the index.
 
         Raises:
-            TypeError: the key is no number, or for keys that are times no time.
+            TypeError: the key is of another kind than the index's: no number, time, str, bytes or tuple.
 
         >>> index = Index([2**63, 7], dtype="uint64")
         >>> 2**63 in index, 2**63 - 1 in index, -1 in index, 7.5 in index
@@ -405,13 +405,14 @@ class Snapshot(_Questions):
 class Index(_Questions):
     """A sorted multiset of keys, or with values a map of unique keys, searched through a learned model.
 
-    Keys are uint64, int64, uint32, int32, float64, float32 or datetime64; NaN and NaT are refused. Any number of
-    threads may read while one or more write: writers take turns, readers wait for nobody and see each write whole.
+    Keys are uint64, int64, uint32, int32, float64, float32 or datetime64, str, bytes, or records of numbers and times;
+    NaN and NaT are refused. Any number of threads may read while one or more write: writers take turns, readers wait for nobody and see each write whole.
 
     Args:
         keys: in any order.
         values: one per key; the keys must then be distinct.
-        dtype: of the keys; that of `keys` by default, int64 for Python ints and float64 for Python floats.
+        dtype: of the keys; that of `keys` by default, int64 for Python ints and float64 for Python floats. "str" or
+            "bytes" for texts; tuples need that of records, as [("a", "int64"), ("b", "float64")].
         engine: "native" or "numpy"; by default the C extension if it was built.
         merging: who merges changes into the run when they have become many: the write that made them so ("inline"),
             a thread ("background"), or only `compact()` ("manual").
