@@ -406,7 +406,8 @@ class Index(_Questions):
     """A sorted multiset of keys, or with values a map of unique keys, searched through a learned model.
 
     Keys are uint64, int64, uint32, int32, float64, float32 or datetime64, str, bytes, or records of numbers and times;
-    NaN and NaT are refused. Any number of threads may read while one or more write: writers take turns, readers wait for nobody and see each write whole.
+    NaN and NaT are refused. Any number of threads may read while one or more write: writers take turns, readers wait
+    for nobody and see each write whole.
 
     Args:
         keys: in any order.
