@@ -22,7 +22,7 @@ from .dtypes import Described
 from .inputs import as_number, as_scalar, as_sequence, numpy_dtype
 from .keytype import Cut, Cuts, KeyType
 
-SUPPORTED = "uint64, int64, uint32, int32, float64, float32 or datetime64 with a unit"
+SUPPORTED = "uint64, int64, uint32, int32, float64, float32, datetime64 with a unit, str or bytes"
 _NUMBERS = frozenset({"uint64", "int64", "uint32", "int32", "float64", "float32"})
 
 
