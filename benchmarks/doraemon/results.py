@@ -22,7 +22,7 @@ BEGIN, END = "<!-- results: made by benchmarks/doraemon/results.py -->", "<!-- e
 PICTURE = ROOT / "docs" / "images" / "doraemon.png"
 PARTS = ["lookups_batches", "lookups_single", "lookups_moving", "changes_building", "changes_adapting"]
 PARTS += ["changes_writing", "paper_latency", "paper_retraining"]
-PARTS += ["skew_batches", "skew_single", "skew_moving", "single_inserts", "single_ycsb", "threads"]
+PARTS += ["skew_batches", "skew_single", "skew_moving", "single_inserts", "single_ycsb", "threads", "texts"]
 KEYS = ["uniform", "normal", "lognormal", "osm", "facebook", "cascade", "words", "offsets"]
 QUERIES = ["uniform", "90/10", "99/1", "zipf"]
 SKEWED = ["uniform", "90/10", "99/1", "zipf 1.1, endless", "zipf 1.1", "zipf 1.3"]
@@ -235,6 +235,23 @@ def moving(results: Results) -> str:
         rows.append([keys, millions(n), *cells])
     names = ["keys", "n", "ns, following", "ns, left behind", "ns, never adapted"]
     return table([*names, "following over np.searchsorted", "over sort + searchsorted", "ms of adapt()"], rows)
+
+
+# ------------------------------------------------------------------ texts
+
+
+def texts(results: Results) -> str:
+    rivals = ["bisect on a list", "pandas, str", "pandas, objects", "polars"]
+    rows = []
+    for row in results.rows["texts"]:
+        cells = [row["keys"], f"{row['n']:,}", f"{row['bytes per text']:.0f}", f"{row['held']:.0f}"]
+        cells += [spread(row["ns"][name]) for name in ("doraemon", "doraemon, Arrow")]
+        cells.append(times(row["ratio"]["bisect on a list"]))
+        cells += [times(row["ratio, Arrow"][name]) for name in rivals[1:]]
+        rows.append([*cells, spread(row["single ns"]["doraemon"]), times(row["single ratio"]["bisect on a list"])])
+    names = ["keys", "n", "bytes per key", "bytes held", "ns, ours, of a list", "ns, ours, of Arrow"]
+    names += [f"over {name}" for name in rivals]
+    return table([*names, "ns, one by one", "over bisect, one by one"], rows)
 
 
 # ------------------------------------------------------------------ skew
@@ -518,6 +535,7 @@ def sections(results: Results) -> Iterator[Section]:
         ("Batches, other sizes", "The same for more and fewer keys.", batches_by_size, "lookups_batches"),
         ("One by one", SINGLES, singles, "lookups_single"),
         ("One by one, the slowest", TAILS, single_tails, "lookups_single"),
+        ("Texts", TEXTS, texts, "texts"),
         ("Threads", THREADS, threads, "threads"),
         ("Skew, in batches", SKEW, skew_head, "skew_batches"),
         ("Skew, one by one", SKEW_SINGLE, skew_single, "skew_single"),
@@ -579,6 +597,7 @@ the time", and a **bold** ratio is below 1, where the other is faster.
     python benchmarks/doraemon/skew.py batches       # also: single, moving
     python benchmarks/doraemon/threads.py            # needs two cores
     python benchmarks/doraemon/paper.py latency      # also: retraining
+    python benchmarks/doraemon/texts.py --text FILE...
     python benchmarks/doraemon/results.py
 
 ![Nanoseconds per query against the number of keys, and over the kinds of keys](images/doraemon.png)
@@ -601,6 +620,9 @@ key is the key, by a prepared statement."""
 TAILS = (
     """Each call timed alone, the clock's own time included. DuckDB had fewer queries than the others, 400 a round."""
 )
+TEXTS = """Keys that are str, and 200,000 queries at once for keys that are there. `bisect` is asked, as we are, with a
+list of str; pandas, whose `get_indexer` hashes and knows no order, and polars with columns of their own, beside which
+ours is asked with an Arrow column. "Bytes held" are those of keys, codes and what finds them."""
 THREADS = """A million uniform queries at once over uniform keys, of an index with `threads=` and of one without;
 queries of `count` in pairs. More threads than cores show what threads cost."""
 SKEW = """A million queries at once: of an index as built, and of one that saw four million such queries and then

@@ -18,6 +18,7 @@
 
 #include "_hot.h"
 #include "_portable.h"
+#include "_texts.h"
 
 enum { GROUP = 64, BLOCK = 32, CHUNK = 128, SHORT = 16, PLACE_SHIFT = 8 };
 enum { DELTAS = 2, FEW = 4 };              /* the older, larger one first; entries that are compared at once */
@@ -1085,6 +1086,7 @@ static PyObject *view_within_error_bounds(PyObject *self, PyObject *unused)
 
 #include "_level.c"
 #include "_scan.c"
+#include "_texts.c"
 
 static PyMethodDef view_methods[] = {
     {"left", view_left, METH_O, "How many keys are below the key."},
@@ -1337,7 +1339,8 @@ static int native_exec(PyObject *module)
                                      PLACE_SHIFT, offsetof(Line, code), offsetof(Line, found), sizeof(Line), RANK_BITS,
                                      offsetof(Entry, code), offsetof(Entry, found), sizeof(Entry), FEW);
     int failed = type == NULL || layout == NULL || PyModule_AddObjectRef(module, "View", type) < 0 ||
-                 PyModule_AddObjectRef(module, "LAYOUT", layout) < 0 || add_level_type(module) < 0;
+                 PyModule_AddObjectRef(module, "LAYOUT", layout) < 0 || add_level_type(module) < 0 ||
+                 add_tree_type(module) < 0;
     Py_XDECREF(type);
     Py_XDECREF(layout);
     return failed ? -1 : 0;
@@ -1353,6 +1356,10 @@ static PyMethodDef native_methods[] = {
     {"fill_hot", fill_hot, METH_VARARGS, "fill_hot(codes, ranks, copies, lines): the hot table of some codes."},
     {"held_hot", held_hot, METH_VARARGS, "held_hot(lines, codes, held): whether the hot table holds each code."},
     {"tally", tally, METH_VARARGS, "tally(samples, codes): the distinct ones by how often they occur."},
+    {"pack", pack, METH_VARARGS, "pack(items, is_text, offsets): bytes of texts, or the place of what is none."},
+    {"unpack", unpack, METH_VARARGS, "unpack(data, offsets, numbers, is_text): a list of texts."},
+    {"order", order, METH_VARARGS, "order(data, offsets, order, again): how to sort texts, and which occur again."},
+    {"gather", gather, METH_VARARGS, "gather(data, offsets, numbers, out): the texts of some numbers."},
     {"splice", splice, METH_VARARGS, "splice(old, at, more, out): `old` with `more` at the places `at` of `out`."},
     {NULL, NULL, 0, NULL},
 };

@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from .arrays import Codes, Ints, Mask, Values
+from .choosing import key_type_of
 from .delta import Delta, add_counts, put
 from .engine import Engine
 from .inputs import as_sequence
-from .keys import KeyType
+from .keytype import KeyType
 from .run import Models, Run
 from .state import REQUIRED, State
 from .values import array_of, as_values, values_like
@@ -21,8 +22,8 @@ from .values import array_of, as_values, values_like
 def create(keys: ArrayLike, values: ArrayLike | None, dtype: DTypeLike | None, engine: Engine, memory: Models) -> State:
     """The state of keys, and of a map's values, in any order; see `Index`."""
     items = as_sequence(keys)
-    key_type = KeyType.of(_dtype_of(items) if dtype is None else dtype)
-    codes, sorted_values = _sorted(key_type, key_type.encode_any(items), values)
+    key_type = key_type_of(items, dtype, engine)
+    codes, sorted_values = _sorted(key_type, _admitted(key_type, items), values)
     return State.of(key_type, engine, Run.of(codes, sorted_values, engine, memory))
 
 
@@ -35,13 +36,18 @@ def insert(state: State, key: Any, value: Any) -> State:
 
 def update(state: State, key: Any, value: Any) -> State:
     """A map with a value for the key, new or not; a multiset with one more copy, where the value is REQUIRED."""
-    codes = np.array([state.key_type.encode_one(key)], dtype=np.uint64)
+    code = state.key_type.admit_one(key)
+    if code is None:
+        return update(state.respaced(), key, value)
+    codes = np.array([code], dtype=np.uint64)
     return _put(state, codes, None if value is REQUIRED else [value])
 
 
 def extend(state: State, keys: ArrayLike, values: ArrayLike | None) -> State:
     """Many more keys; in a map values for many, the last of equal keys winning."""
-    return _put(state, state.key_type.encode_any(keys), values)
+    items: Any = keys if hasattr(keys, "__len__") else as_sequence(keys)  # they may be looked at twice
+    codes = state.key_type.admit(items)
+    return extend(state.respaced(), items, values) if codes is None else _put(state, codes, values)
 
 
 def discard(state: State, key: Any) -> State:
@@ -131,11 +137,11 @@ def _remove(state: State, codes: Codes) -> State:
     return state.with_recent(add_counts(state.recent, codes, change, state.writes + 1, state.counted))
 
 
-def _dtype_of(keys: NDArray[Any] | list[Any]) -> DTypeLike:
-    """The dtype of keys; of Python ints int64, where NumPy would choose by their values, and floats for some."""
-    if isinstance(keys, list) and all(isinstance(key, int) for key in keys):
-        return np.int64
-    return np.asarray(keys).dtype
+def _admitted(key_type: KeyType, keys: NDArray[Any] | list[Any]) -> Codes:
+    codes = key_type.admit(keys)
+    if codes is None:
+        raise OverflowError("there are more keys than codes")
+    return codes
 
 
 def _sorted(key_type: KeyType, codes: Codes, values: ArrayLike | None) -> tuple[Codes, NDArray[Any] | None]:

@@ -13,10 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arrays import BUCKET, Arrays, Bits, Codes, Ints, places_of
+from .choosing import described_type
 from .delta import MAX_STAMP, is_compact
+from .engine import Engine
 from .errors import damaged
-from .keys import KeyType
+from .keytype import KeyType
 from .model import MAX_BITS, bucket_scales
+from .texts import LexiconType
 
 #: dtype and shape of each array, in sizes that `_sizes` tells; dtypes of values are the user's
 _LAYOUT: dict[str, tuple[Any, tuple[str, ...]]] = {
@@ -34,24 +37,25 @@ _LAYOUT: dict[str, tuple[Any, tuple[str, ...]]] = {
     "memory.signatures": (np.float64, ("known", "buckets")),
     "memory.bits": (np.uint8, ("known", "buckets")),
 }
+_TEXTS: dict[str, Any] = {"keys.bytes": np.uint8, "keys.offsets": np.int64}
 _VALUES = {"run.values": "keys", "delta.values": "changes"}
 _LAST_CHARACTER = 0x10FFFF
 
 
-def check(header: Any, arrays: Arrays) -> KeyType:
+def check(header: Any, arrays: Arrays, engine: Engine) -> KeyType:
     """The type of the keys, if all sizes and numbers fit together.
 
     Raises CorruptFileError, which names the array and what is wrong with it.
     """
-    key_type = _key_type(header)
-    _check_layout(arrays)
+    key_type = _key_type(header, engine)
+    _check_layout(arrays, key_type)
     _check_buckets(arrays)
     _check_leaves(arrays)
     _check_shares(arrays)
     _check_memory(header, arrays)
     _check_delta(arrays, key_type)
     ends = arrays["run.codes"][[0, -1]] if len(arrays["run.codes"]) else arrays["run.codes"]
-    _require(_in_domain(ends, key_type), f"run.codes has codes that no {key_type.dtype} has")
+    _require(key_type.has_codes(ends), f"run.codes has codes that no {key_type.dtype} has")
     return key_type
 
 
@@ -59,7 +63,7 @@ def check_keys(codes: Codes, is_map: bool, key_type: KeyType) -> None:
     """Raise CorruptFileError unless the codes are ascending, in a map distinct, and those of keys. O(n)."""
     ascending = codes[1:] > codes[:-1] if is_map else codes[1:] >= codes[:-1]
     _require(bool(ascending.all()), "run.codes are not in order")
-    _require(_in_domain(codes, key_type), f"run.codes has codes that no {key_type.dtype} has")
+    _require(key_type.has_codes(codes), f"run.codes has codes that no {key_type.dtype} has")
 
 
 def check_values(name: str, values: NDArray[Any]) -> None:
@@ -78,19 +82,20 @@ def _require(condition: bool, what: str) -> None:
         raise damaged(what)
 
 
-def _key_type(header: Any) -> KeyType:
+def _key_type(header: Any, engine: Engine) -> KeyType:
     dtype, memory = header.get("dtype"), header.get("memory")
-    _require(isinstance(dtype, str), "its header names no dtype")
+    _require(isinstance(dtype, str | dict), "its header names no dtype")
     _require(type(memory) is int and memory >= 0, "its header says nothing of the memory")
     try:
-        key_type = KeyType.of(dtype)
+        key_type = described_type(dtype, engine)
     except (TypeError, ValueError) as error:
         raise damaged(f"keys of dtype {dtype!r} cannot be") from error
     return key_type
 
 
-def _check_layout(arrays: Arrays) -> None:
-    wanted = set(_LAYOUT) | (set(_VALUES) if set(_VALUES) & set(arrays) else set())
+def _check_layout(arrays: Arrays, key_type: KeyType) -> None:
+    texts = _TEXTS if isinstance(key_type, LexiconType) else {}
+    wanted = set(_LAYOUT) | set(texts) | (set(_VALUES) if set(_VALUES) & set(arrays) else set())
     wrong = sorted(wanted ^ set(arrays))
     _require(not wrong, f"array {wrong[:1]} is missing or too many")
     sizes = _sizes(arrays)
@@ -98,6 +103,8 @@ def _check_layout(arrays: Arrays) -> None:
         expected = tuple(sizes[size] for size in shape)
         found = (arrays[name].dtype, arrays[name].shape)
         _require(found == (dtype, expected), f"{name} is {found[0]} {found[1]} instead of {np.dtype(dtype)} {expected}")
+    for name, kind in texts.items():
+        _require(arrays[name].dtype == kind and arrays[name].ndim == 1, f"{name} is no row of {np.dtype(kind)}")
     for name in wanted & set(_VALUES):
         matches = arrays[name].shape == (sizes[_VALUES[name]],) and arrays[name].dtype == arrays["run.values"].dtype
         _require(matches, f"{name} does not have one value per key")
@@ -173,7 +180,7 @@ def _check_memory(header: Any, arrays: Arrays) -> None:
 def _check_delta(arrays: Arrays, key_type: KeyType) -> None:
     n, is_map = len(arrays["run.codes"]), "run.values" in arrays
     codes, net, present, stamps = (arrays[f"delta.{part}"] for part in ("codes", "net", "present", "stamps"))
-    ordered = bool((codes[1:] > codes[:-1]).all()) and _in_domain(codes, key_type)
+    ordered = bool((codes[1:] > codes[:-1]).all()) and key_type.has_codes(codes)
     _require(ordered, "delta.codes are not codes in order")
     there = (present >= 0) & (present <= (1 if is_map else n))
     _require(bool(there.all()) and int(present.sum()) <= n, "delta.present has counts that the keys cannot have")
@@ -182,14 +189,3 @@ def _check_delta(arrays: Arrays, key_type: KeyType) -> None:
     few = bool((net <= 1 - present).all()) if is_map else is_compact(net, n)
     _require(bool(changes.all()) and few, "delta.net has changes that cannot be")
     _require(bool(((stamps >= 0) & (stamps <= MAX_STAMP)).all()), "delta.stamps has writes that cannot be")
-
-
-def _in_domain(codes: Codes, key_type: KeyType) -> bool:
-    """Whether ascending codes are all codes of keys."""
-    if len(codes) == 0:
-        return True
-    least, largest = key_type.ends
-    if not least <= int(codes[0]) <= int(codes[-1]) <= largest:
-        return False
-    never = np.uint64(key_type.encode_one(0) - 1) if key_type.is_float else None  # that of -0.0, which is 0.0
-    return never is None or bool(codes[min(int(np.searchsorted(codes, never)), len(codes) - 1)] != never)

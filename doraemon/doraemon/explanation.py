@@ -35,7 +35,7 @@ class Explanation:
         remembered: past workloads whose leaf numbers are known.
         hot_keys: in the hot table, which is asked before the model.
         hot_bytes: of the hot table.
-        key_bytes: of the run's codes.
+        key_bytes: of the run's codes, and of texts and what finds them.
         model_bytes: of the model, with the fits that only past workloads use.
     """
 
@@ -95,6 +95,6 @@ def explain(state: State) -> Explanation:
         remembered=len(run.memory),
         hot_keys=0 if run.hot is None else run.hot.held,
         hot_bytes=0 if run.hot is None else run.hot.nbytes,
-        key_bytes=run.codes.nbytes,
+        key_bytes=run.codes.nbytes + state.key_type.nbytes,
         model_bytes=model.nbytes,
     )

@@ -20,7 +20,6 @@ from . import state as states
 from .arrays import Values
 from .changes import fold
 from .engine import native
-from .inputs import is_batch
 from .search import Scanned, View
 from .state import REQUIRED, State, values_error
 from .values import plain_type, value_like
@@ -76,6 +75,7 @@ class Front:
 
     def count(self, low: ArrayLike, high: ArrayLike, threads: int = 1) -> Any:
         """How many keys are from `low` on and below `high`: an int, or int64 for arrays of ends."""
+        is_batch = self.state.key_type.is_batch
         if is_batch(low) or is_batch(high):
             return self.settled().count_many(low, high, threads)
         return self.view.count(low, high)

@@ -77,7 +77,7 @@ class _Questions(Collection[Any], Reversible[Any]):
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The keys' dtype. O(1).
+        """The keys' dtype: of str NumPy's StringDType, of bytes `S` without a length. O(1).
 
         >>> Index([0.5, 1.5]).dtype
         dtype('float64')
@@ -106,7 +106,7 @@ class _Questions(Collection[Any], Reversible[Any]):
         Any number may be asked for; what no key can equal is not in the index.
 
         Raises:
-            TypeError: the key is no number, or for keys that are times no time.
+            TypeError: the key is of another kind than the index's: no number, time, str, bytes or tuple.
 
         >>> index = Index([2**63, 7], dtype="uint64")
         >>> 2**63 in index, 2**63 - 1 in index, -1 in index, 7.5 in index
@@ -255,8 +255,7 @@ class _Questions(Collection[Any], Reversible[Any]):
         >>> list(Index([2, 1]))
         [1, 2]
         """
-        keys = self.range()
-        return iter(keys if keys.dtype.kind == "M" else keys.tolist())
+        return iter(self._state.key_type.items(self.range()))
 
     def __reversed__(self) -> Iterator[Any]:
         """The keys, descending, as they were when the iteration began. O(n) memory.
@@ -278,7 +277,8 @@ class _Questions(Collection[Any], Reversible[Any]):
         """
         if copy is False:
             raise ValueError("the keys are decoded into a new array: ask for a copy")
-        return self.range().astype(self.dtype if dtype is None else dtype, copy=False)
+        keys = self.range()
+        return keys if dtype is None else keys.astype(dtype)
 
     # ---- batches
 
@@ -434,13 +434,15 @@ class Snapshot(_Questions):
 class Index(_Questions):
     """A sorted multiset of keys, or with values a map of unique keys, searched through a learned model.
 
-    Keys are uint64, int64, uint32, int32, float64, float32 or datetime64; NaN and NaT are refused. Any number of
-    threads may read while one or more write: writers take turns, readers wait for nobody and see each write whole.
+    Keys are uint64, int64, uint32, int32, float64, float32 or datetime64, str, bytes, or records of numbers and times;
+    NaN and NaT are refused. Any number of threads may read while one or more write: writers take turns, readers wait
+    for nobody and see each write whole.
 
     Args:
         keys: in any order.
         values: one per key; the keys must then be distinct.
-        dtype: of the keys; that of `keys` by default, int64 for Python ints and float64 for Python floats.
+        dtype: of the keys; that of `keys` by default, int64 for Python ints and float64 for Python floats. "str" or
+            "bytes" for texts; tuples need that of records, as [("a", "int64"), ("b", "float64")].
         engine: "native" or "numpy"; by default the C extension if it was built.
         merging: who merges changes into the run when they have become many: the write that made them so ("inline"),
             a thread ("background"), or only `compact()` ("manual").
@@ -643,7 +645,7 @@ class Index(_Questions):
         array([1, 2, 3])
         """
         put = self._front.insert(key, value)
-        if not put and not (put is None and self._renew().insert(key, value)):
+        if not put and not (put is None and self._renew(key).insert(key, value)):
             self._change(lambda state: changes.insert(state, key, value))
 
     def update(self, key: Any, value: Any) -> None:
@@ -661,7 +663,7 @@ class Index(_Questions):
         >>> int(index[3])
         33
         """
-        if not self._front.update(key, value) and not self._renew().update(key, value):
+        if not self._front.update(key, value) and not self._renew(key).update(key, value):
             self._change(lambda state: changes.update(state, key, value))
 
     __setitem__ = update
@@ -757,11 +759,13 @@ class Index(_Questions):
         front.freeze()
         return front.settled(append=True)
 
-    def _renew(self) -> Front:
-        """A front whose level takes changes."""
+    def _renew(self, *new: Any) -> Front:
+        """A front whose level takes changes, of new keys if some are given."""
         with self._lock:
             if self._front.is_closed:  # else another writer was faster
                 self._swap_in(self._frozen())
+            for key in new:
+                self._front.state.key_type.learn(key)
             return self._front
 
     def _swap_in(self, state: State) -> None:

@@ -1,4 +1,4 @@
-"""Key mapping: the order-preserving map between each key type and the uint64 codes that everything else works on.
+"""Keys that are numbers or times: the order-preserving map between each dtype and the codes that all else works on.
 
 A query need not be a key: 1.5 may be asked of an int32 index, -1 of a uint64 one, 2**70 of either. Each query is
 therefore mapped to a `Cut`: the least code that is not below it, whether the query *is* that code, and whether it is
@@ -11,37 +11,24 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import times
 from .arrays import Codes, Mask
+from .dtypes import Described
 from .inputs import as_number, as_scalar, as_sequence, numpy_dtype
+from .keytype import Cut, Cuts, KeyType
 
-SUPPORTED = "uint64, int64, uint32, int32, float64, float32 or datetime64 with a unit"
+SUPPORTED = "uint64, int64, uint32, int32, float64, float32, datetime64 with a unit, str or bytes"
 _NUMBERS = frozenset({"uint64", "int64", "uint32", "int32", "float64", "float32"})
 
 
-class Cut(NamedTuple):
-    """Where one query cuts the codes: `code` is the least that is not below it, None if there is none."""
-
-    code: int | None
-    exact: bool
-
-
-class Cuts(NamedTuple):
-    """Where many queries cut the codes; `exact` and `above` are None where all are exact and none is above."""
-
-    codes: Codes
-    exact: Mask | None
-    above: Mask | None
-
-
 @dataclass(frozen=True)
-class KeyType:
-    """The type of an index's keys.
+class NumberType(KeyType):
+    """The type of keys that are numbers or times.
 
     Attributes:
         dtype: one of the supported ones, in native byte order.
@@ -50,9 +37,9 @@ class KeyType:
     dtype: np.dtype[Any]
 
     @classmethod
-    def of(cls, dtype: DTypeLike) -> KeyType:
+    def of(cls, dtype: DTypeLike) -> NumberType:
         """The key type of a NumPy dtype; refuses those that are not supported."""
-        dtype = _as_dtype(dtype).newbyteorder("=")
+        dtype = as_dtype(dtype).newbyteorder("=")
         if dtype.str[1:] == "M8":
             raise TypeError("datetime64 keys need a unit: give dtype='datetime64[ns]', say")
         if dtype.kind == "M" and dtype.str[4].isdigit():
@@ -130,23 +117,22 @@ class KeyType:
         key = self.decode(np.array([code], dtype=np.uint64))[0]
         return key if self.dtype.kind == "M" else key.item()
 
-    def encode_one(self, key: Any) -> int:
-        """The code of one key, which must be in the domain."""
-        cut = self.cut_one(key)
-        if cut.code is None or not cut.exact:
-            raise ValueError(f"{key!r} is not a value of {self.dtype}: round it, or make the index of a wider dtype")
-        return cut.code
+    def items(self, keys: NDArray[Any]) -> list[Any]:
+        """Python's numbers, or NumPy's times."""
+        return list(keys) if self.dtype.kind == "M" else super().items(keys)
 
-    def encode_any(self, keys: ArrayLike) -> Codes:
-        """The codes of any sequence of keys, each of which must be in the domain."""
-        cuts = self.cuts(keys)
-        bad = _union(None if cuts.exact is None else ~cuts.exact, cuts.above)
-        if bad is not None and bad.any():
-            raise ValueError(
-                f"key {int(np.argmax(bad))} of {bad.size} is not a value of {self.dtype}: "
-                "round the keys, or make the index of a wider dtype"
-            )
-        return cuts.codes
+    @property
+    def description(self) -> Described:
+        """The dtype as little-endian."""
+        return self.dtype.str.replace(">", "<")
+
+    def has_codes(self, codes: Codes) -> bool:
+        """Whether these are all codes of keys: NaN, NaT and -0.0, which is 0.0, have none."""
+        least, largest = self.ends
+        inside = (codes >= np.uint64(least)) & (codes <= np.uint64(largest))
+        if self.is_float:
+            inside &= codes != np.uint64(self.encode_one(0) - 1)
+        return bool(inside.all())
 
     # ---- queries, which may be any number
 
@@ -251,11 +237,8 @@ def _refuse_missing(missing: Mask, name: str, test: str) -> None:
         raise ValueError(f"{name} has no place in an order: drop such keys with keys[~{test}(keys)]")
 
 
-def _union(a: Mask | None, b: Mask | None) -> Mask | None:
-    return a if b is None else b if a is None else a | b
-
-
-def _as_dtype(dtype: Any) -> np.dtype[Any]:
+def as_dtype(dtype: Any) -> np.dtype[Any]:
+    """A NumPy dtype, also of pandas' nullable ones. Raises TypeError if there is none."""
     try:
         return numpy_dtype(dtype) or np.dtype(dtype)
     except TypeError:

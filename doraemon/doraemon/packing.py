@@ -25,7 +25,7 @@ def pack(state: State) -> tuple[Header, Arrays]:
         state = state.merged()
     state = state.fitted()
     run, delta, model, memory = state.run, state.delta, state.run.model, state.run.memory
-    header = {"dtype": state.key_type.dtype.str.replace(">", "<"), "memory": memory.capacity}
+    header = {"dtype": state.key_type.description, "memory": memory.capacity}
     arrays = {
         "run.codes": run.codes,
         "run.trained": run.trained,
@@ -41,6 +41,7 @@ def pack(state: State) -> tuple[Header, Arrays]:
         "memory.signatures": _stacked([known for known, _ in memory], len(model.bits), np.dtype(np.float64)),
         "memory.bits": _stacked([bits for _, bits in memory], len(model.bits), np.dtype(np.uint8)),
     }
+    arrays |= state.key_type.arrays(run.codes, delta.codes)
     if run.values is not None and delta.values is not None:
         arrays |= {"run.values": run.values, "delta.values": delta.values}
     return header, arrays
@@ -55,7 +56,9 @@ def unpack(header: Header, arrays: Arrays, engine: str | None = None, verify: bo
     Raises:
         CorruptFileError: header and arrays are not those of an index.
     """
-    key_type, codes, chosen = check(header, arrays), arrays["run.codes"], choose(engine)
+    chosen = choose(engine)
+    key_type, codes = check(header, arrays, chosen), arrays["run.codes"]
+    key_type = key_type.opened(arrays, verify)
     pool = LeafPool(arrays["model.rows"], len(arrays["model.rows"]), arrays["model.where"].copy())
     buckets = arrays["model.buckets"].copy()
     model = Model(buckets["low"][:-1].copy(), buckets, arrays["model.bits"].copy(), pool)

@@ -16,7 +16,7 @@ from .engine import Engine, native
 from .fitting import BATCH
 from .heat import SAMPLING
 from .hot import NO_LINES
-from .keys import KeyType
+from .keytype import KeyType
 from .run import Run
 from .splicing import ranks_in
 from .steps import Steps

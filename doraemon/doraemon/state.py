@@ -19,8 +19,8 @@ from .arrays import Bits, Codes, Ints, Mask, Values
 from .delta import Delta, changes_after, merge, stacked
 from .engine import Engine
 from .hot import Hot
-from .inputs import as_sequence, is_batch
-from .keys import KeyType
+from .inputs import as_sequence
+from .keytype import KeyType
 from .model import Model
 from .parallel import in_parts
 from .run import Models, Run
@@ -175,7 +175,7 @@ class State:
         return counted
 
     def _ranks_of(self, ends: Any, threads: int) -> Ints | int:
-        return self.ranks(ends, False, threads) if is_batch(ends) else self.view.left(ends)
+        return self.ranks(ends, False, threads) if self.key_type.is_batch(ends) else self.view.left(ends)
 
     # ---- what scans of the view fill, and values by their places
 
@@ -316,7 +316,7 @@ class State:
         room = merge(self.run.codes, self.run.values, self.delta)
         codes, values = room.first(room.used)
         run = replace(self.run.followed_by(codes, values, self.engine), room=room)
-        state = State.of(self.key_type, self.engine, run)
+        state = State.of(self.key_type.compacted(codes), self.engine, run)
         if self.run.hot is None or len(codes) == 0:
             return state
         return state.with_hot(state.hot_table(self.run.hot.codes))
@@ -324,6 +324,13 @@ class State:
     def fitted(self) -> State:
         """The state whose model knows all keys of the run, also those that were appended lately."""
         return self._with(run=fitted(self.run, self.engine)) if self.run.tail else self
+
+    def respaced(self) -> State:
+        """The same keys under codes with room between all of them; what was known of accesses is forgotten."""
+        merged = self.merged()
+        key_type, codes = merged.key_type.respaced(merged.run.codes)
+        run = Run.of(codes, merged.run.values, self.engine, Models(self.run.memory.capacity))
+        return State.of(key_type, self.engine, run, writes=self.writes)
 
     def adapted(self, before: State, after: State) -> State | None:
         """This state under the model and the hot table of `after`, which was made of `before`, an earlier one of it.
@@ -348,7 +355,8 @@ class State:
         if grown is None:
             return None
         delta = changes_after(self.delta, before.delta, grown.counted)
-        return State.of(self.key_type, self.engine, grown.run, delta, self.writes)
+        key_type = merged.key_type.with_codes_of(self.key_type, self.run.codes[since], delta.codes)
+        return State.of(key_type, self.engine, grown.run, delta, self.writes)
 
 
 def values_error() -> TypeError:

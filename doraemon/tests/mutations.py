@@ -21,8 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from doraemon import CorruptFileError, Index, storage
-from doraemon.keys import KeyType
+from doraemon import CorruptFileError, Index, checking, storage
 
 ODD: list[Any] = [None, True, False, -1, 0, 1, 2, 7, 63, 2**31, 2**32, 2**40, 2**62, 2**63, 2**64, 10**30, 10**4000]
 ODD += [
@@ -70,7 +69,10 @@ def originals(engine: str) -> list[bytes]:
     twice.extend([5] * 9 + [6])
     empty = Index(dtype="float64", engine=engine)
     empty.extend([0.5, -1.0])
-    return [saved(index) for index in (searched, prices, floats, twice, empty)]
+    words = Index([f"{'word' * (number % 9)}{number % 700}" for number in range(2500)], engine=engine)
+    words.extend(["é", "", "word"])
+    words.discard_many(words.keys()[5:20])
+    return [saved(index) for index in (searched, prices, floats, twice, empty, words)]
 
 
 def saved(index: Index) -> bytes:
@@ -200,7 +202,7 @@ def change_header(header: dict[str, Any], rng: random.Random) -> None:
 def expected(path: Path) -> tuple[np.ndarray[Any, Any], list[str] | None]:
     """The keys of a file, and what their values look like, from its arrays alone."""
     header, arrays = storage.read(path, mmap=False, verify=True)
-    decode = KeyType.of(header["dtype"]).decode
+    decode = checking.check(header, arrays, "numpy").opened(arrays, verify=True).decode
     run, delta, net = (arrays[name] for name in ("run.codes", "delta.codes", "delta.net"))
     if "run.values" not in arrays:
         counts = Counter(run.tolist())
@@ -219,6 +221,7 @@ def expected(path: Path) -> tuple[np.ndarray[Any, Any], list[str] | None]:
 def check_right(index: Index, keys: np.ndarray[Any, Any], values: list[str] | None) -> None:
     """Everything that rests on the numbers of a file, against brute force."""
     rng = np.random.default_rng(0)
+    plain = keys.astype(object) if keys.dtype.kind == "T" else keys  # NumPy does not search in StringDType rightly
     for _ in range(3):
         assert len(index) == len(keys)
         np.testing.assert_array_equal(index.keys(), keys)
@@ -226,12 +229,14 @@ def check_right(index: Index, keys: np.ndarray[Any, Any], values: list[str] | No
         if keys.dtype.kind in "iu":
             asked = np.concatenate([asked, asked + keys.dtype.type(1), [np.iinfo(keys.dtype).max]]).astype(keys.dtype)
         for side in ("left", "right"):
-            np.testing.assert_array_equal(index.searchsorted(asked, side), np.searchsorted(keys, asked, side))
-        np.testing.assert_array_equal(index.contains(asked), np.isin(asked, keys))
+            np.testing.assert_array_equal(
+                index.searchsorted(asked, side), np.searchsorted(plain, asked.astype(plain.dtype), side)
+            )
+        np.testing.assert_array_equal(index.contains(asked), np.isin(asked.astype(plain.dtype), plain))
         if values is not None:
             assert [repr(value) for value in index.values()] == values
         for key in asked[:5]:
-            assert index.bisect_left(key) == np.searchsorted(keys, key)
+            assert index.bisect_left(key) == np.searchsorted(plain, np.array([key], plain.dtype))[0]
         str(index.explain())
         index.searchsorted(np.tile(asked[:20], 200))
         index.adapt()

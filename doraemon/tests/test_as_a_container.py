@@ -253,7 +253,6 @@ def test_nullable_floats(dtype: str) -> None:
 @pytest.mark.parametrize(
     "given",
     [
-        pd.Series(["a"]),
         pd.Series([True], dtype="boolean"),
         pd.period_range("2020", periods=2),
         pd.interval_range(0, 2),

@@ -20,7 +20,8 @@ from doraemon import engine as engines
 LAYERS = [
     ["arrays", "errors", "workload", "replacing", "parallel"],
     ["engine", "inputs", "times", "dtypes", "columns"],
-    ["values", "keys", "storage", "splicing", "hot", "heat", "fitting", "steps"],
+    ["keytype", "values", "keys", "storage", "splicing", "hot", "heat", "fitting", "steps"],
+    ["strings", "lexicon", "texts", "records", "choosing"],
     ["model", "delta", "run", "appending", "search", "state"],
     ["changes", "front", "warming", "adaptation", "following", "explanation", "checking", "packing", "index"],
 ]
