@@ -229,7 +229,9 @@ def check_right(index: Index, keys: np.ndarray[Any, Any], values: list[str] | No
         if keys.dtype.kind in "iu":
             asked = np.concatenate([asked, asked + keys.dtype.type(1), [np.iinfo(keys.dtype).max]]).astype(keys.dtype)
         for side in ("left", "right"):
-            np.testing.assert_array_equal(index.searchsorted(asked, side), np.searchsorted(plain, asked.astype(plain.dtype), side))
+            np.testing.assert_array_equal(
+                index.searchsorted(asked, side), np.searchsorted(plain, asked.astype(plain.dtype), side)
+            )
         np.testing.assert_array_equal(index.contains(asked), np.isin(asked.astype(plain.dtype), plain))
         if values is not None:
             assert [repr(value) for value in index.values()] == values
