@@ -7,12 +7,14 @@ import subprocess
 import wave
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from models import END, HEADS, HIDDEN, INTERMEDIATE, LAYERS, VOCAB, randomise, tiny_tokenizer
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     WhisperConfig,
     WhisperFeatureExtractor,
@@ -55,6 +57,28 @@ def tiny_whisper(seed: int = 0, dtype: torch.dtype = torch.float32) -> WhisperFo
     # the generator decides which window ends early: some do, so that there is padding
     model.generation_config.max_length = TOKENS
     return model.to(dtype).eval()
+
+
+def follow_script(model: WhisperForConditionalGeneration, windows: Tensor, texts: list[list[int]]) -> None:
+    """Make a model write down `texts[i]`, between its first token and its end, where it hears `windows[i]`.
+
+    What a random model writes down by itself depends on rounding, and so on the processor.
+    """
+    said: list[list[int]] = []
+
+    def listen(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        heard = args[0] if args else kwargs["input_features"]
+        said[:] = [[*texts[number_of(window)], END] for window in heard]
+
+    def number_of(window: Tensor) -> int:
+        return next(i for i, each in enumerate(windows) if torch.equal(each, window))
+
+    def write(head: nn.Module, args: tuple[Any, ...], logits: Tensor) -> Tensor:
+        following = torch.tensor([text.pop(0) if text else END for text in said])
+        return F.one_hot(following, logits.shape[-1]).to(logits.dtype)[:, None].expand_as(logits)
+
+    model.model.encoder.register_forward_pre_hook(listen, with_kwargs=True)
+    model.proj_out.register_forward_hook(write)
 
 
 def tiny_extractor() -> WhisperFeatureExtractor:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Result, assert_refused
-from models import LAYERS, record, tiny_model, tokens
+from models import END, LAYERS, record, tiny_model, tokens
 from safetensors.torch import load_file, save_file
 from speech import (
     DECODER_LAYERS,
@@ -21,7 +21,9 @@ from speech import (
     POSITIONS,
     RATE,
     START,
+    TOKENS,
     features,
+    follow_script,
     save_wav,
     speech,
     speech_tokenizer,
@@ -174,16 +176,17 @@ def expected_loss(model: WhisperForConditionalGeneration, inputs: Speech) -> flo
 
 
 def test_a_transcript_is_what_the_model_itself_writes_down_with_its_first_token_and_its_end():
-    model = tiny_whisper()
-    model.generation_config.eos_token_id = int(transcribe(model, features()[:1])[0][4])  # one that comes
-    windows = hear(model, features()[:6], 0.25)
-    whole = [transcribe(model, features()[i : i + 1])[0] for i in range(6)]
-    lengths = windows.fit.lengths.tolist() + windows.heldout.lengths.tolist()
-    assert sorted(lengths) == sorted(map(len, whole)) and len(set(lengths)) > 1
-    for some in windows:
-        for ids, length, spoken in zip(some.ids, some.lengths, some.spoken, strict=True):
-            assert any(torch.equal(ids[:length], text) for text in whole)
-            assert ids[0] == START and spoken.sum() == length and len(set(ids[length - 1 :].tolist())) == 1
+    model, heard = tiny_whisper(), features()[:6]
+    texts = [list(range(10 * i + 1, 10 * i + 1 + length)) for i, length in enumerate((3, 5, 1, 5, 8, TOKENS - 1))]
+    follow_script(model, heard, texts)
+    whole = [[START, *text, END] for text in texts[:-1]] + [[START, *texts[-1]]]  # no room for the end of the last
+    assert [transcribe(model, window[None])[0].tolist() for window in heard] == whole
+    found = []
+    for some in hear(model, heard, 0.25):
+        for ids, length, spoken in zip(some.ids.tolist(), some.lengths, some.spoken, strict=True):
+            assert spoken.sum() == length and ids[length:] == [ids[length - 1]] * (TOKENS - length)
+            found.append(ids[:length])
+    assert sorted(found) == sorted(whole)
 
 
 def test_encoder_and_decoder_fold_within_the_budget_and_load_as_saved(tmp_path: Path):
