@@ -97,7 +97,7 @@ def test_an_index_adapts_by_itself_and_goes_when_it_is_not_needed(engine: str) -
 def test_copies_and_pickles_adapt_by_themselves_too() -> None:
     index = Index(KEYS, adapt="auto")
     for other in (copy.copy(index), pickle.loads(pickle.dumps(index))):
-        assert other._options() == ("inline", "auto")
+        assert other._options() == ("inline", "auto", 1)
 
 
 def test_another_way_to_adapt_is_refused() -> None:
