@@ -14,7 +14,7 @@ TORCH_INDEX ?=
 # Threads that spin while they wait make small operations many times slower when another program wants the cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: venv venv-vllm demo test test-vllm lint docs bench wheels test-wheels
+.PHONY: venv venv-vllm demo test test-long test-vllm lint docs bench wheels test-wheels
 venv: $(VENV)/.complete
 
 # A change of the kernels' sources builds them anew; without a C++ compiler they are left out.
@@ -31,8 +31,12 @@ demo: venv
 # One thread and one process per core: threads that share a core make tests of small models many times slower.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 test: venv
-	$(PYTEST) tardis/tests
+	$(PYTEST) -m "not long" tardis/tests
 	$(PYTEST) -c $(INDEX) doraemon/tests doraemon/doraemon
+
+# What takes long and seldom fails: every family and GPU where `make test` has some of each.
+test-long: venv
+	$(PYTEST) -m long tardis/tests
 
 # vLLM's CPU build with everything that it needs and nothing of CUDA; on a machine with a GPU, `pip install vllm` instead.
 venv-vllm: $(VENV_VLLM)/.complete

@@ -1,6 +1,6 @@
 """Compile the GPU kernels for processors that need not be there, and print what each takes of them.
 
-    python benchmarks/gpu_compiled.py [--json] [--docs]
+    python benchmarks/gpu_compiled.py [--json [--targets sm_90,gfx942]] [--docs]
 
 Every kernel of one token's step is compiled for each target, at the shapes of Falcon-7B in bf16 and of Llama-3-8B in
 int4: registers of a thread, bytes that it spills, shared memory of a program. Weights that a program loads are counted
@@ -324,11 +324,13 @@ def issue_table() -> str:
 
 def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON, for tests.")] = False,
+    targets: Annotated[str, typer.Option(help="Targets of the JSON, separated by commas.")] = ",".join(TARGETS),
     docs: Annotated[bool, typer.Option(help="Make the tables in docs/gpus.md anew.")] = False,
 ) -> None:
     """Compile the GPU kernels for every target."""
     if as_json:
-        found = {name: [{**asdict(each), "assembly": ""} for each in steps] for name, steps in compiled_steps().items()}
+        steps = compiled_steps(targets.split(","))
+        found = {name: [{**asdict(each), "assembly": ""} for each in kernels] for name, kernels in steps.items()}
         print(json.dumps({"steps": found, "loads": [asdict(each) for each in loads()]}))
         return
     tables = {"usage": usage_table(), "roofline": roofline_table(), "issue": issue_table()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # GPU kernels run in Triton's interpreter, which is chosen when Triton is imported
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 import pytest
 from engines import save_tiny
+from filelock import FileLock
 from models import tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
@@ -21,6 +23,9 @@ os.environ["COLUMNS"] = "400"
 
 from tardis_llm import sample
 from tardis_llm.cli.main import run
+
+# what was imported stays: collections of garbage, which many tests ask for, need not look through it
+gc.freeze()
 
 #: the sample folded coarsely, but for real, in seconds
 QUICK_SAMPLE = ("--tokens", "6144", "--probe-tokens", "1024", "--predictor-bits", "1", "--reduction", "0.78")
@@ -79,10 +84,13 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def sample_folded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled sample, folded by the command line."""
-    directory = tmp_path_factory.mktemp("sample") / "folded"
+    """The bundled sample, folded by the command line; once for all processes of a run of the tests."""
+    base = tmp_path_factory.getbasetemp()
+    directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "sample-folded"
     text = sample.calibration_text()
-    assert run(["fold", str(sample.model_dir()), "-o", str(directory), "--text", str(text), *QUICK_SAMPLE]) == 0
+    with FileLock(f"{directory}.lock"):
+        if not directory.exists():
+            assert run(["fold", str(sample.model_dir()), "-o", str(directory), "--text", str(text), *QUICK_SAMPLE]) == 0
     return directory
 
 

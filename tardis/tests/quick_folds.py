@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from models import tiny_model
+from models import LAYERS, tiny_model
 from synthetic import as_stored, half_fixed
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -30,10 +30,10 @@ FORMS: dict[str, tuple[Storage, int | None]] = {
 }
 
 
-def quick_fold(name: str, form: str = "plain") -> PreTrainedModel:
+def quick_fold(name: str, form: str = "plain", blocks: int = LAYERS) -> PreTrainedModel:
     """A tiny model of a family in one of `FORMS`."""
     storage, bits = FORMS[form]
-    model = tiny_model(name)
+    model = tiny_model(name, blocks=blocks)
     for site in find_ffns(model):
         ffn = sound_weights(site).in_fp32()
         made = half_fixed(ffn)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from folds import SETTINGS, folded_tiny, logits, text
 from models import ENCODER_NAMES, LAYOUTS, tiny_model, tiny_tokenizer, tokens
+from quick_folds import save_quick
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
@@ -51,10 +52,9 @@ def edit_config(directory: Path, **changes: object) -> None:
 
 @pytest.mark.parametrize("name", list(LAYOUTS))
 def test_every_layout_saves_loads_with_bit_equal_logits_and_generates(name: str, tmp_path: Path):
-    model, report = folded_tiny(name)
-    save_folded(model, report, tmp_path)
+    model = save_quick(tmp_path, name)
     loaded = loader(name).from_pretrained(tmp_path)
-    assert len(folded_ffns(loaded)) == len(report.layers) == 3
+    assert len(folded_ffns(loaded)) == 3
     assert torch.equal(logits(loaded), logits(model))
     if name not in ENCODER_NAMES:
         settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -72,8 +72,7 @@ def test_transformers_saves_a_model_that_was_folded_in_memory_as_a_fold(tmp_path
     assert torch.equal(logits(loaded), logits(model))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["gpt2", "gptj"])
+@pytest.mark.parametrize(("name", "dtype"), [("gpt2", torch.float16), ("gptj", torch.bfloat16)])
 def test_half_precision_loads_with_bit_equal_logits(name: str, dtype: torch.dtype, tmp_path: Path):
     # from disk, as a user has it: the tables of rotary positions differ in a half-precision model that was never saved
     tiny_model(name, dtype=dtype).save_pretrained(tmp_path / "dense")
@@ -141,19 +140,33 @@ WITHOUT_TARDIS = """
 import sys, torch
 sys.modules["tardis_llm"] = None  # importing it fails, as where it is not installed
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+dense, ids, out, *others = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(dense)
 assert type(model).__name__ == "GPT2LMHeadModel"
 with torch.no_grad():
-    torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[3])
+    torch.save(model(torch.load(ids)).logits, out)
+for directory in others:
+    try:
+        AutoModelForCausalLM.from_pretrained(directory)
+        print("loaded")
+    except RuntimeError as error:
+        print(*str(error).split())
 """
 
 
-def test_without_tardis_the_checkpoint_loads_as_the_exact_dense_model(saved: tuple, tmp_path: Path):
+def test_without_tardis_dense_weights_load_as_the_exact_dense_model_and_weights_in_few_bits_do_not(
+    saved: tuple, tmp_path: Path
+):
     directory, _, dense = saved
     torch.save(tokens(2, 16), tmp_path / "ids.pt")
-    command = [sys.executable, "-c", WITHOUT_TARDIS, directory, tmp_path / "ids.pt", tmp_path / "logits.pt"]
-    subprocess.run(command, check=True, capture_output=True)
+    in_few_bits = {"stacked": "c_fc.weight", "low-bit linears": "c_attn.weight"}
+    for form in in_few_bits:
+        save_quick(tmp_path / form, "gpt2", form)
+    paths = (directory, tmp_path / "ids.pt", tmp_path / "logits.pt", *(tmp_path / form for form in in_few_bits))
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TARDIS, *paths], check=True, capture_output=True, text=True)
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), dense, rtol=1e-5, atol=1e-5)
+    for said, name in zip(done.stdout.splitlines(), in_few_bits.values(), strict=True):
+        assert "mismatched_sizes" in said and name in done.stderr
 
 
 def test_without_tardis_going_by_the_architecture_name_fails(saved: tuple):

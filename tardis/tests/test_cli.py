@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,9 +35,12 @@ def digests(directory: Path) -> dict[str, str]:
     return tensors
 
 
-def test_python_m_runs_the_command():
-    command = [sys.executable, "-m", "tardis_llm", "--version"]
-    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == f"tardis {__version__}\n"
+def test_python_m_runs_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr("tardis_llm.cli.main.keep_freed_memory", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["tardis", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("tardis_llm", run_name="__main__", alter_sys=True)
+    assert (ended.value.code, capsys.readouterr().out) == (0, f"tardis {__version__}\n")
 
 
 @pytest.mark.parametrize("verb", ["demo", "fold", "inspect", "eval", "generate"])
@@ -155,10 +158,10 @@ def test_the_demo_compares_writes_and_draws(
 ):
     monkeypatch.setattr(sample, "model_dir", lambda: tiny_dir)  # the same demo on a smaller model and less text
     for name in ("_ERROR", "_COVERAGE"):
-        quick = dataclasses.replace(getattr(demo, name), reduction=0.5, predictor_bits=1, probe_tokens=512)
+        quick = dataclasses.replace(getattr(demo, name), reduction=0.5, predictor_bits=1, probe_tokens=256)
         monkeypatch.setattr(demo, name, quick)
-    monkeypatch.setattr(demo, "_TOKENS", 4_096)
-    monkeypatch.setattr(demo, "_EVALUATION", 6_000)
+    monkeypatch.setattr(demo, "_TOKENS", 2_048)
+    monkeypatch.setattr(demo, "_EVALUATION", 3_000)
     result = tardis("demo", "-o", tmp_path)
     assert result.code == 0
     for part in ("dense", "coverage, no refit", "error, refit", "±", "resident", "next:"):

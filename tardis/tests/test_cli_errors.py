@@ -190,9 +190,15 @@ def test_the_space_asked_for_is_what_the_fold_takes(
     if "--memory-limit" in arguments:
         # tokens x width x float32: hidden states and inputs, dense and folded, and outputs
         taken += 4_096 * 64 * 4 * 5
-    for share, code in ((0.9, 1), (1.1, 0)):
+    monkeypatch.setattr("tardis_llm.cli.fold._fold_and_check", interrupted)
+    for share, code in ((0.9, 1), (1.1, 130)):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=share * taken: SimpleNamespace(free=free))
         assert fold(*arguments, out=tmp_path / str(share)).code == code
+
+
+def interrupted(*_: object) -> None:
+    """Folding has begun."""
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("size", ["32k", "512k"])  # full at the first layers; full at the checkpoint

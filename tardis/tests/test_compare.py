@@ -48,7 +48,7 @@ def comparison(directory: Path, **changes: Any) -> Comparison:
         "calibration": split_windows(text(), 32, 0.125),
         "evaluation": EVALUATION,
         "tasks": Tasks(),
-        "config": replace(SETTINGS, predictor_bits=None),
+        "config": SETTINGS,
         "scope": "ffn",
         "directory": directory,
         "record": {"what": {"is": "compared"}},
@@ -65,7 +65,9 @@ def cells(made: Comparison, names: str) -> list[Cell]:
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> list[Cell]:
     data = write_items(tmp_path_factory.mktemp("items"))
-    made = comparison(tmp_path_factory.mktemp("compare"), tasks=Tasks({"blimp": None, "lambada": 2}, data))
+    widths = replace(SETTINGS, predictor_bits=None)
+    tasks = Tasks({"blimp": None, "lambada": 2}, data)
+    made = comparison(tmp_path_factory.mktemp("compare"), tasks=tasks, config=widths)
     return cells(made, "wanda,rtn8,gptq2-g64,affine,tardis,tardis-int8,tardis@0.95")
 
 

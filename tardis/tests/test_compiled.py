@@ -15,22 +15,22 @@ from typing import Any
 import pytest
 import torch
 from conftest import Result, assert_refused
-from folds import SETTINGS, badly_folded, text
+from folds import badly_folded
+from marks import long, mostly_long
 from models import CAUSAL_NAMES, tiny_model, tokens
+from quick_folds import quick_fold
 from synthetic import correlated, stored_fold
 from torch import Tensor, nn
 from torch._inductor import config as inductor
 from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
-from tardis_llm import fold
-from tardis_llm.checkpoint.loading import load_model
 from tardis_llm.errors import InvalidInputError
 from tardis_llm.evaluation.decoder import Decoder
 from tardis_llm.evaluation.shapes import random_folds
 from tardis_llm.evaluation.variants import folded_variant
 from tardis_llm.ffn.weights import Storage
-from tardis_llm.pipeline.linears import low_bit_copy
+from tardis_llm.pipeline.linears import low_bit_copy, quantise_linears
 from tardis_llm.runtime.cpu.library import available
 from tardis_llm.runtime.decoding import COMPILED, compiled, prepare_decoding
 from tardis_llm.runtime.linears.lowbit import BITS
@@ -43,6 +43,8 @@ needs_library = pytest.mark.skipif(
 )
 ALIBI_NAMES = ["bloom", "mpt", "falcon_alibi"]
 STORAGES = [Storage(64), Storage(64, 8, 4)]
+#: inductor makes code of a graph, for which it calls a C++ compiler again and again
+every_backend = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=long)])
 
 
 @pytest.fixture(autouse=True)
@@ -80,10 +82,12 @@ def counting(model: PreTrainedModel, graphs: list[int]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [name for name in CAUSAL_NAMES if name not in (*ALIBI_NAMES, *NO_GRAPH)])
+@pytest.mark.parametrize(
+    "name",
+    mostly_long((name for name in CAUSAL_NAMES if name not in (*ALIBI_NAMES, *NO_GRAPH)), {"gpt2", "phi3", "gemma2"}),
+)
 def test_every_family_without_alibi_decodes_as_one_graph(name: str) -> None:
-    model, graphs = tiny_model(name), list[int]()
-    fold(model, text(), SETTINGS)
+    model, graphs = quick_fold(name, blocks=2), list[int]()
     prepare_decoding(model)
     settings = counting(model, graphs)
     assert torch.equal(generated(model, **settings), generated(model))
@@ -109,13 +113,9 @@ def test_a_cache_that_cannot_be_cut_back_is_refused() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("bits", BITS)
-def test_folds_and_layers_in_few_bits_decode_as_one_graph(
-    bits: int, tardis: Callable[..., Result], tiny_dir: Path, tiny_text: Path, tmp_path: Path
-) -> None:
-    out, few = tmp_path / "out", ("--fold-dtype", "int8", "--fallback", "int4", "--linears", f"int{bits}")
-    small = ("--tokens", 4096, "--probe-tokens", 256, "--sequence-length", 32, "--predictor-bits", 1)
-    assert tardis("fold", tiny_dir, "-o", out, "--text", tiny_text, *small, *few, "--reduction", 0.5).code == 0
-    model, graphs = load_model(str(out)), list[int]()
+def test_folds_and_layers_in_few_bits_decode_as_one_graph(bits: int) -> None:
+    model, graphs = quick_fold("gpt2", "stacked", blocks=1), list[int]()
+    quantise_linears(model, bits)
     prepare_decoding(model)
     assert torch.equal(generated(model, **counting(model, graphs)), generated(model))
     assert len(graphs) == 1
@@ -198,7 +198,7 @@ def test_compiled_steps_begin_behind_the_prompt_each_time(
     backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(COMPILED, "backend", backend)
-    model = tiny_model("falcon", dtype=dtype)
+    model = tiny_model("falcon", dtype=dtype, blocks=1)
     variant = folded_variant(model, list(random_folds(model, 1, Storage(64), 0.1)))
     with variant.within():
         decoder, plain = Decoder(model, tokens(2, 8), compiled=3), Decoder(model, tokens(2, 8))
@@ -225,12 +225,20 @@ def record(decoder: Decoder) -> list[list[list[int]]]:
     return seen
 
 
-def test_the_command_line_generates_the_same_text_compiled(tardis: Callable[..., Result], sample_folded: Path) -> None:
+@every_backend
+def test_the_command_line_generates_the_same_text_compiled(
+    backend: str, tardis: Callable[..., Result], sample_folded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(COMPILED, "backend", backend)
     arguments = ("generate", sample_folded, "The history of", "--max-new-tokens", 8, "--dtype", "float32", "--json")
     assert json.loads(tardis(*arguments, "--compile").out)["text"] == json.loads(tardis(*arguments).out)["text"]
 
 
-def test_the_command_line_measures_compiled_steps(tardis: Callable[..., Result]) -> None:
+@every_backend
+def test_the_command_line_measures_compiled_steps(
+    backend: str, tardis: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(COMPILED, "backend", backend)
     arguments = ("--shape", "gpt2", "--layers", 1, "--batch", 1, "--rounds", 2, "--steps", 2, "--prompt", 8)
     figures = json.loads(tardis("bench", *arguments, "--against", "dense,kernels", "--compile", "--json").out)
     assert figures["compiled"] and [row["variant"] for row in figures["rows"]] == ["dense", "kernels", "folded"]

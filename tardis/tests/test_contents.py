@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Result
+from marks import mostly_long
 from models import ENCODER_NAMES, FAMILY_NAMES, LAYOUTS, tiny_tokenizer, tokens
 from mutations import read_header, write_header
 from quick_folds import FORMS, save_quick
@@ -39,7 +40,9 @@ every_layout = pytest.mark.parametrize("name", list(LAYOUTS))
 every_form = pytest.mark.parametrize(
     ("name", "form"),
     [
-        *((name, "all in few bits") for name in FAMILY_NAMES),
+        *mostly_long(
+            ((name, "all in few bits") for name in FAMILY_NAMES), {(name, "all in few bits") for name in LAYOUTS}
+        ),
         *((name, "plain") for name in ("gpt2", "gpt_neox", "bert", "roberta", "llama", "phi3")),
         *(("phi", form) for form in FORMS if form != "all in few bits"),
     ],

@@ -33,7 +33,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tiny_model("gpt2", blocks=2)
     model.save_pretrained(place / "model")
     tiny_tokenizer().save_pretrained(place / "model")
-    save_folded(model, fold(model, tokens(40, 32), FoldConfig(reduction=0.5)), place / "folded", tiny_tokenizer())
+    save_folded(
+        model,
+        fold(model, tokens(40, 32), FoldConfig(reduction=0.5, predictor_bits=1)),
+        place / "folded",
+        tiny_tokenizer(),
+    )
     return place
 
 

@@ -364,12 +364,24 @@ def test_activations_of_all_sizes(isa: str, name: str) -> None:
     torch.testing.assert_close(y.double(), activation(name)(z.double()), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("ranges", ["none", "half", "all"])
 @every_form
-def test_every_storage_and_fix_set(isa: str, dtype: torch.dtype, storage: Storage, k: int, ranges: str) -> None:
-    for d, h in ((41, 131), (192, 300)):
+def test_every_storage_and_batch(isa: str, dtype: torch.dtype, storage: Storage, k: int) -> None:
+    assert_as_specified(dtype, storage, k, "half", {(41, 131): (1, 7), (192, 300): (2, MAX_TOKENS)})
+
+
+@pytest.mark.parametrize("ranges", ["none", "all"])
+@every_fold
+def test_every_storage_fixes_nothing_and_everything(isa: str, storage: Storage, k: int, ranges: str) -> None:
+    assert_as_specified(torch.float32, storage, k, ranges, {(41, 131): (MAX_TOKENS,), (192, 300): (1,)})
+
+
+def assert_as_specified(
+    dtype: torch.dtype, storage: Storage, k: int, ranges: str, sizes: dict[tuple[int, int], tuple[int, ...]]
+) -> None:
+    """An FFN does what it should; its (d, h), with the numbers of tokens."""
+    for (d, h), counts in sizes.items():
         folded, dense = stored_fold(d, h, storage, dtype, ranges=ranges, k=k)
-        for count in (1, 2, 7, MAX_TOKENS):
+        for count in counts:
             x = correlated(count, d, count).to(dtype)
             share = float(predicted(x, folded, dense).double().mean())
             assert share == {"none": 0.0, "all": 1.0}.get(ranges, share) and (ranges != "half" or 0.1 < share < 0.9)
@@ -515,45 +527,47 @@ def test_calls_from_several_threads_at_once_do_not_disturb_each_other(threads: N
     assert not wrong
 
 
-_FORK = """
+_ALONE = """
 import os, torch, tardis_llm
-torch.set_num_threads(2)
-x, weight = torch.ones(2, 512), torch.ones(2000, 512)
-before = torch.ops.tardis.linear(x, weight, None)  # starts the threads
-child = os.fork()
-if child == 0:
-    ok = all(torch.equal(torch.ops.tardis.linear(x, weight, None), before) for _ in range(20))
-    os._exit(0 if ok else 3)
-assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-assert torch.equal(torch.ops.tardis.linear(x, weight, None), before)
-"""
-
-
-_THREADS = """
-import os, torch, tardis_llm
+def threads():
+    return len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 0
 torch.set_num_threads(2)
 x, weight = torch.empty(2, 512), torch.empty(2000, 512)  # filling them would start threads of torch
-before = len(os.listdir("/proc/self/task"))
+counts = [threads()]
 torch.ops.tardis.linear(x, weight, None)
-during = len(os.listdir("/proc/self/task"))
+counts.append(threads())
+x.fill_(1), weight.fill_(1)
+expected = torch.ops.tardis.linear(x, weight, None)
+child = os.fork() if hasattr(os, "fork") else -1
+if child == 0:
+    ok = all(torch.equal(torch.ops.tardis.linear(x, weight, None), expected) for _ in range(20))
+    os._exit(0 if ok else 3)
+forked = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if child > 0 else -1
+assert torch.equal(torch.ops.tardis.linear(x, weight, None), expected)
 torch.nn.functional.linear(x.repeat(200, 1), weight)
-print(before, during, len(os.listdir("/proc/self/task")))
+print(*counts, threads(), forked)
 """
+
+
+@functools.cache
+def alone() -> list[int]:
+    """What a process of its own finds: its threads before the kernels, behind them, behind torch; a child's status."""
+    done = subprocess.run([sys.executable, "-c", _ALONE], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return [int(number) for number in done.stdout.split()]
 
 
 @needs_library
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="this system does not list a process's threads")
 def test_the_kernels_run_on_the_threads_of_torch() -> None:
-    done = subprocess.run([sys.executable, "-c", _THREADS], capture_output=True, text=True, timeout=120, check=False)
-    before, with_ours, with_torchs = map(int, done.stdout.split())
-    assert before < with_ours == with_torchs, done.stderr
+    before, with_ours, with_torchs, _ = alone()
+    assert before < with_ours == with_torchs
 
 
 @needs_library
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_a_forked_child_gets_the_same_without_its_parents_threads() -> None:
-    done = subprocess.run([sys.executable, "-c", _FORK], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+    assert alone()[-1] == 0
 
 
 # ---- as torch operators --------------------------------------------------------------------------------------------

@@ -6,8 +6,6 @@ import copy
 import dataclasses
 import json
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -211,8 +209,7 @@ def test_a_head_that_shared_the_embedding_no_longer_does():
     assert report.dense == attention + report.shared
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("name", ["gpt_neox", "bert"])
+@pytest.mark.parametrize(("name", "bits"), zip(["gpt_neox", "bert"], BITS, strict=True))
 def test_saving_and_loading_and_saving_again_give_the_same_logits(name: str, bits: int, tmp_path: Path):
     model, report = quantised(name, bits)
     loader = AutoModelForMaskedLM if name == "bert" else AutoModelForCausalLM
@@ -246,17 +243,6 @@ def test_a_model_without_its_head_loads(saved: Path):
     with torch.no_grad():
         expected = model.transformer(tokens()).last_hidden_state
         assert torch.equal(base(tokens()).last_hidden_state, expected)
-
-
-def test_without_tardis_loading_fails(saved: Path):
-    code = (
-        "import sys; sys.modules['tardis_llm'] = None\n"
-        "from transformers import AutoModelForCausalLM as loader\n"
-        f"loader.from_pretrained({str(saved)!r})"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert "mismatch" in done.stderr
 
 
 @pytest.mark.parametrize("lost", ["transformer.h.1.attn.c_attn.planes", "lm_head.scale"])

@@ -33,6 +33,7 @@ RUNTIME = (
     "prefill",
     "linears",
     "decoding",
+    "stepping",
 )
 ROOT = Path(tardis_llm.__file__).parent
 #: lm-eval loads these by their place, not as modules of the package
@@ -74,10 +75,17 @@ def test_imports_point_down(path: Path) -> None:
             assert RUNTIME.index(other[1]) <= RUNTIME.index(own[1]), f"{'.'.join(own)} imports {'.'.join(other)}"
 
 
-def test_loaders_and_servers_import_nothing_that_folds() -> None:
-    names = "*(name for name in sys.modules if name.startswith('tardis_llm.'))"
-    code = f"import sys, tardis_llm.integrations.vllm; print({names})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    shelves = {name.split(".")[1] for name in done.stdout.split()}
+IMPORTS = """
+import sys, tardis_llm.integrations.vllm
+print(*(name.split(".")[1] for name in sys.modules if name.startswith("tardis_llm.")))
+import tardis_llm.cli.main
+print(*sys.modules)
+"""
+
+
+def test_loaders_and_servers_import_nothing_that_folds_and_the_command_line_nothing_of_lm_eval() -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, timeout=120, check=True)
+    shelves, modules = (set(line.split()) for line in done.stdout.splitlines())
     below = SHELVES[: SHELVES.index("checkpoint") + 1]
     assert shelves == {*below, "integrations"} - {"calibration", "folding"}
+    assert not {"lm_eval", "datasets"} & modules

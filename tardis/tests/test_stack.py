@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -204,10 +202,15 @@ def test_an_interrupted_stacked_fold_resumes_to_the_same_bytes(tmp_path: Path) -
         assert torch.equal(one, other), key
 
 
-@pytest.mark.parametrize("settings", [STACKED, replace(SETTINGS, fold_bits=4), replace(SETTINGS, fallback_bits=8)])
-@pytest.mark.parametrize("name", ["gpt2", "opt"])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        *(("gpt2", STACKED), ("opt", STACKED)),
+        *(("gpt2", replace(SETTINGS, fold_bits=4)), ("opt", replace(SETTINGS, fallback_bits=8))),
+    ],
+)
 def test_stacked_folds_load_as_they_were_saved(name: str, settings: FoldConfig, tmp_path: Path) -> None:
-    model = tiny_model(name)
+    model = tiny_model(name, blocks=2)
     report = fold(model, text(), settings)
     save_folded(model, report, tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -216,17 +219,6 @@ def test_stacked_folds_load_as_they_were_saved(name: str, settings: FoldConfig, 
     ffn = sum(tensor.nbytes for key, tensor in stored.items() if ".tardis." in key or ".mlp." in key or ".fc" in key)
     down_biases = sum(tensor.nbytes for key, tensor in stored.items() if "fc2.bias" in key or "proj.bias" in key)
     assert settings.fallback_bits is None or 0 <= ffn - report.resident <= max(down_biases, 3 * 64 * 4)
-
-
-def test_without_tardis_a_stacked_checkpoint_does_not_load(tmp_path: Path) -> None:
-    model = tiny_model("gpt2")
-    save_folded(model, fold(model, text(), STACKED), tmp_path)
-    code = f"from transformers import AutoModelForCausalLM as M; M.from_pretrained({str(tmp_path)!r}); print('loaded')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode != 0
-    assert "loaded" not in done.stdout
-    assert "size" in done.stderr
-    assert "c_fc.weight" in done.stderr
 
 
 def test_the_command_line_makes_stacked_checkpoints(

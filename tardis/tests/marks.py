@@ -1,0 +1,20 @@
+"""Which cases `make test` leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import pytest
+
+#: takes long and seldom fails; `make test-long` runs it
+long = pytest.mark.long
+
+
+def mostly_long(values: Iterable[Any], quick: Collection[Any]) -> list[Any]:
+    """`values` for `parametrize`; those that are not among `quick` are long. Tuples are values of several arguments."""
+    return [value if value in quick else _marked(value) for value in values]
+
+
+def _marked(value: Any) -> Any:
+    return pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=long)
