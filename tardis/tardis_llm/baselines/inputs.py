@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import Enum
@@ -74,9 +74,11 @@ class InputStatistics:
         return self.moments.cross * (2 / self.moments.count)
 
 
-def stream_of(model: PreTrainedModel, windows: TextOrSpeech, scratch: str) -> Stream:
-    """Windows at the start of the model; `scratch` is a folder."""
-    return Stream(model, windows, Path(scratch), _MEMORY_LIMIT, _BATCH_TOKENS)
+def stream_of(
+    model: PreTrainedModel, windows: TextOrSpeech, scratch: str, first: Mapping[int, float] | None = None
+) -> Stream:
+    """Windows at the start of the model; `scratch` is a folder, and `first` as `Stream` has it."""
+    return Stream(model, windows, Path(scratch), _MEMORY_LIMIT, _BATCH_TOKENS, first or {})
 
 
 def statistics_by_block(

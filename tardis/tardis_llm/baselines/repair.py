@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..calibration.inputs import TextOrSpeech, token_count
+from ..calibration.sensitivity import first_token_importance
 from ..calibration.text import Windows
 from ..calibration.tokens import Tokens
 from ..config import FoldConfig
@@ -133,10 +134,12 @@ def quantise_repaired(
     """
     sites, stage = checked_sites(model, method.name, scope), f"compressing with {method.name}"
     rows: list[MatrixReport] = []
+    first = first_token_importance(model, sites, windows.fit) if repairs.weigh else {}
     with tempfile.TemporaryDirectory() as scratch:
 
         def follow(some: TextOrSpeech) -> Followed:
-            return Followed(stream_of(model, some, scratch), stream_of(model, some, scratch), FoldConfig())
+            folded, dense = (stream_of(model, some, scratch, first) for _ in range(2))
+            return Followed(folded, dense, FoldConfig())
 
         texts = follow(windows.fit), follow(windows.heldout)
         for done, site in enumerate(sites):

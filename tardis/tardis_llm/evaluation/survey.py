@@ -17,6 +17,7 @@ from ..calibration.inputs import token_count
 from ..calibration.limits import check_windows
 from ..calibration.moments import SecondMoments, pre_activation_moments
 from ..calibration.neurons import BinnedMoments
+from ..calibration.sensitivity import first_token_importance
 from ..calibration.stream import Seen, Stream
 from ..calibration.text import Windows, check_enough
 from ..calibration.tokens import Tokens, chunks
@@ -136,7 +137,8 @@ def survey(model: PreTrainedModel, windows: Windows | None = None, progress: Pro
         check_windows(model, some)
     found, ranges = [], []
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
-        fit, heldout = (Stream(model, some, Path(scratch), _MEMORY, _BATCH_TOKENS) for some in windows)
+        first = first_token_importance(model, sites, windows.fit)
+        fit, heldout = (Stream(model, some, Path(scratch), _MEMORY, _BATCH_TOKENS, first) for some in windows)
         for site, layer in zip(sites, layers, strict=True):
             inputs = Inputs(*(_tokens(stream.observe(site)) for stream in (fit, heldout)))
             measured, hot = _measure(layer, sound_weights(site).in_fp32(), inputs)
