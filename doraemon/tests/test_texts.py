@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from doraemon import CorruptFileError, Index, lexicon
+from doraemon import CorruptFileError, Index, lexicon, parallel
 from doraemon.strings import pack
 
 PREFIXES = ["", "a", "https://example.org/", "x" * 40, "é", "\U0010ffff", "\0"]
@@ -224,6 +224,31 @@ def test_merging_in_the_background_keeps_what_was_added_meanwhile(engine: str) -
     assert after.key_type.decode(after.merged().run.codes).tolist() == index.keys().tolist()
     assert before.length == 2000
     assert len(index) == 1983
+
+
+def test_texts_appended_behind_the_run_outlive_a_merge_in_the_background(engine: str) -> None:
+    index = Index([f"{number:05}" for number in range(20_000)], engine=engine, merging="manual")
+    index.discard("00003")
+    index.compact()  # which leaves room
+    index.discard("00005")
+    before = index._state
+    merged = before.merged()
+    index.extend(["~a", "~b", "~b"])
+    assert index.explain().run_keys == 19_999 + 3
+    after = index._state.after_merge(before, merged)
+    assert after is not None
+    assert after.key_type.decode(after.run.codes).tolist() == index.keys().tolist()
+    assert index.range("~a").tolist() == ["~a", "~b", "~b"]
+    assert index.copy().count("~", ["~b", "~c"]).tolist() == [1, 3]
+
+
+def test_threads_answer_batches_of_texts(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "PART", 64)
+    keys = [f"{number % 700}" for number in range(1500)]
+    index, asked = Index(keys, engine=engine, threads=3), [f"{number}" for number in range(900)]
+    keys.sort()
+    assert index.searchsorted(asked).tolist() == [bisect_left(keys, query) for query in asked]
+    assert index.contains(asked).tolist() == [query in set(keys) for query in asked]
 
 
 def test_readers_see_whole_states_while_a_writer_adds_texts(request: pytest.FixtureRequest) -> None:
