@@ -275,6 +275,29 @@ def test_readers_see_whole_states_while_a_writer_adds_texts(request: pytest.Fixt
     assert len(index) == 3000 + 1200
 
 
+@pytest.mark.parametrize("ask", ["bisect_left", "bisect_right", "count", "find_gt", "range"])
+def test_a_text_that_is_inserted_while_a_query_gets_its_code_is_on_the_right_side_of_it(
+    ask: str, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index, code_of, asked = Index(["a", "z"], engine=engine), lexicon.Lexicon.code_of, []
+    index.insert("b")
+
+    def slowly(self: lexicon.Lexicon, text: bytes) -> int:
+        code = code_of(self, text)
+        if text == b"m" and not asked:
+            asked.append(text)
+            index.insert("p")
+        return code
+
+    monkeypatch.setattr(lexicon.Lexicon, "code_of", slowly)
+    found = index.count("a", "m") if ask == "count" else getattr(index, ask)("m")
+    assert asked
+    if ask == "range":
+        assert found.tolist() in (["z"], ["p", "z"])
+    else:
+        assert found in ("z", "p") if ask == "find_gt" else found == 2
+
+
 def test_a_damaged_file_of_texts_is_refused(tmp_path: Path, engine: str) -> None:
     path = tmp_path / "index"
     Index(["alpha", "beta"], engine=engine).save(path)
