@@ -183,11 +183,26 @@ static int is_closed(const Level *level) { return level->frozen || level->size >
 
 /* ------------------------------------------------------------------ Python */
 
+static long long version_of(const Level *level) { return level != NULL ? level->version : 0; }
+
+/* Where a key cuts the codes as they are now: where those of texts are cut depends on the texts that there are, and other
+ * threads may add some while Python maps the key. */
+static int cut_now(View *view, const Level *level, PyObject *key, Cut *cut)
+{
+    long long version;
+    do {
+        version = version_of(level);
+        if (cut_of(view, key, cut) < 0)
+            return -1;
+    } while (version_of(level) != version);
+    return 0;
+}
+
 static PyObject *level_rank(Level *level, PyObject *key, int right)
 {
     Search *s = &level->base->search;
     Cut cut;
-    if (cut_of(level->base, key, &cut) < 0)
+    if (cut_now(level->base, level, key, &cut) < 0)
         return NULL;
     right = right && cut.exact;
     if (cut.above || (right && cut.code == UINT64_MAX))

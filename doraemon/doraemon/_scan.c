@@ -140,7 +140,7 @@ static PyObject *do_neighbour(View *view, Level *level, PyObject *const *args, P
     }
     int right = PyObject_IsTrue(args[1]);
     long long offset = PyLong_AsLongLong(args[2]);
-    if (PyErr_Occurred() || cut_of(view, args[0], &cut) < 0)
+    if (PyErr_Occurred() || cut_now(view, level, args[0], &cut) < 0)
         return NULL;
     return code_or_none(view, level, merged_rank(view, level, &cut, right) + offset);
 }
@@ -152,8 +152,12 @@ static PyObject *do_count(View *view, Level *level, PyObject *const *args, Py_ss
         PyErr_SetString(PyExc_TypeError, "count takes two ends");
         return NULL;
     }
-    if (cut_of(view, args[0], &low) < 0 || cut_of(view, args[1], &high) < 0)
-        return NULL;
+    long long version;
+    do {
+        version = version_of(level);
+        if (cut_of(view, args[0], &low) < 0 || cut_of(view, args[1], &high) < 0)
+            return NULL;
+    } while (version_of(level) != version);
     int64_t wide = merged_rank(view, level, &high, 0) - merged_rank(view, level, &low, 0);
     return PyLong_FromLongLong(wide > 0 ? wide : 0);
 }
@@ -371,18 +375,22 @@ static PyObject *do_scan(View *view, Level *level, PyObject *const *args, Py_ssi
         return NULL;
     }
     long long most = PyLong_AsLongLong(args[2]), version;
-    if (PyErr_Occurred() || cut_of_end(view, args[0], 0, &low) < 0 || cut_of_end(view, args[1], 1, &high) < 0)
+    if (PyErr_Occurred())
         return NULL;
     for (;;) {
+        version = version_of(level);
+        if (cut_of_end(view, args[0], 0, &low) < 0 || cut_of_end(view, args[1], 1, &high) < 0)
+            return NULL;
+        if (version_of(level) != version) /* meanwhile, and where texts are cut depends on the others: see cut_now */
+            continue;
         Spot from = spot_of(view, level, &low), to = spot_of(view, level, &high);
         int64_t count = to.rank > from.rank ? to.rank - from.rank : 0;
         if (count > most)
             Py_RETURN_NONE;
-        version = level != NULL ? level->version : 0;
         PyObject *arrays = PyObject_CallFunction(args[3], "L", (long long)count), *late;
         if (arrays == NULL)
             return NULL;
-        if (level != NULL && level->version != version) { /* meanwhile */
+        if (version_of(level) != version) {
             Py_DECREF(arrays);
             continue;
         }

@@ -16,13 +16,15 @@ from .inputs import as_sequence
 from .keytype import KeyType
 from .run import Models, Run
 from .state import REQUIRED, State
+from .texts import column_dtype
 from .values import array_of, as_values, values_like
 
 
 def create(keys: ArrayLike, values: ArrayLike | None, dtype: DTypeLike | None, engine: Engine, memory: Models) -> State:
     """The state of keys, and of a map's values, in any order; see `Index`."""
-    items = as_sequence(keys)
-    key_type = key_type_of(items, dtype, engine)
+    of_column = column_dtype(keys)
+    items: Any = as_sequence(keys) if of_column is None else keys  # of which no objects need to be made
+    key_type = key_type_of(items, of_column if dtype is None else dtype, engine)
     codes, sorted_values = _sorted(key_type, _admitted(key_type, items), values)
     return State.of(key_type, engine, Run.of(codes, sorted_values, engine, memory))
 
@@ -137,7 +139,7 @@ def _remove(state: State, codes: Codes) -> State:
     return state.with_recent(add_counts(state.recent, codes, change, state.writes + 1, state.counted))
 
 
-def _admitted(key_type: KeyType, keys: NDArray[Any] | list[Any]) -> Codes:
+def _admitted(key_type: KeyType, keys: ArrayLike) -> Codes:
     codes = key_type.admit(keys)
     if codes is None:
         raise OverflowError("there are more keys than codes")

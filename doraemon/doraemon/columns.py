@@ -49,7 +49,8 @@ def arrow_columns(keys: Any, values: Any) -> tuple[Any, Any]:
 def arrow_table(keys: Values, values: Values | None, zone: str | None) -> Any:
     """A pyarrow.Table with the column "key", whose times get the zone, and for a map with the column "value"."""
     pyarrow = imported("pyarrow")
-    columns = {"key": _arrow_array(pyarrow, keys, zone)}
+    are_bytes = zone is None and keys.dtype == object
+    columns = {"key": pyarrow.array(keys, pyarrow.binary()) if are_bytes else _arrow_array(pyarrow, keys, zone)}
     if values is not None:
         columns["value"] = _arrow_array(pyarrow, values, None)
     return pyarrow.table(columns)
@@ -62,4 +63,7 @@ def _arrow_array(pyarrow: Any, array: Values, zone: str | None) -> Any:
         raise TypeError(f"keys of dtype {array.dtype} have no zone: leave it out")
     if unit is not None and unit not in (*_ARROW_UNITS, "D"):
         raise TypeError(f"Arrow has no times like {array.dtype}: convert the keys with astype('datetime64[s]')")
+    if array.dtype.names:
+        fields = [_arrow_array(pyarrow, array[name], None) for name in array.dtype.names]
+        return pyarrow.StructArray.from_arrays(fields, array.dtype.names)
     return pyarrow.array(array, None if zone is None else pyarrow.timestamp(unit, zone))

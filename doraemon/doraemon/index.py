@@ -339,7 +339,8 @@ class _Questions(Collection[Any], Reversible[Any]):
     def to_arrow(self, low: Any = None, high: Any = None, *, zone: str | None = None) -> Any:
         """The keys, and a map's values, of all or of a `range` as a `pyarrow.Table` with the columns "key" and "value".
 
-        Two model searches and O(result). Numbers, and times from seconds to nanoseconds, are not copied again.
+        Two model searches and O(result). Numbers, and times from seconds to nanoseconds, are not copied again. Records
+        become structs.
 
         Args:
             low: as in `range`.
@@ -583,8 +584,8 @@ class Index(_Questions):
         Series must have the same labels. O(n log n), O(n) for sorted keys.
 
         Args:
-            keys: a Series or a pandas Index of numbers or times, of NumPy's, nullable or Arrow's dtypes. Times with a
-                zone become those of UTC.
+            keys: a Series or a pandas Index of numbers, times or str, of NumPy's, nullable or Arrow's dtypes. Times
+                with a zone become those of UTC.
             values: a map's, one per key in the order of the keys: a Series, an array or a list.
             options: as in `Index`.
 
@@ -608,8 +609,8 @@ class Index(_Questions):
         chunks are joined, dictionaries decoded. O(n log n), O(n) for sorted keys.
 
         Args:
-            keys: a `pyarrow.Array` or `pyarrow.ChunkedArray` of numbers, timestamps or dates. Times keep their unit,
-                and times with a zone become those of UTC.
+            keys: a `pyarrow.Array` or `pyarrow.ChunkedArray` of numbers, timestamps, dates, strings or binaries.
+                Times keep their unit, and times with a zone become those of UTC.
             values: a map's, one per key in the order of the keys: a column, an array or a list.
             options: as in `Index`.
 

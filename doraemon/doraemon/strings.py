@@ -70,6 +70,12 @@ def pack(given: Any, is_text: bool, engine: Engine) -> Packed:
     return _of_list(items.tolist(), is_text, engine)
 
 
+def column_is_text(given: Any) -> bool | None:
+    """Whether an Arrow column is of str, False if it is of bytes; None if it is of something else or no such column."""
+    kind = str(getattr(given, "type", None))
+    return next((is_text for is_text, kinds in _ARROW_TYPES.items() if kind in kinds), None)
+
+
 def encoded(item: Any, is_text: bool) -> bytes:
     """The bytes of one str, or, unless `is_text`, of bytes. Raises what `pack` does."""
     if not isinstance(item, str if is_text else bytes):

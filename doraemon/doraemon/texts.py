@@ -16,7 +16,7 @@ from .errors import damaged
 from .inputs import as_scalar
 from .keytype import Cut, Cuts, KeyType
 from .lexicon import Lexicon, Tier, distinct
-from .strings import Packed, encoded, pack, unpacked
+from .strings import Packed, column_is_text, encoded, pack, unpacked
 
 STR, BYTES = np.dtypes.StringDType(), np.dtype("S")
 CHECKED = 1 << 16  #: texts that are checked at once to be UTF-8
@@ -148,6 +148,12 @@ def is_text_dtype(dtype: Any) -> bool:
 def text_type(dtype: np.dtype[Any], engine: Engine) -> TextType:
     """The key type of NumPy's dtype of str or of bytes, of any length."""
     return TextType(BYTES if dtype.kind == "S" else STR, engine)
+
+
+def column_dtype(given: Any) -> np.dtype[Any] | None:
+    """The dtype of str or bytes if `given` is an Arrow column of them, else None."""
+    is_text = column_is_text(given)
+    return None if is_text is None else STR if is_text else BYTES
 
 
 def text_dtype_of(items: NDArray[Any] | list[Any]) -> np.dtype[Any] | None:

@@ -155,6 +155,20 @@ def test_a_table_of_a_range_is_of_keys_and_values(pa: Any) -> None:
     assert Index(dtype="uint32").to_arrow()["key"].type == pa.uint32()
 
 
+def test_texts_and_records_come_from_columns_and_go_back_to_them(pd: Any, pa: Any) -> None:
+    for words in (["pear", "fig", "", "fig"], [b"pear", b"fig", b"\0", b"fig"]):
+        column = pa.array(words)
+        for given in (column, pa.chunked_array([column[:1], column[1:]]), column.dictionary_encode(), column[:0]):
+            table = Index.from_arrow(given).to_arrow()
+            assert table["key"].type == column.type
+            assert table["key"].to_pylist() == sorted(given.to_pylist())
+    assert Index.from_pandas(pd.Series(["b", "a"]), [2, 1]).to_arrow("b").to_pydict() == {"key": ["b"], "value": [2]}
+    records = Index([(2, 0.5), (1, 1.5)], dtype=[("a", "i4"), ("b", "f8")])
+    assert records.to_arrow()["key"].to_pylist() == [{"a": 1, "b": 1.5}, {"a": 2, "b": 0.5}]
+    with pytest.raises(ValueError, match=r"missing.*drop_null\(\)"):
+        Index.from_arrow(pa.array(["a", None]))
+
+
 def test_zones_and_units_that_arrow_does_not_have_are_refused(pa: Any) -> None:
     with pytest.raises(TypeError, match="keys of dtype int64 have no zone"):
         Index([1]).to_arrow(zone="UTC")

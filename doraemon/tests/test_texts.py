@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from doraemon import CorruptFileError, Index, lexicon
+from doraemon import CorruptFileError, Index, lexicon, parallel
 from doraemon.strings import pack
 
 PREFIXES = ["", "a", "https://example.org/", "x" * 40, "é", "\U0010ffff", "\0"]
@@ -226,6 +226,31 @@ def test_merging_in_the_background_keeps_what_was_added_meanwhile(engine: str) -
     assert len(index) == 1983
 
 
+def test_texts_appended_behind_the_run_outlive_a_merge_in_the_background(engine: str) -> None:
+    index = Index([f"{number:05}" for number in range(20_000)], engine=engine, merging="manual")
+    index.discard("00003")
+    index.compact()  # which leaves room
+    index.discard("00005")
+    before = index._state
+    merged = before.merged()
+    index.extend(["~a", "~b", "~b"])
+    assert index.explain().run_keys == 19_999 + 3
+    after = index._state.after_merge(before, merged)
+    assert after is not None
+    assert after.key_type.decode(after.run.codes).tolist() == index.keys().tolist()
+    assert index.range("~a").tolist() == ["~a", "~b", "~b"]
+    assert index.copy().count("~", ["~b", "~c"]).tolist() == [1, 3]
+
+
+def test_threads_answer_batches_of_texts(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "PART", 64)
+    keys = [f"{number % 700}" for number in range(1500)]
+    index, asked = Index(keys, engine=engine, threads=3), [f"{number}" for number in range(900)]
+    keys.sort()
+    assert index.searchsorted(asked).tolist() == [bisect_left(keys, query) for query in asked]
+    assert index.contains(asked).tolist() == [query in set(keys) for query in asked]
+
+
 def test_readers_see_whole_states_while_a_writer_adds_texts(request: pytest.FixtureRequest) -> None:
     index = Index([f"k{number}" for number in range(3000)])
     wrong: list[str] = []
@@ -248,6 +273,29 @@ def test_readers_see_whole_states_while_a_writer_adds_texts(request: pytest.Fixt
         thread.join()
     assert wrong == []
     assert len(index) == 3000 + 1200
+
+
+@pytest.mark.parametrize("ask", ["bisect_left", "bisect_right", "count", "find_gt", "range"])
+def test_a_text_that_is_inserted_while_a_query_gets_its_code_is_on_the_right_side_of_it(
+    ask: str, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index, code_of, asked = Index(["a", "z"], engine=engine), lexicon.Lexicon.code_of, []
+    index.insert("b")
+
+    def slowly(self: lexicon.Lexicon, text: bytes) -> int:
+        code = code_of(self, text)
+        if text == b"m" and not asked:
+            asked.append(text)
+            index.insert("p")
+        return code
+
+    monkeypatch.setattr(lexicon.Lexicon, "code_of", slowly)
+    found = index.count("a", "m") if ask == "count" else getattr(index, ask)("m")
+    assert asked
+    if ask == "range":
+        assert found.tolist() in (["z"], ["p", "z"])
+    else:
+        assert found in ("z", "p") if ask == "find_gt" else found == 2
 
 
 def test_a_damaged_file_of_texts_is_refused(tmp_path: Path, engine: str) -> None:
