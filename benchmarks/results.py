@@ -237,8 +237,8 @@ def real_readme_part(runs: Sequence[dict[str, Any]]) -> str:
     return (
         f"{model}, FFNs alone compressed: share of their bytes that a token reads, everything counted, and increase of "
         f"the loss in nats per token ({real['settings']['tokens']:,} tokens each; the dense perplexity in the first "
-        "row). Calibration text is prose, no code. [More models](docs/results.md#real-models).\n\n"
-        + "\n\n".join(tables)
+        "row). Calibration text is prose, no code. Measured before weights were rounded as they are now. "
+        "[More models](docs/results.md#real-models).\n\n" + "\n\n".join(tables)
     )
 
 
@@ -438,7 +438,8 @@ def speed_sentence(models: Mapping[str, dict[str, Any]]) -> str:
         f"in bf16, folded so that 5 % of the neurons are fixed, is {plain[1, 'dense']:.1f} times as fast as in "
         f"transformers at batch 1 and {plain[8, 'dense']:.1f} times at batch 8. The dense model through our own "
         f"kernels is a stronger rival: {plain[1, 'kernels']:.1f} and {plain[8, 'kernels']:.1f} times. With everything "
-        f"in int4, the fold is {int4:.1f} times as fast as the dense model in int4 at batch 1."
+        f"in int4, the fold is {int4:.1f} times as fast as the dense model in int4 at batch 1. "
+        "All this was measured before [steps ran whole](docs/linears.md#the-step-around-them)."
     )
 
 

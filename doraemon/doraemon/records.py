@@ -114,7 +114,23 @@ class Fields:
         return all(kind.has_codes(codes) for kind, codes in zip(self.types, columns, strict=True))
 
 
-class RecordType(KeyType):
+class _OfFields(KeyType):
+    """Records, whose items are tuples."""
+
+    fields: Fields
+
+    def items(self, keys: NDArray[Any]) -> list[Any]:
+        return self.fields.items(keys)
+
+    def is_batch(self, given: Any) -> bool:
+        return not isinstance(given, tuple) and is_batch(given)
+
+    @property
+    def description(self) -> Described:
+        return described(self.dtype.newbyteorder("<"))
+
+
+class RecordType(_OfFields):
     """Records whose fields' codes fit into one of 64 bits."""
 
     def __init__(self, fields: Fields) -> None:
@@ -150,21 +166,11 @@ class RecordType(KeyType):
     def decode(self, codes: Codes) -> NDArray[Any]:
         return self.fields.decode(self._columns(codes))
 
-    def items(self, keys: NDArray[Any]) -> list[Any]:
-        return self.fields.items(keys)
-
-    def is_batch(self, given: Any) -> bool:
-        return not isinstance(given, tuple) and is_batch(given)
-
-    @property
-    def description(self) -> Described:
-        return described(self.dtype.newbyteorder("<"))
-
     def has_codes(self, codes: Codes) -> bool:
         return self.fields.have_codes(self._columns(codes))
 
 
-class WideRecordType(LexiconType):
+class WideRecordType(_OfFields, LexiconType):
     """Records of more than 64 bits."""
 
     def __init__(self, fields: Fields, engine: Engine, lexicon: Lexicon | None = None) -> None:
@@ -219,16 +225,6 @@ class WideRecordType(LexiconType):
         texts: list[bytes] = self.lexicon.texts_of(codes, False)
         data = np.frombuffer(b"".join(texts), dtype=np.uint8).reshape(len(texts), self.size)
         return self.fields.decode(self._columns(data))
-
-    def items(self, keys: NDArray[Any]) -> list[Any]:
-        return self.fields.items(keys)
-
-    def is_batch(self, given: Any) -> bool:
-        return not isinstance(given, tuple) and is_batch(given)
-
-    @property
-    def description(self) -> Described:
-        return described(self.dtype.newbyteorder("<"))
 
     def _check_texts(self, texts: list[bytes]) -> None:
         if any(len(text) != self.size for text in texts):

@@ -161,6 +161,21 @@ def test_padding_goes_through_the_modules() -> None:
     assert steps.count == 0
 
 
+@pytest.mark.parametrize("other", [{"return_dict": False}, {"position_ids": torch.tensor([[2]])}])
+def test_other_wishes_go_through_the_modules(other: dict[str, object]) -> None:
+    model, ids = _model("llama"), _ids(1, 7)
+    prepare_decoding(model)
+    found = []
+    for whole in (False, True):
+        with torch.no_grad(), stepping(model) as steps:
+            cache = cache_for(model)
+            model(input_ids=ids[:, :6], past_key_values=cache)
+            forward = model if whole else type(model).forward.__get__(model)
+            found.append(forward(input_ids=ids[:, 6:], past_key_values=cache, **other)[0])
+        assert steps.count == 0
+    assert torch.equal(*found)
+
+
 def test_a_model_that_is_built_otherwise_is_found_out() -> None:
     model, ids = _model("llama"), _ids(1, 9)
     prepare_decoding(model)

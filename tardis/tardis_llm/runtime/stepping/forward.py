@@ -64,12 +64,16 @@ class Steps:
     def _is_step(self, ids: Any, cache: Any, kwargs: dict[str, Any]) -> bool:
         if not isinstance(cache, GrowingCache) or not isinstance(ids, Tensor) or torch.is_grad_enabled():
             return False
+        if self._model.training or kwargs.get("return_dict") is False:
+            return False
         if ids.shape[1] != 1 or len(ids) > _SEQUENCES or not cache.get_seq_length():
             return False
         known = {"input_ids", "past_key_values", "attention_mask", *_PASSED_ON}
         if any(value is not None and value is not False for name, value in kwargs.items() if name not in known):
             return False
-        mask = kwargs.get("attention_mask")
+        positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+        if positions is not None and not bool((positions == cache.get_seq_length()).all()):
+            return False
         return mask is None or (isinstance(mask, Tensor) and mask.dim() == 2 and bool(mask.all()))
 
     def _logits(self, ids: Tensor, cache: GrowingCache, kwargs: dict[str, Any]) -> Tensor:

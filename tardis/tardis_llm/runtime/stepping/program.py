@@ -123,10 +123,10 @@ class Program:
         model, row = self._model, self._row
         embeddings = model.get_input_embeddings().weight
         self._batch, self._dtype = batch, embeddings.dtype
-        self._d = self._width_of(self._blocks[0], row.before_attention)
+        self._d = _part(self._blocks[0], row.before_attention).get_parameter("weight").shape[0]
         self._stream, read, given = (self._rows(self._d) for _ in range(3))
-        for index, block in enumerate(self._blocks):
-            self._attend(index, block, read, given)
+        for block in self._blocks:
+            self._attend(block, read, given)
             if row.before_ffn:
                 self._add(self._stream, given, self._stream)
                 self._norm(_part(block, row.before_ffn), self._stream, read)
@@ -143,7 +143,7 @@ class Program:
         self._logits = self._rows(_outputs(head))
         self._products([head], read, [self._logits])
 
-    def _attend(self, index: int, block: nn.Module, read: Tensor, given: Tensor) -> None:
+    def _attend(self, block: nn.Module, read: Tensor, given: Tensor) -> None:
         """Attention of a block, from the stream to `given`; what it reads stays in `read`."""
         row, config = self._row, self._model.config
         module = _part(block, row.attention)
@@ -167,13 +167,13 @@ class Program:
             turn = Turn(Vector(), Vector(), vectors, size, 0)
             self._turns.append((turn, kind))
             self._operation("turn", turn, rows, None, rows)
-        self._heads(index, module, query, key, value, size)
-        attended, output = self._last_rows, _part(block, row.output)
-        self._products([output], attended, [given])
+        attended = self._heads(module, query, key, value, size)
+        self._products([_part(block, row.output)], attended, [given])
         if row.after_attention:
             self._norm(_part(block, row.after_attention), given, given)
 
-    def _heads(self, index: int, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, size: int) -> None:
+    def _heads(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, size: int) -> Tensor:
+        """What heads of a size give, [batch, heads * size]; blocks come in order."""
         attention = Attention(Rows.of(key), Rows.of(value))
         attention.heads, attention.groups, attention.size = query.shape[1] // size, key.shape[1] // size, size
         window = module if hasattr(module, "sliding_window") else self._model.config
@@ -181,10 +181,10 @@ class Program:
         attention.scale = _first(module, "scaling", "inv_norm_factor") or size**-0.5
         if _first(module, "attn_logit_softcapping"):
             raise NotWholeError("the scores of its attention are capped.")
-        assert index == len(self._attentions), "blocks come in order"
         self._attentions.append(attention)
-        self._last_rows = self._rows(query.shape[1])
-        self._operation("attend", attention, query, None, self._last_rows)
+        attended = self._rows(query.shape[1])
+        self._operation("attend", attention, query, None, attended)
+        return attended
 
     def _ffn(self, block: nn.Module, read: Tensor, given: Tensor) -> None:
         """The FFN of a block, folded or not, and the norm behind it."""
@@ -276,9 +276,6 @@ class Program:
 
     def _rows(self, width: int) -> Tensor:
         return torch.zeros(self._batch, width, dtype=self._dtype)
-
-    def _width_of(self, block: nn.Module, norm: str) -> int:
-        return _part(block, norm).get_parameter("weight").shape[0]
 
     # ---- what follows the cache
 
