@@ -220,18 +220,26 @@ def test_rows_are_compared_by_their_error_on_the_outputs():
 
 
 def test_the_sweep_alone_can_be_worse_than_plain_rounding_and_then_is_not_taken():
-    def rule(start: int, columns: Tensor, diagonal: Tensor):  # type: ignore[no-untyped-def]
-        grid = fit_grid(columns.T, 3)
-        return lambda j, column: grid.nearest(column)
-
     taken = 0
     for seed in range(20):
         w, H = normal(5, 12, seed=seed), hessian_of(12, seed, tokens=30)
-        swept, plain, new = sweep(w, H, 16, rule), round_to_nearest(w, 3, 16), quantise_gptq(w, H, 3, 16)
+        order, grid, swept = H.diagonal().argsort(descending=True), fit_grid(w, 3), torch.empty_like(w)
+        put = sweep(w[:, order], H[order][:, order], 16, lambda *_, grid=grid: lambda j, column: grid.nearest(column))
+        swept[:, order] = put
+        plain, new = round_to_nearest(w, 3, 16), quantise_gptq(w, H, 3, 16)
         worse = error(w, swept, H) > error(w, plain, H)
         assert torch.equal(new, torch.where(worse[:, None], plain, swept))
         taken += int(worse.sum())
     assert 0 < taken < 50
+
+
+@quick
+@given(widths, st.integers(1, 6), st.integers(2, 40), seeds)
+def test_gptq_within_a_group_heeds_no_order_of_the_inputs(bits: int, rows: int, columns: int, seed: int):
+    w, H = normal(rows, columns, seed=seed), hessian_of(columns, seed, tokens=3 * columns)
+    order = torch.randperm(columns, generator=torch.Generator().manual_seed(seed))
+    moved = quantise_gptq(w[:, order], H[order][:, order], bits, columns)
+    torch.testing.assert_close(moved, quantise_gptq(w, H, bits, columns)[:, order])
 
 
 @quick

@@ -8,11 +8,14 @@ from torch import Tensor
 from ..folding.sweep import Replace, sweep
 from .rtn import fit_grid, round_to_nearest
 
+_BLOCK = 128  # columns rounded before the rest of the matrix is updated
+
 
 def quantise_gptq(w: Tensor, hessian: Tensor, bits: int, group: int) -> Tensor:
     """w [out, in] fp32 rounded column by column on the grids of `rtn`, each error carried to the columns after it.
 
-    The grid of a group is fitted when the sweep reaches it, to the weights as updated by then. A greedy sweep can end
+    The grids are those of the weights as they are given, and columns of large inputs come first, while all others are
+    left to make up for their errors: what GPTQ's users know as `desc_act` with static groups. A greedy sweep can end
     above plain rounding; rows do not depend on each other, so the rows where it does are rounded to the nearest. On
     the inputs behind `hessian` the result is thus never worse than `round_to_nearest`, but for the rounding of fp32.
 
@@ -25,12 +28,16 @@ def quantise_gptq(w: Tensor, hessian: Tensor, bits: int, group: int) -> Tensor:
     Raises:
         InvalidInputError: the weights are too large for fp16 scales.
     """
+    grids = [fit_grid(columns.contiguous(), bits) for columns in w.split(group, 1)]
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    groups = (order // group).tolist()
 
     def rule(start: int, columns: Tensor, diagonal: Tensor) -> Replace:
-        grid = fit_grid(columns.T.contiguous(), bits)
-        return lambda j, column: grid.nearest(column)
+        return lambda j, column: grids[groups[start + j]].nearest(column)
 
-    swept, nearest = sweep(w, hessian, group, rule), round_to_nearest(w, bits, group)
+    swept = torch.empty_like(w)
+    swept[:, order] = sweep(w[:, order], hessian[order][:, order], _BLOCK, rule)
+    nearest = round_to_nearest(w, bits, group)
     return torch.where(_worse(swept - w, nearest - w, hessian)[:, None], nearest, swept)
 
 

@@ -41,7 +41,7 @@ struct Codes {
     // which leaves the row's first to `prefetch_ends`.
     TARDIS_INLINE static void prefetch_planes(const uint8_t* p, int64_t plane, int missing) {
         each<B>([&](auto b) TARDIS_INLINE {
-            if (b >= B / 2 - 1 || b >= missing) prefetch(p + (b - missing) * plane + 63);
+            if (b >= B / 2 - 1 || b >= missing) prefetch_far(p + (b - missing) * plane + 63);
         });
     }
 
@@ -91,7 +91,7 @@ struct Codes {
 
 // Of a row, the first line; of its scales, which usually fit one line and may lie in two, the first and the last.
 inline TARDIS_INLINE void prefetch_ends(const uint8_t* row, const uint16_t* scale, int64_t groups) {
-    prefetch(row), prefetch(scale), prefetch(scale + groups - 1);
+    prefetch_far(row), prefetch_far(scale), prefetch_far(scale + groups - 1);
 }
 
 }  // namespace
