@@ -15,8 +15,6 @@ namespace {
 
 bool is_number(int32_t type) { return type == TARDIS_BF16 || type == TARDIS_FP16 || type == TARDIS_FP32; }
 
-bool have_panels() { return kernels().bf16.panels != nullptr; }
-
 // For columns of numbers in 16 bits; zero for other types.
 int64_t together(int32_t type) {
     switch (type) {
@@ -36,9 +34,14 @@ bool can_be_in_panels(const TardisMatrix& m) {
     return is_low_bit(m) && bits && size >= 1 && (size >= m.columns || blocks);
 }
 
+// Whether the instruction set in use multiplies panels of numbers, or of codes.
+bool have_panels(const TardisMatrix& m) {
+    return is_low_bit(m) ? kernels().low_bit_panels != nullptr : kernels().bf16.panels != nullptr;
+}
+
 bool is_valid(const TardisMatrix& m) {
     if (!m.data || m.rows < 1 || m.columns < 1) return false;
-    if (in_panels(m) && !(have_panels() && can_be_in_panels(m))) return false;
+    if (in_panels(m) && !(have_panels(m) && can_be_in_panels(m))) return false;
     if (!is_low_bit(m)) return is_number(m.type) || in_panels(m);
     if (m.bits < 1 || m.bits > kMaxBits) return false;
     const int32_t levels = 1 << m.bits;
@@ -135,7 +138,9 @@ int32_t tardis_has_gemm() { return kernels().bf16.gemm != nullptr; }
 
 int32_t tardis_has_low_bit_gemm() { return kernels().low_bit_gemm != nullptr; }
 
-int32_t tardis_can_be_in_panels(const TardisMatrix* matrix) { return have_panels() && can_be_in_panels(*matrix); }
+int32_t tardis_can_be_in_panels(const TardisMatrix* matrix) {
+    return have_panels(*matrix) && can_be_in_panels(*matrix);
+}
 
 int32_t tardis_gemm(
     const TardisMatrix* weight, int32_t transposed, const TardisVector* bias, const TardisBatch* batch
