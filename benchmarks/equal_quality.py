@@ -30,12 +30,12 @@ from typing import Any
 
 import gguf
 import torch
-from llama_cpp import add_speed_options, bytes_of, file_of_shape, measured_on, model_of_shape, taken_in_turns
-from llama_library import CACHE, Llama, own_perplexity, quantised
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import real_models
+from llama_cpp import add_speed_options, bytes_of, file_of_shape, measured_on, model_of_shape, taken_in_turns
+from llama_library import CACHE, Llama, own_perplexity, quantised
 from tardis_llm import FoldConfig, fold, save_folded
 from tardis_llm.allocator import keep_freed_memory
 from tardis_llm.baselines import apply_baseline
@@ -148,6 +148,7 @@ class Judge:
     def _folded(self, name: str) -> dict[str, Any]:
         directory = folded_model(self.name, name, self.calibration, self.chosen)
         model, report = load_model(str(directory)), load_report(str(directory))
+        assert report is not None, "it was saved with its report"
         lay_out(model)  # as for decoding
         bits = [layer.bits for layer in report.layers]
         return {**self._figures(model), "fix_rate": report.fix_rate, "bits": bits, "touched": 1 - report.reduction}
@@ -267,8 +268,8 @@ def speed(chosen: argparse.Namespace) -> None:
         print(f"{name:20} {tokens:7.2f} tokens/s  first token {statistics.median(prompted[name]):6.3f} s")
     layers = chosen.layers if SUBJECTS[chosen.subject].file is None else None
     name = f"equal_speed_{chosen.subject}{f'_{layers}' if layers else ''}_{chosen.threads}_{chosen.batch}.json"
-    seconds = {"seconds": decoded, "first_seconds": prompted, "bytes": sizes}
-    write_json(chosen.results / name, {"subject": chosen.subject, "layers": layers, **measured_on(chosen), **seconds})
+    found = {"seconds": decoded, "first_seconds": prompted, "bytes": sizes}
+    write_json(chosen.results / name, {"subject": chosen.subject, "layers": layers, **measured_on(chosen), **found})
 
 
 def is_ours(name: str) -> bool:

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llama_library import CACHE, PACKAGE, Llama
-from shape_files import ARCHITECTURES, in_q4_0
 from torch import nn
 from transformers import PreTrainedModel
 
+from llama_library import CACHE, PACKAGE, Llama
+from shape_files import ARCHITECTURES, in_q4_0
 from tardis_llm.allocator import keep_freed_memory
 from tardis_llm.checkpoint.loading import load_model
 from tardis_llm.evaluation.decoder import Decoder
@@ -57,7 +57,7 @@ def model_of_shape(shape: str, layers: int) -> PreTrainedModel:
         for place, block in enumerate(alike):
             for module in block.modules():
                 if hasattr(module, "layer_idx"):
-                    module.layer_idx = place
+                    setattr(module, "layer_idx", place)  # noqa: B010  (types of modules have no such attribute)
         set_module(model, name, alike)
     model.config.num_hidden_layers = layers
     if getattr(model.config, "layer_types", None):
