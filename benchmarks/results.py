@@ -17,6 +17,8 @@ import typer
 
 from sections.choices import ablation_tables, plot_calibration
 from sections.comparison import Compared, against_masks, against_quantisers, compared_table, zero_shot
+from sections.equal import equal_parts
+from sections.llama import llama_parts
 from sections.markdown import table
 from sections.real import real_part, real_readme_part
 from sections.speed import MODELS, SPEED, Speed, kernels_part, models_part, packed_part, prefill_part, speed_sentence
@@ -40,7 +42,11 @@ Every figure on this page is measured, and the page is made by a script:
     python benchmarks/ffn_kernels.py --batch 1,8 --output benchmarks/results/kernels-1.json
     tardis bench --shape falcon-7b ... [--compile] --json
     python benchmarks/real_models.py
+    python benchmarks/equal_quality.py quality SUBJECT, and then speed SUBJECT
+    python benchmarks/llama_cpp.py --shape falcon-7b ... --output benchmarks/results/llama_cpp_NAME.json
     python benchmarks/results.py
+
+`benchmarks/everything.sh` lists these commands in full, with how long each of them takes.
 
 [Real models](#real-models) come first. All other figures of accuracy are of a model that is small and
 undertrained: they compare methods with each other, and say nothing of what a model of billions of parameters would
@@ -94,6 +100,8 @@ def page(compared: Compared, results: dict[str, Any], speed: Speed, real: Sequen
                 packed_part(speed.packed),
                 "## Prompts, exact and folded",
                 prefill_part(speed.prefill),
+                *equal_parts(SPEEDS),
+                *llama_parts(SPEEDS),
                 "## Speed of one FFN of Falcon-7B's shape",
                 kernels_part(speed.kernels),
                 SPEED,
