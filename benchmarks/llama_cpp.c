@@ -1,8 +1,8 @@
 /* llama.cpp as llama_cpp.py drives it: its own library, of which a batch is what `llama_decode` takes at once.
 
-     llama_cpp time FILE THREADS SEQUENCES     for each line "STEPS PROMPT" on standard input a line of JSON: seconds per
-                                               step, in which each sequence gets a token in one pass through the model,
-                                               and seconds from prompts of PROMPT tokens to the first tokens
+     llama_cpp time FILE THREADS SEQUENCES     for each line "STEPS PROMPT" on standard input a line of JSON: seconds
+                                               per step, in which each sequence gets a token in one pass through the
+                                               model, and seconds from prompts of PROMPT tokens to the first tokens
      llama_cpp quantise FILE OUTPUT TYPE       a file in another type, a number of `llama_ftype`, from weights of any;
      llama_cpp pure FILE OUTPUT TYPE           `pure` has every matrix in that type
      llama_cpp losses FILE THREADS LENGTH      for each LENGTH tokens (int32) on standard input a line: the sum of their
@@ -96,7 +96,8 @@ static void time_steps(struct llama_context *context, int vocabulary, int sequen
             if (batch.n_tokens < BATCH && !(last && sequence == sequences - 1)) continue;
             pass(context, &batch);
             for (int n = 0; n < batch.n_tokens; n++)
-                if (batch.logits[n]) tokens[batch.seq_id[n][0]] = likeliest(llama_get_logits_ith(context, n), vocabulary);
+                if (batch.logits[n])
+                    tokens[batch.seq_id[n][0]] = likeliest(llama_get_logits_ith(context, n), vocabulary);
             batch.n_tokens = 0;
         }
     double first = now();
@@ -161,7 +162,8 @@ int main(int count, char **words) {
         print_losses(context, vocabulary, last);
         return 0;
     }
-    printf("{\"bytes\": %llu, \"system\": \"%s\"}\n", (unsigned long long)llama_model_size(model), llama_print_system_info());
+    unsigned long long bytes = llama_model_size(model);
+    printf("{\"bytes\": %llu, \"system\": \"%s\"}\n", bytes, llama_print_system_info());
     fflush(stdout);
     while (scanf("%d %d", &steps, &prompt) == 2) time_steps(context, vocabulary, last, steps, prompt);
     return 0;
