@@ -9,7 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from results import ROOT, SPEEDS, table
+from results import ROOT, SPEEDS
+from sections.markdown import table
 
 PAGE = ROOT / "docs/serve.md"
 BEGIN, END = "<!-- speed: made by benchmarks/vllm_results.py -->", "<!-- end of speed -->"
