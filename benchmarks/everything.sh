@@ -29,7 +29,7 @@ TASKS="--tasks blimp:2010,lambada:500,hellaswag:250 --task-data $DATA/eval"
 
 PARTS=(
   # minutes | threads | command of Python; of a line with > the output is a file
-  "25|1|$EQUAL quality sample --data $DATA"
+  "25|1|$EQUAL quality sample --calibration 65536 --data $DATA"
   "4|2|$EQUAL speed sample --threads 2"
   "9|2|$EQUAL speed sample --threads 2 --layers 32 --only int4 q4_0-pure tardis-int4@0.83 --rounds 5 --steps 12"
   "180|1|$EQUAL quality qwen2.5-coder-0.5b --data $DATA"
