@@ -53,7 +53,7 @@ test-vllm: venv-vllm
 lint: venv
 	$(BIN)/ruff check --config $(CONFIG) --exclude benchmarks/doraemon tardis benchmarks docs examples
 	$(BIN)/ruff format --check --config $(CONFIG) --exclude benchmarks/doraemon tardis benchmarks docs examples
-	$(BIN)/mypy --config-file $(CONFIG) tardis/tardis_llm benchmarks/*.py benchmarks/training docs/*.py examples/*.py
+	$(BIN)/mypy --config-file $(CONFIG) tardis/tardis_llm benchmarks/*.py benchmarks/sections benchmarks/training docs/*.py examples/*.py
 	$(BIN)/ruff check --config $(INDEX) doraemon benchmarks/doraemon
 	$(BIN)/ruff format --check --config $(INDEX) doraemon benchmarks/doraemon
 	$(BIN)/mypy --config-file $(INDEX) doraemon/doraemon

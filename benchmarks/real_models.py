@@ -131,13 +131,16 @@ def load(name: str, cache: Path = CACHE) -> tuple[PreTrainedModel, PreTrainedTok
     return load_dense(path, "bfloat16"), load_tokenizer(path)
 
 
-def texts(tokenizer: PreTrainedTokenizerBase, data: Path = DATA, tokens: int = TOKENS) -> dict[str, Tensor]:
-    """The first windows [n, LENGTH] of each text that is judged on, by the text's name.
+def texts(
+    tokenizer: PreTrainedTokenizerBase, data: Path = DATA, tokens: int = TOKENS, length: int = LENGTH
+) -> dict[str, Tensor]:
+    """The first windows [n, length] of each text that is judged on, by the text's name.
 
     Args:
         tokenizer: the model's.
         data: folder with `eval/`.
         tokens: how many of each text, in whole windows.
+        length: tokens of a window.
     """
     passages = (data / "eval" / "lambada-test.jsonl").read_text(encoding="utf-8").splitlines()
     found = {
@@ -145,27 +148,30 @@ def texts(tokenizer: PreTrainedTokenizerBase, data: Path = DATA, tokens: int = T
         "lambada": "\n\n".join(json.loads(line)["text"] for line in passages),
         "code": "\n\n".join(_sources()),
     }
-    return {name: first_windows(text, tokenizer, tokens) for name, text in found.items()}
+    return {name: first_windows(text, tokenizer, tokens, length) for name, text in found.items()}
 
 
-def calibration(tokenizer: PreTrainedTokenizerBase, data: Path = DATA, tokens: int = 65_536) -> Windows:
-    """Windows of LENGTH tokens to calibrate on, half of them from Wikipedia and half from novels.
+def calibration(
+    tokenizer: PreTrainedTokenizerBase, data: Path = DATA, tokens: int = 65_536, length: int = LENGTH
+) -> Windows:
+    """Windows of `length` tokens to calibrate on, half of them from Wikipedia and half from novels.
 
     Args:
         tokenizer: the model's.
         data: folder with `text/`.
         tokens: how many in all.
+        length: tokens of a window.
     """
     halves = [
-        first_windows("\n\n".join(_files(data / "text", pattern)), tokenizer, tokens // 2)
+        first_windows("\n\n".join(_files(data / "text", pattern)), tokenizer, tokens // 2, length)
         for pattern in ("wikipedia_en_2014.0*.txt", "novels100.0*.txt")
     ]
-    return split_windows(torch.cat(halves), LENGTH, HELDOUT)
+    return split_windows(torch.cat(halves), length, HELDOUT)
 
 
-def first_windows(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Tensor:
-    """The first windows [n, LENGTH] of a text that have `tokens` tokens together."""
-    return windows_of(text[: tokens * _CHARACTERS_PER_TOKEN], tokenizer, LENGTH)[: tokens // LENGTH]
+def first_windows(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int, length: int = LENGTH) -> Tensor:
+    """The first windows [n, length] of a text that have `tokens` tokens together."""
+    return windows_of(text[: tokens * _CHARACTERS_PER_TOKEN], tokenizer, length)[: tokens // length]
 
 
 def perplexities(model: PreTrainedModel, windows: dict[str, Tensor]) -> dict[str, Perplexity]:
@@ -227,7 +233,7 @@ def measured(
     def figures(touched: float) -> dict[str, Any]:
         found = {text: each.as_dict() for text, each in perplexities(model, windows).items()}
         if chosen.items:
-            scores = run_tasks(model, tokenizer, TASKS, chosen.data / "eval", chosen.items, LENGTH, _show)
+            scores = run_tasks(model, tokenizer, TASKS, chosen.data / "eval", chosen.items, LENGTH, show)
             found |= {"tasks": {score.task: _without_items(score) for score in scores}}
         return {"touched": touched, **found}
 
@@ -242,7 +248,7 @@ def measured(
         if model is None:
             model, _ = load(name, chosen.cache)
         with tempfile.TemporaryDirectory(dir=chosen.cache, prefix=".folding-") as scratch:
-            report = apply_method(method, model, calibrated, config, "ffn", Path(scratch), _show)
+            report = apply_method(method, model, calibrated, config, "ffn", Path(scratch), show)
         done[method.label] = figures(report.touched / report.dense)
         model = None  # changed for good
         yield done
@@ -252,7 +258,8 @@ def _without_items(score: TaskScore) -> dict[str, Any]:
     return {name: value for name, value in asdict(score).items() if name != "correct"}
 
 
-def _show(stage: str, done: int, total: int) -> None:
+def show(stage: str, done: int, total: int) -> None:
+    """Write how far a stage has come, over what was written before."""
     print(f"{stage}: {done} of {total}", end="\r", file=sys.stderr, flush=True)
 
 

@@ -2,15 +2,16 @@
 
     python benchmarks/vllm_decode.py decode --shape gpt2-16x2048 [--batch 1,4,8,16] [--prompt 32] [--output FILE]
     python benchmarks/vllm_decode.py decode --shape falcon-7b --layers 6
-    python benchmarks/vllm_decode.py decode --fold-bits 8 --fallback-bits 4 --linear-bits 4 --dense-bits 4
+    python benchmarks/vllm_decode.py decode --fold-bits 4 --fallback-bits 4 --linear-bits 4 --against dense,int4
     python benchmarks/vllm_decode.py server --shape gpt2-16x2048 [--rates 0.5,1,2] [--output FILE]
 
-Run it in the environment that `make venv-vllm` makes. Weights and fold are random, with ranges that fix a stated share
-of the neurons; both engines run at once, each in processes of its own, and take turns round by round, so that whatever
-else the machine does falls on both. Ratios are those of neighbouring rounds: their median and quartiles. CPU time is
-that of an engine's process; prompts are timed apart from the steps behind them. A vocabulary is as small as its shape
-says, because the head's share of the bytes, the same in both, would hide that of the FFNs. The load comes from vLLM's
-own `bench serve` client.
+Run it in the environment that `make venv-vllm` makes. The fold is compared with the dense model in bf16, with the same
+in int4 as GPTQ stores it, by vLLM's own kernels, or with both; of those kernels vLLM has one for processors with AMX
+and one for all others. Weights and fold are random, with ranges that fix a stated share of the neurons; all engines run
+at once, each in processes of its own, and take turns round by round, so that whatever else the machine does falls on
+both. Ratios are those of neighbouring rounds: their median and quartiles. CPU time is that of an engine's process;
+prompts are timed apart from the steps behind them. A vocabulary is as small as its shape says, because the head's share
+of the bytes, the same in both, would hide that of the FFNs. The load comes from vLLM's own `bench serve` client.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from tardis_llm.report import FoldReport, LayerReport
 from tardis_llm.runtime.modules import FoldedFFN
 from tardis_llm.runtime.placing import install
 
-_VARIANTS = ("dense", "folded")
+_FOLDED, _RIVALS = "folded", ("dense", "int4")
 _PROMPT, _LENGTH = 32, 512  # tokens of a prompt if nothing else is said, and the most of a request
 _CLIENT = """
 from vllm.benchmarks.serve import add_cli_args, main
@@ -144,12 +145,12 @@ class Engine:
 
 
 def decode(args: argparse.Namespace, directories: dict[str, Path]) -> list[dict[str, Any]]:
-    """Decode with both engines in turns; a row per batch size."""
+    """Decode with all engines in turns; a row per batch size."""
     batches = [int(batch) for batch in args.batch.split(",")]
-    engines = {name: Engine(directories[name], max(batches)) for name in _VARIANTS}
+    engines = {name: Engine(directory, max(batches)) for name, directory in directories.items()}
     random, rows = np.random.default_rng(0), []
     for batch in batches:
-        taken: dict[str, list[tuple[Step, Step]]] = {name: [] for name in _VARIANTS}
+        taken: dict[str, list[tuple[Step, Step]]] = {name: [] for name in engines}
         for number in range(args.rounds + 1):  # the first is not counted
             prompts = random.integers(2, 250, (batch, args.prompt)).tolist()
             for name, engine in engines.items():
@@ -164,34 +165,37 @@ def decode(args: argparse.Namespace, directories: dict[str, Path]) -> list[dict[
 
 
 def summary(batch: int, taken: dict[str, list[tuple[Step, Step]]]) -> dict[str, Any]:
-    """Medians and ratios of one batch size."""
+    """Medians of one batch size, and ratios of each rival to the fold."""
     row: dict[str, Any] = {"batch": batch}
     for part, prefix in enumerate(("prompt_", "")):
         for kind in ("cpu", "wall"):
             seconds = {name: [getattr(each[part], kind) for each in found] for name, found in taken.items()}
             row |= {f"{prefix}{name}_{kind}_ms": 1e3 * statistics.median(values) for name, values in seconds.items()}
-            row[f"{prefix}{kind}_ratio"] = vars(Ratio.of(seconds["dense"], seconds["folded"]))
+            for name in seconds.keys() - {_FOLDED}:
+                row[f"{prefix}{name}_{kind}_ratio"] = vars(Ratio.of(seconds[name], seconds[_FOLDED]))
     return row
 
 
 def show(row: dict[str, Any]) -> None:
-    """Print a row of `decode`."""
-    parts = []
-    for kind in ("cpu", "wall", "prompt_cpu"):
-        ratio, prefix, clock = row[f"{kind}_ratio"], "prompt_" if "_" in kind else "", kind.removeprefix("prompt_")
-        dense, folded = (row[f"{prefix}{name}_{clock}_ms"] for name in _VARIANTS)
-        spread = f"{ratio['value']:.2f}x [{ratio['low']:.2f}-{ratio['high']:.2f}]"
-        parts.append(f"{kind} {dense:7.1f} -> {folded:7.1f} ms  {spread}")
-    print(f"batch {row['batch']:2d}  {'  '.join(parts)}", flush=True)
+    """Print a row of `decode`, a line for each rival."""
+    for name in (name for name in _RIVALS if f"{name}_cpu_ms" in row):
+        parts = []
+        for kind in ("cpu", "wall", "prompt_cpu"):
+            prefix, clock = "prompt_" if "_" in kind else "", kind.removeprefix("prompt_")
+            ratio = row[f"{prefix}{name}_{clock}_ratio"]
+            rival, folded = (row[f"{prefix}{each}_{clock}_ms"] for each in (name, _FOLDED))
+            spread = f"{ratio['value']:.2f}x [{ratio['low']:.2f}-{ratio['high']:.2f}]"
+            parts.append(f"{kind} {rival:7.1f} -> {folded:7.1f} ms  {spread}")
+        print(f"batch {row['batch']:2d}, {name:5}  {'  '.join(parts)}", flush=True)
 
 
 def server(args: argparse.Namespace, directories: dict[str, Path]) -> list[dict[str, Any]]:
-    """Load both servers in turns; a row per request rate and variant."""
+    """Load all servers in turns; a row per request rate and variant."""
     rows = []
     with ExitStack() as stack:
-        urls = {name: stack.enter_context(running(directories[name])) for name in _VARIANTS}
+        urls = {name: stack.enter_context(running(directory)) for name, directory in directories.items()}
         for rate in map(float, args.rates.split(",")):
-            for name in _VARIANTS:
+            for name in directories:
                 found = load(urls[name], directories[name], rate, args)
                 rows.append({"rate": rate, "variant": name, **{key: found[key] for key in _FIGURES}})
                 print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
@@ -261,20 +265,22 @@ def load(url: str, directory: Path, rate: float, args: argparse.Namespace) -> di
 
 
 def make(args: argparse.Namespace, root: Path) -> dict[str, Path]:
-    """The model and its fold as checkpoints below `root`; those that are there are used again."""
+    """The rivals and the fold as checkpoints below `root`, by name; those that are there are used again."""
     given = (args.predictor_bits, args.fold_bits, args.fallback_bits, args.linear_bits, args.fix_rate)
-    kinds = args.dense_bits, "-".join(map(str, given))
-    shape = f"{args.shape}-{args.layers or 'all'}"
-    directories = {name: root / f"{shape}-{name}-{kind}" for name, kind in zip(_VARIANTS, kinds, strict=True)}
+    shape, kind = f"{args.shape}-{args.layers or 'all'}", "-".join(map(str, given))
+    directories = {name: root / f"{shape}-{name}" for name in args.against.split(",")}
+    directories[_FOLDED] = root / f"{shape}-{_FOLDED}-{kind}"
     if all((directory / "config.json").exists() for directory in directories.values()):
         return directories
     model, tokenizer = shaped_model(args.shape, args.layers), byte_tokenizer()
-    if args.dense_bits:
-        save_gptq(model, directories["dense"])
-    else:
-        model.save_pretrained(directories["dense"])
-    tokenizer.save_pretrained(directories["dense"])
-    save_random_fold(model, directories["folded"], RandomFold(*given), tokenizer)
+    for name, directory in directories.items():
+        if name == "dense":
+            model.save_pretrained(directory)
+        elif name == "int4":
+            save_gptq(model, directory)
+        else:  # comes last, as it changes the model
+            save_random_fold(model, directory, RandomFold(*given))
+        tokenizer.save_pretrained(directory)
     return directories
 
 
@@ -328,7 +334,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--fold-bits", type=int, help="of the fold, 4 or 8; bf16 without")
     parser.add_argument("--fallback-bits", type=int, help="of the weights that fixing reads, 4 or 8; bf16 without")
     parser.add_argument("--linear-bits", type=int, help="of linear layers outside the FFNs, 4 or 8; bf16 without")
-    parser.add_argument("--dense-bits", type=int, choices=(4,), help="of the dense model, by vLLM's kernels; else bf16")
+    parser.add_argument("--against", default="dense", help="dense, int4, or both with a comma (default: %(default)s)")
     parser.add_argument("--batch", default="1,4,8,16")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--prompt", type=int, default=_PROMPT, help="tokens of a prompt")
@@ -338,7 +344,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--models", type=Path, help="keep the checkpoints here, for other runs")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
-    return parser.parse_args()
+    chosen = parser.parse_args()
+    if not chosen.against or set(chosen.against.split(",")) - set(_RIVALS):
+        parser.error(f"--against takes {' and '.join(_RIVALS)}")
+    return chosen
 
 
 def main() -> None:

@@ -9,7 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from results import ROOT, SPEEDS, table
+from results import ROOT, SPEEDS
+from sections.markdown import table
 
 PAGE = ROOT / "docs/serve.md"
 BEGIN, END = "<!-- speed: made by benchmarks/vllm_results.py -->", "<!-- end of speed -->"
@@ -20,7 +21,8 @@ DECODED = {
     "vllm_decode_falcon.json": "Falcon layout",
     "vllm_decode_falcon_7b.json": "Falcon-7B",
     "vllm_decode_falcon_few_bits.json": "Falcon layout, the fold all in few bits",
-    "vllm_decode_falcon_int4.json": "the same, and the dense model in int4",
+    "vllm_decode_falcon_int4.json": "the same, against vLLM's own int4",
+    "vllm_decode_falcon_7b_int4.json": "Falcon-7B, the fold all in few bits",
 }
 PROMPTS = {"vllm_prompt_gpt2.json": "GPT-2 layout", "vllm_prompt_falcon.json": "Falcon layout"}
 SERVED = {"vllm_server_falcon.json": "Falcon layout"}
@@ -29,7 +31,7 @@ SERVED = {"vllm_server_falcon.json": "Falcon layout"}
 def speed_part(folder: Path) -> str:
     """The tables, of the files that `vllm_decode.py` wrote into a folder."""
     decoded, prompts, served = (
-        {label: json.loads((folder / name).read_text()) for name, label in names.items()}
+        {label: json.loads((folder / name).read_text()) for name, label in names.items() if (folder / name).exists()}
         for names in (DECODED, PROMPTS, SERVED)
     )
     return "\n\n".join(
@@ -45,11 +47,12 @@ def speed_part(folder: Path) -> str:
 
 
 def decode_table(runs: dict[str, dict[str, Any]]) -> str:
-    """A row per model and batch size."""
-    head = ["", "layers", "batch", "dense", "folded", "dense / folded"]
+    """A row per model, rival and batch size."""
+    head = ["", "layers", "batch", "rival", "its", "folded", "rival / folded"]
     lines = [
-        [label, str(run["settings"]["layers"] or "all"), str(row["batch"]), *_cells(row, "")]
+        [label, str(run["settings"]["layers"] or "all"), str(row["batch"]), name, *_cells(row, "", name)]
         for label, run in runs.items()
+        for name in run["settings"]["against"].split(",")
         for row in run["rows"]
     ]
     return table(head, lines)
@@ -59,7 +62,7 @@ def prompt_table(runs: dict[str, dict[str, Any]]) -> str:
     """A row per model and number of prompts at once."""
     head = ["", "prompts", "tokens of each", "dense", "folded", "dense / folded"]
     lines = [
-        [label, str(row["batch"]), str(run["settings"]["prompt"]), *_cells(row, "prompt_")]
+        [label, str(row["batch"]), str(run["settings"]["prompt"]), *_cells(row, "prompt_", "dense")]
         for label, run in runs.items()
         for row in run["rows"]
     ]
@@ -85,10 +88,10 @@ def replaced(text: str, part: str) -> str:
     return f"{before}{BEGIN}\n\n{part}\n\n{END}{rest.split(END)[1]}"
 
 
-def _cells(row: dict[str, Any], prefix: str) -> list[str]:
-    ratio = row[f"{prefix}cpu_ratio"]
+def _cells(row: dict[str, Any], prefix: str, rival: str) -> list[str]:
+    ratio = row[f"{prefix}{rival}_cpu_ratio"]
     spread = f"{ratio['value']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})"
-    return [*(f"{row[f'{prefix}{variant}_cpu_ms']:.1f}" for variant in ("dense", "folded")), spread]
+    return [*(f"{row[f'{prefix}{name}_cpu_ms']:.1f}" for name in (rival, "folded")), spread]
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from harness_data import write_items
 from models import tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
-from results import read_table
+from sections.comparison import read_table
 from tardis_llm.baselines import count_skips
 from tardis_llm.calibration.text import split_windows
 from tardis_llm.errors import InvalidInputError

@@ -15,6 +15,10 @@ from conftest import QUICK_TINY
 import ablation
 import results
 import vllm_results
+from sections.choices import plot_calibration
+from sections.comparison import Compared, against_masks, against_quantisers, compared_table, zero_shot
+from sections.real import real_part, real_readme_part
+from sections.speed import Speed
 from tardis_llm import FoldConfig
 from tardis_llm.calibration.limits import default_length
 from tardis_llm.checkpoint.loading import load_dense, load_tokenizer
@@ -78,7 +82,7 @@ def measured(label: str, ratio: float, touched: float) -> Row:
 
 
 @pytest.fixture
-def compared(tmp_path: Path) -> results.Compared:
+def compared(tmp_path: Path) -> Compared:
     scores = {"blimp": Metric(0.6, 0.012), "lambada": Metric(0.02, 0.005)}
     unchanged = dict.fromkeys(scores, Metric(0, 0))
     dense = dataclasses.replace(measured("dense", 1, 1), ratio_error=0, scores=scores, changes=unchanged, resident=1)
@@ -86,7 +90,7 @@ def compared(tmp_path: Path) -> results.Compared:
     rows.append(Row(Method("tardis", 0.9), "not feasible"))
     (tmp_path / "compare.json").write_text(json.dumps(RECORD))
     write_table(tmp_path / "table.csv", rows)
-    return results.Compared.read(tmp_path)
+    return Compared.read(tmp_path)
 
 
 def line(text: str, start: str) -> list[str]:
@@ -95,36 +99,36 @@ def line(text: str, start: str) -> list[str]:
     return [cell.strip() for cell in row.strip("|").split("|")]
 
 
-def test_every_method_is_in_the_table(compared: results.Compared):
-    text = results.compared_table(compared)
+def test_every_method_is_in_the_table(compared: Compared):
+    text = compared_table(compared)
     assert line(text, "tardis@0.78")[1:5] == ["86.40", "1.0800 ± 0.0010", "22.0%", "120.0%"]
     assert line(text, "tardis@0.9")[1] == "does not fit"
     assert len(text.splitlines()) == 2 + len(MEASURED) + 2
 
 
-def test_losses_of_masks_are_in_multiples_of_the_folds(compared: results.Compared):
-    cells = line(results.against_masks(compared), "0.8")
+def test_losses_of_masks_are_in_multiples_of_the_folds(compared: Compared):
+    cells = line(against_masks(compared), "0.8")
     assert cells[1:3] == ["1.1000 ± 0.0010", "20.0%"]
     assert cells[3] == "80.0x (25%)"  # 8.0 against 0.1
 
 
-def test_a_fold_is_only_better_than_a_quantiser_in_no_more_bytes(compared: results.Compared):
-    text = results.against_quantisers(compared)
+def test_a_fold_is_only_better_than_a_quantiser_in_no_more_bytes(compared: Compared):
+    text = against_quantisers(compared)
     assert line(text, "gptq4-g128")[3:] == ["tardis-int8@0.75", "25.0%", "1.0010 ± 0.0010", "yes"]
     assert line(text, "gptq2-g128")[3] == "tardis-int4@0.875"
     assert line(text, "rtn2-g128")[-1] == "**no**"
     assert "better in 3 of 4 cases, and in 3 of 4 between 8.5% and 27.5%" in text
 
 
-def test_changes_beyond_a_standard_error_are_marked(compared: results.Compared):
-    text = results.zero_shot(compared)
+def test_changes_beyond_a_standard_error_are_marked(compared: Compared):
+    text = zero_shot(compared)
     assert line(text, "tardis@0.7")[1:] == ["-0.1 ± 0.2", "-0.1 ± 0.2"]
     assert line(text, "tardis@0.8")[1:] == ["-1.0 ± 0.2", "-1.0 ± 0.2 (!)"]
     assert "tardis@0.78" not in text
 
 
-def test_the_readme_keeps_what_is_around_its_part(compared: results.Compared):
-    part = results.readme_part(compared, results.Speed.read(results.SPEEDS), [REAL])
+def test_the_readme_keeps_what_is_around_its_part(compared: Compared):
+    part = results.readme_part(compared, Speed.read(results.SPEEDS), [REAL])
     before = f"head\n{results.BEGIN}\n\nOUTDATED | 1.23\n\n{results.END}\ntail\n"
     after = results.replace_part(before, part)
     assert after.startswith("head\n")
@@ -135,22 +139,22 @@ def test_the_readme_keeps_what_is_around_its_part(compared: results.Compared):
 
 
 def test_real_models_are_compared_by_the_increase_of_the_loss():
-    assert line(results.real_part([REAL]), "dense")[1:] == ["100.0%", "10.00", "10.00", "10.00", ""]
-    assert line(results.real_part([REAL]), "**tardis-int4**")[1:] == ["20.0%", "+0.095", "+0.182", "+0.693", "62.5%"]
-    assert line(results.real_readme_part([REAL]), "**tardis-int4**")[1:] == ["20.0%", "+0.095", "+0.182", "+0.693"]
+    assert line(real_part([REAL]), "dense")[1:] == ["100.0%", "10.00", "10.00", "10.00", ""]
+    assert line(real_part([REAL]), "**tardis-int4**")[1:] == ["20.0%", "+0.095", "+0.182", "+0.693", "62.5%"]
+    assert line(real_readme_part([REAL]), "**tardis-int4**")[1:] == ["20.0%", "+0.095", "+0.182", "+0.693"]
 
 
 def test_runs_with_other_calibration_stand_behind_the_first():
     other = copy.deepcopy(REAL)
     other["settings"]["calibration"] = 4 * REAL["settings"]["calibration"]
-    for part in (results.real_part([REAL, other]), results.real_readme_part([REAL, other])):
+    for part in (real_part([REAL, other]), real_readme_part([REAL, other])):
         before, _, after = part.partition(
             f"Calibrated on {other['settings']['calibration']:,} tokens, all else the same:"
         )
         assert line(before, "dense")[1] == line(after, "dense")[1] == "100.0%"
 
 
-def test_the_page_has_the_ablation_in_full(compared: results.Compared, tmp_path: Path):
+def test_the_page_has_the_ablation_in_full(compared: Compared, tmp_path: Path):
     cells = {
         cell.key: {
             "ratio": {"a": 1 + 0.001 * n, "b": 1.5}, "ratio_error": {"a": 0.1, "b": 0.2}, "touched": 0.2,
@@ -159,7 +163,7 @@ def test_the_page_has_the_ablation_in_full(compared: results.Compared, tmp_path:
         for n, cell in enumerate(ablation.cells())
     }  # fmt: skip
     found = {"title": "toy ablation", "evaluations": ["a", "b"], "cells": cells}
-    speed = results.Speed.read(results.SPEEDS)
+    speed = Speed.read(results.SPEEDS)
     text = results.page(compared, found, speed, [REAL])
     for fold in speed.packed["folds"].values():
         assert f"{fold['kernels']:.3f}" in text
@@ -171,14 +175,14 @@ def test_the_page_has_the_ablation_in_full(compared: results.Compared, tmp_path:
             f"{cells[cell.key]['ratio']['a']:.4f}"
         )
     assert not re.search(r"\bnan\b", text)
-    results.plot_calibration(found, tmp_path / "plot.png")
+    plot_calibration(found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
 
 
 def test_the_published_page_is_made_of_the_published_results():
-    compared = results.Compared.read(results.COMPARE)
+    compared = Compared.read(results.COMPARE)
     found = json.loads(results.ABLATION.read_text())
-    speed = results.Speed.read(results.SPEEDS)
+    speed = Speed.read(results.SPEEDS)
     real = [json.loads(path.read_text()) for path in results.REAL]
     assert results.PAGE.read_text(encoding="utf-8") == results.page(compared, found, speed, real)
     readme = results.README.read_text(encoding="utf-8")

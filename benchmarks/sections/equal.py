@@ -1,0 +1,128 @@
+"""Decoding at equal quality: the output of `benchmarks/equal_quality.py`."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sections.markdown import spread, table
+from tardis_llm.evaluation.turns import Ratio
+
+DENSE, FOLD = "dense", "tardis"
+QUALITY, SPEED = "equal_quality_{}.json", "equal_speed_{}_*.json"
+
+ABOUT = """For each rival, the fold whose perplexity is no worse on a text, and of several such folds the fastest; the
+ratio of their decoding speeds is that of neighbouring runs, with its quartiles. Nothing is chosen but the folds'
+budgets. What is judged is what decodes: every linear layer is in few bits, attention and head included. `int4` and
+`int3` are the model by our own kernels, rounded by GPTQ, the head in int4; three bits are read from bit planes, not
+from panels, so that `int3` is smaller than `int4` and slower. Files of llama.cpp are made by its own
+quantiser, without an importance matrix, out of the same weights; `pure` has the head, too, in the type of the name.
+Perplexities of files are of their weights written out and judged by us; those by llama.cpp's own logits stand beside.
+By `benchmarks/equal_quality.py`."""
+
+FROM_A_FILE = """The dense weights of the real models were written out of a Q4_K_M file. So that file loses nothing
+against them, as no other form could: its row says how fast a fold is at no loss at all. llama.cpp's K types want rows
+of a multiple of 256 weights; these models' are 896 and 640 wide, and most of what is called Q3_K_M or Q2_K is Q4_0."""
+
+STAND_IN = """The sample is too small to be timed. In its place decodes Falcon-7B's shape with {layers} layers and
+random weights; its random folds have the sample's fix rates, and predictors of the sample's mean bits, rounded up."""
+
+
+def equal_parts(folder: Path) -> Iterator[str]:
+    """The section, of the files that `equal_quality.py` wrote into a folder; nothing where there are none."""
+    files = sorted(folder.glob(QUALITY.format("*")))
+    if not files:
+        return
+    yield "## At equal quality"
+    yield ABOUT
+    if any("q4_k_m" in _read(file)["entries"] for file in files):
+        yield FROM_A_FILE
+    for file in files:
+        subject, quality = file.stem.removeprefix("equal_quality_"), _read(file)
+        yield f"### {subject}"
+        yield quality_table(quality)
+        for path in sorted(folder.glob(SPEED.format(subject))):
+            yield from speed_parts(quality["entries"], _read(path))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def quality_table(quality: dict[str, Any]) -> str:
+    """Every entry by its perplexity on the first text, with the increase of the loss over the dense model in nats."""
+    entries, settings = quality["entries"], quality["settings"]
+    texts = list(settings["tokens"])
+    lines = []
+    for name in sorted(entries, key=lambda name: _perplexity(entries, name, texts[0])):
+        found = entries[name]
+        fixed = f"{found['fix_rate']:.1%}" if "fix_rate" in found else ""
+        touched = f"{found['touched']:.1%}" if "touched" in found else ""
+        lines.append([_shown(name), *(_cell(entries, name, text) for text in texts), fixed, touched])
+    sizes = ", ".join(f"{text} {tokens:,}" for text, tokens in settings["tokens"].items())
+    return (
+        f"Perplexity, and in brackets the increase of the loss in nats per token; tokens judged: {sizes}, in windows "
+        f"of {settings['window']}; calibrated on {settings['calibration']:,} tokens of Wikipedia and novels.\n\n"
+        + table(["", *texts, "fixed", "FFN bytes touched"], lines)
+    )
+
+
+def _cell(entries: dict[str, Any], name: str, text: str) -> str:
+    value, base = (_perplexity(entries, each, text) for each in (name, DENSE))
+    own = entries[name].get("own")
+    beside = f"; own logits {own[text]['value']:.2f}" if own else ""
+    return f"{value:.2f}" if name == DENSE else f"{value:.2f} ({math.log(value / base):+.3f}{beside})"
+
+
+def speed_parts(entries: dict[str, Any], speed: dict[str, Any]) -> Iterator[str]:
+    """For each rival how much faster the fold is that is no worse, by the text that it is no worse on."""
+    texts = list(entries[DENSE]["perplexity"])
+    seconds = speed["seconds"]
+    yield (
+        f"Decoding on {speed['threads']} threads of an {speed['cpu']} that reads memory at "
+        f"{speed['read_bytes_per_second'] / 1e9:.0f} GB/s, batch {speed['batch']}."
+        + (f" {STAND_IN.format(layers=speed['layers'])}" if speed["layers"] else "")
+    )
+    lines = []
+    for rival in (name for name in seconds if not name.startswith(FOLD)):
+        matches = (_match(entries, seconds, rival, text) for text in texts)
+        lines.append([_shown(rival), _pace(speed, rival), *(_matched(speed, rival, fold) for fold in matches)])
+    yield table(["rival", "tokens/s", *(f"fold no worse on {text}" for text in texts)], lines)
+    folds = [name for name in seconds if name.startswith(FOLD)]
+    yield "Tokens per second of the folds: " + ", ".join(f"{name} {_pace(speed, name)}" for name in folds) + "."
+
+
+def _match(entries: dict[str, Any], seconds: dict[str, list[float]], rival: str, text: str) -> str | None:
+    """The fastest fold whose perplexity on a text is no worse than a rival's; None if none is so good."""
+    worst = _perplexity(entries, rival, text)
+    good = [name for name in seconds if name.startswith(FOLD) and _perplexity(entries, name, text) <= worst]
+    return min(good, key=lambda name: statistics.median(seconds[name]), default=None)
+
+
+def _matched(speed: dict[str, Any], rival: str, fold: str | None) -> str:
+    if fold is None:
+        return "none"
+    ratio = Ratio.of(speed["seconds"][rival], speed["seconds"][fold])
+    return f"**{spread(ratio.value, ratio.low, ratio.high)}** {fold}"
+
+
+def _pace(speed: dict[str, Any], name: str) -> str:
+    return f"{speed['batch'] / statistics.median(speed['seconds'][name]):.1f}"
+
+
+def _perplexity(entries: dict[str, Any], name: str, text: str) -> float:
+    value: float = entries[name]["perplexity"][text]["value"]
+    return value
+
+
+def _shown(name: str) -> str:
+    return (
+        name
+        if name == DENSE or name.startswith((FOLD, "int"))
+        else f"llama.cpp {name.upper().replace('-PURE', ', pure')}"
+    )

@@ -1,0 +1,76 @@
+"""What compressing real models costs: the output of `benchmarks/real_models.py`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sections.markdown import table
+
+_TEXTS = ("wikitext2", "lambada", "code")
+
+
+def real_part(runs: Sequence[dict[str, Any]]) -> str:
+    """What compressing real models costs, on text like that of the calibration and on code."""
+    settings, machine = runs[0]["settings"], runs[0]["machine"]
+    parts = [
+        f"Increase of the loss in nats per token over the dense model, whose perplexity is in the first row; "
+        f"{settings['tokens']:,} tokens of each text in windows of {settings['window']}, bf16 models out of Q4_K_M "
+        f"files. Calibrated on {settings['calibration']:,} tokens of Wikipedia and novels, and no code. The FFNs alone "
+        "are compressed, everything counted; groups of 128. Folds have the same fix rate in every layer, a 2-bit "
+        "predictor, 3 bits beside it, and fold and W2 in 4 bits. `+affine+refit+weigh` are our own tricks lent to "
+        f"GPTQ: it is calibrated as folds are. On an {machine['cpu']}, by `benchmarks/real_models.py`."
+    ]
+    for run in runs:
+        if run is not runs[0]:
+            parts.append(_calibrated_on(run))
+        for model, found in run["models"].items():
+            parts.append(real_table(model, found["methods"], _tasks_of(found["methods"])))
+    return "\n\n".join(parts)
+
+
+def _calibrated_on(run: dict[str, Any]) -> str:
+    return f"Calibrated on {run['settings']['calibration']:,} tokens, all else the same:"
+
+
+def real_readme_part(runs: Sequence[dict[str, Any]]) -> str:
+    """The README's tables of the first real model."""
+    real, *others = runs
+    model, found = next(iter(real["models"].items()))
+    tables = [real_table("FFNs", found["methods"], [])]
+    for run in others:
+        tables += [_calibrated_on(run), real_table("FFNs", run["models"][model]["methods"], [])]
+    return (
+        f"{model}, FFNs alone compressed: share of their bytes that a token reads, everything counted, and increase of "
+        f"the loss in nats per token ({real['settings']['tokens']:,} tokens each; the dense perplexity in the first "
+        "row). Calibration text is prose, no code. Measured before weights were rounded as they are now. "
+        "[More models](docs/results.md#real-models).\n\n" + "\n\n".join(tables)
+    )
+
+
+def real_table(title: str, methods: Mapping[str, dict[str, Any]], tasks: Sequence[str]) -> str:
+    """Every method on one model, by the bytes that it touches."""
+    lines = [
+        [_real_name(label), f"{row['touched']:.1%}"]
+        + [_increase(row, methods["dense"], text) for text in _TEXTS]
+        + [f"{row['tasks'][task]['value']:.1%}" if "tasks" in row else "" for task in tasks]
+        for label, row in sorted(methods.items(), key=lambda pair: -pair[1]["touched"])
+    ]
+    return table([title, "touched", *_TEXTS, *tasks], lines)
+
+
+def _tasks_of(methods: Mapping[str, dict[str, Any]]) -> list[str]:
+    """The tasks that any method was judged by."""
+    return list(dict.fromkeys(task for row in methods.values() for task in row.get("tasks", {})))
+
+
+def _real_name(label: str) -> str:
+    name, _, _ = label.partition("@")
+    return f"**{name}**" if name.startswith("tardis") else name.replace("-g128", "")
+
+
+def _increase(row: dict[str, Any], dense: dict[str, Any], text: str) -> str:
+    """Nats over the dense model; of that itself, its perplexity."""
+    value, base = row[text]["value"], dense[text]["value"]
+    return f"{base:.2f}" if row is dense else f"{math.log(value / base):+.3f}"
