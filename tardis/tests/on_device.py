@@ -15,24 +15,37 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 os.environ["TARDIS_KERNELS"] = "off"  # kernels round in another way than the operators of torch
 
 import torch
 from folds import SETTINGS, text
 from models import tiny_model
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from tardis_llm import FoldConfig, fold
-from tardis_llm.errors import DeviceMemoryError, InvalidInputError
+from tardis_llm.calibration import residence
+from tardis_llm.calibration.text import split_windows
+from tardis_llm.calibration.tokens import Tokens
+from tardis_llm.evaluation.self_check import SelfCheck
+from tardis_llm.families.sites import named_blocks
+from tardis_llm.folding import ranges
 
 NAME = "pretended"
 HERE = torch.device("cpu")
 #: operators that may read from one device and write to the other
 _COPIES = {"aten::copy_", "aten::_to_copy"}
+#: fields of the configs of tiny models that make them tinier
+SMALL: dict[str, dict[str, Any]] = {
+    "gpt2": {"blocks": 2, "n_embd": 32, "n_inner": 64},
+    "llama": {"blocks": 2, "hidden_size": 32, "intermediate_size": 52},
+    "gemma3_text": {"blocks": 2, "hidden_size": 32, "intermediate_size": 52, "head_dim": 8},
+}
 #: plain, and with everything in few bits
 CONFIGS = {
     "plain": SETTINGS,
@@ -82,43 +95,80 @@ def compute(op: Any, *args: Any, **kwargs: Any) -> Any:
     return tree_map_only(Tensor, lambda each: known.get(id(each)) if id(each) in known else There(each), found)
 
 
+class _Module(backend_registration._DummyBackendModule):  # type: ignore[misc, name-defined]
+    """What torch asks of a device beside operators."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16]
+
+
 def register() -> None:
     """Let torch have the device."""
-    backend_registration._setup_privateuseone_for_python_backend(NAME)
-    library = torch.library.Library("_", "IMPL")
-    library.fallback(compute, "PrivateUse1")
-    register.library = library  # type: ignore[attr-defined]  # it ends with what registered it
+    backend_registration._setup_privateuseone_for_python_backend(NAME, _Module())
+    every, one = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
+    every.fallback(compute, "PrivateUse1")
+    one.impl("copy_", partial(compute, torch.ops.aten.copy_.default), "PrivateUse1")  # torch.tensor finds no other
+    register.kept = every, one  # type: ignore[attr-defined]  # what is registered ends with them
 
 
 def folded(name: str, config: FoldConfig) -> dict[str, Tensor]:
-    """All that a checkpoint of a folded tiny model has."""
-    model = tiny_model(name, blocks=2)
-    fold(model, text(), config)
-    return {key: value.detach() for key, value in model.state_dict().items()}
+    """All that a checkpoint of a folded tiny model has, and what its self-check found."""
+    model, windows = tiny_model(name, **SMALL.get(name, {})), split_windows(text(), 32, 0.125)
+    model.set_attn_implementation("eager")  # torch has other kernels for attention on a CPU than elsewhere
+    check = SelfCheck(model, windows.heldout, device=config.torch_device)
+    fold(model, windows, config)
+    found = {key: value.detach() for key, value in model.state_dict().items()}
+    return {**found, "growth": torch.tensor(check.verdict().growth)}
 
 
 def differing(name: str, config: FoldConfig) -> list[str]:
     """The tensors of a fold that are not the same, to the bit and on the CPU, on both devices; none if all are."""
     one, other = (folded(name, replace(config, device=device)) for device in ("cpu", NAME))
     assert one.keys() == other.keys()
-    return [key for key, value in one.items() if type(other[key]) is not Tensor or not torch.equal(value, other[key])]
+    return [key for key, value in one.items() if type(other[key]) is There or not torch.equal(value, other[key])]
 
 
-def refused(act: Callable[[], object]) -> str:
-    """What is said of an error; empty without one."""
+def crowd(name: str) -> int:
+    """The most blocks of a model that are on the device at once while it is folded."""
+    counts, run = [], residence._Turns.run
+
+    def counted(turns: Any, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = run(turns, block, *args, **kwargs)
+        counts.append(sum(any(type(each) is There for each in other.parameters()) for other in blocks))
+        return result
+
+    model = tiny_model(name, **SMALL.get(name, {}))
+    blocks = named_blocks(model).values()
+    with patch.object(residence._Turns, "run", counted):
+        fold(model, text(), replace(SETTINGS, device=NAME))
+    return max(counts)
+
+
+def refused(owner: object, attribute: str, wrong: Callable[..., Any]) -> str:
+    """What is said of a fold on the device in which a function is replaced by a wrong one; empty if it ends well."""
     try:
-        act()
-    except (RuntimeError, InvalidInputError, DeviceMemoryError) as error:
-        return f"{type(error).__name__}: {error}"
+        with patch.object(owner, attribute, wrong):
+            fold(tiny_model("gpt2", **SMALL["gpt2"]), text(), replace(SETTINGS, device=NAME))
+    except RuntimeError as error:
+        return str(error)
     return ""
 
 
+def mistakes() -> dict[str, str]:
+    """What is said of two mistakes that are made on purpose."""
+    return {
+        "tokens stay on the CPU": refused(Tokens, "_moved", lambda tokens: tokens),
+        "numbers of bins are on the CPU": refused(
+            ranges, "_bins_between", lambda start, stop: torch.arange(ranges.BINS) < stop[:, None]
+        ),
+    }
+
+
 def main() -> None:
-    """Print what differs for each model and configuration."""
+    """Print what is found."""
     register()
-    names = sys.argv[1:]
-    found = {name: {kind: differing(name, config) for kind, config in CONFIGS.items()} for name in names}
-    sys.stdout.write(json.dumps({"differing": found}))
+    found = {name: {kind: differing(name, config) for kind, config in CONFIGS.items()} for name in sys.argv[1:]}
+    sys.stdout.write(json.dumps({"differing": found, "crowd": crowd("gpt2"), "mistakes": mistakes()}))
 
 
 if __name__ == "__main__":
