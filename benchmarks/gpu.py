@@ -344,7 +344,7 @@ def folded_twice(device: str, tokens: int) -> dict[str, Any]:
 
 
 def large_fold(device: str, blocks: int, tokens: int) -> dict[str, float]:
-    """Random blocks of Falcon-7B's shape folded on a GPU: seconds for each, and the most memory that was taken there."""
+    """Random blocks of Falcon-7B's shape folded on a GPU: seconds for each, and the most memory taken there."""
     model = AutoModelForCausalLM.from_config(FalconConfig(num_hidden_layers=blocks), dtype=BF16).eval()
     windows = torch.randint(1000, 60_000, (tokens // 1024, 1024))
     torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""A device that is not there: tensors on it hold numbers of the CPU, and no operator mixes them with tensors of the CPU.
+"""A device that is not there: tensors on it hold numbers of the CPU, and no operator mixes them with the CPU's own.
 
 torch lets Python stand for a backend under a device type that it leaves free. Here that device computes everything with
 the CPU's own operators, so that results are equal to the bit, and refuses what a GPU refuses: an operator with tensors

@@ -36,8 +36,8 @@ Dtype = Annotated[
 Device = Annotated[
     str,
     typer.Option(
-        help="What to compute on: cpu, cuda, cuda:1 and so on, or auto for the GPU that torch finds and the CPU without "
-        "one. The model must fit there."
+        help="What to compute on: cpu, cuda, cuda:1 and so on, or auto for the GPU that torch finds and the CPU "
+        "without one. The model must fit there."
     ),
 ]
 _SOURCES = "Text in UTF-8; records in .jsonl, .json, .csv, .tsv or .parquet; or a dataset as name:config:split:column."
