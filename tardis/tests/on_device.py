@@ -26,7 +26,7 @@ from folds import SETTINGS, text
 from models import tiny_model
 from torch import Tensor, nn
 from torch.utils import backend_registration
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_map_only
 
 from tardis_llm import FoldConfig, fold
 from tardis_llm.calibration import residence
@@ -78,21 +78,26 @@ class There(Tensor):
 
 def compute(op: Any, *args: Any, **kwargs: Any) -> Any:
     """Call an operator of which some arguments, or the result, are on the device."""
-    flat, form = tree_flatten((args, kwargs))
-    tensors = [each for each in flat if isinstance(each, Tensor)]
-    there = [each for each in tensors if isinstance(each, There)]
-    others = [each for each in tensors if not isinstance(each, There) and each.dim()]
+    given: list[Tensor] = []
+    positional, named = _plain(args, given), {key: _plain(value, given) for key, value in kwargs.items()}
+    there = [each for each in given if isinstance(each, There)]
+    others = [list(each.shape) for each in given if not isinstance(each, There) and each.dim()]
     if there and others and op._schema.name not in _COPIES:
-        raise RuntimeError(f"{op} got tensors of two devices: {[list(each.shape) for each in others]} is on the CPU")
-    asked = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
-    plain = [HERE if isinstance(each, torch.device) else each for each in flat]
-    plain = [each.numbers if isinstance(each, There) else each for each in plain]
-    positional, named = tree_unflatten(plain, form)
+        raise RuntimeError(f"{op} got tensors of two devices: those of shapes {others} are on the CPU")
     found = op(*positional, **named)
-    if asked == HERE:
+    if kwargs.get("device") is not None and torch.device(kwargs["device"]) == HERE:
         return found
-    known = {id(numbers): given for numbers, given in zip(plain, flat, strict=True)}  # what is changed in place
-    return tree_map_only(Tensor, lambda each: known.get(id(each)) if id(each) in known else There(each), found)
+    changed = {id(each.numbers): each for each in there}  # what is changed in place is returned as it was given
+    return tree_map_only(Tensor, lambda each: changed[id(each)] if id(each) in changed else There(each), found)
+
+
+def _plain(value: Any, given: list[Tensor]) -> Any:
+    """An argument as the CPU gets it; its tensors are added to those given."""
+    if isinstance(value, list | tuple):
+        return [_plain(each, given) for each in value]
+    if isinstance(value, Tensor):
+        given.append(value)
+    return value.numbers if isinstance(value, There) else HERE if isinstance(value, torch.device) else value
 
 
 class _Module(backend_registration._DummyBackendModule):  # type: ignore[misc, name-defined]

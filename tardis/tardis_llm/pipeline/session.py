@@ -145,7 +145,7 @@ def _make_up(site: FFNSite, seen: Seen, wanted: Tensor, gain: float) -> None:
 
 def _inverse(norm: nn.Module, like: Tensor) -> Tensor:
     """[d] fp32, one over the factors by which a norm multiplies channels; next to 0 where those are."""
-    signs = torch.ones_like(like[:1], device=next(norm.parameters()).device)
+    signs = torch.ones_like(like[:1], device=next(norm.parameters(), like).device)
     signs[:, 1::2] = -1  # of mean 0 and mean square 1, which no norm changes
     factor = ((norm(signs) - norm(-signs)) / 2 * signs)[0].float()
     return factor / (factor.square() + 1e-3 * factor.square().mean())
