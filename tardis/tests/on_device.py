@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -33,7 +34,6 @@ from tardis_llm.calibration import residence
 from tardis_llm.calibration.text import split_windows
 from tardis_llm.calibration.tokens import Tokens
 from tardis_llm.evaluation.self_check import SelfCheck
-from tardis_llm.families.sites import named_blocks
 from tardis_llm.folding import ranges
 
 NAME = "pretended"
@@ -46,11 +46,21 @@ SMALL: dict[str, dict[str, Any]] = {
     "llama": {"blocks": 2, "hidden_size": 32, "intermediate_size": 52},
     "gemma3_text": {"blocks": 2, "hidden_size": 32, "intermediate_size": 52, "head_dim": 8},
 }
-#: plain, and with everything in few bits
+#: plain, and with everything in few bits and nothing to choose
 CONFIGS = {
     "plain": SETTINGS,
-    "stacked": replace(SETTINGS, predictor_bits=2, fold_bits=8, fallback_bits=4, linear_bits=8, group_size=32),
+    "stacked": replace(
+        SETTINGS,
+        predictor_bits=2,
+        fold_bits=8,
+        fallback_bits=4,
+        linear_bits=8,
+        group_size=16,
+        damping=0.01,
+        split="uniform",
+    ),
 }
+WINDOWS = 12  # of 32 tokens, to calibrate on
 
 
 class There(Tensor):
@@ -118,7 +128,7 @@ def register() -> None:
 
 def folded(name: str, config: FoldConfig) -> dict[str, Tensor]:
     """All that a checkpoint of a folded tiny model has, and what its self-check found."""
-    model, windows = tiny_model(name, **SMALL.get(name, {})), split_windows(text(), 32, 0.125)
+    model, windows = tiny_model(name, **SMALL.get(name, {})), split_windows(text(WINDOWS), 32, 0.125)
     model.set_attn_implementation("eager")  # torch has other kernels for attention on a CPU than elsewhere
     check = SelfCheck(model, windows.heldout, device=config.torch_device)
     fold(model, windows, config)
@@ -133,27 +143,26 @@ def differing(name: str, config: FoldConfig) -> list[str]:
     return [key for key, value in one.items() if type(other[key]) is There or not torch.equal(value, other[key])]
 
 
-def crowd(name: str) -> int:
-    """The most blocks of a model that are on the device at once while it is folded."""
-    counts, run = [], residence._Turns.run
+@contextmanager
+def counting(counts: list[int]) -> Iterator[None]:
+    """Within the context, list how many blocks of a model are on the device when one runs."""
+    run, seen = residence._Turns.run, dict[int, set[nn.Module]]()
 
     def counted(turns: Any, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        result = run(turns, block, *args, **kwargs)
-        counts.append(sum(any(type(each) is There for each in other.parameters()) for other in blocks))
+        result, known = run(turns, block, *args, **kwargs), seen.setdefault(id(turns), set())
+        known.add(block)
+        counts.append(sum(any(isinstance(part, There) for part in each.parameters()) for each in known))
         return result
 
-    model = tiny_model(name, **SMALL.get(name, {}))
-    blocks = named_blocks(model).values()
     with patch.object(residence._Turns, "run", counted):
-        fold(model, text(), replace(SETTINGS, device=NAME))
-    return max(counts)
+        yield
 
 
 def refused(owner: object, attribute: str, wrong: Callable[..., Any]) -> str:
     """What is said of a fold on the device in which a function is replaced by a wrong one; empty if it ends well."""
     try:
         with patch.object(owner, attribute, wrong):
-            fold(tiny_model("gpt2", **SMALL["gpt2"]), text(), replace(SETTINGS, device=NAME))
+            fold(tiny_model("gpt2", **SMALL["gpt2"]), text(WINDOWS), replace(SETTINGS, device=NAME))
     except RuntimeError as error:
         return str(error)
     return ""
@@ -172,8 +181,10 @@ def mistakes() -> dict[str, str]:
 def main() -> None:
     """Print what is found."""
     register()
-    found = {name: {kind: differing(name, config) for kind, config in CONFIGS.items()} for name in sys.argv[1:]}
-    sys.stdout.write(json.dumps({"differing": found, "crowd": crowd("gpt2"), "mistakes": mistakes()}))
+    counts: list[int] = []
+    with counting(counts):
+        found = {name: {kind: differing(name, config) for kind, config in CONFIGS.items()} for name in sys.argv[1:]}
+    sys.stdout.write(json.dumps({"differing": found, "crowd": max(counts), "mistakes": mistakes()}))
 
 
 if __name__ == "__main__":
