@@ -29,6 +29,7 @@ from tardis_llm.ffn.activations import activation
 from tardis_llm.ffn.neuron import Neurons, value
 from tardis_llm.ffn.weights import DenseFFN, FoldedWeights
 from tardis_llm.files import write_json
+from tardis_llm.report import LayerReport
 from tardis_llm.runtime.reference import fixed_neurons, folded_ffn
 from tardis_llm.runtime.triton.backend import TritonBackend, TritonFFN, product
 from tardis_llm.runtime.triton.codes import Codes
@@ -329,7 +330,8 @@ def folded_twice(device: str, tokens: int) -> dict[str, Any]:
     """The sample model folded on the CPU and on a device: seconds, and how far apart the two are at most."""
     directory = str(sample.model_dir())
     windows = read_windows([sample.calibration_text()], load_tokenizer(directory), tokens, 256, 0.125)
-    seconds, layers = {}, []
+    seconds: dict[str, float] = {}
+    layers: list[Sequence[LayerReport]] = []
     for each in ("cpu", device):
         start = time.perf_counter()
         report = fold(load_model(directory), windows, FoldConfig(fold_bits=8, fallback_bits=4, device=each))
