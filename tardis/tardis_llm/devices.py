@@ -15,7 +15,7 @@ def device_named(name: str) -> torch.device:
     """The device of a name, on which numbers in fp64 can be computed.
 
     Args:
-        name: such as cpu, cuda or cuda:1; auto for the accelerator that torch finds, or the CPU without one that has fp64.
+        name: such as cpu, cuda or cuda:1; auto for the accelerator that torch finds, if it has fp64, and else the CPU.
 
     Raises:
         InvalidInputError: there is no such device here, or it has no fp64.
