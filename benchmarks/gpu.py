@@ -1,4 +1,4 @@
-"""Measure the GPU backend on the GPU that is here: correctness, every kernel, one FFN, whole models.
+"""Measure the GPU backend on the GPU that is here: correctness, every kernel, one FFN, whole models, folding itself.
 
     python benchmarks/gpu.py [--output FILE] [--quick]
 
@@ -10,6 +10,7 @@ one another, so that no weight is in the caches when it is read. Prints what it 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,11 +22,14 @@ import torch.nn.functional as F
 import triton
 import typer
 from torch import Tensor
+from transformers import AutoModelForCausalLM, FalconConfig
 
+from tardis_llm import FoldConfig, fold, load_model, load_tokenizer, read_windows, sample
 from tardis_llm.ffn.activations import activation
 from tardis_llm.ffn.neuron import Neurons, value
 from tardis_llm.ffn.weights import DenseFFN, FoldedWeights
 from tardis_llm.files import write_json
+from tardis_llm.report import LayerReport
 from tardis_llm.runtime.reference import fixed_neurons, folded_ffn
 from tardis_llm.runtime.triton.backend import TritonBackend, TritonFFN, product
 from tardis_llm.runtime.triton.codes import Codes
@@ -39,6 +43,8 @@ CONTEXT = 512
 BF16 = torch.bfloat16
 #: how far an output may be from the reference, relative to the largest, and the share of neurons that both fix
 MOST_ERROR, LEAST_AGREEMENT = 0.03, 0.97
+#: how far error and fix rate of a layer folded on the GPU may be from those on the CPU, relative to them
+MOST_APART = 0.05
 _RUNS = 5  # of which the median counts
 Step = Callable[[Tensor], Tensor]
 
@@ -317,6 +323,39 @@ def models(shape: Shape, count: int) -> Iterator[tuple[str, Step]]:
     yield "folded int4", decoder(shape, [layer.folded for layer in layers_of(shape, 4, count)], 4)
 
 
+# ---- folding -------------------------------------------------------------------------------------------------------
+
+
+def folded_twice(device: str, tokens: int) -> dict[str, Any]:
+    """The sample model folded on the CPU and on a device: seconds, and how far apart the two are at most."""
+    directory = str(sample.model_dir())
+    windows = read_windows([sample.calibration_text()], load_tokenizer(directory), tokens, 256, 0.125)
+    seconds: dict[str, float] = {}
+    layers: list[Sequence[LayerReport]] = []
+    for each in ("cpu", device):
+        start = time.perf_counter()
+        report = fold(load_model(directory), windows, FoldConfig(fold_bits=8, fallback_bits=4, device=each))
+        seconds[each] = time.perf_counter() - start
+        layers.append(report.layers)
+    pairs = list(zip(*layers, strict=True))
+    apart = {
+        "error": max(abs(there.error / here.error - 1) for here, there in pairs),
+        "fix_rate": max(abs(there.fix_rate / here.fix_rate - 1) for here, there in pairs),
+    }
+    return {"seconds": seconds, "apart": apart, "as_on_cpu": max(apart.values()) <= MOST_APART}
+
+
+def large_fold(device: str, blocks: int, tokens: int) -> dict[str, float]:
+    """Random blocks of Falcon-7B's shape folded on a GPU: seconds for each, and the most memory taken there."""
+    model = AutoModelForCausalLM.from_config(FalconConfig(num_hidden_layers=blocks), dtype=BF16).eval()
+    windows = torch.randint(1000, 60_000, (tokens // 1024, 1024))
+    torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    fold(model, windows, FoldConfig(split="uniform", sequence_length=1024, fold_bits=8, fallback_bits=4, device=device))
+    seconds = (time.perf_counter() - start) / blocks
+    return {"seconds_a_block": seconds, "peak_bytes": torch.cuda.max_memory_allocated()}
+
+
 def main(
     output: Annotated[Path, typer.Option(help="Where the results go.")] = RESULTS,
     quick: Annotated[bool, typer.Option(help="Four layers a model, for a first look.")] = False,
@@ -362,6 +401,8 @@ def main(
             inputs = [torch.randn(tokens, shape.d, dtype=BF16, device="cuda") for tokens in BATCHES]
             steps = {len(x): timed([model], x) for x in inputs}
             keep(f"model {name} {label}", steps)
+    keep("folding the sample", folded_twice("cuda", 8_192 if quick else 32_768))
+    keep("folding falcon-7b", large_fold("cuda", 2, 16_384 if quick else 65_536))
 
 
 if __name__ == "__main__":

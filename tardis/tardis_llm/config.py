@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
+import torch
+
+from .devices import device_named
 from .errors import InvalidInputError
 from .ffn.weights import Storage
 
@@ -19,6 +22,9 @@ FORMAT_VERSION = 4
 PREDICTOR_BITS = (1, 2, 3, 4, 8)
 #: bits per weight that anything else may have: a fold, fallback weights, linear layers outside the FFNs
 STACKED_BITS = (4, 8)
+
+#: settings that say how a fold is computed and not what is: an interrupted one may go on with others
+HOW = frozenset({"batch_tokens", "memory_limit_gib", "device"})
 
 _PYTHON_ONLY = {"option": False}  # marks the settings that are no option of `tardis fold`
 
@@ -62,6 +68,8 @@ class FoldConfig:
         probe_tokens: calibration tokens on which each layer's effect on the loss is measured.
         batch_tokens: tokens that run through a block at once; bounds the working memory.
         memory_limit_gib: GiB of hidden states that stay in memory; more goes to disk.
+        device: what folding computes on: cpu, cuda, cuda:1 and so on, or auto for the GPU that torch finds and the CPU
+            without one. The model stays where it is, and its blocks go there one at a time.
         layers: numbers of the blocks to fold, such as 0,1,5; default: all.
         seed: picks the calibration windows.
 
@@ -94,8 +102,9 @@ class FoldConfig:
     sequence_length: int | None = None
     heldout: float = field(default=0.125, metadata=_PYTHON_ONLY)
     probe_tokens: int = 8_192
-    batch_tokens: int = field(default=4_096, metadata=_PYTHON_ONLY)
+    batch_tokens: int = 4_096
     memory_limit_gib: float = 1.0
+    device: str = "cpu"
     layers: tuple[int, ...] | None = None
     seed: int = 0
 
@@ -122,6 +131,7 @@ class FoldConfig:
         for name in ("tokens", "probe_tokens", "batch_tokens"):
             self._require(name, getattr(self, name) > 0, "a positive number of tokens")
         check_seed(self.seed)
+        device_named(self.device)
         self._require("sequence_length", length is None or length >= 2, "at least 2 tokens")
 
     def _require(self, name: str, valid: bool, remedy: str) -> None:
@@ -129,12 +139,17 @@ class FoldConfig:
             raise InvalidInputError(f"{name} is {getattr(self, name)!r}; give {remedy}.")
 
     @property
+    def torch_device(self) -> torch.device:
+        """What folding computes on."""
+        return device_named(self.device)
+
+    @property
     def storage(self) -> Storage:
         """How the parts of each folded FFN are stored."""
         return Storage(self.group_size, self.fold_bits, self.fallback_bits, self.remainder_bits)
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings as plain values, for records and fingerprints."""
+        """The settings as plain values, for records."""
         return asdict(self)
 
 

@@ -17,6 +17,10 @@ class InfeasibleBudgetError(TardisError):
     """No choice of ranges and precisions fits the requested number of bytes."""
 
 
+class DeviceMemoryError(TardisError):
+    """The memory of the device that is computed on is full."""
+
+
 class CheckpointError(TardisError):
     """A folded checkpoint is missing, incomplete, of another version, or does not match its model."""
 

@@ -17,10 +17,10 @@ from .errors import CheckpointError
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
-    """SHA-256, in hexadecimal, of the bytes of tensors in main memory, one after the other."""
+    """SHA-256, in hexadecimal, of the bytes of tensors, one after the other."""
     sha = hashlib.sha256()
     for tensor in tensors:
-        sha.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+        sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 

@@ -72,7 +72,7 @@ def test_every_setting_is_described(kind: type):
 def test_fold_has_an_option_for_every_setting_but_those_of_python_alone():
     parameters = inspect.signature(fold).parameters
     missing = {each.name for each in dataclasses.fields(FoldConfig)} - set(parameters)
-    assert missing == {"damping", "sequential", "target", "weigh", "heldout", "batch_tokens"}
+    assert missing == {"damping", "sequential", "target", "weigh", "heldout"}
     for each in dataclasses.fields(FoldConfig):
         if each.name in parameters:
             assert parameters[each.name].default == each.default

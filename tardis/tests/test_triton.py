@@ -324,6 +324,21 @@ def test_a_step_of_decoding_does_nothing_but_make_room_and_launch(
     assert grids[:5] == grids[5:] and len(grids) == 10  # and the same for all inputs
 
 
+@pytest.mark.parametrize("count", [1, 16])
+def test_a_layer_in_few_bits_does_nothing_but_make_room_and_launch(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not gpu.available():
+        pytest.skip("Triton is not installed")
+    from tardis_llm.runtime.triton.launch import Launch
+
+    launched: list[Launch] = []
+    monkeypatch.setattr(Launch, "run", launched.append)
+    matrix, bias, x = Codes.of(packed(30, 72, 4, 64)), normal(30).to(BF16), correlated(count, 72).to(BF16)
+    with Recorded() as seen:
+        y = TritonBackend().linear(x, matrix, bias)
+    assert y is not None and y.shape == (count, 30) and len(launched) == 1
+    assert seen.names <= {"empty", "new_empty", "view", "detach"}
+
+
 @torch.no_grad()
 def test_the_operators_pass_the_checks_of_torch(chosen: None) -> None:
     folded, dense = stored_fold(40, 48, DENSE, FP32)

@@ -277,7 +277,7 @@ def run_encoder_end(model: PreTrainedModel, speech: Speech, hidden: Tensor) -> T
     """
     encoder = model.get_submodule(next(iter(layer_lists(model))).rpartition(".")[0])
     with _leaving_with(model, encoder_blocks(model) - 1, hidden):
-        output = encoder(speech.features, **_NO_RECORDS)
+        output = encoder(speech.features.to(model.device), **_NO_RECORDS)
     encoded: Tensor = output.last_hidden_state
     return encoded
 
@@ -306,8 +306,9 @@ _NO_RECORDS = {"output_hidden_states": False, "output_attentions": False, "retur
 
 def _forward(model: PreTrainedModel, inputs: TextOrSpeech, attention_mask: Tensor | None) -> ModelOutput:
     """Call the model, without its recording hidden states or attention."""
-    mask = {} if attention_mask is None else {"attention_mask": attention_mask}
-    output: ModelOutput = model(**model_arguments(inputs), **mask, use_cache=False, **_NO_RECORDS)
+    mask = {} if attention_mask is None else {"attention_mask": attention_mask.to(model.device)}
+    arguments = model_arguments(inputs, model.device)
+    output: ModelOutput = model(**arguments, **mask, use_cache=False, **_NO_RECORDS)
     return output
 
 

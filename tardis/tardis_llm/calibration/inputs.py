@@ -50,13 +50,14 @@ class Speech:
 TextOrSpeech = Tensor | Speech
 
 
-def model_arguments(inputs: TextOrSpeech) -> dict[str, Any]:
-    """The arguments by which a model gets windows."""
+def model_arguments(inputs: TextOrSpeech, device: torch.device) -> dict[str, Any]:
+    """The arguments by which a model on a device gets windows."""
+    ids = ids_of(inputs).to(device)
     if isinstance(inputs, Tensor):
-        return {"input_ids": inputs}
+        return {"input_ids": ids}
     if inputs.encoded is None:
-        return {"input_features": inputs.features, "decoder_input_ids": inputs.ids}
-    return {"encoder_outputs": (inputs.encoded,), "decoder_input_ids": inputs.ids}
+        return {"input_features": inputs.features.to(device), "decoder_input_ids": ids}
+    return {"encoder_outputs": (inputs.encoded.to(device),), "decoder_input_ids": ids}
 
 
 def ids_of(inputs: TextOrSpeech) -> Tensor:

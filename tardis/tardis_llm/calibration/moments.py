@@ -34,15 +34,16 @@ class SecondMoments(Sums):
     y_square: Tensor
 
     @classmethod
-    def zeros(cls, d: int, k: int) -> SecondMoments:
-        """Moments of no tokens, for d inputs and k targets."""
-        return cls(0, *(torch.zeros(shape, dtype=torch.float64) for shape in ((d,), (k,), (d, k), (k,))))
+    def zeros(cls, d: int, k: int, device: torch.device | None = None) -> SecondMoments:
+        """Moments of no tokens, for d inputs and k targets, on a device; default: the CPU."""
+        shapes = (d,), (k,), (d, k), (k,)
+        return cls(0, *(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
     @classmethod
     def of(cls, tokens: Tokens) -> SecondMoments:
         """Moments of the inputs of tokens beside themselves."""
         x = tokens.x
-        moments = cls.zeros(x.shape[1], x.shape[1])
+        moments = cls.zeros(x.shape[1], x.shape[1], tokens.device)
         moments.add(x, x, tokens.weight)
         return moments
 
@@ -50,18 +51,18 @@ class SecondMoments(Sums):
         """Add rows x [tokens, d] and y [tokens, k] in any float dtype; half precision is computed with in fp32.
 
         Args:
-            x, y: rows.
+            x, y: rows, on any device.
             weight: [tokens] by which each row counts; None for 1.
         """
         width = max(x.shape[1], y.shape[1])
-        for some in Tokens(x, y, weight).chunks(width):
+        for some in Tokens(x, y, weight, self.cross.device).chunks(width):
             assert some.target is not None, "that is y"
             rows, targets = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (some.x, some.target))
             self._add(rows, targets, some.weight)
 
     def _add(self, x: Tensor, y: Tensor, weight: Tensor | None) -> None:
         weighted = x if weight is None else x * weight[:, None].to(x.dtype)
-        counts = torch.ones(len(x)) if weight is None else weight
+        counts = torch.ones(len(x), device=x.device) if weight is None else weight
         self.count += float(counts.sum(dtype=torch.float64))
         self.x_sum += weighted.sum(0, dtype=torch.float64)
         self.y_sum += counts.double() @ y.double()

@@ -46,7 +46,7 @@ class BinnedMoments(Sums):
     def around(cls, activation: str, mean: Tensor, deviation: Tensor) -> BinnedMoments:
         """Empty bins over mean +- SPAN deviations, both [h] fp32."""
         deviation = deviation.clamp_min(1e-6 * (1 + mean.abs()))
-        sums = torch.zeros(7, len(mean), BINS, dtype=torch.float64)
+        sums = torch.zeros(7, len(mean), BINS, dtype=torch.float64, device=mean.device)
         return cls(activation, mean - SPAN * deviation, 2 * SPAN / BINS * deviation, sums)
 
     def add(self, u: Tensor, z: Tensor, weight: Tensor | None = None) -> None:
@@ -68,7 +68,7 @@ class BinnedMoments(Sums):
 
     def edges(self) -> Tensor:
         """[h, BINS + 1] fp32: the bins' edges; the first is -inf and the last inf, as the outer bins are open."""
-        steps = torch.arange(BINS + 1, dtype=torch.float32)
+        steps = torch.arange(BINS + 1, dtype=torch.float32, device=self.edge.device)
         edges = self.edge[:, None] + self.width[:, None] * steps
         edges[:, 0], edges[:, -1] = -torch.inf, torch.inf
         return edges
@@ -85,9 +85,9 @@ class PairMoments(Sums):
     sums: Tensor
 
     @classmethod
-    def zeros(cls, h: int) -> PairMoments:
-        """Moments of no tokens."""
-        return cls(torch.zeros(9, h, dtype=torch.float64))
+    def zeros(cls, h: int, device: torch.device | None = None) -> PairMoments:
+        """Moments of no tokens, on a device; default: the CPU."""
+        return cls(torch.zeros(9, h, dtype=torch.float64, device=device))
 
     def add(self, v: Tensor, a: Tensor, weight: Tensor | None = None, inside: Tensor | None = None) -> None:
         """Add tokens.
@@ -99,7 +99,7 @@ class PairMoments(Sums):
             inside: [tokens, h] bool, which outputs count; None for all.
         """
         g, u = v.chunk(2, -1)
-        w = torch.ones(len(v)) if weight is None else weight
+        w = torch.ones(len(v), device=v.device) if weight is None else weight
         one = torch.ones_like(g) if inside is None else inside.to(g.dtype)
         og, ou, oa = one * g, one * u, one * a
         products = (one, og, ou, og * g, og * u, ou * u, oa, oa * g, oa * u)
@@ -127,9 +127,9 @@ class ScoreHistogram(Sums):
     tokens: float = 0
 
     @classmethod
-    def around(cls, unit: float) -> ScoreHistogram:
-        """Empty bins around a typical score."""
-        return cls(unit, torch.zeros(2, _STEPS * _OCTAVES, dtype=torch.float64))
+    def around(cls, unit: float, device: torch.device | None = None) -> ScoreHistogram:
+        """Empty bins around a typical score, on a device; default: the CPU."""
+        return cls(unit, torch.zeros(2, _STEPS * _OCTAVES, dtype=torch.float64, device=device))
 
     def add(self, score: Tensor, error: Tensor) -> None:
         """Add predicted scores and weighted squared errors, both [tokens, h] fp32."""

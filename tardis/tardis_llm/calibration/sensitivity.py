@@ -9,16 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from ..families.sites import FFNSite
+from ..families.sites import FFNSite, named_blocks
 from ..families.table import family_of
 from .inputs import TextOrSpeech
+from .residence import running
 
 _WINDOWS, _LENGTH = 4, 512  # that are measured on, the most, and their tokens
 
@@ -72,10 +75,14 @@ def _relative_gradients(model: PreTrainedModel, sites: Sequence[FFNSite], window
         for site in sites:
             hooks.callback(site.down.register_forward_hook(probe).remove)
             hooks.callback(site.block.register_forward_hook(leave).remove)
-        logits = model(input_ids=window[None], use_cache=False, return_dict=True).logits[0]
-        loss = F.cross_entropy(logits[:-1].float(), window[1:], reduction="sum")
-    gradients = torch.autograd.grad(loss, probes)
-    return [_mean_square(gradient) * size for gradient, size in zip(gradients, sizes, strict=True)]
+        for block in named_blocks(model).values():  # each is computed again on the way back, and kept no longer
+            again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+            hooks.enter_context(running(block, again))
+        ids = window.to(model.device)
+        logits = model(input_ids=ids[None], use_cache=False, return_dict=True).logits[0]
+        loss = F.cross_entropy(logits[:-1].float(), ids[1:], reduction="sum")
+        gradients = torch.autograd.grad(loss, list(probes))
+    return [(_mean_square(gradient) * size).cpu() for gradient, size in zip(gradients, sizes, strict=False)]
 
 
 def _mean_square(x: Tensor) -> Tensor:

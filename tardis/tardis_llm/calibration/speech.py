@@ -65,9 +65,10 @@ def transcribe(model: PreTrainedModel, features: Tensor) -> list[Tensor]:
     """
     check_features(model, features)
     settings = {"do_sample": False, "num_beams": 1, "return_timestamps": False, "return_dict_in_generate": True}
-    whole = torch.ones(len(features), features.shape[2], dtype=torch.long)  # silence counts, too
-    written = model.generate(features.to(model.dtype), attention_mask=whole, **settings).sequences
-    return [_until_end(ids, _ends(model)) for ids in written]
+    features = features.to(model.device, model.dtype)
+    whole = features.new_ones(len(features), features.shape[2], dtype=torch.long)  # silence counts, too
+    written = model.generate(features, attention_mask=whole, **settings).sequences
+    return [_until_end(ids, _ends(model)) for ids in written.cpu()]
 
 
 def check_features(model: PreTrainedModel, features: Tensor) -> None:

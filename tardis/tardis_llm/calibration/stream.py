@@ -18,10 +18,12 @@ from transformers import PreTrainedModel
 from ..errors import InvalidInputError
 from ..families.sites import FFNSite, encoder_blocks, named_blocks
 from ..families.table import family_of, vocabulary
+from ..report import Progress, silent
 from .blocks import enter_head, ffn_input, run_block, run_encoder_end, run_head, shape_in, stream_gain, watch_ffn
 from .hidden import hidden_buffer
 from .inputs import Speech, TextOrSpeech, ids_of, is_text
 
+_STAGE = "measuring the loss"
 _LOGITS_AT_ONCE = 2**25  # the most elements of logits that are in memory at once
 
 
@@ -179,7 +181,7 @@ class Stream:
             self._store(buffers, "x", at, x.view(len(self.inputs[at]), -1, x.shape[-1]))
         return _rows(buffers["x"], self._real())
 
-    def loss(self, reference: Tensor | None = None) -> float:
+    def loss(self, reference: Tensor | None = None, progress: Progress = silent) -> float:
         """The model's loss on the windows, with the remaining blocks as they are now; the stream does not move on.
 
         A causal model's loss is the next-token cross-entropy in nats, for a model of speech that of the transcripts. An
@@ -187,16 +189,17 @@ class Stream:
 
         Args:
             reference: for an encoder, what `reference()` returned before the model was changed.
+            progress: told of each block.
         """
         total, weight = 0.0, 0.0
         done = 0
-        for output, some in self._outputs():
+        for output, some in self._outputs(progress):
             if family_of(self.model.config).causal:
                 losses = _losses(output, some)
                 total += float(losses.sum())
                 weight += losses.numel()
             elif reference is not None:
-                dense = reference[done : done + len(some)].float()
+                dense = reference[done : done + len(some)].to(output.device).float()
                 total += float((output - dense).square().sum())
                 weight += float(dense.square().sum())
             done += len(some)
@@ -206,22 +209,29 @@ class Stream:
         """The present outputs of an encoder, [windows, length, d] float16, for `loss`; None for a causal model."""
         if family_of(self.model.config).causal:
             return None
-        return torch.cat([output.half() for output, _ in self._outputs()])
+        return torch.cat([output.half().cpu() for output, _ in self._outputs()])
 
-    def _outputs(self) -> Iterator[tuple[Tensor, TextOrSpeech]]:
+    def _outputs(self, progress: Progress = silent) -> Iterator[tuple[Tensor, TextOrSpeech]]:
         """For a few windows at a time, the model's output in fp32, logits or the last hidden state, and the windows."""
         few = max(1, _LOGITS_AT_ONCE // (ids_of(self.inputs).shape[1] * vocabulary(self.model)))
-        for at in self._batches():
-            some, hidden = self.inputs[at], self._at(at)
-            for index in range(self.position, len(named_blocks(self.model))):
-                hidden = run_block(self.model, index, some, hidden=hidden)
-                if isinstance(some, Speech) and self._ends_encoder(index + 1):
-                    some, hidden = some.with_encoded(run_encoder_end(self.model, some, hidden)), None
+        batches, count = [(self.inputs[at], self._at(at)) for at in self._batches()], len(named_blocks(self.model))
+        for index in range(self.position, count):  # all windows at once: a block may have to come from elsewhere
+            progress(_STAGE, index, count)
+            batches = [self._through(index, *batch) for batch in batches]
+        progress(_STAGE, count, count)
+        for some, hidden in batches:
             assert hidden is not None, "a model has at least one block"
             for start in range(0, len(hidden), few):
                 part = slice(start, start + few)
                 output = run_head(self.model, some[part], hidden[part])
                 yield (output.logits if "logits" in output else output.last_hidden_state).float(), some[part]
+
+    def _through(self, index: int, some: TextOrSpeech, hidden: Tensor | None) -> tuple[TextOrSpeech, Tensor | None]:
+        """Windows and their hidden states, None in front of a first block, behind block `index`."""
+        after = run_block(self.model, index, some, hidden=hidden)
+        if isinstance(some, Speech) and self._ends_encoder(index + 1):
+            return some.with_encoded(run_encoder_end(self.model, some, after)), None
+        return some, after
 
     def _at(self, at: slice) -> Tensor | None:
         """Hidden states of some windows in front of the next block; None in front of the first."""
@@ -242,9 +252,9 @@ def _rows(part: Tensor, real: Tensor | None) -> Tensor:
 
 def _losses(logits: Tensor, inputs: TextOrSpeech) -> Tensor:
     """[tokens] fp32, cross-entropy of every token but a window's first, from logits [windows, length, vocabulary]."""
-    ids, real = ids_of(inputs), is_text(inputs)
+    ids, real = ids_of(inputs).to(logits.device), is_text(inputs)
     losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    return losses if real is None else losses[real[:, 1:].flatten()]
+    return losses if real is None else losses[real[:, 1:].flatten().to(losses.device)]
 
 
 def _check_finite(x: Tensor, site: FFNSite) -> None:

@@ -11,6 +11,7 @@ from ..calibration.documents import Documents
 from ..calibration.limits import check_windows, window_length
 from ..checkpoint.loading import dtype_name, load_model, load_report, load_tokenizer
 from ..checkpoint.manifest import MANIFEST
+from ..devices import device_named
 from ..errors import InvalidInputError
 from ..evaluation.fix_rate import count_fixes, measured
 from ..evaluation.perplexity import Perplexity, token_perplexity, windows_of
@@ -19,7 +20,7 @@ from ..evaluation.tasks import TASKS, Tasks, TaskScore, check_tasks
 from ..report import FoldReport, Progress
 from ..runtime.placing import folded_ffns
 from . import output as show
-from .options import AsJson, Dtype, ModelName, TaskData, TextField, TextFile, Window, read_texts
+from .options import AsJson, Device, Dtype, ModelName, TaskData, TextField, TextFile, Window, read_texts
 
 Recipe = Literal["tokens", "words"]
 TaskNames = Annotated[str | None, typer.Option(help=f"Zero-shot tasks, with commas between: {', '.join(TASKS)}.")]
@@ -43,6 +44,7 @@ def evaluate(
     recipe: RecipeOption = "tokens",
     window: Window = None,
     dtype: Dtype = None,
+    device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Measure the perplexity of a dense or folded model on a text, and its zero-shot accuracy on tasks."""
@@ -52,10 +54,11 @@ def evaluate(
     names = [] if tasks is None else [name.strip() for name in tasks.split(",")]
     if tasks is not None:
         check_tasks(names, task_data, limit)
+    place = device_named(device)
     content = None if text is None else read_texts([text], text_field)[0]
     report = load_report(model)
     tokenizer = load_tokenizer(model)
-    loaded = load_model(model, dtype)
+    loaded = load_model(model, dtype).to(place)
     length = window_length(loaded, tokenizer, window)
     perplexity = folded = None
     with show.progress_bars() as progress:

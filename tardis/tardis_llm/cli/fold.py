@@ -222,7 +222,7 @@ def _fold_and_check(
     if resume and not work.is_dir():
         show.say(f"nothing to resume in {directory}: starting from the beginning")
     with show.progress_bars("dense model: ") as progress:
-        check = SelfCheck(model, windows.heldout, progress)
+        check = SelfCheck(model, windows.heldout, progress, config.torch_device)
     with show.progress_bars() as progress:
         report = fold_model(model, windows, config, work, resume, progress)
     with show.progress_bars("folded model: ") as progress:

@@ -6,11 +6,13 @@ import sys
 import warnings
 from typing import Annotated
 
+import torch
 import typer
 from safetensors import SafetensorError
 
 from .. import __version__
 from ..allocator import keep_freed_memory
+from ..checkpoint.config_file import first_line
 from ..errors import TardisError
 from .bench import bench
 from .compare import compare
@@ -63,6 +65,8 @@ def run(args: list[str]) -> int:
         return int(done.code or 0)
     except TardisError as error:
         fail(str(error))
+    except torch.OutOfMemoryError as error:
+        fail(f"the memory of the device is full ({first_line(error)}). Compute on the CPU, with --device cpu.")
     except (OSError, SafetensorError) as error:
         message = explain(error)
         if message is None:

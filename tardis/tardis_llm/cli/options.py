@@ -33,6 +33,13 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 Dtype = Annotated[
     str | None, typer.Option(help="Load the model in float32, bfloat16 or float16; default: as in the checkpoint.")
 ]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="What to compute on: cpu, cuda, cuda:1 and so on, or auto for the GPU that torch finds and the CPU "
+        "without one. The model must fit there."
+    ),
+]
 _SOURCES = "Text in UTF-8; records in .jsonl, .json, .csv, .tsv or .parquet; or a dataset as name:config:split:column."
 Texts = Annotated[list[str] | None, typer.Option("--text", help=f"{_SOURCES} Repeatable.")]
 Audio = Annotated[

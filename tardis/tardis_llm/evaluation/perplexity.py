@@ -144,9 +144,9 @@ def _losses(model: PreTrainedModel, windows: Tensor, progress: Progress) -> Iter
     """Mean negative log-likelihood per token of each window, batch by batch, [batch] fp64."""
     batch = max(1, LOGITS_AT_ONCE // (windows.shape[1] * vocabulary(model)))
     for done in range(0, len(windows), batch):
-        ids = windows[done : done + batch]
+        ids = windows[done : done + batch].to(model.device)
         logits = model(input_ids=ids, use_cache=False).logits
         # one window at a time in fp32, so that the copy stays small
         means = [F.cross_entropy(one[:-1].float(), target[1:]) for one, target in zip(logits, ids, strict=True)]
         progress(_STAGE, done + len(ids), len(windows))
-        yield torch.stack(means).double()
+        yield torch.stack(means).double().cpu()

@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..calibration.inputs import TextOrSpeech, token_count
+from ..calibration.residence import computing_on
 from ..calibration.stream import Stream
 from ..calibration.text import some_windows
 from ..families.table import family_of
 from ..report import Progress, silent
-from .perplexity import token_perplexity
 
 #: a fold is refused when perplexity grows by more than this factor ...
 LARGEST_RATIO = 2.0
@@ -78,10 +78,18 @@ class SelfCheck:
     Args:
         model: dense.
         heldout: calibration windows kept apart; a part is taken if there are many.
+        progress: told of each block.
+        device: to compute on; default: where the model is.
     """
 
-    def __init__(self, model: PreTrainedModel, heldout: TextOrSpeech, progress: Progress = silent) -> None:
-        self.model, self.progress = model, progress
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        heldout: TextOrSpeech,
+        progress: Progress = silent,
+        device: torch.device | None = None,
+    ) -> None:
+        self.model, self.progress, self.device = model, progress, device or model.device
         self.causal = family_of(model.config).causal
         self.windows: TextOrSpeech = some_windows(heldout, _TOKENS if self.causal else _ENCODER_TOKENS)
         if (
@@ -102,13 +110,11 @@ class SelfCheck:
 
     def _perplexity(self) -> float:
         """Perplexity of the text in the windows; of speech, that of the dense model's transcripts."""
-        if isinstance(self.windows, Tensor):
-            return token_perplexity(self.model, self.windows, self.progress).value
-        loss = self._measured(Stream.loss)
+        loss = self._measured(lambda stream: stream.loss(progress=self.progress))
         return math.exp(loss) if loss < _LARGEST_LOSS else math.inf
 
     @torch.no_grad()
     def _measured(self, measure: Callable[[Stream], Result]) -> Result:
         """What `measure` makes of a stream of the windows at the start of the model."""
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory() as scratch, computing_on(self.model, self.device):
             return measure(Stream(self.model, self.windows, Path(scratch), math.inf, _BATCH_TOKENS))

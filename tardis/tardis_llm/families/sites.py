@@ -240,6 +240,19 @@ def only_layer(model: PreTrainedModel, index: int) -> Iterator[nn.Module]:
 
 
 @contextmanager
+def without_blocks(model: PreTrainedModel) -> Iterator[None]:
+    """Within the context, a model's lists of blocks are empty, so that what is done to it leaves the blocks alone."""
+    lists = layer_lists(model)
+    for name in lists:
+        set_module(model, name, nn.ModuleList())
+    try:
+        yield
+    finally:
+        for name, layers in lists.items():
+            set_module(model, name, layers)
+
+
+@contextmanager
 def _only_layer_type(config: Any, index: int) -> Iterator[None]:
     """Within the context, block `index` is the only one that a config has a type of attention for.
 

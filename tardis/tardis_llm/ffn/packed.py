@@ -79,7 +79,7 @@ def expand_scale(scale: Tensor, group_size: int, columns: int) -> Tensor:
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Codes [h, d] (integers below 2^bits) as bit-planes [h, bits, ceil(d / 8)] uint8."""
-    positions = torch.arange(8, dtype=torch.uint8)[:, None]
+    positions = torch.arange(8, dtype=torch.uint8, device=codes.device)[:, None]
     parts = []
     for block in _blocks(codes.to(torch.uint8)):
         planes = [(((block >> bit) & 1) << positions).sum(2, dtype=torch.uint8) for bit in reversed(range(bits))]

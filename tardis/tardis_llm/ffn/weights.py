@@ -134,8 +134,13 @@ class DenseFFN:
     @property
     def biases(self) -> tuple[Tensor, Tensor]:
         """b1 and b2, zeros where there are none."""
-        b1, b2 = (torch.zeros(size) for size in (len(self.w1), self.d))
+        b1, b2 = (torch.zeros(size, device=self.w1.device) for size in (len(self.w1), self.d))
         return b1 if self.b1 is None else self.b1, b2 if self.b2 is None else self.b2
+
+    def to(self, device: torch.device) -> DenseFFN:
+        """The weights on a device."""
+        b1, b2 = (None if bias is None else bias.to(device) for bias in (self.b1, self.b2))
+        return DenseFFN(self.w1.to(device), b1, self.w2.to(device), b2, self.activation)
 
     def in_fp32(self) -> DenseFFN:
         """The weights in fp32, contiguous, with biases of zeros where there are none: what folding computes with."""

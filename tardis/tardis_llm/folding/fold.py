@@ -59,7 +59,7 @@ class Inputs:
         Rounding is spread by it. A token that counts for next to nothing elsewhere, such as the first, on which all
         others lean in their attention, must not come out wrong for that.
         """
-        return SecondMoments.of(Tokens(self.fit.x)).mean_product
+        return SecondMoments.of(replace(self.fit, target=None, weight=None)).mean_product
 
     @cached_property
     def heldout_moments(self) -> SecondMoments:
@@ -155,13 +155,13 @@ def _gated_lines(ffn: DenseFFN, tokens: Tokens, w_hat: Tensor) -> Neurons:
 
 def _fit_lines(ffn: DenseFFN, tokens: Tokens, w_hat: Tensor, ranges: Neurons | None) -> Neurons:
     """Least-squares lines, with open ranges, over all tokens or those that are predicted inside `ranges`."""
-    moments = PairMoments.zeros(ffn.h)
+    moments = PairMoments.zeros(ffn.h, tokens.device)
     for some in tokens.chunks(len(ffn.w1)):
         v = product(some.x, w_hat, ffn.b1)
         outputs = value(product(some.x, ffn.w1, ffn.b1), ffn.act, ffn.k)
         moments.add(v, outputs, some.weight, None if ranges is None else ~ranges.outside(v))
     slope, offset = fit_gated_lines(moments)
-    everything = torch.full((ffn.h,), torch.inf)
+    everything = torch.full((ffn.h,), torch.inf, device=tokens.device)
     return Neurons(ffn.activation, -everything, everything, slope.float(), offset.float())
 
 
@@ -171,7 +171,7 @@ def _scores(ffn: DenseFFN, tokens: Tokens, w_hat: Tensor, lines: Neurons) -> Sco
     for some in tokens.chunks(len(ffn.w1)):
         score = lines.score(product(some.x, w_hat, ffn.b1), norm)
         error = lines.score(product(some.x, ffn.w1, ffn.b1), norm).square()
-        found = found or ScoreHistogram.around(float(score.mean()) or 1.0)
+        found = found or ScoreHistogram.around(float(score.mean()) or 1.0, tokens.device)
         found.add(score, error if some.weight is None else error * some.weight[:, None])
     assert found is not None, "there is at least one held-out token"
     return found

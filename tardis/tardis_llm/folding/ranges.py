@@ -111,7 +111,7 @@ def coverage_ranges(moments: BinnedMoments, threshold: Tensor) -> Ranges:
 def _grown(moments: BinnedMoments, density: Tensor, threshold: Tensor) -> Ranges:
     """Ranges grown from the peak of a density [h, BINS] until they cover `threshold` [h] of each neuron's inputs."""
     share = moments.count / moments.tokens
-    rows = torch.arange(len(density))
+    rows = torch.arange(len(density), device=density.device)
     start = density.argmax(1)
     stop = start + 1
     covered = share[rows, start]
@@ -161,21 +161,21 @@ def share_by_error(error: Tensor, mean: float) -> Tensor:
         return torch.full_like(error, min(mean, 1.0))
     ordered = error.sort(descending=True).values
     rest = ordered.flip(0).cumsum(0).flip(0)  # what errors and shares are left after the first 0, 1, ... full ones
-    left = mean * len(error) - torch.arange(len(error), dtype=error.dtype)
+    left = mean * len(error) - torch.arange(len(error), dtype=error.dtype, device=error.device)
     full = int((left * ordered <= rest).int().argmax())  # the fewest with which the next is not more than full
     return torch.where(error > 0, error / rest[full] * left[full], 0.0).clamp_max(1)
 
 
 def kernel_density(count: Tensor) -> Tensor:
     """[h, BINS] Gaussian kernel density of histograms [h, BINS], bandwidth by Silverman's rule per neuron."""
-    position = torch.arange(BINS, dtype=torch.float64)
+    position = torch.arange(BINS, dtype=torch.float64, device=count.device)
     total = divisor(count.sum(1, keepdim=True))
     mean = (count * position).sum(1, keepdim=True) / total
     deviation = ((count * (position - mean) ** 2).sum(1, keepdim=True) / total).sqrt()
     bandwidth = (1.06 * deviation * total**-0.2).clamp_min(0.5)  # bins; below half a bin nothing is smoothed
     distance = position[:, None] - position[None, :]
     density = torch.empty_like(count)
-    for rows in torch.arange(len(count)).split(256):
+    for rows in torch.arange(len(count), device=count.device).split(256):
         kernel = torch.exp(-0.5 * (distance / bandwidth[rows, :, None]) ** 2)  # [rows, BINS, BINS]
         density[rows] = (kernel / kernel.sum(1, keepdim=True) @ count[rows, :, None])[..., 0]
     return density
@@ -194,7 +194,7 @@ def cheapest_interval(cost: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _bins_between(start: Tensor, stop: Tensor) -> Tensor:
-    position = torch.arange(BINS)
+    position = torch.arange(BINS, device=start.device)
     return (position >= start[:, None]) & (position < stop[:, None])
 
 
@@ -210,6 +210,6 @@ def _ranges(moments: BinnedMoments, inside: Tensor) -> Ranges:
 def _fix_all(moments: BinnedMoments) -> Ranges:
     """Empty ranges: every neuron is fixed for every token."""
     slope, offset = fit_lines(moments, torch.ones_like(moments.count, dtype=torch.bool))
-    nothing = torch.full((len(slope),), torch.inf)
+    nothing = torch.full((len(slope),), torch.inf, device=slope.device)
     neurons = Neurons(moments.activation, nothing, -nothing, slope.float(), offset.float())
     return Ranges(neurons, torch.zeros_like(moments.count, dtype=torch.bool))

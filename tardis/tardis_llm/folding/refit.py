@@ -140,7 +140,7 @@ def _best_rows(found: list[tuple[FoldedWeights, Tensor]], heldout: Statistics) -
     best = torch.stack([_output_errors(weights, heldout) for weights, _ in found]).argmin(0)
 
     def choose(parts: Sequence[Tensor]) -> Tensor:
-        return torch.stack(list(parts))[best, torch.arange(len(best))]
+        return torch.stack(list(parts))[best, torch.arange(len(best), device=best.device)]
 
     weights, folds = found[0][0], [stored(weights.fold) for weights, _ in found if weights.fold is not None]
     packed = [fold for fold in folds if isinstance(fold, PackedMatrix)]

@@ -94,7 +94,7 @@ def ridge(
         return (delta * (gram @ delta - 2 * cross)).sum(0)
 
     best = torch.stack([held_out_error(damping) for damping in dampings]).argmin(0)
-    chosen = torch.tensor(dampings, dtype=torch.float64)[best]
+    chosen = torch.tensor(dampings, dtype=torch.float64).to(best.device)[best]
     weight = prior + (V @ change(chosen)).T
     return AffineMap(weight.float(), (mean_y - weight @ mean_x).float(), chosen)
 

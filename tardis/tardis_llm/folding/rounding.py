@@ -48,7 +48,8 @@ def quantise(
     if covariance is None:
         codes = _nearest(w, columns, bits, zero)
     else:
-        covariance = covariance + _DAMPING * covariance.diagonal().mean() * torch.eye(len(covariance))
+        damping = _DAMPING * covariance.diagonal().mean()
+        covariance = covariance + damping * torch.eye(len(covariance), device=w.device)
         codes = _gptq(w, columns, bits, covariance, zero)
         for _ in range(_ROUNDS):
             scale = refit_scale(w, codes.float() - zero, scale, group_size, covariance)
@@ -80,7 +81,7 @@ def _best_scale(w: Tensor, bits: int, group_size: int, has_zero: bool, importanc
     """
     h, d = w.shape
     groups = F.pad(w, (0, -d % group_size)).view(h, -1, group_size)
-    counts = torch.ones(d) if importance is None else importance.float() + 1e-3 * importance.float().mean()
+    counts = w.new_ones(d) if importance is None else importance.float() + 1e-3 * importance.float().mean()
     counts = F.pad(counts, (0, -d % group_size)).view(-1, group_size)  # 0 for what is filled up
     largest = groups.abs().amax(-1).clamp_min(1e-6)
     if has_zero:
@@ -159,7 +160,7 @@ def refit_scale(w: Tensor, level: Tensor, scale: Tensor, group_size: int, covari
         covariance: [d, d] second moments of the inputs.
     """
     starts = range(0, w.shape[1], group_size)
-    gram, left = torch.empty(len(w), len(starts), len(starts)), torch.empty(scale.shape)
+    gram, left = (w.new_empty(*scale.shape, *more) for more in ((len(starts),), ()))
     error = w - level * expand_scale(scale.float(), group_size, w.shape[1])
     for group, start in enumerate(starts):
         at = slice(start, start + group_size)

@@ -60,7 +60,7 @@ def match_sizes(dense: DenseFFN, folded: FoldedWeights, tokens: Tokens) -> Folde
     assert isinstance(folded.down, PackedMatrix), "W2 is in few bits"
     w1, w_hat = folded.fallback(torch.float32)[0], written_out(folded.predictor)
     neurons = folded.neurons.map(Tensor.float)
-    wanted, found, count = (torch.zeros(dense.h, dtype=torch.float64) for _ in range(3))
+    wanted, found, count = (torch.zeros(dense.h, dtype=torch.float64, device=tokens.device) for _ in range(3))
     for some in tokens.spread(_TOKENS).chunks(len(dense.w1)):
         outside = neurons.outside(product(some.x, w_hat, dense.b1))
         exact = neurons.residual(product(some.x, dense.w1, dense.b1))

@@ -55,9 +55,9 @@ class Statistics(Sums):
     tokens: float = 0.0
 
     @classmethod
-    def zeros(cls, d: int, h: int) -> Statistics:
-        """Statistics of no tokens, for an FFN of width d with h neurons."""
-        x, left, output = (SecondMoments.zeros(d, d) for _ in range(3))
+    def zeros(cls, d: int, h: int, device: torch.device | None = None) -> Statistics:
+        """Statistics of no tokens, for an FFN of width d with h neurons, on a device; default: the CPU."""
+        x, left, output = (SecondMoments.zeros(d, d, device) for _ in range(3))
         return cls(h, x, left, output)
 
     @classmethod
@@ -70,7 +70,7 @@ class Statistics(Sums):
             dense: the FFN that was folded, in any float dtype.
             folded: what stands for it, but for fold and bias, whose content is not read.
         """
-        statistics = replace(cls.zeros(dense.d, dense.h), x=moments)
+        statistics = replace(cls.zeros(dense.d, dense.h, tokens.device), x=moments)
         statistics._add_targets(tokens, dense, folded)
         return statistics
 

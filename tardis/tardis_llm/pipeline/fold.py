@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from transformers import PreTrainedModel
 
 from ..calibration.inputs import ids_of, tensors_of, token_count
 from ..calibration.limits import check_windows
+from ..calibration.residence import computing_on
 from ..calibration.sensitivity import first_token_importance
 from ..calibration.speech import hear
 from ..calibration.text import Windows, check_enough, split_windows
 from ..checkpoint.folded import mark_folded
-from ..config import FORMAT_VERSION, FoldConfig
+from ..config import FORMAT_VERSION, HOW, FoldConfig
+from ..families.linear import weight_of
 from ..families.naming import named
 from ..families.sites import FFNSite, named_blocks
 from ..families.table import NAMED, Family
@@ -52,12 +55,14 @@ def fold(
     """Fold the FFNs of a model in place.
 
     Args:
-        model: of a supported family, in eval mode, on the CPU; its dtype is that of the stored fold.
+        model: of a supported family, in eval mode; its dtype is that of the stored fold. It stays where it is, and
+            computes on `config.device`, to which its blocks go one at a time.
         calibration: windows, or token ids (flat or [windows, length]) to cut into them; for a model of speech log-mel
             features [windows, mels, frames], which the dense model transcribes first.
         config: settings; the defaults without.
         work: folder that keeps finished layers, so that an interrupted fold can resume. Without it nothing is kept.
-        resume: go on with what `work` holds, to the same bytes as an uninterrupted fold.
+        resume: go on with what `work` holds, to the same bytes as an uninterrupted fold. Device, batch size and memory
+            limit may have changed; then what is left to do is rounded as they round.
         progress: told of each step.
         family: where the FFNs are, of a model that TARDIS does not know; its config keeps it.
 
@@ -70,6 +75,7 @@ def fold(
             round, a resume of another fold, or a family that does not fit
             the model.
         InfeasibleBudgetError: the reduction leaves no byte for fixing; says what is feasible.
+        DeviceMemoryError: the memory of the device is full; finished layers are kept in `work`.
 
     Examples:
         >>> report = fold(model, windows, FoldConfig(reduction=0.5))
@@ -86,6 +92,7 @@ def fold(
     fingerprint = _fingerprint(model, calibration, config)
     with (
         Workspace.open(work, fingerprint, resume) if work else nullcontext() as workspace,
+        computing_on(model, config.torch_device),
         tempfile.TemporaryDirectory(dir=work, prefix=SCRATCH) as scratch,
         torch.no_grad(),
     ):
@@ -129,7 +136,7 @@ def changes(report: FoldReport, model: PreTrainedModel, calibration: Windows, co
     """
     fingerprint = _fingerprint(model, calibration, config)
     asked = {"config": fingerprint["config"], "calibration": _describe(calibration, fingerprint)}
-    return list(differences({"config": report.config, "calibration": report.calibration}, asked))
+    return list(differences({"config": _deciding(report.config), "calibration": report.calibration}, asked))
 
 
 def is_left_over(work: Path, report: FoldReport) -> bool:
@@ -137,7 +144,7 @@ def is_left_over(work: Path, report: FoldReport) -> bool:
     found = state_of(work)
     if found is None:
         return True
-    known = report.calibration["model_sha256"], report.calibration["text_sha256"], report.config
+    known = report.calibration["model_sha256"], report.calibration["text_sha256"], _deciding(report.config)
     return (found["model"]["sha256"], found["text"]["sha256"], found["config"]) == known
 
 
@@ -197,12 +204,13 @@ def _fold_block(
     )
     if workspace:
         _save_layer(workspace, name, ffn, quality)
-    install(session.model, site, ffn)
+    install(session.model, site, ffn.to(weight_of(site.down).device))
     return _layer_report(site, layer, cost(site.outline(), ffn.weights), quality)
 
 
 def _fold_layer(session: Session, site: FFNSite, layer: LayerPlan, inputs: Inputs) -> tuple[FoldedFFN, FoldQuality]:
-    config, ffn = session.config, sound_weights(site).in_fp32()
+    config = session.config
+    ffn = sound_weights(site).to(config.torch_device).in_fp32()
     predicted = predict(ffn, inputs, layer.bits, config)
     ranges = choose_ranges(ffn, predicted, layer.fix_rate, config)
     weights, quality = finish(ffn, inputs, predicted, ranges, config, session.model.dtype)
@@ -243,17 +251,21 @@ def _layer_report(site: FFNSite, layer: LayerPlan, cost: Cost, quality: FoldQual
 
 
 def _fingerprint(model: PreTrainedModel, windows: Windows, config: FoldConfig) -> dict[str, Any]:
-    """All that the bytes of a fold depend on, as plain values."""
-    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in config.as_dict().items()}
+    """All that a fold depends on but for rounding, as plain values."""
     family = getattr(model.config, NAMED, None) or model.config.model_type
     return {
         "format_version": FORMAT_VERSION,
         "model": {"family": family, "sha256": digest(model.state_dict().values())},
         "text": {"sha256": digest([part for inputs in windows for part in tensors_of(inputs)])},
-        "config": settings,
+        "config": _deciding(config.as_dict()),
         "software": {"torch": torch.__version__, "transformers": transformers.__version__},
         "threads": torch.get_num_threads(),
     }
+
+
+def _deciding(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, as plain values, that say what is folded, and not how that is computed."""
+    return {name: list(it) if isinstance(it, tuple) else it for name, it in config.items() if name not in HOW}
 
 
 def _describe(windows: Windows, fingerprint: dict[str, Any]) -> dict[str, Any]:

@@ -195,5 +195,5 @@ class Covariances:
             return
         self._last = x, name
         width = x.shape[-1]
-        moments = self._moments.setdefault(name, SecondMoments.zeros(width, width))
+        moments = self._moments.setdefault(name, SecondMoments.zeros(width, width, x.device))
         moments.add(x.reshape(-1, width), x.reshape(-1, width))

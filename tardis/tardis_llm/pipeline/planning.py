@@ -17,6 +17,7 @@ from torch import Tensor
 from ..calibration.inputs import TextOrSpeech, ids_of
 from ..calibration.stream import Stream
 from ..calibration.text import spread
+from ..families.linear import weight_of
 from ..families.sites import FFNSite
 from ..ffn.accounting import Cost
 from ..ffn.weights import DenseFFN
@@ -159,7 +160,7 @@ class _LossMeter:
 
 def _probe(session: Session, site: FFNSite, inputs: Inputs, bits: tuple[int, ...], meter: _LossMeter) -> Probe:
     """Fold one layer alone with the narrowest predictor and measure the loss; and the error curves of every width."""
-    ffn = sound_weights(site).in_fp32()
+    ffn = sound_weights(site).to(session.config.torch_device).in_fp32()
     predicted = {width: predict(ffn, inputs, width, session.config) for width in bits}
     increase, error = _measure(session, site, ffn, inputs, predicted[bits[0]], meter)
     if session.config.policy == "coverage":
@@ -176,7 +177,7 @@ def _measure(
     rate = min(max(uniform, _LEAST_RATE), _LARGEST_RATE)
     ranges = choose_ranges(ffn, predicted, rate, config)
     solved = solve(ffn, inputs, predicted, ranges, config, session.model.dtype)
-    install(session.model, site, FoldedFFN(solved.weights))
+    install(session.model, site, FoldedFFN(solved.weights).to(weight_of(site.down).device))
     try:
         return meter.increase(), error_left(ffn, predicted, ranges)
     finally:

@@ -108,15 +108,16 @@ class Followed:
         """What `at` returns, the folded stream in front of the site's block, from what `teach` returned."""
         weight = taught.weight if self.config.weigh else None
         if not self.config.sequential:
-            return Tokens(taught.x, None, weight)
+            return Tokens(taught.x, None, weight, self.config.torch_device)
         gain = self.folded.gain(site) if self.config.target == "stream" else None
         if gain is None:
-            return Tokens(self.folded.ffn_inputs(site), None if self.config.target == "own" else taught.y, weight)
+            wanted = None if self.config.target == "own" else taught.y
+            return Tokens(self.folded.ffn_inputs(site), wanted, weight, self.config.torch_device)
         wanted = taught.after
         del taught  # its other buffers may be as large as memory or disk allow
         own = self.folded.observe(site)
         _make_up(site, own, wanted, gain)
-        return Tokens(own.x, own.y, weight)
+        return Tokens(own.x, own.y, weight, self.config.torch_device)
 
     def pass_by(self, index: int) -> None:
         """Move the dense stream behind a block that is about to change, and the folded one in front of it."""
@@ -136,7 +137,7 @@ def _make_up(site: FFNSite, seen: Seen, wanted: Tensor, gain: float) -> None:
         wanted: [tokens, d] the stream.
         gain: by which the block multiplies what it adds to the stream.
     """
-    channel = 1 / gain if site.norm is None else _inverse(site.norm, seen.y) / gain
+    channel = 1 / gain if site.norm is None else _inverse(site.norm, seen.y).to(seen.y.device) / gain
     for y, after, aim in zip(*(chunks(part, seen.y.shape[1]) for part in (seen.y, seen.after, wanted)), strict=True):
         size = 1 if site.norm is None else y.float().square().mean(1, keepdim=True).sqrt()
         y += ((aim.float() - after.float()) * channel * size).to(y.dtype)
@@ -144,7 +145,7 @@ def _make_up(site: FFNSite, seen: Seen, wanted: Tensor, gain: float) -> None:
 
 def _inverse(norm: nn.Module, like: Tensor) -> Tensor:
     """[d] fp32, one over the factors by which a norm multiplies channels; next to 0 where those are."""
-    signs = torch.ones_like(like[:1])
+    signs = torch.ones_like(like[:1], device=next(norm.parameters(), like).device)
     signs[:, 1::2] = -1  # of mean 0 and mean square 1, which no norm changes
     factor = ((norm(signs) - norm(-signs)) / 2 * signs)[0].float()
     return factor / (factor.square() + 1e-3 * factor.square().mean())
@@ -154,7 +155,7 @@ def tokens_at(site: FFNSite, stream: Stream, config: FoldConfig) -> Tokens:
     """Inputs of the FFN at a site of a dense model; the stream moves in front of the site's block and stays there."""
     advance_to(site.index, stream)
     seen = stream.observe(site)
-    return Tokens(seen.x, None, seen.weight if config.weigh else None)
+    return Tokens(seen.x, None, seen.weight if config.weigh else None, config.torch_device)
 
 
 def advance_to(index: int, *streams: Stream) -> None:

@@ -171,4 +171,4 @@ class Workspace:
         """Save tensors; they are there in full or not at all."""
         path = self.root / f"{name}.safetensors"
         with in_one_step(path) as partial:
-            save_file({key: value.contiguous() for key, value in tensors.items()}, partial)
+            save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, partial)

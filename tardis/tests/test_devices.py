@@ -1,0 +1,92 @@
+"""Folding computes on the device that is asked for, to the same numbers, and a model larger than it is folds there."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Result, assert_refused
+from folds import SETTINGS, text
+from models import tiny_model
+
+from tardis_llm import FoldConfig, fold
+from tardis_llm.devices import device_named
+from tardis_llm.errors import DeviceMemoryError, InvalidInputError
+from tardis_llm.pipeline import fold as folding
+
+MODELS = ("gpt2", "llama", "gemma3_text")
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+@functools.cache
+def on_device() -> Any:
+    """What tests/on_device.py finds, in a process of its own: torch keeps the device that it makes up."""
+    script = Path(__file__).with_name("on_device.py")
+    done = subprocess.run([sys.executable, script, *MODELS], capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("config", ["plain", "stacked"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_fold_on_another_device_has_the_same_bytes(name: str, config: str) -> None:
+    assert on_device()["differing"][name][config] == []
+
+
+def test_one_block_at_a_time_is_on_the_device() -> None:
+    assert on_device()["crowd"] == 1
+
+
+@pytest.mark.parametrize("mistake", ["tokens stay on the CPU", "numbers of bins are on the CPU"])
+def test_tensors_that_stay_behind_are_found(mistake: str) -> None:
+    assert "tensors of two devices" in on_device()["mistakes"][mistake]
+
+
+def test_devices_by_name() -> None:
+    assert device_named("cpu") == torch.device("cpu")
+    assert device_named("auto").type in ("cpu", "cuda", "xpu")
+
+
+@without_gpu
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("cuda", "cannot compute on it here.*build of torch"), ("meta", "cannot compute"), ("gpu", "none of torch's")],
+)
+def test_a_device_that_is_not_there_is_refused(name: str, message: str) -> None:
+    with pytest.raises(InvalidInputError, match=f"device is '{name}'.*{message}"):
+        FoldConfig(device=name)
+
+
+@without_gpu
+def test_the_command_line_refuses_it_before_anything_is_read(tardis: Callable[..., Result], tmp_path: Path) -> None:
+    result = tardis("fold", tmp_path / "none", "-o", tmp_path / "folded", "--device", "cuda")
+    assert_refused(result, "device is 'cuda'")
+
+
+def test_a_full_memory_loses_no_layer_and_the_fold_goes_on_in_smaller_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[int] = []
+    stock = folding._fold_layer
+
+    def until_full(session: Any, site: Any, *others: Any) -> Any:
+        if done and session.config.batch_tokens == SETTINGS.batch_tokens:
+            raise torch.OutOfMemoryError("no room for 8 GiB")
+        done.append(site.index)
+        return stock(session, site, *others)
+
+    monkeypatch.setattr(folding, "_fold_layer", until_full)
+    settings = replace(SETTINGS, split="uniform")
+    with pytest.raises(DeviceMemoryError, match=r"memory of cpu is full.*--batch-tokens.*--resume"):
+        fold(tiny_model("gpt2"), text(), settings, work=tmp_path)
+    report = fold(tiny_model("gpt2"), text(), replace(settings, batch_tokens=96), work=tmp_path, resume=True)
+    assert done == [0, 1, 2] and len(report.layers) == 3
+    assert report.config["batch_tokens"] == 96
