@@ -14,9 +14,9 @@ from .dtypes import Described
 from .engine import Engine
 from .errors import damaged
 from .inputs import as_scalar
-from .keytype import Cut, Cuts, KeyType
-from .lexicon import Lexicon, Tier, distinct
-from .strings import Packed, column_is_text, encoded, pack, unpacked
+from .keytype import Cut, Cuts, KeyType, Ranking
+from .lexicon import Lexicon, Tier, distinct, ranks_in
+from .strings import Packed, column_is_text, encoded, pack, queried, unpacked
 
 STR, BYTES = np.dtypes.StringDType(), np.dtype("S")
 CHECKED = 1 << 16  #: texts that are checked at once to be UTF-8
@@ -124,7 +124,14 @@ class TextType(LexiconType):
 
     def cuts(self, queries: ArrayLike) -> Cuts:
         """All exact, as an odd code is no key's."""
-        return Cuts(self.lexicon.codes_of(self._packed(queries)), None, None)
+        return Cuts(self.lexicon.codes_of(queried(queries, self.is_text, self.engine)), None, None)
+
+    def ranking(self, codes: Codes) -> Ranking | None:
+        """What finds the texts, if no others have codes: the number of one is its rank."""
+        tier, *others = self.lexicon.tiers
+        if others or not np.array_equal(tier.codes, codes):
+            return None
+        return lambda queries, right: ranks_in(tier, queried(queries, self.is_text, self.engine), right)
 
     def decode(self, codes: Codes) -> NDArray[Any]:
         """An array of NumPy's StringDType, or of bytes objects, as NumPy's own bytes lose zeros at their end."""
