@@ -11,7 +11,9 @@ LAYOUT: tuple[tuple[int, ...], tuple[int, ...], int, tuple[int, ...], int, tuple
 
 # The arrays are those of the enum KEYS, BOUNDS, ... in _native.c, the values of the run and of both deltas, the bits of
 # the deltas' windows, and plain values once more as bytes, with the size of one.
-def View(kind: str, itemsize: int, cut: Cut, lexicon: object, sampling: int, /, *arrays: Array | int | None) -> search.View: ...  # noqa: N802
+def View(  # noqa: N802
+    kind: str, itemsize: int, cut: Cut, lexicon: object, sampling: int, /, *arrays: Array | int | None
+) -> search.View: ...
 def pack_delta(
     codes: Array, net: Array, present: Array, left: Array, bits: int, entries: Array, windows: Array, /
 ) -> None: ...

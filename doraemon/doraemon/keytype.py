@@ -18,7 +18,6 @@ from .arrays import Arrays, Codes, Ints, Mask
 from .dtypes import Described
 from .inputs import is_batch
 
-
 Ranking = Callable[[ArrayLike, bool], Ints]  #: how many keys are below each query, or (True) not above it
 
 

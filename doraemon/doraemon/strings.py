@@ -73,7 +73,6 @@ def queried(given: Any, is_text: bool, engine: Engine) -> Packed | Listed:
     return Listed(given, is_text, engine) if type(given) is list else pack(given, is_text, engine)
 
 
-
 def pack(given: Any, is_text: bool, engine: Engine) -> Packed:
     """The texts of a list, an array of strings, a Series or an Arrow column.
 

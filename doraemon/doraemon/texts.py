@@ -25,6 +25,8 @@ CHECKED = 1 << 16  #: texts that are checked at once to be UTF-8
 class LexiconType(KeyType):
     """Keys that become bytes, whose codes a lexicon gives. A subclass says how, and makes keys of bytes again."""
 
+    lexicon: Lexicon
+
     def __init__(self, dtype: np.dtype[Any], engine: Engine, lexicon: Lexicon | None = None) -> None:
         self.dtype, self.engine = dtype, engine
         self.lexicon = lexicon or Lexicon(engine)
