@@ -14,28 +14,27 @@ typedef struct {
     int n_held;
 } TreeObject;
 
-/* The texts of two buffers; -1 and a ValueError if the offsets are not ascending inside the data. */
-static int texts_of(const Py_buffer *data, const Py_buffer *offsets, Texts *texts)
+/* Whether there is a text of that number, inside the data. */
+static inline int has_text(const Texts *texts, int64_t i)
 {
-    const int64_t *at = offsets->buf;
-    int64_t n = offsets->len / 8 - 1;
-    int fits = n >= 0 && at[0] >= 0 && at[n] <= data->len;
-    for (int64_t i = 0; fits && i < n; i++)
-        fits = at[i] <= at[i + 1];
-    *texts = (Texts){.data = data->buf, .end = (const uint8_t *)data->buf + data->len, .offsets = at, .n = n};
-    if (!fits)
-        PyErr_SetString(PyExc_ValueError, "the offsets of texts do not fit their bytes");
-    return fits ? 0 : -1;
+    const int64_t *at = texts->offsets + i;
+    return i >= 0 && i < texts->n && at[0] >= 0 && at[0] <= at[1] && at[1] <= texts->end - texts->data;
 }
 
-/* Hold the buffers of some arrays, as `get_buffers` does, of which the first two are texts. */
-static int get_texts(PyObject *const *arrays, const Py_ssize_t *itemsizes, int count, int written, Py_buffer *held,
-                     Texts *texts)
+/* Hold the buffers of some arrays, as `get_buffers` does, of which the first two are texts. Unless all of these are
+ * inside their data, which takes O(texts) to see, `has_text` has to be asked of each. */
+static int get_texts(PyObject *const *arrays, const Py_ssize_t *itemsizes, int count, int written, int all,
+                     Py_buffer *held, Texts *texts)
 {
     if (get_buffers(arrays, itemsizes, count, written, held) < 0)
         return -1;
-    if (texts_of(held, held + 1, texts) == 0)
+    *texts = (Texts){held[0].buf, (const uint8_t *)held[0].buf + held[0].len, held[1].buf, held[1].len / 8 - 1};
+    int fits = texts->n >= 0;
+    for (int64_t i = 0; all && fits && i < texts->n; i++)
+        fits = has_text(texts, i);
+    if (fits)
         return 0;
+    PyErr_SetString(PyExc_ValueError, "the offsets of texts do not fit their bytes");
     release_buffers(held, count);
     return -1;
 }
@@ -65,7 +64,7 @@ static PyObject *tree_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         return NULL;
     allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
     TreeObject *self = (TreeObject *)allocate(type, 0);
-    if (self == NULL || get_texts(arrays, itemsizes, 3, 3, self->held, &self->tree.texts) < 0)
+    if (self == NULL || get_texts(arrays, itemsizes, 3, 3, 1, self->held, &self->tree.texts) < 0)
         goto failed;
     self->n_held = 3;
     if (self->held[2].len / 8 != self->tree.texts.n) {
@@ -127,7 +126,7 @@ static PyObject *tree_find_many(PyObject *object, PyObject *args)
     if (!PyArg_ParseTuple(args, "OOOO", arrays, arrays + 1, &right, arrays + 2))
         return NULL;
     int asked = asked_of(right);
-    if (asked < 0 || get_texts(arrays, itemsizes, 3, 2, held, &queries) < 0)
+    if (asked < 0 || get_texts(arrays, itemsizes, 3, 2, 1, held, &queries) < 0)
         return NULL;
     if (held[2].len / 8 != queries.n)
         return end_call(held, 3, NOT_AS_MANY);
@@ -343,14 +342,14 @@ static PyObject *unpack(PyObject *self, PyObject *args)
     int is_text;
     (void)self;
     if (!PyArg_ParseTuple(args, "OOOp", arrays, arrays + 1, arrays + 2, &is_text) ||
-        get_texts(arrays, itemsizes, 3, 3, held, &texts) < 0)
+        get_texts(arrays, itemsizes, 3, 3, 0, held, &texts) < 0)
         return NULL;
     const int64_t *numbers = held[2].buf;
     Py_ssize_t m = held[2].len / 8;
     items = PyList_New(m);
     for (Py_ssize_t i = 0; items != NULL && i < m; i++) {
         PyObject *item = NULL;
-        if (numbers[i] < 0 || numbers[i] >= texts.n) {
+        if (!has_text(&texts, numbers[i])) {
             PyErr_SetString(PyExc_IndexError, "there is no text of that number");
         } else {
             Text text = text_of(&texts, numbers[i]);
@@ -367,13 +366,13 @@ static PyObject *unpack(PyObject *self, PyObject *args)
 }
 
 /* Hold the four arrays of `order` and `gather`: bytes and offsets of texts, numbers, and bytes. */
-static int get_four(PyObject *args, int written, Py_buffer *held, Texts *texts)
+static int get_four(PyObject *args, int written, int all, Py_buffer *held, Texts *texts)
 {
     static const Py_ssize_t itemsizes[4] = {1, 8, 8, 1};
     PyObject *arrays[4];
     if (!PyArg_ParseTuple(args, "OOOO", arrays, arrays + 1, arrays + 2, arrays + 3))
         return -1;
-    return get_texts(arrays, itemsizes, 4, written, held, texts);
+    return get_texts(arrays, itemsizes, 4, written, all, held, texts);
 }
 
 /* order(data, offsets, order, again): the numbers of texts in their order, and whether each equals the one before. */
@@ -382,7 +381,7 @@ static PyObject *order(PyObject *self, PyObject *args)
     Py_buffer held[4];
     Texts texts;
     (void)self;
-    if (get_four(args, 2, held, &texts) < 0)
+    if (get_four(args, 2, 1, held, &texts) < 0)
         return NULL;
     if (held[2].len / 8 != texts.n || held[3].len != texts.n)
         return end_call(held, 4, NOT_AS_MANY);
@@ -404,13 +403,13 @@ static PyObject *gather(PyObject *self, PyObject *args)
     Py_buffer held[4];
     Texts texts;
     (void)self;
-    if (get_four(args, 3, held, &texts) < 0)
+    if (get_four(args, 3, 0, held, &texts) < 0)
         return NULL;
     const int64_t *numbers = held[2].buf;
     int64_t m = held[2].len / 8, total = 0;
     int fits = 1;
     for (int64_t i = 0; fits && i < m; i++) {
-        fits = numbers[i] >= 0 && numbers[i] < texts.n;
+        fits = has_text(&texts, numbers[i]);
         total += fits ? text_of(&texts, numbers[i]).size : 0;
     }
     if (!fits || total != held[3].len)

@@ -82,7 +82,7 @@ def test_batches_find_texts_that_the_table_has_lost_and_those_that_are_none(shar
     index = Index(keys, engine=engine)
     there = rng.random(6000) < share
     asked = [keys[i] + ("" if t else "\0") for i, t in zip(rng.integers(0, len(keys), 6000), there, strict=True)]
-    for queries in (asked, np.array(asked, dtype=np.dtypes.StringDType()), pack(asked, True, "native")):
+    for queries in (asked, np.array(asked, dtype=np.dtypes.StringDType()), pack(asked, True, engine)):
         assert index.searchsorted(queries).tolist() == [bisect_left(keys, query) for query in asked]
         assert index.searchsorted(queries, "right").tolist() == [bisect_right(keys, query) for query in asked]
         assert index.contains(queries).tolist() == there.tolist()
