@@ -21,6 +21,7 @@ import numpy as np
 
 from .arrays import Codes, Ints
 from .engine import Engine, native
+from .errors import CorruptFileError, damaged
 from .splicing import ranks_in as code_ranks
 from .strings import Listed, Packed, concatenated, gathered, ordered, slices, unpacked
 
@@ -60,10 +61,16 @@ class Tier:
 
     @cached_property
     def finder(self) -> Finder:
-        """What finds texts. Made on first use in O(n). Raises ValueError if the texts are not in order."""
+        """What finds texts. Made on first use in O(n) with C.
+
+        Raises CorruptFileError if the texts, of a file that was not verified, are not in order.
+        """
         if self.engine == "numpy":
             return _Bisection(self.texts, self.codes)
-        return native.Tree(self.texts.data, self.texts.offsets, self.codes)
+        try:
+            return native.Tree(self.texts.data, self.texts.offsets, self.codes)
+        except ValueError as error:
+            raise not_in_order(error) from None
 
     def chosen(self, numbers: Ints) -> Tier:
         """The tier of some of the texts, given by ascending numbers."""
@@ -194,8 +201,13 @@ class Lexicon:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of texts and codes; a tree takes about as much as the codes."""
-        return sum(tier.texts.nbytes + 2 * tier.codes.nbytes for tier in self.tiers)
+        """The bytes of texts and codes, and of trees, which take as much as the codes, and tables, a third more."""
+        return sum(tier.texts.nbytes + tier.codes.nbytes * 10 // 3 for tier in self.tiers)
+
+
+def not_in_order(error: ValueError) -> CorruptFileError:
+    """What is wrong with a file whose texts are not in order, or no keys."""
+    return damaged(f"keys.bytes are not those of keys in order, {error}")
 
 
 def ranks_in(tier: Tier, texts: Packed | Listed, right: bool) -> Ints:

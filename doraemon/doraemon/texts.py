@@ -15,7 +15,7 @@ from .engine import Engine
 from .errors import damaged
 from .inputs import as_scalar
 from .keytype import Cut, Cuts, KeyType, Ranking
-from .lexicon import Lexicon, Tier, distinct, ranks_in
+from .lexicon import Lexicon, Tier, distinct, not_in_order, ranks_in
 from .strings import Packed, column_is_text, encoded, pack, queried, unpacked
 
 STR, BYTES = np.dtypes.StringDType(), np.dtype("S")
@@ -80,14 +80,13 @@ class LexiconType(KeyType):
         fit = len(offsets) == len(codes) + 1 and offsets[0] == 0 and offsets[-1] == len(data)
         if not fit or (offsets[1:] < offsets[:-1]).any():
             raise damaged("keys.offsets do not divide keys.bytes")
-        tier = Tier(Packed(data, offsets), codes, self.engine)
-        try:
-            opened = self._with(Lexicon(self.engine, tier))
-            _ = tier.finder
-            if verify:
+        tier = Tier(Packed(data, offsets), codes, self.engine)  # which reads the texts when the first is asked for
+        opened = self._with(Lexicon(self.engine, tier))
+        if verify:
+            try:
                 opened.check(tier)
-        except ValueError as error:
-            raise damaged(f"keys.bytes are not those of keys in order, {error}") from None
+            except ValueError as error:
+                raise not_in_order(error) from None
         return opened
 
     def check(self, tier: Tier) -> None:

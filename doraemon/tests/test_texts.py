@@ -336,9 +336,22 @@ def test_a_damaged_file_of_texts_is_refused(tmp_path: Path, engine: str) -> None
             Index.open(path, engine=engine)
 
 
+def test_texts_of_a_file_are_read_when_the_first_is_asked_for(tmp_path: Path) -> None:
+    pytest.importorskip("doraemon._native")
+    path = tmp_path / "index"
+    Index(["alpha", "beta"]).save(path)
+    assert Index.open(path, mmap=True, verify=False).bisect_left("b") == 1
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"alphabeta", b"zlphabeta"))
+    index = Index.open(path, mmap=True, verify=False)
+    assert len(index) == 2
+    with pytest.raises(CorruptFileError, match="order"):
+        index.bisect_left("b")
+
+
 def test_bytes_of_an_index_are_bounded() -> None:
     keys = [f"https://example.org/{number}" for number in range(5000)]
-    assert Index(keys).explain().key_bytes < sum(map(len, keys)) + 40 * len(keys)
+    assert Index(keys).explain().key_bytes < sum(map(len, keys)) + 44 * len(keys)
 
 
 def test_what_was_handed_in_is_not_shared(engine: str) -> None:
