@@ -21,7 +21,7 @@
 #include "_table.h"
 
 enum { GROUP = 64, BLOCK = 32, CHUNK = 128, SHORT = 16, PLACE_SHIFT = 8 };
-enum { DELTAS = 2, FEW = 4, STRIP = 6 };   /* the older, larger one first; entries that are compared at once */
+enum { DELTAS = 2, FEW = 4 };              /* the older, larger one first; entries that are compared at once */
 enum { RUN_RANKS, RANKS, PLACES, COUNTS }; /* what a batch asks for */
 
 typedef struct {
@@ -42,22 +42,12 @@ typedef struct {
     int64_t found; /* by how much the entries before this one shift ranks, twice, and 1 more if the code is in the index */
 } Entry;
 
-/* A window of a delta in one line of the processor's cache: by how much the entries before it shift ranks, and its own
- * ones, `fits` saying whether they are few and small enough. Free places have a code above every query. */
-typedef struct {
-    int64_t before;
-    uint64_t code[STRIP];
-    int8_t sum[STRIP + 1]; /* by how much the first j of them shift ranks */
-    uint8_t fits;
-} Strip;
-
 /* The changes of a delta. The rank of a code in the run tells between which of them its own is: `windows[b]` of them
  * have ranks below b << bits, and the last window takes all that are left. */
 typedef struct {
     const Entry *entries; /* n, and FEW that are above every code and have the shift of all */
     const int64_t *left;  /* where each code is, or would be, in the run */
     const uint32_t *windows;
-    const Strip *strips; /* of each window, NULL where there are none */
     int64_t n, last_window;
     int bits;
 } Delta;
@@ -137,15 +127,10 @@ static int64_t gallop(const uint64_t *keys, int64_t start, int64_t end, int64_t 
     return low + below(keys + low, high - low, q);
 }
 
-static inline int64_t window_number(const Delta *delta, int64_t rank)
-{
-    int64_t window = rank >> delta->bits;
-    return window < delta->last_window ? window : delta->last_window;
-}
-
 static inline const uint32_t *window_of(const Delta *delta, int64_t rank)
 {
-    return delta->windows + window_number(delta, rank);
+    int64_t window = rank >> delta->bits;
+    return delta->windows + (window < delta->last_window ? window : delta->last_window);
 }
 
 /* The number of `n` entries whose codes are below `q`, without branches on their values. */
@@ -181,9 +166,6 @@ static inline int64_t net_of(const Delta *delta, int64_t entry)
 {
     return shift_at(delta, entry + 1) - shift_at(delta, entry);
 }
-
-/* What says by how much a delta shifts ranks, where nothing else is asked. */
-static inline const Strip *strips_for(const Delta *delta, int asked) { return asked == RANKS ? delta->strips : NULL; }
 
 /* How many keys the run and its deltas have. */
 static inline int64_t length_of(const Search *s)
@@ -284,7 +266,7 @@ static inline void find_leaves(const Search *s, Group *g)
     }
 }
 
-static inline void find_windows(const Search *s, Group *g, int asked)
+static inline void find_windows(const Search *s, Group *g)
 {
     for (int64_t i = 0; i < g->m; i++) {
         int64_t start = g->bucket[i]->start, depth = g->bucket[i][1].start - start;
@@ -297,18 +279,15 @@ static inline void find_windows(const Search *s, Group *g, int asked)
         PREFETCH(s->keys + g->high[i]);
     }
     for (int d = 0; d < DELTAS; d++)
-        for (int64_t i = 0; s->deltas[d].n && i < g->m; i++) {
-            const Strip *strips = strips_for(s->deltas + d, asked);
-            int64_t window = window_number(s->deltas + d, (g->low[i] + g->high[i]) >> 1);
-            PREFETCH(strips ? (const void *)(strips + window) : s->deltas[d].windows + window);
-        }
+        for (int64_t i = 0; s->deltas[d].n && i < g->m; i++)
+            PREFETCH(window_of(s->deltas + d, g->low[i]));
 }
 
 /* Ask memory for the entries that queries will probably be compared with: their ranks are near the windows' ends. */
-static inline void expect_entries(const Search *s, const Group *g, int asked)
+static inline void expect_entries(const Search *s, const Group *g)
 {
     for (int d = 0; d < DELTAS; d++)
-        for (int64_t i = 0; s->deltas[d].n && !strips_for(s->deltas + d, asked) && i < g->m; i++)
+        for (int64_t i = 0; s->deltas[d].n && i < g->m; i++)
             PREFETCH(s->deltas[d].entries + window_of(s->deltas + d, g->low[i])[0]);
 }
 
@@ -401,18 +380,6 @@ static inline void find_entries(const Delta *delta, const uint64_t *q, const int
     }
 }
 
-/* By how much a delta with strips shifts the rank of `q`, which is known of the run. */
-static inline int64_t shift_in_strip(const Delta *delta, uint64_t q, int64_t rank)
-{
-    const Strip *strip = delta->strips + window_number(delta, rank);
-    int below = 0;
-    if (!strip->fits)
-        return shift_at(delta, entry_of(delta, q, rank));
-    for (int j = 0; j < STRIP; j++)
-        below += strip->code[j] < q;
-    return strip->before + strip->sum[below];
-}
-
 /* Write the ranks of m queries, whose ranks in the run are known, to the places from `first` on. */
 static inline void write_ranks(const Search *s, const uint64_t *q, const int64_t *rank, int64_t m, int with_deltas,
                                int right, int64_t *out)
@@ -423,10 +390,6 @@ static inline void write_ranks(const Search *s, const uint64_t *q, const int64_t
     for (int d = 0; with_deltas && d < DELTAS; d++) {
         const Delta *delta = s->deltas + d;
         if (delta->n == 0)
-            continue;
-        for (int64_t i = 0; delta->strips && i < m; i++)
-            out[i] += right && q[i] == 0 ? whole_shift(delta) : shift_in_strip(delta, q[i], rank[i]);
-        if (delta->strips)
             continue;
         find_entries(delta, q, rank, m, entry);
         for (int64_t i = 0; i < m; i++)
@@ -480,13 +443,13 @@ WIDE static void search_model(Search *s, int asked, int right, const uint64_t *c
             find_leaves(s, next);
         if (first > 0) {
             if (s->n) {
-                expect_entries(s, last, asked);
+                expect_entries(s, last);
                 search_windows(s, last, rank);
             }
             write_answers(s, last->q, rank, NULL, last->m, asked, right, first - GROUP, out);
         }
         if (s->n && next->m > 0)
-            find_windows(s, next, asked);
+            find_windows(s, next);
     }
     STORE(&s->random, random);
 }
@@ -599,12 +562,12 @@ WIDE static void search_hot(Search *s, int asked, int right, const uint64_t *cod
         if (next->m)
             find_leaves(s, next);
         if (last->m) {
-            expect_entries(s, last, asked);
+            expect_entries(s, last);
             search_windows(s, last, rank);
             scatter_answers(s, last->q, rank, NULL, at[!turn], last->m, asked, right, out);
         }
         if (next->m)
-            find_windows(s, next, asked);
+            find_windows(s, next);
         turn = !turn;
     } while (done < m || misses.m || groups[!turn].m);
     STORE(&s->random, random);
@@ -762,26 +725,10 @@ static void fill_windows(const int64_t *left, int64_t n, int bits, uint32_t *win
         windows[b] = windows[b] > windows[b - 1] ? windows[b] : windows[b - 1];
 }
 
-static void fill_strips(const Delta *delta, Strip *strips)
-{
-    for (int64_t b = 0; b <= delta->last_window; b++) {
-        int64_t first = delta->windows[b], count = (int64_t)delta->windows[b + 1] - first;
-        Strip strip = {.before = shift_at(delta, first), .fits = count <= STRIP};
-        for (int j = 0; j <= STRIP; j++) {
-            int64_t sum = shift_at(delta, first + (j < count ? j : count)) - strip.before;
-            strip.fits &= sum == (int8_t)sum;
-            strip.sum[j] = (int8_t)sum;
-        }
-        for (int j = 0; j < STRIP; j++)
-            strip.code[j] = j < count ? delta->entries[first + j].code : UINT64_MAX;
-        strips[b] = strip;
-    }
-}
-
 /* ------------------------------------------------------------------ Python */
 
 enum { ENTRIES_OF, LEFT_OF, WINDOWS_OF, DELTA_BUFFERS };
-enum { KEYS, BOUNDS, BUCKETS, LEAVES, HOT, STRIPS, OLDER, NEWER = OLDER + DELTA_BUFFERS, SAMPLES = NEWER + DELTA_BUFFERS, TAKEN,
+enum { KEYS, BOUNDS, BUCKETS, LEAVES, HOT, OLDER, NEWER = OLDER + DELTA_BUFFERS, SAMPLES = NEWER + DELTA_BUFFERS, TAKEN,
        N_BUFFERS };
 
 /* `kind` is the letter of the keys' dtype, `cut` maps keys that C does not read by itself, and `values` are those of
@@ -881,14 +828,14 @@ static int hold_values(View *view, PyObject *const *raw, Py_ssize_t size)
 static PyObject *view_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     static const Py_ssize_t itemsizes[N_BUFFERS] = {
-        8, 8, sizeof(Bucket), sizeof(Leaf), sizeof(Line), sizeof(Strip), sizeof(Entry), 8, 4, sizeof(Entry), 8, 4, 8, 8};
+        8, 8, sizeof(Bucket), sizeof(Leaf), sizeof(Line), sizeof(Entry), 8, 4, sizeof(Entry), 8, 4, 8, 8};
     PyObject *arrays[N_BUFFERS], *cut, *lexicon, *values[1 + DELTAS], *raw[1 + DELTAS];
     Py_ssize_t count[N_BUFFERS], value_size;
     int kind, itemsize, sampling, bits[DELTAS];
     (void)kwargs;
-    if (!PyArg_ParseTuple(args, "CiOOiOOOOOOOOOOOOOOOOOiiOOOn", &kind, &itemsize, &cut, &lexicon, &sampling, arrays, arrays + 1,
+    if (!PyArg_ParseTuple(args, "CiOOiOOOOOOOOOOOOOOOOiiOOOn", &kind, &itemsize, &cut, &lexicon, &sampling, arrays, arrays + 1,
                           arrays + 2, arrays + 3, arrays + 4, arrays + 5, arrays + 6, arrays + 7, arrays + 8,
-                          arrays + 9, arrays + 10, arrays + 11, arrays + 12, arrays + 13, values, values + 1, values + 2, bits,
+                          arrays + 9, arrays + 10, arrays + 11, arrays + 12, values, values + 1, values + 2, bits,
                           bits + 1, raw, raw + 1, raw + 2, &value_size))
         return NULL;
     allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
@@ -911,13 +858,6 @@ static PyObject *view_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         read_delta(view->held + NEWER, bits[1], view->search.deltas + 1) < 0) {
         PyErr_SetString(PyExc_ValueError, "the arrays of a view do not fit together");
         goto failed;
-    }
-    if (count[STRIPS] > 0) {
-        if (count[STRIPS] != view->search.deltas[0].last_window + 1) {
-            PyErr_SetString(PyExc_ValueError, "the strips of a view do not fit its changes");
-            goto failed;
-        }
-        view->search.deltas[0].strips = view->held[STRIPS].buf;
     }
     if (value_size > 0 && hold_values(view, raw, value_size) < 0)
         goto failed;
@@ -1370,26 +1310,6 @@ static PyObject *pack_delta(PyObject *self, PyObject *args)
     return end_call(held, 6, NULL);
 }
 
-/* fill_strips(entries, left, windows, bits, strips): the windows of a delta as strips. */
-static PyObject *delta_fill_strips(PyObject *self, PyObject *args)
-{
-    static const Py_ssize_t itemsizes[4] = {sizeof(Entry), 8, 4, sizeof(Strip)};
-    PyObject *arrays[4];
-    Py_buffer held[4];
-    Delta delta;
-    int bits;
-    (void)self;
-    if (!PyArg_ParseTuple(args, "OOOiO", arrays, arrays + 1, arrays + 2, &bits, arrays + 3) ||
-        get_buffers(arrays, itemsizes, 4, 3, held) < 0)
-        return NULL;
-    if (read_delta(held, bits, &delta) < 0 || held[3].len / (Py_ssize_t)sizeof(Strip) != delta.last_window + 1)
-        return end_call(held, 4, "the arrays of a delta do not fit together");
-    Py_BEGIN_ALLOW_THREADS
-    fill_strips(&delta, held[3].buf);
-    Py_END_ALLOW_THREADS
-    return end_call(held, 4, NULL);
-}
-
 /* entries_below(entries, left, windows, bits, codes, code_left, out): how many codes of a delta are below each of others,
  * whose ranks in the run are known. */
 static PyObject *delta_entries_below(PyObject *self, PyObject *args)
@@ -1438,13 +1358,11 @@ static PyObject *ranks(PyObject *self, PyObject *args)
 static int native_exec(PyObject *module)
 {
     PyObject *type = PyType_FromModuleAndSpec(module, &view_spec, NULL);
-    PyObject *layout = Py_BuildValue("(nnnnn)(nnnn)i(nnn)i(nnn)i(nnnnn)", offsetof(Bucket, low), offsetof(Bucket, scale),
+    PyObject *layout = Py_BuildValue("(nnnnn)(nnnn)i(nnn)i(nnn)i", offsetof(Bucket, low), offsetof(Bucket, scale),
                                      offsetof(Bucket, start), offsetof(Bucket, place), sizeof(Bucket),
                                      offsetof(Leaf, base), offsetof(Leaf, slope), offsetof(Leaf, radius), sizeof(Leaf),
                                      PLACE_SHIFT, offsetof(Line, code), offsetof(Line, found), sizeof(Line), RANK_BITS,
-                                     offsetof(Entry, code), offsetof(Entry, found), sizeof(Entry), FEW,
-                                     offsetof(Strip, before), offsetof(Strip, code), offsetof(Strip, sum),
-                                     offsetof(Strip, fits), sizeof(Strip));
+                                     offsetof(Entry, code), offsetof(Entry, found), sizeof(Entry), FEW);
     int failed = type == NULL || layout == NULL || PyModule_AddObjectRef(module, "View", type) < 0 ||
                  PyModule_AddObjectRef(module, "LAYOUT", layout) < 0 || add_level_type(module) < 0 ||
                  add_tree_type(module) < 0;
@@ -1457,8 +1375,6 @@ static PyMethodDef native_methods[] = {
     {"fit", fit, METH_VARARGS, "fit(keys, ends, scales, bits, steepest, out): the leaves of some buckets."},
     {"pack_delta", pack_delta, METH_VARARGS,
      "pack_delta(codes, net, present, left, bits, entries, windows): what is searched of a delta."},
-    {"fill_strips", delta_fill_strips, METH_VARARGS,
-     "fill_strips(entries, left, windows, bits, strips): a delta's windows, each in a line of the cache."},
     {"entries_below", delta_entries_below, METH_VARARGS,
      "entries_below(entries, left, windows, bits, codes, code_left, out): how many codes of a delta are below others."},
     {"ranks", ranks, METH_VARARGS, "ranks(codes, queries, right, out): np.searchsorted of codes."},

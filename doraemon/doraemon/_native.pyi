@@ -7,7 +7,7 @@ from . import search
 
 Array = NDArray[Any]
 Cut = Callable[[Any], tuple[int | None, bool]]
-LAYOUT: tuple[tuple[int, ...] | int, ...]
+LAYOUT: tuple[tuple[int, ...], tuple[int, ...], int, tuple[int, ...], int, tuple[int, ...], int]
 
 # The arrays are those of the enum KEYS, BOUNDS, ... in _native.c, the values of the run and of both deltas, the bits of
 # the deltas' windows, and plain values once more as bytes, with the size of one.
@@ -22,7 +22,6 @@ def fill_hot(codes: Array, ranks: Array, copies: Array, lines: Array, /) -> int:
 def held_hot(lines: Array, codes: Array, held: Array, /) -> None: ...
 def tally(samples: Array, codes: Array, /) -> tuple[int, int]: ...
 def splice(old: Array, at: Array, more: Array, out: Array, /) -> None: ...
-def fill_strips(entries: Array, left: Array, windows: Array, bits: int, strips: Array, /) -> None: ...
 def entries_below(
     entries: Array, left: Array, windows: Array, bits: int, codes: Array, code_left: Array, out: Array, /
 ) -> None: ...

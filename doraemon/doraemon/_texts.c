@@ -211,6 +211,11 @@ static Py_ssize_t read_items(PyObject *items, Py_ssize_t first, Py_ssize_t m, in
     chunk->n = m < CHUNK_ITEMS ? m : CHUNK_ITEMS;
     chunk->offsets[0] = 0;
     for (int64_t i = 0; i < chunk->n; i++) {
+        if (i + 8 < chunk->n) {
+            const char *ahead = (const char *)PyList_GetItem(items, first + (Py_ssize_t)i + 8);
+            PREFETCH(ahead);
+            PREFETCH(ahead + 64);
+        }
         if (text_of_object(PyList_GetItem(items, first + (Py_ssize_t)i), is_text, chunk->items + i) < 0) {
             PyErr_Clear();
             return first + (Py_ssize_t)i;

@@ -25,8 +25,6 @@ RANK_BITS = 40
 #: of a delta: a code, and by how much those before it shift ranks, twice, and 1 more if it is in the index
 ENTRY = np.dtype([("code", np.uint64), ("found", np.int64)])
 FEW = 4  #: entries after the last, which are above every code
-#: of a window of a delta, as large as a line of the processor's cache: see `Strip` in _native.c
-STRIP = np.dtype([("before", np.int64), ("codes", np.uint64, 6), ("sums", np.int8, 7), ("fits", np.uint8)])
 PLACE_SHIFT = 8  #: a place is the row of the first leaf, shifted by so many bits, and log2 of the number of leaves
 
 
@@ -49,26 +47,10 @@ def parts_of(places: Codes) -> tuple[Ints, Codes]:
     return (places >> np.uint64(PLACE_SHIFT)).astype(np.int64), np.uint64(1) << bits
 
 
-def aligned(count: int, record: np.dtype[Any]) -> NDArray[Any]:
-    """Records as large as lines of the processor's cache, which begin where lines do, lest each be in two."""
-    raw = np.empty((count + 1) * record.itemsize, dtype=np.uint8)
-    first = -raw.ctypes.data % record.itemsize
-    return raw[first : first + count * record.itemsize].view(record)
-
-
 def _offsets(record: np.dtype[Any]) -> tuple[int, ...]:
     """Where the fields of a record begin, and where it ends."""
     return (*(record.fields[name][1] for name in record.names or () if record.fields), record.itemsize)
 
 
 #: the extension states its own, and `engine` compares them
-LAYOUT = (
-    _offsets(BUCKET),
-    _offsets(LEAF),
-    PLACE_SHIFT,
-    _offsets(LINE),
-    RANK_BITS,
-    _offsets(ENTRY),
-    FEW,
-    _offsets(STRIP),
-)
+LAYOUT = (_offsets(BUCKET), _offsets(LEAF), PLACE_SHIFT, _offsets(LINE), RANK_BITS, _offsets(ENTRY), FEW)

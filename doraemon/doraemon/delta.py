@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import ENTRY, FEW, STRIP, Codes, Ints, Mask, Values, aligned
+from .arrays import ENTRY, FEW, Codes, Ints, Mask, Values
 from .engine import Engine, native
 from .splicing import Room, ranks_in, splice
 
@@ -94,14 +94,6 @@ class Delta:
         entries, windows = np.empty(d + FEW, dtype=ENTRY), np.empty((n >> bits) + 2, dtype=np.uint32)
         native.pack_delta(self.codes, self.net, self.present, self.left, bits, entries, windows)
         return entries, windows, bits
-
-    @cached_property
-    def strips(self) -> NDArray[Any]:
-        """STRIP [windows]: what C adds ranks from, in one line of the cache for most queries. O(entries)."""
-        entries, windows, bits = self.packed
-        strips = aligned(len(windows) - 1, STRIP)
-        native.fill_strips(entries, self.left, windows, bits, strips)
-        return strips
 
     def below(self, other: Delta) -> tuple[Ints, Mask]:
         """How many of this delta's codes are below each of another one's of the same run, and which are in both."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import LINE, RANK_BITS, Codes, Ints, Mask, aligned
+from .arrays import LINE, RANK_BITS, Codes, Ints, Mask
 from .engine import native
 
 FILLED = 0.6  #: of the slots; of a fuller table more codes would find their line full
@@ -51,7 +51,7 @@ class Hot:
         if len(codes) == 0:
             return None
         slots = LINE["codes"].shape[0]
-        lines = aligned(int(len(codes) / (FILLED * slots)) + 1, LINE)
+        lines = _aligned_lines(int(len(codes) / (FILLED * slots)) + 1)
         return cls(codes, lines, native.fill_hot(np.ascontiguousarray(codes), ranks, copies, lines))
 
     @cached_property
@@ -69,3 +69,10 @@ class Hot:
     def nbytes(self) -> int:
         """The bytes of the table, and of the codes of which a merge makes it anew."""
         return self.lines.nbytes + self.codes.nbytes
+
+
+def _aligned_lines(count: int) -> NDArray[Any]:
+    """Lines that are lines of the processor's cache, lest each be in two."""
+    raw = np.empty((count + 1) * LINE.itemsize, dtype=np.uint8)
+    first = -raw.ctypes.data % LINE.itemsize
+    return raw[first : first + count * LINE.itemsize].view(LINE)

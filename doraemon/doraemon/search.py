@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import STRIP, Bits, Codes, Floats, Ints, Mask, Values, parts_of
+from .arrays import Bits, Codes, Floats, Ints, Mask, Values, parts_of
 from .delta import Delta, stacked
 from .engine import Engine, native
 from .fitting import BATCH
@@ -24,7 +24,6 @@ from .values import is_plain
 
 Deltas = tuple[Delta, Delta]  #: of older changes and of recent ones
 Scanned = tuple[NDArray[Any], ...]  #: what a scan fills: codes, and for values what `State.new_items` says
-NO_STRIPS = np.zeros(0, dtype=STRIP)
 SMALL = 64  #: batches below this are left to np.searchsorted, whose one call costs less than ours
 
 
@@ -77,8 +76,8 @@ class View(Protocol):
         """Whether every key of the run lies within the error bound that its leaf states."""
 
 
-def make_view(engine: Engine, key_type: KeyType, run: Run, deltas: Deltas, many: bool = False) -> View:
-    """A view of a run and its deltas, the older one first. If `many` ranks will be asked for, it is made for these."""
+def make_view(engine: Engine, key_type: KeyType, run: Run, deltas: Deltas) -> View:
+    """A view of a run and its deltas, the older one first."""
     if engine == "numpy":
         return NumpyView(key_type, run, deltas)
     model, dtype, (older, recent) = run.model, key_type.dtype, deltas
@@ -90,7 +89,7 @@ def make_view(engine: Engine, key_type: KeyType, run: Run, deltas: Deltas, many:
         key_type.cut_one,
         key_type.lexicon,
         SAMPLING,
-        *(run.codes, model.bounds, model.buckets, model.pool.rows, lines, older.strips if many else NO_STRIPS),
+        *(run.codes, model.bounds, model.buckets, model.pool.rows, lines),
         *(entries, older.left, windows, last_entries, recent.left, last_windows),
         *(run.heat.samples.codes, run.heat.samples.taken),
         *(run.values, older.values, recent.values),

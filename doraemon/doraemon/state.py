@@ -169,9 +169,9 @@ class State:
     @cached_property
     def _flat_view(self) -> View:
         """What searches all changes at once: worth making for as many queries as there are changes."""
-        if self.changes == 0:
+        if len(self.older) == 0 or len(self.recent) == 0:
             return self.view
-        return make_view(self.engine, self.key_type, self.run, (self.delta, self._no_changes), many=True)
+        return make_view(self.engine, self.key_type, self.run, (self.delta, self._no_changes))
 
     @property
     def _no_changes(self) -> Delta:
