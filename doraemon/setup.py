@@ -13,7 +13,7 @@ native = Extension(
     sources=["doraemon/_native.c"],
     depends=[
         *("doraemon/_hot.h", "doraemon/_level.c", "doraemon/_portable.h", "doraemon/_scan.c"),
-        *("doraemon/_texts.h", "doraemon/_texts.c"),
+        *("doraemon/_table.h", "doraemon/_texts.h", "doraemon/_texts.c"),
     ],
     define_macros=[("Py_LIMITED_API", "0x030B0000")] if abi3 else [],
     extra_compile_args=["/O2"] if sys.platform == "win32" else ["-O3", "-std=c11"],

@@ -5,6 +5,7 @@
 #   benchmarks/doraemon/everything.sh 1 2 7     these parts, one after the other, in any order
 #   benchmarks/doraemon/everything.sh all
 #
+# How long each part took is printed after it, and of all parts at the end, beside the minutes that were expected.
 # TEXTS is the folder of the texts, PY the Python that has the packages. Rows measured on another machine are dropped from
 # a file by the first row that is measured on this one: run all parts of a file, or its other rows are lost.
 # The page needs of each file at least: batches 4M and 64M uniform, changes at 4M and 64M. "page" makes it of what is there.
@@ -61,11 +62,17 @@ fi
 "$PY" -c "import doraemon, sys; print(doraemon.__file__); sys.exit(not doraemon.__file__.startswith('$REPO/'))" || exit 1
 [ "$1" = page ] && exec taskset -c 0 "$PY" benchmarks/doraemon/results.py
 [ "$1" = all ] && set -- $(seq ${#PARTS[@]})
+took=()
 for number in "$@"; do
   part=${PARTS[$((number - 1))]}
   cores=0
+  begin=$SECONDS
   [[ $part == *"|threads.py"* ]] && cores=0,1
   echo "== $number: ${part//$(echo $TEXT)/...} ($(date +%T))"
   taskset -c $cores "$PY" benchmarks/doraemon/${part#*|} || echo "part $number failed"
+  seconds=$((SECONDS - begin))
+  took+=("$(printf '%2d  %3d:%02d of %2d min  %s' $number $((seconds / 60)) $((seconds % 60)) "${part%%|*}" "${part#*|}")")
+  echo "== $number took $((seconds / 60)) min $((seconds % 60)) s"
 done
-date +%T
+echo "== all in $((SECONDS / 60)) min, until $(date +%T)"
+printf '%s\n' "${took[@]//$(echo $TEXT)/...}"

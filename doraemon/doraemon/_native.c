@@ -18,7 +18,7 @@
 
 #include "_hot.h"
 #include "_portable.h"
-#include "_texts.h"
+#include "_table.h"
 
 enum { GROUP = 64, BLOCK = 32, CHUNK = 128, SHORT = 16, PLACE_SHIFT = 8 };
 enum { DELTAS = 2, FEW = 4 };              /* the older, larger one first; entries that are compared at once */
@@ -732,12 +732,12 @@ enum { KEYS, BOUNDS, BUCKETS, LEAVES, HOT, OLDER, NEWER = OLDER + DELTA_BUFFERS,
        N_BUFFERS };
 
 /* `kind` is the letter of the keys' dtype, `cut` maps keys that C does not read by itself, and `values` are those of
- * the run and of the deltas, None for a multiset. */
+ * the run and of the deltas, None for a multiset. `lexicon` has the trees of keys that are texts, else it is None. */
 typedef struct {
     PyObject_HEAD
     Search search;
     int kind, itemsize, n_held;
-    PyObject *cut, *values[1 + DELTAS];
+    PyObject *cut, *lexicon, *values[1 + DELTAS];
     Py_buffer held[N_BUFFERS], raw[1 + DELTAS]; /* the values' bytes, where they are plain ones of `value_size` bytes */
     Py_ssize_t value_size;
 } View;
@@ -777,6 +777,8 @@ static PyObject *end_call(Py_buffer *held, int count, const char *error)
 
 static const char NOT_AS_MANY[] = "there must be as many places for answers as queries";
 
+#include "_texts.c"
+
 static void view_dealloc(PyObject *self)
 {
     View *view = (View *)self;
@@ -785,6 +787,7 @@ static void view_dealloc(PyObject *self)
     release_buffers(view->held, view->n_held);
     release_buffers(view->raw, view->value_size > 0 ? 1 + DELTAS : 0);
     Py_XDECREF(view->cut);
+    Py_XDECREF(view->lexicon);
     for (int i = 0; i <= DELTAS; i++)
         Py_XDECREF(view->values[i]);
     free_view(self);
@@ -826,11 +829,11 @@ static PyObject *view_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     static const Py_ssize_t itemsizes[N_BUFFERS] = {
         8, 8, sizeof(Bucket), sizeof(Leaf), sizeof(Line), sizeof(Entry), 8, 4, sizeof(Entry), 8, 4, 8, 8};
-    PyObject *arrays[N_BUFFERS], *cut, *values[1 + DELTAS], *raw[1 + DELTAS];
+    PyObject *arrays[N_BUFFERS], *cut, *lexicon, *values[1 + DELTAS], *raw[1 + DELTAS];
     Py_ssize_t count[N_BUFFERS], value_size;
     int kind, itemsize, sampling, bits[DELTAS];
     (void)kwargs;
-    if (!PyArg_ParseTuple(args, "CiOiOOOOOOOOOOOOOOOOiiOOOn", &kind, &itemsize, &cut, &sampling, arrays, arrays + 1,
+    if (!PyArg_ParseTuple(args, "CiOOiOOOOOOOOOOOOOOOOiiOOOn", &kind, &itemsize, &cut, &lexicon, &sampling, arrays, arrays + 1,
                           arrays + 2, arrays + 3, arrays + 4, arrays + 5, arrays + 6, arrays + 7, arrays + 8,
                           arrays + 9, arrays + 10, arrays + 11, arrays + 12, values, values + 1, values + 2, bits,
                           bits + 1, raw, raw + 1, raw + 2, &value_size))
@@ -861,6 +864,7 @@ static PyObject *view_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     view->kind = kind;
     view->itemsize = itemsize;
     view->cut = Py_NewRef(cut);
+    view->lexicon = Py_NewRef(lexicon);
     for (int i = 0; i <= DELTAS; i++)
         view->values[i] = Py_NewRef(values[i]);
     return (PyObject *)view;
@@ -931,11 +935,33 @@ typedef struct {
     int exact, above;
 } Cut;
 
+/* 1 and where a str or bytes cuts the codes of texts, 0 for what Python has to map, -1 on error. Which trees there are is
+ * asked each time, as others may have got codes. */
+static int cut_of_text(View *view, PyObject *key, Cut *cut)
+{
+    int is_text = view->kind == 'T';
+    Text text;
+    if (!(is_text ? PyUnicode_Check(key) : view->kind == 'S' && PyBytes_Check(key)))
+        return 0;
+    if (text_of_object(key, is_text, &text) < 0) { /* the slow path names what is wrong with it */
+        PyErr_Clear();
+        return 0;
+    }
+    PyObject *trees = trees_of(view->lexicon);
+    int found = trees == NULL ? -1 : code_in_trees(trees, text, &cut->code);
+    Py_XDECREF(trees);
+    cut->exact = !(cut->code & 1);
+    return found < 0 ? -1 : 1;
+}
+
 static int cut_of(View *view, PyObject *key, Cut *cut)
 {
     *cut = (Cut){.exact = 1};
     if (code_of(view, key, &cut->code))
         return 0;
+    int known = cut_of_text(view, key, cut);
+    if (known)
+        return known < 0 ? -1 : 0;
     PyObject *mapped = PyObject_CallFunctionObjArgs(view->cut, key, NULL), *code;
     if (mapped == NULL)
         return -1;
@@ -1086,7 +1112,6 @@ static PyObject *view_within_error_bounds(PyObject *self, PyObject *unused)
 
 #include "_level.c"
 #include "_scan.c"
-#include "_texts.c"
 
 static PyMethodDef view_methods[] = {
     {"left", view_left, METH_O, "How many keys are below the key."},

@@ -198,7 +198,6 @@ typedef struct {
 
 static inline int64_t nodes_of(int64_t entries) { return (entries + FAN - 1) / FAN; }
 
-
 /* The bytes that the nodes and codes of a tree take. */
 static size_t tree_bytes(int64_t n)
 {
@@ -349,23 +348,6 @@ static void find_group(const Tree *tree, Descent *d)
     memset(d->exact, 0, sizeof d->exact);
     for (int l = tree->n_layers - 1; l >= 0; l--)
         descend(tree, tree->layers + l, d);
-}
-
-/* The code of each query: of the text that equals it; else, as codes are even, 1 less than that of the next text, or the
- * largest number there is. */
-static void find_codes(const Tree *tree, const uint64_t *codes, const Texts *queries, uint64_t *out)
-{
-    Descent d = {.end = queries->end};
-    for (int64_t first = 0; first < queries->n; first += TEXT_GROUP) {
-        d.m = queries->n - first < TEXT_GROUP ? queries->n - first : TEXT_GROUP;
-        for (int64_t i = 0; i < d.m; i++)
-            d.q[i] = text_of(queries, first + i);
-        find_group(tree, &d);
-        for (int64_t i = 0; i < d.m; i++)
-            PREFETCH(codes + d.at[i]);
-        for (int64_t i = 0; i < d.m; i++)
-            out[first + i] = (d.at[i] < tree->texts.n ? codes[d.at[i]] : 0) - !d.exact[i];
-    }
 }
 
 /* ------------------------------------------------------------------ copies */

@@ -545,7 +545,7 @@ class Index(_Questions):
         leave its arrays.
 
         O(n); with `mmap` and without `verify` O(leaves + d), as keys are then read from the disk when they are
-        searched.
+        searched. Keys that are str, bytes or wide records are read by the first question, which takes O(n).
 
         Args:
             path: of the file.

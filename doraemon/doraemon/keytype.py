@@ -8,14 +8,17 @@ it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .arrays import Arrays, Codes, Mask
+from .arrays import Arrays, Codes, Ints, Mask
 from .dtypes import Described
 from .inputs import is_batch
+
+Ranking = Callable[[ArrayLike, bool], Ints]  #: how many keys are below each query, or (True) not above it
 
 
 class Cut(NamedTuple):
@@ -38,10 +41,12 @@ class KeyType(ABC):
 
     Attributes:
         dtype: of the keys, in native byte order.
+        lexicon: what gives texts their codes; None for other keys.
         nbytes: that are taken by what it learned of the keys.
     """
 
     dtype: np.dtype[Any]
+    lexicon: object = None
     nbytes: int = 0
 
     # ---- keys and queries
@@ -88,6 +93,10 @@ class KeyType(ABC):
     def is_batch(self, given: Any) -> bool:
         """Whether something holds queries, however many, and is not one itself."""
         return is_batch(given)
+
+    def ranking(self, codes: Codes) -> Ranking | None:
+        """What ranks queries among the keys with these codes, in order, if there is something faster than a search."""
+        return None
 
     # ---- learning, which numbers have no need of
 

@@ -15,14 +15,15 @@ import threading
 from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from .arrays import Codes, Ints
 from .engine import Engine, native
-from .splicing import ranks_in
-from .strings import Packed, concatenated, gathered, ordered, slices, unpacked
+from .errors import CorruptFileError, damaged
+from .splicing import ranks_in as code_ranks
+from .strings import Listed, Packed, concatenated, gathered, ordered, slices, unpacked
 
 RATIO = 8  #: times as many texts as in the next tier a tier has at least
 ONE_SIDED = 64  #: share of a gap that is filled at once from one side
@@ -31,14 +32,20 @@ HALVES = (1 << 63) - 1  #: halves of codes are above 0 and below this
 ABOVE = (1 << 64) - 1  #: the code of queries above all texts
 
 
+Out = TypeVar("Out", Codes, Ints)
+
+
 class Finder(Protocol):
     """What finds the codes of queries in one tier."""
 
     def find_one(self, query: bytes, /) -> int:
         """The code of a query."""
 
-    def find_many(self, data: Any, offsets: Ints, out: Codes, /) -> None:
-        """The codes of packed queries."""
+    def find_many(self, data: Any, offsets: Ints, right: bool | None, out: Codes | Ints, /) -> None:
+        """The codes of packed queries; or how many texts are below each, or (`right`) not above it."""
+
+    def find_items(self, items: list[Any], is_text: bool, right: bool | None, out: Codes | Ints, /) -> int | None:
+        """The same of a list of str or bytes; the place of the first item that is none, if one is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,10 +61,16 @@ class Tier:
 
     @cached_property
     def finder(self) -> Finder:
-        """What finds texts. Made on first use in O(n). Raises ValueError if the texts are not in order."""
+        """What finds texts. Made on first use in O(n) with C.
+
+        Raises CorruptFileError if the texts, of a file that was not verified, are not in order.
+        """
         if self.engine == "numpy":
             return _Bisection(self.texts, self.codes)
-        return native.Tree(self.texts.data, self.texts.offsets, self.codes)
+        try:
+            return native.Tree(self.texts.data, self.texts.offsets, self.codes)
+        except ValueError as error:
+            raise not_in_order(error) from None
 
     def chosen(self, numbers: Ints) -> Tier:
         """The tier of some of the texts, given by ascending numbers."""
@@ -70,33 +83,36 @@ class Tier:
         return Tier(concatenated([self.texts, other.texts]), codes, self.engine).chosen(order)
 
 
+class Tiers(tuple[Tier, ...]):
+    """The tiers of a lexicon at one moment, the largest first, at least one."""
+
+    @cached_property
+    def finders(self) -> tuple[Finder, ...]:
+        """Those of all tiers. C asks for them by this name."""
+        return tuple(tier.finder for tier in self)
+
+
 class Lexicon:
     """The texts that have codes. Any number of threads may ask while one or more add.
 
     Attributes:
-        tiers: the largest first, at least one.
+        tiers: as of now. C asks for them by this name.
     """
 
     def __init__(self, engine: Engine, *tiers: Tier) -> None:
         self.engine = engine
         empty = Packed(np.zeros(0, dtype=np.uint8), np.zeros(1, dtype=np.int64))
-        self.tiers = tiers or (Tier(empty, np.zeros(0, dtype=np.uint64), engine),)
+        self.tiers = Tiers(tiers or (Tier(empty, np.zeros(0, dtype=np.uint64), engine),))
         self._lock = threading.Lock()  # indexes that share it take turns to add
 
     def code_of(self, text: bytes) -> int:
         """The code of a text, odd if it is not in the lexicon. O(log n) per tier."""
-        return min([tier.finder.find_one(text) for tier in self.tiers])
+        return min([finder.find_one(text) for finder in self.tiers.finders])
 
-    def codes_of(self, texts: Packed) -> Codes:
+    def codes_of(self, texts: Packed | Listed) -> Codes:
         """The code of each text, odd for those that are not in the lexicon."""
-        found = [self._found(tier, texts) for tier in self.tiers]
+        found = [_found(finder, texts, None, np.empty(texts.count, dtype=np.uint64)) for finder in self.tiers.finders]
         return found[0] if len(found) == 1 else np.minimum.reduce(found)
-
-    @staticmethod
-    def _found(tier: Tier, texts: Packed) -> Codes:
-        codes = np.empty(texts.count, dtype=np.uint64)
-        tier.finder.find_many(texts.data, texts.offsets, codes)
-        return codes
 
     def add(self, texts: Packed) -> Codes | None:
         """The code of each text, given to those that had none; None, and nothing is added, if there is no room.
@@ -115,7 +131,7 @@ class Lexicon:
             if given is None:
                 return None
             codes[new[order]] = given[np.cumsum(~again) - 1]
-            self.tiers = _settled((*self.tiers, Tier(gathered(fresh, first, self.engine), given, self.engine)))
+            self.tiers = Tiers(_settled((*self.tiers, Tier(gathered(fresh, first, self.engine), given, self.engine))))
             return codes
 
     def _codes_between(self, gaps: Codes) -> Codes | None:
@@ -138,7 +154,7 @@ class Lexicon:
         age_of_low, age_of_high = np.zeros(len(gaps), dtype=np.int64), np.zeros(len(gaps), dtype=np.int64)
         for age, tier in enumerate(self.tiers):
             halves = np.concatenate([[0], (tier.codes >> np.uint64(1)).astype(np.int64), [HALVES]])
-            at = ranks_in(tier.codes, gaps, False, self.engine)
+            at = code_ranks(tier.codes, gaps, False, self.engine)
             age_of_low[halves[at] > low] = age
             age_of_high[halves[at + 1] < high] = age
             low, high = np.maximum(low, halves[at]), np.minimum(high, halves[at + 1])
@@ -159,7 +175,7 @@ class Lexicon:
         return found
 
     def _places(self, tier: Tier, codes: Codes) -> Ints:
-        return ranks_in(tier.codes, codes, False, self.engine)
+        return code_ranks(tier.codes, codes, False, self.engine)
 
     def tier_of(self, codes: Codes) -> Tier:
         """One tier of the texts with these codes, distinct and ascending, all in the lexicon."""
@@ -185,8 +201,27 @@ class Lexicon:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of texts and codes; a tree takes about as much as the codes."""
-        return sum(tier.texts.nbytes + 2 * tier.codes.nbytes for tier in self.tiers)
+        """The bytes of texts and codes, and of trees, which take as much as the codes, and tables, a third more."""
+        return sum(tier.texts.nbytes + tier.codes.nbytes * 10 // 3 for tier in self.tiers)
+
+
+def not_in_order(error: ValueError) -> CorruptFileError:
+    """What is wrong with a file whose texts are not in order, or no keys."""
+    return damaged(f"keys.bytes are not those of keys in order, {error}")
+
+
+def ranks_in(tier: Tier, texts: Packed | Listed, right: bool) -> Ints:
+    """How many texts of a tier are below each of others, or (`right`) not above it."""
+    return _found(tier.finder, texts, right, np.empty(texts.count, dtype=np.int64))
+
+
+def _found(finder: Finder, texts: Packed | Listed, right: bool | None, out: Out) -> Out:
+    if isinstance(texts, Listed):
+        if finder.find_items(texts.items, texts.is_text, right, out) is None:
+            return out
+        texts = texts.packed()  # raises what is wrong with an item
+    finder.find_many(texts.data, texts.offsets, right, out)
+    return out
 
 
 def distinct(codes: Codes, *others: Codes) -> Codes:
@@ -243,11 +278,19 @@ class _Bisection:
 
     def find_one(self, query: bytes, /) -> int:
         at = bisect_left(self.texts, query)
-        if at == len(self.codes):
-            return ABOVE
-        return int(self.codes[at]) - (self.texts[at] != query)
+        return self._code(at, at < len(self.codes) and self.texts[at] == query)
 
-    def find_many(self, data: Any, offsets: Ints, out: Codes, /) -> None:
+    def find_many(self, data: Any, offsets: Ints, right: bool | None, out: Codes | Ints, /) -> None:
         queries = Packed(data, offsets)
         for place, query in enumerate(slices(queries, np.arange(queries.count))):
-            out[place] = self.find_one(query)
+            at = bisect_left(self.texts, query)
+            exact = at < len(self.codes) and self.texts[at] == query
+            out[place] = self._code(at, exact) if right is None else at + (exact and right)
+
+    def find_items(self, items: list[Any], is_text: bool, right: bool | None, out: Codes | Ints, /) -> int | None:
+        texts = Listed(items, is_text, "numpy").packed()
+        self.find_many(texts.data, texts.offsets, right, out)
+        return None
+
+    def _code(self, at: int, exact: bool) -> int:
+        return ABOVE if at == len(self.codes) else int(self.codes[at]) - (not exact)

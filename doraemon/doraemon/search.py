@@ -87,6 +87,7 @@ def make_view(engine: Engine, key_type: KeyType, run: Run, deltas: Deltas) -> Vi
         dtype.kind,
         dtype.itemsize,
         key_type.cut_one,
+        key_type.lexicon,
         SAMPLING,
         *(run.codes, model.bounds, model.buckets, model.pool.rows, lines),
         *(entries, older.left, windows, last_entries, recent.left, last_windows),

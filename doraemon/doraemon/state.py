@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from random import randrange
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,9 +19,10 @@ from .appending import appended, fitted
 from .arrays import Bits, Codes, Ints, Mask, Values
 from .delta import Delta, changes_after, merge, stacked
 from .engine import Engine
+from .heat import SAMPLING
 from .hot import Hot
 from .inputs import as_sequence
-from .keytype import KeyType
+from .keytype import KeyType, Ranking
 from .model import Model
 from .parallel import in_parts
 from .run import Models, Run
@@ -106,6 +108,8 @@ class State:
 
     def ranks(self, queries: ArrayLike, right: bool, threads: int = 1) -> Ints:
         """How many keys are below each query, or (`right`) not above it."""
+        if self._ranking is not None:
+            return self._sampled(self._ranking(queries, right))
         codes, exact, above = self.key_type.cuts(queries)
         ranks = self.code_ranks(codes, right, threads=threads)
         if right and exact is not None:
@@ -141,6 +145,17 @@ class State:
         ranks = np.empty(len(codes), dtype=np.int64)
         view = self._batch_view(codes)
         in_parts(lambda part: view.ranks(codes[part], right, in_run, ranks[part]), len(codes), threads)
+        return ranks
+
+    @cached_property
+    def _ranking(self) -> Ranking | None:
+        """What ranks queries without a search of codes, where the key type knows such a thing of the run."""
+        return self.key_type.ranking(self.run.codes) if len(self.run) and self.changes == 0 else None
+
+    def _sampled(self, ranks: Ints) -> Ints:
+        """The same ranks, of whose keys some are kept as samples."""
+        some = np.minimum(ranks[randrange(SAMPLING) :: SAMPLING], len(self.run) - 1)
+        self.run.heat.samples.add(self.run.codes[some])
         return ranks
 
     def _batch_view(self, codes: Codes) -> View:

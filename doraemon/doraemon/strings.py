@@ -43,7 +43,34 @@ class Packed:
         return self.data.nbytes + self.offsets.nbytes
 
 
+@dataclass(frozen=True, eq=False)
+class Listed:
+    """Texts as a list has them, for questions: read where they lie, and not packed first.
+
+    Attributes:
+        items: str, or, unless `is_text`, bytes; whether they are is not known yet.
+    """
+
+    items: list[Any]
+    is_text: bool
+    engine: Engine
+
+    @property
+    def count(self) -> int:
+        """How many texts there are."""
+        return len(self.items)
+
+    def packed(self) -> Packed:
+        """The same texts, packed. Raises what `pack` does."""
+        return pack(self.items, self.is_text, self.engine)
+
+
 # ---- from users
+
+
+def queried(given: Any, is_text: bool, engine: Engine) -> Packed | Listed:
+    """The texts of what `pack` takes, of a list as they lie. Raises what `pack` does, but for what is in a list."""
+    return Listed(given, is_text, engine) if type(given) is list else pack(given, is_text, engine)
 
 
 def pack(given: Any, is_text: bool, engine: Engine) -> Packed:

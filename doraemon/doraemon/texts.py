@@ -14,9 +14,9 @@ from .dtypes import Described
 from .engine import Engine
 from .errors import damaged
 from .inputs import as_scalar
-from .keytype import Cut, Cuts, KeyType
-from .lexicon import Lexicon, Tier, distinct
-from .strings import Packed, column_is_text, encoded, pack, unpacked
+from .keytype import Cut, Cuts, KeyType, Ranking
+from .lexicon import Lexicon, Tier, distinct, not_in_order, ranks_in
+from .strings import Packed, column_is_text, encoded, pack, queried, unpacked
 
 STR, BYTES = np.dtypes.StringDType(), np.dtype("S")
 CHECKED = 1 << 16  #: texts that are checked at once to be UTF-8
@@ -24,6 +24,8 @@ CHECKED = 1 << 16  #: texts that are checked at once to be UTF-8
 
 class LexiconType(KeyType):
     """Keys that become bytes, whose codes a lexicon gives. A subclass says how, and makes keys of bytes again."""
+
+    lexicon: Lexicon
 
     def __init__(self, dtype: np.dtype[Any], engine: Engine, lexicon: Lexicon | None = None) -> None:
         self.dtype, self.engine = dtype, engine
@@ -78,14 +80,13 @@ class LexiconType(KeyType):
         fit = len(offsets) == len(codes) + 1 and offsets[0] == 0 and offsets[-1] == len(data)
         if not fit or (offsets[1:] < offsets[:-1]).any():
             raise damaged("keys.offsets do not divide keys.bytes")
-        tier = Tier(Packed(data, offsets), codes, self.engine)
-        try:
-            opened = self._with(Lexicon(self.engine, tier))
-            _ = tier.finder
-            if verify:
+        tier = Tier(Packed(data, offsets), codes, self.engine)  # which reads the texts when the first is asked for
+        opened = self._with(Lexicon(self.engine, tier))
+        if verify:
+            try:
                 opened.check(tier)
-        except ValueError as error:
-            raise damaged(f"keys.bytes are not those of keys in order, {error}") from None
+            except ValueError as error:
+                raise not_in_order(error) from None
         return opened
 
     def check(self, tier: Tier) -> None:
@@ -124,7 +125,14 @@ class TextType(LexiconType):
 
     def cuts(self, queries: ArrayLike) -> Cuts:
         """All exact, as an odd code is no key's."""
-        return Cuts(self.lexicon.codes_of(self._packed(queries)), None, None)
+        return Cuts(self.lexicon.codes_of(queried(queries, self.is_text, self.engine)), None, None)
+
+    def ranking(self, codes: Codes) -> Ranking | None:
+        """What finds the texts, if no others have codes: the number of one is its rank."""
+        tier, *others = self.lexicon.tiers
+        if others or not np.array_equal(tier.codes, codes):
+            return None
+        return lambda queries, right: ranks_in(tier, queried(queries, self.is_text, self.engine), right)
 
     def decode(self, codes: Codes) -> NDArray[Any]:
         """An array of NumPy's StringDType, or of bytes objects, as NumPy's own bytes lose zeros at their end."""

@@ -167,3 +167,31 @@ def test_large_batches_of_changes(engine: str) -> None:
         np.testing.assert_array_equal(index.keys(), expected)
         asked = rng.integers(0, 50_000, 500, dtype=np.uint64)
         np.testing.assert_array_equal(index.searchsorted(asked), np.searchsorted(expected, asked))
+
+
+@pytest.mark.parametrize("kind", ["crowded", "spread", "few", "copies", "gone"])
+def test_batches_count_unmerged_changes_of_every_kind(kind: str, engine: str) -> None:
+    rng, top = np.random.default_rng(4), 2**64 - 1
+    keys = np.append(rng.integers(0, 2**64 - 1, 20_000, dtype=np.uint64), np.array([0, 0, top, top], np.uint64))
+    crowd = np.arange(500, dtype=np.uint64) + keys[7]
+    more = {
+        "crowded": np.concatenate([crowd, crowd, np.array([0, top], np.uint64)]),
+        "spread": rng.integers(0, 2**64 - 1, 3000, dtype=np.uint64),
+        "few": keys[:3],
+        "copies": np.repeat(np.append(keys[:40], np.array([0, top], np.uint64)), 300),
+        "gone": keys[:1],
+    }[kind]
+    gone = keys[-9000:] if kind == "gone" else more[:5]
+    index = Index(keys, merging="manual", engine=engine)
+    index.extend(more)
+    index.discard_many(gone)
+    counts: dict[int, int] = {}
+    for part, change in ((keys, 1), (more, 1), (gone, -1)):
+        for key in part.tolist():
+            counts[key] = counts.get(key, 0) + change
+    held = np.sort(np.repeat(np.array(list(counts), np.uint64), list(counts.values())))
+    queries = np.concatenate([keys, more, more + np.uint64(1), keys - np.uint64(1)])
+    for side in ("left", "right"):
+        for _ in range(2):  # the second batch of so many finds all changes put together
+            assert index.searchsorted(queries, side).tolist() == np.searchsorted(held, queries, side).tolist()
+    assert index.contains(queries).tolist() == np.isin(queries, held).tolist()

@@ -75,6 +75,33 @@ def test_large_sets_have_nodes_and_ties_of_every_kind(spread: str, engine: str) 
     assert index.searchsorted(asked, "right").tolist() == [bisect_right(keys, query) for query in asked]
 
 
+@pytest.mark.parametrize("share", [0.0, 0.05, 1.0])
+def test_batches_find_texts_that_the_table_has_lost_and_those_that_are_none(share: float, engine: str) -> None:
+    rng = np.random.default_rng(3)
+    keys = sorted({f"{i % 97}/{i}" * (i % 5) for i in range(20_000)})
+    index = Index(keys, engine=engine)
+    there = rng.random(6000) < share
+    asked = [keys[i] + ("" if t else "\0") for i, t in zip(rng.integers(0, len(keys), 6000), there, strict=True)]
+    for queries in (asked, np.array(asked, dtype=np.dtypes.StringDType()), pack(asked, True, engine)):
+        assert index.searchsorted(queries).tolist() == [bisect_left(keys, query) for query in asked]
+        assert index.searchsorted(queries, "right").tolist() == [bisect_right(keys, query) for query in asked]
+        assert index.contains(queries).tolist() == there.tolist()
+    index.extend(asked[:50])  # some of which have codes only now
+    keys = sorted(keys + asked[:50])
+    assert index.searchsorted(asked).tolist() == [bisect_left(keys, query) for query in asked]
+    assert [index.bisect_right(query) for query in asked[:200]] == [bisect_right(keys, q) for q in asked[:200]]
+
+
+@pytest.mark.parametrize("wrong", ["\ud800", b"x", None, 5])
+def test_a_wrong_item_of_a_long_list_is_named(wrong: Any, engine: str) -> None:
+    index = Index(["a", "b"], engine=engine)
+    with pytest.raises((TypeError, ValueError)) as long:
+        index.searchsorted(["a"] * 5000 + [wrong])
+    with pytest.raises(long.type) as single:
+        index.bisect_left(wrong)
+    assert str(long.value) == str(single.value)
+
+
 @pytest.mark.parametrize("is_map", [False, True], ids=["multiset", "map"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("small_parts")
@@ -279,17 +306,17 @@ def test_readers_see_whole_states_while_a_writer_adds_texts(request: pytest.Fixt
 def test_a_text_that_is_inserted_while_a_query_gets_its_code_is_on_the_right_side_of_it(
     ask: str, engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    index, code_of, asked = Index(["a", "z"], engine=engine), lexicon.Lexicon.code_of, []
+    index, asked = Index(["a", "z"], engine=engine), []
     index.insert("b")
 
-    def slowly(self: lexicon.Lexicon, text: bytes) -> int:
-        code = code_of(self, text)
-        if text == b"m" and not asked:
-            asked.append(text)
+    def slowly(self: lexicon.Tiers) -> tuple[lexicon.Finder, ...]:
+        finders = tuple(tier.finder for tier in self)
+        if not asked:
+            asked.append(finders)
             index.insert("p")
-        return code
+        return finders
 
-    monkeypatch.setattr(lexicon.Lexicon, "code_of", slowly)
+    monkeypatch.setattr(lexicon.Tiers, "finders", property(slowly))
     found = index.count("a", "m") if ask == "count" else getattr(index, ask)("m")
     assert asked
     if ask == "range":
@@ -309,9 +336,22 @@ def test_a_damaged_file_of_texts_is_refused(tmp_path: Path, engine: str) -> None
             Index.open(path, engine=engine)
 
 
+def test_texts_of_a_file_are_read_when_the_first_is_asked_for(tmp_path: Path) -> None:
+    pytest.importorskip("doraemon._native")
+    path = tmp_path / "index"
+    Index(["alpha", "beta"]).save(path)
+    assert Index.open(path, mmap=True, verify=False).bisect_left("b") == 1
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"alphabeta", b"zlphabeta"))
+    index = Index.open(path, mmap=True, verify=False)
+    assert len(index) == 2
+    with pytest.raises(CorruptFileError, match="order"):
+        index.bisect_left("b")
+
+
 def test_bytes_of_an_index_are_bounded() -> None:
     keys = [f"https://example.org/{number}" for number in range(5000)]
-    assert Index(keys).explain().key_bytes < sum(map(len, keys)) + 40 * len(keys)
+    assert Index(keys).explain().key_bytes < sum(map(len, keys)) + 44 * len(keys)
 
 
 def test_what_was_handed_in_is_not_shared(engine: str) -> None:
@@ -373,9 +413,12 @@ def test_packed_texts_are_checked_by_the_extension() -> None:
         native.Tree(texts.data[::-1].copy(), texts.offsets, codes)
     tree = native.Tree(texts.data, texts.offsets, codes)
     with pytest.raises(ValueError, match="offsets"):
-        tree.find_many(texts.data, wrong, codes)
+        tree.find_many(texts.data, wrong, None, codes)
     with pytest.raises(ValueError, match="as many"):
-        tree.find_many(texts.data, texts.offsets, codes[:1])
+        tree.find_many(texts.data, texts.offsets, None, codes[:1])
+    with pytest.raises(ValueError, match="as many"):
+        tree.find_items(["a"], True, None, codes)
+    assert tree.find_items(["a", 5], True, None, codes) == 1
     with pytest.raises(IndexError):
         native.unpack(texts.data, texts.offsets, np.array([2]), True)
     with pytest.raises(ValueError, match="fit"):
