@@ -331,7 +331,7 @@ def test_a_layer_in_few_bits_does_nothing_but_make_room_and_launch(count: int, m
     from tardis_llm.runtime.triton.launch import Launch
 
     launched: list[Launch] = []
-    monkeypatch.setattr(Launch, "run", launched.append)
+    monkeypatch.setattr(Launch, "run", lambda launch: launched.append(launch))
     matrix, bias, x = Codes.of(packed(30, 72, 4, 64)), normal(30).to(BF16), correlated(count, 72).to(BF16)
     with Recorded() as seen:
         y = TritonBackend().linear(x, matrix, bias)

@@ -1,4 +1,4 @@
-// For processors with AVX2, FMA and F16C: the plain kernels, vectorised by the compiler, and low-bit matrices in panels.
+// For processors with AVX2, FMA and F16C: the plain kernels, vectorised by the compiler, but for low-bit matrices.
 #include "activations.h"
 #include "kernels.h"
 
@@ -9,6 +9,8 @@
 
 namespace tardis {
 namespace {
+
+#include "avx2_rows.inc"
 
 constexpr int kRegisters = kPanelRows / 8;  // of 8 outputs each
 constexpr int64_t kLine = kLineBytes * kPanelRows;
@@ -110,16 +112,16 @@ void product_low_bit_panels(const TardisMatrix& m, const Rows& rows, const Input
     multiply_panels<8>(m, rows, x, out);
 }
 
-const Table kWithPanels = [] {
+const Table kVectors = [] {
     Table table = kTable;
-    table.low_bit_panels = product_low_bit_panels;
+    table.low_bit = multiply_rows, table.low_bit_panels = product_low_bit_panels, table.add_low_bit = add_rows;
     return table;
 }();
 
 }  // namespace
 }  // namespace tardis
 
-const tardis::Table* tardis::avx2_table() { return &tardis::kWithPanels; }
+const tardis::Table* tardis::avx2_table() { return &tardis::kVectors; }
 #else
 const tardis::Table* tardis::avx2_table() { return nullptr; }
 #endif
