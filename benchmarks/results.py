@@ -27,8 +27,8 @@ from tardis_llm.evaluation.curves import plot_curves
 ROOT = Path(__file__).parent.parent
 COMPARE, ABLATION = ROOT / "benchmarks/results/compare", ROOT / "benchmarks/results/ablation.json"
 SPEEDS = ROOT / "benchmarks/results"
-#: a run of real_models.py each, the one with most methods first; others have other calibration tokens
-REAL = [SPEEDS / "real_models.json", SPEEDS / "real_models_65536.json"]
+#: a run of real_models.py each: the first one's model is in the README; others are of other versions, or other tokens
+REAL = [SPEEDS / f"real_models{which}.json" for which in ("", "_amd", "_65536")]
 PAGE, README, IMAGES = ROOT / "docs/results.md", ROOT / "README.md", ROOT / "docs/images"
 BEGIN, END = "<!-- results: made by benchmarks/results.py -->", "<!-- end of results -->"
 HEAD = """# Results

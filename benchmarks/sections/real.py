@@ -20,7 +20,7 @@ def real_part(runs: Sequence[dict[str, Any]]) -> str:
         f"files. Calibrated on {settings['calibration']:,} tokens of Wikipedia and novels, and no code. The FFNs alone "
         "are compressed, everything counted; groups of 128. Folds have the same fix rate in every layer, a 2-bit "
         "predictor, 3 bits beside it, and fold and W2 in 4 bits. `+affine+refit+weigh` are our own tricks lent to "
-        f"GPTQ: it is calibrated as folds are. On an {machine['cpu']}, by `benchmarks/real_models.py`."
+        f"GPTQ: it is calibrated as folds are. On an {machine['cpu']}{_noted(runs[0])}, by `benchmarks/real_models.py`."
     ]
     for run in runs:
         if run is not runs[0]:
@@ -31,7 +31,12 @@ def real_part(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def _calibrated_on(run: dict[str, Any]) -> str:
-    return f"Calibrated on {run['settings']['calibration']:,} tokens, all else the same:"
+    return f"Calibrated on {run['settings']['calibration']:,} tokens, on an {run['machine']['cpu']}{_noted(run)}:"
+
+
+def _noted(run: dict[str, Any]) -> str:
+    """What tells a run from others of another version, if a person wrote it into its file."""
+    return f", {run['note']}" if "note" in run else ""
 
 
 def real_readme_part(runs: Sequence[dict[str, Any]]) -> str:
@@ -44,7 +49,7 @@ def real_readme_part(runs: Sequence[dict[str, Any]]) -> str:
     return (
         f"{model}, FFNs alone compressed: share of their bytes that a token reads, everything counted, and increase of "
         f"the loss in nats per token ({real['settings']['tokens']:,} tokens each; the dense perplexity in the first "
-        "row). Calibration text is prose, no code. Measured before weights were rounded as they are now. "
+        f"row). Calibration text is prose, no code{_noted(real)}. "
         "[More models](docs/results.md#real-models).\n\n" + "\n\n".join(tables)
     )
 
