@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ PACKAGE = "node-llama-cpp@3.21.1"
 SOURCE = Path(__file__).with_name("llama_cpp.c")
 #: numbers of `llama_ftype` by name
 TYPES = {"q4_0": 2, "q2_k": 10, "q3_k_m": 12, "q4_k_m": 15}
+_SECONDS_TO_SLEEP = 1.5
 _LIBRARIES = "node_modules/@node-llama-cpp/linux-x64/bins/linux-x64"
 _BUNDLE = "node_modules/node-llama-cpp/llama/gitRelease.bundle"
 _HEADERS = ("include", "ggml/include")
@@ -50,10 +52,16 @@ class Llama:
         self.about = self._answer()
 
     def timed(self, steps: int, prompt: int) -> dict[str, float]:
-        """Seconds per step of the batch (`step`) and to the first tokens (`first`) behind prompts of so many tokens."""
+        """Seconds per step of the batch (`step`) and to the first tokens (`first`) behind prompts of so many tokens.
+
+        Returns only when its threads, which wait for more work without sleeping, have gone to sleep: they would take
+        a third of the pace from who comes next.
+        """
         assert self._process.stdin is not None, "it is a pipe"
         print(steps, prompt, file=self._process.stdin, flush=True)
-        return self._answer()
+        found = self._answer()
+        time.sleep(_SECONDS_TO_SLEEP)
+        return found
 
     def close(self) -> None:
         """End the process."""
