@@ -14,7 +14,6 @@ PY=${PY:-$REPO/.venv/bin/python} PY_VLLM=${PY_VLLM:-$REPO/.venv-vllm/bin/python}
 DATA=${DATA:-$REPO/../shared/data} SAMPLE=${SAMPLE:-$REPO/../shared/models/gpt2-wiki-7m}
 CPU=$(grep -q AuthenticAMD /proc/cpuinfo && echo amd || echo intel)
 OUT=benchmarks/results
-export OMP_WAIT_POLICY=PASSIVE
 cd "$REPO" || exit 1
 
 WIKIPEDIA=("$DATA"/text/wikipedia_en_2014.00*.txt) NOVELS=("$DATA"/text/novels100.0*.txt)
