@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from llama_library import CACHE, PACKAGE, Llama
+from llama_library import CACHE, LIBRARY, Llama
 from shape_files import ARCHITECTURES, in_q4_0
 from tardis_llm.allocator import keep_freed_memory
 from tardis_llm.checkpoint.loading import load_model
@@ -186,7 +186,7 @@ def add_speed_options(parser: argparse.ArgumentParser) -> None:
 def measured_on(chosen: argparse.Namespace) -> dict[str, Any]:
     """Machine and settings, for the record of what was measured by `add_speed_options`."""
     about = {"cpu": cpu_name(), "threads": chosen.threads, "read_bytes_per_second": read_bandwidth()}
-    return {**about, "compiled": chosen.compile, "batch": chosen.batch, "prompt": chosen.prompt, "llama_cpp": PACKAGE}
+    return {**about, "compiled": chosen.compile, "batch": chosen.batch, "prompt": chosen.prompt, "llama_cpp": LIBRARY}
 
 
 def main() -> None:

@@ -21,10 +21,11 @@ from tardis_llm.evaluation.perplexity import Perplexity
 
 CACHE = Path.home() / ".cache" / "tardis" / "llama"
 PACKAGE = "node-llama-cpp@3.21.1"
+LIBRARY = f"libllama of {PACKAGE}"  #: what is measured, in records
 SOURCE = Path(__file__).with_name("llama_cpp.c")
 #: numbers of `llama_ftype` by name
 TYPES = {"q4_0": 2, "q2_k": 10, "q3_k_m": 12, "q4_k_m": 15}
-_SECONDS_TO_SLEEP = 1.5
+_SECONDS_TO_SLEEP = 1.5  # at most, until idle threads of llama.cpp sleep
 _LIBRARIES = "node_modules/@node-llama-cpp/linux-x64/bins/linux-x64"
 _BUNDLE = "node_modules/node-llama-cpp/llama/gitRelease.bundle"
 _HEADERS = ("include", "ggml/include")
@@ -110,11 +111,13 @@ def program(cache: Path) -> Path:
     """The program of `llama_cpp.c`, built against the package unless that is done.
 
     Raises:
-        RuntimeError: npm is missing.
+        RuntimeError: npm, git or a C compiler is missing.
     """
     built = cache / "llama_cpp"
     if built.exists() and built.stat().st_mtime > SOURCE.stat().st_mtime:
         return built
+    if missing := [tool for tool in ("npm", "git", "cc") if shutil.which(tool) is None]:
+        raise RuntimeError(f"llama.cpp is an npm package, and cc builds on it: install {' and '.join(missing)}.")
     _install(cache)
     libraries = [f"-l:{path.name}" for pattern in ("libllama.v*.so", "libggml*.v*.so", "libggml-base.so")
                  for path in (cache / _LIBRARIES).glob(pattern)]  # fmt: skip
@@ -128,8 +131,6 @@ def _install(cache: Path) -> None:
     """Put package and headers into a folder, unless they are there."""
     if not (cache / _LIBRARIES).is_dir():
         cache.mkdir(parents=True, exist_ok=True)
-        if shutil.which("npm") is None:
-            raise RuntimeError("llama.cpp comes as an npm package; install Node.js with npm.")
         (cache / "package.json").write_text("{}")
         subprocess.run(["npm", "install", "--save-exact", "--ignore-scripts", PACKAGE], cwd=cache, check=True)
     source = cache / "source"

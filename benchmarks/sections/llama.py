@@ -11,7 +11,8 @@ from sections.markdown import spread, table
 
 ABOUT = """Shapes with random weights: llama.cpp with everything in Q4_0 (or the file named), ours with everything in
 int4, dense and folded. The shares of fixed neurons are chosen; those that equal quality asks for are in the section
-before. Ratios are of neighbouring runs, with their quartiles. By `benchmarks/llama_cpp.py`."""
+before. Ratios are of neighbouring runs, with their quartiles. By `benchmarks/llama_cpp.py`; what says "by node" was
+measured through node-llama-cpp, which costs small models much, and not through llama.cpp's own library."""
 
 
 def llama_parts(folder: Path) -> Iterator[str]:
@@ -34,6 +35,7 @@ def llama_table(runs: list[dict[str, Any]]) -> str:
 
 def _line(run: dict[str, Any], row: dict[str, Any]) -> list[str]:
     label = run["file"].removesuffix(".gguf") + (", compiled" if run["compiled"] else "")
+    label += ", by node" if run["llama_cpp"].startswith("node") else ""
     return [
         label,
         str(run.get("batch", 1)),

@@ -76,7 +76,15 @@ def test_processors_are_kept_apart(tmp_path: Path):
          "first_over_llama": ratio, "bytes": 1}
     ]  # fmt: skip
     for cpu in ("one", "two"):
-        run = {"cpu": cpu, "threads": 2, "file": "falcon-7b-8.gguf", "compiled": False, "batch": 4, "prompt": 128}
+        run = {
+            "cpu": cpu,
+            "threads": 2,
+            "file": "falcon-7b-8.gguf",
+            "compiled": False,
+            "batch": 4,
+            "prompt": 128,
+            "llama_cpp": "libllama",
+        }
         (tmp_path / f"llama_cpp_{cpu}.json").write_text(json.dumps({**run, "rows": rows}))
     parts = list(llama_parts(tmp_path))
     assert [part for part in parts if part.endswith("threads: 2.")] == ["one, threads: 2.", "two, threads: 2."]

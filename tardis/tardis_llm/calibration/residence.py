@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import DeviceMemoryError
-from ..families.sites import named_blocks, without_blocks
+from ..families.sites import named_blocks, running, without_blocks
 
 
 @contextmanager
@@ -45,19 +45,6 @@ def computing_on(model: PreTrainedModel, device: torch.device) -> Iterator[None]
             moved.callback(turns.end)
             _move_apart(model, device)
             yield
-
-
-@contextmanager
-def running(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Within the context, a module's forward is another function; its hooks stay."""
-    own = vars(module).get("forward")
-    setattr(module, "forward", forward)  # noqa: B010 - mypy takes it for a method
-    try:
-        yield
-    finally:
-        delattr(module, "forward")
-        if own is not None:
-            setattr(module, "forward", own)  # noqa: B010
 
 
 class _Turns:

@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from ..families.sites import FFNSite, named_blocks
+from ..families.sites import FFNSite, named_blocks, running
 from ..families.table import family_of
 from .inputs import TextOrSpeech
-from .residence import running
 
 _WINDOWS, _LENGTH = 4, 512  # that are measured on, the most, and their tokens
 
@@ -81,8 +80,11 @@ def _relative_gradients(model: PreTrainedModel, sites: Sequence[FFNSite], window
         ids = window.to(model.device)
         logits = model(input_ids=ids[None], use_cache=False, return_dict=True).logits[0]
         loss = F.cross_entropy(logits[:-1].float(), ids[1:], reduction="sum")
-        gradients = torch.autograd.grad(loss, list(probes))
-    return [(_mean_square(gradient) * size).cpu() for gradient, size in zip(gradients, sizes, strict=False)]
+        first = tuple(probes)  # blocks that are computed again have others
+        gradients = torch.autograd.grad(loss, first)
+    return [
+        (_mean_square(gradient) * size).cpu() for gradient, size in zip(gradients, sizes[: len(first)], strict=True)
+    ]
 
 
 def _mean_square(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Blocks are numbered from 0 in the order in which they run; where there are two l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -250,6 +250,19 @@ def without_blocks(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for name, layers in lists.items():
             set_module(model, name, layers)
+
+
+@contextmanager
+def running(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within the context, a module's forward is another function; its hooks stay."""
+    own = vars(module).get("forward")
+    setattr(module, "forward", forward)  # noqa: B010 - mypy takes it for a method
+    try:
+        yield
+    finally:
+        delattr(module, "forward")
+        if own is not None:
+            setattr(module, "forward", own)  # noqa: B010
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ...families.sites import running
 from ...families.steps import STEPS
 from ..backend import backend_for
 from ..cpu.backend import CpuBackend
@@ -118,15 +119,8 @@ def stepping(model: PreTrainedModel) -> Iterator[Steps]:
         >>> steps.count, steps.why_not
     """
     steps = Steps(model)
-    before = model.__dict__.get("forward")
-    model.forward = _as_forward(model.forward, steps)
-    try:
+    with running(model, _as_forward(model.forward, steps)):
         yield steps
-    finally:
-        if before is None:
-            del model.forward
-        else:
-            model.forward = before
 
 
 def _as_forward(forward: Callable[..., Any], steps: Steps) -> Callable[..., Any]:

@@ -1,4 +1,67 @@
-// Rows of low-bit matrices in planes, for `avx2.cpp`: products with integers, and sums of rows times residuals.
+// Low-bit matrices in planes, for processors with AVX2: products with integers, and sums of rows times residuals.
+// Compilers do not find any of this by themselves, and plain loops take ten times as long.
+#include "avx2.h"
+
+#include <math.h>
+
+#if defined(TARDIS_AVX2)
+
+namespace tardis {
+namespace {
+
+// mask ? a : b, bit by bit.
+inline __m256i select(int mask, __m256i a, __m256i b) {
+    const __m256i bits = _mm256_set1_epi8(static_cast<char>(mask));
+    return _mm256_or_si256(_mm256_and_si256(bits, a), _mm256_andnot_si256(bits, b));
+}
+
+// Joins high and low halves of codes, `shift` bits each: the even places of both to `high`, the odd ones to `low`.
+template <int shift>
+inline void join(__m256i& high, __m256i& low, int mask) {
+    const __m256i even = select(mask, _mm256_slli_epi16(high, shift), low);
+    low = select(mask, high, _mm256_srli_epi16(low, shift));
+    high = even;
+}
+
+// 32 bytes, or the first of them and zeros.
+inline __m256i load_bytes(const uint8_t* p, int32_t bytes) {
+    if (bytes >= 32) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    alignas(32) uint8_t some[32] = {};
+    if (bytes > 0) memcpy(some, p, bytes);
+    return _mm256_load_si256(reinterpret_cast<const __m256i*>(some));
+}
+
+// Of codes of up to B bits, 1, 2, 4 or 8: pairs of planes become pairs of registers of two-bit codes, and so on, until
+// register s has the codes of the bits k with k % B == s.
+template <int B>
+void unpack_bits(const uint8_t* p, int64_t plane, int32_t bits, int32_t bytes, uint8_t (*codes)[64]) {
+    const int32_t missing = B - bits;  // of the highest planes
+    for (int32_t at = 0; at < 64; at += 32) {
+        __m256i line[B];
+        for (int b = 0; b < B; ++b)
+            line[b] = b < missing ? _mm256_setzero_si256() : load_bytes(p + (b - missing) * plane + at, bytes - at);
+        if constexpr (B >= 2)
+            for (int b = 0; b < B; b += 2) join<1>(line[b], line[b + 1], 0xaa);
+        if constexpr (B >= 4)
+            for (int b = 0; b < B; b += 4)
+                for (int s = 0; s < 2; ++s) join<2>(line[b + s], line[b + 2 + s], 0xcc);
+        if constexpr (B == 8)
+            for (int s = 0; s < 4; ++s) join<4>(line[s], line[4 + s], 0xf0);
+        const __m256i one = _mm256_set1_epi8(static_cast<char>((1 << B) - 1));
+        for (int k = 0; k < 8; ++k) {
+            const __m256i code = _mm256_and_si256(_mm256_srli_epi16(line[k % B], k / B * B), one);
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes[k] + at), code);
+        }
+    }
+}
+
+// The codes of a block, 64 for each bit of its bytes. p: at its bytes in the first plane of the row.
+void unpack(const TardisMatrix& m, const Layout& layout, const Block& block, const uint8_t* p, uint8_t (*codes)[64]) {
+    if (m.bits == 1) return unpack_bits<1>(p, layout.row_bytes, m.bits, block.bytes, codes);
+    if (m.bits == 2) return unpack_bits<2>(p, layout.row_bytes, m.bits, block.bytes, codes);
+    if (m.bits <= 4) return unpack_bits<4>(p, layout.row_bytes, m.bits, block.bytes, codes);
+    unpack_bits<8>(p, layout.row_bytes, m.bits, block.bytes, codes);
+}
 
 inline __m256i bytes_at(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 
@@ -70,15 +133,6 @@ void multiply_row(const TardisMatrix& m, int64_t row, const Input& x, float* out
 
 constexpr int64_t kRowsAhead = 16;
 
-void multiply_rows(const TardisMatrix& m, const Rows& rows, const Input& x, float* out) {
-    const int64_t row_bytes = m.bits * x.quantised.layout->row_bytes;
-    for (int64_t i = rows.begin; i < rows.end; ++i) {
-        prefetch_row(static_cast<const uint8_t*>(m.data) + rows.at(i + kRowsAhead) * row_bytes, row_bytes);
-        if (m.bits == 8) multiply_row<true>(m, rows.at(i), x, out++);
-        else multiply_row<false>(m, rows.at(i), x, out++);
-    }
-}
-
 // ---- sums of rows --------------------------------------------------------------------------------------------------
 
 constexpr int kAdded = 4;  // rows that are added together; what they get together has one scale
@@ -97,7 +151,7 @@ struct Factors {
         }
         const float inverse = largest > 1e-30f && nan == 0 ? 32639 / largest : 0;
         int32_t value[kAdded], sum = 0;
-        for (int e = 0; e < kAdded; ++e) sum += value[e] = static_cast<int32_t>(lrintf(exact[e] * inverse));
+        for (int e = 0; e < kAdded; ++e) sum += value[e] = inverse > 0 ? static_cast<int32_t>(lrintf(exact[e] * inverse)) : 0;
         unit = largest / 32639 + nan, start = _mm256_set1_epi32(-m.twice_zero * sum >> 1);
         for (int e = 0; e < kAdded; e += 2) pair[e / 2] = _mm256_set1_epi32((value[e] & 0xffff) | value[e + 1] << 16);
     }
@@ -132,7 +186,18 @@ void add_piece(const Piece& piece, const Unpacked& codes, const Factors& factors
             *y += factors.exact[e] * (static_cast<float>(codes[e][piece.bit][j]) - middle);
 }
 
-void add_rows(const TardisMatrix& m, const Layout* layout, const Terms& terms, Range range, float* y) {
+}  // namespace
+
+void product_low_bit_avx2(const TardisMatrix& m, const Rows& rows, const Input& x, float* out) {
+    const int64_t row_bytes = m.bits * x.quantised.layout->row_bytes;
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+        prefetch_row(static_cast<const uint8_t*>(m.data) + rows.at(i + kRowsAhead) * row_bytes, row_bytes);
+        if (m.bits == 8) multiply_row<true>(m, rows.at(i), x, out++);
+        else multiply_row<false>(m, rows.at(i), x, out++);
+    }
+}
+
+void add_low_bit_avx2(const TardisMatrix& m, const Layout* layout, const Terms& terms, Range range, float* y) {
     const int64_t row_bytes = m.bits * layout->row_bytes;
     const auto* data = static_cast<const uint8_t*>(m.data);
     const auto index = [&](int64_t i) -> int64_t { return terms.index[i < terms.count ? i : terms.count - 1]; };
@@ -157,3 +222,6 @@ void add_rows(const TardisMatrix& m, const Layout* layout, const Terms& terms, R
         }
     }
 }
+
+}  // namespace tardis
+#endif
