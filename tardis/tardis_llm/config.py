@@ -15,9 +15,10 @@ Policy = Literal["error", "coverage"]
 Rounding = Literal["gptq", "nearest"]
 Target = Literal["stream", "dense", "own"]
 Split = Literal["loss", "uniform"]
+Select = Literal["dynamic", "static"]
 
 #: version of the checkpoint format that this package writes, and the newest that it reads
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 #: bits per weight that a predictor may have
 PREDICTOR_BITS = (1, 2, 3, 4, 8)
 #: bits per weight that anything else may have: a fold, fallback weights, linear layers outside the FFNs
@@ -35,6 +36,9 @@ class FoldConfig:
 
     Attributes:
         reduction: share of the FFN bytes that a token no longer reads, between 0 and 1.
+        select: which neurons are computed exactly: "dynamic" for those that a predictor finds for each token to be out of
+            their hot range, "static" for the same ones for every token, those that a line says least of. A static fold
+            needs `fallback_bits`. It is faster than a dynamic one of the same bytes, at any batch, and less accurate.
         policy: how each neuron's hot range is chosen: "error" by the output error that it would leave, "coverage" by
             the share of the neuron's inputs that it holds, as in the paper.
         split: how the bytes are split over the layers: "loss" by what folding each of them costs the model, which is
@@ -83,6 +87,7 @@ class FoldConfig:
     """
 
     reduction: float = 0.8
+    select: Select = "dynamic"
     policy: Policy = "error"
     split: Split | None = None
     predictor_bits: int | None = None
@@ -113,7 +118,7 @@ class FoldConfig:
         most = self.fallback_bits or max(PREDICTOR_BITS)
         self._require("reduction", 0 < self.reduction < 1, "a number between 0 and 1, such as 0.8")
         self._require("split", self.split in (None, *get_args(Split)), f"one of {', '.join(get_args(Split))} or None")
-        for name, kind in (("policy", Policy), ("rounding", Rounding), ("target", Target)):
+        for name, kind in (("select", Select), ("policy", Policy), ("rounding", Rounding), ("target", Target)):
             self._require(name, getattr(self, name) in get_args(kind), f"one of {', '.join(get_args(kind))}")
         self._require("predictor_bits", bits in allowed, f"one of {allowed}")
         for name in ("fold_bits", "fallback_bits", "linear_bits"):
@@ -123,6 +128,7 @@ class FoldConfig:
         self._require("remainder_bits", fits, "0 to 8 bits, and only with fallback_bits")
         remedy = f"at most the {most} bits of the fallback weights, which include it"
         self._require("predictor_bits", bits is None or bits <= most, remedy)
+        self._check_static()
         for name in ("group_size", "linear_group_size"):
             self._require(name, getattr(self, name) > 0, "a positive number of weights, such as 64")
         self._require("damping", self.damping is None or self.damping >= 0, "a number from 0, such as 0.01")
@@ -133,6 +139,17 @@ class FoldConfig:
         check_seed(self.seed)
         device_named(self.device)
         self._require("sequence_length", length is None or length >= 2, "at least 2 tokens")
+
+    def _check_static(self) -> None:
+        """Refuse settings that a static fold does not have."""
+        if self.select != "static":
+            return
+        why = "with select static, which"
+        self._require("fallback_bits", self.fallback_bits is not None, f"4 or 8 {why} keeps neurons in few bits")
+        self._require("split", self.split in (None, "uniform"), f"uniform {why} keeps the same share in every layer")
+        self._require("refit", self.refit, f"True {why} has no other fold")
+        self._require("predictor_bits", self.predictor_bits is None, f"None {why} predicts nothing")
+        self._require("remainder_bits", self.remainder_bits is None, f"None {why} predicts nothing")
 
     def _require(self, name: str, valid: bool, remedy: str) -> None:
         if not valid:

@@ -13,8 +13,8 @@ class LayerReport:
 
     Attributes:
         prefix: full name of the FFN in the model.
-        bits: bits per weight of the predictor.
-        fix_rate: share of neurons fixed per token, on held-out calibration tokens.
+        bits: bits per weight of the predictor, or of the neurons that a static fold keeps.
+        fix_rate: share of neurons fixed per token, on held-out calibration tokens; of a static fold the share kept.
         error: squared error of the output over its variance, on held-out calibration tokens.
         linearity: such an error of the best affine map, with no neuron fixed.
         damping: damping of the refit; None without a refit.

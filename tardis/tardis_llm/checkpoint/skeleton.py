@@ -115,6 +115,11 @@ def _check_fits(name: str, layer: FoldFormat, site: FFNSite) -> None:
             f"config.json says of {name} that its FFN has {'a' if layer.gated else 'no'} gate, which the model does "
             "not bear out; copy config.json anew, or fold again."
         )
+    if layer.kept > site.intermediate_size:
+        raise CheckpointError(
+            f"config.json says that {layer.kept} neurons of {name} are kept, and it has {site.intermediate_size}; copy "
+            "config.json anew, or fold again."
+        )
     if layer.group_size > site.hidden_size:
         raise CheckpointError(
             f"config.json says that {layer.group_size} weights of {name} have one scale, and rows are "

@@ -3,7 +3,7 @@
 dense      weights and biases of the dense FFN
 touched    what one token reads at batch 1: the fold, the predictor with its scales, ranges and lines, the up bias
            (the range test needs all of it), and the W1 rows and W2 column of each fixed neuron; where these are in
-           few bits, what the predictor has of the rows is read already
+           few bits, what the predictor has of the rows is read already. A static fold reads its kept neurons, always
 resident   what stays in memory, fallback weights included
 """
 
@@ -26,7 +26,8 @@ class Cost:
         fold: of the fold and its bias.
         predictor: of the predictor with its scales.
         lines: of ranges and lines, and of the up bias.
-        fixing: of what a token reads beside these three, if it fixes every neuron.
+        kept: of the neurons that a static fold keeps.
+        fixing: of what a token reads beside these four, if it fixes every neuron.
     """
 
     dense: int
@@ -34,12 +35,13 @@ class Cost:
     fold: int
     predictor: int
     lines: int
+    kept: int
     fixing: int
 
     @property
     def always(self) -> int:
         """Bytes that every token reads."""
-        return self.fold + self.predictor + self.lines
+        return self.fold + self.predictor + self.lines + self.kept
 
     def touched(self, fix_rate: float) -> float:
         """Bytes that a token reads on average, where it fixes this share of the neurons."""
@@ -60,10 +62,23 @@ def cost(dense: DenseFFN, folded: FoldedWeights) -> Cost:
     folded = folded.beside(dense)
     resident = folded.nbytes + (0 if folded.stacked else nbytes(dense.b2))
     fold, lines = nbytes(folded.fold, folded.bias), nbytes(folded.neurons, folded.b1)
-    return Cost(dense.nbytes, resident, fold, folded.predictor.nbytes, lines, folded.fixing)
+    return Cost(dense.nbytes, resident, fold, folded.predictor.nbytes, lines, folded.keeps, folded.fixing)
 
 
 def planned(dense: DenseFFN, storage: Storage, bits: int) -> Cost:
     """Bytes of an FFN if it were folded and stored so, with a predictor of so many bits."""
     form = storage.format(dense.activation, bits, gated=dense.k == 2)
     return cost(dense, FoldedWeights.empty(form, dense.d, dense.h, dense.w1.dtype, torch.device("meta")))
+
+
+def most_kept(dense: DenseFFN, storage: Storage, reduction: float) -> int:
+    """The most neurons that a static fold may keep, in whole groups; 0 or less where the fold alone is too large."""
+
+    def always(kept: int) -> int:
+        form = storage.static_format(dense, kept)
+        return cost(dense, FoldedWeights.empty(form, dense.d, dense.h, dense.w1.dtype, torch.device("meta"))).always
+
+    step = storage.group_size
+    each = always(2 * step) - always(step)
+    groups = 1 + ((1 - reduction) * dense.nbytes - always(step)) // each
+    return min(int(groups) * step, dense.h)

@@ -102,7 +102,7 @@ def unpack(planes: Tensor, columns: int) -> Tensor:
     whole = columns // BLOCK_COLUMNS * BLOCK_COLUMNS // 8
     parts = []
     for part, size in ((planes[..., :whole], BLOCK_COLUMNS // 8), (planes[..., whole:], planes.shape[2] - whole)):
-        if part.numel():
+        if part.shape[2]:
             lines = part.unflatten(2, (-1, 1, size))  # [h, bits, blocks, 1, bytes]
             bits = ((lines >> shifts) & 1).flatten(2)
             parts.append(_join(bits))

@@ -2,6 +2,10 @@
 
 dense     y = value(x W1^T + b1) W2^T + b2
 folded    y = x C^T + c + sum over fixed neurons i of residual_i W2[:, i]
+                        + sum over kept neurons i of value_i W2[:, i]
+
+A fold is *dynamic*, and fixes the neurons that a predictor finds for each token, or *static*, and keeps some neurons:
+it computes them for every token, and predicts none.
 """
 
 from __future__ import annotations
@@ -142,6 +146,12 @@ class DenseFFN:
         b1, b2 = (None if bias is None else bias.to(device) for bias in (self.b1, self.b2))
         return DenseFFN(self.w1.to(device), b1, self.w2.to(device), b2, self.activation)
 
+    def at(self, neurons: Tensor) -> DenseFFN:
+        """The FFN of some neurons [m], given by their numbers, without b2."""
+        rows = (neurons + self.h * torch.arange(self.k, device=neurons.device)[:, None]).flatten()
+        b1 = None if self.b1 is None else self.b1[rows]
+        return DenseFFN(self.w1[rows], b1, self.w2[:, neurons], None, self.activation)
+
     def in_fp32(self) -> DenseFFN:
         """The weights in fp32, contiguous, with biases of zeros where there are none: what folding computes with."""
         b1, b2 = (bias.float() for bias in self.biases)
@@ -163,6 +173,8 @@ class FoldFormat:
         remainder_bits: bits per weight that W1 has beside the predictor's; None for what `fallback_bits` leaves.
         gated: whether neurons have two up-projections.
         down_zero: whether a level of W2, stacked, is 0; it is in what is folded since format version 3.
+        kept: number of neurons that a static fold keeps, whose weights have `fallback_bits`; 0 of a dynamic one.
+        kept_bias: whether these have an up bias.
     """
 
     activation: str
@@ -174,6 +186,8 @@ class FoldFormat:
     remainder_bits: int | None = None
     gated: bool = False
     down_zero: bool = False
+    kept: int = 0
+    kept_bias: bool = False
 
     @property
     def k(self) -> int:
@@ -222,6 +236,12 @@ class Storage:
         stored = self.group_size, "float16", self.fold_bits, self.fallback_bits
         return FoldFormat(activation, bits, *stored, None if usual else left, gated, self.fallback_bits is not None)
 
+    def static_format(self, ffn: DenseFFN, kept: int) -> FoldFormat:
+        """The format of a static fold of this FFN that keeps so many neurons. It needs `fallback_bits`."""
+        assert self.fallback_bits is not None, "kept neurons are in few bits"
+        form = replace(self, remainder_bits=None).format(ffn.activation, self.fallback_bits, gated=ffn.k == 2)
+        return replace(form, kept=kept, kept_bias=ffn.b1 is not None)
+
 
 def _bits(matrix: Matrix | None) -> int | None:
     """Bits per weight of a matrix in few bits; None for others."""
@@ -242,6 +262,10 @@ class FoldedWeights:
             where the dense weights are still to be put beside: see `beside`.
         up: [k h, d] W1; stacked, what the predictor leaves of it, None where that is nothing.
         b1: [k h] up bias, or None.
+        kept_up: [k m, d] W1 of the m neurons that a static fold keeps, in few bits; None in a dynamic one. A static one
+            predicts no neuron: predictor, neurons and `down` have no rows then.
+        kept_down: [d, m] W2 of these, in few bits.
+        kept_bias: [k m] their up bias, or None.
     """
 
     fold: Matrix | None
@@ -251,6 +275,9 @@ class FoldedWeights:
     down: Matrix | None = None
     up: Matrix | None = None
     b1: Tensor | None = None
+    kept_up: Matrix | None = None
+    kept_down: Matrix | None = None
+    kept_bias: Tensor | None = None
 
     @classmethod
     def empty(
@@ -260,15 +287,16 @@ class FoldedWeights:
 
         Args:
             form: the format.
-            d, h: width and neurons.
+            d, h: width and neurons; a static fold predicts none of these.
             dtype: of the model.
             device: such as meta.
             rows: of the fold, where it is a share of it; d without.
         """
         rows = d if rows is None else rows
+        h = 0 if form.kept else h
 
-        def packed(rows: int, bits: int, has_zero: bool = False) -> PackedMatrix:
-            return PackedMatrix.empty(rows, d, bits, form.group_size, device, has_zero)
+        def packed(rows: int, bits: int, has_zero: bool = False, columns: int = d) -> PackedMatrix:
+            return PackedMatrix.empty(rows, columns, bits, min(form.group_size, columns), device, has_zero)
 
         def values(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
@@ -277,16 +305,34 @@ class FoldedWeights:
         lines = [values(size * h, dtype=getattr(torch, form.range_dtype)) for size in (1, 1, form.k, 1)]
         down = packed(h, form.fallback_bits, form.down_zero) if form.fallback_bits else None
         up = packed(form.k * h, form.left) if form.left else None
-        return cls(fold, values(rows), packed(form.k * h, form.bits), Neurons(form.activation, *lines), down, up)
+        neurons = Neurons(form.activation, *lines)
+        dynamic = cls(fold, values(rows), packed(form.k * h, form.bits), neurons, down, up)
+        if not form.kept:
+            return dynamic
+        kept_up, kept_down = packed(form.k * form.kept, form.bits), packed(d, form.bits, columns=form.kept)
+        kept_bias = values(form.k * form.kept) if form.kept_bias else None
+        return replace(dynamic, kept_up=kept_up, kept_down=kept_down, kept_bias=kept_bias)
 
     @property
     def format(self) -> FoldFormat:
         """How these weights are stored."""
         _, bits, group_size, _ = kind(self.predictor)
         storage = Storage(group_size, _bits(self.fold), _bits(self.down), _bits(self.up) or 0)
-        found = storage.format(self.neurons.activation, bits, gated=self.neurons.k == 2)
+        found = storage.format(self.neurons.activation, bits, gated=self.k == 2)
         has_zero = self.down is not None and self.stacked and bool(kind(self.down)[-1])
-        return replace(found, range_dtype=str(self.neurons.low.dtype).removeprefix("torch."), down_zero=has_zero)
+        dtype = str(self.neurons.low.dtype).removeprefix("torch.")
+        kept_bias = self.kept_bias is not None
+        return replace(found, range_dtype=dtype, down_zero=has_zero, kept=self.kept, kept_bias=kept_bias)
+
+    @property
+    def kept(self) -> int:
+        """Number of neurons that a static fold keeps; 0 of a dynamic one."""
+        return 0 if self.kept_down is None else kind(self.kept_down)[0][1]
+
+    @property
+    def k(self) -> int:
+        """Up-projections per neuron: 2 in a gated FFN, 1 in a plain one."""
+        return self.neurons.k if self.kept_up is None else kind(self.kept_up)[0][0] // self.kept
 
     @property
     def dtype(self) -> torch.dtype:
@@ -300,7 +346,12 @@ class FoldedWeights:
         return not isinstance(self.down, Tensor | None)
 
     def beside(self, dense: DenseFFN) -> FoldedWeights:
-        """The weights with what fixing reads of the dense FFN: the up bias, and W1 and W2 unless they are stacked."""
+        """The weights with what fixing reads of the dense FFN: the up bias, and W1 and W2 unless they are stacked.
+
+        A static fold reads nothing of it.
+        """
+        if self.kept:
+            return self
         if self.stacked:
             return replace(self, b1=dense.b1)
         return replace(self, b1=dense.b1, up=dense.w1, down=dense.w2.T)
@@ -322,10 +373,22 @@ class FoldedWeights:
         hidden = self.neurons.value(F.linear(x, w1, self.b1))
         return F.linear(hidden.to(x.dtype), w2, b2)
 
+    def kept_ffn(self, dtype: torch.dtype) -> DenseFFN:
+        """The neurons that a static fold keeps as an FFN of their own, written out in `dtype`, without a down bias."""
+        assert self.kept_up is not None and self.kept_down is not None, "a dynamic fold keeps no neuron"
+        w1, w2 = (written_out(matrix).to(dtype) for matrix in (self.kept_up, self.kept_down))
+        b1 = None if self.kept_bias is None else self.kept_bias.to(dtype)
+        return DenseFFN(w1, b1, w2, None, self.neurons.activation)
+
+    @property
+    def keeps(self) -> int:
+        """Bytes of the kept neurons."""
+        return nbytes(self.kept_up, self.kept_down, self.kept_bias)
+
     @property
     def always(self) -> int:
-        """Bytes that every token reads: fold, predictor, ranges and lines, biases."""
-        return nbytes(self.fold, self.bias, self.predictor, self.neurons, self.b1)
+        """Bytes that every token reads: fold, kept neurons, predictor, ranges and lines, biases."""
+        return nbytes(self.fold, self.bias, self.predictor, self.neurons, self.b1) + self.keeps
 
     @property
     def fixing(self) -> int:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ..errors import InfeasibleBudgetError
-from ..ffn.accounting import planned
+from ..ffn.accounting import most_kept, planned
 from ..ffn.weights import DenseFFN, Storage
 
 
@@ -75,6 +75,21 @@ def convex_hull(options: list[Option]) -> list[Option]:
 
 def _slope(a: Option, b: Option) -> float:
     return (b.loss - a.loss) / max(b.touched - a.touched, 1e-9)
+
+
+def check_static(ffns: list[DenseFFN], storage: Storage, reduction: float) -> None:
+    """Check that a static fold keeps some neurons of every FFN at this reduction.
+
+    Raises:
+        InfeasibleBudgetError: it keeps none; says what uses the bytes.
+    """
+    for ffn in ffns:
+        if most_kept(ffn, storage, reduction) < 1:
+            raise InfeasibleBudgetError(
+                f"a reduction of {reduction:.4g} is not feasible: beside the fold it leaves no room for "
+                f"{storage.group_size} kept neurons of an FFN with {ffn.h}. Lower --reduction, store the fold in fewer "
+                "bits (--fold-dtype int4), or make the groups smaller (--group-size)."
+            )
 
 
 def check_feasible(ffns: list[DenseFFN], bits: tuple[int, ...], storage: Storage, reduction: float) -> tuple[int, ...]:

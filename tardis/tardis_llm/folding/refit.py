@@ -113,7 +113,7 @@ def fit_fold(
         damping: ridge penalty; None to choose it from `DAMPINGS`, for each output by itself.
         rounding: of a fold in few bits.
     """
-    prior, _ = fold_of_lines(dense, folded.neurons)
+    prior = None if folded.kept else fold_of_lines(dense, folded.neurons)[0]
     spread = (fit.x.centred / fit.x.count).float() if rounding == "gptq" else None
 
     def solved(dampings: Sequence[float]) -> tuple[FoldedWeights, Tensor]:

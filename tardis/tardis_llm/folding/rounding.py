@@ -55,7 +55,7 @@ def quantise(
             scale = refit_scale(w, codes.float() - zero, scale, group_size, covariance)
             columns = expand_scale(scale.float(), group_size, w.shape[1])
             codes = _descend(w, codes, columns, bits, covariance, zero)
-    return PackedMatrix(pack(codes, bits), scale, w.shape[1], group_size, has_zero)
+    return PackedMatrix(pack(codes, bits), scale.contiguous(), w.shape[1], group_size, has_zero)
 
 
 def best_scale(

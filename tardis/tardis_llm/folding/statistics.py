@@ -6,6 +6,7 @@ they stay true when the fold is exchanged for a refitted one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from ..calibration.moments import SecondMoments
 from ..calibration.sums import Sums
 from ..calibration.tokens import Tokens, product
+from ..ffn.neuron import value
 from ..ffn.weights import DenseFFN, FoldedWeights, written_out
 
 
@@ -94,26 +96,44 @@ class Statistics(Sums):
         self._add_targets(tokens, dense, folded)
 
     def _add_targets(self, tokens: Tokens, dense: DenseFFN, folded: FoldedWeights) -> None:
-        ffn, neurons, w_hat = dense.in_fp32(), folded.neurons.map(Tensor.float), written_out(folded.predictor)
-        w1, w2 = _fixing(ffn, folded)
+        ffn = dense.in_fp32()
+        computed = _kept(folded) if folded.kept else _fixing(ffn, folded)
         for some in tokens.chunks(len(ffn.w1)):
             x, y = some.x.float(), some.target
-            v = product(some.x, w1, ffn.b1)
             if y is None:
-                exact = product(some.x, ffn.w1, ffn.b1) if folded.stacked else v
-                y = F.linear(neurons.value(exact), ffn.w2, ffn.b2)
-            outside = neurons.outside(product(some.x, w_hat, ffn.b1))
+                y = F.linear(value(product(some.x, ffn.w1, ffn.b1), ffn.act, ffn.k), ffn.w2, ffn.b2)
             y = y.float()
+            exact, fixed = computed(some.x)
             self.output.add(x, y, some.weight)
-            fixed = (neurons.residual(v) * outside).to(some.x.dtype)  # as they meet W2 in the model
-            self.left.add(x, y - product(fixed, w2, None), some.weight)
-            self.fixed += int(outside.sum())
+            self.left.add(x, y - exact, some.weight)
+            self.fixed += fixed
             self.tokens += len(x)
 
 
-def _fixing(ffn: DenseFFN, folded: FoldedWeights) -> tuple[Tensor, Tensor]:
-    """W1 and W2 in fp32 as fixing reads them: those of the FFN, or what stands for them in the model's dtype."""
-    if not folded.stacked:
-        return ffn.w1, ffn.w2
-    w1, w2 = folded.fallback(folded.dtype)
-    return w1.float(), w2.float()
+#: what a folded FFN computes exactly for inputs x [tokens, d], and the neurons that it fixes for that, over the tokens
+_Computed = Callable[[Tensor], tuple[Tensor, int]]
+
+
+def _fixing(ffn: DenseFFN, folded: FoldedWeights) -> _Computed:
+    """Fixing, with W1 and W2 in fp32 as it reads them: those of the FFN, or what stands for them in the model's dtype."""
+    neurons, w_hat = folded.neurons.map(Tensor.float), written_out(folded.predictor)
+    w1, w2 = (w.float() for w in folded.fallback(folded.dtype)) if folded.stacked else (ffn.w1, ffn.w2)
+
+    def computed(x: Tensor) -> tuple[Tensor, int]:
+        outside = neurons.outside(product(x, w_hat, ffn.b1))
+        residual = neurons.residual(product(x, w1, ffn.b1)) * outside
+        return product(residual.to(x.dtype), w2, None), int(outside.sum())  # in the dtype in which they meet W2
+
+    return computed
+
+
+def _kept(folded: FoldedWeights) -> _Computed:
+    """The kept neurons of a static fold."""
+    kept = folded.kept_ffn(folded.dtype).in_fp32()
+    return lambda x: (outputs(kept, x), 0)
+
+
+def outputs(ffn: DenseFFN, x: Tensor) -> Tensor:
+    """Outputs [tokens, d] fp32 of an FFN in fp32 for inputs x [tokens, d], by products in the dtype of x."""
+    hidden = value(product(x, ffn.w1, ffn.b1), ffn.act, ffn.k)
+    return product(hidden.to(x.dtype), ffn.w2, ffn.b2)

@@ -29,8 +29,9 @@ from ..families.table import NAMED, Family
 from ..ffn.accounting import Cost, cost
 from ..ffn.weights import FoldedWeights, FoldFormat
 from ..files import differences, digest
-from ..folding.budget import check_feasible
+from ..folding.budget import check_feasible, check_static
 from ..folding.fold import FoldQuality, Inputs, choose_ranges, finish, predict
+from ..folding.static import fold_static
 from ..report import FoldReport, LayerReport, LinearsReport, Progress, silent
 from ..runtime.modules import FoldedFFN
 from ..runtime.placing import install
@@ -123,6 +124,9 @@ def check_fold(
     for inputs in calibration:
         check_windows(model, inputs)
     check_enough(calibration, sites[0].hidden_size)
+    if config.select == "static":
+        check_static([site.outline() for site in sites], config.storage, config.reduction)
+        return sites, ()
     chosen = config.policy == "error" and not splits_alike(config, sites)
     allowed = (config.predictor_bits,) if config.predictor_bits else _AUTO_BITS if chosen else _ALIKE_BITS
     return sites, check_feasible([site.outline() for site in sites], allowed, config.storage, config.reduction)
@@ -211,6 +215,9 @@ def _fold_block(
 def _fold_layer(session: Session, site: FFNSite, layer: LayerPlan, inputs: Inputs) -> tuple[FoldedFFN, FoldQuality]:
     config = session.config
     ffn = sound_weights(site).to(config.torch_device).in_fp32()
+    if config.select == "static":
+        weights, quality = fold_static(ffn, inputs, round(layer.fix_rate * ffn.h), config, session.model.dtype)
+        return FoldedFFN(weights), quality
     predicted = predict(ffn, inputs, layer.bits, config)
     ranges = choose_ranges(ffn, predicted, layer.fix_rate, config)
     weights, quality = finish(ffn, inputs, predicted, ranges, config, session.model.dtype)

@@ -19,7 +19,7 @@ from ..calibration.stream import Stream
 from ..calibration.text import spread
 from ..families.linear import weight_of
 from ..families.sites import FFNSite
-from ..ffn.accounting import Cost
+from ..ffn.accounting import Cost, most_kept
 from ..ffn.weights import DenseFFN
 from ..folding.budget import Option, split_budget
 from ..folding.fold import AnyPredicted, Inputs, choose_ranges, error_curve, error_left, predict, solve
@@ -40,8 +40,8 @@ class LayerPlan:
     """What the budget gives one layer.
 
     Attributes:
-        bits: bits per weight of the predictor.
-        fix_rate: share of neurons fixed per token.
+        bits: bits per weight of the predictor, or of the neurons that a static fold keeps.
+        fix_rate: share of neurons fixed per token, or kept.
         loss_increase: measured with this layer alone folded, by its probe; None where none was needed.
     """
 
@@ -85,6 +85,8 @@ def plan(session: Session, bits: tuple[int, ...]) -> list[LayerPlan]:
         session: the fold under way, its model still dense.
         bits: predictor widths allowed.
     """
+    if session.config.select == "static":
+        return [_keep_most(session, site.outline()) for site in session.sites]
     if splits_alike(session.config, session.sites):
         return _split_alike(session, bits[0])
     probes = _above_noise(list(_probe_layers(session, bits)))
@@ -105,6 +107,13 @@ def _split_alike(session: Session, bits: int) -> list[LayerPlan]:
     budget = (1 - session.config.reduction) * sum(cost.dense for cost in costs)
     rate = (budget - sum(cost.always for cost in costs)) / sum(cost.fixing for cost in costs)
     return [LayerPlan(bits, min(1.0, rate), None) for _ in costs]
+
+
+def _keep_most(session: Session, outline: DenseFFN) -> LayerPlan:
+    """The most neurons that a static fold may keep in every layer."""
+    config = session.config
+    assert config.fallback_bits is not None, "kept neurons are in few bits"
+    return LayerPlan(config.fallback_bits, most_kept(outline, config.storage, config.reduction) / outline.h, None)
 
 
 def _split_by_loss(session: Session, probes: list[Probe]) -> list[LayerPlan]:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ffn.neuron import value
 from ..ffn.packed import PackedMatrix
 from ..ffn.weights import FoldedWeights, Matrix, written_out
 
@@ -38,6 +39,8 @@ def folded_ffn(x: Tensor, weights: FoldedWeights) -> Tensor:
     parts = [x] if static else x.split(_TOKENS)
     corrections = [_correction(some, weights, predictor, w1, w2, static) for some in parts]
     correction = torch.cat(corrections) if len(corrections) > 1 else corrections[0]
+    if weights.kept:
+        correction = _kept(x, weights)
     if weights.fold is None:
         return correction
     affine = F.linear(x, written_out(weights.fold).to(x.dtype), weights.bias)
@@ -62,6 +65,12 @@ def _correction(x: Tensor, weights: FoldedWeights, predictor: Tensor, w1: Tensor
     v = F.linear(x, w1[rows], None if weights.b1 is None else weights.b1[rows]).float()
     residual = torch.where(fixed[:, some], neurons.residual(v), 0.0)
     return F.linear(residual.to(x.dtype), w2[:, some])
+
+
+def _kept(x: Tensor, weights: FoldedWeights) -> Tensor:
+    """[tokens, d] what the kept neurons of a static fold add for inputs x [tokens, d]."""
+    ffn = weights.kept_ffn(x.dtype)
+    return F.linear(value(F.linear(x, ffn.w1, ffn.b1), ffn.act, ffn.k), ffn.w2)
 
 
 def fixed_neurons(x: Tensor, weights: FoldedWeights) -> Tensor:

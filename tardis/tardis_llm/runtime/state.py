@@ -18,9 +18,10 @@ from ..errors import InvalidInputError
 from ..ffn.neuron import Neurons
 from ..ffn.packed import PackedMatrix
 from ..ffn.weights import DenseFFN, FoldedWeights, Matrix, kind, stored
-from .backend import REFERENCE, PreparedFFN, backend_for, dense_ffn, lay_out, prepare
+from .backend import REFERENCE, PreparedFFN, backend_for, dense_ffn, lay_out
 from .matrices import Fold, LowBit, LowBitFold
 from .slow import warn_of_reference
+from .static import prepare
 from .stored import LAYOUT, LaidOut, Stored, changing_layout, reading_layout
 
 #: what fixing reads, in rows here and there
@@ -39,7 +40,8 @@ class FoldState(Stored):
     """The tensors that a folded FFN stores beside the dense weights.
 
     State: `fold.weight` (or `fold.planes`, `fold.scale`), `fold.bias`, `predictor.planes`, `predictor.scale`, `low`,
-    `high`, `slope`, `offset`; stacked, `remainder.*` and `down.*` as `predictor.*`, in place of the dense weights.
+    `high`, `slope`, `offset`; stacked, `remainder.*` and `down.*` as `predictor.*`, in place of the dense weights. A
+    static fold has `kept_up.*` and `kept_down.*` beside, and `kept_bias` if there is one, and none of these has rows.
 
     Args:
         weights: what to store; dense weights beside it are left to the model.
@@ -50,6 +52,7 @@ class FoldState(Stored):
     high: Tensor
     slope: Tensor
     offset: Tensor
+    kept_bias: Tensor | None
 
     def __init__(self, weights: FoldedWeights) -> None:
         super().__init__()
@@ -61,6 +64,9 @@ class FoldState(Stored):
         self.predictor = LowBit(predictor)
         self.remainder = LowBit(up) if isinstance(up, PackedMatrix) else None
         self.down = LowBit(down) if isinstance(down, PackedMatrix) else None
+        self.kept_up = LowBit(weights.kept_up) if isinstance(weights.kept_up, PackedMatrix) else None
+        self.kept_down = LowBit(weights.kept_down) if isinstance(weights.kept_down, PackedMatrix) else None
+        self.register_buffer("kept_bias", weights.kept_bias)
         for name in ("low", "high", "slope", "offset"):
             self.register_buffer(name, getattr(weights.neurons, name))
         # where torch keeps the tensors, which is quicker to look up than names
@@ -90,7 +96,7 @@ class FoldState(Stored):
     def _weights(self, matrix: Callable[[LaidOut], Any]) -> FoldedWeights:
         with reading_layout():
             parts = {name: matrix(part) for part, name in self._parts}
-            return FoldedWeights(bias=self.fold.bias, neurons=self.neurons, **parts)
+            return FoldedWeights(bias=self.fold.bias, neurons=self.neurons, kept_bias=self.kept_bias, **parts)
 
     def fetched(self) -> FoldedWeights:
         """The same as `current`, each part got by calling the module that holds it.
@@ -100,7 +106,7 @@ class FoldState(Stored):
         with reading_layout():
             fold, bias = self.fold()
             parts = {name: part() for part, name in self._parts if part is not self.fold}
-            return FoldedWeights(fold, bias, neurons=self.neurons, **parts)
+            return FoldedWeights(fold, bias, neurons=self.neurons, kept_bias=self.kept_bias, **parts)
 
     def lay_out(self, dtype: torch.dtype) -> None:
         """Put every matrix in the fastest order for inputs of a dtype."""
@@ -135,6 +141,7 @@ class FoldState(Stored):
             for part, matrix in ready:
                 part.exchange(matrix)
             self.fold.bias = nn.Parameter(_there(new.bias), requires_grad=False)
+            self.kept_bias = new.kept_bias
             for name in ("low", "high", "slope", "offset"):
                 setattr(self, name, getattr(new.neurons, name))
             self.forget()
@@ -143,7 +150,14 @@ class FoldState(Stored):
     @property
     def _parts(self) -> list[tuple[LaidOut, str]]:
         """The modules that hold a matrix, with its name in `FoldedWeights`."""
-        named = (self.fold, "fold"), (self.predictor, "predictor"), (self.remainder, "up"), (self.down, "down")
+        named = (
+            (self.fold, "fold"),
+            (self.predictor, "predictor"),
+            (self.remainder, "up"),
+            (self.down, "down"),
+            (self.kept_up, "kept_up"),
+            (self.kept_down, "kept_down"),
+        )
         return [(part, name) for part, name in named if part is not None]
 
     def computed(self, weights: FoldedWeights) -> FoldedWeights:
@@ -237,7 +251,8 @@ def _identity(weights: FoldedWeights) -> tuple[object, ...]:
     """Format, shapes and dtypes, and device of what is stored of a fold."""
     matrices = [matrix for matrix in (weights.fold, weights.predictor) if matrix is not None]
     if weights.stacked:
-        matrices += [matrix for matrix in (weights.up, weights.down) if matrix is not None]
-    vectors = [vector for vector in (weights.bias, *weights.neurons.tensors) if vector is not None]
+        low_bit = weights.up, weights.down, weights.kept_up, weights.kept_down
+        matrices += [matrix for matrix in low_bit if matrix is not None]
+    vectors = [vector for vector in (weights.bias, weights.kept_bias, *weights.neurons.tensors) if vector is not None]
     shapes = [kind(matrix) for matrix in matrices], [(tuple(vector.shape), vector.dtype) for vector in vectors]
     return weights.format, shapes, weights.neurons.low.device

@@ -39,6 +39,7 @@ from ..linears.dense import ThroughKernels
 from ..linears.lowbit import LowBitLinear
 from ..modules import FoldedFFN
 from ..placing import FoldedDown, GatedFFN
+from ..static import StaticFFN
 from ..stored import LaidOut
 from .cache import GrowingCache, GrowingLayer
 
@@ -203,11 +204,24 @@ class Program:
         if ffn.exact or (ffn.goes_dense is not None and ffn.goes_dense(read)):
             raise NotWholeError("a folded FFN computes every neuron.")
         prepared = ffn.prepared(read, folded.parts.dense)
-        if not isinstance(prepared, CpuFFN):
-            raise NotWholeError("the kernels do not read the weights of a folded FFN as they lie.")
         self._sources.append((vars(ffn), "_ready"))
         self._kept.append(prepared)
+        if isinstance(prepared, StaticFFN):
+            return self._static(prepared, read, given)
+        if not isinstance(prepared, CpuFFN):
+            raise NotWholeError("the kernels do not read the weights of a folded FFN as they lie.")
         self._operation("folded", prepared.arguments, read, None, given)
+
+    def _static(self, prepared: StaticFFN, read: Tensor, given: Tensor) -> None:
+        """A static fold: the fold beside the kept neurons, which are added."""
+        weights, (up, down, fold) = prepared.weights, prepared.matrices
+        rows, kept = self._rows(weights.k * weights.kept), self._rows(self._d)
+        self._multiply([(up, weights.kept_bias), (fold, weights.bias)], read, [rows, given])
+        first, *other = rows.chunk(weights.k, dim=1)
+        inner = self._rows(weights.kept)
+        self._operation("gate", Activation.of(weights.neurons.activation), first, other[0] if other else None, inner)
+        self._multiply([(down, None)], inner, [kept])
+        self._add(given, kept, given)
 
     def _dense_ffn(self, block: nn.Module, family: Family, read: Tensor, given: Tensor) -> None:
         up, down = _part(block, family.up), _part(block, family.down)
@@ -247,12 +261,18 @@ class Program:
         )
 
     def _products(self, layers: Sequence[nn.Module], x: Tensor, outputs: Sequence[Tensor]) -> None:
-        products = (Product * len(layers))()
-        for product, layer, y in zip(products, layers, outputs, strict=True):
-            matrix, bias = self._matrix(layer)
+        self._multiply([self._matrix(layer) for layer in layers], x, outputs)
+
+    def _multiply(
+        self, matrices: Sequence[tuple[AnyMatrix, Tensor | None]], x: Tensor, outputs: Sequence[Tensor]
+    ) -> None:
+        products = (Product * len(matrices))()
+        for product, (matrix, bias), y in zip(products, matrices, outputs, strict=True):
+            if not readable(matrix, self._dtype):
+                raise NotWholeError("the kernels do not read the weights of a layer as they lie.")
             self._kept += [matrix, bias, y]
             product.weight, product.bias, product.y = Matrix.of(matrix), Vector.of(bias, y.shape[1]), y.data_ptr()  # type: ignore[arg-type]
-        self._operation("products", products, x, None, outputs[0], len(layers))
+        self._operation("products", products, x, None, outputs[0], len(matrices))
 
     def _matrix(self, layer: nn.Module) -> tuple[AnyMatrix, Tensor | None]:
         """The weight of a linear layer as the kernels read it, and its bias."""
@@ -266,8 +286,6 @@ class Program:
             raise NotWholeError(
                 f"a {type(layer).__name__} of it does not go through the kernels; see prepare_decoding."
             )
-        if not readable(matrix, self._dtype):
-            raise NotWholeError("the kernels do not read the weight of a linear layer as it lies.")
         return matrix, bias_of(layer)
 
     def _watch(self, layer: LaidOut, stored: dict[str, Any], name: str) -> None:
