@@ -17,12 +17,29 @@ bool has_avx2() {
 #endif
 }
 
-bool has_avx512() {
+// As Skylake-X has it.
+bool has_avx512bw() {
 #if defined(__x86_64__)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("gfni") && __builtin_cpu_supports("avx512vnni") &&
-           __builtin_cpu_supports("avx512bf16");
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#else
+    return false;
+#endif
+}
+
+// As Cascade Lake and Ice Lake have it.
+bool has_avx512vnni() {
+#if defined(__x86_64__)
+    return has_avx512bw() && __builtin_cpu_supports("avx512vnni");
+#else
+    return false;
+#endif
+}
+
+// As Zen 4 and Sapphire Rapids have it.
+bool has_avx512() {
+#if defined(__x86_64__)
+    return has_avx512vnni() && __builtin_cpu_supports("avx512bf16");
 #else
     return false;
 #endif
@@ -48,6 +65,8 @@ bool has_amx() {
 const Table* table_of(int32_t isa) {
     switch (isa) {
         case TARDIS_AMX: return has_amx() ? amx_table() : nullptr;
+        case TARDIS_AVX512BW: return has_avx512bw() ? avx512bw_table() : nullptr;
+        case TARDIS_AVX512VNNI: return has_avx512vnni() ? avx512vnni_table() : nullptr;
         case TARDIS_AVX512: return has_avx512() ? avx512_table() : nullptr;
         case TARDIS_AVX2: return has_avx2() ? avx2_table() : nullptr;
         case TARDIS_PORTABLE: return portable_table();
