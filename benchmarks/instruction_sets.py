@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from ffn_kernels import (
     SHAPES,
     Shape,
@@ -30,8 +32,6 @@ from ffn_kernels import (
     random_packed,
     ratio,
 )
-from torch import Tensor
-
 from tardis_llm.ffn.weights import DenseFFN
 from tardis_llm.runtime.cpu.library import Kernels, loaded
 
