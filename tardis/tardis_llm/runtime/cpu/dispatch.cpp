@@ -17,33 +17,19 @@ bool has_avx2() {
 #endif
 }
 
-// As Skylake-X has it.
-bool has_avx512bw() {
 #if defined(__x86_64__)
+// Skylake-X has the first, Cascade Lake and Ice Lake the second, Zen 4 and Sapphire Rapids all.
+bool has_avx512bw() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#else
-    return false;
-#endif
 }
-
-// As Cascade Lake and Ice Lake have it.
-bool has_avx512vnni() {
-#if defined(__x86_64__)
-    return has_avx512bw() && __builtin_cpu_supports("avx512vnni");
+bool has_avx512vnni() { return has_avx512bw() && __builtin_cpu_supports("avx512vnni"); }
+bool has_avx512() { return has_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
 #else
-    return false;
+bool has_avx512bw() { return false; }
+bool has_avx512vnni() { return false; }
+bool has_avx512() { return false; }
 #endif
-}
-
-// As Zen 4 and Sapphire Rapids have it.
-bool has_avx512() {
-#if defined(__x86_64__)
-    return has_avx512vnni() && __builtin_cpu_supports("avx512bf16");
-#else
-    return false;
-#endif
-}
 
 bool find_amx() {
 #if defined(__x86_64__)
