@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from harness_data import write_items
 from models import tiny_model, tiny_tokenizer
 from on_device import NAME, SMALL, register
 
@@ -57,6 +58,7 @@ def commands(folder: Path) -> dict[str, tuple[object, ...]]:
     compared = ("--text", text, "--eval-text", text, "--tokens", 2048, "--window", 32, "--eval-tokens", 512)
     return {
         "eval": ("eval", folded, "--text", text, "--window", 32),
+        "eval of tasks": ("eval", folded, "--tasks", "blimp,lambada", "--task-data", write_items(folder)),
         "generate": ("generate", folded, "Once upon a time", "--max-new-tokens", 8),
         "generate, sampled": ("generate", folded, "Once", "--max-new-tokens", 8, "--temperature", 0.7, "--seed", 3),
         "compare": ("compare", dense, *compared, "--dtype", "float32", "--methods", METHODS, "--reductions", 0.5),

@@ -71,7 +71,7 @@ def test_tensors_that_stay_behind_are_found(mistake: str) -> None:
     assert "tensors of two devices" in on_device()["mistakes"][mistake]
 
 
-@pytest.mark.parametrize("name", ["eval", "generate", "generate, sampled"])
+@pytest.mark.parametrize("name", ["eval", "eval of tasks", "generate", "generate, sampled"])
 def test_a_command_finds_the_same_on_another_device(commands: Any, name: str) -> None:
     on_cpu, there = commands[name]
     assert there == on_cpu
