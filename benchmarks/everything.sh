@@ -1,5 +1,5 @@
 #!/bin/bash
-# Every benchmark of docs/results.md, docs/linears.md and docs/serve.md, the most important first. Doraemon's are in
+# Every benchmark of docs/results.md, docs/linears.md, docs/serve.md and docs/guide.md, the most important first. Doraemon's are in
 # doraemon/everything.sh, those of GPUs in gpu.py and gpu_compiled.py.
 #
 #   benchmarks/everything.sh             what there is, with the minutes expected on two cores that nothing else uses
@@ -60,6 +60,7 @@ PARTS=(
   "4|vllm|$VLLM --shape falcon-16x2048 $BITS --against dense,int4 --batch 1,4,8 --output $OUT/vllm_decode_falcon_int4.json"
   "6|vllm|$VLLM --shape falcon-7b --layers 8 $BITS --against int4 --batch 1,4,8 --output $OUT/vllm_decode_falcon_7b_int4.json"
   "4|vllm|$VLLM --shape falcon-16x2048 --prompt 256 --batch 1 --output $OUT/vllm_prompt_falcon.json"
+  "1|1|benchmarks/instruction_sets.py --output $OUT/instruction_sets.json"
 )
 
 # a part's number, minutes and command, in which many files are three dots

@@ -43,7 +43,7 @@ from tardis_llm.runtime.cpu.structures import Batch, Vector
 from tardis_llm.runtime.cpu.structures import Matrix as CMatrix
 
 #: d, h and whether the FFN is gated
-_SHAPES = {
+SHAPES = {
     "falcon-7b": (4544, 18176, False),
     "llama-3-8b": (4096, 14336, True),
     "qwen2.5-1.5b": (1536, 8960, True),
@@ -299,7 +299,7 @@ def show(row: dict[str, Any]) -> None:
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=_SHAPES, default="falcon-7b")
+    parser.add_argument("--shape", choices=SHAPES, default="falcon-7b")
     parser.add_argument("--bits", type=int, default=2, help="of the predictor, below 4")
     parser.add_argument("--fix-rate", type=float, default=0.05)
     parser.add_argument("--batch", default="1")
@@ -316,7 +316,7 @@ def main() -> None:
     if kernels is None:
         raise SystemExit("the CPU kernels are not built; install a C++ compiler and reinstall tardis-llm.")
     torch.manual_seed(0)
-    shape = Shape(*_SHAPES[args.shape], args.bits, args.fix_rate)
+    shape = Shape(*SHAPES[args.shape], args.bits, args.fix_rate)
     todo = variants(kernels, shape)
     machine = {
         "cpu": processor(),

@@ -9,156 +9,32 @@ one another, so that no weight is in the caches when it is read. Prints what it 
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import typer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, FalconConfig
 
-from tardis_llm import FoldConfig, fold, load_model, load_tokenizer, read_windows, sample
-from tardis_llm.ffn.activations import activation
-from tardis_llm.ffn.neuron import Neurons, value
-from tardis_llm.ffn.weights import DenseFFN, FoldedWeights
+from gpu_folding import folded_twice, large_fold
+from gpu_layers import BF16, FIXED, SHAPES, Layer, Shape, dense_step, layers_of, low_bit_step, random_fold
+from gpu_models import models
+from gpu_timing import copy_bandwidth, graphed, milliseconds, timed
+from tardis_llm.ffn.weights import FoldedWeights
 from tardis_llm.files import write_json
-from tardis_llm.report import LayerReport
 from tardis_llm.runtime.reference import fixed_neurons, folded_ffn
-from tardis_llm.runtime.triton.backend import TritonBackend, TritonFFN, product
+from tardis_llm.runtime.triton.backend import TritonBackend
 from tardis_llm.runtime.triton.codes import Codes
 from tardis_llm.runtime.triton.launch import Launch, multiply
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
 BATCHES = (1, 2, 4, 8, 16)
-FIXED = 0.05
-#: keys and values that attention reads for each token
-CONTEXT = 512
-BF16 = torch.bfloat16
 #: how far an output may be from the reference, relative to the largest, and the share of neurons that both fix
 MOST_ERROR, LEAST_AGREEMENT = 0.03, 0.97
-#: how far error and fix rate of a layer folded on the GPU may be from those on the CPU, relative to them
-MOST_APART = 0.05
-_RUNS = 5  # of which the median counts
-Step = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model's.
-
-    Attributes:
-        d, h: width and neurons of an FFN.
-        k: up-projections of a neuron.
-        activation: its name.
-        layers, vocabulary: of the whole model.
-        kv: width of keys, and of values.
-    """
-
-    d: int
-    h: int
-    k: int
-    activation: str
-    layers: int
-    vocabulary: int
-    kv: int
-
-
-SHAPES = {
-    "falcon-7b": Shape(4544, 18176, 1, "gelu", 32, 65024, 64),
-    "llama-3-8b": Shape(4096, 14336, 2, "silu", 32, 128256, 1024),
-}
-
-
-# ---- random weights ------------------------------------------------------------------------------------------------
-
-
-def dense_matrix(rows: int, columns: int) -> Tensor:
-    """[rows, columns] bf16 that keeps the size of its inputs."""
-    return torch.randn(rows, columns, dtype=BF16, device="cuda") / columns**0.5
-
-
-def codes(rows: int, columns: int, bits: int, group_size: int = 128, has_zero: bool = False) -> Codes:
-    """A random matrix in few bits of the same size."""
-    matrix = Codes.empty(rows, columns, bits, group_size, torch.device("cuda"), has_zero)
-    matrix.data.random_(-(2**31), 2**31 - 1)
-    matrix.scale.fill_(1 / (columns**0.5 * 2**bits / 12**0.5))
-    return matrix
-
-
-def random_fold(shape: Shape, bits: int | None) -> tuple[FoldedWeights, DenseFFN | None]:
-    """A fold that fixes 5 % of the neurons of normal inputs, with its dense FFN, or all in so many bits."""
-    d, h, rows = shape.d, shape.h, shape.k * shape.h
-    zeros, ones = (torch.full((h,), number, dtype=torch.float16, device="cuda") for number in (0.0, torch.inf))
-    neurons = Neurons(
-        shape.activation, -ones, ones, torch.full((rows,), 0.1, dtype=torch.float16, device="cuda"), zeros
-    )
-    bias, predictor = torch.zeros(d, dtype=BF16, device="cuda"), codes(rows, d, 2, 256)
-    if bits is None:
-        dense = DenseFFN(dense_matrix(rows, d), None, dense_matrix(h, d).T, None, shape.activation)
-        weights = FoldedWeights(dense_matrix(d, d), bias, predictor, neurons).beside(dense)
-    else:
-        dense = None
-        up, down = codes(rows, d, bits - 2), codes(h, d, bits, has_zero=True)
-        weights = FoldedWeights(codes(d, d, bits), bias, predictor, neurons, down, up)
-    return replace(weights, neurons=replace(neurons, high=_high(weights))), dense
-
-
-def _high(weights: FoldedWeights) -> Tensor:
-    """[h] fp16 bounds that 5 % of the predictions for normal inputs are above."""
-    assert isinstance(weights.predictor, Codes)
-    x = torch.randn(512, weights.predictor.columns, dtype=BF16, device="cuda")
-    predicted = torch.cat([product(some, weights.predictor, None) for some in x.split(64)]).float()
-    tested = weights.neurons.tested(predicted)
-    return torch.quantile(tested, 1 - FIXED, dim=0).half()
-
-
-# ---- time ----------------------------------------------------------------------------------------------------------
-
-
-def milliseconds(run: Callable[[], object], calls: int = 1) -> float:
-    """Median milliseconds of one of the calls that `run` makes."""
-    run()
-    torch.cuda.synchronize()
-    found = []
-    for _ in range(_RUNS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        found.append(begin.elapsed_time(end) / calls)
-    return statistics.median(found)
-
-
-def graphed(run: Callable[[], object]) -> Callable[[], object]:
-    """What runs, captured in a CUDA graph: replaying it launches all kernels at once."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
-
-
-def copy_bandwidth() -> float:
-    """GB/s of a copy within the GPU's memory, read and written."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / milliseconds(lambda: target.copy_(source)) / 1e6
-
-
-# ---- what is measured ----------------------------------------------------------------------------------------------
 
 
 def correctness() -> list[dict[str, Any]]:
@@ -189,32 +65,6 @@ def _stored(weights: FoldedWeights, dtype: torch.dtype) -> FoldedWeights:
 
     parts = {name: stored(getattr(weights, name)) for name in ("fold", "bias", "predictor", "up", "down")}
     return replace(weights, **parts)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """An FFN, dense and folded.
-
-    Attributes:
-        folded: by the kernels.
-        dense: in bf16; None where only weights in few bits are there.
-        weights: of the fold.
-    """
-
-    folded: TritonFFN
-    dense: DenseFFN | None
-    weights: FoldedWeights
-
-
-def layers_of(shape: Shape, bits: int | None, count: int) -> list[Layer]:
-    """So many FFNs of a shape."""
-    backend, found = TritonBackend(), []
-    for _ in range(count):
-        weights, dense = random_fold(shape, bits)
-        ffn = backend.prepare(weights, BF16)
-        assert ffn is not None, "contiguous weights in one dtype are read"
-        found.append(Layer(ffn, dense, weights))
-    return found
 
 
 def kernels(layers: Sequence[Layer], tokens: int, copy: float) -> list[dict[str, Any]]:
@@ -252,108 +102,6 @@ def launches_of(layer: Layer, x: Tensor) -> list[Launch]:
     launches, parts = layer.folded._fixing.launches(x)
     y = torch.empty_like(x)
     return [*launches, multiply(x, layer.folded._fold, layer.weights.bias, y, parts)]
-
-
-def dense_step(dense: DenseFFN) -> Step:
-    """An FFN in bf16 by torch."""
-    return lambda x: F.linear(value(F.linear(x, dense.w1), dense.act, dense.k), dense.w2)
-
-
-def low_bit_step(shape: Shape) -> Step:
-    """An FFN whose weights are in 4 bits, by our kernel."""
-    up, down, act = codes(shape.k * shape.h, shape.d, 4), codes(shape.d, shape.h, 4), activation(shape.activation)
-    return lambda x: product(value(product(x, up, None), act, shape.k), down, None)
-
-
-def timed(steps: Sequence[Step], x: Tensor) -> dict[str, float]:
-    """Microseconds of one of some steps, eager and in a graph."""
-
-    def run() -> None:
-        y = x
-        for step in steps:
-            y = step(y)
-
-    return {"eager_us": 1e3 * milliseconds(run, len(steps)), "graph_us": 1e3 * milliseconds(graphed(run), len(steps))}
-
-
-# ---- whole models --------------------------------------------------------------------------------------------------
-
-
-def attention(shape: Shape, bits: int | None) -> Step:
-    """Attention of new tokens, each of another sequence, to what is kept of `CONTEXT` tokens."""
-    d, kv, heads = shape.d, shape.kv, shape.d // (64 if shape.kv == 64 else 128)
-    size = d // heads
-    wanted = [(d + 2 * kv, d), (d, d)]
-    into, out = (codes(*each, 4) if bits else dense_matrix(*each) for each in wanted)
-    cache: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def run(x: Tensor) -> Tensor:
-        if len(x) not in cache:
-            kept = (torch.randn(len(x), kv // size, CONTEXT, size, dtype=BF16, device="cuda") for _ in range(2))
-            cache[len(x)] = tuple(kept)  # type: ignore[assignment]
-        keys, values = cache[len(x)]
-        q = product(x, into, None)[:, :d].reshape(len(x), heads, 1, size)
-        y = F.scaled_dot_product_attention(q, keys, values, enable_gqa=True)
-        return product(y.reshape(len(x), d), out, None)
-
-    return run
-
-
-def decoder(shape: Shape, ffns: Sequence[Step], bits: int | None) -> Step:
-    """One token of a model for each row of its inputs [batch, d], to logits."""
-    blocks = [(attention(shape, bits), ffn) for ffn in ffns]
-    head = codes(shape.vocabulary, shape.d, 4) if bits else dense_matrix(shape.vocabulary, shape.d)
-
-    def run(x: Tensor) -> Tensor:
-        for attend, ffn in blocks:
-            x = x + attend(F.rms_norm(x, x.shape[-1:]))
-            x = x + ffn(F.rms_norm(x, x.shape[-1:]))
-        return product(F.rms_norm(x, x.shape[-1:]), head, None)
-
-    return run
-
-
-def models(shape: Shape, count: int) -> Iterator[tuple[str, Step]]:
-    """Whole models with so many layers: dense in bf16 and int4, folded beside bf16 and stacked on int4."""
-    layers = layers_of(shape, None, count)
-    yield "dense bf16", decoder(shape, [dense_step(layer.dense) for layer in layers if layer.dense], None)
-    yield "folded bf16", decoder(shape, [layer.folded for layer in layers], None)
-    del layers
-    yield "dense int4", decoder(shape, [low_bit_step(shape) for _ in range(count)], 4)
-    yield "folded int4", decoder(shape, [layer.folded for layer in layers_of(shape, 4, count)], 4)
-
-
-# ---- folding -------------------------------------------------------------------------------------------------------
-
-
-def folded_twice(device: str, tokens: int) -> dict[str, Any]:
-    """The sample model folded on the CPU and on a device: seconds, and how far apart the two are at most."""
-    directory = str(sample.model_dir())
-    windows = read_windows([sample.calibration_text()], load_tokenizer(directory), tokens, 256, 0.125)
-    seconds: dict[str, float] = {}
-    layers: list[Sequence[LayerReport]] = []
-    for each in ("cpu", device):
-        start = time.perf_counter()
-        report = fold(load_model(directory), windows, FoldConfig(fold_bits=8, fallback_bits=4, device=each))
-        seconds[each] = time.perf_counter() - start
-        layers.append(report.layers)
-    pairs = list(zip(*layers, strict=True))
-    apart = {
-        "error": max(abs(there.error / here.error - 1) for here, there in pairs),
-        "fix_rate": max(abs(there.fix_rate / here.fix_rate - 1) for here, there in pairs),
-    }
-    return {"seconds": seconds, "apart": apart, "as_on_cpu": max(apart.values()) <= MOST_APART}
-
-
-def large_fold(device: str, blocks: int, tokens: int) -> dict[str, float]:
-    """Random blocks of Falcon-7B's shape folded on a GPU: seconds for each, and the most memory taken there."""
-    model = AutoModelForCausalLM.from_config(FalconConfig(num_hidden_layers=blocks), dtype=BF16).eval()
-    windows = torch.randint(1000, 60_000, (tokens // 1024, 1024))
-    torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    fold(model, windows, FoldConfig(split="uniform", sequence_length=1024, fold_bits=8, fallback_bits=4, device=device))
-    seconds = (time.perf_counter() - start) / blocks
-    return {"seconds_a_block": seconds, "peak_bytes": torch.cuda.max_memory_allocated()}
 
 
 def main(

@@ -1,4 +1,4 @@
-"""Models on disk that several tests read; none may change them."""
+"""Models on disk that several tests read, none of which may change them; the command line; instruction sets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 # GPU kernels run in Triton's interpreter, which is chosen when Triton is imported
 os.environ["TRITON_INTERPRET"] = "1"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ os.environ["COLUMNS"] = "400"
 
 from tardis_llm import sample
 from tardis_llm.cli.main import run
+from tardis_llm.runtime.cpu.library import ISAS, open_library
 
 # what was imported stays: collections of garbage, which many tests ask for, need not look through it
 gc.freeze()
@@ -63,6 +64,18 @@ def tardis(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
         return Result(code, *capsys.readouterr())
 
     return call
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The CPU kernels run on this instruction set."""
+    built = open_library()
+    if built is None:
+        pytest.skip("the CPU kernels are not built: no C++ compiler was found")
+    if request.param not in built.isas:
+        pytest.skip(f"this processor, or the compiler, lacks {request.param}")
+    with built.using(request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="session")

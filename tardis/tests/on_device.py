@@ -83,6 +83,10 @@ class There(Tensor):
     def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return compute(op, *args, **(kwargs or {}))
 
+    def tolist(self) -> Any:
+        """The numbers, which torch gives of no subclass."""
+        return self.numbers.tolist()
+
     __torch_function__ = torch._C._disabled_torch_function_impl  # else modules take it for a class of a user's own
 
 
@@ -115,6 +119,18 @@ class _Module(backend_registration._DummyBackendModule):  # type: ignore[misc, n
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16]
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def manual_seed_all(self, seed: int) -> None:
+        """Nothing of its own to seed: what is drawn on it is drawn by the CPU."""
+
+    def get_rng_state(self, device: torch.device) -> Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: Tensor, device: torch.device) -> None:
+        torch.set_rng_state(state)
 
 
 def register() -> None:

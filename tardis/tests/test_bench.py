@@ -12,7 +12,6 @@ import torch
 from conftest import Result, assert_refused
 from models import tiny_model, tiny_tokenizer, tokens
 from transformers import AutoConfig, PreTrainedModel
-from vllm_decode import save_random_fold
 
 from tardis_llm.checkpoint.loading import load_model
 from tardis_llm.errors import InvalidInputError
@@ -28,6 +27,7 @@ from tardis_llm.families.sites import find_ffns
 from tardis_llm.ffn.weights import Storage
 from tardis_llm.runtime.placing import folded_ffns
 from tardis_llm.runtime.prefill import crossover as recorded
+from vllm_checkpoints import save_random_fold
 
 
 def quiet(stage: str, done: int, total: int) -> None:

@@ -51,6 +51,7 @@ def comparison(directory: Path, **changes: Any) -> Comparison:
         "config": SETTINGS,
         "scope": "ffn",
         "directory": directory,
+        "device": torch.device("cpu"),
         "record": {"what": {"is": "compared"}},
     }
     made = Comparison(**{**values, **changes})

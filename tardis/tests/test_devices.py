@@ -1,4 +1,4 @@
-"""Folding computes on the device that is asked for, to the same numbers, and a model larger than it is folds there."""
+"""Commands compute on the device that is asked for, to the same numbers, and a model larger than it is folds there."""
 
 from __future__ import annotations
 
@@ -27,13 +27,33 @@ MODELS = ("gpt2", "llama", "gemma3_text")
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
-@functools.cache
-def on_device(name: str = "llama") -> Any:
-    """What tests/on_device.py finds, in a process of its own: torch keeps the device that it makes up."""
-    script = Path(__file__).with_name("on_device.py")
-    done = subprocess.run([sys.executable, script, name], capture_output=True, text=True, timeout=600, check=False)
+def printed(script: str, argument: str) -> Any:
+    """What a script of tests prints, in a process of its own: torch keeps the device that it makes up."""
+    command = [sys.executable, str(Path(__file__).with_name(script)), argument]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+@functools.cache
+def on_device(name: str = "llama") -> Any:
+    """What tests/on_device.py finds."""
+    return printed("on_device.py", name)
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What commands found on the CPU and on the device that tests make up, by their names."""
+    return printed("commands_on_device.py", str(tmp_path_factory.mktemp("commands")))
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether what two commands print is the same, but for the last digits of numbers."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(alike(each, other[key]) for key, each in one.items())
+    if isinstance(one, list):
+        return all(alike(*pair) for pair in zip(one, other, strict=True))
+    return bool(other == (pytest.approx(one, rel=1e-5) if isinstance(one, float) else one))
 
 
 @pytest.mark.parametrize("config", ["plain", "stacked"])
@@ -49,6 +69,18 @@ def test_one_block_at_a_time_is_on_the_device() -> None:
 @pytest.mark.parametrize("mistake", ["tokens stay on the CPU", "numbers of bins are on the CPU"])
 def test_tensors_that_stay_behind_are_found(mistake: str) -> None:
     assert "tensors of two devices" in on_device()["mistakes"][mistake]
+
+
+@pytest.mark.parametrize("name", ["eval", "eval of tasks", "generate", "generate, sampled"])
+def test_a_command_finds_the_same_on_another_device(commands: Any, name: str) -> None:
+    on_cpu, there = commands[name]
+    assert there == on_cpu
+
+
+def test_compare_finds_the_same_on_another_device_by_every_kind_of_method(commands: Any) -> None:
+    on_cpu, there = commands["compare"]
+    assert len(on_cpu["rows"]) > 10
+    assert alike(on_cpu, there)
 
 
 def test_devices_by_name() -> None:
@@ -67,9 +99,22 @@ def test_a_device_that_is_not_there_is_refused(name: str, message: str) -> None:
 
 
 @without_gpu
-def test_the_command_line_refuses_it_before_anything_is_read(tardis: Callable[..., Result], tmp_path: Path) -> None:
-    result = tardis("fold", tmp_path / "none", "-o", tmp_path / "folded", "--device", "cuda")
-    assert_refused(result, "device is 'cuda'")
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("fold", "none", "-o", "out"),
+        ("eval", "none", "--text", "none.txt"),
+        ("generate", "none", "Once"),
+        ("compare", "none", "-o", "out", "--text", "none.txt", "--eval-text", "none.txt"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_commands_refuse_it_before_anything_is_read(
+    tardis: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert_refused(tardis(*command, "--device", "cuda"), "device is 'cuda', and torch cannot compute on it here")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_memory_loses_no_layer_and_the_fold_goes_on_in_smaller_batches(

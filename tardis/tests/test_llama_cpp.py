@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from equal_quality import in_type, rounded
+from equal_models import in_type, rounded
 from llama_cpp import model_of_shape
 from shape_files import in_q4_0
 from tardis_llm.calibration.text import split_windows

@@ -33,7 +33,7 @@ from tardis_llm.runtime.reference import fixed_neurons
 BUILT = open_library()
 needs_panels = pytest.mark.skipif(
     BUILT is None or not BUILT.can_be_in_panels(torch.ones(1, 2).bfloat16()),
-    reason="the kernels are not built, or this processor lacks AVX-512 with bf16",
+    reason="the kernels are not built, or this processor lacks AVX-512",
 )
 #: (out, in): smaller than a panel and a line; divisible by nothing; several panels, blocks and groups
 SHAPES = [(3, 6), (37, 100), (70, 518), (100, 1024)]
@@ -41,6 +41,12 @@ every_half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], i
 #: tokens of tiles and of several of them, and more than the kernels take at once
 TOKENS = [1, 2, 3, 5, 7, 8, 11, 12, 13, 24, 25, 40, MAX_TOKENS]
 BITS = [1, 2, 4, 8]
+
+
+def skip_without_panels(isa: str, matrix: Tensor | PackedMatrix) -> None:
+    """Skip the test where an instruction set in use does not multiply such a matrix in panels."""
+    if not can_be_in_panels(matrix):
+        pytest.skip(f"{isa} has no panels of these")
 
 
 def product(x: Tensor, matrix: Panels | PackedMatrix, rows: int, bits: int) -> Tensor:
@@ -92,13 +98,13 @@ def test_matrices_that_cannot_be_in_panels() -> None:
     assert lay_out(packed(4, 64, 2, 64), torch.float64) is None
 
 
-@needs_panels
 @every_half
 @pytest.mark.parametrize("shape", [*SHAPES, (37, 101)], ids=str)
-def test_products_of_dense_matrices(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_products_of_dense_matrices(isa: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     if dtype == torch.bfloat16:
         shape = shape[0], shape[1] // 2 * 2
     weight, bias = normal(*shape, seed=1).to(dtype), normal(shape[0], seed=2).to(dtype)
+    skip_without_panels(isa, weight)
     panels, rounding = Panels.of(weight), torch.finfo(dtype).eps / 2
     for count in (*TOKENS, MAX_TOKENS + 1, 256, 263):
         x = normal(count, shape[1], seed=count).to(dtype)
@@ -109,10 +115,10 @@ def test_products_of_dense_matrices(shape: tuple[int, int], dtype: torch.dtype) 
             assert ((found - wanted).abs() <= rounding * wanted.abs() + 2**-20 * (size + 1)).all()
 
 
-@needs_panels
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_products_in_few_bits_are_those_of_planes(shape: tuple[int, int], bits: int) -> None:
+def test_products_in_few_bits_are_those_of_planes(isa: str, shape: tuple[int, int], bits: int) -> None:
+    skip_without_panels(isa, packed(*shape, bits, 64))
     for group_size in (64, 128, 256, 512, 2048):
         matrix = packed(*shape, bits, group_size)
         panels = Panels.of(matrix)
@@ -124,9 +130,9 @@ def test_products_in_few_bits_are_those_of_planes(shape: tuple[int, int], bits: 
                 assert float((found - expected).abs().max()) <= 4e-6 * float(expected.abs().max())
 
 
-@needs_panels
 @every_half
-def test_what_a_token_gets_depends_on_no_other(dtype: torch.dtype) -> None:
+def test_what_a_token_gets_depends_on_no_other(isa: str, dtype: torch.dtype) -> None:
+    skip_without_panels(isa, normal(70, 518, seed=1).to(dtype))
     matrix, weight = Panels.of(packed(70, 518, 2, 128)), Panels.of(normal(70, 518, seed=1).to(dtype))
     x = normal(40, 518, seed=2).to(dtype)
     x[17, 3] = torch.nan
@@ -189,14 +195,14 @@ def folded(fold_bits: int | None, dtype: torch.dtype = torch.bfloat16) -> tuple[
     return FoldedFFN(weights), neuron_major(fallback(ffn, dtype))
 
 
-@needs_panels
 @pytest.mark.parametrize(
     ("dtype", "fold_bits"),
     [(torch.bfloat16, None), (torch.bfloat16, 8), (torch.bfloat16, 4), (torch.float16, None), (torch.float16, 8)],
 )
 @torch.no_grad()
-def test_a_folded_ffn_computes_the_same_in_panels(dtype: torch.dtype, fold_bits: int | None) -> None:
+def test_a_folded_ffn_computes_the_same_in_panels(isa: str, dtype: torch.dtype, fold_bits: int | None) -> None:
     module, dense = folded(fold_bits, dtype)
+    skip_without_panels(isa, dense.w1)
     before, size = module.state_dict(), module.current.nbytes
     for count in (1, 9, MAX_TOKENS + 3):
         x = correlated(count, 520).to(dtype)

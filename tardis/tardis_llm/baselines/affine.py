@@ -41,9 +41,9 @@ class FFNMoments:
     y: SecondMoments
 
     @classmethod
-    def zeros(cls, d: int, k: int) -> FFNMoments:
-        """Nothing seen yet, d inputs and k outputs."""
-        return cls(SecondMoments.zeros(d, d), SecondMoments.zeros(d, k))
+    def zeros(cls, d: int, k: int, device: torch.device | None = None) -> FFNMoments:
+        """Nothing seen yet, d inputs and k outputs; on a device, default: the CPU."""
+        return cls(SecondMoments.zeros(d, d, device), SecondMoments.zeros(d, k, device))
 
     def add(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
         """Add inputs [tokens, d] and outputs [tokens, k] of any float dtype, which count by weight [tokens]."""
@@ -86,7 +86,7 @@ def replace_by_affine(
     """Put the best affine map in the place of every FFN of a model.
 
     Args:
-        model: of a supported family, in eval mode, on the CPU; its dtype is that of the maps.
+        model: of a supported family, in eval mode; its dtype is that of the maps.
         windows: calibration tokens, to fit on and to choose the damping with.
         scope: must be "ffn".
         progress: told of each block.
@@ -123,7 +123,7 @@ def linear_of(weight: Tensor, bias: Tensor) -> nn.Linear:
 
 def _moments(site: FFNSite, stream: Stream) -> FFNMoments:
     """Moments of the FFN at `site`, in the next block, over all the windows of the stream."""
-    moments, inputs = FFNMoments.zeros(site.hidden_size, site.hidden_size), []
+    moments, inputs = FFNMoments.zeros(site.hidden_size, site.hidden_size, down_weight(site).device), []
 
     def enter(up: nn.Module, args: tuple[Any, ...]) -> None:
         inputs.append(finite_rows(args[0], site.up_name))

@@ -85,6 +85,6 @@ def _skippable(site: FFNSite) -> dict[str, int]:
 
 def _activations(site: FFNSite, x: Tensor) -> Tensor:
     """[tokens, h] what the activation gives for inputs x [tokens, d]: of the gate, where there is one."""
-    z: Tensor = next(iter(site.projections.values()))(x)
+    z: Tensor = next(iter(site.projections.values()))(x.to(down_weight(site).device))
     found: Tensor = site.activation(z[:, : site.intermediate_size])
     return found

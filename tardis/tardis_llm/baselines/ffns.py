@@ -33,8 +33,12 @@ def matrices_of(site: FFNSite) -> list[ModelMatrix]:
 
 
 def hidden_of(site: FFNSite, x: Tensor) -> Tensor:
-    """[tokens, h] what the down-projection gets for inputs x [tokens, d], few at once, as the FFN's modules are now."""
-    v = torch.cat([layer(x) for layer in site.projections.values()], -1)
+    """[tokens, h] what the down-projection gets for inputs x [tokens, d], few at once, as the FFN's modules are now.
+
+    Inputs may be on another device than the FFN, where its activations are.
+    """
+    here = x.to(down_weight(site).device)
+    v = torch.cat([layer(here) for layer in site.projections.values()], -1)
     return value(v, site.activation, 2 if site.gated else 1)
 
 

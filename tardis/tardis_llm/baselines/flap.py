@@ -40,7 +40,7 @@ class Fluctuation:
     @classmethod
     def of(cls, site: FFNSite, x: Tensor) -> Fluctuation:
         """Those of the FFN at a site for inputs x [tokens, d]."""
-        sums = torch.zeros(2, site.intermediate_size, dtype=torch.float64)
+        sums = torch.zeros(2, site.intermediate_size, dtype=torch.float64, device=down_weight(site).device)
         for chunk in chunks(x, site.intermediate_size):
             h = hidden_of(site, chunk).double()
             sums += torch.stack([h.sum(0), h.square().sum(0)])
@@ -61,7 +61,7 @@ def prune_flap(
     """Remove neurons from the FFNs of a model: their weights become zero.
 
     Args:
-        model: of a supported family, in eval mode, on the CPU.
+        model: of a supported family, in eval mode.
         windows: calibration tokens.
         sparsity: share of all neurons to remove, between 0 and 1.
         scope: must be "ffn".

@@ -48,14 +48,14 @@ class InputStatistics:
     count: int = 0
 
     @classmethod
-    def zeros(cls, width: int, need: Need) -> InputStatistics:
-        """Nothing seen yet, `width` inputs."""
-        moments = SecondMoments.zeros(width, width) if need is Need.GRAM else None
-        return cls(torch.zeros(width, dtype=torch.float64), moments)
+    def zeros(cls, width: int, need: Need, device: torch.device | None = None) -> InputStatistics:
+        """Nothing seen yet, `width` inputs; on a device, default: the CPU."""
+        moments = SecondMoments.zeros(width, width, device) if need is Need.GRAM else None
+        return cls(torch.zeros(width, dtype=torch.float64, device=device), moments)
 
     def add(self, x: Tensor, weight: Tensor | None = None) -> None:
         """Add inputs x [tokens, in] of any float dtype, which count in `moments` by a weight [tokens], or alike."""
-        for some in Tokens(x, weight=weight).chunks(x.shape[1]):
+        for some in Tokens(x, None, weight, self.squares.device).chunks(x.shape[1]):
             chunk = some.x.float()
             self.count += len(chunk)
             self.squares += chunk.square().sum(0, dtype=torch.float64)
@@ -120,7 +120,7 @@ def statistics_by_block(
 
 def _gather(matrix: ModelMatrix, need: Need, hooks: ExitStack) -> InputStatistics:
     """Statistics of what a matrix gets, as long as the hooks are there."""
-    statistics = InputStatistics.zeros(matrix.weight.shape[1], need)
+    statistics = InputStatistics.zeros(matrix.weight.shape[1], need, matrix.weight.device)
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
         statistics.add(finite_rows(args[0], matrix.name))

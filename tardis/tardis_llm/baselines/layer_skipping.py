@@ -65,7 +65,7 @@ def skip_layers(
     """Leave out the FFNs of some layers: they give nothing.
 
     Args:
-        model: of a supported family, in eval mode, on the CPU.
+        model: of a supported family, in eval mode.
         windows: calibration tokens, of which the held-out ones are used.
         share: of the layers whose FFNs go, between 0 and 1; one at least goes.
         scope: must be "ffn".

@@ -52,7 +52,7 @@ def compress_layerwise(
     The inputs of all the matrices of a block are gathered in one pass of the block, on `windows.fit`.
 
     Args:
-        model: of a supported family, in eval mode, on the CPU.
+        model: of a supported family, in eval mode.
         windows: calibration tokens.
         method: what to do with each matrix; or one per block, of the same need.
         scope: which matrices.

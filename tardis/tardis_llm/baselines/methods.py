@@ -97,7 +97,7 @@ def apply_baseline(
 
     Args:
         name: one of `NAMES`, or short for one.
-        model: of a supported family, in eval mode, on the CPU.
+        model: of a supported family, in eval mode.
         windows: calibration tokens.
         reduction: for methods that remove or skip weights, the share of weights to remove or skip; None for those of
             fixed size. What it saves in bytes, once the index is counted, is less, and in the report.

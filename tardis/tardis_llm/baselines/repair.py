@@ -76,7 +76,7 @@ def refit_down(w: Tensor, fit: FFNMoments, heldout: FFNMoments, biased: bool) ->
         damped = gram.clone()
         damped.diagonal().add_(damping * scale)
         solved = prior + torch.cholesky_solve(missing, torch.linalg.cholesky(damped)).T
-        bias = fit.bias_beside(solved) if biased else torch.zeros(len(w), dtype=torch.float64)
+        bias = fit.bias_beside(solved) if biased else torch.zeros_like(solved[:, 0])
         found.append((affine_error(solved, bias, heldout.x, heldout.y), solved))
     return min(found, key=lambda pair: pair[0])[1].float()
 
@@ -121,7 +121,7 @@ def quantise_repaired(
     """Round the FFNs of a model in place, and make up for it.
 
     Args:
-        model: of a supported family, in eval mode, on the CPU.
+        model: of a supported family, in eval mode.
         windows: calibration tokens, to fit on and to choose dampings with.
         method: a quantiser.
         repairs: what to do about its errors.
@@ -139,7 +139,7 @@ def quantise_repaired(
 
         def follow(some: TextOrSpeech) -> Followed:
             folded, dense = (stream_of(model, some, scratch, first) for _ in range(2))
-            return Followed(folded, dense, FoldConfig())
+            return Followed(folded, dense, FoldConfig(device=str(model.device)))
 
         texts = follow(windows.fit), follow(windows.heldout)
         for done, site in enumerate(sites):
@@ -162,10 +162,10 @@ def quantise_site(
         method, repairs: as for `quantise_repaired`.
     """
     *ups, down = matrices_of(site)
-    seen = _statistics(method.need, site.hidden_size, [fit], repairs.weigh)
+    seen = _statistics(method.need, site.hidden_size, fit.device, [fit], repairs.weigh)
     hidden = None
     if not repairs.refit:  # down is rounded on what the dense matrices before it give, as by `compress_layerwise`
-        hidden = _statistics(method.need, site.intermediate_size, _hidden(site, fit), repairs.weigh)
+        hidden = _statistics(method.need, site.intermediate_size, fit.device, _hidden(site, fit), repairs.weigh)
     rows = [compress_matrix(up, method, seen) for up in ups]
     if repairs.refit:
         texts = _beside_affine(site, fit, heldout) if repairs.affine else (fit, heldout)
@@ -175,11 +175,13 @@ def quantise_site(
     return [*rows, _add_affine(site, fit, heldout)] if repairs.affine else rows
 
 
-def _statistics(need: Need, width: int, inputs: Iterable[Tokens], weigh: bool) -> InputStatistics | None:
-    """Statistics of inputs, if they are needed."""
+def _statistics(
+    need: Need, width: int, device: torch.device, inputs: Iterable[Tokens], weigh: bool
+) -> InputStatistics | None:
+    """Statistics of inputs, if they are needed, on a device."""
     if need is Need.NOTHING:
         return None
-    statistics = InputStatistics.zeros(width, need)
+    statistics = InputStatistics.zeros(width, need, device)
     for some in inputs:
         statistics.add(some.x, some.weight if weigh else None)
     return statistics
@@ -198,9 +200,9 @@ def _missing(site: FFNSite, tokens: Tokens) -> Iterator[Tokens]:
         yield replace(some, target=some.target.float() - output_of(site, some.x).float())
 
 
-def _moments(width: int, outputs: int, tokens: Iterable[Tokens]) -> FFNMoments:
-    """Moments of what comes in beside what is wanted."""
-    moments = FFNMoments.zeros(width, outputs)
+def _moments(width: int, outputs: int, device: torch.device, tokens: Iterable[Tokens]) -> FFNMoments:
+    """Moments of what comes in beside what is wanted, on a device."""
+    moments = FFNMoments.zeros(width, outputs, device)
     for some in tokens:
         assert some.target is not None, "the dense model gives a target"
         moments.add(some.x, some.target, some.weight)
@@ -210,7 +212,7 @@ def _moments(width: int, outputs: int, tokens: Iterable[Tokens]) -> FFNMoments:
 def _refit(site: FFNSite, fit: Tokens, heldout: Tokens, method: MatrixMethod) -> MatrixReport:
     """Solve and round the down matrix, on the Hessian that it was solved with, and give its bias what is best then."""
     down, bias = matrices_of(site)[-1], bias_of(site.down)
-    sizes = site.intermediate_size, site.hidden_size
+    sizes = site.intermediate_size, site.hidden_size, fit.device
     seen, held = (_moments(*sizes, _hidden(site, tokens)) for tokens in (fit, heldout))
     solved = refit_down(down.weight, seen, held, bias is not None)
     statistics = (
@@ -224,7 +226,7 @@ def _refit(site: FFNSite, fit: Tokens, heldout: Tokens, method: MatrixMethod) ->
 
 def _beside_affine(site: FFNSite, fit: Tokens, heldout: Tokens) -> tuple[Tokens, Tokens]:
     """The tokens of both texts with what the affine term that fits the FFN now best leaves of the outputs wanted."""
-    weight, bias = _best_affine(site, fit, heldout, torch.float32)
+    weight, bias = (part.to(fit.x.device) for part in _best_affine(site, fit, heldout, torch.float32))
 
     def left(tokens: Tokens) -> Tokens:
         assert tokens.target is not None, "the dense model gives a target"
@@ -238,7 +240,7 @@ def _best_affine(
 ) -> tuple[Tensor, Tensor]:
     """The affine map of an FFN's inputs that fits best what its outputs lack; in few bits, if so asked."""
     d = site.hidden_size
-    seen, held = (_moments(d, d, _missing(site, tokens)) for tokens in (fit, heldout))
+    seen, held = (_moments(d, d, fit.device, _missing(site, tokens)) for tokens in (fit, heldout))
     return best_affine(seen, held, dtype, bits, GROUP)
 
 

@@ -84,7 +84,7 @@ class Magnitudes:
         """Add values [tokens, n] of any float dtype."""
         for chunk in chunks(x, x.shape[1]):
             bits = chunk.abs().bfloat16().view(torch.int16).flatten()
-            self.counts += torch.bincount(bits.int(), minlength=_PATTERNS)
+            self.counts += torch.bincount(bits.int(), minlength=_PATTERNS).cpu()
 
     def threshold(self, share: float) -> float:
         """The least number that this share of the magnitudes, or a little more, is below; 0 for a share of 0."""
@@ -148,7 +148,7 @@ def skip_layerwise(
     """Make FFN after FFN skip, each behind those before it, and count on the held-out windows what they read.
 
     Args:
-        model: of a supported family, in eval mode, on the CPU.
+        model: of a supported family, in eval mode.
         windows: calibration tokens.
         name: of the method.
         asked: share of the weights to skip.

@@ -61,7 +61,7 @@ def apply_teal(
     The report's bytes are those read on `windows.heldout`.
 
     Args:
-        model: of a supported family, in eval mode, on the CPU.
+        model: of a supported family, in eval mode.
         windows: calibration tokens.
         sparsity: share of the weights of each FFN to skip, between 0 and 1.
         scope: must be "ffn".

@@ -14,6 +14,7 @@ from ..baselines import Scope
 from ..checkpoint.config_file import load_config
 from ..checkpoint.loading import load_dense, load_tokenizer
 from ..config import FoldConfig
+from ..devices import device_named
 from ..errors import InvalidInputError
 from ..evaluation.compare import Comparison
 from ..evaluation.curves import plot_curves
@@ -21,7 +22,7 @@ from ..evaluation.methods import DENSE, Method, parse
 from ..evaluation.rows import Row, write_table
 from ..evaluation.tasks import Tasks
 from . import output as show
-from .options import AsJson, ModelName, TaskData, TextField, Texts, Window, numbers, read_texts
+from .options import AsJson, Device, ModelName, TaskData, TextField, Texts, Window, numbers, read_texts
 from .place import check_writable
 from .stopping import stoppable
 
@@ -78,6 +79,7 @@ def compare(
     scope: ScopeOption = "ffn",
     dtype: DenseDtype = "bfloat16",
     seed: Seed = FoldConfig.seed,
+    device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Compress a model by several methods, and compare what is left of it at what size.
@@ -89,6 +91,7 @@ def compare(
     chosen = [Method(DENSE), *parse(methods, numbers("--reductions", reductions, float, "0.5,0.7,0.8"))]
     wanted = Tasks.parse(tasks, task_data, limit)
     config = FoldConfig(tokens=tokens, sequence_length=window, seed=seed)
+    place = device_named(device)
     check_writable(directory)
     load_config(model)
     if not text:
@@ -97,7 +100,7 @@ def compare(
     *texts, judged = read_texts([*text, eval_text], text_field)
     load = partial(load_dense, model, dtype)
     comparison = Comparison.prepare(
-        load, model, tokenizer, texts, judged, eval_tokens, wanted, config, scope, directory
+        load, model, tokenizer, texts, judged, eval_tokens, wanted, config, scope, directory, place
     )
     rows = _run(comparison, chosen)
     if as_json:

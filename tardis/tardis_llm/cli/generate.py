@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import torch
 import typer
 from rich.markup import escape
-from transformers import TextStreamer
+from transformers import PreTrainedModel, TextStreamer
 
 from ..calibration.audio import read_audio
 from ..checkpoint.config_file import load_config
 from ..checkpoint.loading import dtype_name, load_extractor, load_model, load_tokenizer
 from ..config import check_seed
+from ..devices import device_named
 from ..errors import InvalidInputError
 from ..evaluation.generation import generate as generate_text
 from ..evaluation.generation import prompt_ids, room, transcript
@@ -19,7 +21,7 @@ from ..families.table import family_of
 from ..runtime.decoding import prepare_decoding
 from ..runtime.prefill import Prefill, set_prefill
 from . import output as show
-from .options import AsJson, Dtype, ModelName, PromptsThrough
+from .options import AsJson, Device, Dtype, ModelName, PromptsThrough
 
 
 def generate(
@@ -35,6 +37,7 @@ def generate(
         bool, typer.Option("--compile", help="Run each token as one compiled graph: faster, but starts later.")
     ] = False,
     dtype: Dtype = None,
+    device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Generate text with a dense or folded model.
@@ -44,14 +47,13 @@ def generate(
     if not prompt.strip():
         raise InvalidInputError("the prompt is empty; give some words to go on from.")
     check_seed(seed)
+    place = device_named(device)
     if family_of(load_config(model)).speech:
         _refuse_choices(temperature, compile)
-        _write_down(model, prompt, prefill, dtype, as_json)
+        _write_down(model, prompt, prefill, dtype, place, as_json)
         return
     tokenizer = load_tokenizer(model)
-    loaded = load_model(model, dtype)
-    prepare_decoding(loaded)
-    set_prefill(loaded, prefill)
+    loaded = _ready(model, dtype, place, prefill)
     ids = prompt_ids(loaded, tokenizer, prompt)
     space = room(loaded, tokenizer, ids)
     if space is not None and space < max_new_tokens:
@@ -66,19 +68,28 @@ def generate(
         show.print_json({"model": model, "dtype": dtype_name(loaded), "prompt": prompt, "text": text, **settings})
 
 
+def _ready(model: str, dtype: str | None, device: torch.device, prefill: Prefill) -> PreTrainedModel:
+    """A model on a device, ready to generate: on the CPU its weights are laid out for that."""
+    loaded = load_model(model, dtype)
+    if device.type == "cpu":
+        prepare_decoding(loaded)
+    set_prefill(loaded, prefill)
+    return loaded.to(device)
+
+
 def _refuse_choices(temperature: float, compile: bool) -> None:
     """Raise InvalidInputError for options that go with text alone."""
     if temperature or compile:
         raise InvalidInputError("speech is written down greedily and not compiled; leave out --temperature, --compile.")
 
 
-def _write_down(model: str, path: str, prefill: Prefill, dtype: str | None, as_json: bool) -> None:
+def _write_down(
+    model: str, path: str, prefill: Prefill, dtype: str | None, device: torch.device, as_json: bool
+) -> None:
     """Print what a model of speech hears in a file."""
     tokenizer, extractor = load_tokenizer(model), load_extractor(model)
-    loaded = load_model(model, dtype)
+    loaded = _ready(model, dtype, device, prefill)
     features = read_audio([path], loaded, extractor)
-    prepare_decoding(loaded)
-    set_prefill(loaded, prefill)
     text = transcript(loaded, tokenizer, features)
     if as_json:
         show.print_json({"model": model, "dtype": dtype_name(loaded), "audio": path, "text": text})

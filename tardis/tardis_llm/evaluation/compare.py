@@ -47,7 +47,7 @@ class Comparison:
     """A grid of methods on one model.
 
     Attributes:
-        load: makes a fresh dense model, in eval mode, on every call.
+        load: makes a fresh dense model, in eval mode and on the CPU, on every call.
         tokenizer: the model's tokenizer.
         calibration: windows that every method calibrates on.
         evaluation: [windows, length] token ids for perplexity; no text that was calibrated on.
@@ -55,6 +55,7 @@ class Comparison:
         config: settings of folds.
         scope: "ffn", or "all" for baselines that compress every linear layer of the blocks.
         directory: holds the results.
+        device: what models are compressed and judged on, and must fit into.
         record: what the comparison is of, in plain values: a directory is only gone on with if it agrees, but for
             "machine", which may change.
     """
@@ -67,6 +68,7 @@ class Comparison:
     config: FoldConfig
     scope: Scope
     directory: Path
+    device: torch.device
     record: dict[str, Any]
 
     @classmethod
@@ -82,6 +84,7 @@ class Comparison:
         config: FoldConfig,
         scope: Scope,
         directory: Path,
+        device: torch.device,
     ) -> Comparison:
         """A comparison with its windows, everything checked, and the record of what it is of.
 
@@ -90,7 +93,7 @@ class Comparison:
             texts: what methods calibrate on.
             eval_text: what perplexity is measured on.
             eval_tokens: tokens of it, evenly spread; 0 for all.
-            load, tokenizer, tasks, config, scope, directory: attributes of the comparison.
+            load, tokenizer, tasks, config, scope, directory, device: attributes of the comparison.
 
         Raises:
             InvalidInputError: there is too little text, or the model does not know a token.
@@ -122,9 +125,9 @@ class Comparison:
             "fold": {name: value for name, value in config.as_dict().items() if name != "reduction"},
             "scope": scope,
             "software": {"tardis": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-            "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads()},
+            "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads(), "device": str(device)},
         }
-        return cls(load, tokenizer, calibration, evaluation, tasks, config, scope, directory, record)
+        return cls(load, tokenizer, calibration, evaluation, tasks, config, scope, directory, device, record)
 
     @property
     def title(self) -> str:
@@ -180,7 +183,7 @@ class Comparison:
         return self.directory / _WORK / self._path(method).stem
 
     def _measured(self, method: Method, progress: Progress) -> Cell:
-        model = self.load()
+        model = self.load().to(self.device)
         everything = sum(matrix.dense_bytes for block in find_matrices(model, self.scope) for matrix in block)
         beside = everything - sum(site.outline().nbytes for site in find_ffns(model))  # what a fold leaves as it is
         cell = Cell(method, None, everything, everything, everything)
@@ -188,7 +191,8 @@ class Comparison:
         if method.name != DENSE:
             start, work = time.perf_counter(), self._work(method)
             try:
-                report = apply_method(method, model, self.calibration, self.config, self.scope, work, progress)
+                config = replace(self.config, device=str(self.device))
+                report = apply_method(method, model, self.calibration, config, self.scope, work, progress)
             except InfeasibleBudgetError as error:
                 return Cell(method, infeasible=str(error))
             cell = replace(cell, seconds=time.perf_counter() - start)

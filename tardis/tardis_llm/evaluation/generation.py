@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -67,10 +69,11 @@ def generate(
     decode, and not all of it works.
 
     Args:
-        ids: [1, tokens] token ids of the prompt; see `prompt_ids`.
+        model: in eval mode; text is generated where it is.
+        ids: [1, tokens] token ids of the prompt, on any device; see `prompt_ids`.
         max_new_tokens: fewer come where the model ends the text or its positions are used up.
         temperature: 0 takes the likeliest token each time.
-        seed: seed of the sampling; the global generator is left alone.
+        seed: seed of the sampling; devices draw different numbers from one. Global generators are left alone.
         streamer: told of tokens as they come.
         compile: run each token as one graph of torch, see `decoding.compiled`; otherwise our kernels run tokens whole
             where they can, see `stepping`.
@@ -91,8 +94,8 @@ def generate(
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     plain = copy.copy(model)  # shares everything but this attribute
     plain.generation_config = _ends(model, tokenizer)
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), compile_errors_explained(), stepping(plain):
-        torch.manual_seed(seed)
+    ids = ids.to(model.device)
+    with _own_generator(model.device, seed), torch.no_grad(), compile_errors_explained(), stepping(plain):
         out = plain.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -117,6 +120,15 @@ def transcript(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, featu
     """
     windows = [text for some in features.split(_AT_ONCE) for text in transcribe(model, some)]
     return "".join(tokenizer.decode(ids, skip_special_tokens=True) for ids in windows).strip()
+
+
+@contextmanager
+def _own_generator(device: torch.device, seed: int) -> Iterator[None]:
+    """Within the context, what is drawn on a device begins at a seed; its generator and the CPU's go on as before."""
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type=device.type):
+        torch.manual_seed(seed)
+        yield
 
 
 def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:

@@ -43,7 +43,7 @@ void multiply(W&& weights, Range rows, int64_t columns, const Tokens& x, float* 
 }
 
 void panels_bf16_amx(const TardisMatrix& m, Range rows, const Tokens& x, float* out, int64_t stride) {
-    if (x.count < kFew) return panels_bf16_avx512(m, rows, x, out, stride);
+    if (x.count < kFew) return avx512::panels_bf16(m, rows, x, out, stride);
     const auto weights = [&](int64_t row, int64_t begin, int64_t) {
         return static_cast<const char*>(m.data) + (row * m.columns + begin * kPanelRows) * 2;
     };

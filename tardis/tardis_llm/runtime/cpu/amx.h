@@ -3,7 +3,7 @@
 // Weights have the order of panels, in which tiles want their second operand: 16 rows of a tile are 32 inputs, two of
 // which lie side by side for each of 16 outputs.
 #pragma once
-#include "avx512_codes.h"
+#include "avx512_lowbit.h"
 
 #if defined(TARDIS_AVX512) && defined(__AMX_BF16__) && defined(__linux__)
 #define TARDIS_AMX_TILES

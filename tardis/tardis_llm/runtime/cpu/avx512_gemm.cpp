@@ -264,13 +264,13 @@ void multiply(const TardisMatrix& m, bool transposed, Range outputs, const Token
 
 }  // namespace
 
-void gemm_bf16_avx512(
+void TARDIS_AVX512_SET::gemm_bf16(
     const TardisMatrix& m, bool transposed, Range outputs, const Tokens& x, float* out, int64_t stride
 ) {
     multiply<Bf16>(m, transposed, outputs, x, out, stride);
 }
 
-void gemm_fp16_avx512(
+void TARDIS_AVX512_SET::gemm_fp16(
     const TardisMatrix& m, bool transposed, Range outputs, const Tokens& x, float* out, int64_t stride
 ) {
     multiply<Fp16>(m, transposed, outputs, x, out, stride);

@@ -1,5 +1,5 @@
 // Products with matrices in few bits, for processors with AVX-512: codes meet inputs that are integers as they are.
-#include "avx512_codes.h"
+#include "avx512_lowbit.h"
 
 #if defined(TARDIS_AVX512)
 
@@ -56,7 +56,7 @@ public:
     }
 
 private:
-    static constexpr int P = T * H == 1 && B < 8 ? 2 : 1;  // places in bytes of which codes are taken
+    static constexpr int P = T * H == 1 && B < 8 && kQuickBytes ? 2 : 1;  // places in bytes of which codes are taken
     using Totals = __m512[R][T];
     using Sums = __m512i[R][T][H][P];
 
@@ -129,7 +129,10 @@ private:
         each<T>([&](auto t) TARDIS_INLINE {
             each<H>([&](auto h) TARDIS_INLINE {
                 const __m512i x = _mm512_load_si512(v + (t * H + h) * q_.stride);
-                each<R>([&](auto r) TARDIS_INLINE { sum[r][t][h][place] = add_dot(sum[r][t][h][place], own[r], x); });
+                each<R>([&](auto r) TARDIS_INLINE {
+                    __m512i& dot = sum[r][t][h][place];
+                    dot = add_dot<P == 2 ? 8 : B>(dot, own[r], x);
+                });
             });
         });
     }
@@ -186,12 +189,14 @@ void product_of_bits(const TardisMatrix& m, const Rows& rows, const Input& x, fl
 
 }  // namespace
 
-void product_low_bit_avx512(const TardisMatrix& m, const Rows& rows, const Input& x, float* out) {
+void TARDIS_AVX512_SET::product_low_bit(const TardisMatrix& m, const Rows& rows, const Input& x, float* out) {
     if (x.quantised.layout->segment_count > kMaxSegments) return portable_table()->low_bit(m, rows, x, out);
     if (x.quantised.halves == 2) return product_of_bits<2, 0>(m, rows, x, out);
     if (m.group_size == 256) return product_of_bits<1, kUsualEnds>(m, rows, x, out);
     product_of_bits<1, 0>(m, rows, x, out);
 }
+
+const LowBit TARDIS_AVX512_SET::kLowBit = {product_low_bit, low_bit_panels, add_low_bit};
 
 }  // namespace tardis
 #endif

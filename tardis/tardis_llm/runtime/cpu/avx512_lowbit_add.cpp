@@ -1,5 +1,5 @@
 // Sums of rows in few bits, for processors with AVX-512: codes meet integers, which stand for residuals times scales.
-#include "avx512_codes.h"
+#include "avx512_lowbit.h"
 
 #if defined(TARDIS_AVX512)
 
@@ -73,8 +73,8 @@ inline TARDIS_INLINE void in_order(const __m512 (&four)[4], const F& body) {
     body(Constant<3>{}, _mm512_shuffle_f32x4(high[0], high[1], 0xdd));
 }
 
-// y += the rows' factors times the codes of a piece; `whole`: that is 64 of them.
-template <bool whole>
+// y += the rows' factors times the codes of a piece, of B bits; `whole`: that is 64 of them.
+template <int B, bool whole>
 inline TARDIS_INLINE void add_piece(float* y, const Piece& piece, const Stored& stored, const Factors& factors) {
     const __mmask64 some = whole ? ~0ull : first64(piece.count) << piece.first;
     const __m512i start = _mm512_set1_epi32(factors.start[piece.group]);
@@ -89,7 +89,7 @@ inline TARDIS_INLINE void add_piece(float* y, const Piece& piece, const Stored& 
         const __m512i highs = _mm512_set1_epi32(factors.high[half][piece.group]);
         const __m512i lows = _mm512_set1_epi32(factors.low[half][piece.group]);
         each<4>([&](auto i) TARDIS_INLINE {
-            high[i] = add_dot(high[i], four[i], highs), low[i] = add_dot(low[i], four[i], lows);
+            high[i] = add_dot<B>(high[i], four[i], highs), low[i] = add_dot<B>(low[i], four[i], lows);
         });
     });
     __m512 sum[4];
@@ -144,8 +144,8 @@ void add_bits(const TardisMatrix& m, const Layout& layout, const Terms& terms, R
             });
             const Piece* pieces = layout.pieces + block.piece;
             for (int32_t p = 0; p < block.pieces; ++p) {
-                if (pieces[p].count == 64) add_piece<true>(y, pieces[p], stored, factors);
-                else add_piece<false>(y, pieces[p], stored, factors);
+                if (pieces[p].count == 64) add_piece<B, true>(y, pieces[p], stored, factors);
+                else add_piece<B, false>(y, pieces[p], stored, factors);
             }
         }
     }
@@ -153,7 +153,9 @@ void add_bits(const TardisMatrix& m, const Layout& layout, const Terms& terms, R
 
 }  // namespace
 
-void add_low_bit_avx512(const TardisMatrix& m, const Layout* layout, const Terms& terms, Range range, float* y) {
+void TARDIS_AVX512_SET::add_low_bit(
+    const TardisMatrix& m, const Layout* layout, const Terms& terms, Range range, float* y
+) {
     if (layout->groups > kMaxSegments) return portable_table()->add_low_bit(m, layout, terms, range, y);
     if (m.bits == 1) return add_bits<1>(m, *layout, terms, range, y);
     if (m.bits == 2) return add_bits<2>(m, *layout, terms, range, y);

@@ -17,16 +17,19 @@ bool has_avx2() {
 #endif
 }
 
-bool has_avx512() {
 #if defined(__x86_64__)
+// Skylake-X has the first, Cascade Lake and Ice Lake the second, Zen 4 and Sapphire Rapids all.
+bool has_avx512bw() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("gfni") && __builtin_cpu_supports("avx512vnni") &&
-           __builtin_cpu_supports("avx512bf16");
-#else
-    return false;
-#endif
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+bool has_avx512vnni() { return has_avx512bw() && __builtin_cpu_supports("avx512vnni"); }
+bool has_avx512() { return has_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
+#else
+bool has_avx512bw() { return false; }
+bool has_avx512vnni() { return false; }
+bool has_avx512() { return false; }
+#endif
 
 bool find_amx() {
 #if defined(__x86_64__)
@@ -48,6 +51,8 @@ bool has_amx() {
 const Table* table_of(int32_t isa) {
     switch (isa) {
         case TARDIS_AMX: return has_amx() ? amx_table() : nullptr;
+        case TARDIS_AVX512BW: return has_avx512bw() ? avx512bw_table() : nullptr;
+        case TARDIS_AVX512VNNI: return has_avx512vnni() ? avx512vnni_table() : nullptr;
         case TARDIS_AVX512: return has_avx512() ? avx512_table() : nullptr;
         case TARDIS_AVX2: return has_avx2() ? avx2_table() : nullptr;
         case TARDIS_PORTABLE: return portable_table();

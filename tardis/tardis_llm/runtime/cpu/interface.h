@@ -42,7 +42,14 @@ enum TardisType : int32_t {
     TARDIS_LOW_BIT_PANELS,
 };
 enum TardisStatus : int32_t { TARDIS_OK, TARDIS_NO_MEMORY, TARDIS_BAD_ARGUMENT };
-enum TardisIsa : int32_t { TARDIS_PORTABLE, TARDIS_AVX2, TARDIS_AVX512, TARDIS_AMX };
+enum TardisIsa : int32_t {
+    TARDIS_PORTABLE,
+    TARDIS_AVX2,
+    TARDIS_AVX512BW,    // AVX-512 F, BW, DQ and VL
+    TARDIS_AVX512VNNI,  // and VNNI
+    TARDIS_AVX512,      // and BF16
+    TARDIS_AMX,
+};
 enum TardisActivationKind : int32_t {
     TARDIS_GELU,
     TARDIS_GELU_TANH,

@@ -187,9 +187,11 @@ struct Table {
 };
 
 const Table* portable_table();
-const Table* avx2_table();    // null where not compiled in
-const Table* avx512_table();  // null where not compiled in
-const Table* amx_table();     // null where not compiled in, or not allowed
+const Table* avx2_table();        // null where not compiled in
+const Table* avx512bw_table();    // null where not compiled in
+const Table* avx512vnni_table();  // null where not compiled in
+const Table* avx512_table();      // null where not compiled in
+const Table* amx_table();         // null where not compiled in, or not allowed
 
 static inline float from_bf16(uint16_t value) {
     const uint32_t bits = static_cast<uint32_t>(value) << 16;

@@ -1,4 +1,4 @@
-// The codes of matrices in few bits, out of planes, for processors with AVX-512.
+// The codes of matrices in few bits, out of planes, and their products with integers, for processors with AVX-512.
 #pragma once
 #include "avx512.h"
 
@@ -88,6 +88,33 @@ struct Codes {
         each<8>([&](auto k) TARDIS_INLINE { _mm512_store_si512(to[k], code<k>()); });
     }
 };
+
+// Whether `add_dot` takes codes of 8 bits as quickly as smaller ones.
+#if defined(__AVX512VNNI__)
+constexpr bool kQuickBytes = true;
+#else
+constexpr bool kQuickBytes = false;
+#endif
+
+// In every lane of 32 bits, sum and the products of four codes of B bits with four values.
+template <int B>
+inline TARDIS_INLINE __m512i add_dot(__m512i sum, __m512i code, __m512i values) {
+#if defined(__AVX512VNNI__) && defined(__GNUC__) && !defined(__clang__)
+    // by hand because GCC copies every sum to another register and back around the intrinsic
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(code), "v"(values));
+    return sum;
+#elif defined(__AVX512VNNI__)
+    return _mm512_dpbusd_epi32(sum, code, values);
+#else
+    if constexpr (B < 8) {  // two products fit 16 bits
+        const __m512i two = _mm512_maddubs_epi16(code, values);
+        return _mm512_add_epi32(sum, _mm512_madd_epi16(two, _mm512_set1_epi16(1)));
+    }
+    const __m512i even = _mm512_and_si512(code, _mm512_set1_epi16(0xff)), odd = _mm512_srli_epi16(code, 8);
+    sum = _mm512_add_epi32(sum, _mm512_madd_epi16(even, _mm512_srai_epi16(_mm512_slli_epi16(values, 8), 8)));
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(odd, _mm512_srai_epi16(values, 8)));
+#endif
+}
 
 // Of a row, the first line; of its scales, which usually fit one line and may lie in two, the first and the last.
 inline TARDIS_INLINE void prefetch_ends(const uint8_t* row, const uint16_t* scale, int64_t groups) {
