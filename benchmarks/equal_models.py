@@ -18,6 +18,7 @@ from tardis_llm import FoldConfig, fold, save_folded
 from tardis_llm.baselines import apply_baseline
 from tardis_llm.calibration.inputs import ids_of
 from tardis_llm.calibration.text import Windows
+from tardis_llm.evaluation.methods import FOLDS
 from tardis_llm.pipeline.linears import Covariances, low_bit_copy
 from tardis_llm.runtime.linears.lowbit import GROUP_SIZE
 from tardis_llm.runtime.linears.placing import linear_layers, put_linears
@@ -68,11 +69,11 @@ def folded_model(subject: str, name: str, calibration: Windows, chosen: argparse
     if (directory / "config.json").exists():
         return directory
     model, tokenizer = SUBJECTS[subject].load()
+    kind, _, reduction = name.partition("@")
     config = FoldConfig(
-        reduction=float(name.partition("@")[2]),
+        reduction=float(reduction),
+        **FOLDS[kind],
         group_size=SUBJECTS[subject].group,
-        fold_bits=4,
-        fallback_bits=4,
         linear_bits=4,
         sequence_length=SUBJECTS[subject].length,
         tokens=chosen.calibration,

@@ -12,7 +12,7 @@ import real_models
 from tardis_llm.checkpoint.loading import load_dense, load_tokenizer
 from tardis_llm.sample import model_dir
 
-DENSE, FOLD = "dense", "tardis-int4"
+DENSE, FOLD, STATIC = "dense", "tardis-int4", "tardis-static-int4"
 OURS = {"int4": 4, "int3": 3}  #: bits of the linear layers in the blocks
 HEAD_BITS = 4  #: of the head of `OURS`
 

@@ -27,12 +27,12 @@ class FixCounts:
 
     @property
     def rates(self) -> dict[str, float]:
-        """Mean share of neurons fixed per token.
+        """Mean share of neurons fixed per token, of each dynamic fold.
 
         Raises:
             InvalidInputError: no token has run yet.
         """
-        if not self.neurons or not all(self.neurons.values()):
+        if not all(self.neurons.values()):
             raise InvalidInputError("no token has run through a folded FFN; run the folded model inside count_fixes.")
         return {name: self.fixed[name] / total for name, total in self.neurons.items()}
 
@@ -74,7 +74,7 @@ def count_union(model: nn.Module) -> AbstractContextManager[FixCounts]:
 @contextmanager
 def _counted(model: nn.Module, fixed: Callable[[Tensor, FoldedFFN, DenseFFN], Tensor]) -> Iterator[FixCounts]:
     """Within the context, count what `fixed` makes of the inputs [tokens, d] of each forward of a folded FFN."""
-    ffns = folded_ffns(model)
+    ffns = {name: ffn for name, ffn in folded_ffns(model).items() if not ffn.static}  # static ones fix nothing
     counts = FixCounts(dict.fromkeys(ffns, 0), dict.fromkeys(ffns, 0))
 
     def count(name: str, ffn: FoldedFFN, args: tuple[Tensor, DenseFFN]) -> None:
@@ -93,7 +93,7 @@ def measured(report: FoldReport, model: nn.Module, rates: dict[str, float]) -> F
     Args:
         report: report of the fold that made the model.
         model: the folded model.
-        rates: fix rate by the prefix of the FFN.
+        rates: fix rate by the prefix of the FFN; of static folds there is none, and the report says what they keep.
 
     Raises:
         InvalidInputError: the report is not that of the model.
@@ -106,11 +106,12 @@ def measured(report: FoldReport, model: nn.Module, rates: dict[str, float]) -> F
         0.2
     """
     ffns = folded_weights(model)
-    if set(ffns) != {layer.prefix for layer in report.layers} or set(ffns) != set(rates):
+    dynamic = {name for name, ffn in ffns.items() if not ffn.kept}
+    if set(ffns) != {layer.prefix for layer in report.layers} or dynamic != set(rates):
         raise InvalidInputError("report and rates are not those of this model; use those of its own checkpoint.")
     layers = [
         dataclasses.replace(layer, fix_rate=rate, touched=ffns[layer.prefix].touched(rate))
         for layer in report.layers
-        for rate in [rates[layer.prefix]]
+        for rate in [rates.get(layer.prefix, layer.fix_rate)]
     ]
     return dataclasses.replace(report, layers=layers)

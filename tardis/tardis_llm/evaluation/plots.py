@@ -70,9 +70,14 @@ def plot_fold(model: nn.Module, report: FoldReport, path: Path, title: str = "")
     hot = [torch.stack([ffn.neurons.low.float(), ffn.neurons.high.float()]) for ffn in ffns.values()]
     names = _layer_names(list(ffns))
     shares = f"touched {report.touched / report.dense:.1%} and resident {report.resident / report.dense:.1%}"
-    figures = f"{shares} of the dense FFN bytes, {report.fix_rate:.2%} of neurons fixed"
+    static = any(ffn.kept for ffn in ffns.values())
+    done = "kept" if static else "fixed"
+    figures = f"{shares} of the dense FFN bytes, {report.fix_rate:.2%} of neurons {done}"
     with _page(path, title, figures) as (top, left, right):
-        _hot_ranges(top, hot, names)
+        if static:
+            _kept(top, report.layers, names)
+        else:
+            _hot_ranges(top, hot, names)
         top.set_title("Hot ranges: where a line stands for the activation")
         _errors(left, report.layers, names)
         _bytes(right, report.layers, list(ffns.values()), names)
@@ -150,6 +155,15 @@ def _hot_ranges(axes: Axes, ranges: list[Tensor], names: list[str]) -> None:
     _layer_axis(axes, names)
 
 
+def _kept(axes: Axes, layers: list[LayerReport], names: list[str]) -> None:
+    """Per layer, the share of the neurons that a static fold keeps."""
+    axes.bar(range(len(layers)), [layer.fix_rate for layer in layers], 0.7, color=_BLUE)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_ylabel("of the neurons are kept")
+    axes.set_ylim(0, 1)
+    _layer_axis(axes, names)
+
+
 def _limits(ranges: list[Tensor]) -> tuple[float, float]:
     """Bottom and top of the axis: nearly every finite bound, and a margin."""
     bounds = torch.cat([layer.flatten() for layer in ranges])
@@ -185,6 +199,7 @@ def _bytes(axes: Axes, layers: list[LayerReport], ffns: list[FoldedWeights], nam
         ("fold", _BLUE),
         ("predictor and scales", _ORANGE),
         ("ranges, lines, up bias", _YELLOW),
+        ("kept neurons", _GREEN),
         ("fixed rows and columns", _VERMILION),
     )
     base = np.zeros(len(layers))
@@ -210,16 +225,16 @@ def _bytes(axes: Axes, layers: list[LayerReport], ffns: list[FoldedWeights], nam
 _LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 1.0, "alpha": 0.85}
 
 
-def _shares(layer: LayerReport, weights: FoldedWeights) -> tuple[float, float, float, float]:
-    """Fold, predictor, ranges with lines and up bias, and fixing, as shares of the dense bytes."""
+def _shares(layer: LayerReport, weights: FoldedWeights) -> tuple[float, ...]:
+    """Fold, predictor, ranges with lines and up bias, kept neurons and fixing, as shares of the dense bytes."""
     parts = (
         nbytes(weights.fold, weights.bias),
         nbytes(weights.predictor),
         nbytes(weights.neurons, weights.b1),
+        weights.keeps,
         layer.fix_rate * weights.fixing,
     )
-    fold, predictor, lines, fixing = (part / layer.dense for part in parts)
-    return fold, predictor, lines, fixing
+    return tuple(part / layer.dense for part in parts)
 
 
 def _layer_axis(axes: Axes, names: list[str]) -> None:

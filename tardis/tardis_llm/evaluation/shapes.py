@@ -73,6 +73,7 @@ class RandomFold:
         fallback_bits: random fold: precision of the W1 and W2 that fixing reads; default: the dense weights.
         linear_bits: random fold: precision of the linear layers outside the FFNs; default: the model's dtype.
         fix_rate: random fold: share of the neurons that a token fixes.
+        kept: random fold: share of the neurons that a static fold keeps; default: a dynamic fold.
     """
 
     predictor_bits: int = 2
@@ -80,8 +81,14 @@ class RandomFold:
     fallback_bits: int | None = None
     linear_bits: int | None = None
     fix_rate: float = 0.05
+    kept: float | None = None
 
     def __post_init__(self) -> None:
+        if self.kept is not None and not (0 < self.kept <= 1 and self.fallback_bits):
+            raise InvalidInputError(
+                f"a static fold is to keep {self.kept:g} of the neurons; give a share above 0, at most 1, and the bits "
+                "that they are stored in (--fallback int4)."
+            )
         if not 0 <= self.fix_rate < 1:
             raise InvalidInputError(f"the fix rate is {self.fix_rate}; give a share from 0 to below 1.")
 
@@ -133,7 +140,7 @@ def _fill(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def random_folds(
-    model: PreTrainedModel, bits: int, storage: Storage, fix_rate: float
+    model: PreTrainedModel, bits: int, storage: Storage, fix_rate: float, kept: float | None = None
 ) -> Iterator[tuple[FFNSite, FoldedFFN]]:
     """A fold for every FFN of a model, random but for its ranges, which leave `fix_rate` of the neurons outside.
 
@@ -145,6 +152,7 @@ def random_folds(
         bits: bits per weight of the predictors.
         storage: how fold and fallback weights are stored.
         fix_rate: share of the neurons that a token fixes.
+        kept: share of the neurons that static folds keep, in whole groups; None for dynamic folds.
     """
     sites = find_ffns(model)
     generator = torch.Generator().manual_seed(1)
@@ -152,11 +160,16 @@ def random_folds(
     for site, args in zip(sites, calls, strict=True):
         dense = site.weights()
         size = min(storage.group_size, dense.d)
-        form = replace(storage, group_size=size).format(dense.activation, bits, site.gated)
+        stored = replace(storage, group_size=size)
+        if kept is None:
+            form = stored.format(dense.activation, bits, site.gated)
+        else:
+            form = stored.static_format(dense, max(1, round(kept * dense.h / size)) * size)
         ffn = FoldedFFN(FoldedWeights.empty(form, dense.d, dense.h, model.dtype, torch.device("cpu")))
         for name, tensor in ffn.state_dict().items():
             _randomise(name, tensor, generator)
-        _set_ranges(ffn, site, args[0].reshape(-1, site.hidden_size), fix_rate)
+        if kept is None:
+            _set_ranges(ffn, site, args[0].reshape(-1, site.hidden_size), fix_rate)
         yield site, ffn
 
 

@@ -80,5 +80,5 @@ def most_kept(dense: DenseFFN, storage: Storage, reduction: float) -> int:
 
     step = storage.group_size
     each = always(2 * step) - always(step)
-    groups = 1 + ((1 - reduction) * dense.nbytes - always(step)) // each
-    return min(int(groups) * step, dense.h)
+    budget = round((1 - reduction) * dense.nbytes)
+    return min((1 + (budget - always(step)) // each) * step, dense.h)

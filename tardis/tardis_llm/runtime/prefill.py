@@ -28,6 +28,11 @@ Prefill = Literal["folded", "exact", "auto"]
 #: d = 2048, h = 8192 and 5 % of the neurons fixed, on one thread: with 16 tokens the fold takes 0.9 of the time of the
 #: dense weights as they lie here, neuron by neuron, and with 32 as long
 CROSSOVER = 32
+#: why prompts cannot be exact
+STATIC = (
+    "prefill exact needs the weights of every neuron, and this fold is static: it has those that it keeps. Use prefill "
+    "auto or folded."
+)
 _HOOK = "_tardis_prefill"
 
 
@@ -39,7 +44,7 @@ def set_prefill(model: PreTrainedModel, mode: Prefill) -> None:
         mode: one of `Prefill`.
 
     Raises:
-        InvalidInputError: there is no such mode.
+        InvalidInputError: there is no such mode, or the fold is static and the mode is `exact`.
 
     Examples:
         >>> from tardis_llm.checkpoint.loading import load_model
@@ -49,6 +54,8 @@ def set_prefill(model: PreTrainedModel, mode: Prefill) -> None:
         True
     """
     check_prefill(mode)
+    if mode == "exact" and any(ffn.static for ffn in folded_ffns(model).values()):
+        raise InvalidInputError(STATIC)
     choices = {"folded": None, "exact": _are_prompts, "auto": partial(_are_many, crossover(model))}
     for block in named_blocks(model).values():
         _note_lengths(block, mode == "exact")

@@ -84,6 +84,11 @@ class FoldState(Stored):
         return self.down is not None
 
     @property
+    def static(self) -> bool:
+        """Whether the same neurons are computed for every token, and none is predicted."""
+        return self.kept_down is not None
+
+    @property
     def weights(self) -> FoldedWeights:
         """What is stored, in the order of files; copies of what is laid out."""
         return self._weights(lambda part: part.matrix)

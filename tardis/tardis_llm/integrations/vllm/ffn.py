@@ -66,15 +66,23 @@ class ServedFFN(FoldState):
             up in one.
         choice: which calls go through the dense weights.
         dtype: of the model.
+
+    Raises:
+        UnsupportedModelError: the fold is static, and ranks would share it.
     """
 
     def __init__(self, form: FoldFormat, up: LinearBase, down: LinearBase, choice: Choice, dtype: torch.dtype) -> None:
         d, rows = up.input_size, up.weight.shape[0]
         neurons, ranks = rows // form.k, up.output_size // rows
+        if form.kept and ranks > 1:
+            raise UnsupportedModelError(
+                "a static fold is not shared among processes; serve it with --tensor-parallel-size 1."
+            )
         empty = FoldedWeights.empty(form, d, neurons, dtype, torch.get_default_device(), rows=d // ranks)
         super().__init__(empty)
         self._projections = up, down  # in a tuple, so that they are not registered twice
         self._choice = choice
+        self.k = form.k
         self._whole, self.rank = ranks == 1, up.tp_rank if ranks > 1 else 0
         self._rows = slice(self.rank * (d // ranks), (self.rank + 1) * (d // ranks))
 
@@ -91,7 +99,7 @@ class ServedFFN(FoldState):
         own = self.state_dict()
         if key not in own:
             raise CheckpointError(f"the weight files have a tensor tardis.{key} that config.json does not describe.")
-        parts = self.neurons.k if key.startswith(_PER_PROJECTION) else 1
+        parts = self.k if key.startswith(_PER_PROJECTION) else 1
         for part, whole in zip(own[key].chunk(parts), tensor.chunk(parts), strict=True):
             part.copy_(_share(whole, part, self.rank, key))
 

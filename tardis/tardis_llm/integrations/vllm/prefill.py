@@ -13,7 +13,7 @@ from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 
 from ...errors import InvalidInputError
-from ...runtime.prefill import check_prefill
+from ...runtime.prefill import STATIC, check_prefill
 from .config import TardisConfig
 from .names import PREFILL_OPTION
 
@@ -40,6 +40,8 @@ class Choice:
         given = config.additional_config
         mode = given.get(PREFILL_OPTION, "auto") if isinstance(given, dict) else "auto"
         check_prefill(mode)
+        if mode == "exact" and any(layer.kept for layer in settings.layers.values()):
+            raise InvalidInputError(STATIC)
         if mode == "exact" and config.device_config.device_type != "cpu" and not config.model_config.enforce_eager:
             raise InvalidInputError(
                 "prefill exact looks at the requests of each call, which CUDA graphs cannot; use prefill auto or "
