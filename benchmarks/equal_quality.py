@@ -104,7 +104,8 @@ def quality(chosen: argparse.Namespace) -> None:
     settings["calibration"] = chosen.calibration
     known = read_json(path) if path.exists() else {}
     entries: dict[str, Any] = known["entries"] if known.get("settings") == settings else {}
-    folds = [f"{kind}@{reduction:g}" for kind in (FOLD, STATIC) for reduction in chosen.reductions or subject.reductions]
+    reductions = chosen.reductions or subject.reductions
+    folds = [f"{kind}@{reduction:g}" for kind in (FOLD, STATIC) for reduction in reductions]
     for name in chosen.only or [*subject.names, *folds]:
         if name not in entries:
             entries[name] = judge.judged(name)

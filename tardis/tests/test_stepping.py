@@ -115,6 +115,17 @@ def test_folded_ffns(kind: str, storage: Storage) -> None:
     assert _apart(exact, wanted) > 0.05
 
 
+@pytest.mark.parametrize("kind", ["falcon", "qwen2"])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_static_folds(kind: str, batch: int) -> None:
+    model, ids = _model(kind, torch.bfloat16), _ids(batch, 10)
+    for site, ffn in random_folds(model, 2, Storage(32, 4, 4), 0.0, kept=0.5):
+        install(model, site, ffn)
+    prepare_decoding(model)
+    wanted, found = _both(model, ids)
+    assert _apart(found, wanted) < 0.03
+
+
 def test_a_long_text_outgrows_the_room_for_it() -> None:
     model = _model("llama")
     prepare_decoding(model)

@@ -11,7 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from engines import STACKED, assert_same_text, complete, engine, environment, generated, greedy, needs_vllm, save_tiny
+from engines import (
+    STACKED,
+    STATIC,
+    assert_same_text,
+    complete,
+    engine,
+    environment,
+    generated,
+    greedy,
+    needs_vllm,
+    save_tiny,
+)
 from folds import SETTINGS
 from models import tokens
 from transformers import PreTrainedModel
@@ -114,6 +125,12 @@ def test_a_mode_that_cannot_be_is_refused(tmp_path: Path):
         pass
 
 
+def test_exact_prompts_of_a_static_fold_are_refused(tmp_path: Path):
+    save_tiny("gpt2", tmp_path, STATIC)
+    with pytest.raises(InvalidInputError, match="this fold is static"), engine(tmp_path, prefill="exact"):
+        pass
+
+
 def test_prompts_whose_beginning_is_in_the_cache(tiny_gpt2: Tiny):
     from vllm import SamplingParams
 
@@ -130,8 +147,11 @@ def test_prompts_whose_beginning_is_in_the_cache(tiny_gpt2: Tiny):
 
 @pytest.mark.parametrize(
     ("name", "settings", "linear_bits"),
-    [("gpt2", SETTINGS, None), ("gpt2", STACKED, 4), ("llama_biased", SETTINGS, None), ("gemma2", STACKED, 8)],
-    ids=["dense", "few bits", "gated", "gated in few bits"],
+    [
+        *(("gpt2", SETTINGS, None), ("gpt2", STACKED, 4), ("llama_biased", SETTINGS, None), ("gemma2", STACKED, 8)),
+        *(("gpt2", STATIC, None), ("llama_biased", STATIC, 8)),
+    ],
+    ids=["dense", "few bits", "gated", "gated in few bits", "static", "gated static"],
 )
 def test_compiled_by_torch(name: str, settings: FoldConfig, linear_bits: int | None, tmp_path: Path):
     model = save_tiny(name, tmp_path, settings, linear_bits)

@@ -128,8 +128,8 @@ class _Joint:
     def refitted_down(self) -> Tensor:
         """[d, m] fp32: W2 of the kept neurons by ridge regression beside a fold, drawn towards what it is.
 
-        So they make up for what no fold does of the others. The penalty is relative to the variance of each neuron: that
-        of the neuron behind the first token's huge activation is far beyond all others.
+        So they make up for what no fold does of the others. The penalty is relative to the variance of each neuron, as
+        that of the neuron behind the first token's huge activation is far beyond all others.
         """
         m, d = self.kept.h, self.kept.d
         prior = torch.cat([self.kept.w2.T.double(), self.kept.w2.new_zeros(d, d, dtype=torch.float64)])

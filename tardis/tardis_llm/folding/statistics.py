@@ -115,7 +115,7 @@ _Computed = Callable[[Tensor], tuple[Tensor, int]]
 
 
 def _fixing(ffn: DenseFFN, folded: FoldedWeights) -> _Computed:
-    """Fixing, with W1 and W2 in fp32 as it reads them: those of the FFN, or what stands for them in the model's dtype."""
+    """Fixing, with W1 and W2 as it reads them: those of the FFN, or what stands for them in the model's dtype."""
     neurons, w_hat = folded.neurons.map(Tensor.float), written_out(folded.predictor)
     w1, w2 = (w.float() for w in folded.fallback(folded.dtype)) if folded.stacked else (ffn.w1, ffn.w2)
 

@@ -65,7 +65,9 @@ class Session:
 
 def splits_alike(config: FoldConfig, sites: list[FFNSite]) -> bool:
     """Whether all layers get the same fix rate, as configured or as is best for these FFNs."""
-    return config.split == "uniform" or config.select == "static" or (config.split is None and any(site.gated for site in sites))
+    if config.split is None:
+        return config.select == "static" or any(site.gated for site in sites)
+    return config.split == "uniform"
 
 
 def _buffer_limit(config: FoldConfig) -> float:

@@ -207,10 +207,11 @@ class Program:
         self._sources.append((vars(ffn), "_ready"))
         self._kept.append(prepared)
         if isinstance(prepared, StaticFFN):
-            return self._static(prepared, read, given)
-        if not isinstance(prepared, CpuFFN):
+            self._static(prepared, read, given)
+        elif isinstance(prepared, CpuFFN):
+            self._operation("folded", prepared.arguments, read, None, given)
+        else:
             raise NotWholeError("the kernels do not read the weights of a folded FFN as they lie.")
-        self._operation("folded", prepared.arguments, read, None, given)
 
     def _static(self, prepared: StaticFFN, read: Tensor, given: Tensor) -> None:
         """A static fold: the fold beside the kept neurons, which are added."""
