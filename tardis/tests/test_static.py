@@ -149,6 +149,13 @@ def test_a_model_reads_and_keeps_what_it_reports_and_loads_as_it_was_saved(famil
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
+def test_groups_longer_than_a_row_are_as_long_as_a_row(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    save_folded(model, fold(model, text(), replace(SETTINGS, group_size=256)), tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+    assert {layer["group_size"] for layer in model.config.quantization_config.layers.values()} == {64}
+
+
 def test_an_interrupted_fold_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     whole, resumed = tiny_model("llama"), tiny_model("llama")
     fold(whole, text(), SETTINGS)

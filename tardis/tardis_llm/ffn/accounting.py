@@ -78,7 +78,7 @@ def most_kept(dense: DenseFFN, storage: Storage, reduction: float) -> int:
         form = storage.static_format(dense, kept)
         return cost(dense, FoldedWeights.empty(form, dense.d, dense.h, dense.w1.dtype, torch.device("meta"))).always
 
-    step = storage.group_size
+    step = min(storage.group_size, dense.d)
     each = always(2 * step) - always(step)
     budget = round((1 - reduction) * dense.nbytes)
     return min((1 + (budget - always(step)) // each) * step, dense.h)

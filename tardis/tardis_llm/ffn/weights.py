@@ -237,9 +237,13 @@ class Storage:
         return FoldFormat(activation, bits, *stored, None if usual else left, gated, self.fallback_bits is not None)
 
     def static_format(self, ffn: DenseFFN, kept: int) -> FoldFormat:
-        """The format of a static fold of this FFN that keeps so many neurons. It needs `fallback_bits`."""
+        """The format of a static fold of this FFN that keeps so many neurons. It needs `fallback_bits`.
+
+        No group is longer than a row of W1, and those of W2 are as long.
+        """
         assert self.fallback_bits is not None, "kept neurons are in few bits"
-        form = replace(self, remainder_bits=None).format(ffn.activation, self.fallback_bits, gated=ffn.k == 2)
+        size = min(self.group_size, ffn.d)
+        form = replace(self, group_size=size, remainder_bits=None).format(ffn.activation, self.fallback_bits, gated=ffn.k == 2)
         return replace(form, kept=kept, kept_bias=ffn.b1 is not None)
 
 

@@ -17,7 +17,7 @@ from ..calibration.moments import SecondMoments
 from ..calibration.tokens import Tokens, product
 from ..config import FoldConfig
 from ..ffn.neuron import value
-from ..ffn.weights import DenseFFN, FoldedWeights, Storage
+from ..ffn.weights import DenseFFN, FoldedWeights
 from .fold import FoldQuality, Inputs
 from .refit import fit_fold, fold_error
 from .ridge import affine_errors, linearity, ridge
@@ -79,14 +79,13 @@ def _without_fold(
         kept: its kept neurons.
         inputs, config, dtype: as of `fold_static`.
     """
-    bits, size = config.fallback_bits, config.group_size
-    assert bits is not None, "kept neurons are in few bits"
+    form = config.storage.static_format(ffn, kept.h)
+    bits, size = form.bits, form.group_size
     up = quantise(kept.w1, bits, size, inputs.covariance if config.rounding == "gptq" else None)
     rounded = replace(kept, w1=up.dequantise())
     joint = _Joint.of(ffn, rounded, inputs.fit)
     spread = joint.hidden_covariance if config.rounding == "gptq" else None
     down = quantise(joint.refitted_down(), bits, size, spread)
-    form = Storage(size, config.fold_bits, bits).static_format(ffn, kept.h)
     empty = FoldedWeights.empty(form, ffn.d, ffn.h, dtype, ffn.w1.device)
     bias = None if kept.b1 is None or not form.kept_bias else kept.b1.to(dtype)
     return replace(empty, kept_up=up, kept_down=down, kept_bias=bias)
