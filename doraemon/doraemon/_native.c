@@ -22,6 +22,7 @@
 
 enum { GROUP = 64, BLOCK = 32, CHUNK = 128, SHORT = 16, PLACE_SHIFT = 8 };
 enum { DELTAS = 2, FEW = 4 };              /* the older, larger one first; entries that are compared at once */
+enum { CELLS = 32, CELL_BITS = 5, UNKNOWN = INT32_MIN };
 enum { RUN_RANKS, RANKS, PLACES, COUNTS }; /* what a batch asks for */
 
 typedef struct {
@@ -42,12 +43,20 @@ typedef struct {
     int64_t found; /* by how much the entries before this one shift ranks, twice, and 1 more if the code is in the index */
 } Entry;
 
+/* What most queries need to know of a window of a delta: which of its CELLS parts have entries, and the shift of those
+ * before it. UNKNOWN stands where a mark is of several entries, or of one that shifts by another number than 1. */
+typedef struct {
+    uint32_t marks;
+    int32_t shift;
+} Summary;
+
 /* The changes of a delta. The rank of a code in the run tells between which of them its own is: `windows[b]` of them
  * have ranks below b << bits, and the last window takes all that are left. */
 typedef struct {
     const Entry *entries; /* n, and FEW that are above every code and have the shift of all */
     const int64_t *left;  /* where each code is, or would be, in the run */
     const uint32_t *windows;
+    const Summary *summaries; /* one for each window */
     int64_t n, last_window;
     int bits;
 } Delta;
@@ -127,10 +136,33 @@ static int64_t gallop(const uint64_t *keys, int64_t start, int64_t end, int64_t 
     return low + below(keys + low, high - low, q);
 }
 
-static inline const uint32_t *window_of(const Delta *delta, int64_t rank)
+INLINE int64_t window_of(const Delta *delta, int64_t rank)
 {
     int64_t window = rank >> delta->bits;
-    return delta->windows + (window < delta->last_window ? window : delta->last_window);
+    return window < delta->last_window ? window : delta->last_window;
+}
+
+/* Which cell of a window of 1 << bits ranks one is in that lies so far after its first; CELLS after the last. */
+INLINE int64_t cell_of(int64_t after, int bits)
+{
+    int64_t cell = after >> (bits > CELL_BITS ? bits - CELL_BITS : 0);
+    return cell < CELLS ? cell : CELLS;
+}
+
+/* What a delta's summary tells of the changes below a code whose rank in the run is known. */
+typedef struct {
+    int64_t shift; /* where it is `known`: entries of cells before the code's are below the code */
+    int known, marked; /* only where the code's cell is marked there may be an entry of it */
+} Told;
+
+INLINE Told told_by(const Delta *delta, int64_t rank)
+{
+    int64_t window = window_of(delta, rank), cell = cell_of(rank - (window << delta->bits), delta->bits);
+    Summary summary = delta->summaries[window];
+    uint64_t marks = summary.marks;
+    int marked = (int)(marks >> cell & 1);
+    int64_t shift = (int64_t)summary.shift + COUNT_BITS(marks & ((UINT64_C(1) << cell) - 1));
+    return (Told){shift, !marked & (summary.shift != UNKNOWN), marked};
 }
 
 /* The number of `n` entries whose codes are below `q`, without branches on their values. */
@@ -148,13 +180,26 @@ static inline int64_t entries_below(const Entry *entries, int64_t n, uint64_t q)
 /* The number of a delta's codes below `q`, whose rank in the run is known. */
 static inline int64_t entry_of(const Delta *delta, uint64_t q, int64_t rank)
 {
-    const uint32_t *window = window_of(delta, rank);
+    const uint32_t *window = delta->windows + window_of(delta, rank);
     return window[0] + entries_below(delta->entries + window[0], (int64_t)window[1] - window[0], q);
 }
 
 /* By how much the first `entry` entries of a delta shift ranks, and all of them. */
 static inline int64_t shift_at(const Delta *delta, int64_t entry) { return delta->entries[entry].found >> 1; }
 static inline int64_t whole_shift(const Delta *delta) { return shift_at(delta, delta->n); }
+
+/* By how much a delta shifts the rank of `q`, whose rank in the run is known. */
+static inline int64_t shift_of(const Delta *delta, uint64_t q, int64_t rank)
+{
+    Told told = told_by(delta, rank);
+    return told.known ? told.shift : shift_at(delta, entry_of(delta, q, rank));
+}
+
+/* The number of a delta's entry for a code whose rank in the run is known, if it has one; else that of another, or n. */
+static inline int64_t entry_for(const Delta *delta, uint64_t code, int64_t rank)
+{
+    return told_by(delta, rank).marked ? entry_of(delta, code, rank) : delta->n;
+}
 
 static inline int has_entry(const Delta *delta, int64_t entry, uint64_t code)
 {
@@ -280,15 +325,7 @@ static inline void find_windows(const Search *s, Group *g)
     }
     for (int d = 0; d < DELTAS; d++)
         for (int64_t i = 0; s->deltas[d].n && i < g->m; i++)
-            PREFETCH(window_of(s->deltas + d, g->low[i]));
-}
-
-/* Ask memory for the entries that queries will probably be compared with: their ranks are near the windows' ends. */
-static inline void expect_entries(const Search *s, const Group *g)
-{
-    for (int d = 0; d < DELTAS; d++)
-        for (int64_t i = 0; s->deltas[d].n && i < g->m; i++)
-            PREFETCH(s->deltas[d].entries + window_of(s->deltas + d, g->low[i])[0]);
+            PREFETCH(s->deltas[d].summaries + window_of(s->deltas + d, g->low[i]));
 }
 
 /* Halve the long windows, all of them in step, until none is longer than SHORT; the length of the longest then. */
@@ -361,11 +398,11 @@ static inline Place place_of(const Search *s, uint64_t q, int64_t rank, int in_r
 /* How many of a delta's codes are below each of m queries, whose ranks in the run are known: memory is asked for all of
  * them before one is searched. Most windows have few entries, which are compared without a branch on their codes; those
  * after the window are not below the query, and after the last one are as many that are below nothing. */
-static inline void find_entries(const Delta *delta, const uint64_t *q, const int64_t *rank, int64_t m, int64_t *entry)
+INLINE void find_entries(const Delta *delta, const uint64_t *q, const int64_t *rank, int64_t m, int64_t *entry)
 {
     int64_t wide[GROUP];
     for (int64_t i = 0; i < m; i++) {
-        const uint32_t *window = window_of(delta, rank[i]);
+        const uint32_t *window = delta->windows + window_of(delta, rank[i]);
         entry[i] = window[0];
         wide[i] = (int64_t)window[1] - window[0];
         PREFETCH(delta->entries + window[0]);
@@ -380,36 +417,75 @@ static inline void find_entries(const Delta *delta, const uint64_t *q, const int
     }
 }
 
+/* Queries of a group whose answers need a delta's entries. */
+typedef struct {
+    uint64_t q[GROUP];
+    int64_t rank[GROUP], entry[GROUP], at[GROUP], m;
+} Few;
+
+/* Add a delta's shifts to the ranks of m queries, whose ranks in the run are known. */
+INLINE void add_shifts(const Delta *delta, const uint64_t *q, const int64_t *rank, int64_t m, int64_t *out)
+{
+    Few few; /* whose arrays need no zeros */
+    int64_t shift[GROUP];
+    few.m = 0;
+    for (int64_t i = 0; i < m; i++) {
+        Told told = told_by(delta, rank[i]);
+        out[i] += told.shift;
+        few.q[few.m] = q[i];
+        few.rank[few.m] = rank[i];
+        few.at[few.m] = i;
+        shift[few.m] = told.shift;
+        few.m += !told.known;
+    }
+    find_entries(delta, few.q, few.rank, few.m, few.entry);
+    for (int64_t j = 0; j < few.m; j++)
+        out[few.at[j]] += shift_at(delta, few.entry[j]) - shift[j];
+}
+
+/* The numbers of a delta's entries for m codes, as of `entry_for`. */
+INLINE void find_entries_for(const Delta *delta, const uint64_t *q, const int64_t *rank, int64_t m, int64_t *entry)
+{
+    Few few;
+    few.m = 0;
+    for (int64_t i = 0; i < m; i++)
+        entry[i] = delta->n;
+    for (int64_t i = 0; delta->n && i < m; i++) {
+        few.q[few.m] = q[i];
+        few.rank[few.m] = rank[i];
+        few.at[few.m] = i;
+        few.m += told_by(delta, rank[i]).marked;
+    }
+    find_entries(delta, few.q, few.rank, few.m, few.entry);
+    for (int64_t j = 0; j < few.m; j++)
+        entry[few.at[j]] = few.entry[j];
+}
+
 /* Write the ranks of m queries, whose ranks in the run are known, to the places from `first` on. */
-static inline void write_ranks(const Search *s, const uint64_t *q, const int64_t *rank, int64_t m, int with_deltas,
+INLINE void write_ranks(const Search *s, const uint64_t *q, const int64_t *rank, int64_t m, int with_deltas,
                                int right, int64_t *out)
 {
-    int64_t entry[GROUP];
-    for (int64_t i = 0; i < m; i++)
-        out[i] = right && q[i] == 0 ? s->n : rank[i]; /* q + 1 wrapped around: everything is left of it */
-    for (int d = 0; with_deltas && d < DELTAS; d++) {
-        const Delta *delta = s->deltas + d;
-        if (delta->n == 0)
-            continue;
-        find_entries(delta, q, rank, m, entry);
-        for (int64_t i = 0; i < m; i++)
-            out[i] += shift_at(delta, right && q[i] == 0 ? delta->n : entry[i]);
-    }
+    memcpy(out, rank, (size_t)m * sizeof *out);
+    for (int d = 0; with_deltas && d < DELTAS; d++)
+        if (s->deltas[d].n)
+            add_shifts(s->deltas + d, q, rank, m, out);
+    for (int64_t i = 0; right && i < m; i++)
+        if (q[i] == 0) /* q + 1 wrapped around: everything is left of it */
+            out[i] = with_deltas ? length_of(s) : s->n;
 }
 
 /* Write what is asked of m queries, whose run ranks are known, to the places from `first` on. Whether the run has them is
  * known too, or looked up where `in_run` is NULL. */
-static inline void write_answers(const Search *s, const uint64_t *q, const int64_t *rank, const uint8_t *in_run,
+INLINE void write_answers(const Search *s, const uint64_t *q, const int64_t *rank, const uint8_t *in_run,
                                  int64_t m, int asked, int right, int64_t first, const Answers *out)
 {
-    int64_t entry[DELTAS][GROUP] = {{0}};
+    int64_t entry[DELTAS][GROUP];
     if (asked == RUN_RANKS || asked == RANKS) {
         write_ranks(s, q, rank, m, asked == RANKS, right, out->ranks + first);
         return;
     }
-    for (int d = 0; d < DELTAS; d++)
-        if (s->deltas[d].n && (d == 0 || asked == PLACES))
-            find_entries(s->deltas + d, q, rank, m, entry[d]);
+    for (int d = 0; d < (asked == PLACES ? DELTAS : 1); d++)
+        find_entries_for(s->deltas + d, q, rank, m, entry[d]);
     for (int64_t i = 0; asked == COUNTS && i < m; i++) {
         int64_t older = has_entry(s->deltas, entry[0][i], q[i]) ? net_of(s->deltas, entry[0][i]) : 0;
         out->ranks[first + i] = rank[i];
@@ -443,7 +519,6 @@ WIDE static void search_model(Search *s, int asked, int right, const uint64_t *c
             find_leaves(s, next);
         if (first > 0) {
             if (s->n) {
-                expect_entries(s, last);
                 search_windows(s, last, rank);
             }
             write_answers(s, last->q, rank, NULL, last->m, asked, right, first - GROUP, out);
@@ -562,7 +637,6 @@ WIDE static void search_hot(Search *s, int asked, int right, const uint64_t *cod
         if (next->m)
             find_leaves(s, next);
         if (last->m) {
-            expect_entries(s, last);
             search_windows(s, last, rank);
             scatter_answers(s, last->q, rank, NULL, at[!turn], last->m, asked, right, out);
         }
@@ -725,9 +799,25 @@ static void fill_windows(const int64_t *left, int64_t n, int bits, uint32_t *win
         windows[b] = windows[b] > windows[b - 1] ? windows[b] : windows[b - 1];
 }
 
+static void fill_summaries(const int64_t *net, Delta delta, Summary *out)
+{
+    for (int64_t b = 0; b <= delta.last_window; b++) {
+        int64_t shift = shift_at(&delta, delta.windows[b]);
+        int known = shift > UNKNOWN && shift <= INT32_MAX;
+        uint32_t marks = 0;
+        for (int64_t i = delta.windows[b]; i < delta.windows[b + 1]; i++) {
+            int64_t cell = cell_of(delta.left[i] - (b << delta.bits), delta.bits);
+            uint32_t mark = UINT32_C(1) << (cell < CELLS ? cell : CELLS - 1);
+            known = known && net[i] == 1 && !(marks & mark);
+            marks |= mark;
+        }
+        out[b] = (Summary){marks, known ? (int32_t)shift : UNKNOWN};
+    }
+}
+
 /* ------------------------------------------------------------------ Python */
 
-enum { ENTRIES_OF, LEFT_OF, WINDOWS_OF, DELTA_BUFFERS };
+enum { ENTRIES_OF, LEFT_OF, WINDOWS_OF, SUMMARIES_OF, DELTA_BUFFERS };
 enum { KEYS, BOUNDS, BUCKETS, LEAVES, HOT, OLDER, NEWER = OLDER + DELTA_BUFFERS, SAMPLES = NEWER + DELTA_BUFFERS, TAKEN,
        N_BUFFERS };
 
@@ -794,16 +884,16 @@ static void view_dealloc(PyObject *self)
     Py_DECREF((PyObject *)type);
 }
 
-/* A delta of three buffers; -1 if they do not fit together. */
+/* A delta of its buffers; -1 if they do not fit together. */
 static int read_delta(const Py_buffer *held, int bits, Delta *delta)
 {
     int64_t n = held[ENTRIES_OF].len / (Py_ssize_t)sizeof(Entry) - FEW, windows = held[WINDOWS_OF].len / 4;
     const uint32_t *window = held[WINDOWS_OF].buf;
     if (n < 0 || n > UINT32_MAX || held[LEFT_OF].len / 8 != n || windows < 2 ||
-        bits < 0 || bits > 62)
+        held[SUMMARIES_OF].len / (Py_ssize_t)sizeof(Summary) != windows - 1 || bits < 0 || bits > 62)
         return -1;
-    *delta = (Delta){.entries = held[ENTRIES_OF].buf, .left = held[LEFT_OF].buf, .windows = window, .n = n,
-                     .last_window = windows - 2, .bits = bits};
+    *delta = (Delta){.entries = held[ENTRIES_OF].buf, .left = held[LEFT_OF].buf, .windows = window,
+                     .summaries = held[SUMMARIES_OF].buf, .n = n, .last_window = windows - 2, .bits = bits};
     return window[0] == 0 && window[windows - 1] == n ? 0 : -1;
 }
 
@@ -828,14 +918,15 @@ static int hold_values(View *view, PyObject *const *raw, Py_ssize_t size)
 static PyObject *view_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     static const Py_ssize_t itemsizes[N_BUFFERS] = {
-        8, 8, sizeof(Bucket), sizeof(Leaf), sizeof(Line), sizeof(Entry), 8, 4, sizeof(Entry), 8, 4, 8, 8};
+        8, 8, sizeof(Bucket), sizeof(Leaf), sizeof(Line), sizeof(Entry), 8, 4, sizeof(Summary),
+        sizeof(Entry), 8, 4, sizeof(Summary), 8, 8};
     PyObject *arrays[N_BUFFERS], *cut, *lexicon, *values[1 + DELTAS], *raw[1 + DELTAS];
     Py_ssize_t count[N_BUFFERS], value_size;
     int kind, itemsize, sampling, bits[DELTAS];
     (void)kwargs;
-    if (!PyArg_ParseTuple(args, "CiOOiOOOOOOOOOOOOOOOOiiOOOn", &kind, &itemsize, &cut, &lexicon, &sampling, arrays, arrays + 1,
+    if (!PyArg_ParseTuple(args, "CiOOiOOOOOOOOOOOOOOOOOOiiOOOn", &kind, &itemsize, &cut, &lexicon, &sampling, arrays, arrays + 1,
                           arrays + 2, arrays + 3, arrays + 4, arrays + 5, arrays + 6, arrays + 7, arrays + 8,
-                          arrays + 9, arrays + 10, arrays + 11, arrays + 12, values, values + 1, values + 2, bits,
+                          arrays + 9, arrays + 10, arrays + 11, arrays + 12, arrays + 13, arrays + 14, values, values + 1, values + 2, bits,
                           bits + 1, raw, raw + 1, raw + 2, &value_size))
         return NULL;
     allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
@@ -983,7 +1074,7 @@ static int64_t rank_of_code(const Search *s, uint64_t code, int right)
                                                        : rank_in(found);
     int64_t shift = 0;
     for (int d = 0; d < DELTAS; d++)
-        shift += s->deltas[d].n ? shift_at(s->deltas + d, entry_of(s->deltas + d, q, rank)) : 0;
+        shift += s->deltas[d].n ? shift_of(s->deltas + d, q, rank) : 0;
     return rank + shift;
 }
 
@@ -1002,7 +1093,7 @@ static Place ask_place(Search *s, uint64_t code)
     int hot = look_up_hot(s->hot, code, &found);
     int64_t rank = hot ? rank_in(found) : run_rank(s, code);
     int in_run = hot ? copies_in(found) > 0 : is_in_run(s, code, rank);
-    return place_of(s, code, rank, in_run, entry_of(s->deltas, code, rank), entry_of(s->deltas + 1, code, rank));
+    return place_of(s, code, rank, in_run, entry_for(s->deltas, code, rank), entry_for(s->deltas + 1, code, rank));
 }
 
 static PyObject *view_rank(View *view, PyObject *key, int right)
@@ -1288,51 +1379,58 @@ static PyObject *splice(PyObject *self, PyObject *args)
     return end_call(held, 4, agree ? NULL : "the arrays of a splice do not fit together");
 }
 
-/* pack_delta(codes, net, present, left, bits, entries, windows): what is searched of a delta. */
+/* pack_delta(codes, net, present, left, bits, entries, windows, summaries): what is searched of a delta. */
 static PyObject *pack_delta(PyObject *self, PyObject *args)
 {
-    static const Py_ssize_t itemsizes[6] = {8, 8, 8, 8, sizeof(Entry), 4};
-    PyObject *arrays[6];
-    Py_buffer held[6];
+    static const Py_ssize_t itemsizes[7] = {8, 8, 8, 8, sizeof(Entry), 4, sizeof(Summary)};
+    PyObject *arrays[7];
+    Py_buffer held[7];
     int bits;
     (void)self;
-    if (!PyArg_ParseTuple(args, "OOOOiOO", arrays, arrays + 1, arrays + 2, arrays + 3, &bits, arrays + 4, arrays + 5) ||
-        get_buffers(arrays, itemsizes, 6, 4, held) < 0)
+    if (!PyArg_ParseTuple(args, "OOOOiOOO", arrays, arrays + 1, arrays + 2, arrays + 3, &bits, arrays + 4, arrays + 5,
+                          arrays + 6) ||
+        get_buffers(arrays, itemsizes, 7, 4, held) < 0)
         return NULL;
     int64_t n = held[0].len / 8, windows = held[5].len / 4;
-    if (held[1].len != held[0].len || held[2].len != held[0].len || held[3].len != held[0].len || n >= UINT32_MAX ||
+    if (held[6].len / (Py_ssize_t)sizeof(Summary) != windows - 1 || held[1].len != held[0].len || held[2].len != held[0].len || held[3].len != held[0].len || n >= UINT32_MAX ||
         held[4].len / (Py_ssize_t)sizeof(Entry) != n + FEW || windows < 2 || bits < 0 || bits > 62)
-        return end_call(held, 6, "the arrays of a delta do not fit together");
+        return end_call(held, 7, "the arrays of a delta do not fit together");
     Py_BEGIN_ALLOW_THREADS
     pack_entries(held[0].buf, held[1].buf, held[2].buf, n, held[4].buf);
     fill_windows(held[3].buf, n, bits, held[5].buf, windows);
+    Delta delta = {.entries = held[4].buf, .left = held[3].buf, .windows = held[5].buf, .n = n,
+                   .last_window = windows - 2, .bits = bits};
+    fill_summaries(held[1].buf, delta, held[6].buf);
     Py_END_ALLOW_THREADS
-    return end_call(held, 6, NULL);
+    return end_call(held, 7, NULL);
 }
 
-/* entries_below(entries, left, windows, bits, codes, code_left, out): how many codes of a delta are below each of others,
- * whose ranks in the run are known. */
+/* entries_below(entries, left, windows, summaries, bits, codes, code_left, out): how many codes of a delta are below each
+ * of others, whose ranks in the run are known. */
 static PyObject *delta_entries_below(PyObject *self, PyObject *args)
 {
-    static const Py_ssize_t itemsizes[6] = {sizeof(Entry), 8, 4, 8, 8, 8};
-    PyObject *arrays[6];
-    Py_buffer held[6];
+    static const Py_ssize_t itemsizes[DELTA_BUFFERS + 3] = {sizeof(Entry), 8, 4, sizeof(Summary), 8, 8, 8};
+    enum { CODES_AT = DELTA_BUFFERS, THEIR_LEFT, OUT, COUNT };
+    PyObject *arrays[COUNT];
+    Py_buffer held[COUNT];
     Delta delta;
     int bits;
     (void)self;
-    if (!PyArg_ParseTuple(args, "OOOiOOO", arrays, arrays + 1, arrays + 2, &bits, arrays + 3, arrays + 4, arrays + 5) ||
-        get_buffers(arrays, itemsizes, 6, 5, held) < 0)
+    if (!PyArg_ParseTuple(args, "OOOOiOOO", arrays, arrays + 1, arrays + 2, arrays + 3, &bits, arrays + 4, arrays + 5,
+                          arrays + 6) ||
+        get_buffers(arrays, itemsizes, COUNT, OUT, held) < 0)
         return NULL;
-    if (read_delta(held, bits, &delta) < 0 || held[4].len != held[3].len || held[5].len != held[3].len)
-        return end_call(held, 6, "the arrays of a delta do not fit together");
-    const uint64_t *codes = held[3].buf;
-    const int64_t *left = held[4].buf;
-    int64_t m = held[3].len / 8, *out = held[5].buf;
+    if (read_delta(held, bits, &delta) < 0 || held[THEIR_LEFT].len != held[CODES_AT].len ||
+        held[OUT].len != held[CODES_AT].len)
+        return end_call(held, COUNT, "the arrays of a delta do not fit together");
+    const uint64_t *codes = held[CODES_AT].buf;
+    const int64_t *left = held[THEIR_LEFT].buf;
+    int64_t m = held[CODES_AT].len / 8, *out = held[OUT].buf;
     Py_BEGIN_ALLOW_THREADS
     for (int64_t first = 0; first < m; first += GROUP)
         find_entries(&delta, codes + first, left + first, m - first < GROUP ? m - first : GROUP, out + first);
     Py_END_ALLOW_THREADS
-    return end_call(held, 6, NULL);
+    return end_call(held, COUNT, NULL);
 }
 
 /* ranks(codes, queries, right, out): how many of the sorted codes are below each query, or not above it. */
@@ -1358,11 +1456,12 @@ static PyObject *ranks(PyObject *self, PyObject *args)
 static int native_exec(PyObject *module)
 {
     PyObject *type = PyType_FromModuleAndSpec(module, &view_spec, NULL);
-    PyObject *layout = Py_BuildValue("(nnnnn)(nnnn)i(nnn)i(nnn)i", offsetof(Bucket, low), offsetof(Bucket, scale),
+    PyObject *layout = Py_BuildValue("(nnnnn)(nnnn)i(nnn)i(nnn)i(nnn)", offsetof(Bucket, low), offsetof(Bucket, scale),
                                      offsetof(Bucket, start), offsetof(Bucket, place), sizeof(Bucket),
                                      offsetof(Leaf, base), offsetof(Leaf, slope), offsetof(Leaf, radius), sizeof(Leaf),
                                      PLACE_SHIFT, offsetof(Line, code), offsetof(Line, found), sizeof(Line), RANK_BITS,
-                                     offsetof(Entry, code), offsetof(Entry, found), sizeof(Entry), FEW);
+                                     offsetof(Entry, code), offsetof(Entry, found), sizeof(Entry), FEW,
+                                     offsetof(Summary, marks), offsetof(Summary, shift), sizeof(Summary));
     int failed = type == NULL || layout == NULL || PyModule_AddObjectRef(module, "View", type) < 0 ||
                  PyModule_AddObjectRef(module, "LAYOUT", layout) < 0 || add_level_type(module) < 0 ||
                  add_tree_type(module) < 0;
@@ -1374,9 +1473,9 @@ static int native_exec(PyObject *module)
 static PyMethodDef native_methods[] = {
     {"fit", fit, METH_VARARGS, "fit(keys, ends, scales, bits, steepest, out): the leaves of some buckets."},
     {"pack_delta", pack_delta, METH_VARARGS,
-     "pack_delta(codes, net, present, left, bits, entries, windows): what is searched of a delta."},
+     "pack_delta(codes, net, present, left, bits, entries, windows, summaries): what is searched of a delta."},
     {"entries_below", delta_entries_below, METH_VARARGS,
-     "entries_below(entries, left, windows, bits, codes, code_left, out): how many codes of a delta are below others."},
+     "entries_below(entries, left, windows, summaries, bits, codes, code_left, out): codes of a delta below others."},
     {"ranks", ranks, METH_VARARGS, "ranks(codes, queries, right, out): np.searchsorted of codes."},
     {"fill_hot", fill_hot, METH_VARARGS, "fill_hot(codes, ranks, copies, lines): the hot table of some codes."},
     {"held_hot", held_hot, METH_VARARGS, "held_hot(lines, codes, held): whether the hot table holds each code."},

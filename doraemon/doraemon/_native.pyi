@@ -7,7 +7,7 @@ from . import search
 
 Array = NDArray[Any]
 Cut = Callable[[Any], tuple[int | None, bool]]
-LAYOUT: tuple[tuple[int, ...], tuple[int, ...], int, tuple[int, ...], int, tuple[int, ...], int]
+LAYOUT: tuple[tuple[int, ...] | int, ...]
 
 # The arrays are those of the enum KEYS, BOUNDS, ... in _native.c, the values of the run and of both deltas, the bits of
 # the deltas' windows, and plain values once more as bytes, with the size of one.
@@ -15,7 +15,15 @@ def View(  # noqa: N802
     kind: str, itemsize: int, cut: Cut, lexicon: object, sampling: int, /, *arrays: Array | int | None
 ) -> search.View: ...
 def pack_delta(
-    codes: Array, net: Array, present: Array, left: Array, bits: int, entries: Array, windows: Array, /
+    codes: Array,
+    net: Array,
+    present: Array,
+    left: Array,
+    bits: int,
+    entries: Array,
+    windows: Array,
+    summaries: Array,
+    /,
 ) -> None: ...
 def fit(keys: Array, ends: Array, scales: Array, bits: Array, steepest: float, out: Array, /) -> None: ...
 def fill_hot(codes: Array, ranks: Array, copies: Array, lines: Array, /) -> int: ...
@@ -23,7 +31,15 @@ def held_hot(lines: Array, codes: Array, held: Array, /) -> None: ...
 def tally(samples: Array, codes: Array, /) -> tuple[int, int]: ...
 def splice(old: Array, at: Array, more: Array, out: Array, /) -> None: ...
 def entries_below(
-    entries: Array, left: Array, windows: Array, bits: int, codes: Array, code_left: Array, out: Array, /
+    entries: Array,
+    left: Array,
+    windows: Array,
+    summaries: Array,
+    bits: int,
+    codes: Array,
+    code_left: Array,
+    out: Array,
+    /,
 ) -> None: ...
 def ranks(codes: Array, queries: Array, right: bool, out: Array, /) -> None: ...
 
