@@ -22,7 +22,7 @@
 
 enum { GROUP = 64, BLOCK = 32, CHUNK = 128, SHORT = 16, PLACE_SHIFT = 8 };
 enum { DELTAS = 2, FEW = 4 };              /* the older, larger one first; entries that are compared at once */
-enum { CELLS = 32, CELL_BITS = 5, UNKNOWN = INT32_MIN };
+enum { CELLS = 32, CELL_BITS = 5, TWIN_BITS = 6, NO_TWIN = 63, UNKNOWN = INT32_MIN };
 enum { RUN_RANKS, RANKS, PLACES, COUNTS }; /* what a batch asks for */
 
 typedef struct {
@@ -43,11 +43,12 @@ typedef struct {
     int64_t found; /* by how much the entries before this one shift ranks, twice, and 1 more if the code is in the index */
 } Entry;
 
-/* What most queries need to know of a window of a delta: which of its CELLS parts have entries, and the shift of those
- * before it. UNKNOWN stands where a mark is of several entries, or of one that shifts by another number than 1. */
+/* What most queries need to know of a window of a delta: which of its CELLS parts have entries, the shift of those before
+ * the window, and which cell has two entries, if one has. UNKNOWN stands where that is not all: where more have two, one
+ * has more, or an entry shifts by another number than 1. */
 typedef struct {
     uint32_t marks;
-    int32_t shift;
+    int32_t shift; /* << TWIN_BITS | the cell of two */
 } Summary;
 
 /* The changes of a delta. The rank of a code in the run tells between which of them its own is: `windows[b]` of them
@@ -161,8 +162,8 @@ INLINE Told told_by(const Delta *delta, int64_t rank)
     Summary summary = delta->summaries[window];
     uint64_t marks = summary.marks;
     int marked = (int)(marks >> cell & 1);
-    int64_t shift = (int64_t)summary.shift + COUNT_BITS(marks & ((UINT64_C(1) << cell) - 1));
-    return (Told){shift, !marked & (summary.shift != UNKNOWN), marked};
+    int64_t before = COUNT_BITS(marks & ((UINT64_C(1) << cell) - 1)) + (cell > (summary.shift & NO_TWIN));
+    return (Told){(summary.shift >> TWIN_BITS) + before, !marked & (summary.shift != UNKNOWN), marked};
 }
 
 /* The number of `n` entries whose codes are below `q`, without branches on their values. */
@@ -406,6 +407,7 @@ INLINE void find_entries(const Delta *delta, const uint64_t *q, const int64_t *r
         entry[i] = window[0];
         wide[i] = (int64_t)window[1] - window[0];
         PREFETCH(delta->entries + window[0]);
+        PREFETCH(delta->entries + window[0] + FEW - 1);
     }
     for (int64_t i = 0; i < m; i++) {
         const Entry *at = delta->entries + entry[i];
@@ -417,30 +419,72 @@ INLINE void find_entries(const Delta *delta, const uint64_t *q, const int64_t *r
     }
 }
 
-/* Queries of a group whose answers need a delta's entries. */
+/* Queries whose answers need a delta's entries: of one group, or of several, until there are enough to ask memory for the
+ * entries of all at once. `shift` is what was added to the rank of each. */
+enum { ENOUGH = 32 };
 typedef struct {
-    uint64_t q[GROUP];
-    int64_t rank[GROUP], entry[GROUP], at[GROUP], m;
+    uint64_t q[ENOUGH + GROUP];
+    int64_t rank[ENOUGH + GROUP], at[ENOUGH + GROUP], shift[ENOUGH + GROUP], m;
 } Few;
 
-/* Add a delta's shifts to the ranks of m queries, whose ranks in the run are known. */
-INLINE void add_shifts(const Delta *delta, const uint64_t *q, const int64_t *rank, int64_t m, int64_t *out)
+/* Give the waiting queries their ranks. */
+INLINE void settle(const Delta *delta, Few *few, int right, int64_t *ranks)
 {
-    Few few; /* whose arrays need no zeros */
-    int64_t shift[GROUP];
-    few.m = 0;
+    int64_t entry[ENOUGH + GROUP];
+    for (int64_t first = 0; first < few->m; first += GROUP) {
+        int64_t m = few->m - first < GROUP ? few->m - first : GROUP;
+        find_entries(delta, few->q + first, few->rank + first, m, entry + first);
+    }
+    for (int64_t j = 0; j < few->m; j++)
+        if (!right || few->q[j] != 0) /* else all was added */
+            ranks[few->at[j]] += shift_at(delta, entry[j]) - few->shift[j];
+    few->m = 0;
+}
+
+/* Add a delta's shifts to the ranks of m queries, whose ranks in the run are known, but for those that have to wait. */
+INLINE void add_shifts(const Delta *delta, const uint64_t *q, const int64_t *rank, const int64_t *at, int64_t m, Few *few,
+                       int64_t *out)
+{
+    int64_t which[GROUP], unknown = 0;
     for (int64_t i = 0; i < m; i++) {
         Told told = told_by(delta, rank[i]);
         out[i] += told.shift;
-        few.q[few.m] = q[i];
-        few.rank[few.m] = rank[i];
-        few.at[few.m] = i;
-        shift[few.m] = told.shift;
-        few.m += !told.known;
+        which[unknown] = i;
+        unknown += !told.known;
     }
-    find_entries(delta, few.q, few.rank, few.m, few.entry);
-    for (int64_t j = 0; j < few.m; j++)
-        out[few.at[j]] += shift_at(delta, few.entry[j]) - shift[j];
+    for (int64_t j = 0; j < unknown; j++, few->m++) {
+        int64_t i = which[j];
+        few->q[few->m] = q[i];
+        few->rank[few->m] = rank[i];
+        few->at[few->m] = at[i];
+        few->shift[few->m] = told_by(delta, rank[i]).shift;
+        PREFETCH(delta->windows + window_of(delta, rank[i]));
+    }
+}
+
+/* Write the ranks of m queries, whose ranks in the run are known, to the places `at`; of those that wait later. */
+INLINE void write_ranks(const Search *s, const uint64_t *q, const int64_t *rank, const int64_t *at, int64_t m, int asked,
+                        int right, Few *few, int64_t *ranks)
+{
+    int64_t out[GROUP];
+    memcpy(out, rank, (size_t)m * sizeof *out);
+    for (int d = 0; asked == RANKS && d < DELTAS; d++)
+        if (s->deltas[d].n)
+            add_shifts(s->deltas + d, q, rank, at, m, few + d, out);
+    for (int64_t i = 0; right && i < m; i++)
+        if (q[i] == 0) /* q + 1 wrapped around: everything is left of it */
+            out[i] = asked == RANKS ? length_of(s) : s->n;
+    for (int64_t i = 0; i < m; i++)
+        ranks[at[i]] = out[i];
+    for (int d = 0; d < DELTAS; d++)
+        if (few[d].m >= ENOUGH)
+            settle(s->deltas + d, few + d, right, ranks);
+}
+
+static inline void settle_all(const Search *s, Few *few, int right, int64_t *ranks)
+{
+    for (int d = 0; d < DELTAS; d++)
+        settle(s->deltas + d, few + d, right, ranks);
 }
 
 /* The numbers of a delta's entries for m codes, as of `entry_for`. */
@@ -456,48 +500,35 @@ INLINE void find_entries_for(const Delta *delta, const uint64_t *q, const int64_
         few.at[few.m] = i;
         few.m += told_by(delta, rank[i]).marked;
     }
-    find_entries(delta, few.q, few.rank, few.m, few.entry);
+    find_entries(delta, few.q, few.rank, few.m, few.shift);
     for (int64_t j = 0; j < few.m; j++)
-        entry[few.at[j]] = few.entry[j];
+        entry[few.at[j]] = few.shift[j];
 }
 
-/* Write the ranks of m queries, whose ranks in the run are known, to the places from `first` on. */
-INLINE void write_ranks(const Search *s, const uint64_t *q, const int64_t *rank, int64_t m, int with_deltas,
-                               int right, int64_t *out)
-{
-    memcpy(out, rank, (size_t)m * sizeof *out);
-    for (int d = 0; with_deltas && d < DELTAS; d++)
-        if (s->deltas[d].n)
-            add_shifts(s->deltas + d, q, rank, m, out);
-    for (int64_t i = 0; right && i < m; i++)
-        if (q[i] == 0) /* q + 1 wrapped around: everything is left of it */
-            out[i] = with_deltas ? length_of(s) : s->n;
-}
-
-/* Write what is asked of m queries, whose run ranks are known, to the places from `first` on. Whether the run has them is
- * known too, or looked up where `in_run` is NULL. */
+/* Write what is asked of m queries, whose run ranks are known, to the places `at`. Whether the run has them is known too,
+ * or looked up where `in_run` is NULL. */
 INLINE void write_answers(const Search *s, const uint64_t *q, const int64_t *rank, const uint8_t *in_run,
-                                 int64_t m, int asked, int right, int64_t first, const Answers *out)
+                          const int64_t *at, int64_t m, int asked, int right, Few *few, const Answers *out)
 {
     int64_t entry[DELTAS][GROUP];
     if (asked == RUN_RANKS || asked == RANKS) {
-        write_ranks(s, q, rank, m, asked == RANKS, right, out->ranks + first);
+        write_ranks(s, q, rank, at, m, asked, right, few, out->ranks);
         return;
     }
     for (int d = 0; d < (asked == PLACES ? DELTAS : 1); d++)
         find_entries_for(s->deltas + d, q, rank, m, entry[d]);
     for (int64_t i = 0; asked == COUNTS && i < m; i++) {
         int64_t older = has_entry(s->deltas, entry[0][i], q[i]) ? net_of(s->deltas, entry[0][i]) : 0;
-        out->ranks[first + i] = rank[i];
-        out->positions[first + i] = copies_in_run(s, q[i], rank[i]) + older;
+        out->ranks[at[i]] = rank[i];
+        out->positions[at[i]] = copies_in_run(s, q[i], rank[i]) + older;
     }
     for (int64_t i = 0; asked == PLACES && i < m; i++) {
         int found = in_run != NULL ? in_run[i] : is_in_run(s, q[i], rank[i]);
         Place place = place_of(s, q[i], rank[i], found, entry[0][i], entry[1][i]);
-        out->present[first + i] = (uint8_t)place.present;
+        out->present[at[i]] = (uint8_t)place.present;
         if (out->positions != NULL) {
-            out->layers[first + i] = (uint8_t)place.layer;
-            out->positions[first + i] = place.position;
+            out->layers[at[i]] = (uint8_t)place.layer;
+            out->positions[at[i]] = place.position;
         }
     }
 }
@@ -506,8 +537,12 @@ INLINE void write_answers(const Search *s, const uint64_t *q, const int64_t *ran
 WIDE static void search_model(Search *s, int asked, int right, const uint64_t *codes, int64_t m, const Answers *out)
 {
     Group groups[2];
-    int64_t rank[GROUP] = {0}; /* of everything in an empty run */
+    Few few[DELTAS];
+    int64_t at[GROUP], rank[GROUP] = {0}; /* of everything in an empty run */
     uint64_t random = LOAD(&s->random);
+    few[0].m = few[1].m = 0;
+    for (int64_t i = 0; i < GROUP; i++)
+        at[i] = i;
     for (int64_t first = 0; first < m + GROUP; first += GROUP) {
         Group *next = groups + (first / GROUP & 1), *last = groups + !(first / GROUP & 1);
         next->m = m - first < GROUP ? m - first : GROUP;
@@ -521,11 +556,14 @@ WIDE static void search_model(Search *s, int asked, int right, const uint64_t *c
             if (s->n) {
                 search_windows(s, last, rank);
             }
-            write_answers(s, last->q, rank, NULL, last->m, asked, right, first - GROUP, out);
+            write_answers(s, last->q, rank, NULL, at, last->m, asked, right, few, out);
+            for (int64_t i = 0; i < GROUP; i++)
+                at[i] += GROUP;
         }
         if (s->n && next->m > 0)
             find_windows(s, next);
     }
+    settle_all(s, few, right, out->ranks);
     STORE(&s->random, random);
 }
 
@@ -573,28 +611,6 @@ static inline void ask_hot_ranks(Hot hot, int right, const uint64_t *codes, int6
     misses->m = missed;
 }
 
-/* Write what is asked of up to GROUP queries to their places. */
-static inline void scatter_answers(const Search *s, const uint64_t *q, const int64_t *rank, const uint8_t *in_run,
-                                   const int64_t *at, int64_t m, int asked, int right, const Answers *out)
-{
-    int64_t numbers[GROUP];
-    uint8_t present[GROUP], layers[GROUP];
-    Answers some = {.ranks = numbers, .present = present, .layers = layers,
-                    .positions = out->positions == NULL ? NULL : numbers};
-    write_answers(s, q, rank, in_run, m, asked, right, 0, &some);
-    for (int64_t i = 0; i < m; i++) {
-        if (asked != PLACES) {
-            out->ranks[at[i]] = numbers[i];
-            continue;
-        }
-        out->present[at[i]] = present[i];
-        if (out->positions != NULL) {
-            out->layers[at[i]] = layers[i];
-            out->positions[at[i]] = numbers[i];
-        }
-    }
-}
-
 /* The first GROUP misses, or as many as there are, become a group. */
 static inline void take_group(Picked *misses, Group *g, int64_t *at)
 {
@@ -612,10 +628,11 @@ WIDE static void search_hot(Search *s, int asked, int right, const uint64_t *cod
 {
     Group groups[2];
     Picked hits, misses;
+    Few few[DELTAS];
     int64_t at[2][GROUP], rank[GROUP], done = 0;
     int turn = 0, only_ranks = asked == RUN_RANKS || (asked == RANKS && s->deltas[0].n + s->deltas[1].n == 0);
     uint64_t random = LOAD(&s->random);
-    groups[1].m = misses.m = 0;
+    groups[1].m = misses.m = few[0].m = few[1].m = 0;
     do {
         Group *next = groups + turn, *last = groups + !turn;
         while (done < m && misses.m < GROUP) {
@@ -630,7 +647,7 @@ WIDE static void search_hot(Search *s, int asked, int right, const uint64_t *cod
             else
                 ask_hot(s->hot, right, codes, done, size, &hits, &misses);
             if (hits.m)
-                scatter_answers(s, hits.q, hits.rank, hits.in_run, hits.at, hits.m, asked, right, out);
+                write_answers(s, hits.q, hits.rank, hits.in_run, hits.at, hits.m, asked, right, few, out);
             done += size;
         }
         take_group(&misses, next, at[turn]);
@@ -638,12 +655,13 @@ WIDE static void search_hot(Search *s, int asked, int right, const uint64_t *cod
             find_leaves(s, next);
         if (last->m) {
             search_windows(s, last, rank);
-            scatter_answers(s, last->q, rank, NULL, at[!turn], last->m, asked, right, out);
+            write_answers(s, last->q, rank, NULL, at[!turn], last->m, asked, right, few, out);
         }
         if (next->m)
             find_windows(s, next);
         turn = !turn;
     } while (done < m || misses.m || groups[!turn].m);
+    settle_all(s, few, right, out->ranks);
     STORE(&s->random, random);
 }
 
@@ -803,15 +821,17 @@ static void fill_summaries(const int64_t *net, Delta delta, Summary *out)
 {
     for (int64_t b = 0; b <= delta.last_window; b++) {
         int64_t shift = shift_at(&delta, delta.windows[b]);
-        int known = shift > UNKNOWN && shift <= INT32_MAX;
+        int known = shift > UNKNOWN >> TWIN_BITS && shift <= INT32_MAX >> TWIN_BITS;
+        int64_t twin = NO_TWIN, last = -1;
         uint32_t marks = 0;
         for (int64_t i = delta.windows[b]; i < delta.windows[b + 1]; i++) {
             int64_t cell = cell_of(delta.left[i] - (b << delta.bits), delta.bits);
-            uint32_t mark = UINT32_C(1) << (cell < CELLS ? cell : CELLS - 1);
-            known = known && net[i] == 1 && !(marks & mark);
-            marks |= mark;
+            cell = cell < 0 ? 0 : cell < CELLS ? cell : CELLS - 1; /* a file that was not verified may lie */
+            known = known && net[i] == 1 && (cell != last || twin == NO_TWIN);
+            twin = cell == last ? cell : twin;
+            marks |= UINT32_C(1) << (last = cell);
         }
-        out[b] = (Summary){marks, known ? (int32_t)shift : UNKNOWN};
+        out[b] = (Summary){marks, known ? (int32_t)(shift * (1 << TWIN_BITS) + twin) : UNKNOWN};
     }
 }
 

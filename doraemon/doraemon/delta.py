@@ -26,7 +26,7 @@ from .splicing import Room, ranks_in, splice
 MAX_STAMP = 1 << 62
 FREE_COPIES = 1 << 20  #: that a saved delta may always add
 SPARE = 4  #: of the keys, how many times fewer a merge leaves room for
-WINDOW = 3  #: entries between which a rank in the run leaves the choice, on average
+WINDOW = 3  #: entries in a window on average, at most
 Count = Callable[
     [Codes], tuple[Ints, Ints]
 ]  #: where each code is in the run, and how many keys below the delta have it
@@ -89,7 +89,7 @@ class Delta:
 
     @cached_property
     def packed(self) -> tuple[NDArray[Any], Ints, NDArray[np.uint32], NDArray[Any], int]:
-        """What C searches: ENTRY [entries + FEW], `left`, where each window begins, SUMMARY of each, and log2 of its ranks."""
+        """What C searches: ENTRY [entries + FEW], `left`, where windows begin, SUMMARY of each, log2 of their ranks."""
         n, d = int(self.left[-1]) + 1 if len(self) else 1, len(self)
         bits = max(0, (n * WINDOW // max(d, 1)).bit_length() - 1)
         entries, windows = np.empty(d + FEW, dtype=ENTRY), np.empty((n >> bits) + 2, dtype=np.uint32)
