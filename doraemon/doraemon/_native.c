@@ -805,33 +805,29 @@ static void pack_entries(const uint64_t *codes, const int64_t *net, const int64_
         out[i] = (Entry){UINT64_MAX, 2 * shift};
 }
 
-/* windows[b]: how many of the ranks, which ascend, are below b << bits; the last window ends after all of them. */
-static void fill_windows(const int64_t *left, int64_t n, int bits, uint32_t *windows, int64_t count)
+/* windows[b]: how many of the ranks, which ascend, are below b << bits; the last window ends after all of them. First each
+ * entry is noted where it lies, which takes no branch that is hard to foresee, then counts and shifts are carried on. */
+static void fill_windows(const int64_t *net, Delta delta, uint32_t *windows, Summary *summaries)
 {
-    memset(windows, 0, (size_t)count * sizeof *windows);
-    for (int64_t i = 0; i < n; i++) {
-        int64_t window = left[i] >> bits;
-        windows[(window < count - 2 ? window : count - 2) + 1] = (uint32_t)i + 1;
+    int64_t count = delta.last_window + 1;
+    memset(windows, 0, ((size_t)count + 1) * sizeof *windows);
+    for (int64_t b = 0; b < count; b++)
+        summaries[b] = (Summary){0, NO_TWIN};
+    for (int64_t i = 0; i < delta.n; i++) {
+        int64_t b = window_of(&delta, delta.left[i]), cell = cell_of(delta.left[i] - (b << delta.bits), delta.bits);
+        uint32_t mark = UINT32_C(1) << (cell < CELLS ? cell : CELLS - 1);
+        if (summaries[b].marks & mark)
+            summaries[b].shift = summaries[b].shift == NO_TWIN ? (int32_t)cell : UNKNOWN;
+        if (net[i] != 1)
+            summaries[b].shift = UNKNOWN;
+        summaries[b].marks |= mark;
+        windows[b + 1] = (uint32_t)i + 1;
     }
-    for (int64_t b = 1; b < count; b++)
-        windows[b] = windows[b] > windows[b - 1] ? windows[b] : windows[b - 1];
-}
-
-static void fill_summaries(const int64_t *net, Delta delta, Summary *out)
-{
-    for (int64_t b = 0; b <= delta.last_window; b++) {
-        int64_t shift = shift_at(&delta, delta.windows[b]);
-        int known = shift > UNKNOWN >> TWIN_BITS && shift <= INT32_MAX >> TWIN_BITS;
-        int64_t twin = NO_TWIN, last = -1;
-        uint32_t marks = 0;
-        for (int64_t i = delta.windows[b]; i < delta.windows[b + 1]; i++) {
-            int64_t cell = cell_of(delta.left[i] - (b << delta.bits), delta.bits);
-            cell = cell < 0 ? 0 : cell < CELLS ? cell : CELLS - 1; /* a file that was not verified may lie */
-            known = known && net[i] == 1 && (cell != last || twin == NO_TWIN);
-            twin = cell == last ? cell : twin;
-            marks |= UINT32_C(1) << (last = cell);
-        }
-        out[b] = (Summary){marks, known ? (int32_t)(shift * (1 << TWIN_BITS) + twin) : UNKNOWN};
+    for (int64_t b = 0; b < count; b++) {
+        int64_t shift = shift_at(&delta, windows[b]);
+        windows[b + 1] = windows[b + 1] > windows[b] ? windows[b + 1] : windows[b];
+        int known = summaries[b].shift != UNKNOWN && shift > UNKNOWN >> TWIN_BITS && shift <= INT32_MAX >> TWIN_BITS;
+        summaries[b].shift = known ? (int32_t)(shift * (1 << TWIN_BITS)) + summaries[b].shift : UNKNOWN;
     }
 }
 
@@ -1417,10 +1413,8 @@ static PyObject *pack_delta(PyObject *self, PyObject *args)
         return end_call(held, 7, "the arrays of a delta do not fit together");
     Py_BEGIN_ALLOW_THREADS
     pack_entries(held[0].buf, held[1].buf, held[2].buf, n, held[4].buf);
-    fill_windows(held[3].buf, n, bits, held[5].buf, windows);
-    Delta delta = {.entries = held[4].buf, .left = held[3].buf, .windows = held[5].buf, .n = n,
-                   .last_window = windows - 2, .bits = bits};
-    fill_summaries(held[1].buf, delta, held[6].buf);
+    Delta delta = {.entries = held[4].buf, .left = held[3].buf, .n = n, .last_window = windows - 2, .bits = bits};
+    fill_windows(held[1].buf, delta, held[5].buf, held[6].buf);
     Py_END_ALLOW_THREADS
     return end_call(held, 7, NULL);
 }

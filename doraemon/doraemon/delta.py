@@ -100,7 +100,7 @@ class Delta:
 
     def below(self, other: Delta) -> tuple[Ints, Mask]:
         """How many of this delta's codes are below each of another one's of the same run, and which are in both."""
-        if len(self) == 0 or self.engine == "numpy":
+        if len(self) < len(other) or "packed" not in self.__dict__:  # packing would take longer than searching
             below = ranks_in(self.codes, other.codes, False, self.engine)
         else:
             below = np.empty(len(other), dtype=np.int64)
