@@ -1080,6 +1080,15 @@ static int cut_of(View *view, PyObject *key, Cut *cut)
     return PyErr_Occurred() ? -1 : 0;
 }
 
+/* The rank of `q` in run and deltas, whose rank in the run is known. */
+static inline int64_t with_shifts(const Search *s, uint64_t q, int64_t rank)
+{
+    int64_t shift = 0;
+    for (int d = 0; d < DELTAS; d++)
+        shift += s->deltas[d].n ? shift_of(s->deltas + d, q, rank) : 0;
+    return rank + shift;
+}
+
 /* How many keys are below a code, or, `right`, not above it; then it is not the last code that there is. */
 static int64_t rank_of_code(const Search *s, uint64_t code, int right)
 {
@@ -1088,10 +1097,7 @@ static int64_t rank_of_code(const Search *s, uint64_t code, int right)
     int64_t rank = !look_up_hot(s->hot, code, &found) ? run_rank(s, q)
                    : right                             ? rank_in(found) + copies_in(found)
                                                        : rank_in(found);
-    int64_t shift = 0;
-    for (int d = 0; d < DELTAS; d++)
-        shift += s->deltas[d].n ? shift_of(s->deltas + d, q, rank) : 0;
-    return rank + shift;
+    return with_shifts(s, q, rank);
 }
 
 /* The same for a reader, whose accesses are sampled. */
@@ -1101,13 +1107,13 @@ static int64_t ask_rank(Search *s, uint64_t code, int right)
     return rank_of_code(s, code, right);
 }
 
-/* The place of a code, for a reader, whose accesses are sampled. */
-static Place ask_place(Search *s, uint64_t code)
+/* The place of a code, for a reader, whose accesses are sampled; and its rank in the run, which writers need. */
+static Place ask_place(Search *s, uint64_t code, int64_t *run)
 {
     uint64_t found;
     sample_code(s, code);
     int hot = look_up_hot(s->hot, code, &found);
-    int64_t rank = hot ? rank_in(found) : run_rank(s, code);
+    int64_t rank = *run = hot ? rank_in(found) : run_rank(s, code);
     int in_run = hot ? copies_in(found) > 0 : is_in_run(s, code, rank);
     return place_of(s, code, rank, in_run, entry_for(s->deltas, code, rank), entry_for(s->deltas + 1, code, rank));
 }
@@ -1131,11 +1137,12 @@ static PyObject *view_right(PyObject *self, PyObject *key) { return view_rank((V
 static int find(View *view, PyObject *key, Place *place)
 {
     Cut cut;
+    int64_t run;
     *place = (Place){0};
     if (cut_of(view, key, &cut) < 0)
         return -1;
     if (cut.exact && !cut.above)
-        *place = ask_place(&view->search, cut.code);
+        *place = ask_place(&view->search, cut.code, &run);
     return 0;
 }
 

@@ -47,14 +47,14 @@ class Level:  # the search of a View, and single changes
     net: int
     version: int
     closed: bool
-    # `convert` makes a value a map's, of a multiset it is None; of type `plain`, `scalar` does
+    # `convert` makes a value a map's, of a multiset it is None; one of type `plain` is put into `one`, of 8 bytes
     def __init__(
         self,
         view: search.View,
         capacity: int,
         convert: Callable[[Any], Any] | None,
         plain: type | None,
-        scalar: type | None,
+        one: Array | None,
         no_value: Any,
         /,
     ) -> None: ...

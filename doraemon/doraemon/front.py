@@ -196,8 +196,9 @@ def _level_over(state: State) -> Any:
     if not state.is_map:
         return native.Level(state.view, capacity, None, None, None, REQUIRED)
     dtype = state.value_dtype
-    convert = partial(value_like, dtype)
-    return native.Level(state.view, capacity, convert, plain_type(dtype), dtype.type, REQUIRED)
+    plain = plain_type(dtype)
+    one = None if plain is None else np.zeros(1, dtype)
+    return native.Level(state.view, capacity, partial(value_like, dtype), plain, one, REQUIRED)
 
 
 class _NoLevel:
