@@ -14,6 +14,7 @@ typedef struct {
     int64_t ranks[ENTRIES];     /* how many keys of the base are below the code */
     int64_t net[ENTRIES];       /* by how many keys the code's count differs from the base's */
     PyObject *values[ENTRIES];  /* of a map, NULL where the key was removed; NULL in a multiset */
+    uint64_t bytes[ENTRIES];    /* of values that are items of `one`, which the next delta takes as they are */
 } Block;
 
 typedef struct {
@@ -103,6 +104,7 @@ static int add_block(Level *level, int64_t b, int64_t from, uint64_t first)
     memcpy(block->ranks, left->ranks + from, (size_t)block->count * sizeof *left->ranks);
     memcpy(block->net, left->net + from, (size_t)block->count * sizeof *left->net);
     memcpy(block->values, left->values + from, (size_t)block->count * sizeof *left->values);
+    memcpy(block->bytes, left->bytes + from, (size_t)block->count * sizeof *left->bytes);
     left->count = from;
     level->before[b] = level->before[b - 1] + sum(left->net, from);
     return 0;
@@ -129,6 +131,7 @@ static int add_entry(Level *level, uint64_t code, int64_t rank, int64_t *b, int6
     memmove(block->ranks + *i + 1, block->ranks + *i, after * sizeof *block->ranks);
     memmove(block->net + *i + 1, block->net + *i, after * sizeof *block->net);
     memmove(block->values + *i + 1, block->values + *i, after * sizeof *block->values);
+    memmove(block->bytes + *i + 1, block->bytes + *i, after * sizeof *block->bytes);
     block->codes[*i] = code;
     block->ranks[*i] = rank;
     block->net[*i] = 0;
@@ -146,7 +149,7 @@ typedef struct {
 } Spotted;
 
 /* Change an entry by `net` keys and give it a value, whose reference is taken; -1 if memory is out. */
-static int change_entry(Level *level, const Spotted *at, int64_t net, PyObject *value)
+static int change_entry(Level *level, const Spotted *at, int64_t net, PyObject *value, uint64_t bytes)
 {
     int64_t b = at->b, i = at->i;
     if (!at->found && add_entry(level, at->code, at->rank, &b, &i) < 0) {
@@ -158,6 +161,7 @@ static int change_entry(Level *level, const Spotted *at, int64_t net, PyObject *
     PyObject *old = block->values[i];
     block->net[i] += net;
     block->values[i] = value;
+    block->bytes[i] = bytes;
     for (int64_t later = b + 1; net != 0 && later < level->n_blocks; later++)
         level->before[later] += net;
     level->net += net;
@@ -275,14 +279,19 @@ static PyObject *item_of(const Level *level, PyObject *given)
     return overflow ? NULL : PySequence_GetItem(level->one, 0);
 }
 
-static PyObject *converted(Level *level, PyObject *given)
+/* A map's value, and its bytes if it is an item of `one`. */
+static PyObject *converted(Level *level, PyObject *given, uint64_t *bytes)
 {
-    if ((PyObject *)Py_TYPE(given) == level->plain) {
-        PyObject *item = item_of(level, given);
-        if (item != NULL || PyErr_Occurred())
-            return item;
+    int plain = (PyObject *)Py_TYPE(given) == level->plain;
+    PyObject *value = plain ? item_of(level, given) : NULL;
+    if (value == NULL && !PyErr_Occurred()) {
+        value = PyObject_CallFunctionObjArgs(level->convert, given, NULL);
+        if (value != NULL && level->held.buf != NULL && PySequence_SetItem(level->one, 0, value) < 0)
+            Py_CLEAR(value);
     }
-    return PyObject_CallFunctionObjArgs(level->convert, given, NULL);
+    if (value != NULL && level->held.buf != NULL)
+        memcpy(bytes, level->held.buf, sizeof *bytes);
+    return value;
 }
 
 /* True, False if a key that a map has is not to be replaced, None if the level does not take the change. */
@@ -291,13 +300,14 @@ static PyObject *put_one(Level *level, PyObject *key, PyObject *given, int repla
     Cut cut;
     Spotted at;
     PyObject *value = NULL;
+    uint64_t bytes = 0;
     if (is_map(level) == (given == level->no_value))
         Py_RETURN_NONE;
     if (cut_of(level->base, key, &cut) < 0)
         return NULL;
     if (!cut.exact || cut.above || is_closed(level))
         Py_RETURN_NONE;
-    if (is_map(level) && (value = converted(level, given)) == NULL)
+    if (is_map(level) && (value = converted(level, given, &bytes)) == NULL)
         return NULL;
     if (is_closed(level)) { /* meanwhile */
         Py_XDECREF(value);
@@ -308,7 +318,7 @@ static PyObject *put_one(Level *level, PyObject *key, PyObject *given, int repla
         Py_DECREF(value);
         Py_RETURN_FALSE;
     }
-    if (change_entry(level, &at, !there, value) < 0)
+    if (change_entry(level, &at, !there, value, bytes) < 0)
         return NULL;
     Py_RETURN_TRUE;
 }
@@ -344,7 +354,7 @@ static PyObject *level_discard(PyObject *self, PyObject *key)
         Py_RETURN_FALSE;
     if (!spot(level, cut.code, &at))
         Py_RETURN_FALSE;
-    if (change_entry(level, &at, -1, NULL) < 0)
+    if (change_entry(level, &at, -1, NULL, 0) < 0)
         return NULL;
     Py_RETURN_TRUE;
 }
@@ -360,8 +370,10 @@ static PyObject *level_entries(PyObject *self, PyObject *unused)
 {
     Level *level = (Level *)self;
     Py_ssize_t n = (Py_ssize_t)level->size, at = 0;
+    int as_bytes = level->held.buf != NULL, listed = is_map(level) && !as_bytes;
     PyObject *codes = PyBytes_FromStringAndSize(NULL, 8 * n), *net = PyBytes_FromStringAndSize(NULL, 8 * n);
-    PyObject *alive = PyBytes_FromStringAndSize(NULL, n), *values = PyList_New(is_map(level) ? n : 0);
+    PyObject *alive = PyBytes_FromStringAndSize(NULL, n);
+    PyObject *values = as_bytes ? PyBytes_FromStringAndSize(NULL, 8 * n) : PyList_New(listed ? n : 0);
     (void)unused;
     if (codes == NULL || net == NULL || alive == NULL || values == NULL) {
         Py_XDECREF(codes);
@@ -374,10 +386,12 @@ static PyObject *level_entries(PyObject *self, PyObject *unused)
         const Block *block = level->blocks[b];
         memcpy(PyBytes_AsString(codes) + 8 * at, block->codes, (size_t)block->count * 8);
         memcpy(PyBytes_AsString(net) + 8 * at, block->net, (size_t)block->count * 8);
+        if (as_bytes)
+            memcpy(PyBytes_AsString(values) + 8 * at, block->bytes, (size_t)block->count * 8);
         for (int64_t i = 0; i < block->count; i++) {
             PyObject *value = block->values[i];
             PyBytes_AsString(alive)[at + i] = value != NULL;
-            if (is_map(level))
+            if (listed)
                 PyList_SetItem(values, at + (Py_ssize_t)i, Py_NewRef(value != NULL ? value : Py_None));
         }
     }
@@ -459,7 +473,7 @@ static PyMethodDef level_methods[] = {
     {"count", (PyCFunction)(void (*)(void))level_count, METH_FASTCALL, "As in a View."},
     {"scan", (PyCFunction)(void (*)(void))level_scan, METH_FASTCALL, "As in a View."},
     {"freeze", level_freeze, METH_NOARGS, "Take no more changes."},
-    {"entries", level_entries, METH_NOARGS, "Version, codes, net changes, which are alive, values, of one moment."},
+    {"entries", level_entries, METH_NOARGS, "Version, codes, net changes, which are alive, values or their bytes, of one moment."},
     {NULL, NULL, 0, NULL},
 };
 

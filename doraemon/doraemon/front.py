@@ -160,6 +160,8 @@ class Front:
         if not self._is_open or self._level is None or self._level.version == version:
             return state
         version, codes, net, alive, values = self._level.entries()
+        if isinstance(values, bytes):
+            values = np.frombuffer(values, self.state.value_dtype)
         state = fold(
             self.state,
             version,

@@ -154,6 +154,22 @@ def test_values_of_every_kind_pass_through_the_level_unchanged(engine: str) -> N
         assert before == batch[2] == index.values()[1] == index[2]
 
 
+@pytest.mark.parametrize("numbers", [[0, -1, 2**63 - 1, -(2**63), np.int32(-7), True], [0.0, -0.5, 1e300, 3, np.inf]])
+def test_numbers_are_folded_as_they_were_given(engine: str, numbers: list[Any]) -> None:
+    values = np.zeros(1, np.float64 if 1e300 in numbers else np.int64)
+    index = Index([-1], values, engine=engine)
+    for key, number in enumerate([7, *numbers]):
+        index.update(key, number)
+    index.update(0, numbers[1])
+    index.discard(1)
+    expected = [numbers[1], *numbers[1:]]
+    assert [index[key] for key in (0, *range(2, len(numbers) + 1))] == expected
+    assert index.get_many([0, *range(2, len(numbers) + 1)]).tolist() == expected  # of the delta
+    with pytest.raises(OverflowError if values.dtype.kind == "i" else TypeError):
+        index.update(9, 2**63 if values.dtype.kind == "i" else "text")
+    assert 9 not in index and 1 not in index
+
+
 def test_a_record_that_was_handed_out_is_a_copy(engine: str) -> None:
     index = Index([1], np.zeros(1, [("a", "i4")]), engine=engine)
     index.update(2, (5,))
