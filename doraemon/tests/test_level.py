@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from doraemon import Index, Snapshot
+from doraemon.state import REQUIRED
 
 STEPS = ["insert", "insert", "update", "discard", "ask", "freeze", "batch"]
 
@@ -214,3 +215,38 @@ def test_writers_of_single_keys_lose_nothing_to_batches_and_snapshots() -> None:
     done.set()
     disturber.join()
     assert index.keys().tolist() == list(range(8000))
+
+
+@pytest.mark.parametrize("frozen_by", ["snapshot", "copy", "batch"])
+def test_a_level_is_made_when_it_is_asked_for(engine: str, frozen_by: str) -> None:
+    index = Index([1, 3], engine=engine)
+    index.extend([5])
+    assert not index._front._is_open
+    front = index._front
+    seen: Any = index.snapshot() if frozen_by == "snapshot" else index.copy() if frozen_by == "copy" else None
+    if frozen_by == "batch":
+        index.extend([7])
+        assert front.insert(9, REQUIRED) is None  # a writer that was slower than the batch
+    assert len(front) == 3
+    index.insert(2)
+    assert 2 in index and index.bisect_left(5) == 3
+    if seen is not None:
+        assert 2 not in seen and seen.keys().tolist() == [1, 3, 5]
+
+
+def test_threads_that_open_a_front_share_its_level() -> None:
+    for round_ in range(50):
+        index = Index([0])
+        index.extend([1])
+        barrier = threading.Barrier(4)
+
+        def insert(number: int, index: Index = index, barrier: threading.Barrier = barrier) -> None:
+            barrier.wait()
+            index.insert(number)
+
+        threads = [threading.Thread(target=insert, args=(10 * round_ + number,)) for number in range(2, 6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert index.keys().tolist() == [0, 1, *range(10 * round_ + 2, 10 * round_ + 6)]
