@@ -110,7 +110,8 @@ static int add_block(Level *level, int64_t b, int64_t from, uint64_t first)
     return 0;
 }
 
-/* An entry of no change for `code`, whose rank in the base is known, where `seek` placed it. Full blocks are halved, but appended codes fill them. */
+/* An entry of no change for `code`, whose rank in the base is known, where `seek` placed it. Full blocks are halved, but
+ * appended codes fill them. */
 static int add_entry(Level *level, uint64_t code, int64_t rank, int64_t *b, int64_t *i)
 {
     if (level->n_blocks == 0 && add_block(level, 0, 0, 0) < 0)
@@ -473,7 +474,8 @@ static PyMethodDef level_methods[] = {
     {"count", (PyCFunction)(void (*)(void))level_count, METH_FASTCALL, "As in a View."},
     {"scan", (PyCFunction)(void (*)(void))level_scan, METH_FASTCALL, "As in a View."},
     {"freeze", level_freeze, METH_NOARGS, "Take no more changes."},
-    {"entries", level_entries, METH_NOARGS, "Version, codes, net changes, which are alive, values or their bytes, of one moment."},
+    {"entries", level_entries, METH_NOARGS,
+     "Version, codes, net changes, which are alive, values or their bytes, of one moment."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -442,8 +442,8 @@ INLINE void settle(const Delta *delta, Few *few, int right, int64_t *ranks)
 }
 
 /* Add a delta's shifts to the ranks of m queries, whose ranks in the run are known, but for those that have to wait. */
-INLINE void add_shifts(const Delta *delta, const uint64_t *q, const int64_t *rank, const int64_t *at, int64_t m, Few *few,
-                       int64_t *out)
+INLINE void add_shifts(const Delta *delta, const uint64_t *q, const int64_t *rank, const int64_t *at, int64_t m,
+                       Few *few, int64_t *out)
 {
     int64_t which[GROUP], unknown = 0;
     for (int64_t i = 0; i < m; i++) {
