@@ -6,7 +6,7 @@
  * value) comes before, and letting go of a replaced value after. So a question sees one moment, a frozen level changes
  * no more, and neither readers nor writers need a lock.
  */
-enum { ENTRIES = 256 };
+enum { ENTRIES = 64 };
 
 typedef struct {
     int64_t count;
@@ -14,13 +14,15 @@ typedef struct {
     int64_t ranks[ENTRIES];     /* how many keys of the base are below the code */
     int64_t net[ENTRIES];       /* by how many keys the code's count differs from the base's */
     PyObject *values[ENTRIES];  /* of a map, NULL where the key was removed; NULL in a multiset */
+    uint64_t bytes[ENTRIES];    /* of values that are items of `one`, which the next delta takes as they are */
 } Block;
 
 typedef struct {
     PyObject_HEAD
     View *base;
     PyObject *convert;        /* makes a value a map's; None for a multiset */
-    PyObject *plain, *scalar; /* of values of type `plain`, `scalar` makes the same, but for OverflowError */
+    PyObject *plain, *one;    /* a value of type `plain` that fits is the item of `one`, once it is put there */
+    Py_buffer held;           /* the memory of `one`: an int64 or a float64, or where there is none NULL */
     PyObject *no_value;       /* stands for a value that is not given */
     Block **blocks;
     uint64_t *first; /* first[b]: no code of block b is below it, for b > 0 */
@@ -102,13 +104,15 @@ static int add_block(Level *level, int64_t b, int64_t from, uint64_t first)
     memcpy(block->ranks, left->ranks + from, (size_t)block->count * sizeof *left->ranks);
     memcpy(block->net, left->net + from, (size_t)block->count * sizeof *left->net);
     memcpy(block->values, left->values + from, (size_t)block->count * sizeof *left->values);
+    memcpy(block->bytes, left->bytes + from, (size_t)block->count * sizeof *left->bytes);
     left->count = from;
     level->before[b] = level->before[b - 1] + sum(left->net, from);
     return 0;
 }
 
-/* An entry of no change for `code` where `seek` placed it. Full blocks are halved, but appended codes fill them. */
-static int add_entry(Level *level, uint64_t code, int64_t *b, int64_t *i)
+/* An entry of no change for `code`, whose rank in the base is known, where `seek` placed it. Full blocks are halved, but
+ * appended codes fill them. */
+static int add_entry(Level *level, uint64_t code, int64_t rank, int64_t *b, int64_t *i)
 {
     if (level->n_blocks == 0 && add_block(level, 0, 0, 0) < 0)
         return -1;
@@ -128,8 +132,9 @@ static int add_entry(Level *level, uint64_t code, int64_t *b, int64_t *i)
     memmove(block->ranks + *i + 1, block->ranks + *i, after * sizeof *block->ranks);
     memmove(block->net + *i + 1, block->net + *i, after * sizeof *block->net);
     memmove(block->values + *i + 1, block->values + *i, after * sizeof *block->values);
+    memmove(block->bytes + *i + 1, block->bytes + *i, after * sizeof *block->bytes);
     block->codes[*i] = code;
-    block->ranks[*i] = rank_of_code(&level->base->search, code, 0);
+    block->ranks[*i] = rank;
     block->net[*i] = 0;
     block->values[*i] = NULL;
     block->count++;
@@ -137,10 +142,18 @@ static int add_entry(Level *level, uint64_t code, int64_t *b, int64_t *i)
     return 0;
 }
 
+/* Where `seek` found a code, or where it belongs, and then what its rank in the base is. */
+typedef struct {
+    uint64_t code;
+    int64_t b, i, rank;
+    int found;
+} Spotted;
+
 /* Change an entry by `net` keys and give it a value, whose reference is taken; -1 if memory is out. */
-static int change_entry(Level *level, uint64_t code, int found, int64_t b, int64_t i, int64_t net, PyObject *value)
+static int change_entry(Level *level, const Spotted *at, int64_t net, PyObject *value, uint64_t bytes)
 {
-    if (!found && add_entry(level, code, &b, &i) < 0) {
+    int64_t b = at->b, i = at->i;
+    if (!at->found && add_entry(level, at->code, at->rank, &b, &i) < 0) {
         Py_XDECREF(value);
         PyErr_NoMemory();
         return -1;
@@ -149,6 +162,7 @@ static int change_entry(Level *level, uint64_t code, int found, int64_t b, int64
     PyObject *old = block->values[i];
     block->net[i] += net;
     block->values[i] = value;
+    block->bytes[i] = bytes;
     for (int64_t later = b + 1; net != 0 && later < level->n_blocks; later++)
         level->before[later] += net;
     level->net += net;
@@ -168,15 +182,21 @@ static int64_t base_count(Level *level, uint64_t code)
 
 static int is_map(const Level *level) { return level->convert != Py_None; }
 
-/* Whether a code is in the index, when `seek` found entry `i` of block `b` for it or none. */
-static int is_there(Level *level, uint64_t code, int found, int64_t b, int64_t i)
+/* Look for a code. Whether it is in the index. */
+static int spot(Level *level, uint64_t code, Spotted *at)
 {
-    if (!found)
-        return ask_place(&level->base->search, code).present;
-    const Block *block = level->blocks[b];
+    const Search *s = &level->base->search;
+    at->code = code;
+    at->found = seek(level, code, &at->b, &at->i);
+    if (!at->found) {
+        Place place = ask_place(&level->base->search, code, &at->rank);
+        at->rank = with_shifts(s, code, at->rank);
+        return place.present;
+    }
+    const Block *block = level->blocks[at->b];
     if (is_map(level))
-        return block->values[i] != NULL;
-    return block->net[i] > 0 || base_count(level, code) + block->net[i] > 0;
+        return block->values[at->i] != NULL;
+    return block->net[at->i] > 0 || base_count(level, code) + block->net[at->i] > 0;
 }
 
 static int is_closed(const Level *level) { return level->frozen || level->size >= level->capacity; }
@@ -218,20 +238,17 @@ static PyObject *level_contains(PyObject *self, PyObject *key)
 {
     Level *level = (Level *)self;
     Cut cut;
-    int64_t b, i;
+    Spotted at;
     if (cut_of(level->base, key, &cut) < 0)
         return NULL;
-    if (!cut.exact || cut.above)
-        Py_RETURN_FALSE;
-    int found = seek(level, cut.code, &b, &i);
-    return PyBool_FromLong(is_there(level, cut.code, found, b, i));
+    return PyBool_FromLong(cut.exact && !cut.above && spot(level, cut.code, &at));
 }
 
 static PyObject *level_get(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
     Level *level = (Level *)self;
     Cut cut;
-    int64_t b, i;
+    int64_t b, i, run;
     if (count != 2) {
         PyErr_SetString(PyExc_TypeError, "get takes a key and a default");
         return NULL;
@@ -244,47 +261,65 @@ static PyObject *level_get(PyObject *self, PyObject *const *args, Py_ssize_t cou
         PyObject *value = level->blocks[b]->values[i];
         return Py_NewRef(value != NULL ? value : args[1]);
     }
-    Place place = ask_place(&level->base->search, cut.code);
+    Place place = ask_place(&level->base->search, cut.code, &run);
     return place.present ? PySequence_GetItem(level->base->values[place.layer], (Py_ssize_t)place.position)
                          : Py_NewRef(args[1]);
 }
 
-static PyObject *converted(Level *level, PyObject *given)
+/* A value of type `plain` as an item of `one`; NULL without an error if it is not one that fits. */
+static PyObject *item_of(const Level *level, PyObject *given)
 {
-    if ((PyObject *)Py_TYPE(given) == level->plain) {
-        PyObject *value = PyObject_CallFunctionObjArgs(level->scalar, given, NULL);
-        if (value != NULL || !PyErr_ExceptionMatches(PyExc_OverflowError))
-            return value;
-        PyErr_Clear();
+    int overflow = 0;
+    if (PyLong_Check(given)) {
+        long long number = PyLong_AsLongLongAndOverflow(given, &overflow);
+        memcpy(level->held.buf, &number, sizeof number);
+    } else {
+        double number = PyFloat_AsDouble(given);
+        memcpy(level->held.buf, &number, sizeof number);
     }
-    return PyObject_CallFunctionObjArgs(level->convert, given, NULL);
+    return overflow ? NULL : PySequence_GetItem(level->one, 0);
+}
+
+/* A map's value, and its bytes if it is an item of `one`. */
+static PyObject *converted(Level *level, PyObject *given, uint64_t *bytes)
+{
+    int plain = (PyObject *)Py_TYPE(given) == level->plain;
+    PyObject *value = plain ? item_of(level, given) : NULL;
+    if (value == NULL && !PyErr_Occurred()) {
+        value = PyObject_CallFunctionObjArgs(level->convert, given, NULL);
+        if (value != NULL && level->held.buf != NULL && PySequence_SetItem(level->one, 0, value) < 0)
+            Py_CLEAR(value);
+    }
+    if (value != NULL && level->held.buf != NULL)
+        memcpy(bytes, level->held.buf, sizeof *bytes);
+    return value;
 }
 
 /* True, False if a key that a map has is not to be replaced, None if the level does not take the change. */
 static PyObject *put_one(Level *level, PyObject *key, PyObject *given, int replace)
 {
     Cut cut;
-    int64_t b, i;
+    Spotted at;
     PyObject *value = NULL;
+    uint64_t bytes = 0;
     if (is_map(level) == (given == level->no_value))
         Py_RETURN_NONE;
     if (cut_of(level->base, key, &cut) < 0)
         return NULL;
     if (!cut.exact || cut.above || is_closed(level))
         Py_RETURN_NONE;
-    if (is_map(level) && (value = converted(level, given)) == NULL)
+    if (is_map(level) && (value = converted(level, given, &bytes)) == NULL)
         return NULL;
     if (is_closed(level)) { /* meanwhile */
         Py_XDECREF(value);
         Py_RETURN_NONE;
     }
-    int found = seek(level, cut.code, &b, &i);
-    int there = is_map(level) && is_there(level, cut.code, found, b, i);
+    int there = spot(level, cut.code, &at) && is_map(level);
     if (there && !replace) {
         Py_DECREF(value);
         Py_RETURN_FALSE;
     }
-    if (change_entry(level, cut.code, found, b, i, !there, value) < 0)
+    if (change_entry(level, &at, !there, value, bytes) < 0)
         return NULL;
     Py_RETURN_TRUE;
 }
@@ -311,17 +346,16 @@ static PyObject *level_discard(PyObject *self, PyObject *key)
 {
     Level *level = (Level *)self;
     Cut cut;
-    int64_t b, i;
+    Spotted at;
     if (cut_of(level->base, key, &cut) < 0)
         return NULL;
     if (is_closed(level))
         Py_RETURN_NONE;
     if (!cut.exact || cut.above)
         Py_RETURN_FALSE;
-    int found = seek(level, cut.code, &b, &i);
-    if (!is_there(level, cut.code, found, b, i))
+    if (!spot(level, cut.code, &at))
         Py_RETURN_FALSE;
-    if (change_entry(level, cut.code, found, b, i, -1, NULL) < 0)
+    if (change_entry(level, &at, -1, NULL, 0) < 0)
         return NULL;
     Py_RETURN_TRUE;
 }
@@ -337,8 +371,10 @@ static PyObject *level_entries(PyObject *self, PyObject *unused)
 {
     Level *level = (Level *)self;
     Py_ssize_t n = (Py_ssize_t)level->size, at = 0;
+    int as_bytes = level->held.buf != NULL, listed = is_map(level) && !as_bytes;
     PyObject *codes = PyBytes_FromStringAndSize(NULL, 8 * n), *net = PyBytes_FromStringAndSize(NULL, 8 * n);
-    PyObject *alive = PyBytes_FromStringAndSize(NULL, n), *values = PyList_New(is_map(level) ? n : 0);
+    PyObject *alive = PyBytes_FromStringAndSize(NULL, n);
+    PyObject *values = as_bytes ? PyBytes_FromStringAndSize(NULL, 8 * n) : PyList_New(listed ? n : 0);
     (void)unused;
     if (codes == NULL || net == NULL || alive == NULL || values == NULL) {
         Py_XDECREF(codes);
@@ -351,10 +387,12 @@ static PyObject *level_entries(PyObject *self, PyObject *unused)
         const Block *block = level->blocks[b];
         memcpy(PyBytes_AsString(codes) + 8 * at, block->codes, (size_t)block->count * 8);
         memcpy(PyBytes_AsString(net) + 8 * at, block->net, (size_t)block->count * 8);
+        if (as_bytes)
+            memcpy(PyBytes_AsString(values) + 8 * at, block->bytes, (size_t)block->count * 8);
         for (int64_t i = 0; i < block->count; i++) {
             PyObject *value = block->values[i];
             PyBytes_AsString(alive)[at + i] = value != NULL;
-            if (is_map(level))
+            if (listed)
                 PyList_SetItem(values, at + (Py_ssize_t)i, Py_NewRef(value != NULL ? value : Py_None));
         }
     }
@@ -363,10 +401,10 @@ static PyObject *level_entries(PyObject *self, PyObject *unused)
 
 static PyObject *level_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    PyObject *base, *convert, *plain, *scalar, *no_value;
+    PyObject *base, *convert, *plain, *one, *no_value;
     Py_ssize_t capacity;
     (void)kwargs;
-    if (!PyArg_ParseTuple(args, "OnOOOO", &base, &capacity, &convert, &plain, &scalar, &no_value))
+    if (!PyArg_ParseTuple(args, "OnOOOO", &base, &capacity, &convert, &plain, &one, &no_value))
         return NULL;
     if (PyType_GetSlot(Py_TYPE(base), Py_tp_dealloc) != (void *)view_dealloc) {
         PyErr_SetString(PyExc_TypeError, "a level lies over a View");
@@ -374,15 +412,22 @@ static PyObject *level_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     }
     allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
     Level *level = (Level *)allocate(type, 0);
-    if (level == NULL)
-        return NULL;
+    if (level == NULL || (one != Py_None && PyObject_GetBuffer(one, &level->held, PyBUF_CONTIG) < 0))
+        goto failed;
+    if ((one == Py_None) != (plain == Py_None) || (one != Py_None && level->held.len != 8)) {
+        PyErr_SetString(PyExc_ValueError, "a plain value of a level has 8 bytes");
+        goto failed;
+    }
+    level->one = Py_NewRef(one);
     level->base = (View *)Py_NewRef(base);
     level->convert = Py_NewRef(convert);
     level->plain = Py_NewRef(plain);
-    level->scalar = Py_NewRef(scalar);
     level->no_value = Py_NewRef(no_value);
     level->capacity = capacity;
     return (PyObject *)level;
+failed:
+    Py_XDECREF((PyObject *)level);
+    return NULL;
 }
 
 static void level_dealloc(PyObject *self)
@@ -401,7 +446,9 @@ static void level_dealloc(PyObject *self)
     Py_XDECREF((PyObject *)level->base);
     Py_XDECREF(level->convert);
     Py_XDECREF(level->plain);
-    Py_XDECREF(level->scalar);
+    if (level->held.obj != NULL)
+        PyBuffer_Release(&level->held);
+    Py_XDECREF(level->one);
     Py_XDECREF(level->no_value);
     free_level(self);
     Py_DECREF((PyObject *)type);
@@ -427,7 +474,8 @@ static PyMethodDef level_methods[] = {
     {"count", (PyCFunction)(void (*)(void))level_count, METH_FASTCALL, "As in a View."},
     {"scan", (PyCFunction)(void (*)(void))level_scan, METH_FASTCALL, "As in a View."},
     {"freeze", level_freeze, METH_NOARGS, "Take no more changes."},
-    {"entries", level_entries, METH_NOARGS, "Version, codes, net changes, which are alive, values, of one moment."},
+    {"entries", level_entries, METH_NOARGS,
+     "Version, codes, net changes, which are alive, values or their bytes, of one moment."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -454,7 +502,7 @@ static PyType_Slot level_slots[] = {
     {Py_tp_methods, level_methods},
     {Py_tp_members, level_members},
     {Py_tp_getset, level_getters},
-    {Py_tp_doc, "Level(view, capacity, convert, plain, scalar, no_value): single changes over the view of a state."},
+    {Py_tp_doc, "Level(view, capacity, convert, plain, one, no_value): single changes over the view of a state."},
     {0, NULL},
 };
 

@@ -22,6 +22,7 @@
 
 enum { GROUP = 64, BLOCK = 32, CHUNK = 128, SHORT = 16, PLACE_SHIFT = 8 };
 enum { DELTAS = 2, FEW = 4 };              /* the older, larger one first; entries that are compared at once */
+enum { CELLS = 32, CELL_BITS = 5, TWIN_BITS = 6, NO_TWIN = 63, UNKNOWN = INT32_MIN };
 enum { RUN_RANKS, RANKS, PLACES, COUNTS }; /* what a batch asks for */
 
 typedef struct {
@@ -42,12 +43,21 @@ typedef struct {
     int64_t found; /* by how much the entries before this one shift ranks, twice, and 1 more if the code is in the index */
 } Entry;
 
+/* What most queries need to know of a window of a delta: which of its CELLS parts have entries, the shift of those before
+ * the window, and which cell has two entries, if one has. UNKNOWN stands where that is not all: where more have two, one
+ * has more, or an entry shifts by another number than 1. */
+typedef struct {
+    uint32_t marks;
+    int32_t shift; /* << TWIN_BITS | the cell of two */
+} Summary;
+
 /* The changes of a delta. The rank of a code in the run tells between which of them its own is: `windows[b]` of them
  * have ranks below b << bits, and the last window takes all that are left. */
 typedef struct {
     const Entry *entries; /* n, and FEW that are above every code and have the shift of all */
     const int64_t *left;  /* where each code is, or would be, in the run */
     const uint32_t *windows;
+    const Summary *summaries; /* one for each window */
     int64_t n, last_window;
     int bits;
 } Delta;
@@ -127,10 +137,33 @@ static int64_t gallop(const uint64_t *keys, int64_t start, int64_t end, int64_t 
     return low + below(keys + low, high - low, q);
 }
 
-static inline const uint32_t *window_of(const Delta *delta, int64_t rank)
+INLINE int64_t window_of(const Delta *delta, int64_t rank)
 {
     int64_t window = rank >> delta->bits;
-    return delta->windows + (window < delta->last_window ? window : delta->last_window);
+    return window < delta->last_window ? window : delta->last_window;
+}
+
+/* Which cell of a window of 1 << bits ranks one is in that lies so far after its first; CELLS after the last. */
+INLINE int64_t cell_of(int64_t after, int bits)
+{
+    int64_t cell = after >> (bits > CELL_BITS ? bits - CELL_BITS : 0);
+    return cell < CELLS ? cell : CELLS;
+}
+
+/* What a delta's summary tells of the changes below a code whose rank in the run is known. */
+typedef struct {
+    int64_t shift; /* where it is `known`: entries of cells before the code's are below the code */
+    int known, marked; /* only where the code's cell is marked there may be an entry of it */
+} Told;
+
+INLINE Told told_by(const Delta *delta, int64_t rank)
+{
+    int64_t window = window_of(delta, rank), cell = cell_of(rank - (window << delta->bits), delta->bits);
+    Summary summary = delta->summaries[window];
+    uint64_t marks = summary.marks;
+    int marked = (int)(marks >> cell & 1);
+    int64_t before = COUNT_BITS(marks & ((UINT64_C(1) << cell) - 1)) + (cell > (summary.shift & NO_TWIN));
+    return (Told){(summary.shift >> TWIN_BITS) + before, !marked & (summary.shift != UNKNOWN), marked};
 }
 
 /* The number of `n` entries whose codes are below `q`, without branches on their values. */
@@ -148,13 +181,26 @@ static inline int64_t entries_below(const Entry *entries, int64_t n, uint64_t q)
 /* The number of a delta's codes below `q`, whose rank in the run is known. */
 static inline int64_t entry_of(const Delta *delta, uint64_t q, int64_t rank)
 {
-    const uint32_t *window = window_of(delta, rank);
+    const uint32_t *window = delta->windows + window_of(delta, rank);
     return window[0] + entries_below(delta->entries + window[0], (int64_t)window[1] - window[0], q);
 }
 
 /* By how much the first `entry` entries of a delta shift ranks, and all of them. */
 static inline int64_t shift_at(const Delta *delta, int64_t entry) { return delta->entries[entry].found >> 1; }
 static inline int64_t whole_shift(const Delta *delta) { return shift_at(delta, delta->n); }
+
+/* By how much a delta shifts the rank of `q`, whose rank in the run is known. */
+static inline int64_t shift_of(const Delta *delta, uint64_t q, int64_t rank)
+{
+    Told told = told_by(delta, rank);
+    return told.known ? told.shift : shift_at(delta, entry_of(delta, q, rank));
+}
+
+/* The number of a delta's entry for a code whose rank in the run is known, if it has one; else that of another, or n. */
+static inline int64_t entry_for(const Delta *delta, uint64_t code, int64_t rank)
+{
+    return told_by(delta, rank).marked ? entry_of(delta, code, rank) : delta->n;
+}
 
 static inline int has_entry(const Delta *delta, int64_t entry, uint64_t code)
 {
@@ -280,15 +326,7 @@ static inline void find_windows(const Search *s, Group *g)
     }
     for (int d = 0; d < DELTAS; d++)
         for (int64_t i = 0; s->deltas[d].n && i < g->m; i++)
-            PREFETCH(window_of(s->deltas + d, g->low[i]));
-}
-
-/* Ask memory for the entries that queries will probably be compared with: their ranks are near the windows' ends. */
-static inline void expect_entries(const Search *s, const Group *g)
-{
-    for (int d = 0; d < DELTAS; d++)
-        for (int64_t i = 0; s->deltas[d].n && i < g->m; i++)
-            PREFETCH(s->deltas[d].entries + window_of(s->deltas + d, g->low[i])[0]);
+            PREFETCH(s->deltas[d].summaries + window_of(s->deltas + d, g->low[i]));
 }
 
 /* Halve the long windows, all of them in step, until none is longer than SHORT; the length of the longest then. */
@@ -361,14 +399,15 @@ static inline Place place_of(const Search *s, uint64_t q, int64_t rank, int in_r
 /* How many of a delta's codes are below each of m queries, whose ranks in the run are known: memory is asked for all of
  * them before one is searched. Most windows have few entries, which are compared without a branch on their codes; those
  * after the window are not below the query, and after the last one are as many that are below nothing. */
-static inline void find_entries(const Delta *delta, const uint64_t *q, const int64_t *rank, int64_t m, int64_t *entry)
+INLINE void find_entries(const Delta *delta, const uint64_t *q, const int64_t *rank, int64_t m, int64_t *entry)
 {
     int64_t wide[GROUP];
     for (int64_t i = 0; i < m; i++) {
-        const uint32_t *window = window_of(delta, rank[i]);
+        const uint32_t *window = delta->windows + window_of(delta, rank[i]);
         entry[i] = window[0];
         wide[i] = (int64_t)window[1] - window[0];
         PREFETCH(delta->entries + window[0]);
+        PREFETCH(delta->entries + window[0] + FEW - 1);
     }
     for (int64_t i = 0; i < m; i++) {
         const Entry *at = delta->entries + entry[i];
@@ -380,48 +419,116 @@ static inline void find_entries(const Delta *delta, const uint64_t *q, const int
     }
 }
 
-/* Write the ranks of m queries, whose ranks in the run are known, to the places from `first` on. */
-static inline void write_ranks(const Search *s, const uint64_t *q, const int64_t *rank, int64_t m, int with_deltas,
-                               int right, int64_t *out)
+/* Queries whose answers need a delta's entries: of one group, or of several, until there are enough to ask memory for the
+ * entries of all at once. `shift` is what was added to the rank of each. */
+enum { ENOUGH = 32 };
+typedef struct {
+    uint64_t q[ENOUGH + GROUP];
+    int64_t rank[ENOUGH + GROUP], at[ENOUGH + GROUP], shift[ENOUGH + GROUP], m;
+} Few;
+
+/* Give the waiting queries their ranks. */
+INLINE void settle(const Delta *delta, Few *few, int right, int64_t *ranks)
 {
-    int64_t entry[GROUP];
-    for (int64_t i = 0; i < m; i++)
-        out[i] = right && q[i] == 0 ? s->n : rank[i]; /* q + 1 wrapped around: everything is left of it */
-    for (int d = 0; with_deltas && d < DELTAS; d++) {
-        const Delta *delta = s->deltas + d;
-        if (delta->n == 0)
-            continue;
-        find_entries(delta, q, rank, m, entry);
-        for (int64_t i = 0; i < m; i++)
-            out[i] += shift_at(delta, right && q[i] == 0 ? delta->n : entry[i]);
+    int64_t entry[ENOUGH + GROUP];
+    for (int64_t first = 0; first < few->m; first += GROUP) {
+        int64_t m = few->m - first < GROUP ? few->m - first : GROUP;
+        find_entries(delta, few->q + first, few->rank + first, m, entry + first);
+    }
+    for (int64_t j = 0; j < few->m; j++)
+        if (!right || few->q[j] != 0) /* else all was added */
+            ranks[few->at[j]] += shift_at(delta, entry[j]) - few->shift[j];
+    few->m = 0;
+}
+
+/* Add a delta's shifts to the ranks of m queries, whose ranks in the run are known, but for those that have to wait. */
+INLINE void add_shifts(const Delta *delta, const uint64_t *q, const int64_t *rank, const int64_t *at, int64_t m,
+                       Few *few, int64_t *out)
+{
+    int64_t which[GROUP], unknown = 0;
+    for (int64_t i = 0; i < m; i++) {
+        Told told = told_by(delta, rank[i]);
+        out[i] += told.shift;
+        which[unknown] = i;
+        unknown += !told.known;
+    }
+    for (int64_t j = 0; j < unknown; j++, few->m++) {
+        int64_t i = which[j];
+        few->q[few->m] = q[i];
+        few->rank[few->m] = rank[i];
+        few->at[few->m] = at[i];
+        few->shift[few->m] = told_by(delta, rank[i]).shift;
+        PREFETCH(delta->windows + window_of(delta, rank[i]));
     }
 }
 
-/* Write what is asked of m queries, whose run ranks are known, to the places from `first` on. Whether the run has them is
- * known too, or looked up where `in_run` is NULL. */
-static inline void write_answers(const Search *s, const uint64_t *q, const int64_t *rank, const uint8_t *in_run,
-                                 int64_t m, int asked, int right, int64_t first, const Answers *out)
+/* Write the ranks of m queries, whose ranks in the run are known, to the places `at`; of those that wait later. */
+INLINE void write_ranks(const Search *s, const uint64_t *q, const int64_t *rank, const int64_t *at, int64_t m, int asked,
+                        int right, Few *few, int64_t *ranks)
 {
-    int64_t entry[DELTAS][GROUP] = {{0}};
+    int64_t out[GROUP];
+    memcpy(out, rank, (size_t)m * sizeof *out);
+    for (int d = 0; asked == RANKS && d < DELTAS; d++)
+        if (s->deltas[d].n)
+            add_shifts(s->deltas + d, q, rank, at, m, few + d, out);
+    for (int64_t i = 0; right && i < m; i++)
+        if (q[i] == 0) /* q + 1 wrapped around: everything is left of it */
+            out[i] = asked == RANKS ? length_of(s) : s->n;
+    for (int64_t i = 0; i < m; i++)
+        ranks[at[i]] = out[i];
+    for (int d = 0; d < DELTAS; d++)
+        if (few[d].m >= ENOUGH)
+            settle(s->deltas + d, few + d, right, ranks);
+}
+
+static inline void settle_all(const Search *s, Few *few, int right, int64_t *ranks)
+{
+    for (int d = 0; d < DELTAS; d++)
+        settle(s->deltas + d, few + d, right, ranks);
+}
+
+/* The numbers of a delta's entries for m codes, as of `entry_for`. */
+INLINE void find_entries_for(const Delta *delta, const uint64_t *q, const int64_t *rank, int64_t m, int64_t *entry)
+{
+    Few few;
+    few.m = 0;
+    for (int64_t i = 0; i < m; i++)
+        entry[i] = delta->n;
+    for (int64_t i = 0; delta->n && i < m; i++) {
+        few.q[few.m] = q[i];
+        few.rank[few.m] = rank[i];
+        few.at[few.m] = i;
+        few.m += told_by(delta, rank[i]).marked;
+    }
+    find_entries(delta, few.q, few.rank, few.m, few.shift);
+    for (int64_t j = 0; j < few.m; j++)
+        entry[few.at[j]] = few.shift[j];
+}
+
+/* Write what is asked of m queries, whose run ranks are known, to the places `at`. Whether the run has them is known too,
+ * or looked up where `in_run` is NULL. */
+INLINE void write_answers(const Search *s, const uint64_t *q, const int64_t *rank, const uint8_t *in_run,
+                          const int64_t *at, int64_t m, int asked, int right, Few *few, const Answers *out)
+{
+    int64_t entry[DELTAS][GROUP];
     if (asked == RUN_RANKS || asked == RANKS) {
-        write_ranks(s, q, rank, m, asked == RANKS, right, out->ranks + first);
+        write_ranks(s, q, rank, at, m, asked, right, few, out->ranks);
         return;
     }
-    for (int d = 0; d < DELTAS; d++)
-        if (s->deltas[d].n && (d == 0 || asked == PLACES))
-            find_entries(s->deltas + d, q, rank, m, entry[d]);
+    for (int d = 0; d < (asked == PLACES ? DELTAS : 1); d++)
+        find_entries_for(s->deltas + d, q, rank, m, entry[d]);
     for (int64_t i = 0; asked == COUNTS && i < m; i++) {
         int64_t older = has_entry(s->deltas, entry[0][i], q[i]) ? net_of(s->deltas, entry[0][i]) : 0;
-        out->ranks[first + i] = rank[i];
-        out->positions[first + i] = copies_in_run(s, q[i], rank[i]) + older;
+        out->ranks[at[i]] = rank[i];
+        out->positions[at[i]] = copies_in_run(s, q[i], rank[i]) + older;
     }
     for (int64_t i = 0; asked == PLACES && i < m; i++) {
         int found = in_run != NULL ? in_run[i] : is_in_run(s, q[i], rank[i]);
         Place place = place_of(s, q[i], rank[i], found, entry[0][i], entry[1][i]);
-        out->present[first + i] = (uint8_t)place.present;
+        out->present[at[i]] = (uint8_t)place.present;
         if (out->positions != NULL) {
-            out->layers[first + i] = (uint8_t)place.layer;
-            out->positions[first + i] = place.position;
+            out->layers[at[i]] = (uint8_t)place.layer;
+            out->positions[at[i]] = place.position;
         }
     }
 }
@@ -430,8 +537,12 @@ static inline void write_answers(const Search *s, const uint64_t *q, const int64
 WIDE static void search_model(Search *s, int asked, int right, const uint64_t *codes, int64_t m, const Answers *out)
 {
     Group groups[2];
-    int64_t rank[GROUP] = {0}; /* of everything in an empty run */
+    Few few[DELTAS];
+    int64_t at[GROUP], rank[GROUP] = {0}; /* of everything in an empty run */
     uint64_t random = LOAD(&s->random);
+    few[0].m = few[1].m = 0;
+    for (int64_t i = 0; i < GROUP; i++)
+        at[i] = i;
     for (int64_t first = 0; first < m + GROUP; first += GROUP) {
         Group *next = groups + (first / GROUP & 1), *last = groups + !(first / GROUP & 1);
         next->m = m - first < GROUP ? m - first : GROUP;
@@ -443,14 +554,16 @@ WIDE static void search_model(Search *s, int asked, int right, const uint64_t *c
             find_leaves(s, next);
         if (first > 0) {
             if (s->n) {
-                expect_entries(s, last);
                 search_windows(s, last, rank);
             }
-            write_answers(s, last->q, rank, NULL, last->m, asked, right, first - GROUP, out);
+            write_answers(s, last->q, rank, NULL, at, last->m, asked, right, few, out);
+            for (int64_t i = 0; i < GROUP; i++)
+                at[i] += GROUP;
         }
         if (s->n && next->m > 0)
             find_windows(s, next);
     }
+    settle_all(s, few, right, out->ranks);
     STORE(&s->random, random);
 }
 
@@ -498,28 +611,6 @@ static inline void ask_hot_ranks(Hot hot, int right, const uint64_t *codes, int6
     misses->m = missed;
 }
 
-/* Write what is asked of up to GROUP queries to their places. */
-static inline void scatter_answers(const Search *s, const uint64_t *q, const int64_t *rank, const uint8_t *in_run,
-                                   const int64_t *at, int64_t m, int asked, int right, const Answers *out)
-{
-    int64_t numbers[GROUP];
-    uint8_t present[GROUP], layers[GROUP];
-    Answers some = {.ranks = numbers, .present = present, .layers = layers,
-                    .positions = out->positions == NULL ? NULL : numbers};
-    write_answers(s, q, rank, in_run, m, asked, right, 0, &some);
-    for (int64_t i = 0; i < m; i++) {
-        if (asked != PLACES) {
-            out->ranks[at[i]] = numbers[i];
-            continue;
-        }
-        out->present[at[i]] = present[i];
-        if (out->positions != NULL) {
-            out->layers[at[i]] = layers[i];
-            out->positions[at[i]] = numbers[i];
-        }
-    }
-}
-
 /* The first GROUP misses, or as many as there are, become a group. */
 static inline void take_group(Picked *misses, Group *g, int64_t *at)
 {
@@ -537,10 +628,11 @@ WIDE static void search_hot(Search *s, int asked, int right, const uint64_t *cod
 {
     Group groups[2];
     Picked hits, misses;
+    Few few[DELTAS];
     int64_t at[2][GROUP], rank[GROUP], done = 0;
     int turn = 0, only_ranks = asked == RUN_RANKS || (asked == RANKS && s->deltas[0].n + s->deltas[1].n == 0);
     uint64_t random = LOAD(&s->random);
-    groups[1].m = misses.m = 0;
+    groups[1].m = misses.m = few[0].m = few[1].m = 0;
     do {
         Group *next = groups + turn, *last = groups + !turn;
         while (done < m && misses.m < GROUP) {
@@ -555,21 +647,21 @@ WIDE static void search_hot(Search *s, int asked, int right, const uint64_t *cod
             else
                 ask_hot(s->hot, right, codes, done, size, &hits, &misses);
             if (hits.m)
-                scatter_answers(s, hits.q, hits.rank, hits.in_run, hits.at, hits.m, asked, right, out);
+                write_answers(s, hits.q, hits.rank, hits.in_run, hits.at, hits.m, asked, right, few, out);
             done += size;
         }
         take_group(&misses, next, at[turn]);
         if (next->m)
             find_leaves(s, next);
         if (last->m) {
-            expect_entries(s, last);
             search_windows(s, last, rank);
-            scatter_answers(s, last->q, rank, NULL, at[!turn], last->m, asked, right, out);
+            write_answers(s, last->q, rank, NULL, at[!turn], last->m, asked, right, few, out);
         }
         if (next->m)
             find_windows(s, next);
         turn = !turn;
     } while (done < m || misses.m || groups[!turn].m);
+    settle_all(s, few, right, out->ranks);
     STORE(&s->random, random);
 }
 
@@ -713,21 +805,35 @@ static void pack_entries(const uint64_t *codes, const int64_t *net, const int64_
         out[i] = (Entry){UINT64_MAX, 2 * shift};
 }
 
-/* windows[b]: how many of the ranks, which ascend, are below b << bits; the last window ends after all of them. */
-static void fill_windows(const int64_t *left, int64_t n, int bits, uint32_t *windows, int64_t count)
+/* windows[b]: how many of the ranks, which ascend, are below b << bits; the last window ends after all of them. First each
+ * entry is noted where it lies, which takes no branch that is hard to foresee, then counts and shifts are carried on. */
+static void fill_windows(const int64_t *net, Delta delta, uint32_t *windows, Summary *summaries)
 {
-    memset(windows, 0, (size_t)count * sizeof *windows);
-    for (int64_t i = 0; i < n; i++) {
-        int64_t window = left[i] >> bits;
-        windows[(window < count - 2 ? window : count - 2) + 1] = (uint32_t)i + 1;
+    int64_t count = delta.last_window + 1;
+    memset(windows, 0, ((size_t)count + 1) * sizeof *windows);
+    for (int64_t b = 0; b < count; b++)
+        summaries[b] = (Summary){0, NO_TWIN};
+    for (int64_t i = 0; i < delta.n; i++) {
+        int64_t b = window_of(&delta, delta.left[i]), cell = cell_of(delta.left[i] - (b << delta.bits), delta.bits);
+        uint32_t mark = UINT32_C(1) << (cell < CELLS ? cell : CELLS - 1);
+        if (summaries[b].marks & mark)
+            summaries[b].shift = summaries[b].shift == NO_TWIN ? (int32_t)cell : UNKNOWN;
+        if (net[i] != 1)
+            summaries[b].shift = UNKNOWN;
+        summaries[b].marks |= mark;
+        windows[b + 1] = (uint32_t)i + 1;
     }
-    for (int64_t b = 1; b < count; b++)
-        windows[b] = windows[b] > windows[b - 1] ? windows[b] : windows[b - 1];
+    for (int64_t b = 0; b < count; b++) {
+        int64_t shift = shift_at(&delta, windows[b]);
+        windows[b + 1] = windows[b + 1] > windows[b] ? windows[b + 1] : windows[b];
+        int known = summaries[b].shift != UNKNOWN && shift > UNKNOWN >> TWIN_BITS && shift <= INT32_MAX >> TWIN_BITS;
+        summaries[b].shift = known ? (int32_t)(shift * (1 << TWIN_BITS)) + summaries[b].shift : UNKNOWN;
+    }
 }
 
 /* ------------------------------------------------------------------ Python */
 
-enum { ENTRIES_OF, LEFT_OF, WINDOWS_OF, DELTA_BUFFERS };
+enum { ENTRIES_OF, LEFT_OF, WINDOWS_OF, SUMMARIES_OF, DELTA_BUFFERS };
 enum { KEYS, BOUNDS, BUCKETS, LEAVES, HOT, OLDER, NEWER = OLDER + DELTA_BUFFERS, SAMPLES = NEWER + DELTA_BUFFERS, TAKEN,
        N_BUFFERS };
 
@@ -794,16 +900,16 @@ static void view_dealloc(PyObject *self)
     Py_DECREF((PyObject *)type);
 }
 
-/* A delta of three buffers; -1 if they do not fit together. */
+/* A delta of its buffers; -1 if they do not fit together. */
 static int read_delta(const Py_buffer *held, int bits, Delta *delta)
 {
     int64_t n = held[ENTRIES_OF].len / (Py_ssize_t)sizeof(Entry) - FEW, windows = held[WINDOWS_OF].len / 4;
     const uint32_t *window = held[WINDOWS_OF].buf;
     if (n < 0 || n > UINT32_MAX || held[LEFT_OF].len / 8 != n || windows < 2 ||
-        bits < 0 || bits > 62)
+        held[SUMMARIES_OF].len / (Py_ssize_t)sizeof(Summary) != windows - 1 || bits < 0 || bits > 62)
         return -1;
-    *delta = (Delta){.entries = held[ENTRIES_OF].buf, .left = held[LEFT_OF].buf, .windows = window, .n = n,
-                     .last_window = windows - 2, .bits = bits};
+    *delta = (Delta){.entries = held[ENTRIES_OF].buf, .left = held[LEFT_OF].buf, .windows = window,
+                     .summaries = held[SUMMARIES_OF].buf, .n = n, .last_window = windows - 2, .bits = bits};
     return window[0] == 0 && window[windows - 1] == n ? 0 : -1;
 }
 
@@ -828,14 +934,15 @@ static int hold_values(View *view, PyObject *const *raw, Py_ssize_t size)
 static PyObject *view_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     static const Py_ssize_t itemsizes[N_BUFFERS] = {
-        8, 8, sizeof(Bucket), sizeof(Leaf), sizeof(Line), sizeof(Entry), 8, 4, sizeof(Entry), 8, 4, 8, 8};
+        8, 8, sizeof(Bucket), sizeof(Leaf), sizeof(Line), sizeof(Entry), 8, 4, sizeof(Summary),
+        sizeof(Entry), 8, 4, sizeof(Summary), 8, 8};
     PyObject *arrays[N_BUFFERS], *cut, *lexicon, *values[1 + DELTAS], *raw[1 + DELTAS];
     Py_ssize_t count[N_BUFFERS], value_size;
     int kind, itemsize, sampling, bits[DELTAS];
     (void)kwargs;
-    if (!PyArg_ParseTuple(args, "CiOOiOOOOOOOOOOOOOOOOiiOOOn", &kind, &itemsize, &cut, &lexicon, &sampling, arrays, arrays + 1,
+    if (!PyArg_ParseTuple(args, "CiOOiOOOOOOOOOOOOOOOOOOiiOOOn", &kind, &itemsize, &cut, &lexicon, &sampling, arrays, arrays + 1,
                           arrays + 2, arrays + 3, arrays + 4, arrays + 5, arrays + 6, arrays + 7, arrays + 8,
-                          arrays + 9, arrays + 10, arrays + 11, arrays + 12, values, values + 1, values + 2, bits,
+                          arrays + 9, arrays + 10, arrays + 11, arrays + 12, arrays + 13, arrays + 14, values, values + 1, values + 2, bits,
                           bits + 1, raw, raw + 1, raw + 2, &value_size))
         return NULL;
     allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
@@ -973,6 +1080,15 @@ static int cut_of(View *view, PyObject *key, Cut *cut)
     return PyErr_Occurred() ? -1 : 0;
 }
 
+/* The rank of `q` in run and deltas, whose rank in the run is known. */
+static inline int64_t with_shifts(const Search *s, uint64_t q, int64_t rank)
+{
+    int64_t shift = 0;
+    for (int d = 0; d < DELTAS; d++)
+        shift += s->deltas[d].n ? shift_of(s->deltas + d, q, rank) : 0;
+    return rank + shift;
+}
+
 /* How many keys are below a code, or, `right`, not above it; then it is not the last code that there is. */
 static int64_t rank_of_code(const Search *s, uint64_t code, int right)
 {
@@ -981,10 +1097,7 @@ static int64_t rank_of_code(const Search *s, uint64_t code, int right)
     int64_t rank = !look_up_hot(s->hot, code, &found) ? run_rank(s, q)
                    : right                             ? rank_in(found) + copies_in(found)
                                                        : rank_in(found);
-    int64_t shift = 0;
-    for (int d = 0; d < DELTAS; d++)
-        shift += s->deltas[d].n ? shift_at(s->deltas + d, entry_of(s->deltas + d, q, rank)) : 0;
-    return rank + shift;
+    return with_shifts(s, q, rank);
 }
 
 /* The same for a reader, whose accesses are sampled. */
@@ -994,15 +1107,15 @@ static int64_t ask_rank(Search *s, uint64_t code, int right)
     return rank_of_code(s, code, right);
 }
 
-/* The place of a code, for a reader, whose accesses are sampled. */
-static Place ask_place(Search *s, uint64_t code)
+/* The place of a code, for a reader, whose accesses are sampled; and its rank in the run, which writers need. */
+static Place ask_place(Search *s, uint64_t code, int64_t *run)
 {
     uint64_t found;
     sample_code(s, code);
     int hot = look_up_hot(s->hot, code, &found);
-    int64_t rank = hot ? rank_in(found) : run_rank(s, code);
+    int64_t rank = *run = hot ? rank_in(found) : run_rank(s, code);
     int in_run = hot ? copies_in(found) > 0 : is_in_run(s, code, rank);
-    return place_of(s, code, rank, in_run, entry_of(s->deltas, code, rank), entry_of(s->deltas + 1, code, rank));
+    return place_of(s, code, rank, in_run, entry_for(s->deltas, code, rank), entry_for(s->deltas + 1, code, rank));
 }
 
 static PyObject *view_rank(View *view, PyObject *key, int right)
@@ -1024,11 +1137,12 @@ static PyObject *view_right(PyObject *self, PyObject *key) { return view_rank((V
 static int find(View *view, PyObject *key, Place *place)
 {
     Cut cut;
+    int64_t run;
     *place = (Place){0};
     if (cut_of(view, key, &cut) < 0)
         return -1;
     if (cut.exact && !cut.above)
-        *place = ask_place(&view->search, cut.code);
+        *place = ask_place(&view->search, cut.code, &run);
     return 0;
 }
 
@@ -1288,51 +1402,56 @@ static PyObject *splice(PyObject *self, PyObject *args)
     return end_call(held, 4, agree ? NULL : "the arrays of a splice do not fit together");
 }
 
-/* pack_delta(codes, net, present, left, bits, entries, windows): what is searched of a delta. */
+/* pack_delta(codes, net, present, left, bits, entries, windows, summaries): what is searched of a delta. */
 static PyObject *pack_delta(PyObject *self, PyObject *args)
 {
-    static const Py_ssize_t itemsizes[6] = {8, 8, 8, 8, sizeof(Entry), 4};
-    PyObject *arrays[6];
-    Py_buffer held[6];
+    static const Py_ssize_t itemsizes[7] = {8, 8, 8, 8, sizeof(Entry), 4, sizeof(Summary)};
+    PyObject *arrays[7];
+    Py_buffer held[7];
     int bits;
     (void)self;
-    if (!PyArg_ParseTuple(args, "OOOOiOO", arrays, arrays + 1, arrays + 2, arrays + 3, &bits, arrays + 4, arrays + 5) ||
-        get_buffers(arrays, itemsizes, 6, 4, held) < 0)
+    if (!PyArg_ParseTuple(args, "OOOOiOOO", arrays, arrays + 1, arrays + 2, arrays + 3, &bits, arrays + 4, arrays + 5,
+                          arrays + 6) ||
+        get_buffers(arrays, itemsizes, 7, 4, held) < 0)
         return NULL;
     int64_t n = held[0].len / 8, windows = held[5].len / 4;
-    if (held[1].len != held[0].len || held[2].len != held[0].len || held[3].len != held[0].len || n >= UINT32_MAX ||
+    if (held[6].len / (Py_ssize_t)sizeof(Summary) != windows - 1 || held[1].len != held[0].len || held[2].len != held[0].len || held[3].len != held[0].len || n >= UINT32_MAX ||
         held[4].len / (Py_ssize_t)sizeof(Entry) != n + FEW || windows < 2 || bits < 0 || bits > 62)
-        return end_call(held, 6, "the arrays of a delta do not fit together");
+        return end_call(held, 7, "the arrays of a delta do not fit together");
     Py_BEGIN_ALLOW_THREADS
     pack_entries(held[0].buf, held[1].buf, held[2].buf, n, held[4].buf);
-    fill_windows(held[3].buf, n, bits, held[5].buf, windows);
+    Delta delta = {.entries = held[4].buf, .left = held[3].buf, .n = n, .last_window = windows - 2, .bits = bits};
+    fill_windows(held[1].buf, delta, held[5].buf, held[6].buf);
     Py_END_ALLOW_THREADS
-    return end_call(held, 6, NULL);
+    return end_call(held, 7, NULL);
 }
 
-/* entries_below(entries, left, windows, bits, codes, code_left, out): how many codes of a delta are below each of others,
- * whose ranks in the run are known. */
+/* entries_below(entries, left, windows, summaries, bits, codes, code_left, out): how many codes of a delta are below each
+ * of others, whose ranks in the run are known. */
 static PyObject *delta_entries_below(PyObject *self, PyObject *args)
 {
-    static const Py_ssize_t itemsizes[6] = {sizeof(Entry), 8, 4, 8, 8, 8};
-    PyObject *arrays[6];
-    Py_buffer held[6];
+    static const Py_ssize_t itemsizes[DELTA_BUFFERS + 3] = {sizeof(Entry), 8, 4, sizeof(Summary), 8, 8, 8};
+    enum { CODES_AT = DELTA_BUFFERS, THEIR_LEFT, OUT, COUNT };
+    PyObject *arrays[COUNT];
+    Py_buffer held[COUNT];
     Delta delta;
     int bits;
     (void)self;
-    if (!PyArg_ParseTuple(args, "OOOiOOO", arrays, arrays + 1, arrays + 2, &bits, arrays + 3, arrays + 4, arrays + 5) ||
-        get_buffers(arrays, itemsizes, 6, 5, held) < 0)
+    if (!PyArg_ParseTuple(args, "OOOOiOOO", arrays, arrays + 1, arrays + 2, arrays + 3, &bits, arrays + 4, arrays + 5,
+                          arrays + 6) ||
+        get_buffers(arrays, itemsizes, COUNT, OUT, held) < 0)
         return NULL;
-    if (read_delta(held, bits, &delta) < 0 || held[4].len != held[3].len || held[5].len != held[3].len)
-        return end_call(held, 6, "the arrays of a delta do not fit together");
-    const uint64_t *codes = held[3].buf;
-    const int64_t *left = held[4].buf;
-    int64_t m = held[3].len / 8, *out = held[5].buf;
+    if (read_delta(held, bits, &delta) < 0 || held[THEIR_LEFT].len != held[CODES_AT].len ||
+        held[OUT].len != held[CODES_AT].len)
+        return end_call(held, COUNT, "the arrays of a delta do not fit together");
+    const uint64_t *codes = held[CODES_AT].buf;
+    const int64_t *left = held[THEIR_LEFT].buf;
+    int64_t m = held[CODES_AT].len / 8, *out = held[OUT].buf;
     Py_BEGIN_ALLOW_THREADS
     for (int64_t first = 0; first < m; first += GROUP)
         find_entries(&delta, codes + first, left + first, m - first < GROUP ? m - first : GROUP, out + first);
     Py_END_ALLOW_THREADS
-    return end_call(held, 6, NULL);
+    return end_call(held, COUNT, NULL);
 }
 
 /* ranks(codes, queries, right, out): how many of the sorted codes are below each query, or not above it. */
@@ -1358,11 +1477,12 @@ static PyObject *ranks(PyObject *self, PyObject *args)
 static int native_exec(PyObject *module)
 {
     PyObject *type = PyType_FromModuleAndSpec(module, &view_spec, NULL);
-    PyObject *layout = Py_BuildValue("(nnnnn)(nnnn)i(nnn)i(nnn)i", offsetof(Bucket, low), offsetof(Bucket, scale),
+    PyObject *layout = Py_BuildValue("(nnnnn)(nnnn)i(nnn)i(nnn)i(nnn)", offsetof(Bucket, low), offsetof(Bucket, scale),
                                      offsetof(Bucket, start), offsetof(Bucket, place), sizeof(Bucket),
                                      offsetof(Leaf, base), offsetof(Leaf, slope), offsetof(Leaf, radius), sizeof(Leaf),
                                      PLACE_SHIFT, offsetof(Line, code), offsetof(Line, found), sizeof(Line), RANK_BITS,
-                                     offsetof(Entry, code), offsetof(Entry, found), sizeof(Entry), FEW);
+                                     offsetof(Entry, code), offsetof(Entry, found), sizeof(Entry), FEW,
+                                     offsetof(Summary, marks), offsetof(Summary, shift), sizeof(Summary));
     int failed = type == NULL || layout == NULL || PyModule_AddObjectRef(module, "View", type) < 0 ||
                  PyModule_AddObjectRef(module, "LAYOUT", layout) < 0 || add_level_type(module) < 0 ||
                  add_tree_type(module) < 0;
@@ -1374,9 +1494,9 @@ static int native_exec(PyObject *module)
 static PyMethodDef native_methods[] = {
     {"fit", fit, METH_VARARGS, "fit(keys, ends, scales, bits, steepest, out): the leaves of some buckets."},
     {"pack_delta", pack_delta, METH_VARARGS,
-     "pack_delta(codes, net, present, left, bits, entries, windows): what is searched of a delta."},
+     "pack_delta(codes, net, present, left, bits, entries, windows, summaries): what is searched of a delta."},
     {"entries_below", delta_entries_below, METH_VARARGS,
-     "entries_below(entries, left, windows, bits, codes, code_left, out): how many codes of a delta are below others."},
+     "entries_below(entries, left, windows, summaries, bits, codes, code_left, out): codes of a delta below others."},
     {"ranks", ranks, METH_VARARGS, "ranks(codes, queries, right, out): np.searchsorted of codes."},
     {"fill_hot", fill_hot, METH_VARARGS, "fill_hot(codes, ranks, copies, lines): the hot table of some codes."},
     {"held_hot", held_hot, METH_VARARGS, "held_hot(lines, codes, held): whether the hot table holds each code."},

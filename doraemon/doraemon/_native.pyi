@@ -7,7 +7,7 @@ from . import search
 
 Array = NDArray[Any]
 Cut = Callable[[Any], tuple[int | None, bool]]
-LAYOUT: tuple[tuple[int, ...], tuple[int, ...], int, tuple[int, ...], int, tuple[int, ...], int]
+LAYOUT: tuple[tuple[int, ...] | int, ...]
 
 # The arrays are those of the enum KEYS, BOUNDS, ... in _native.c, the values of the run and of both deltas, the bits of
 # the deltas' windows, and plain values once more as bytes, with the size of one.
@@ -15,7 +15,15 @@ def View(  # noqa: N802
     kind: str, itemsize: int, cut: Cut, lexicon: object, sampling: int, /, *arrays: Array | int | None
 ) -> search.View: ...
 def pack_delta(
-    codes: Array, net: Array, present: Array, left: Array, bits: int, entries: Array, windows: Array, /
+    codes: Array,
+    net: Array,
+    present: Array,
+    left: Array,
+    bits: int,
+    entries: Array,
+    windows: Array,
+    summaries: Array,
+    /,
 ) -> None: ...
 def fit(keys: Array, ends: Array, scales: Array, bits: Array, steepest: float, out: Array, /) -> None: ...
 def fill_hot(codes: Array, ranks: Array, copies: Array, lines: Array, /) -> int: ...
@@ -23,7 +31,15 @@ def held_hot(lines: Array, codes: Array, held: Array, /) -> None: ...
 def tally(samples: Array, codes: Array, /) -> tuple[int, int]: ...
 def splice(old: Array, at: Array, more: Array, out: Array, /) -> None: ...
 def entries_below(
-    entries: Array, left: Array, windows: Array, bits: int, codes: Array, code_left: Array, out: Array, /
+    entries: Array,
+    left: Array,
+    windows: Array,
+    summaries: Array,
+    bits: int,
+    codes: Array,
+    code_left: Array,
+    out: Array,
+    /,
 ) -> None: ...
 def ranks(codes: Array, queries: Array, right: bool, out: Array, /) -> None: ...
 
@@ -31,14 +47,14 @@ class Level:  # the search of a View, and single changes
     net: int
     version: int
     closed: bool
-    # `convert` makes a value a map's, of a multiset it is None; of type `plain`, `scalar` does
+    # `convert` makes a value a map's, of a multiset it is None; one of type `plain` is put into `one`, of 8 bytes
     def __init__(
         self,
         view: search.View,
         capacity: int,
         convert: Callable[[Any], Any] | None,
         plain: type | None,
-        scalar: type | None,
+        one: Array | None,
         no_value: Any,
         /,
     ) -> None: ...
@@ -56,7 +72,7 @@ class Level:  # the search of a View, and single changes
         self, low: object, high: object, most: int, new: Callable[[int], tuple[Array, ...]], /
     ) -> tuple[tuple[Array, ...], list[tuple[int, Any]]] | None: ...
     def freeze(self) -> None: ...
-    def entries(self) -> tuple[int, bytes, bytes, bytes, list[Any]]: ...
+    def entries(self) -> tuple[int, bytes, bytes, bytes, list[Any] | bytes]: ...
 
 def pack(items: list[Any], is_text: bool, offsets: Array, /) -> bytes | int: ...
 def unpack(data: Array, offsets: Array, numbers: Array, is_text: bool, /) -> list[Any]: ...

@@ -25,6 +25,8 @@ RANK_BITS = 40
 #: of a delta: a code, and by how much those before it shift ranks, twice, and 1 more if it is in the index
 ENTRY = np.dtype([("code", np.uint64), ("found", np.int64)])
 FEW = 4  #: entries after the last, which are above every code
+#: of a window of a delta: which of its parts have entries, and by how much those before it shift ranks
+SUMMARY = np.dtype([("marks", np.uint32), ("shift", np.int32)])
 PLACE_SHIFT = 8  #: a place is the row of the first leaf, shifted by so many bits, and log2 of the number of leaves
 
 
@@ -53,4 +55,7 @@ def _offsets(record: np.dtype[Any]) -> tuple[int, ...]:
 
 
 #: the extension states its own, and `engine` compares them
-LAYOUT = (_offsets(BUCKET), _offsets(LEAF), PLACE_SHIFT, _offsets(LINE), RANK_BITS, _offsets(ENTRY), FEW)
+LAYOUT = (
+    *(_offsets(BUCKET), _offsets(LEAF), PLACE_SHIFT, _offsets(LINE), RANK_BITS),
+    *(_offsets(ENTRY), FEW, _offsets(SUMMARY)),
+)

@@ -65,7 +65,9 @@ def discard_many(state: State, keys: ArrayLike) -> State:
     return _remove(state, codes if exact is None else codes[exact])
 
 
-def fold(state: State, writes: int, codes: Codes, net: Ints, alive: Mask, values: list[Any], append: bool) -> State:
+def fold(
+    state: State, writes: int, codes: Codes, net: Ints, alive: Mask, values: list[Any] | Values, append: bool
+) -> State:
     """The state after single changes of some codes, distinct and ascending.
 
     Args:
@@ -74,14 +76,17 @@ def fold(state: State, writes: int, codes: Codes, net: Ints, alive: Mask, values
         codes: uint64 [changes].
         net: int64 [changes], the change in the number of keys of each code.
         alive: bool [changes], of a map: whether the code is in it afterwards.
-        values: of a map [changes], those of codes not alive are not used.
+        values: of a map [changes], in a list or of its dtype; those of codes not alive are not used.
         append: whether keys above all others may go behind the run: only one successor of a state may take that place.
     """
     if not state.is_map:
         changed = net != 0
         return _with_copies(state, codes[changed], net[changed], writes, append)
     dtype, gone = state.value_dtype, codes[~alive]
-    new = array_of([value for value, there in zip(values, alive.tolist(), strict=True) if there], dtype)
+    if isinstance(values, list):
+        new = array_of([value for value, there in zip(values, alive.tolist(), strict=True) if there], dtype)
+    else:
+        new = values[alive]
     state, delta = _with_values(state, codes[alive], new, writes, append)
     if len(gone):
         none = np.zeros(len(gone), dtype)

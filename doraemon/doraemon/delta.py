@@ -5,7 +5,8 @@ count differs from what is below: +2 copies, -1 (a tombstone), 0 (a value replac
 rank in the run plus the sums of what changed below the key. Deltas are immutable; a write makes a new small one, in
 time proportional to both.
 
-A delta is searched by the rank that a key has in the run: of windows of that many keys each knows its first entry.
+A delta is searched by the rank that a key has in the run. The ranks are divided into windows, of which each knows its
+first entry, and a summary of each window tells where in it there are entries: it answers most queries by itself.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import ENTRY, FEW, Codes, Ints, Mask, Values
+from .arrays import ENTRY, FEW, SUMMARY, Codes, Ints, Mask, Values
 from .engine import Engine, native
 from .splicing import Room, ranks_in, splice
 
 MAX_STAMP = 1 << 62
 FREE_COPIES = 1 << 20  #: that a saved delta may always add
 SPARE = 4  #: of the keys, how many times fewer a merge leaves room for
-WINDOW = 2  #: entries between which a rank in the run leaves the choice, on average
+WINDOW = 3  #: entries in a window on average, at most
 Count = Callable[
     [Codes], tuple[Ints, Ints]
 ]  #: where each code is in the run, and how many keys below the delta have it
@@ -87,21 +88,23 @@ class Delta:
         return int(self.net.sum())
 
     @cached_property
-    def packed(self) -> tuple[NDArray[Any], NDArray[np.uint32], int]:
-        """What C searches: ENTRY [entries + FEW], where windows begin, uint32, and log2 of a window's ranks."""
+    def packed(self) -> tuple[NDArray[Any], Ints, NDArray[np.uint32], NDArray[Any], int]:
+        """What C searches: ENTRY [entries + FEW], `left`, where windows begin, SUMMARY of each, log2 of their ranks."""
         n, d = int(self.left[-1]) + 1 if len(self) else 1, len(self)
         bits = max(0, (n * WINDOW // max(d, 1)).bit_length() - 1)
         entries, windows = np.empty(d + FEW, dtype=ENTRY), np.empty((n >> bits) + 2, dtype=np.uint32)
-        native.pack_delta(self.codes, self.net, self.present, self.left, bits, entries, windows)
-        return entries, windows, bits
+        summaries = np.empty(len(windows) - 1, dtype=SUMMARY)
+        arrays = (self.codes, self.net, self.present, self.left)
+        native.pack_delta(*arrays, bits, entries, windows, summaries)
+        return entries, self.left, windows, summaries, bits
 
     def below(self, other: Delta) -> tuple[Ints, Mask]:
         """How many of this delta's codes are below each of another one's of the same run, and which are in both."""
-        if len(self) == 0 or self.engine == "numpy":
+        if len(self) < len(other) or "packed" not in self.__dict__:  # packing would take longer than searching
             below = ranks_in(self.codes, other.codes, False, self.engine)
         else:
-            below, (entries, windows, bits) = np.empty(len(other), dtype=np.int64), self.packed
-            native.entries_below(entries, self.left, windows, bits, other.codes, other.left, below)
+            below = np.empty(len(other), dtype=np.int64)
+            native.entries_below(*self.packed, other.codes, other.left, below)
         both: Mask = np.zeros(len(other), dtype=np.bool_)
         inside = below < len(self)
         both[inside] = self.codes[below[inside]] == other.codes[inside]

@@ -9,6 +9,7 @@ another front. Without the C extension, or without a GIL, there is no level, and
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
@@ -36,27 +37,61 @@ class Front:
     `insert`, `update` and `discard` answer None where the level does not take the change: it is full or frozen, there
     is none, or the key or the value is not one of this index.
 
+    The level, and with it the state's view, is made when the first of OPENED is asked for: a front that lives from one
+    batch of changes to the next needs none.
+
     Attributes:
         state: what the level lies over.
         view: answers questions of one key, changes included.
         get: a map's value for a key, or the default that is given; raises TypeError if there are keys only.
     """
 
-    __slots__ = ("_level", "_settled", "discard", "get", "insert", "state", "update", "view")
+    OPENED = ("_level", "view", "insert", "update", "discard", "get")  #: attributes that come with the level
+    __slots__ = (*OPENED, "_frozen", "_lock", "_settled", "state")
+    _level: Any
+    view: View
+    insert: Put
+    update: Put
+    discard: Callable[[object], bool | None]
+    get: Get
 
     def __init__(self, state: State) -> None:
         self.state = state
-        self._level = None if state.engine == "numpy" or native.Level is None else _level_over(state)
         self._settled = (0, state)
-        self.view: View = state.view if self._level is None else cast(View, self._level)
-        changing = self._level or _NoLevel()
-        self.insert: Put = changing.insert
-        self.update: Put = changing.update
-        self.discard: Callable[[object], bool | None] = changing.discard
-        self.get: Get = self._getter()
+        self._frozen = False
+        self._lock = threading.Lock()
+
+    def __getattr__(self, name: str) -> Any:
+        """What is asked for before the front was opened, which opens it."""
+        if name not in self.OPENED:
+            raise AttributeError(f"a front has no {name!r}")
+        with self._lock:
+            if not self._is_open:
+                self._open()
+        return getattr(self, name)
+
+    def _open(self) -> None:
+        state, level = self.state, None
+        if state.engine == "native" and native.Level is not None:
+            level = _level_over(state)
+            if self._frozen:
+                level.freeze()
+        self.view = state.view if level is None else cast(View, level)
+        changing = level or _NoLevel()
+        self.insert, self.update, self.discard = changing.insert, changing.update, changing.discard
+        self.get = self._getter(self.view)
+        self._level = level  # last: it tells that the front is open
+
+    @property
+    def _is_open(self) -> bool:
+        try:
+            object.__getattribute__(self, "_level")
+        except AttributeError:
+            return False
+        return True
 
     def __len__(self) -> int:
-        return self.state.length if self._level is None else self.state.length + self._level.net
+        return self.state.length + self._level.net if self._is_open and self._level is not None else self.state.length
 
     # ---- ranks and ranges
 
@@ -106,8 +141,10 @@ class Front:
 
     def freeze(self) -> None:
         """Take no more changes. O(1)."""
-        if self._level is not None:
-            self._level.freeze()
+        with self._lock:
+            self._frozen = True
+            if self._is_open and self._level is not None:
+                self._level.freeze()
 
     @property
     def is_closed(self) -> bool:
@@ -120,9 +157,11 @@ class Front:
         A writer, who makes the next state of it, may `append` keys behind the run.
         """
         version, state = self._settled
-        if self._level is None or self._level.version == version:
+        if not self._is_open or self._level is None or self._level.version == version:
             return state
         version, codes, net, alive, values = self._level.entries()
+        if isinstance(values, bytes):
+            values = np.frombuffer(values, self.state.value_dtype)
         state = fold(
             self.state,
             version,
@@ -135,10 +174,10 @@ class Front:
         self._settled = (version, state)  # another reader's may be older: its version tells
         return state
 
-    def _getter(self) -> Get:
+    def _getter(self, view: View) -> Get:
         if not self.state.is_map:
             return _no_values
-        return partial(_copied, self.view.get) if self.state.value_dtype.kind == "V" else self.view.get
+        return partial(_copied, view.get) if self.state.value_dtype.kind == "V" else view.get
 
 
 def _new_codes(count: int) -> Scanned:
@@ -159,8 +198,9 @@ def _level_over(state: State) -> Any:
     if not state.is_map:
         return native.Level(state.view, capacity, None, None, None, REQUIRED)
     dtype = state.value_dtype
-    convert = partial(value_like, dtype)
-    return native.Level(state.view, capacity, convert, plain_type(dtype), dtype.type, REQUIRED)
+    plain = plain_type(dtype)
+    one = None if plain is None else np.zeros(1, dtype)
+    return native.Level(state.view, capacity, partial(value_like, dtype), plain, one, REQUIRED)
 
 
 class _NoLevel:

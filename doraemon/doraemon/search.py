@@ -82,7 +82,7 @@ def make_view(engine: Engine, key_type: KeyType, run: Run, deltas: Deltas) -> Vi
         return NumpyView(key_type, run, deltas)
     model, dtype, (older, recent) = run.model, key_type.dtype, deltas
     lines = NO_LINES if run.hot is None else run.hot.lines
-    (entries, windows, bits), (last_entries, last_windows, last_bits) = older.packed, recent.packed
+    (*arrays, bits), (*last_arrays, last_bits) = older.packed, recent.packed
     return native.View(
         dtype.kind,
         dtype.itemsize,
@@ -90,7 +90,7 @@ def make_view(engine: Engine, key_type: KeyType, run: Run, deltas: Deltas) -> Vi
         key_type.lexicon,
         SAMPLING,
         *(run.codes, model.bounds, model.buckets, model.pool.rows, lines),
-        *(entries, older.left, windows, last_entries, recent.left, last_windows),
+        *(*arrays, *last_arrays),
         *(run.heat.samples.codes, run.heat.samples.taken),
         *(run.values, older.values, recent.values),
         *(bits, last_bits),

@@ -50,7 +50,7 @@ class Places(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """A run, its deltas, and the view that searches all.
+    """A run, its deltas, and the views that search them.
 
     Attributes:
         key_type: of the keys.
@@ -58,7 +58,7 @@ class State:
         run: most of the keys.
         older: what changed since the run was made, but for
         recent: what changed since those changes were put together.
-        view: answers single keys and batches of codes.
+        base: searches the run and the older changes, for writers, who count before they add to the recent ones.
         length: the number of keys, copies counted.
         writes: the number of the last write, by which the deltas' entries are stamped.
         copied: how many entries of deltas the writes since the last merge have copied.
@@ -71,7 +71,7 @@ class State:
     run: Run
     older: Delta
     recent: Delta
-    view: View
+    base: View
     length: int
     writes: int
     copied: int
@@ -83,14 +83,23 @@ class State:
         """The state of a run and its older changes, by default none; there are no recent ones."""
         none = Delta.empty(None if run.values is None else run.values.dtype, engine)
         older = none if delta is None else delta
-        view = make_view(engine, key_type, run, (older, none))
-        return cls(key_type, engine, run, older, none, view, len(run) + older.shift, writes, 0, 0)
+        base = make_view(engine, key_type, run, (older, none))
+        return cls(key_type, engine, run, older, none, base, len(run) + older.shift, writes, 0, 0)
 
     def _with(self, **parts: Any) -> State:
-        """This state with some other parts, and the view of them."""
+        """This state with some other parts, and the views of them."""
         state = replace(self, **parts, asked=np.zeros(1, np.int64))
-        view = make_view(state.engine, state.key_type, state.run, (state.older, state.recent))
-        return replace(state, view=view, length=len(state.run) + state.older.shift + state.recent.shift)
+        base = self.base
+        if state.run is not self.run or state.older is not self.older:
+            base = make_view(state.engine, state.key_type, state.run, (state.older, self._no_changes))
+        return replace(state, base=base, length=len(state.run) + state.older.shift + state.recent.shift)
+
+    @cached_property
+    def view(self) -> View:
+        """What answers single keys and batches of codes. O(recent changes), which writers do without."""
+        if len(self.recent) == 0:
+            return self.base
+        return make_view(self.engine, self.key_type, self.run, (self.older, self.recent))
 
     @property
     def is_map(self) -> bool:
@@ -256,7 +265,7 @@ class State:
     def counted(self, codes: Codes) -> tuple[Ints, Ints]:
         """Where each code is, or would be, in the run, and how many keys of it and of the older changes equal it."""
         ranks, counts = np.empty(len(codes), dtype=np.int64), np.empty(len(codes), dtype=np.int64)
-        self.view.count_many(codes, ranks, counts)
+        self.base.count_many(codes, ranks, counts)
         return ranks, counts
 
     def with_recent(self, recent: Delta, writes: int = 1) -> State:

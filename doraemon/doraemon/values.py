@@ -96,7 +96,7 @@ def value_like(dtype: np.dtype[Any], given: Any) -> Any:
 
 
 def plain_type(dtype: np.dtype[Any]) -> type | None:
-    """Python's type whose items the dtype's scalar type takes as `values_like` would, or raises OverflowError."""
+    """Python's type whose items C makes the dtype's, of 8 bytes, as `values_like` would, where they fit."""
     return _PLAIN.get(dtype)
 
 

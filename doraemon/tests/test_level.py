@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from doraemon import Index, Snapshot
+from doraemon.state import REQUIRED
 
 STEPS = ["insert", "insert", "update", "discard", "ask", "freeze", "batch"]
 
@@ -154,6 +155,22 @@ def test_values_of_every_kind_pass_through_the_level_unchanged(engine: str) -> N
         assert before == batch[2] == index.values()[1] == index[2]
 
 
+@pytest.mark.parametrize("numbers", [[0, -1, 2**63 - 1, -(2**63), np.int32(-7), True], [0.0, -0.5, 1e300, 3, np.inf]])
+def test_numbers_are_folded_as_they_were_given(engine: str, numbers: list[Any]) -> None:
+    values = np.zeros(1, np.float64 if 1e300 in numbers else np.int64)
+    index = Index([-1], values, engine=engine)
+    for key, number in enumerate([7, *numbers]):
+        index.update(key, number)
+    index.update(0, numbers[1])
+    index.discard(1)
+    expected = [numbers[1], *numbers[1:]]
+    assert [index[key] for key in (0, *range(2, len(numbers) + 1))] == expected
+    assert index.get_many([0, *range(2, len(numbers) + 1)]).tolist() == expected  # of the delta
+    with pytest.raises(OverflowError if values.dtype.kind == "i" else TypeError):
+        index.update(9, 2**63 if values.dtype.kind == "i" else "text")
+    assert 9 not in index and 1 not in index
+
+
 def test_a_record_that_was_handed_out_is_a_copy(engine: str) -> None:
     index = Index([1], np.zeros(1, [("a", "i4")]), engine=engine)
     index.update(2, (5,))
@@ -198,3 +215,38 @@ def test_writers_of_single_keys_lose_nothing_to_batches_and_snapshots() -> None:
     done.set()
     disturber.join()
     assert index.keys().tolist() == list(range(8000))
+
+
+@pytest.mark.parametrize("frozen_by", ["snapshot", "copy", "batch"])
+def test_a_level_is_made_when_it_is_asked_for(engine: str, frozen_by: str) -> None:
+    index = Index([1, 3], engine=engine)
+    index.extend([5])
+    assert not index._front._is_open
+    front = index._front
+    seen: Any = index.snapshot() if frozen_by == "snapshot" else index.copy() if frozen_by == "copy" else None
+    if frozen_by == "batch":
+        index.extend([7])
+        assert front.insert(9, REQUIRED) is None  # a writer that was slower than the batch
+    assert len(front) == 3
+    index.insert(2)
+    assert 2 in index and index.bisect_left(5) == 3
+    if seen is not None:
+        assert 2 not in seen and seen.keys().tolist() == [1, 3, 5]
+
+
+def test_threads_that_open_a_front_share_its_level() -> None:
+    for round_ in range(50):
+        index = Index([0])
+        index.extend([1])
+        barrier = threading.Barrier(4)
+
+        def insert(number: int, index: Index = index, barrier: threading.Barrier = barrier) -> None:
+            barrier.wait()
+            index.insert(number)
+
+        threads = [threading.Thread(target=insert, args=(10 * round_ + number,)) for number in range(2, 6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert index.keys().tolist() == [0, 1, *range(10 * round_ + 2, 10 * round_ + 6)]
