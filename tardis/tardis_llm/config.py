@@ -38,8 +38,8 @@ class FoldConfig:
         reduction: share of the FFN bytes that a token no longer reads, between 0 and 1.
         select: which neurons are computed exactly: "dynamic" for those that are predicted, for each token, to be out of
             their hot range, "static" for the same ones for every token, those that a linear map says least of. A static
-            fold needs `fallback_bits`. At the same bytes it is faster, and much less accurate on text that is unlike the
-            calibration text.
+            fold needs `fallback_bits`. At the same bytes it is faster, and much less accurate on text that is unlike
+            the calibration text.
         policy: how each neuron's hot range is chosen: "error" by the output error that it would leave, "coverage" by
             the share of the neuron's inputs that it holds, as in the paper.
         split: how the bytes are split over the layers: "loss" by what folding each of them costs the model, which is

@@ -25,6 +25,7 @@ RUNTIME = (
     "reference",
     "backend",
     "slow",
+    "static",
     "stored",
     "matrices",
     "state",

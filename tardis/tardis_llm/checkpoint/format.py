@@ -139,7 +139,8 @@ def _check_format(name: str, found: FoldFormat) -> None:
         _require(plain and value in allowed, f"{key} of {name}", value, _one_of(allowed))
     known = _one_of(KINDS) + ", with the parameters that it has,"
     _require(_is_activation(found.activation), f"activation of {name}", found.activation, known)
-    _require(isinstance(found.kept_bias, bool), f"kept_bias of {name}", found.kept_bias, "true or false")
+    plain = isinstance(found.kept_bias, bool) and (bool(found.kept) or not found.kept_bias)
+    _require(plain, f"kept_bias of {name}", found.kept_bias, "true or false, and false where none is kept,")
     fits = _whole(found.kept) and found.kept >= 0 and not (found.kept and found.fallback_bits != found.bits)
     _require(fits, f"kept of {name}", found.kept, "a number from 0, beside fallback_bits that are bits,")
     size, fallback = found.group_size, found.fallback_bits

@@ -243,7 +243,9 @@ class Storage:
         """
         assert self.fallback_bits is not None, "kept neurons are in few bits"
         size = min(self.group_size, ffn.d)
-        form = replace(self, group_size=size, remainder_bits=None).format(ffn.activation, self.fallback_bits, gated=ffn.k == 2)
+        form = replace(self, group_size=size, remainder_bits=None).format(
+            ffn.activation, self.fallback_bits, gated=ffn.k == 2
+        )
         return replace(form, kept=kept, kept_bias=ffn.b1 is not None)
 
 

@@ -87,8 +87,8 @@ def check_static(ffns: list[DenseFFN], storage: Storage, reduction: float) -> No
         if most_kept(ffn, storage, reduction) < 1:
             raise InfeasibleBudgetError(
                 f"a reduction of {reduction:.4g} is not feasible: beside the fold it leaves no room for "
-                f"{min(storage.group_size, ffn.d)} kept neurons of an FFN with {ffn.h}. Lower --reduction, store the fold in fewer "
-                "bits (--fold-dtype int4), or make the groups smaller (--group-size)."
+                f"{min(storage.group_size, ffn.d)} kept neurons of an FFN with {ffn.h}. Lower --reduction, store the "
+                "fold in fewer bits (--fold-dtype int4), or make the groups smaller (--group-size)."
             )
 
 

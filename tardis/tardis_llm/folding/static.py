@@ -3,7 +3,8 @@
     y = x C^T + c + sum over kept neurons i of value_i(v) W2[:, i]
 
 No neuron is predicted, and every token computes the same ones. So it reads weights in stretches, where fixing reads
-rows here and there, and saves time at every batch. What a folded neuron does on text unlike the calibration text is lost.
+rows here and there, and saves time at every batch. What a folded neuron does on text unlike the calibration text is
+lost.
 """
 
 from __future__ import annotations
