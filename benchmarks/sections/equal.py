@@ -68,7 +68,7 @@ def quality_table(quality: dict[str, Any]) -> str:
     return (
         f"Perplexity, and in brackets the increase of the loss in nats per token; tokens judged: {sizes}, in windows "
         f"of {settings['window']}; calibrated on {settings['calibration']:,} tokens of Wikipedia and novels.\n\n"
-        + table(["", *texts, "fixed", "FFN bytes touched"], lines)
+        + table(["", *texts, "fixed or kept", "FFN bytes touched"], lines)
     )
 
 
