@@ -60,7 +60,8 @@ def set_prefill(model: PreTrainedModel, mode: Prefill) -> None:
     for block in named_blocks(model).values():
         _note_lengths(block, mode == "exact")
     for ffn in folded_ffns(model).values():
-        ffn.goes_dense, ffn.if_quick = choices[mode], mode == "auto"
+        ffn.goes_dense = None if ffn.static else choices[mode]  # all that a static fold has, it always computes
+        ffn.if_quick = mode == "auto"
 
 
 def check_prefill(mode: str) -> None:

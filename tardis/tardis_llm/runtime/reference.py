@@ -34,17 +34,20 @@ def folded_ffn(x: Tensor, weights: FoldedWeights) -> Tensor:
         x: [tokens, d].
         weights: with the dense weights beside them, in the dtype of x, unless they are stacked.
     """
-    predictor, w1, w2 = written_out(weights.predictor), *weights.fallback(x.dtype)
-    static = torch.compiler.is_compiling() or not x.is_cpu or type(x) is not Tensor
-    parts = [x] if static else x.split(_TOKENS)
-    corrections = [_correction(some, weights, predictor, w1, w2, static) for some in parts]
-    correction = torch.cat(corrections) if len(corrections) > 1 else corrections[0]
-    if weights.kept:
-        correction = _kept(x, weights)
+    correction = _kept(x, weights) if weights.kept else _fixes(x, weights)
     if weights.fold is None:
         return correction
     affine = F.linear(x, written_out(weights.fold).to(x.dtype), weights.bias)
     return (affine.float() + correction.float()).to(x.dtype)
+
+
+def _fixes(x: Tensor, weights: FoldedWeights) -> Tensor:
+    """[tokens, d] what fixing adds for inputs x [tokens, d], some tokens at once."""
+    predictor, w1, w2 = written_out(weights.predictor), *weights.fallback(x.dtype)
+    static = torch.compiler.is_compiling() or not x.is_cpu or type(x) is not Tensor
+    parts = [x] if static else x.split(_TOKENS)
+    corrections = [_correction(some, weights, predictor, w1, w2, static) for some in parts]
+    return torch.cat(corrections) if len(corrections) > 1 else corrections[0]
 
 
 def _correction(x: Tensor, weights: FoldedWeights, predictor: Tensor, w1: Tensor, w2: Tensor, static: bool) -> Tensor:
