@@ -177,6 +177,8 @@ def test_random_folds_keep_the_share_asked_for(family: str) -> None:
         assert ffn.weights.kept == pytest.approx(0.5 * site.intermediate_size, abs=8)
     prepare_decoding(model)
     assert bool(torch.isfinite(logits(model)).all())
+    for site, ffn in random_folds(tiny_model(family), 2, Storage(48, 4, 4), 0.0, kept=1.0):
+        assert site.intermediate_size - 48 < ffn.weights.kept <= site.intermediate_size
     with pytest.raises(InvalidInputError, match="--fallback int4"):
         RandomFold(kept=0.5)
 

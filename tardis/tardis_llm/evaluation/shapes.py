@@ -164,7 +164,7 @@ def random_folds(
         if kept is None:
             form = stored.format(dense.activation, bits, site.gated)
         else:
-            form = stored.static_format(dense, max(1, round(kept * dense.h / size)) * size)
+            form = stored.static_format(dense, min(dense.h, max(1, round(kept * dense.h / size)) * size))
         ffn = FoldedFFN(FoldedWeights.empty(form, dense.d, dense.h, model.dtype, torch.device("cpu")))
         for name, tensor in ffn.state_dict().items():
             _randomise(name, tensor, generator)
