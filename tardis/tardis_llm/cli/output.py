@@ -169,8 +169,8 @@ def print_fold(report: FoldReport, title: str) -> None:
     out.print(
         "[dim]fixed: share of neurons corrected per token; kept: computed for every token. error: squared error of the "
         "FFN output over its variance; linearity: squared error of the best affine map without fixing. "
-        "touched: FFN bytes read per token at batch 1, everything counted. resident: FFN bytes kept in memory, fallback "
-        "weights included. Shares are of the dense FFN bytes.[/]"
+        "touched: FFN bytes read per token at batch 1, everything counted. resident: FFN bytes kept in memory, "
+        "fallback weights included. Shares are of the dense FFN bytes.[/]"
     )
     out.print(
         f"FFN bytes: dense {size(report.dense)}, touched per token {size(report.touched)} "
