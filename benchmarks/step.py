@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 
 from tardis_llm.allocator import keep_freed_memory
+from tardis_llm.evaluation.decoder import greedy
 from tardis_llm.evaluation.machine import cpu_name, read_bandwidth
 from tardis_llm.evaluation.shapes import SHAPES, RandomFold, shaped_model
 from tardis_llm.evaluation.speed import step_bytes
@@ -42,7 +43,7 @@ def table(variant: Variant, position: int, rounds: int) -> list[tuple[str, float
             cache.crop(-1)
 
         def decoded() -> None:
-            steps(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            greedy(steps(input_ids=token, past_key_values=cache, use_cache=True).logits)
             cache.crop(-1)
 
         whole()

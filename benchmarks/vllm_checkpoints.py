@@ -60,7 +60,7 @@ def save_random_fold(
         tokenizer: saved beside the model.
     """
     fold, layers = fold or RandomFold(), []
-    for site, ffn in list(random_folds(model, fold.predictor_bits, fold.storage, fold.fix_rate)):
+    for site, ffn in list(random_folds(model, fold)):
         layers.append(_random_report(site, ffn, fold))
         install(model, site, ffn)
     linears = quantise_linears(model, fold.linear_bits) if fold.linear_bits else None

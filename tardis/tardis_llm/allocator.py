@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import threading
 from contextlib import suppress
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's mallopt
 _MIB = 2**20
-_HUGE_PAGE = 2 * _MIB
+_PAGE, _HUGE_PAGE = 4096, 2 * _MIB
+_ARENA_SIZE = 32 * _MIB
+_LEAST = 16 * _PAGE
 
 
 def keep_freed_memory() -> bool:
@@ -58,9 +61,36 @@ def contiguous_in_huge_pages(tensor: Tensor) -> Tensor:
     """
     if not _gains(tensor) or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty_like(tensor, memory_format=torch.contiguous_format).copy_(tensor)
-    raw = _mapped(tensor.nbytes + _HUGE_PAGE)
+    return _ARENA.room(tensor.nbytes).view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+class _Arena:
+    """Huge pages that tensors share; they are given back when none of those that lie in them is left."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._rest = torch.empty(0, dtype=torch.uint8)
+
+    def room(self, size: int) -> Tensor:
+        """[size] uint8 that begins at the start of a page; of a large one at that of a huge page."""
+        if size >= _ARENA_SIZE // 2:
+            return _huge(size)
+        whole = -(-size // _PAGE) * _PAGE
+        with self._lock:
+            if len(self._rest) < whole:
+                self._rest = _huge(_ARENA_SIZE)
+            room, self._rest = self._rest[:size], self._rest[whole:]
+        return room
+
+
+_ARENA = _Arena()
+
+
+def _huge(size: int) -> Tensor:
+    """[size] uint8 in newly mapped memory that begins at the start of a huge page."""
+    raw = _mapped(size + _HUGE_PAGE)
     begin = -raw.data_ptr() % _HUGE_PAGE
-    return raw[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    return raw[begin : begin + size]
 
 
 def _mapped(size: int) -> Tensor:
@@ -73,4 +103,4 @@ def _mapped(size: int) -> Tensor:
 
 def _gains(tensor: Tensor) -> bool:
     """Whether a tensor is large enough for huge pages to matter, and on the CPU."""
-    return tensor.device.type == "cpu" and tensor.nbytes >= 2 * _HUGE_PAGE
+    return tensor.device.type == "cpu" and tensor.nbytes >= _LEAST

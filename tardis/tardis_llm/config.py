@@ -15,10 +15,10 @@ Policy = Literal["error", "coverage"]
 Rounding = Literal["gptq", "nearest"]
 Target = Literal["stream", "dense", "own"]
 Split = Literal["loss", "uniform"]
-Select = Literal["dynamic", "static"]
+Select = Literal["dynamic", "static", "mixed"]
 
 #: version of the checkpoint format that this package writes, and the newest that it reads
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 #: bits per weight that a predictor may have
 PREDICTOR_BITS = (1, 2, 3, 4, 8)
 #: bits per weight that anything else may have: a fold, fallback weights, linear layers outside the FFNs
@@ -37,9 +37,11 @@ class FoldConfig:
     Attributes:
         reduction: share of the FFN bytes that a token no longer reads, between 0 and 1.
         select: which neurons are computed exactly: "dynamic" for those that are predicted, for each token, to be out of
-            their hot range, "static" for the same ones for every token, those that a linear map says least of. A static
-            fold needs `fallback_bits`. At the same bytes it is faster, and much less accurate on text that is unlike
-            the calibration text.
+            their hot range, "static" for the same ones for every token, those that a linear map says least of, "mixed"
+            for both: those that would be fixed often, and of the others those that are predicted. The last two need
+            `fallback_bits`. At the same bytes a static fold is the fastest, and much less accurate on text that is
+            unlike the calibration text.
+        keep_above: with select mixed, the share of the tokens beyond which a neuron that is fixed in them is kept.
         policy: how each neuron's hot range is chosen: "error" by the output error that it would leave, "coverage" by
             the share of the neuron's inputs that it holds, as in the paper.
         split: how the bytes are split over the layers: "loss" by what folding each of them costs the model, which is
@@ -89,6 +91,7 @@ class FoldConfig:
 
     reduction: float = 0.8
     select: Select = "dynamic"
+    keep_above: float = 0.25
     policy: Policy = "error"
     split: Split | None = None
     predictor_bits: int | None = None
@@ -129,7 +132,8 @@ class FoldConfig:
         self._require("remainder_bits", fits, "0 to 8 bits, and only with fallback_bits")
         remedy = f"at most the {most} bits of the fallback weights, which include it"
         self._require("predictor_bits", bits is None or bits <= most, remedy)
-        self._check_static()
+        self._check_kept()
+        self._require("keep_above", 0 <= self.keep_above <= 1, "a share of the tokens from 0 to 1")
         for name in ("group_size", "linear_group_size"):
             self._require(name, getattr(self, name) > 0, "a positive number of weights, such as 64")
         self._require("damping", self.damping is None or self.damping >= 0, "a number from 0, such as 0.01")
@@ -141,14 +145,16 @@ class FoldConfig:
         device_named(self.device)
         self._require("sequence_length", length is None or length >= 2, "at least 2 tokens")
 
-    def _check_static(self) -> None:
-        """Refuse settings that a static fold does not have."""
-        if self.select != "static":
+    def _check_kept(self) -> None:
+        """Refuse settings that a fold that keeps neurons does not have."""
+        if self.select == "dynamic":
             return
-        why = "with select static, which"
+        why = f"with select {self.select}, which"
         self._require("fallback_bits", self.fallback_bits is not None, f"4 or 8 {why} keeps neurons in few bits")
-        self._require("split", self.split in (None, "uniform"), f"uniform {why} keeps the same share in every layer")
         self._require("refit", self.refit, f"True {why} has no other fold")
+        if self.select == "mixed":
+            return
+        self._require("split", self.split in (None, "uniform"), f"uniform {why} keeps the same share in every layer")
         self._require("predictor_bits", self.predictor_bits is None, f"None {why} predicts nothing")
         self._require("remainder_bits", self.remainder_bits is None, f"None {why} predicts nothing")
 

@@ -14,7 +14,7 @@ class LayerReport:
     Attributes:
         prefix: full name of the FFN in the model.
         bits: bits per weight of the predictor, or of the neurons that a static fold keeps.
-        fix_rate: share of neurons fixed per token, on held-out calibration tokens; of a static fold the share kept.
+        fix_rate: share of the neurons predicted that are fixed, per held-out calibration token; 0 of a static fold.
         error: squared error of the output over its variance, on held-out calibration tokens.
         linearity: such an error of the best affine map, with no neuron fixed.
         damping: damping of the refit; None without a refit.
@@ -22,6 +22,7 @@ class LayerReport:
         dense: bytes of the dense FFN.
         touched: bytes that a token reads.
         resident: bytes kept in memory.
+        kept: share of the neurons that every token computes; 0 of a dynamic fold.
     """
 
     prefix: str
@@ -34,6 +35,7 @@ class LayerReport:
     dense: int
     touched: float
     resident: int
+    kept: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,22 @@ class FoldReport(ByteTotals):
 
     @property
     def fix_rate(self) -> float:
-        """Mean share of neurons fixed per token."""
+        """Mean share of the neurons predicted that are fixed per token."""
         return sum(layer.fix_rate for layer in self.layers) / len(self.layers)
+
+    @property
+    def kept(self) -> float:
+        """Mean share of the neurons that every token computes."""
+        return sum(layer.kept for layer in self.layers) / len(self.layers)
+
+    @property
+    def exact(self) -> str:
+        """What is computed exactly, in words."""
+        if not self.kept:
+            return f"neurons fixed {self.fix_rate:.2%}"
+        if self.config.get("select") == "static":
+            return f"neurons kept {self.kept:.2%}"
+        return f"neurons kept {self.kept:.2%}, of the others fixed {self.fix_rate:.2%}"
 
     @property
     def worse_than_mean(self) -> list[LayerReport]:

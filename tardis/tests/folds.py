@@ -11,7 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tardis_llm import FoldConfig, FoldReport, fold
-from tardis_llm.families.sites import find_ffns
+from tardis_llm.config import Select
+from tardis_llm.evaluation.shapes import RandomFold, random_folds
+from tardis_llm.families.sites import FFNSite, find_ffns
+from tardis_llm.ffn.weights import Storage
 from tardis_llm.pipeline.session import sound_weights
 from tardis_llm.runtime.modules import FoldedFFN
 from tardis_llm.runtime.placing import install
@@ -30,6 +33,14 @@ def folded_tiny(name: str) -> tuple[PreTrainedModel, FoldReport]:
     """`tiny_model(name)`, folded with `SETTINGS` on `text()`."""
     model = tiny_model(name)
     return model, fold(model, text(), SETTINGS)
+
+
+def folds_at_random(
+    model: PreTrainedModel, bits: int, storage: Storage, fix_rate: float, select: Select = "dynamic"
+) -> list[tuple[FFNSite, FoldedFFN]]:
+    """A random fold for every FFN, predicted in so many bits and stored so; see `random_folds`."""
+    parts = storage.fold_bits, storage.fallback_bits, None
+    return list(random_folds(model, RandomFold(bits, *parts, fix_rate, select, group_size=storage.group_size)))
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
+from folds import folds_at_random
 from models import ENCODER_NAMES, LAYOUTS, VOCAB, tiny_model, tokens
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -27,7 +28,6 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, 
 from tardis_llm import freeze
 from tardis_llm.checkpoint.folded import mark_folded
 from tardis_llm.errors import InvalidInputError
-from tardis_llm.evaluation.shapes import random_folds
 from tardis_llm.ffn.weights import Storage
 from tardis_llm.pipeline.linears import quantise_linears
 from tardis_llm.runtime.cpu.backend import CpuBackend
@@ -88,7 +88,7 @@ def _made(family: str, form: str) -> PreTrainedModel:
     blocks = 3 if family in ENCODER_NAMES else 2  # accelerate finds no place for two blocks of an encoder
     model = tiny_model(family, dtype=dtype, blocks=blocks)
     if storage:
-        for site, ffn in list(random_folds(model, 2, storage, 0.2)):
+        for site, ffn in folds_at_random(model, 2, storage, 0.2):
             _give_lines(ffn)
             install(model, site, ffn)
     if linears:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Result, assert_refused
+from folds import folds_at_random
 from models import tiny_model, tiny_tokenizer, tokens
 from transformers import AutoConfig, PreTrainedModel
 
@@ -19,7 +20,7 @@ from tardis_llm.evaluation.crossover import TOKEN_COUNTS, ffn_speed_ups, pays_up
 from tardis_llm.evaluation.decoder import Decoder
 from tardis_llm.evaluation.fix_rate import count_fixes, count_union
 from tardis_llm.evaluation.machine import cpu_name, read_bandwidth
-from tardis_llm.evaluation.shapes import SHAPES, random_folds, shaped_model
+from tardis_llm.evaluation.shapes import SHAPES, shaped_model
 from tardis_llm.evaluation.speed import step_bytes
 from tardis_llm.evaluation.turns import Ratio, take_turns
 from tardis_llm.evaluation.variants import RIVALS, folded, rival
@@ -72,7 +73,7 @@ def test_a_shaped_model_computes_and_its_fold_fixes_what_is_stated():
         before = model(ids).logits
     assert bool(torch.isfinite(before).all())
     assert before.float().std() > 0.01
-    folds = list(random_folds(model, 2, Storage(256, 8, 4), 0.05))
+    folds = folds_at_random(model, 2, Storage(256, 8, 4), 0.05)
     with folded(model, folds), count_fixes(model) as counts, torch.no_grad():
         assert len(folded_ffns(model)) == 2
         model(ids)
@@ -198,7 +199,7 @@ def test_the_crossover_is_measured_on_a_folded_model():
 
 def random_folds_of(model, storage: Storage):  # type: ignore[no-untyped-def]
     """Folds of a tiny model, which has biases that are not zero."""
-    return list(random_folds(model, 1, storage, 0.1))
+    return folds_at_random(model, 1, storage, 0.1)
 
 
 def test_a_fold_that_is_taken_out_keeps_nothing_of_the_weights_beside_it():

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Result, assert_refused
-from folds import badly_folded
+from folds import badly_folded, folds_at_random
 from marks import long, mostly_long
 from models import CAUSAL_NAMES, tiny_model, tokens
 from quick_folds import quick_fold
@@ -27,7 +27,6 @@ from transformers import PreTrainedModel
 
 from tardis_llm.errors import InvalidInputError
 from tardis_llm.evaluation.decoder import Decoder
-from tardis_llm.evaluation.shapes import random_folds
 from tardis_llm.evaluation.variants import folded_variant
 from tardis_llm.ffn.weights import Storage
 from tardis_llm.pipeline.linears import low_bit_copy, quantise_linears
@@ -199,7 +198,7 @@ def test_compiled_steps_begin_behind_the_prompt_each_time(
 ) -> None:
     monkeypatch.setattr(COMPILED, "backend", backend)
     model = tiny_model("falcon", dtype=dtype, blocks=1)
-    variant = folded_variant(model, list(random_folds(model, 1, Storage(64), 0.1)))
+    variant = folded_variant(model, folds_at_random(model, 1, Storage(64), 0.1))
     with variant.within():
         decoder, plain = Decoder(model, tokens(2, 8), compiled=3), Decoder(model, tokens(2, 8))
         chosen = [record(each) for each in (decoder, plain)]

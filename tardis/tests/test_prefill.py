@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from folds import badly_folded
+from folds import badly_folded, folds_at_random
 from models import tiny_model, tokens
 from synthetic import everything_fixed
 from torch import Tensor
@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from tardis_llm.checkpoint.folded import mark_folded
 from tardis_llm.errors import InvalidInputError
-from tardis_llm.evaluation.shapes import random_folds
 from tardis_llm.families.linear import weight_of
 from tardis_llm.families.sites import find_ffns
 from tardis_llm.ffn.weights import Storage
@@ -136,7 +135,7 @@ def test_auto_takes_the_kernel_for_many_tokens_in_bf16(name: str, sizes: dict[st
 def stacked_model(name: str, dtype: torch.dtype, **sizes: int) -> PreTrainedModel:
     """A model whose FFNs are folded at random, with the fallback in 4 bits."""
     model = tiny_model(name, dtype=dtype, **sizes)
-    for site, ffn in random_folds(model, 2, Storage(64, 8, 4), 0.1):
+    for site, ffn in folds_at_random(model, 2, Storage(64, 8, 4), 0.1):
         install(model, site, ffn)
     return model
 

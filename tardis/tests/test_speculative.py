@@ -6,12 +6,11 @@ import copy
 
 import pytest
 import torch
-from folds import folded_tiny
+from folds import folded_tiny, folds_at_random
 from models import tiny_model, tokens
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tardis_llm.evaluation.shapes import random_folds
 from tardis_llm.ffn.weights import Storage
 from tardis_llm.runtime.decoding import prepare_decoding
 from tardis_llm.runtime.placing import folded_ffns, install
@@ -23,7 +22,7 @@ STORAGES = pytest.mark.parametrize("storage", [Storage(64), Storage(64, 8, 4)], 
 def folded(model: PreTrainedModel, storage: Storage, fix_rate: float) -> PreTrainedModel:
     """A copy of a model whose FFNs are folded at random."""
     model = copy.deepcopy(model)
-    for site, ffn in random_folds(model, 2, storage, fix_rate):
+    for site, ffn in folds_at_random(model, 2, storage, fix_rate):
         install(model, site, ffn)
     return model
 

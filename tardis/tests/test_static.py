@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Result
-from folds import logits, text
+from folds import folds_at_random, logits, text
 from models import tiny_model
 from safetensors.torch import load_file
 from synthetic import correlated, random_ffn
@@ -31,11 +31,11 @@ from tardis_llm.folding.refit import fold_error, refit_layer
 from tardis_llm.folding.static import error_of_lines, fold_static
 from tardis_llm.folding.statistics import Statistics, outputs
 from tardis_llm.runtime.decoding import prepare_decoding
+from tardis_llm.runtime.kept import prepare
 from tardis_llm.runtime.modules import FoldedFFN
 from tardis_llm.runtime.placing import folded_ffns, install
 from tardis_llm.runtime.prefill import set_prefill
 from tardis_llm.runtime.reference import folded_ffn
-from tardis_llm.runtime.static import prepare
 
 D, H, GROUP = 32, 128, 16
 CONFIG = FoldConfig(select="static", fold_bits=8, fallback_bits=8, group_size=GROUP)
@@ -70,7 +70,7 @@ def test_the_more_neurons_are_kept_the_less_error_is_left(k: int) -> None:
     assert errors[0] < found[0][1].linearity
     for weights, quality in found:
         assert quality.error == pytest.approx(error(weights, ffn, held), rel=0.02)
-        assert quality.fix_rate == weights.kept / H
+        assert quality.kept == weights.kept / H and quality.fix_rate == 0
 
 
 def test_neurons_that_a_line_does_for_are_folded() -> None:
@@ -133,7 +133,7 @@ def test_a_model_reads_and_keeps_what_it_reports_and_loads_as_it_was_saved(famil
         ffn = folded_ffns(model)[layer.prefix]
         stored = sum(tensor.nbytes for tensor in ffn.state_dict().values())
         assert layer.touched == layer.resident == stored
-        assert ffn.weights.kept % GROUP == 0 or layer.fix_rate == 1
+        assert ffn.weights.kept % GROUP == 0 or layer.kept == 1
     assert report.touched <= 0.5 * report.dense
     save_folded(model, report, tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -172,15 +172,15 @@ def test_an_interrupted_fold_resumes_to_the_same_bytes(tmp_path: Path) -> None:
 @two_families
 def test_random_folds_keep_the_share_asked_for(family: str) -> None:
     model = tiny_model(family)
-    for site, ffn in random_folds(model, 2, Storage(16, 4, 4), 0.0, kept=0.5):
+    for site, ffn in folds_at_random(model, 2, Storage(16, 4, 4), 0.0, "static"):
         install(model, site, ffn)
         assert ffn.weights.kept == pytest.approx(0.5 * site.intermediate_size, abs=8)
     prepare_decoding(model)
     assert bool(torch.isfinite(logits(model)).all())
-    for site, ffn in random_folds(tiny_model(family), 2, Storage(48, 4, 4), 0.0, kept=1.0):
+    for site, ffn in random_folds(tiny_model(family), RandomFold(2, 4, 4, select="static", kept=1.0, group_size=48)):
         assert site.intermediate_size - 48 < ffn.weights.kept <= site.intermediate_size
     with pytest.raises(InvalidInputError, match="--fallback int4"):
-        RandomFold(kept=0.5)
+        RandomFold(select="static")
 
 
 def test_bytes_by_hand() -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from folds import folds_at_random
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from tardis_llm.evaluation.shapes import random_folds
+from tardis_llm.config import Select
 from tardis_llm.families.steps import STEPS
 from tardis_llm.families.table import FAMILIES
 from tardis_llm.ffn.weights import Storage
@@ -102,7 +103,7 @@ def test_several_sequences_and_layers_in_few_bits(batch: int) -> None:
 @pytest.mark.parametrize("storage", [Storage(64), Storage(64, 8, 4)], ids=["dense weights", "few bits"])
 def test_folded_ffns(kind: str, storage: Storage) -> None:
     model, ids = _model(kind), _ids(2, 10)
-    for site, ffn in random_folds(model, 2, storage, 0.3):
+    for site, ffn in folds_at_random(model, 2, storage, 0.3):
         install(model, site, ffn)
     prepare_decoding(model)
     wanted, found = _both(model, ids)
@@ -117,9 +118,10 @@ def test_folded_ffns(kind: str, storage: Storage) -> None:
 
 @pytest.mark.parametrize("kind", ["falcon", "qwen2"])
 @pytest.mark.parametrize("batch", [1, 5])
-def test_static_folds(kind: str, batch: int) -> None:
+@pytest.mark.parametrize("select", ["static", "mixed"])
+def test_folds_that_keep_neurons(kind: str, batch: int, select: Select) -> None:
     model, ids = _model(kind, torch.bfloat16), _ids(batch, 10)
-    for site, ffn in random_folds(model, 2, Storage(32, 4, 4), 0.0, kept=0.5):
+    for site, ffn in folds_at_random(model, 2, Storage(32, 4, 4), 0.2, select):
         install(model, site, ffn)
     prepare_decoding(model)
     wanted, found = _both(model, ids)

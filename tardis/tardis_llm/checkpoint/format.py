@@ -128,7 +128,7 @@ def _check_format(name: str, found: FoldFormat) -> None:
         "fallback_bits": (None, *STACKED_BITS),
         "remainder_bits": (None, *range(max(PREDICTOR_BITS) + 1)) if found.fallback_bits else (None,),
     }
-    for key in ("gated", "down_zero"):
+    for key in ("gated", "down_zero", "mixed"):
         value = getattr(found, key)
         _require(isinstance(value, bool), f"{key} of {name}", value, "true or false")
     zero = found.down_zero
@@ -141,8 +141,11 @@ def _check_format(name: str, found: FoldFormat) -> None:
     _require(_is_activation(found.activation), f"activation of {name}", found.activation, known)
     plain = isinstance(found.kept_bias, bool) and (bool(found.kept) or not found.kept_bias)
     _require(plain, f"kept_bias of {name}", found.kept_bias, "true or false, and false where none is kept,")
-    fits = _whole(found.kept) and found.kept >= 0 and not (found.kept and found.fallback_bits != found.bits)
-    _require(fits, f"kept of {name}", found.kept, "a number from 0, beside fallback_bits that are bits,")
+    fits = _whole(found.kept) and found.kept >= (1 if found.mixed else 0)
+    _require(fits, f"kept of {name}", found.kept, f"a number from {1 if found.mixed else 0}")
+    bits = found.fallback_bits
+    stored = not found.kept or (bits is not None if found.mixed else bits == found.bits)
+    _require(stored, f"fallback_bits of {name}", bits, "4 or 8, and as bits in a static fold")
     size, fallback = found.group_size, found.fallback_bits
     _require(_whole(size) and size > 0, f"group_size of {name}", size, "a positive number")
     wanted = "a number of bits no smaller than the predictor's"

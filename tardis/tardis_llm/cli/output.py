@@ -157,25 +157,27 @@ def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]
 
 def print_fold(report: FoldReport, title: str) -> None:
     """Print the figures of every layer of a fold and of all together, and what they mean; warn of useless layers."""
-    exact = "kept" if report.config.get("select") == "static" else "fixed"
-    made = table(title, "FFN", "bits", exact, "error", "linearity", "touched", "resident")
+    kept = ["kept"] if report.kept else []
+    made = table(title, "FFN", "bits", *kept, "fixed", "error", "linearity", "touched", "resident")
     for layer in report.layers:
-        figures = str(layer.bits), f"{layer.fix_rate:.2%}", f"{layer.error:.4f}", f"{layer.linearity:.4f}"
+        exact = [f"{layer.kept:.2%}"] * len(kept) + [f"{layer.fix_rate:.2%}"]
+        figures = str(layer.bits), *exact, f"{layer.error:.4f}", f"{layer.linearity:.4f}"
         shares = f"{layer.touched / layer.dense:.2%}", f"{layer.resident / layer.dense:.1%}"
         made.add_row(layer.prefix, *figures, *shares, end_section=layer is report.layers[-1])
     shares = f"{report.touched / report.dense:.2%}", f"{report.resident / report.dense:.1%}"
-    made.add_row("all", "", f"{report.fix_rate:.2%}", "", "", *shares, style="bold")
+    exact = [f"{report.kept:.2%}"] * len(kept) + [f"{report.fix_rate:.2%}"]
+    made.add_row("all", "", *exact, "", "", *shares, style="bold")
     out.print(made)
     out.print(
-        "[dim]fixed: share of neurons corrected per token; kept: computed for every token. error: squared error of the "
-        "FFN output over its variance; linearity: squared error of the best affine map without fixing. "
+        "[dim]kept: share of neurons computed for every token; fixed: of the others, share corrected per token. error: "
+        "squared error of the FFN output over its variance; linearity: of the best affine map without fixing. "
         "touched: FFN bytes read per token at batch 1, everything counted. resident: FFN bytes kept in memory, "
         "fallback weights included. Shares are of the dense FFN bytes.[/]"
     )
     out.print(
         f"FFN bytes: dense {size(report.dense)}, touched per token {size(report.touched)} "
         f"(reduction {report.reduction:.2%}), resident {size(report.resident)} "
-        f"({report.resident / report.dense:.1%} of dense); neurons {exact} {report.fix_rate:.2%}"
+        f"({report.resident / report.dense:.1%} of dense); {report.exact}"
     )
     if linears := report.linears:
         stay = f", of which {size(linears.shared)} stay as the embedding" if linears.shared else ""

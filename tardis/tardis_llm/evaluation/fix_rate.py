@@ -27,7 +27,7 @@ class FixCounts:
 
     @property
     def rates(self) -> dict[str, float]:
-        """Mean share of neurons fixed per token, of each dynamic fold.
+        """Mean share of the neurons predicted that are fixed per token, of each fold that predicts.
 
         Raises:
             InvalidInputError: no token has run yet.
@@ -106,8 +106,8 @@ def measured(report: FoldReport, model: nn.Module, rates: dict[str, float]) -> F
         0.2
     """
     ffns = folded_weights(model)
-    dynamic = {name for name, ffn in ffns.items() if not ffn.kept}
-    if set(ffns) != {layer.prefix for layer in report.layers} or dynamic != set(rates):
+    predicted = {name for name, ffn in ffns.items() if not ffn.static}
+    if set(ffns) != {layer.prefix for layer in report.layers} or predicted != set(rates):
         raise InvalidInputError("report and rates are not those of this model; use those of its own checkpoint.")
     layers = [
         dataclasses.replace(layer, fix_rate=rate, touched=ffns[layer.prefix].touched(rate))

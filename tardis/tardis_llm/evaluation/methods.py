@@ -24,6 +24,7 @@ FOLDS: dict[str, dict[str, Any]] = {
     "tardis-paper": {"policy": "coverage", "refit": False, "predictor_bits": 2},
     "tardis-int8": {"fold_bits": 8, "fallback_bits": 8},
     "tardis-int4": {"fold_bits": 4, "fallback_bits": 4},
+    "tardis-mixed-int4": {"select": "mixed", "fold_bits": 4, "fallback_bits": 4},
     "tardis-static-int4": {
         **{"select": "static", "fold_bits": 4, "fallback_bits": 4},
         **{"predictor_bits": None, "remainder_bits": None, "split": "uniform"},  # of dynamic folds beside it

@@ -70,9 +70,8 @@ def plot_fold(model: nn.Module, report: FoldReport, path: Path, title: str = "")
     hot = [torch.stack([ffn.neurons.low.float(), ffn.neurons.high.float()]) for ffn in ffns.values()]
     names = _layer_names(list(ffns))
     shares = f"touched {report.touched / report.dense:.1%} and resident {report.resident / report.dense:.1%}"
-    static = any(ffn.kept for ffn in ffns.values())
-    done = "kept" if static else "fixed"
-    figures = f"{shares} of the dense FFN bytes, {report.fix_rate:.2%} of neurons {done}"
+    static = any(ffn.static for ffn in ffns.values())
+    figures = f"{shares} of the dense FFN bytes, {report.exact}"
     with _page(path, title, figures) as (top, left, right):
         if static:
             _kept(top, report.layers, names)
@@ -157,7 +156,7 @@ def _hot_ranges(axes: Axes, ranges: list[Tensor], names: list[str]) -> None:
 
 def _kept(axes: Axes, layers: list[LayerReport], names: list[str]) -> None:
     """Per layer, the share of the neurons that a static fold keeps."""
-    axes.bar(range(len(layers)), [layer.fix_rate for layer in layers], 0.7, color=_BLUE)
+    axes.bar(range(len(layers)), [layer.kept for layer in layers], 0.7, color=_BLUE)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_ylabel("of the neurons are kept")
     axes.set_ylim(0, 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from ..config import Select
 from ..errors import InvalidInputError
 from ..families.sites import FFNSite, find_ffns
 from ..families.table import vocabulary
-from ..ffn.weights import FoldedWeights, Storage, written_out
+from ..ffn.weights import DenseFFN, FoldedWeights, FoldFormat, Storage, written_out
 from ..runtime.linears.lowbit import GROUP_SIZE, LowBitLinear
 from ..runtime.linears.placing import empty_like, linear_layers
 from ..runtime.modules import FoldedFFN
@@ -73,7 +74,9 @@ class RandomFold:
         fallback_bits: random fold: precision of the W1 and W2 that fixing reads; default: the dense weights.
         linear_bits: random fold: precision of the linear layers outside the FFNs; default: the model's dtype.
         fix_rate: random fold: share of the neurons that a token fixes.
-        kept: random fold: share of the neurons that a static fold keeps; default: a dynamic fold.
+        select: random fold: which neurons are computed exactly: dynamic, static or mixed, as of `tardis fold`.
+        kept: random fold: share of the neurons that a static or mixed fold keeps.
+        group_size: random fold: weights that share one scale.
     """
 
     predictor_bits: int = 2
@@ -81,13 +84,17 @@ class RandomFold:
     fallback_bits: int | None = None
     linear_bits: int | None = None
     fix_rate: float = 0.05
-    kept: float | None = None
+    select: Select = "dynamic"
+    kept: float = 0.5
+    group_size: int = 256
 
     def __post_init__(self) -> None:
-        if self.kept is not None and not (0 < self.kept <= 1 and self.fallback_bits):
+        if self.select not in get_args(Select):
+            raise InvalidInputError(f"select is {self.select!r}; give one of {', '.join(get_args(Select))}.")
+        if self.select != "dynamic" and not (0 < self.kept <= 1 and self.fallback_bits):
             raise InvalidInputError(
-                f"a static fold is to keep {self.kept:g} of the neurons; give a share above 0, at most 1, and the bits "
-                "that they are stored in (--fallback int4)."
+                f"a {self.select} fold is to keep {self.kept:g} of the neurons; give a share above 0, at most 1, and "
+                "the bits that they are stored in (--fallback int4)."
             )
         if not 0 <= self.fix_rate < 1:
             raise InvalidInputError(f"the fix rate is {self.fix_rate}; give a share from 0 to below 1.")
@@ -95,7 +102,18 @@ class RandomFold:
     @property
     def storage(self) -> Storage:
         """How the parts of each folded FFN are stored."""
-        return Storage(fold_bits=self.fold_bits, fallback_bits=self.fallback_bits)
+        return Storage(self.group_size, self.fold_bits, self.fallback_bits)
+
+    def format(self, dense: DenseFFN) -> FoldFormat:
+        """How a fold of this FFN is stored, no group longer than a row of W1; it keeps whole groups of neurons."""
+        size = min(self.storage.group_size, dense.d)
+        storage = replace(self.storage, group_size=size)
+        if self.select == "dynamic":
+            return storage.format(dense.activation, self.predictor_bits, dense.k == 2)
+        kept = max(1, round(self.kept * dense.h / size)) * size
+        if self.select == "mixed" and kept < dense.h:
+            return storage.mixed_format(dense, self.predictor_bits, kept)
+        return storage.static_format(dense, min(dense.h, kept))
 
 
 @torch.no_grad()
@@ -139,37 +157,27 @@ def _fill(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def random_folds(
-    model: PreTrainedModel, bits: int, storage: Storage, fix_rate: float, kept: float | None = None
-) -> Iterator[tuple[FFNSite, FoldedFFN]]:
-    """A fold for every FFN of a model, random but for its ranges, which leave `fix_rate` of the neurons outside.
+def random_folds(model: PreTrainedModel, fold: RandomFold) -> Iterator[tuple[FFNSite, FoldedFFN]]:
+    """A fold for every FFN of a model, random but for its ranges, which leave `fix_rate` of those predicted outside.
 
     The predictor's output is spread like the inputs of the FFN on random tokens, so that every token fixes other
     neurons, about as many as stated. Lines are zero.
 
     Args:
         model: dense.
-        bits: bits per weight of the predictors.
-        storage: how fold and fallback weights are stored.
-        fix_rate: share of the neurons that a token fixes.
-        kept: share of the neurons that static folds keep, in whole groups; None for dynamic folds.
+        fold: what to make.
     """
     sites = find_ffns(model)
     generator = torch.Generator().manual_seed(1)
     calls = arguments_of(model, [site.up for site in sites], random_ids(model, 1, _PROBE, seed=2))
     for site, args in zip(sites, calls, strict=True):
         dense = site.weights()
-        size = min(storage.group_size, dense.d)
-        stored = replace(storage, group_size=size)
-        if kept is None:
-            form = stored.format(dense.activation, bits, site.gated)
-        else:
-            form = stored.static_format(dense, min(dense.h, max(1, round(kept * dense.h / size)) * size))
+        form = fold.format(dense)
         ffn = FoldedFFN(FoldedWeights.empty(form, dense.d, dense.h, model.dtype, torch.device("cpu")))
         for name, tensor in ffn.state_dict().items():
             _randomise(name, tensor, generator)
-        if kept is None:
-            _set_ranges(ffn, site, args[0].reshape(-1, site.hidden_size), fix_rate)
+        if not ffn.static:
+            _set_ranges(ffn, dense, args[0].reshape(-1, site.hidden_size), fold.fix_rate)
         yield site, ffn
 
 
@@ -184,11 +192,11 @@ def _randomise(name: str, tensor: Tensor, generator: torch.Generator) -> None:
         tensor.zero_()
 
 
-def _set_ranges(ffn: FoldedFFN, site: FFNSite, x: Tensor, fix_rate: float) -> None:
+def _set_ranges(ffn: FoldedFFN, dense: DenseFFN, x: Tensor, fix_rate: float) -> None:
     """Bounds around zero with `fix_rate` of what is predicted for inputs x [tokens, d] outside."""
-    b1 = site.weights().b1
-    v = F.linear(x.float(), written_out(ffn.predictor.matrix), None if b1 is None else b1.float())
-    size = ffn.weights.neurons.tested(v).abs().flatten()
+    weights = ffn.weights.beside(dense)
+    v = F.linear(x.float(), written_out(weights.predictor), None if weights.b1 is None else weights.b1.float())
+    size = weights.neurons.tested(v).abs().flatten()
     bound = size.kthvalue(max(1, round((1 - fix_rate) * len(size)))).values
     ffn.low.fill_(-float(bound))
     ffn.high.fill_(float(bound))

@@ -81,7 +81,7 @@ def random_rival(name: str, model: PreTrainedModel) -> Variant:
 
 def random_variant(model: PreTrainedModel, fold: RandomFold) -> Variant:
     """A random fold of a model with random weights."""
-    folds = list(random_folds(model, fold.predictor_bits, fold.storage, fold.fix_rate, fold.kept))
+    folds = list(random_folds(model, fold))
     return folded_variant(model, folds, random_linears(model, fold.linear_bits) if fold.linear_bits else None)
 
 

@@ -4,8 +4,8 @@ dense     y = value(x W1^T + b1) W2^T + b2
 folded    y = x C^T + c + sum over fixed neurons i of residual_i W2[:, i]
                         + sum over kept neurons i of value_i W2[:, i]
 
-A fold is *dynamic*, and fixes the neurons that a predictor finds for each token, or *static*, and keeps some neurons:
-it computes them for every token, and predicts none.
+A fold is *dynamic*, and fixes the neurons that a predictor finds for each token; *static*, and keeps some neurons: it
+computes them for every token, and predicts none; or *mixed*: it keeps some, and predicts all others.
 """
 
 from __future__ import annotations
@@ -146,9 +146,13 @@ class DenseFFN:
         b1, b2 = (None if bias is None else bias.to(device) for bias in (self.b1, self.b2))
         return DenseFFN(self.w1.to(device), b1, self.w2.to(device), b2, self.activation)
 
+    def rows(self, neurons: Tensor) -> Tensor:
+        """[k m] the rows of W1 of some neurons [m], given by their numbers."""
+        return (neurons + self.h * torch.arange(self.k, device=neurons.device)[:, None]).flatten()
+
     def at(self, neurons: Tensor) -> DenseFFN:
         """The FFN of some neurons [m], given by their numbers, without b2."""
-        rows = (neurons + self.h * torch.arange(self.k, device=neurons.device)[:, None]).flatten()
+        rows = self.rows(neurons)
         b1 = None if self.b1 is None else self.b1[rows]
         return DenseFFN(self.w1[rows], b1, self.w2[:, neurons], None, self.activation)
 
@@ -173,8 +177,10 @@ class FoldFormat:
         remainder_bits: bits per weight that W1 has beside the predictor's; None for what `fallback_bits` leaves.
         gated: whether neurons have two up-projections.
         down_zero: whether a level of W2, stacked, is 0; it is in what is folded since format version 3.
-        kept: number of neurons that a static fold keeps, whose weights have `fallback_bits`; 0 of a dynamic one.
-        kept_bias: whether these have an up bias.
+        kept: number of neurons that a static or mixed fold keeps, whose weights have `fallback_bits`; 0 of a dynamic
+            one.
+        kept_bias: whether these have an up bias; in a mixed fold, those that are predicted have one of their own, too.
+        mixed: whether the neurons that are not kept are predicted.
     """
 
     activation: str
@@ -188,11 +194,16 @@ class FoldFormat:
     down_zero: bool = False
     kept: int = 0
     kept_bias: bool = False
+    mixed: bool = False
 
     @property
     def k(self) -> int:
         """Up-projections per neuron."""
         return 2 if self.gated else 1
+
+    def predicted(self, h: int) -> int:
+        """How many of the h neurons of an FFN are predicted."""
+        return h - self.kept if self.mixed or not self.kept else 0
 
     @property
     def left(self) -> int:
@@ -248,6 +259,14 @@ class Storage:
         )
         return replace(form, kept=kept, kept_bias=ffn.b1 is not None)
 
+    def mixed_format(self, ffn: DenseFFN, bits: int, kept: int) -> FoldFormat:
+        """The format of a mixed fold of this FFN that keeps so many neurons, some and not all, in `fallback_bits`.
+
+        Its predictor, of the others, has so many bits. Groups are as those of `static_format`.
+        """
+        form = replace(self, group_size=min(self.group_size, ffn.d)).format(ffn.activation, bits, gated=ffn.k == 2)
+        return replace(form, kept=kept, kept_bias=ffn.b1 is not None, mixed=True)
+
 
 def _bits(matrix: Matrix | None) -> int | None:
     """Bits per weight of a matrix in few bits; None for others."""
@@ -268,8 +287,8 @@ class FoldedWeights:
             where the dense weights are still to be put beside: see `beside`.
         up: [k h, d] W1; stacked, what the predictor leaves of it, None where that is nothing.
         b1: [k h] up bias, or None.
-        kept_up: [k m, d] W1 of the m neurons that a static fold keeps, in few bits; None in a dynamic one. A static one
-            predicts no neuron: predictor, neurons and `down` have no rows then.
+        kept_up: [k m, d] W1 of the m neurons that a fold keeps, in few bits; None in a dynamic one. Predictor, neurons,
+            `up`, `down` and b1 are of the others, in their order: h is their number, and 0 in a static fold.
         kept_down: [d, m] W2 of these, in few bits.
         kept_bias: [k m] their up bias, or None.
     """
@@ -293,13 +312,13 @@ class FoldedWeights:
 
         Args:
             form: the format.
-            d, h: width and neurons; a static fold predicts none of these.
+            d, h: width and neurons, those that are kept included.
             dtype: of the model.
             device: such as meta.
             rows: of the fold, where it is a share of it; d without.
         """
         rows = d if rows is None else rows
-        h = 0 if form.kept else h
+        h = form.predicted(h)
 
         def packed(rows: int, bits: int, has_zero: bool = False, columns: int = d) -> PackedMatrix:
             return PackedMatrix.empty(rows, columns, bits, min(form.group_size, columns), device, has_zero)
@@ -315,9 +334,12 @@ class FoldedWeights:
         dynamic = cls(fold, values(rows), packed(form.k * h, form.bits), neurons, down, up)
         if not form.kept:
             return dynamic
-        kept_up, kept_down = packed(form.k * form.kept, form.bits), packed(d, form.bits, columns=form.kept)
+        assert form.fallback_bits is not None, "kept neurons are in few bits"
+        kept_up = packed(form.k * form.kept, form.fallback_bits)
+        kept_down = packed(d, form.fallback_bits, columns=form.kept)
         kept_bias = values(form.k * form.kept) if form.kept_bias else None
-        return replace(dynamic, kept_up=kept_up, kept_down=kept_down, kept_bias=kept_bias)
+        b1 = values(form.k * h) if form.kept_bias and form.mixed else None
+        return replace(dynamic, b1=b1, kept_up=kept_up, kept_down=kept_down, kept_bias=kept_bias)
 
     @property
     def format(self) -> FoldFormat:
@@ -327,13 +349,28 @@ class FoldedWeights:
         found = storage.format(self.neurons.activation, bits, gated=self.k == 2)
         has_zero = self.down is not None and self.stacked and bool(kind(self.down)[-1])
         dtype = str(self.neurons.low.dtype).removeprefix("torch.")
-        kept_bias = self.kept_bias is not None
-        return replace(found, range_dtype=dtype, down_zero=has_zero, kept=self.kept, kept_bias=kept_bias)
+        keeps = {"kept": self.kept, "kept_bias": self.kept_bias is not None, "mixed": self.mixed}
+        return replace(found, range_dtype=dtype, down_zero=has_zero, **keeps)
 
     @property
     def kept(self) -> int:
-        """Number of neurons that a static fold keeps; 0 of a dynamic one."""
+        """Number of neurons that are computed for every token; 0 of a dynamic fold."""
         return 0 if self.kept_down is None else kind(self.kept_down)[0][1]
+
+    @property
+    def static(self) -> bool:
+        """Whether some neurons are kept, and none is predicted."""
+        return self.kept > 0 and not self.neurons.count
+
+    @property
+    def mixed(self) -> bool:
+        """Whether some neurons are kept, and the others predicted."""
+        return self.kept > 0 and self.neurons.count > 0
+
+    @property
+    def without_kept(self) -> FoldedWeights:
+        """The fold and the neurons that are predicted, as a dynamic fold of these."""
+        return replace(self, kept_up=None, kept_down=None, kept_bias=None)
 
     @property
     def k(self) -> int:
@@ -354,7 +391,7 @@ class FoldedWeights:
     def beside(self, dense: DenseFFN) -> FoldedWeights:
         """The weights with what fixing reads of the dense FFN: the up bias, and W1 and W2 unless they are stacked.
 
-        A static fold reads nothing of it.
+        A fold that keeps neurons reads nothing of it.
         """
         if self.kept:
             return self
@@ -380,11 +417,16 @@ class FoldedWeights:
         return F.linear(hidden.to(x.dtype), w2, b2)
 
     def kept_ffn(self, dtype: torch.dtype) -> DenseFFN:
-        """The neurons that a static fold keeps as an FFN of their own, written out in `dtype`, without a down bias."""
+        """The neurons that are kept as an FFN of their own, written out in `dtype`, without a down bias."""
         assert self.kept_up is not None and self.kept_down is not None, "a dynamic fold keeps no neuron"
         w1, w2 = (written_out(matrix).to(dtype) for matrix in (self.kept_up, self.kept_down))
         b1 = None if self.kept_bias is None else self.kept_bias.to(dtype)
         return DenseFFN(w1, b1, w2, None, self.neurons.activation)
+
+    def predicted_ffn(self, dtype: torch.dtype) -> DenseFFN:
+        """The neurons that are predicted as an FFN of their own, as fixing reads them, written out in `dtype`."""
+        w1, w2 = self.fallback(dtype)
+        return DenseFFN(w1, None if self.b1 is None else self.b1.to(dtype), w2, None, self.neurons.activation)
 
     @property
     def keeps(self) -> int:

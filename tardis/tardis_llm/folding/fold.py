@@ -77,17 +77,19 @@ class FoldQuality:
     """How well one FFN folded.
 
     Attributes:
-        fix_rate: mean share of neurons fixed per token, held-out tokens.
+        fix_rate: mean share of the neurons predicted that are fixed, per held-out token.
         error: squared error of the output against the outputs wanted, over their variance, held-out tokens, each by
             its weight.
         linearity: squared error of the best affine map, with no neuron fixed, over the output's variance.
         damping: of the refit; None without refit.
+        kept: share of the neurons that every token computes.
     """
 
     fix_rate: float
     error: float
     linearity: float
     damping: float | None
+    kept: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -249,34 +251,52 @@ def solve(
         config: settings.
         dtype: of the model, in which the fold is stored unless `config` says otherwise.
     """
-    spread = _spread_errors(inputs, config)
-    weights = _without_fold(ffn, predicted.predictor, ranges, config, dtype, spread)
+    weights = without_fold(ffn, predicted.predictor, ranges.neurons, inputs, config, dtype)
     if weights.stacked:
         weights = match_sizes(ffn, weights, inputs.fit)
+    return solved(ffn, inputs, weights, config)
+
+
+def solved(ffn: DenseFFN, inputs: Inputs, weights: FoldedWeights, config: FoldConfig) -> Solved:
+    """The fold beside all else that is stored, whose own fold and bias have their form and no content.
+
+    Args:
+        ffn, inputs, config: as of `solve`.
+        weights: in the dtype of the model.
+    """
     fit = Statistics.of(inputs.fit, inputs.fit_moments, ffn, weights)
     heldout = Statistics.of(inputs.heldout, inputs.heldout_moments, ffn, weights)
     if config.refit:
         weights, damping = fit_fold(ffn, weights, inputs.spectrum, fit, heldout, config.damping, config.rounding)
         return Solved(weights, fit, heldout, damping)
     weight, bias = fold_of_lines(ffn, weights.neurons)
-    fold = store_fold(weight, config.storage, dtype, spread)
-    return Solved(replace(weights, fold=fold, bias=bias.to(dtype)), fit, heldout, None)
+    fold = store_fold(weight, config.storage, weights.dtype, _spread_errors(inputs, config))
+    return Solved(replace(weights, fold=fold, bias=bias.to(weights.dtype)), fit, heldout, None)
 
 
-def _without_fold(
+def without_fold(
     ffn: DenseFFN,
     predictor: PackedMatrix,
-    ranges: AnyRanges,
+    neurons: Neurons,
+    inputs: Inputs,
     config: FoldConfig,
     dtype: torch.dtype,
-    spread: Tensor | None,
 ) -> FoldedWeights:
-    """What is stored of a folded FFN, but for fold and bias, which have their form and no content."""
+    """What is stored of a folded FFN, but for fold and bias, which have their form and no content.
+
+    Args:
+        ffn: in fp32.
+        predictor: of its W1.
+        neurons: lines and hot ranges.
+        inputs: that the FFN sees.
+        config: settings.
+        dtype: of the model.
+    """
     storage, nowhere = config.storage, torch.device("meta")
     form = storage.format(ffn.activation, predictor.bits, gated=ffn.k == 2)
     empty = FoldedWeights.empty(form, ffn.d, ffn.h, dtype, nowhere)
-    up, down = quantise_fallback(ffn.w1, ffn.w2, predictor, storage, spread)
-    return replace(empty, predictor=predictor, neurons=stored_neurons(ranges.neurons), down=down, up=up)
+    up, down = quantise_fallback(ffn.w1, ffn.w2, predictor, storage, _spread_errors(inputs, config))
+    return replace(empty, predictor=predictor, neurons=stored_neurons(neurons), down=down, up=up)
 
 
 def finish(
@@ -288,15 +308,26 @@ def finish(
     dtype: torch.dtype,
 ) -> tuple[FoldedWeights, FoldQuality]:
     """The fold for given predictor and ranges, by `solve`, and its quality on held-out tokens."""
-    solved = solve(ffn, inputs, predicted, ranges, config, dtype)
-    fit, heldout = solved.fit, solved.heldout
+    return _judged(solve(ffn, inputs, predicted, ranges, config, dtype), ffn, inputs)
+
+
+def finished(
+    ffn: DenseFFN, inputs: Inputs, weights: FoldedWeights, config: FoldConfig
+) -> tuple[FoldedWeights, FoldQuality]:
+    """The fold beside all else that is stored, by `solved`, and its quality on held-out tokens."""
+    return _judged(solved(ffn, inputs, weights, config), ffn, inputs)
+
+
+def _judged(solved: Solved, ffn: DenseFFN, inputs: Inputs) -> tuple[FoldedWeights, FoldQuality]:
+    weights, fit, heldout = solved.weights, solved.fit, solved.heldout
     quality = FoldQuality(
         fix_rate=heldout.fix_rate,
-        error=fold_error(solved.weights, heldout),
+        error=fold_error(weights, heldout),
         linearity=linearity(inputs.spectrum, fit.x, fit.output, heldout.x, heldout.output),
         damping=solved.damping,
+        kept=weights.kept / ffn.h,
     )
-    return solved.weights, quality
+    return weights, quality
 
 
 def stored_neurons(neurons: Neurons) -> Neurons:

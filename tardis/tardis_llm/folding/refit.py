@@ -113,7 +113,7 @@ def fit_fold(
         damping: ridge penalty; None to choose it from `DAMPINGS`, for each output by itself.
         rounding: of a fold in few bits.
     """
-    prior = None if folded.kept else fold_of_lines(dense, folded.neurons)[0]
+    prior = _prior(dense, folded)
     spread = (fit.x.centred / fit.x.count).float() if rounding == "gptq" else None
 
     def solved(dampings: Sequence[float]) -> tuple[FoldedWeights, Tensor]:
@@ -128,6 +128,14 @@ def fit_fold(
     else:
         weights, chosen = _best_rows([solved((each,)) for each in dampings], heldout)
     return weights, float(chosen.median())
+
+
+def _prior(dense: DenseFFN, folded: FoldedWeights) -> Tensor | None:
+    """[d, d] fp32, the fold of the lines of all neurons that are predicted; None where none is."""
+    if folded.static:
+        return None
+    predicted = folded.predicted_ffn(torch.float32) if folded.mixed else dense
+    return fold_of_lines(predicted, folded.neurons)[0]
 
 
 def _best_rows(found: list[tuple[FoldedWeights, Tensor]], heldout: Statistics) -> tuple[FoldedWeights, Tensor]:

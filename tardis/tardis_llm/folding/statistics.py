@@ -43,7 +43,7 @@ class Statistics(Sums):
         x: moments of the inputs beside themselves.
         left: moments of the inputs beside what fixing leaves to the fold, `y - fix(x)`.
         output: moments of the inputs beside the output wanted, y.
-        fixed: neurons fixed, summed over the tokens.
+        fixed: share of the neurons predicted that are fixed, summed over the tokens.
         tokens: seen, whatever their weight.
     """
 
@@ -78,8 +78,8 @@ class Statistics(Sums):
 
     @property
     def fix_rate(self) -> float:
-        """Mean share of the neurons fixed per token."""
-        return self.fixed / (self.tokens * self.neurons)
+        """Mean share of the neurons predicted that are fixed, per token."""
+        return self.fixed / self.tokens
 
     @torch.no_grad()
     def add(self, x: Tensor, dense: DenseFFN, folded: FoldedWeights, weight: Tensor | None = None) -> None:
@@ -97,7 +97,7 @@ class Statistics(Sums):
 
     def _add_targets(self, tokens: Tokens, dense: DenseFFN, folded: FoldedWeights) -> None:
         ffn = dense.in_fp32()
-        computed = _kept(folded) if folded.kept else _fixing(ffn, folded)
+        computed = exactly(ffn, folded)
         for some in tokens.chunks(len(ffn.w1)):
             x, y = some.x.float(), some.target
             if y is None:
@@ -110,27 +110,48 @@ class Statistics(Sums):
             self.tokens += len(x)
 
 
-#: what a folded FFN computes exactly for inputs x [tokens, d], and the neurons that it fixes for that, over the tokens
-_Computed = Callable[[Tensor], tuple[Tensor, int]]
+#: what a folded FFN computes exactly for inputs x [tokens, d], and the share of neurons that it fixes, over the tokens
+Exactly = Callable[[Tensor], tuple[Tensor, float]]
 
 
-def _fixing(ffn: DenseFFN, folded: FoldedWeights) -> _Computed:
-    """Fixing, with W1 and W2 as it reads them: those of the FFN, or what stands for them in the model's dtype."""
-    neurons, w_hat = folded.neurons.map(Tensor.float), written_out(folded.predictor)
-    w1, w2 = (w.float() for w in folded.fallback(folded.dtype)) if folded.stacked else (ffn.w1, ffn.w2)
+def exactly(ffn: DenseFFN, folded: FoldedWeights) -> Exactly:
+    """All that a folded FFN computes exactly, but for its fold.
 
-    def computed(x: Tensor) -> tuple[Tensor, int]:
-        outside = neurons.outside(product(x, w_hat, ffn.b1))
-        residual = neurons.residual(product(x, w1, ffn.b1)) * outside
-        return product(residual.to(x.dtype), w2, None), int(outside.sum())  # in the dtype in which they meet W2
+    Args:
+        ffn: that was folded, in fp32.
+        folded: what stands for it; fold and bias are not read.
+    """
+    if not folded.kept:
+        return fixing(ffn, folded)
+    kept = folded.kept_ffn(folded.dtype).in_fp32()
+    if folded.static:
+        return lambda x: (outputs(kept, x), 0.0)
+    fixes = fixing(folded.predicted_ffn(folded.dtype).in_fp32(), folded)
+
+    def computed(x: Tensor) -> tuple[Tensor, float]:
+        fixed, share = fixes(x)
+        return outputs(kept, x) + fixed, share
 
     return computed
 
 
-def _kept(folded: FoldedWeights) -> _Computed:
-    """The kept neurons of a static fold."""
-    kept = folded.kept_ffn(folded.dtype).in_fp32()
-    return lambda x: (outputs(kept, x), 0)
+def fixing(ffn: DenseFFN, folded: FoldedWeights) -> Exactly:
+    """Fixing, with W1 and W2 as it reads them: those of the FFN, or what stands for them in the model's dtype.
+
+    Args:
+        ffn: the neurons that are predicted, in fp32.
+        folded: what stands for them; fold, bias and kept neurons are not read.
+    """
+    neurons, w_hat = folded.neurons.map(Tensor.float), written_out(folded.predictor)
+    w1, w2 = (w.float() for w in folded.fallback(folded.dtype)) if folded.stacked else (ffn.w1, ffn.w2)
+
+    def computed(x: Tensor) -> tuple[Tensor, float]:
+        outside = neurons.outside(product(x, w_hat, ffn.b1))
+        residual = neurons.residual(product(x, w1, ffn.b1)) * outside
+        share = float(outside.sum()) / neurons.count
+        return product(residual.to(x.dtype), w2, None), share  # in the dtype in which they meet W2
+
+    return computed
 
 
 def outputs(ffn: DenseFFN, x: Tensor) -> Tensor:

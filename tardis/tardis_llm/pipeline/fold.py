@@ -31,6 +31,7 @@ from ..ffn.weights import FoldedWeights, FoldFormat
 from ..files import differences, digest
 from ..folding.budget import check_feasible, check_static
 from ..folding.fold import FoldQuality, Inputs, choose_ranges, finish, predict
+from ..folding.mixed import fold_mixed
 from ..folding.static import fold_static
 from ..report import FoldReport, LayerReport, LinearsReport, Progress, silent
 from ..runtime.modules import FoldedFFN
@@ -219,6 +220,9 @@ def _fold_layer(session: Session, site: FFNSite, layer: LayerPlan, inputs: Input
         weights, quality = fold_static(ffn, inputs, round(layer.fix_rate * ffn.h), config, session.model.dtype)
         return FoldedFFN(weights), quality
     predicted = predict(ffn, inputs, layer.bits, config)
+    if config.select == "mixed":
+        weights, quality = fold_mixed(ffn, inputs, predicted, layer.fix_rate, config, session.model.dtype)
+        return FoldedFFN(weights), quality
     ranges = choose_ranges(ffn, predicted, layer.fix_rate, config)
     weights, quality = finish(ffn, inputs, predicted, ranges, config, session.model.dtype)
     return FoldedFFN(weights), quality

@@ -41,7 +41,8 @@ class LayerPlan:
 
     Attributes:
         bits: bits per weight of the predictor, or of the neurons that a static fold keeps.
-        fix_rate: share of neurons fixed per token, or kept.
+        fix_rate: share of neurons fixed per token; of a static fold the share kept, of a mixed one what a dynamic one
+            of as many bytes fixes.
         loss_increase: measured with this layer alone folded, by its probe; None where none was needed.
     """
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ..ffn.weights import DenseFFN, FoldedWeights
 from .backend import REFERENCE, backend_for, dense_ffn
+from .kept import prepare
 from .operators import Numbered, library, numbered
 from .slow import warn_of_order, warn_of_reference
 from .state import FoldState
-from .static import prepare
 from .stored import refuse_training
 
 #: what the error says of weights that are set to train

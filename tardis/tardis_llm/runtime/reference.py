@@ -1,6 +1,6 @@
 """The reference backend: the folded FFN in plain torch, which specifies what every kernel computes.
 
-    y = x C^T + c + sum over i in S(x) of r_i(v) W2[:, i]
+    y = x C^T + c + sum over i in S(x) of r_i(v) W2[:, i] + sum over kept i of value_i(v) W2[:, i]
     S(x) = neurons whose predicted v is out of their hot range
     r_i(v) = value_i(v) - line_i(v)
 
@@ -34,11 +34,11 @@ def folded_ffn(x: Tensor, weights: FoldedWeights) -> Tensor:
         x: [tokens, d].
         weights: with the dense weights beside them, in the dtype of x, unless they are stacked.
     """
-    correction = _kept(x, weights) if weights.kept else _fixes(x, weights)
-    if weights.fold is None:
-        return correction
-    affine = F.linear(x, written_out(weights.fold).to(x.dtype), weights.bias)
-    return (affine.float() + correction.float()).to(x.dtype)
+    parts = [_kept(x, weights)] if weights.kept else []
+    parts += [] if weights.static else [_fixes(x, weights)]
+    if weights.fold is not None:
+        parts.append(F.linear(x, written_out(weights.fold).to(x.dtype), weights.bias))
+    return parts[0] if len(parts) == 1 else torch.stack([part.float() for part in parts]).sum(0).to(x.dtype)
 
 
 def _fixes(x: Tensor, weights: FoldedWeights) -> Tensor:
@@ -71,7 +71,7 @@ def _correction(x: Tensor, weights: FoldedWeights, predictor: Tensor, w1: Tensor
 
 
 def _kept(x: Tensor, weights: FoldedWeights) -> Tensor:
-    """[tokens, d] what the kept neurons of a static fold add for inputs x [tokens, d]."""
+    """[tokens, d] what the kept neurons add for inputs x [tokens, d]."""
     ffn = weights.kept_ffn(x.dtype)
     return F.linear(value(F.linear(x, ffn.w1, ffn.b1), ffn.act, ffn.k), ffn.w2)
 

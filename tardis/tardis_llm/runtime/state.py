@@ -19,9 +19,9 @@ from ..ffn.neuron import Neurons
 from ..ffn.packed import PackedMatrix
 from ..ffn.weights import DenseFFN, FoldedWeights, Matrix, kind, stored
 from .backend import REFERENCE, PreparedFFN, backend_for, dense_ffn, lay_out
+from .kept import prepare
 from .matrices import Fold, LowBit, LowBitFold
 from .slow import warn_of_reference
-from .static import prepare
 from .stored import LAYOUT, LaidOut, Stored, changing_layout, reading_layout
 
 #: what fixing reads, in rows here and there
@@ -41,7 +41,8 @@ class FoldState(Stored):
 
     State: `fold.weight` (or `fold.planes`, `fold.scale`), `fold.bias`, `predictor.planes`, `predictor.scale`, `low`,
     `high`, `slope`, `offset`; stacked, `remainder.*` and `down.*` as `predictor.*`, in place of the dense weights. A
-    static fold has `kept_up.*` and `kept_down.*` beside, and `kept_bias` if there is one, and none of these has rows.
+    fold that keeps neurons has `kept_up.*` and `kept_down.*` beside, and if there are up biases `kept_bias` and, of the
+    neurons that are predicted, `predicted_bias`. Of a static fold, only these and the fold have rows.
 
     Args:
         weights: what to store; dense weights beside it are left to the model.
@@ -53,6 +54,7 @@ class FoldState(Stored):
     slope: Tensor
     offset: Tensor
     kept_bias: Tensor | None
+    predicted_bias: Tensor | None
 
     def __init__(self, weights: FoldedWeights) -> None:
         super().__init__()
@@ -67,6 +69,7 @@ class FoldState(Stored):
         self.kept_up = LowBit(weights.kept_up) if isinstance(weights.kept_up, PackedMatrix) else None
         self.kept_down = LowBit(weights.kept_down) if isinstance(weights.kept_down, PackedMatrix) else None
         self.register_buffer("kept_bias", weights.kept_bias)
+        self.register_buffer("predicted_bias", weights.b1 if weights.kept else None)
         for name in ("low", "high", "slope", "offset"):
             self.register_buffer(name, getattr(weights.neurons, name))
         # where torch keeps the tensors, which is quicker to look up than names
@@ -86,7 +89,7 @@ class FoldState(Stored):
     @property
     def static(self) -> bool:
         """Whether the same neurons are computed for every token, and none is predicted."""
-        return self.kept_down is not None
+        return self.kept_down is not None and not len(self.offset)
 
     @property
     def weights(self) -> FoldedWeights:
@@ -101,7 +104,7 @@ class FoldState(Stored):
     def _weights(self, matrix: Callable[[LaidOut], Any]) -> FoldedWeights:
         with reading_layout():
             parts = {name: matrix(part) for part, name in self._parts}
-            return FoldedWeights(bias=self.fold.bias, neurons=self.neurons, kept_bias=self.kept_bias, **parts)
+            return FoldedWeights(bias=self.fold.bias, **self._vectors, **parts)
 
     def fetched(self) -> FoldedWeights:
         """The same as `current`, each part got by calling the module that holds it.
@@ -111,7 +114,12 @@ class FoldState(Stored):
         with reading_layout():
             fold, bias = self.fold()
             parts = {name: part() for part, name in self._parts if part is not self.fold}
-            return FoldedWeights(fold, bias, neurons=self.neurons, kept_bias=self.kept_bias, **parts)
+            return FoldedWeights(fold, bias, **self._vectors, **parts)
+
+    @property
+    def _vectors(self) -> dict[str, Any]:
+        """What it holds beside matrices and the fold's bias, by the names of `FoldedWeights`."""
+        return {"neurons": self.neurons, "b1": self.predicted_bias, "kept_bias": self.kept_bias}
 
     def lay_out(self, dtype: torch.dtype) -> None:
         """Put every matrix in the fastest order for inputs of a dtype."""
@@ -146,7 +154,7 @@ class FoldState(Stored):
             for part, matrix in ready:
                 part.exchange(matrix)
             self.fold.bias = nn.Parameter(_there(new.bias), requires_grad=False)
-            self.kept_bias = new.kept_bias
+            self.kept_bias, self.predicted_bias = new.kept_bias, new.b1 if new.kept else None
             for name in ("low", "high", "slope", "offset"):
                 setattr(self, name, getattr(new.neurons, name))
             self.forget()
@@ -258,6 +266,7 @@ def _identity(weights: FoldedWeights) -> tuple[object, ...]:
     if weights.stacked:
         low_bit = weights.up, weights.down, weights.kept_up, weights.kept_down
         matrices += [matrix for matrix in low_bit if matrix is not None]
-    vectors = [vector for vector in (weights.bias, weights.kept_bias, *weights.neurons.tensors) if vector is not None]
+    biases = weights.bias, weights.kept_bias, weights.b1 if weights.kept else None
+    vectors = [vector for vector in (*biases, *weights.neurons.tensors) if vector is not None]
     shapes = [kind(matrix) for matrix in matrices], [(tuple(vector.shape), vector.dtype) for vector in vectors]
     return weights.format, shapes, weights.neurons.low.device

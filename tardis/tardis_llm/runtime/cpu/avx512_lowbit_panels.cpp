@@ -33,6 +33,7 @@ public:
 private:
     static constexpr int kColumns = 8 * kLineBytes / B;
     static constexpr int64_t kLine = 64 * kPanelVectors;
+    static constexpr int64_t kAhead = B == 8 ? 3072 : 4096;  // bytes from what is multiplied to what is asked for
     // Of a token: a product waits for the one before it in the same sum.
     template <int T, int P>
     static constexpr int kSums = T * P * H <= 2 && B < 8 ? 2 : 1;
@@ -51,8 +52,8 @@ private:
             Sums<T, P> dot = {};
             for (int64_t end = line + n; line < end; ++line, values += kColumns) {
                 // behind the end of these panels are those of the next ones
-                const bool inside = line + kPanelAhead / kLine < lines_;
-                const int64_t ahead = kPanelAhead + (inside ? 0 : (P - 1) * lines_ * kLine);
+                const bool inside = line + kAhead / kLine < lines_;
+                const int64_t ahead = kAhead + (inside ? 0 : (P - 1) * lines_ * kLine);
                 add_line<T, P>(w + line * kLine, ahead, values, dot);
             }
             each<P * kPanelVectors>([&](auto v) TARDIS_INLINE {

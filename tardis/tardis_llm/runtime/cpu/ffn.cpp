@@ -177,13 +177,18 @@ public:
           fold_x_(inputs_.for_matrix(ffn.fold, batch.activation_bits)),
           up_x_(inputs_.for_matrix(ffn.up, batch.activation_bits)),
           down_layout_(ffn.down.type == TARDIS_LOW_BIT ? &layout_for(ffn.down).view() : nullptr),
-          threads_(threads_for(matrix_bytes(ffn.predictor) + d_ * row_bytes(ffn.fold), batch.threads)),
+          threads_(threads(ffn, batch)),
           block_(block_neurons(ffn, threads_)), fold_block_(block_rows(ffn.fold, d_, threads_)),
           parts_(std::min<int64_t>(std::min(threads_, kMaxParts), blocks(h_, block_))) {
         static thread_local Numbers<float> kept;  // from call to call
         const auto size = static_cast<size_t>((parts_ + 1) * tokens_ * stride_);
         if (kept.size() < size) kept.resize(size);
         y_ = kept.data();
+    }
+
+    static int threads(const TardisFFN& ffn, const TardisBatch& batch) {
+        const int64_t bytes = matrix_bytes(ffn.predictor) + ffn.predictor.columns * row_bytes(ffn.fold);
+        return threads_for(bytes, batch.threads);
     }
 
     void run() {
@@ -389,5 +394,11 @@ void fixed(const TardisFFN& ffn, const TardisBatch& batch) {
 }
 
 void folded_ffn(const TardisFFN& ffn, const TardisBatch& batch) { Folded(ffn, batch).run(); }
+
+Stretch first_of_folded(const TardisFFN& ffn, const TardisBatch& batch, int thread, int64_t most) {
+    const int threads = Folded::threads(ffn, batch);
+    const int64_t h = neurons(ffn), block = block_neurons(ffn, threads), all = blocks(h, block);
+    return stretch_of(ffn.predictor, std::min(thread * all / threads * block, h), h, most);
+}
 
 }  // namespace tardis

@@ -120,6 +120,12 @@ int32_t guarded(const F& body) {
     }
 }
 
+// A batch with the inputs and outputs of an operation.
+TardisBatch rows_of(const TardisOperation& op, TardisBatch batch) {
+    batch.x = op.x.data, batch.y = op.y.data;
+    return batch;
+}
+
 }  // namespace
 }  // namespace tardis
 
@@ -178,13 +184,22 @@ int32_t tardis_step(const TardisOperation* operations, int64_t count, const Tard
     const bool bits = batch->activation_bits == 8 || batch->activation_bits == 16;
     const bool tokens = batch->tokens >= 1 && batch->tokens <= kMaxTokens && is_number(batch->type);
     if (!bits || !tokens || position < 0) return TARDIS_BAD_ARGUMENT;
-    for (int64_t i = 0; i < count; ++i) {
-        TardisBatch rows = *batch;
-        rows.x = operations[i].x.data, rows.y = operations[i].y.data;
-        if (!is_valid(operations[i], rows, position)) return TARDIS_BAD_ARGUMENT;
-        if (const int32_t status = guarded([&] { run(operations[i], rows, position); })) return status;
-    }
-    return TARDIS_OK;
+    const TardisOperation* end = operations + count;
+    const auto valid = [&](const TardisOperation& op) { return is_valid(op, rows_of(op, *batch), position); };
+    if (!std::all_of(operations, end, valid)) return TARDIS_BAD_ARGUMENT;
+    int32_t status = TARDIS_OK;
+    Team team([&](const void* next, int thread) {
+        return first_read(*static_cast<const TardisOperation*>(next), *batch, thread);
+    });
+    const auto all = [&] {
+        for (const TardisOperation *op = operations, *next = op; op != end && status == TARDIS_OK; ++op) {
+            if (next <= op) next = std::find_if(op + 1, end, reads_weights);
+            team.announce(next == end ? nullptr : next);
+            status = guarded([&] { run(*op, rows_of(*op, *batch), position); });
+        }
+    };
+    team.lead(batch->threads, all);
+    return status;
 }
 
 uint64_t tardis_read(const uint64_t* data, int64_t words, int32_t threads) {

@@ -11,6 +11,8 @@
 namespace tardis {
 namespace {
 
+constexpr int64_t kFetched = 1 << 18;  // bytes at most that a thread fetches ahead: a part of its cache
+
 // Sums run in lanes, which compilers keep in vector registers.
 constexpr int64_t kLanes = 16;
 
@@ -79,29 +81,50 @@ void norm(const TardisNorm& of, const TardisOperation& op, const TardisBatch& ba
     }
 }
 
-// All products share the threads: small ones would have a thread each, and wait for it.
-void products(const TardisProduct* all, const TardisOperation& op, const TardisBatch& batch) {
-    struct Share {
-        const Input* x;
-        int64_t block, first;  // rows of a task, and its number
-    } shares[kMaxProducts];
-    int64_t bytes = 0, tasks = 0;
-    for (int32_t i = 0; i < op.count; ++i) bytes += matrix_bytes(all[i].weight);
-    const int threads = threads_for(bytes, batch.threads);
-    Inputs inputs(batch, op.width);
-    for (int32_t i = 0; i < op.count; ++i) {
-        const TardisMatrix& m = all[i].weight;
-        shares[i] = {&inputs.for_matrix(m, batch.activation_bits), block_rows(m, m.rows, threads), tasks};
-        tasks += blocks(m.rows, shares[i].block);
+// How products are split: all share the threads, as small ones would have a thread each, and wait for it.
+class Split {
+public:
+    Split(const TardisProduct* all, int32_t count, int most) : all_(all), count_(count) {
+        int64_t bytes = 0;
+        for (int32_t i = 0; i < count; ++i) bytes += matrix_bytes(all[i].weight);
+        threads = threads_for(bytes, most);
+        for (int32_t i = 0; i < count; ++i) {
+            first_[i] = tasks, block_[i] = block_rows(all[i].weight, all[i].weight.rows, threads);
+            tasks += blocks(all[i].weight.rows, block_[i]);
+        }
     }
-    parallel(threads, tasks, [&](int64_t task) {
-        int32_t i = op.count - 1;
-        while (task < shares[i].first) --i;
+
+    // Rows begin..end-1 of matrix i.
+    struct Task {
+        int32_t i;
+        int64_t begin, end;
+    };
+    Task task(int64_t number) const {
+        int32_t i = count_ - 1;
+        while (number < first_[i]) --i;
+        const int64_t begin = (number - first_[i]) * block_[i];
+        return {i, begin, std::min(begin + block_[i], all_[i].weight.rows)};
+    }
+
+    int threads;
+    int64_t tasks = 0;
+
+private:
+    const TardisProduct* all_;
+    const int32_t count_;
+    int64_t first_[kMaxProducts], block_[kMaxProducts];  // number of a matrix' first task, and rows of each
+};
+
+void products(const TardisProduct* all, const TardisOperation& op, const TardisBatch& batch) {
+    const Split split(all, op.count, batch.threads);
+    Inputs inputs(batch, op.width);
+    const Input* x[kMaxProducts];
+    for (int32_t i = 0; i < op.count; ++i) x[i] = &inputs.for_matrix(all[i].weight, batch.activation_bits);
+    parallel(split.threads, split.tasks, [&](int64_t number) {
+        const auto [i, begin, end] = split.task(number);
         const TardisMatrix& m = all[i].weight;
-        const int64_t begin = (task - shares[i].first) * shares[i].block;
-        const int64_t end = std::min(begin + shares[i].block, m.rows);
         float out[kMaxTokens * kBlockRows];
-        product_of(m)(m, {nullptr, begin, end, m.rows}, *shares[i].x, out);
+        product_of(m)(m, {nullptr, begin, end, m.rows}, *x[i], out);
         const Widened bias(all[i].bias, begin, end);
         for (int64_t t = 0; t < batch.tokens; ++t)
             kernels().store({all[i].y, batch.type, 0}, t * m.rows + begin, end - begin, out + t * kBlockRows, bias.at);
@@ -157,6 +180,17 @@ void gate(const TardisActivation& of, const TardisOperation& op, const TardisBat
 }
 
 }  // namespace
+
+bool reads_weights(const TardisOperation& op) { return op.kind == TARDIS_PRODUCTS || op.kind == TARDIS_FOLDED; }
+
+Stretch first_read(const TardisOperation& op, const TardisBatch& batch, int thread) {
+    if (op.kind == TARDIS_FOLDED)
+        return first_of_folded(*static_cast<const TardisFFN*>(op.of), batch, thread, kFetched);
+    const auto* all = static_cast<const TardisProduct*>(op.of);
+    const Split split(all, op.count, batch.threads);
+    const auto [i, begin, end] = split.task(std::min(thread * split.tasks / split.threads, split.tasks - 1));
+    return stretch_of(all[i].weight, begin, all[i].weight.rows, kFetched);
+}
 
 void run(const TardisOperation& op, const TardisBatch& batch, int64_t position) {
     switch (op.kind) {

@@ -43,6 +43,20 @@ inline int64_t row_bytes(const TardisMatrix& m) {
 
 inline int64_t matrix_bytes(const TardisMatrix& m) { return m.rows * row_bytes(m); }
 
+// Bytes of the rows of a panel.
+inline int64_t panel_bytes(const TardisMatrix& m) {
+    const int64_t line = is_low_bit(m) ? 8 * kLineBytes / m.bits : 1;
+    return (m.columns + line - 1) / line * (is_low_bit(m) ? kLineBytes : 2) * kPanelRows;
+}
+
+// What rows begin..end-1 lie in, no more than so many bytes of it.
+inline Stretch stretch_of(const TardisMatrix& m, int64_t begin, int64_t end, int64_t most) {
+    const auto* data = static_cast<const char*>(m.data);
+    const int64_t unit = in_panels(m) ? kPanelRows : 1, bytes = in_panels(m) ? panel_bytes(m) : row_bytes(m);
+    const int64_t first = begin / unit * bytes, last = (end + unit - 1) / unit * bytes;
+    return {data + first, data + std::min(last, first + most)};
+}
+
 // Part number i of `count` with as many rows each, of a matrix that is not in panels.
 inline TardisMatrix part_of(const TardisMatrix& m, int64_t i, int64_t count) {
     TardisMatrix part = m;

@@ -3,6 +3,8 @@
 #pragma once
 #include <atomic>
 #include <cstdint>
+#include <functional>
+#include <utility>
 
 namespace tardis {
 
@@ -13,7 +15,8 @@ using OpenMP = void (*)(void (*function)(void*), void* data, unsigned threads, u
 void use_openmp(OpenMP parallel);
 
 // Runs function(context) on at most `threads` threads at once, the caller one of them; returns when all have. A forked
-// child whose parent has done so has none of its parent's threads, and runs it once. It must not throw.
+// child whose parent has done so has none of its parent's threads, and runs it once. It must not throw. Who leads a
+// `Team` shares it with that.
 void run_on_threads(int threads, void (*function)(void*), void* context);
 
 // Runs body() on at most `threads` threads at once, as `run_on_threads` does.
@@ -21,6 +24,49 @@ template <typename F>
 void on_threads(int threads, F& body) {
     run_on_threads(threads, [](void* context) { (*static_cast<F*>(context))(); }, &body);
 }
+
+// Bytes that are read one after the other.
+struct Stretch {
+    const char *begin, *end;
+};
+
+// Threads that stay together while one of them leads. What it shares out they take at once, as they do not sleep in
+// between; and while they wait, they fetch what they will read next into their caches.
+class Team {
+public:
+    // What a thread of the team, 0 for its leader, reads first of what comes next.
+    using First = std::function<Stretch(const void* next, int thread)>;
+
+    explicit Team(First first) : first_(std::move(first)) {}
+
+    // Runs body() on the calling thread, which leads up to `threads` - 1 others. It must not throw.
+    template <typename F>
+    void lead(int threads, const F& body) {
+        lead(threads, [](void* context) { (*static_cast<const F*>(context))(); }, const_cast<F*>(&body));
+    }
+
+    // From now on, those who wait fetch the first of this.
+    void announce(const void* next) { next_.store(next, std::memory_order_relaxed); }
+
+    // Runs function(context) on the calling thread, which leads, and on all others that come before it is done.
+    void share(void (*function)(void*), void* context);
+
+private:
+    void lead(int threads, void (*function)(void*), void* context);
+    void serve();
+    void take(uint64_t job);
+
+    const First first_;
+    std::atomic<const void*> next_{nullptr};
+    std::atomic<uint64_t> job_{0};  // odd while there is one
+    std::atomic<int> arrived_{0}, working_{0};
+    std::atomic<bool> over_{false};
+    void (*function_)(void*) = nullptr;
+    void* context_ = nullptr;
+};
+
+// The number of this thread in the team that it is in; -1 if in none.
+int number_in_team();
 
 // Numbers 0..count-1, handed out to threads.
 class Tasks {
@@ -69,7 +115,7 @@ void parallel(int threads, int64_t count, const F& body) {
     for (int s = 0; s < shares; ++s) all[s].next = s * count / shares, all[s].end = (s + 1) * count / shares;
     std::atomic<int> arrived{0};
     auto run = [&] {
-        const int own = arrived.fetch_add(1, std::memory_order_relaxed);
+        const int number = number_in_team(), own = number < 0 ? arrived.fetch_add(1, std::memory_order_relaxed) : number;
         for (int k = 0; k < shares; ++k) {
             Share& share = all[(own + k) % shares];
             for (int64_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) body(i);

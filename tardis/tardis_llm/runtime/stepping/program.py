@@ -19,6 +19,7 @@ from ...families.steps import STEPS
 from ...families.table import Family, family_of
 from ...ffn.activations import identify
 from ...ffn.weights import Matrix as AnyMatrix
+from ..backend import PreparedFFN
 from ..cpu.backend import CpuFFN
 from ..cpu.library import loaded
 from ..cpu.operators import LINEAR_ACTIVATION_BITS, readable
@@ -35,11 +36,11 @@ from ..cpu.structures import (
     Turn,
     Vector,
 )
+from ..kept import KeptFFN
 from ..linears.dense import ThroughKernels
 from ..linears.lowbit import LowBitLinear
 from ..modules import FoldedFFN
 from ..placing import FoldedDown, GatedFFN
-from ..static import StaticFFN
 from ..stored import LaidOut
 from .cache import GrowingCache, GrowingLayer
 
@@ -206,18 +207,27 @@ class Program:
         prepared = ffn.prepared(read, folded.parts.dense)
         self._sources.append((vars(ffn), "_ready"))
         self._kept.append(prepared)
-        if isinstance(prepared, StaticFFN):
-            self._static(prepared, read, given)
-        elif isinstance(prepared, CpuFFN):
-            self._operation("folded", prepared.arguments, read, None, given)
+        if isinstance(prepared, KeptFFN):
+            self._keep(prepared, read, given)
         else:
-            raise NotWholeError("the kernels do not read the weights of a folded FFN as they lie.")
+            self._predict(prepared, read, given)
 
-    def _static(self, prepared: StaticFFN, read: Tensor, given: Tensor) -> None:
-        """A static fold: the fold beside the kept neurons, which are added."""
-        weights, (up, down, fold) = prepared.weights, prepared.matrices
+    def _predict(self, prepared: PreparedFFN, read: Tensor, given: Tensor) -> None:
+        """A dynamic fold."""
+        if not isinstance(prepared, CpuFFN):
+            raise NotWholeError("the kernels do not read the weights of a folded FFN as they lie.")
+        self._operation("folded", prepared.arguments, read, None, given)
+
+    def _keep(self, prepared: KeptFFN, read: Tensor, given: Tensor) -> None:
+        """The fold, alone or with the neurons that are predicted, and the kept neurons, which are added."""
+        weights, (up, down) = prepared.weights, prepared.matrices
         rows, kept = self._rows(weights.k * weights.kept), self._rows(self._d)
-        self._multiply([(up, weights.kept_bias), (fold, weights.bias)], read, [rows, given])
+        if prepared.predicted is None:
+            assert weights.fold is not None, "nothing else adds it"
+            self._multiply([(up, weights.kept_bias), (weights.fold, weights.bias)], read, [rows, given])
+        else:
+            self._multiply([(up, weights.kept_bias)], read, [rows])
+            self._predict(prepared.predicted, read, given)
         first, *other = rows.chunk(weights.k, dim=1)
         inner = self._rows(weights.kept)
         self._operation("gate", Activation.of(weights.neurons.activation), first, other[0] if other else None, inner)
