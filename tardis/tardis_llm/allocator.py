@@ -1,4 +1,4 @@
-"""Faster memory: freed blocks are kept for the next temporary tensor, and large weights lie in huge pages."""
+"""Faster memory: freed blocks are kept for the next temporary tensor, and weights lie in huge pages."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's mallopt
 _MIB = 2**20
 _PAGE, _HUGE_PAGE = 4096, 2 * _MIB
-_ARENA_SIZE = 32 * _MIB
-_LEAST = 16 * _PAGE
+_LEAST, _LARGE = 16 * _PAGE, 2 * _HUGE_PAGE  # from when on huge pages matter, and from when on a tensor has its own
+_SHARED = 32 * _MIB
 
 
 def keep_freed_memory() -> bool:
@@ -34,7 +34,7 @@ def keep_freed_memory() -> bool:
 
 
 def use_huge_pages(model: nn.Module) -> int:
-    """Move those weights of a model that are large and on the CPU into huge pages; values and strides stay.
+    """Move those weights of a model that are not small and on the CPU into huge pages; values and strides stay.
 
     Weights that were memory-mapped from files are copied, too, so the files are no longer needed.
 
@@ -53,7 +53,7 @@ def use_huge_pages(model: nn.Module) -> int:
 
 
 def contiguous_in_huge_pages(tensor: Tensor) -> Tensor:
-    """A contiguous copy of a tensor, in huge pages if it is large, is on the CPU, and the system has such pages.
+    """A contiguous copy of a tensor, in huge pages if it is not small, is on the CPU, and the system has such pages.
 
     With pages of 2 MiB the page tables stay in the processor's caches, which matters most to folded FFNs, whose fixing
     reads scattered rows. The copy begins at the start of a page: processors fetch cache lines in pairs, and parts of
@@ -61,44 +61,49 @@ def contiguous_in_huge_pages(tensor: Tensor) -> Tensor:
     """
     if not _gains(tensor) or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty_like(tensor, memory_format=torch.contiguous_format).copy_(tensor)
-    return _ARENA.room(tensor.nbytes).view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    return _ARENAS.room(tensor.nbytes).view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 class _Arena:
-    """Huge pages that tensors share; they are given back when none of those that lie in them is left."""
+    """Huge pages that tensors share. They are given back when none of the tensors is left that lie in them."""
+
+    def __init__(self, size: int) -> None:
+        self._memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):  # the kernel has no huge pages; small ones do
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self._begin = -torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr() % _HUGE_PAGE
+        self._end = self._begin + size
+
+    @property
+    def left(self) -> int:
+        """Bytes that there is room for."""
+        return self._end - self._begin
+
+    def room(self, size: int) -> Tensor:
+        """[size] uint8 that begins at the start of a page, in a storage of its own; there must be so many left."""
+        begin = self._begin
+        self._begin += -(-size // _PAGE) * _PAGE
+        return torch.frombuffer(self._memory, dtype=torch.uint8, count=size, offset=begin)
+
+
+class _Arenas:
+    """Where tensors get room in huge pages: small ones together, large ones by themselves."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._rest = torch.empty(0, dtype=torch.uint8)
+        self._last: _Arena | None = None
 
     def room(self, size: int) -> Tensor:
-        """[size] uint8 that begins at the start of a page; of a large one at that of a huge page."""
-        if size >= _ARENA_SIZE // 2:
-            return _huge(size)
-        whole = -(-size // _PAGE) * _PAGE
+        """[size] uint8 in memory that nothing else uses."""
+        if size >= _LARGE:
+            return _Arena(size).room(size)
         with self._lock:
-            if len(self._rest) < whole:
-                self._rest = _huge(_ARENA_SIZE)
-            room, self._rest = self._rest[:size], self._rest[whole:]
-        return room
+            if self._last is None or self._last.left < size:
+                self._last = _Arena(_SHARED)
+            return self._last.room(size)
 
 
-_ARENA = _Arena()
-
-
-def _huge(size: int) -> Tensor:
-    """[size] uint8 in newly mapped memory that begins at the start of a huge page."""
-    raw = _mapped(size + _HUGE_PAGE)
-    begin = -raw.data_ptr() % _HUGE_PAGE
-    return raw[begin : begin + size]
-
-
-def _mapped(size: int) -> Tensor:
-    """[size] uint8 in newly mapped memory. What malloc returns may have been used before, in small pages."""
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # the kernel has no huge pages; small ones do
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+_ARENAS = _Arenas()
 
 
 def _gains(tensor: Tensor) -> bool:

@@ -2,10 +2,12 @@
 
 import platform
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tardis_llm.allocator import contiguous_in_huge_pages, keep_freed_memory, use_huge_pages
@@ -70,3 +72,15 @@ def test_weights_in_huge_pages_live_as_long_as_what_is_made_of_them():
     assert torch.equal(part, tensor.T[1:])
     part += 1
     assert torch.equal(part, tensor.T[1:] + 1)
+
+
+def test_small_weights_share_huge_pages_and_nothing_else(tmp_path):
+    wanted = [torch.randn(64, 300) + number for number in range(900)]  # more than one lot of pages
+    copies = [contiguous_in_huge_pages(tensor) for tensor in wanted]
+    assert all(map(torch.equal, copies, wanted))
+    assert all(copy.data_ptr() % 4096 == 0 and copy.untyped_storage().nbytes() == copy.nbytes for copy in copies)
+    spans = sorted((copy.data_ptr(), copy.data_ptr() + copy.nbytes) for copy in copies)
+    assert all(end <= begin for (_, end), (begin, _) in pairwise(spans))
+    save_file({str(number): copy for number, copy in enumerate(copies)}, tmp_path / "weights.safetensors")
+    found = load_file(tmp_path / "weights.safetensors")
+    assert all(torch.equal(found[str(number)], tensor) for number, tensor in enumerate(wanted))

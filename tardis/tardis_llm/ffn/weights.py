@@ -349,8 +349,9 @@ class FoldedWeights:
         found = storage.format(self.neurons.activation, bits, gated=self.k == 2)
         has_zero = self.down is not None and self.stacked and bool(kind(self.down)[-1])
         dtype = str(self.neurons.low.dtype).removeprefix("torch.")
-        keeps = {"kept": self.kept, "kept_bias": self.kept_bias is not None, "mixed": self.mixed}
-        return replace(found, range_dtype=dtype, down_zero=has_zero, **keeps)
+        kept_bias = self.kept_bias is not None
+        found = replace(found, kept=self.kept, kept_bias=kept_bias, mixed=self.mixed)
+        return replace(found, range_dtype=dtype, down_zero=has_zero)
 
     @property
     def kept(self) -> int:
