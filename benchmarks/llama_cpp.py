@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -65,12 +65,22 @@ def model_of_shape(shape: str, layers: int) -> PreTrainedModel:
     return model
 
 
-def variants_of_shape(shape: str, layers: int, rates: list[float]) -> Iterator[tuple[str, Variant]]:
-    """Ours in int4, dense and folded at each fix rate, by their names in the table."""
+def variants_of_shape(
+    shape: str, layers: int, rates: list[float], mixed: Sequence[tuple[float, float]] = ()
+) -> Iterator[tuple[str, Variant]]:
+    """Ours in int4, by their names in the table: dense, folded at each fix rate, and mixed folds.
+
+    Args:
+        shape, layers: as of `model_of_shape`.
+        rates: fix rates of dynamic folds.
+        mixed: of mixed folds, shares of the neurons that are kept, and of the others that are fixed.
+    """
     model = model_of_shape(shape, layers)
     yield "int4", random_rival("int4", model)
     for rate in rates:
         yield f"folded, {rate:.0%} fixed", random_variant(model, RandomFold(2, 4, 4, 4, rate))
+    for kept, rate in mixed:
+        yield f"{kept:.0%} kept, {rate:.0%} fixed", random_variant(model, RandomFold(2, 4, 4, 4, rate, "mixed", kept))
 
 
 def steps_of(variant: Variant, prompt: int, chosen: argparse.Namespace) -> Callable[[], float]:
@@ -195,6 +205,7 @@ def main() -> None:
     parser.add_argument("--shape", default="falcon-7b", help="random weights of this shape (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=8, help="of the shape (default: %(default)s)")
     parser.add_argument("--fix-rates", default="0.05,0.2", help="of random folds (default: %(default)s)")
+    parser.add_argument("--mixed", default="", help="mixed folds: kept and, of the others, fixed, as 0.5:0.05,0.4:0.1")
     parser.add_argument("--folded", help="a folded model instead of a shape")
     parser.add_argument("--gguf", type=Path, help="what llama.cpp loads; default: made for the shape")
     parser.add_argument("--output", type=Path, help="where figures go")
@@ -208,7 +219,9 @@ def main() -> None:
     if chosen.folded:
         ours = {"folded": loaded_variants(load_model(chosen.folded))[0]}
     else:
-        ours = dict(variants_of_shape(chosen.shape, chosen.layers, [float(r) for r in chosen.fix_rates.split(",")]))
+        rates = [float(rate) for rate in chosen.fix_rates.split(",")]
+        mixed = [(float(kept), float(rate)) for kept, rate in (one.split(":") for one in chosen.mixed.split(",") if one)]
+        ours = dict(variants_of_shape(chosen.shape, chosen.layers, rates, mixed))
     llama = Llama(file, chosen.threads, chosen.batch, chosen.cache)
     try:
         rows, about = compared(ours, llama, chosen), measured_on(chosen)
