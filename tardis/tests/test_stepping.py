@@ -128,6 +128,29 @@ def test_folds_that_keep_neurons(kind: str, batch: int, select: Select) -> None:
     assert _apart(found, wanted) < 0.03
 
 
+@pytest.mark.parametrize("select", ["dynamic", "static", "mixed"])
+def test_threads_that_stay_together_give_what_one_does(select: Select) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 3072, "vocab_size": 2048}
+    model = _model("llama", torch.bfloat16, **sizes)
+    for site, ffn in folds_at_random(model, 2, Storage(64, 4, 4), 0.2, select):
+        install(model, site, ffn)
+    quantise_linears(model, 4, 64)
+    prepare_decoding(model)
+    before, ids = torch.get_num_threads(), _ids(1, 20)
+    try:
+        torch.set_num_threads(1)
+        wanted, _ = _both(model, ids)
+        for threads in (2, 5):  # more than there are cores, too
+            torch.set_num_threads(threads)
+            with stepping(model) as steps:
+                found = [_logits(model, ids, cache_for(model)) for _ in range(2)]
+            assert steps.count == 2 * (ids.shape[1] - 5)
+            assert all(torch.equal(one, found[0]) for one in found)
+            assert _apart(found[0], wanted) < 0.05
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_long_text_outgrows_the_room_for_it() -> None:
     model = _model("llama")
     prepare_decoding(model)

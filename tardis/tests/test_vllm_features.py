@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from engines import (
+    MIXED,
     STACKED,
     STATIC,
     assert_same_text,
@@ -149,9 +150,9 @@ def test_prompts_whose_beginning_is_in_the_cache(tiny_gpt2: Tiny):
     ("name", "settings", "linear_bits"),
     [
         *(("gpt2", SETTINGS, None), ("gpt2", STACKED, 4), ("llama_biased", SETTINGS, None), ("gemma2", STACKED, 8)),
-        *(("gpt2", STATIC, None), ("llama_biased", STATIC, 8)),
+        *(("gpt2", STATIC, None), ("llama_biased", STATIC, 8), ("gpt2", MIXED, 8), ("llama_biased", MIXED, None)),
     ],
-    ids=["dense", "few bits", "gated", "gated in few bits", "static", "gated static"],
+    ids=["dense", "few bits", "gated", "gated in few bits", "static", "gated static", "mixed", "gated mixed"],
 )
 def test_compiled_by_torch(name: str, settings: FoldConfig, linear_bits: int | None, tmp_path: Path):
     model = save_tiny(name, tmp_path, settings, linear_bits)

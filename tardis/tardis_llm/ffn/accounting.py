@@ -3,7 +3,7 @@
 dense      weights and biases of the dense FFN
 touched    what one token reads at batch 1: the fold, the predictor with its scales, ranges and lines, the up bias
            (the range test needs all of it), and the W1 rows and W2 column of each fixed neuron; where these are in
-           few bits, what the predictor has of the rows is read already. A static fold reads its kept neurons, always
+           few bits, what the predictor has of the rows is read already. Neurons that are kept are read always
 resident   what stays in memory, fallback weights included
 """
 
@@ -26,7 +26,7 @@ class Cost:
         fold: of the fold and its bias.
         predictor: of the predictor with its scales.
         lines: of ranges and lines, and of the up bias.
-        kept: of the neurons that a static fold keeps.
+        kept: of the neurons that every token computes.
         fixing: of what a token reads beside these four, if it fixes every neuron.
     """
 

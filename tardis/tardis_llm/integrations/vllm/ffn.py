@@ -68,7 +68,7 @@ class ServedFFN(FoldState):
         dtype: of the model.
 
     Raises:
-        UnsupportedModelError: the fold is static, and ranks would share it.
+        UnsupportedModelError: the fold keeps neurons, and ranks would share it.
     """
 
     def __init__(self, form: FoldFormat, up: LinearBase, down: LinearBase, choice: Choice, dtype: torch.dtype) -> None:
@@ -76,7 +76,7 @@ class ServedFFN(FoldState):
         neurons, ranks = rows // form.k, up.output_size // rows
         if form.kept and ranks > 1:
             raise UnsupportedModelError(
-                "a static fold is not shared among processes; serve it with --tensor-parallel-size 1."
+                "a fold that keeps neurons is not shared among processes; serve it with --tensor-parallel-size 1."
             )
         empty = FoldedWeights.empty(form, d, neurons, dtype, torch.get_default_device(), rows=d // ranks)
         super().__init__(empty)

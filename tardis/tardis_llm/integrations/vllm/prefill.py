@@ -40,7 +40,7 @@ class Choice:
         given = config.additional_config
         mode = given.get(PREFILL_OPTION, "auto") if isinstance(given, dict) else "auto"
         check_prefill(mode)
-        if mode == "exact" and any(layer.kept for layer in settings.layers.values()):
+        if mode == "exact" and any(layer.kept and not layer.mixed for layer in settings.layers.values()):
             raise InvalidInputError(STATIC)
         if mode == "exact" and config.device_config.device_type != "cpu" and not config.model_config.enforce_eager:
             raise InvalidInputError(
