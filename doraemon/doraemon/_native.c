@@ -23,6 +23,7 @@
 enum { GROUP = 64, BLOCK = 32, CHUNK = 128, SHORT = 16, PLACE_SHIFT = 8 };
 enum { DELTAS = 2, FEW = 4 };              /* the older, larger one first; entries that are compared at once */
 enum { CELLS = 32, CELL_BITS = 5, TWIN_BITS = 6, NO_TWIN = 63, UNKNOWN = INT32_MIN };
+enum { LEAF_CELLS = 64, UNTOLD = -1 };
 enum { RUN_RANKS, RANKS, PLACES, COUNTS }; /* what a batch asks for */
 
 typedef struct {
@@ -36,6 +37,16 @@ typedef struct {
     float base, slope; /* position after `start` = base + slope * (fraction of the leaf's width) */
     float radius;      /* the true position is that far away at most, for keys in the run */
 } Leaf;
+
+/* A leaf, and what most queries in it need to know of a delta: which of its LEAF_CELLS parts of equal width have entries,
+ * the shift of those before the leaf, and which part has two entries, if one has. UNTOLD stands where that is not all: see
+ * Summary. A code's leaf and part grow with the code, so that entries of parts before a query's are below it. */
+typedef struct {
+    Leaf leaf;
+    int32_t shift;
+    uint64_t marks;
+    int64_t twin;
+} ChangedLeaf;
 
 /* A change of a delta. */
 typedef struct {
@@ -67,7 +78,8 @@ typedef struct {
 typedef struct {
     const uint64_t *keys, *bounds; /* codes: of the run, of each bucket's first key */
     const Bucket *buckets;
-    const Leaf *leaves;
+    const char *leaves;
+    int64_t leaf_size; /* that of a ChangedLeaf where leaves tell of the first delta, which is then the only one */
     Delta deltas[DELTAS];
     Hot hot;
     uint64_t *samples, *taken; /* one code in `sampling` of those asked for, in a ring, and how many so far */
@@ -219,15 +231,39 @@ static inline int64_t length_of(const Search *s)
     return s->n + whole_shift(s->deltas) + whole_shift(s->deltas + 1);
 }
 
+static inline int64_t first_row(const Bucket *bucket) { return (int64_t)(bucket->place >> PLACE_SHIFT); }
+
+static inline int64_t leaves_in(const Bucket *bucket)
+{
+    return (int64_t)1 << (bucket->place & ((1 << PLACE_SHIFT) - 1));
+}
+
 /* The leaf that serves `q` in the bucket, and where in the leaf it falls. */
 static inline const Leaf *leaf_of(const Search *s, const Bucket *bucket, uint64_t q, double *fraction)
 {
-    double leaves = (double)((uint64_t)1 << (bucket->place & ((1 << PLACE_SHIFT) - 1)));
+    double leaves = (double)leaves_in(bucket);
     double t = (double)(q > bucket->low ? q - bucket->low : 0) * bucket->scale;
     t = t < leaves ? t : leaves;
     int64_t leaf = t < leaves ? (int64_t)t : (int64_t)leaves - 1;
     *fraction = t - (double)leaf;
-    return s->leaves + (bucket->place >> PLACE_SHIFT) + leaf;
+    return (const Leaf *)(s->leaves + (first_row(bucket) + leaf) * s->leaf_size);
+}
+
+static inline int leaves_tell(const Search *s) { return s->leaf_size == sizeof(ChangedLeaf); }
+
+INLINE int64_t leaf_cell(double fraction)
+{
+    int64_t cell = (int64_t)(fraction * LEAF_CELLS);
+    return cell < LEAF_CELLS ? cell : LEAF_CELLS - 1;
+}
+
+INLINE Told told_by_leaf(const Leaf *leaf, double fraction)
+{
+    const ChangedLeaf *changed = (const ChangedLeaf *)leaf;
+    int64_t cell = leaf_cell(fraction);
+    int marked = (int)(changed->marks >> cell & 1);
+    int64_t before = COUNT_BITS(changed->marks & ((UINT64_C(1) << cell) - 1)) + (cell > changed->twin);
+    return (Told){changed->shift + before, !marked & (changed->twin != UNTOLD), marked};
 }
 
 static inline int64_t clamp(double position, int64_t depth)
@@ -299,6 +335,7 @@ typedef struct {
     const Leaf *leaf[GROUP];
     double fraction[GROUP];
     int64_t low[GROUP], high[GROUP], m;
+    Told told[GROUP]; /* where leaves tell */
 } Group;
 
 /* The three stages of a group. Each asks memory for what the next one reads, and other groups' stages go in between. */
@@ -323,6 +360,11 @@ static inline void find_windows(const Search *s, Group *g)
         PREFETCH(s->keys + g->low[i]);
         PREFETCH(s->keys + ((g->low[i] + g->high[i]) >> 1));
         PREFETCH(s->keys + g->high[i]);
+    }
+    if (leaves_tell(s)) {
+        for (int64_t i = 0; i < g->m; i++)
+            g->told[i] = told_by_leaf(g->leaf[i], g->fraction[i]);
+        return;
     }
     for (int d = 0; d < DELTAS; d++)
         for (int64_t i = 0; s->deltas[d].n && i < g->m; i++)
@@ -441,36 +483,37 @@ INLINE void settle(const Delta *delta, Few *few, int right, int64_t *ranks)
     few->m = 0;
 }
 
-/* Add a delta's shifts to the ranks of m queries, whose ranks in the run are known, but for those that have to wait. */
-INLINE void add_shifts(const Delta *delta, const uint64_t *q, const int64_t *rank, const int64_t *at, int64_t m,
-                       Few *few, int64_t *out)
+/* Add a delta's shifts to the ranks of m queries, whose ranks in the run are known, but for those that have to wait. What
+ * is `told` of them is given, or NULL. */
+INLINE void add_shifts(const Delta *delta, const uint64_t *q, const int64_t *rank, const Told *told, const int64_t *at,
+                       int64_t m, Few *few, int64_t *out)
 {
     int64_t which[GROUP], unknown = 0;
     for (int64_t i = 0; i < m; i++) {
-        Told told = told_by(delta, rank[i]);
-        out[i] += told.shift;
+        Told each = told != NULL ? told[i] : told_by(delta, rank[i]);
+        out[i] += each.shift;
         which[unknown] = i;
-        unknown += !told.known;
+        unknown += !each.known;
     }
     for (int64_t j = 0; j < unknown; j++, few->m++) {
         int64_t i = which[j];
         few->q[few->m] = q[i];
         few->rank[few->m] = rank[i];
         few->at[few->m] = at[i];
-        few->shift[few->m] = told_by(delta, rank[i]).shift;
+        few->shift[few->m] = told != NULL ? told[i].shift : told_by(delta, rank[i]).shift;
         PREFETCH(delta->windows + window_of(delta, rank[i]));
     }
 }
 
 /* Write the ranks of m queries, whose ranks in the run are known, to the places `at`; of those that wait later. */
-INLINE void write_ranks(const Search *s, const uint64_t *q, const int64_t *rank, const int64_t *at, int64_t m, int asked,
-                        int right, Few *few, int64_t *ranks)
+INLINE void write_ranks(const Search *s, const uint64_t *q, const int64_t *rank, const Told *told, const int64_t *at,
+                        int64_t m, int asked, int right, Few *few, int64_t *ranks)
 {
     int64_t out[GROUP];
     memcpy(out, rank, (size_t)m * sizeof *out);
     for (int d = 0; asked == RANKS && d < DELTAS; d++)
         if (s->deltas[d].n)
-            add_shifts(s->deltas + d, q, rank, at, m, few + d, out);
+            add_shifts(s->deltas + d, q, rank, told, at, m, few + d, out);
     for (int64_t i = 0; right && i < m; i++)
         if (q[i] == 0) /* q + 1 wrapped around: everything is left of it */
             out[i] = asked == RANKS ? length_of(s) : s->n;
@@ -487,8 +530,9 @@ static inline void settle_all(const Search *s, Few *few, int right, int64_t *ran
         settle(s->deltas + d, few + d, right, ranks);
 }
 
-/* The numbers of a delta's entries for m codes, as of `entry_for`. */
-INLINE void find_entries_for(const Delta *delta, const uint64_t *q, const int64_t *rank, int64_t m, int64_t *entry)
+/* The numbers of a delta's entries for m codes, as of `entry_for`; `told` as in add_shifts. */
+INLINE void find_entries_for(const Delta *delta, const uint64_t *q, const int64_t *rank, const Told *told, int64_t m,
+                             int64_t *entry)
 {
     Few few;
     few.m = 0;
@@ -498,7 +542,7 @@ INLINE void find_entries_for(const Delta *delta, const uint64_t *q, const int64_
         few.q[few.m] = q[i];
         few.rank[few.m] = rank[i];
         few.at[few.m] = i;
-        few.m += told_by(delta, rank[i]).marked;
+        few.m += told != NULL ? told[i].marked : told_by(delta, rank[i]).marked;
     }
     find_entries(delta, few.q, few.rank, few.m, few.shift);
     for (int64_t j = 0; j < few.m; j++)
@@ -506,17 +550,18 @@ INLINE void find_entries_for(const Delta *delta, const uint64_t *q, const int64_
 }
 
 /* Write what is asked of m queries, whose run ranks are known, to the places `at`. Whether the run has them is known too,
- * or looked up where `in_run` is NULL. */
+ * or looked up where `in_run` is NULL; and perhaps what their leaves have `told`, else NULL. */
 INLINE void write_answers(const Search *s, const uint64_t *q, const int64_t *rank, const uint8_t *in_run,
-                          const int64_t *at, int64_t m, int asked, int right, Few *few, const Answers *out)
+                          const Told *told, const int64_t *at, int64_t m, int asked, int right, Few *few,
+                          const Answers *out)
 {
     int64_t entry[DELTAS][GROUP];
     if (asked == RUN_RANKS || asked == RANKS) {
-        write_ranks(s, q, rank, at, m, asked, right, few, out->ranks);
+        write_ranks(s, q, rank, told, at, m, asked, right, few, out->ranks);
         return;
     }
     for (int d = 0; d < (asked == PLACES ? DELTAS : 1); d++)
-        find_entries_for(s->deltas + d, q, rank, m, entry[d]);
+        find_entries_for(s->deltas + d, q, rank, told, m, entry[d]);
     for (int64_t i = 0; asked == COUNTS && i < m; i++) {
         int64_t older = has_entry(s->deltas, entry[0][i], q[i]) ? net_of(s->deltas, entry[0][i]) : 0;
         out->ranks[at[i]] = rank[i];
@@ -553,10 +598,10 @@ WIDE static void search_model(Search *s, int asked, int right, const uint64_t *c
         if (s->n && next->m > 0)
             find_leaves(s, next);
         if (first > 0) {
-            if (s->n) {
+            if (s->n)
                 search_windows(s, last, rank);
-            }
-            write_answers(s, last->q, rank, NULL, at, last->m, asked, right, few, out);
+            const Told *told = leaves_tell(s) ? last->told : NULL;
+            write_answers(s, last->q, rank, NULL, told, at, last->m, asked, right, few, out);
             for (int64_t i = 0; i < GROUP; i++)
                 at[i] += GROUP;
         }
@@ -647,7 +692,7 @@ WIDE static void search_hot(Search *s, int asked, int right, const uint64_t *cod
             else
                 ask_hot(s->hot, right, codes, done, size, &hits, &misses);
             if (hits.m)
-                write_answers(s, hits.q, hits.rank, hits.in_run, hits.at, hits.m, asked, right, few, out);
+                write_answers(s, hits.q, hits.rank, hits.in_run, NULL, hits.at, hits.m, asked, right, few, out);
             done += size;
         }
         take_group(&misses, next, at[turn]);
@@ -655,7 +700,8 @@ WIDE static void search_hot(Search *s, int asked, int right, const uint64_t *cod
             find_leaves(s, next);
         if (last->m) {
             search_windows(s, last, rank);
-            write_answers(s, last->q, rank, NULL, at[!turn], last->m, asked, right, few, out);
+            const Told *told = leaves_tell(s) ? last->told : NULL;
+            write_answers(s, last->q, rank, NULL, told, at[!turn], last->m, asked, right, few, out);
         }
         if (next->m)
             find_windows(s, next);
@@ -831,6 +877,42 @@ static void fill_windows(const int64_t *net, Delta delta, uint32_t *windows, Sum
     }
 }
 
+/* Leaves that tell of the first delta. Each first notes how many entries there are up to its last one, then gets the shift
+ * of those before its first. */
+static void tell_leaves(const Search *plain, ChangedLeaf *out)
+{
+    Search s = *plain;
+    const Delta *delta = s.deltas;
+    int64_t seen = 0;
+    double fraction;
+    s.leaves = (const char *)out;
+    s.leaf_size = sizeof *out;
+    for (int64_t b = 0; b < s.n_buckets; b++)
+        for (int64_t i = 0, row = first_row(s.buckets + b); i < leaves_in(s.buckets + b); i++)
+            out[row + i] = (ChangedLeaf){((const Leaf *)plain->leaves)[row + i], 0, 0, LEAF_CELLS};
+    for (int64_t i = 0, b = 0; i < delta->n; i++) {
+        uint64_t code = delta->entries[i].code;
+        while (b + 1 < s.n_buckets && s.bounds[b + 1] < code)
+            b++;
+        ChangedLeaf *leaf = (ChangedLeaf *)leaf_of(&s, s.buckets + b, code, &fraction);
+        int64_t cell = leaf_cell(fraction);
+        if (leaf->marks >> cell & 1)
+            leaf->twin = leaf->twin == LEAF_CELLS ? cell : UNTOLD;
+        if (net_of(delta, i) != 1)
+            leaf->twin = UNTOLD;
+        leaf->marks |= UINT64_C(1) << cell;
+        leaf->shift = (int32_t)(i + 1);
+    }
+    for (int64_t b = 0; b < s.n_buckets; b++)
+        for (int64_t i = 0, row = first_row(s.buckets + b); i < leaves_in(s.buckets + b); i++) {
+            ChangedLeaf *leaf = out + row + i;
+            int64_t shift = shift_at(delta, seen);
+            seen = leaf->shift > 0 ? leaf->shift : seen;
+            leaf->shift = (int32_t)shift;
+            leaf->twin = leaf->shift == shift ? leaf->twin : UNTOLD;
+        }
+}
+
 /* ------------------------------------------------------------------ Python */
 
 enum { ENTRIES_OF, LEFT_OF, WINDOWS_OF, SUMMARIES_OF, DELTA_BUFFERS };
@@ -934,10 +1016,10 @@ static int hold_values(View *view, PyObject *const *raw, Py_ssize_t size)
 static PyObject *view_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     static const Py_ssize_t itemsizes[N_BUFFERS] = {
-        8, 8, sizeof(Bucket), sizeof(Leaf), sizeof(Line), sizeof(Entry), 8, 4, sizeof(Summary),
+        8, 8, sizeof(Bucket), 4, sizeof(Line), sizeof(Entry), 8, 4, sizeof(Summary),
         sizeof(Entry), 8, 4, sizeof(Summary), 8, 8};
     PyObject *arrays[N_BUFFERS], *cut, *lexicon, *values[1 + DELTAS], *raw[1 + DELTAS];
-    Py_ssize_t count[N_BUFFERS], value_size;
+    Py_ssize_t count[N_BUFFERS], value_size, leaf_size;
     int kind, itemsize, sampling, bits[DELTAS];
     (void)kwargs;
     if (!PyArg_ParseTuple(args, "CiOOiOOOOOOOOOOOOOOOOOOiiOOOn", &kind, &itemsize, &cut, &lexicon, &sampling, arrays, arrays + 1,
@@ -952,13 +1034,14 @@ static PyObject *view_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     view->n_held = N_BUFFERS;
     for (int i = 0; i < N_BUFFERS; i++)
         count[i] = view->held[i].len / itemsizes[i];
+    leaf_size = view->held[LEAVES].itemsize == sizeof(ChangedLeaf) ? sizeof(ChangedLeaf) : sizeof(Leaf);
     view->search = (Search){
         .keys = view->held[KEYS].buf, .bounds = view->held[BOUNDS].buf, .buckets = view->held[BUCKETS].buf,
-        .leaves = view->held[LEAVES].buf, .samples = view->held[SAMPLES].buf, .taken = view->held[TAKEN].buf,
+        .leaves = view->held[LEAVES].buf, .leaf_size = leaf_size, .samples = view->held[SAMPLES].buf, .taken = view->held[TAKEN].buf,
         .hot = {view->held[HOT].buf, (uint64_t)count[HOT]}, .n = count[KEYS], .n_buckets = count[BOUNDS],
         .sampling = (uint64_t)sampling, .ring = (uint64_t)count[SAMPLES] - 1, .random = (uint64_t)(uintptr_t)view,
     };
-    if (sampling < 1 || (count[KEYS] > 0) != (count[BOUNDS] > 0) || (count[HOT] > 0 && count[KEYS] == 0) ||
+    if (sampling < 1 || view->held[LEAVES].len % leaf_size != 0 || (leaf_size == sizeof(ChangedLeaf) && count[KEYS] == 0) || (count[KEYS] > 0) != (count[BOUNDS] > 0) || (count[HOT] > 0 && count[KEYS] == 0) ||
         count[BUCKETS] != count[BOUNDS] + 1 || count[TAKEN] != 1 || count[SAMPLES] < 1 ||
         (count[SAMPLES] & (count[SAMPLES] - 1)) != 0 || count[HOT] > UINT32_MAX ||
         read_delta(view->held + OLDER, bits[0], view->search.deltas) < 0 ||
@@ -1473,16 +1556,39 @@ static PyObject *ranks(PyObject *self, PyObject *args)
     return end_call(held, 3, NULL);
 }
 
+/* tell_leaves(view, out): the leaves of a view with one delta, made to tell of it. */
+static PyObject *view_tell_leaves(PyObject *self, PyObject *args)
+{
+    static const Py_ssize_t itemsizes[1] = {sizeof(ChangedLeaf)};
+    PyObject *view, *out;
+    Py_buffer held;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "OO", &view, &out) || get_buffers(&out, itemsizes, 1, 0, &held) < 0)
+        return NULL;
+    if (PyType_GetSlot(Py_TYPE(view), Py_tp_dealloc) != (void *)view_dealloc)
+        return end_call(&held, 1, "leaves are those of a View");
+    const Search *s = &((View *)view)->search;
+    const Py_buffer *leaves = ((View *)view)->held + LEAVES;
+    if (s->n == 0 || leaves_tell(s) || s->deltas[1].n > 0 || s->deltas[0].n > INT32_MAX ||
+        held.len / (Py_ssize_t)sizeof(ChangedLeaf) != leaves->len / (Py_ssize_t)sizeof(Leaf))
+        return end_call(&held, 1, "the leaves of a view do not fit");
+    Py_BEGIN_ALLOW_THREADS
+    tell_leaves(s, held.buf);
+    Py_END_ALLOW_THREADS
+    return end_call(&held, 1, NULL);
+}
+
 /* LAYOUT is what Python has to agree with: offsets and sizes of the records in the arrays that are shared. */
 static int native_exec(PyObject *module)
 {
     PyObject *type = PyType_FromModuleAndSpec(module, &view_spec, NULL);
-    PyObject *layout = Py_BuildValue("(nnnnn)(nnnn)i(nnn)i(nnn)i(nnn)", offsetof(Bucket, low), offsetof(Bucket, scale),
+    PyObject *layout = Py_BuildValue("(nnnnn)(nnnn)i(nnn)i(nnn)i(nnn)n", offsetof(Bucket, low), offsetof(Bucket, scale),
                                      offsetof(Bucket, start), offsetof(Bucket, place), sizeof(Bucket),
                                      offsetof(Leaf, base), offsetof(Leaf, slope), offsetof(Leaf, radius), sizeof(Leaf),
                                      PLACE_SHIFT, offsetof(Line, code), offsetof(Line, found), sizeof(Line), RANK_BITS,
                                      offsetof(Entry, code), offsetof(Entry, found), sizeof(Entry), FEW,
-                                     offsetof(Summary, marks), offsetof(Summary, shift), sizeof(Summary));
+                                     offsetof(Summary, marks), offsetof(Summary, shift), sizeof(Summary),
+                                     sizeof(ChangedLeaf));
     int failed = type == NULL || layout == NULL || PyModule_AddObjectRef(module, "View", type) < 0 ||
                  PyModule_AddObjectRef(module, "LAYOUT", layout) < 0 || add_level_type(module) < 0 ||
                  add_tree_type(module) < 0;
@@ -1497,6 +1603,7 @@ static PyMethodDef native_methods[] = {
      "pack_delta(codes, net, present, left, bits, entries, windows, summaries): what is searched of a delta."},
     {"entries_below", delta_entries_below, METH_VARARGS,
      "entries_below(entries, left, windows, summaries, bits, codes, code_left, out): codes of a delta below others."},
+    {"tell_leaves", view_tell_leaves, METH_VARARGS, "tell_leaves(view, out): its leaves, which tell of its delta."},
     {"ranks", ranks, METH_VARARGS, "ranks(codes, queries, right, out): np.searchsorted of codes."},
     {"fill_hot", fill_hot, METH_VARARGS, "fill_hot(codes, ranks, copies, lines): the hot table of some codes."},
     {"held_hot", held_hot, METH_VARARGS, "held_hot(lines, codes, held): whether the hot table holds each code."},

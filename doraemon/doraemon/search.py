@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import Bits, Codes, Floats, Ints, Mask, Values, parts_of
+from .arrays import CHANGED_LEAF, Bits, Codes, Floats, Ints, Mask, Values, parts_of
 from .delta import Delta, stacked
 from .engine import Engine, native
 from .fitting import BATCH
@@ -76,8 +76,8 @@ class View(Protocol):
         """Whether every key of the run lies within the error bound that its leaf states."""
 
 
-def make_view(engine: Engine, key_type: KeyType, run: Run, deltas: Deltas) -> View:
-    """A view of a run and its deltas, the older one first."""
+def make_view(engine: Engine, key_type: KeyType, run: Run, deltas: Deltas, leaves: NDArray[Any] | None = None) -> View:
+    """A view of a run and its deltas, the older one first; perhaps with leaves that tell of the only delta."""
     if engine == "numpy":
         return NumpyView(key_type, run, deltas)
     model, dtype, (older, recent) = run.model, key_type.dtype, deltas
@@ -89,7 +89,7 @@ def make_view(engine: Engine, key_type: KeyType, run: Run, deltas: Deltas) -> Vi
         key_type.cut_one,
         key_type.lexicon,
         SAMPLING,
-        *(run.codes, model.bounds, model.buckets, model.pool.rows, lines),
+        *(run.codes, model.bounds, model.buckets, model.pool.rows if leaves is None else leaves, lines),
         *(*arrays, *last_arrays),
         *(run.heat.samples.codes, run.heat.samples.taken),
         *(run.values, older.values, recent.values),
@@ -103,6 +103,17 @@ def _bytes_of(*values: Values | None) -> tuple[Any, ...]:
     if values[0] is None or not is_plain(values[0].dtype):
         return None, None, None, 0
     return *(array.view(np.uint8) for array in values if array is not None), values[0].dtype.itemsize
+
+
+def telling(engine: Engine, key_type: KeyType, run: Run, changes: Delta) -> View:
+    """A view of a run, which has keys, and its only delta, whose leaves tell of the changes. O(changes + leaves)."""
+    deltas = (changes, Delta.empty(None if run.values is None else run.values.dtype, engine))
+    flat = make_view(engine, key_type, run, deltas)
+    if engine == "numpy":
+        return flat
+    leaves = np.empty(len(run.model.pool.rows), dtype=CHANGED_LEAF)
+    native.tell_leaves(flat, leaves)
+    return make_view(engine, key_type, run, deltas, leaves)
 
 
 class NumpyView(View):

@@ -26,7 +26,7 @@ from .keytype import KeyType, Ranking
 from .model import Model
 from .parallel import in_parts
 from .run import Models, Run
-from .search import SMALL, Scanned, StepView, View, make_view
+from .search import SMALL, Scanned, StepView, View, make_view, telling
 from .values import dtype_with_default, is_plain, with_default
 from .workload import Signature
 
@@ -173,14 +173,14 @@ class State:
         if self._step_view is not None:
             return self._step_view
         self.asked[0] += len(codes)  # an estimate where threads ask at the same time
-        return self._flat_view if self.asked[0] > self.changes else self.view
+        return self._telling_view if self.asked[0] > self.changes + self.run.model.leaves else self.view
 
     @cached_property
-    def _flat_view(self) -> View:
-        """What searches all changes at once: worth making for as many queries as there are changes."""
-        if len(self.older) == 0 or len(self.recent) == 0:
+    def _telling_view(self) -> View:
+        """What answers most queries from the leaf: worth making for as many as there are changes and leaves."""
+        if self.changes == 0 or len(self.run) == 0:
             return self.view
-        return make_view(self.engine, self.key_type, self.run, (self.delta, self._no_changes))
+        return telling(self.engine, self.key_type, self.run, self.delta)
 
     @property
     def _no_changes(self) -> Delta:

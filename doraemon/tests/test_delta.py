@@ -12,7 +12,7 @@ from doraemon import engine as engines
 from doraemon.arrays import Codes
 from doraemon.delta import Delta
 from doraemon.run import Run
-from doraemon.search import NumpyView, View, make_view
+from doraemon.search import NumpyView, View, make_view, telling
 
 pytestmark = pytest.mark.skipif(engines.choose() != "native", reason="only the C engine has summaries")
 LAST = 2**64 - 1
@@ -64,6 +64,24 @@ def test_summaries_tell_what_the_entries_do(step: int, older: dict[int, int], ne
     hot = state.hot_table(queries[::2].copy())
     warm = make_view("native", state.key_type, state.with_hot(hot).run, deltas)
     assert answers(warm, queries) == answers(plain, queries)
+
+
+@settings(max_examples=25)
+@given(
+    step=st.sampled_from([1, 3, 1000]),
+    changes=st.dictionaries(st.integers(0, 3000) | st.sampled_from([LAST - 1, LAST]), NET, max_size=300),
+)
+@example(step=3, changes=dict.fromkeys(range(0, 3000, 7), 1))
+@example(step=1000, changes=dict.fromkeys(range(2500), 1))
+def test_leaves_tell_what_the_entries_do(step: int, changes: dict[int, int]) -> None:
+    keys = np.append(np.arange(0, 2900, step, dtype=np.uint64), np.uint64(LAST))
+    state = Index(keys, engine="native")._state
+    delta = delta_of(state.run, changes)
+    queries = np.append(np.arange(3010, dtype=np.uint64), np.array([LAST - 1, LAST], dtype=np.uint64))
+    plain = NumpyView(state.key_type, state.run, (delta, Delta.empty(None, "native")))
+    hot = state.hot_table(queries[::2].copy())
+    for run in (state.run, state.with_hot(hot).run):
+        assert answers(telling("native", state.key_type, run, delta), queries) == answers(plain, queries)
 
 
 @pytest.mark.parametrize("more", [1, 5, 60])
