@@ -93,8 +93,8 @@ typedef struct {
     int64_t position;
 } Place;
 
-/* Where the answers of a batch go: ranks, or places without or with their positions. With ranks in the run the counts
- * of keys in run and older delta. */
+/* Where the answers of a batch go: ranks, or places without or with their positions; or ranks in the run with the counts
+ * of keys there. */
 typedef struct {
     int64_t *ranks, *positions;
     uint8_t *present, *layers;
@@ -560,14 +560,16 @@ INLINE void write_answers(const Search *s, const uint64_t *q, const int64_t *ran
         write_ranks(s, q, rank, told, at, m, asked, right, few, out->ranks);
         return;
     }
-    for (int d = 0; d < (asked == PLACES ? DELTAS : 1); d++)
-        find_entries_for(s->deltas + d, q, rank, told, m, entry[d]);
-    for (int64_t i = 0; asked == COUNTS && i < m; i++) {
-        int64_t older = has_entry(s->deltas, entry[0][i], q[i]) ? net_of(s->deltas, entry[0][i]) : 0;
-        out->ranks[at[i]] = rank[i];
-        out->positions[at[i]] = copies_in_run(s, q[i], rank[i]) + older;
+    if (asked == COUNTS) {
+        for (int64_t i = 0; i < m; i++) {
+            out->ranks[at[i]] = rank[i];
+            out->positions[at[i]] = copies_in_run(s, q[i], rank[i]);
+        }
+        return;
     }
-    for (int64_t i = 0; asked == PLACES && i < m; i++) {
+    for (int d = 0; d < DELTAS; d++)
+        find_entries_for(s->deltas + d, q, rank, told, m, entry[d]);
+    for (int64_t i = 0; i < m; i++) {
         int found = in_run != NULL ? in_run[i] : is_in_run(s, q[i], rank[i]);
         Place place = place_of(s, q[i], rank[i], found, entry[0][i], entry[1][i]);
         out->present[at[i]] = (uint8_t)place.present;
@@ -840,6 +842,23 @@ WIDE static int splice_items(const char *old, int64_t n, const int64_t *at, cons
 
 /* ------------------------------------------------------------------ deltas */
 
+/* How many of a delta's codes are below each of m queries, whose ranks in the run are known. */
+static void windowed_below(const uint64_t *codes, const Delta *delta, const uint64_t *q, const int64_t *rank, int64_t m,
+                           int64_t *out)
+{
+    for (int64_t first = 0; first < m; first += GROUP) {
+        int64_t end = m - first < GROUP ? m : first + GROUP;
+        for (int64_t i = first; i < end; i++)
+            PREFETCH(delta->windows + window_of(delta, rank[i]));
+        for (int64_t i = first; i < end; i++)
+            PREFETCH(codes + delta->windows[window_of(delta, rank[i])]);
+        for (int64_t i = first; i < end; i++) {
+            const uint32_t *window = delta->windows + window_of(delta, rank[i]);
+            out[i] = window[0] + below(codes + window[0], (int64_t)window[1] - window[0], q[i]);
+        }
+    }
+}
+
 static void pack_entries(const uint64_t *codes, const int64_t *net, const int64_t *present, int64_t n, Entry *out)
 {
     int64_t shift = 0;
@@ -852,11 +871,20 @@ static void pack_entries(const uint64_t *codes, const int64_t *net, const int64_
 }
 
 /* windows[b]: how many of the ranks, which ascend, are below b << bits; the last window ends after all of them. First each
- * entry is noted where it lies, which takes no branch that is hard to foresee, then counts and shifts are carried on. */
-static void fill_windows(const int64_t *net, Delta delta, uint32_t *windows, Summary *summaries)
+ * entry is noted where it lies, which takes no branch that is hard to foresee, then counts are carried on. */
+static void fill_windows(Delta delta, uint32_t *windows)
 {
     int64_t count = delta.last_window + 1;
     memset(windows, 0, ((size_t)count + 1) * sizeof *windows);
+    for (int64_t i = 0; i < delta.n; i++)
+        windows[window_of(&delta, delta.left[i]) + 1] = (uint32_t)i + 1;
+    for (int64_t b = 0; b < count; b++)
+        windows[b + 1] = windows[b + 1] > windows[b] ? windows[b + 1] : windows[b];
+}
+
+static void sum_up_windows(const int64_t *net, Delta delta, Summary *summaries)
+{
+    int64_t count = delta.last_window + 1;
     for (int64_t b = 0; b < count; b++)
         summaries[b] = (Summary){0, NO_TWIN};
     for (int64_t i = 0; i < delta.n; i++) {
@@ -867,11 +895,9 @@ static void fill_windows(const int64_t *net, Delta delta, uint32_t *windows, Sum
         if (net[i] != 1)
             summaries[b].shift = UNKNOWN;
         summaries[b].marks |= mark;
-        windows[b + 1] = (uint32_t)i + 1;
     }
     for (int64_t b = 0; b < count; b++) {
-        int64_t shift = shift_at(&delta, windows[b]);
-        windows[b + 1] = windows[b + 1] > windows[b] ? windows[b + 1] : windows[b];
+        int64_t shift = shift_at(&delta, delta.windows[b]);
         int known = summaries[b].shift != UNKNOWN && shift > UNKNOWN >> TWIN_BITS && shift <= INT32_MAX >> TWIN_BITS;
         summaries[b].shift = known ? (int32_t)(shift * (1 << TWIN_BITS)) + summaries[b].shift : UNKNOWN;
     }
@@ -1318,7 +1344,7 @@ static PyMethodDef view_methods[] = {
     {"ranks", view_ranks, METH_VARARGS, "ranks(codes, right, in_run, ranks): ranks in the run alone or in the index."},
     {"find_many", view_find_many, METH_VARARGS, "find_many(codes, present[, layers, positions]): where codes lie."},
     {"count_many", view_count_many, METH_VARARGS,
-     "count_many(codes, ranks, counts): ranks in the run, and how many keys of it and the older delta equal each."},
+     "count_many(codes, ranks, counts): ranks in the run, and how many keys of it equal each."},
     {"select", view_select, METH_O, "The code of a rank, negative ones counted from the end; None if there is none."},
     {"neighbour", (PyCFunction)(void (*)(void))view_neighbour, METH_FASTCALL,
      "neighbour(key, right, offset): the code `offset` ranks from the key's left or right rank, None if there is none."},
@@ -1485,56 +1511,77 @@ static PyObject *splice(PyObject *self, PyObject *args)
     return end_call(held, 4, agree ? NULL : "the arrays of a splice do not fit together");
 }
 
-/* pack_delta(codes, net, present, left, bits, entries, windows, summaries): what is searched of a delta. */
+static const char NO_DELTA[] = "the arrays of a delta do not fit together";
+
+/* find_windows(left, bits, windows): where the windows of a delta begin. */
+static PyObject *delta_windows(PyObject *self, PyObject *args)
+{
+    static const Py_ssize_t itemsizes[2] = {8, 4};
+    PyObject *arrays[2];
+    Py_buffer held[2];
+    int bits;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "OiO", arrays, &bits, arrays + 1) || get_buffers(arrays, itemsizes, 2, 1, held) < 0)
+        return NULL;
+    Delta delta = {.left = held[0].buf, .n = held[0].len / 8, .last_window = held[1].len / 4 - 2, .bits = bits};
+    if (delta.n >= UINT32_MAX || delta.last_window < 0 || bits < 0 || bits > 62)
+        return end_call(held, 2, NO_DELTA);
+    Py_BEGIN_ALLOW_THREADS
+    fill_windows(delta, held[1].buf);
+    Py_END_ALLOW_THREADS
+    return end_call(held, 2, NULL);
+}
+
+/* codes_below(codes, bits, windows, queries, ranks, out): how many codes of a delta are below each query, whose rank in the
+ * run is known. */
+static PyObject *delta_codes_below(PyObject *self, PyObject *args)
+{
+    static const Py_ssize_t itemsizes[5] = {8, 4, 8, 8, 8};
+    PyObject *arrays[5];
+    Py_buffer held[5];
+    int bits;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "OiOOOO", arrays, &bits, arrays + 1, arrays + 2, arrays + 3, arrays + 4) ||
+        get_buffers(arrays, itemsizes, 5, 4, held) < 0)
+        return NULL;
+    const uint32_t *windows = held[1].buf;
+    int64_t last = held[1].len / 4 - 1, n = held[0].len / 8, m = held[2].len / 8;
+    if (last < 1 || windows[last] != n || held[3].len != held[2].len || held[4].len != held[2].len || bits < 0 ||
+        bits > 62)
+        return end_call(held, 5, NO_DELTA);
+    Delta delta = {.windows = windows, .n = n, .last_window = last - 1, .bits = bits};
+    Py_BEGIN_ALLOW_THREADS
+    windowed_below(held[0].buf, &delta, held[2].buf, held[3].buf, m, held[4].buf);
+    Py_END_ALLOW_THREADS
+    return end_call(held, 5, NULL);
+}
+
+/* pack_delta(codes, net, present, left, bits, windows, entries, summaries): what is searched of a delta. */
 static PyObject *pack_delta(PyObject *self, PyObject *args)
 {
-    static const Py_ssize_t itemsizes[7] = {8, 8, 8, 8, sizeof(Entry), 4, sizeof(Summary)};
+    static const Py_ssize_t itemsizes[7] = {8, 8, 8, 8, 4, sizeof(Entry), sizeof(Summary)};
     PyObject *arrays[7];
     Py_buffer held[7];
     int bits;
     (void)self;
     if (!PyArg_ParseTuple(args, "OOOOiOOO", arrays, arrays + 1, arrays + 2, arrays + 3, &bits, arrays + 4, arrays + 5,
                           arrays + 6) ||
-        get_buffers(arrays, itemsizes, 7, 4, held) < 0)
+        get_buffers(arrays, itemsizes, 7, 5, held) < 0)
         return NULL;
-    int64_t n = held[0].len / 8, windows = held[5].len / 4;
-    if (held[6].len / (Py_ssize_t)sizeof(Summary) != windows - 1 || held[1].len != held[0].len || held[2].len != held[0].len || held[3].len != held[0].len || n >= UINT32_MAX ||
-        held[4].len / (Py_ssize_t)sizeof(Entry) != n + FEW || windows < 2 || bits < 0 || bits > 62)
-        return end_call(held, 7, "the arrays of a delta do not fit together");
+    int64_t n = held[0].len / 8, windows = held[4].len / 4;
+    int fit = windows >= 2 && held[6].len / (Py_ssize_t)sizeof(Summary) == windows - 1 && bits >= 0 && bits <= 62 &&
+              held[5].len / (Py_ssize_t)sizeof(Entry) == n + FEW && n < UINT32_MAX;
+    for (int i = 1; i < 4; i++)
+        fit = fit && held[i].len == held[0].len;
+    if (!fit || ((const uint32_t *)held[4].buf)[windows - 1] != n)
+        return end_call(held, 7, NO_DELTA);
     Py_BEGIN_ALLOW_THREADS
-    pack_entries(held[0].buf, held[1].buf, held[2].buf, n, held[4].buf);
-    Delta delta = {.entries = held[4].buf, .left = held[3].buf, .n = n, .last_window = windows - 2, .bits = bits};
-    fill_windows(held[1].buf, delta, held[5].buf, held[6].buf);
+    pack_entries(held[0].buf, held[1].buf, held[2].buf, n, held[5].buf);
+    Delta delta = {.entries = held[5].buf, .left = held[3].buf, .windows = held[4].buf, .n = n,
+                   .last_window = windows - 2, .bits = bits};
+    sum_up_windows(held[1].buf, delta, held[6].buf);
     Py_END_ALLOW_THREADS
     return end_call(held, 7, NULL);
-}
-
-/* entries_below(entries, left, windows, summaries, bits, codes, code_left, out): how many codes of a delta are below each
- * of others, whose ranks in the run are known. */
-static PyObject *delta_entries_below(PyObject *self, PyObject *args)
-{
-    static const Py_ssize_t itemsizes[DELTA_BUFFERS + 3] = {sizeof(Entry), 8, 4, sizeof(Summary), 8, 8, 8};
-    enum { CODES_AT = DELTA_BUFFERS, THEIR_LEFT, OUT, COUNT };
-    PyObject *arrays[COUNT];
-    Py_buffer held[COUNT];
-    Delta delta;
-    int bits;
-    (void)self;
-    if (!PyArg_ParseTuple(args, "OOOOiOOO", arrays, arrays + 1, arrays + 2, arrays + 3, &bits, arrays + 4, arrays + 5,
-                          arrays + 6) ||
-        get_buffers(arrays, itemsizes, COUNT, OUT, held) < 0)
-        return NULL;
-    if (read_delta(held, bits, &delta) < 0 || held[THEIR_LEFT].len != held[CODES_AT].len ||
-        held[OUT].len != held[CODES_AT].len)
-        return end_call(held, COUNT, "the arrays of a delta do not fit together");
-    const uint64_t *codes = held[CODES_AT].buf;
-    const int64_t *left = held[THEIR_LEFT].buf;
-    int64_t m = held[CODES_AT].len / 8, *out = held[OUT].buf;
-    Py_BEGIN_ALLOW_THREADS
-    for (int64_t first = 0; first < m; first += GROUP)
-        find_entries(&delta, codes + first, left + first, m - first < GROUP ? m - first : GROUP, out + first);
-    Py_END_ALLOW_THREADS
-    return end_call(held, COUNT, NULL);
 }
 
 /* ranks(codes, queries, right, out): how many of the sorted codes are below each query, or not above it. */
@@ -1600,9 +1647,10 @@ static int native_exec(PyObject *module)
 static PyMethodDef native_methods[] = {
     {"fit", fit, METH_VARARGS, "fit(keys, ends, scales, bits, steepest, out): the leaves of some buckets."},
     {"pack_delta", pack_delta, METH_VARARGS,
-     "pack_delta(codes, net, present, left, bits, entries, windows, summaries): what is searched of a delta."},
-    {"entries_below", delta_entries_below, METH_VARARGS,
-     "entries_below(entries, left, windows, summaries, bits, codes, code_left, out): codes of a delta below others."},
+     "pack_delta(codes, net, present, left, bits, windows, entries, summaries): what is searched of a delta."},
+    {"find_windows", delta_windows, METH_VARARGS, "find_windows(left, bits, windows): where those of a delta begin."},
+    {"codes_below", delta_codes_below, METH_VARARGS,
+     "codes_below(codes, bits, windows, queries, ranks, out): codes of a delta below others."},
     {"tell_leaves", view_tell_leaves, METH_VARARGS, "tell_leaves(view, out): its leaves, which tell of its delta."},
     {"ranks", ranks, METH_VARARGS, "ranks(codes, queries, right, out): np.searchsorted of codes."},
     {"fill_hot", fill_hot, METH_VARARGS, "fill_hot(codes, ranks, copies, lines): the hot table of some codes."},

@@ -17,6 +17,7 @@ from .fitting import BATCH
 from .heat import SAMPLING
 from .hot import NO_LINES
 from .keytype import KeyType
+from .memory import pool
 from .run import Run
 from .splicing import ranks_in
 from .steps import Steps
@@ -52,7 +53,7 @@ class View(Protocol):
         """
 
     def count_many(self, codes: Codes, ranks: Ints, counts: Ints, /) -> None:
-        """The rank of each code in the run, and how many keys of it and of the older delta equal the code."""
+        """The rank of each code in the run, and how many keys of it equal the code."""
 
     def select(self, rank: int, /) -> int | None:
         """The code of a rank, negative ones counted from the end; None if there is none."""
@@ -111,7 +112,7 @@ def telling(engine: Engine, key_type: KeyType, run: Run, changes: Delta) -> View
     flat = make_view(engine, key_type, run, deltas)
     if engine == "numpy":
         return flat
-    leaves = np.empty(len(run.model.pool.rows), dtype=CHANGED_LEAF)
+    leaves = pool.empty(len(run.model.pool.rows), CHANGED_LEAF)
     native.tell_leaves(flat, leaves)
     return make_view(engine, key_type, run, deltas, leaves)
 
@@ -256,14 +257,10 @@ class NumpyView(View):
             layers[:], positions[:] = layer, rank
 
     def count_many(self, codes: Codes, ranks: Ints, counts: Ints, /) -> None:
-        older = self.deltas[0]
         ranks[:] = self._run_ranks(codes)
         counts[:] = _equal_at(self.codes, ranks, codes)
         again = _equal_at(self.codes, ranks + 1, codes)
         counts[again] = np.searchsorted(self.codes, codes[again], side="right") - ranks[again]
-        entry = ranks_in(older.codes, codes, False, self.engine)
-        changed = _equal_at(older.codes, entry, codes)
-        counts[changed] = older.counts[entry[changed]]
 
     def within_error_bounds(self) -> bool:
         starts = self.model.starts

@@ -43,7 +43,8 @@ def answers(view: View, queries: Codes) -> list[list[int]]:
     assert [view.contains(code) for code in queries.tolist()] == present.tolist()
     ranks, counts = np.empty(len(queries), dtype=np.int64), np.empty(len(queries), dtype=np.int64)
     view.count_many(queries, ranks, counts)
-    return [*found, present.tolist(), layers[present].tolist(), positions[present].tolist(), counts.tolist()]
+    places = (present, layers[present], positions[present])
+    return [*found, *(each.tolist() for each in (*places, ranks, counts))]
 
 
 @settings(max_examples=25)
