@@ -304,8 +304,9 @@ static inline void sample_code(Search *s, uint64_t code)
     STORE(&s->random, random);
 }
 
-/* One query, answered with the fewest comparisons: exponential search from the predicted position. */
-static int64_t run_rank(const Search *s, uint64_t q)
+/* One query, answered with the fewest comparisons: exponential search from the predicted position. What will be read of
+ * the deltas, and perhaps of values of `size` bytes `beside` the keys, is asked of memory as soon as that is known. */
+static int64_t run_rank_beside(const Search *s, uint64_t q, const char *beside, int64_t size)
 {
     double fraction;
     if (s->n == 0)
@@ -314,8 +315,15 @@ static int64_t run_rank(const Search *s, uint64_t q)
     const Leaf *leaf = leaf_of(s, bucket, q, &fraction);
     int64_t start = bucket->start, end = bucket[1].start;
     int64_t from = start + clamp((double)leaf->base + (double)leaf->slope * fraction + 0.5, end - start);
+    if (beside != NULL)
+        PREFETCH(beside + from * size);
+    for (int d = 0; d < DELTAS; d++)
+        if (s->deltas[d].n)
+            PREFETCH(s->deltas[d].summaries + window_of(s->deltas + d, from));
     return gallop(s->keys, start, end, from, q);
 }
+
+static int64_t run_rank(const Search *s, uint64_t q) { return run_rank_beside(s, q, NULL, 0); }
 
 /* The rank of `q`, which was searched for in the window [low, low + size] and found to be `at` there. */
 static inline int64_t checked(const Search *s, const Bucket *bucket, int64_t low, int64_t size, int64_t at, uint64_t q)
@@ -1216,13 +1224,15 @@ static int64_t ask_rank(Search *s, uint64_t code, int right)
     return rank_of_code(s, code, right);
 }
 
-/* The place of a code, for a reader, whose accesses are sampled; and its rank in the run, which writers need. */
-static Place ask_place(Search *s, uint64_t code, int64_t *run)
+/* The place of a code, for a reader, whose accesses are sampled and who may go on to the values; and its rank in the run,
+ * which writers need. */
+static Place ask_place(View *view, uint64_t code, int64_t *run)
 {
+    Search *s = &view->search;
     uint64_t found;
     sample_code(s, code);
     int hot = look_up_hot(s->hot, code, &found);
-    int64_t rank = *run = hot ? rank_in(found) : run_rank(s, code);
+    int64_t rank = *run = hot ? rank_in(found) : run_rank_beside(s, code, view->raw[0].buf, view->value_size);
     int in_run = hot ? copies_in(found) > 0 : is_in_run(s, code, rank);
     return place_of(s, code, rank, in_run, entry_for(s->deltas, code, rank), entry_for(s->deltas + 1, code, rank));
 }
@@ -1251,7 +1261,7 @@ static int find(View *view, PyObject *key, Place *place)
     if (cut_of(view, key, &cut) < 0)
         return -1;
     if (cut.exact && !cut.above)
-        *place = ask_place(&view->search, cut.code, &run);
+        *place = ask_place(view, cut.code, &run);
     return 0;
 }
 
