@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,7 @@ class Delta:
     engine: Engine
 
     @classmethod
+    @cache
     def empty(cls, value_dtype: np.dtype[Any] | None, engine: Engine) -> Delta:
         """No changes, of a multiset (None) or of a map with values of a dtype."""
         none = np.zeros(0, dtype=np.int64)
