@@ -9,9 +9,9 @@ just read. Answers are checked.
 
 batches  a million queries at once, after four million were seen.
 single   one query per call, loop and call from Python included; "loop ns" is that of a function that does nothing.
-moving   the hot keys are others after each million queries. "following" adapts after the first 50,000 and 200,000 of each
-         million, and the time of `adapt()` is counted; "as built" never does; "known beforehand" has from the first query on the
-         table that it chose for these very hot keys, at no cost: what following can come near to at best.
+moving   the hot keys are others after each million queries. "following" adapts after the first 50,000 and 200,000 of
+         each million, and the time of `adapt()` is counted; "as built" never does; "known beforehand" has from the
+         first query on the table that it chose for these very hot keys, at no cost: what following can come near to.
 """
 
 from __future__ import annotations

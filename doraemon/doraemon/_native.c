@@ -1071,11 +1071,14 @@ static PyObject *view_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     leaf_size = view->held[LEAVES].itemsize == sizeof(ChangedLeaf) ? sizeof(ChangedLeaf) : sizeof(Leaf);
     view->search = (Search){
         .keys = view->held[KEYS].buf, .bounds = view->held[BOUNDS].buf, .buckets = view->held[BUCKETS].buf,
-        .leaves = view->held[LEAVES].buf, .leaf_size = leaf_size, .samples = view->held[SAMPLES].buf, .taken = view->held[TAKEN].buf,
+        .leaves = view->held[LEAVES].buf, .leaf_size = leaf_size,
+        .samples = view->held[SAMPLES].buf, .taken = view->held[TAKEN].buf,
         .hot = {view->held[HOT].buf, (uint64_t)count[HOT]}, .n = count[KEYS], .n_buckets = count[BOUNDS],
         .sampling = (uint64_t)sampling, .ring = (uint64_t)count[SAMPLES] - 1, .random = (uint64_t)(uintptr_t)view,
     };
-    if (sampling < 1 || view->held[LEAVES].len % leaf_size != 0 || (leaf_size == sizeof(ChangedLeaf) && count[KEYS] == 0) || (count[KEYS] > 0) != (count[BOUNDS] > 0) || (count[HOT] > 0 && count[KEYS] == 0) ||
+    int told = leaves_tell(&view->search);
+    if (sampling < 1 || view->held[LEAVES].len % leaf_size != 0 || (told && count[KEYS] == 0) ||
+        (told && count[NEWER] > FEW) || (count[KEYS] > 0) != (count[BOUNDS] > 0) || (count[HOT] > 0 && count[KEYS] == 0) ||
         count[BUCKETS] != count[BOUNDS] + 1 || count[TAKEN] != 1 || count[SAMPLES] < 1 ||
         (count[SAMPLES] & (count[SAMPLES] - 1)) != 0 || count[HOT] > UINT32_MAX ||
         read_delta(view->held + OLDER, bits[0], view->search.deltas) < 0 ||
@@ -1614,7 +1617,7 @@ static PyObject *ranks(PyObject *self, PyObject *args)
 }
 
 /* tell_leaves(view, out): the leaves of a view with one delta, made to tell of it. */
-static PyObject *view_tell_leaves(PyObject *self, PyObject *args)
+static PyObject *native_tell_leaves(PyObject *self, PyObject *args)
 {
     static const Py_ssize_t itemsizes[1] = {sizeof(ChangedLeaf)};
     PyObject *view, *out;
@@ -1661,7 +1664,7 @@ static PyMethodDef native_methods[] = {
     {"find_windows", delta_windows, METH_VARARGS, "find_windows(left, bits, windows): where those of a delta begin."},
     {"codes_below", delta_codes_below, METH_VARARGS,
      "codes_below(codes, bits, windows, queries, ranks, out): codes of a delta below others."},
-    {"tell_leaves", view_tell_leaves, METH_VARARGS, "tell_leaves(view, out): its leaves, which tell of its delta."},
+    {"tell_leaves", native_tell_leaves, METH_VARARGS, "tell_leaves(view, out): its leaves, which tell of its delta."},
     {"ranks", ranks, METH_VARARGS, "ranks(codes, queries, right, out): np.searchsorted of codes."},
     {"fill_hot", fill_hot, METH_VARARGS, "fill_hot(codes, ranks, copies, lines): the hot table of some codes."},
     {"held_hot", held_hot, METH_VARARGS, "held_hot(lines, codes, held): whether the hot table holds each code."},
