@@ -79,7 +79,7 @@ typedef struct {
     const uint64_t *keys, *bounds; /* codes: of the run, of each bucket's first key */
     const Bucket *buckets;
     const char *leaves;
-    int64_t leaf_size; /* that of a ChangedLeaf where leaves tell of the first delta, which is then the only one */
+    int64_t leaf_size; /* that of a ChangedLeaf where leaves tell of the first delta */
     Delta deltas[DELTAS];
     Hot hot;
     uint64_t *samples, *taken; /* one code in `sampling` of those asked for, in a ring, and how many so far */
@@ -369,12 +369,9 @@ static inline void find_windows(const Search *s, Group *g)
         PREFETCH(s->keys + ((g->low[i] + g->high[i]) >> 1));
         PREFETCH(s->keys + g->high[i]);
     }
-    if (leaves_tell(s)) {
-        for (int64_t i = 0; i < g->m; i++)
-            g->told[i] = told_by_leaf(g->leaf[i], g->fraction[i]);
-        return;
-    }
-    for (int d = 0; d < DELTAS; d++)
+    for (int64_t i = 0; leaves_tell(s) && i < g->m; i++)
+        g->told[i] = told_by_leaf(g->leaf[i], g->fraction[i]);
+    for (int d = leaves_tell(s); d < DELTAS; d++)
         for (int64_t i = 0; s->deltas[d].n && i < g->m; i++)
             PREFETCH(s->deltas[d].summaries + window_of(s->deltas + d, g->low[i]));
 }
@@ -521,7 +518,7 @@ INLINE void write_ranks(const Search *s, const uint64_t *q, const int64_t *rank,
     memcpy(out, rank, (size_t)m * sizeof *out);
     for (int d = 0; asked == RANKS && d < DELTAS; d++)
         if (s->deltas[d].n)
-            add_shifts(s->deltas + d, q, rank, told, at, m, few + d, out);
+            add_shifts(s->deltas + d, q, rank, d == 0 ? told : NULL, at, m, few + d, out);
     for (int64_t i = 0; right && i < m; i++)
         if (q[i] == 0) /* q + 1 wrapped around: everything is left of it */
             out[i] = asked == RANKS ? length_of(s) : s->n;
@@ -576,7 +573,7 @@ INLINE void write_answers(const Search *s, const uint64_t *q, const int64_t *ran
         return;
     }
     for (int d = 0; d < DELTAS; d++)
-        find_entries_for(s->deltas + d, q, rank, told, m, entry[d]);
+        find_entries_for(s->deltas + d, q, rank, d == 0 ? told : NULL, m, entry[d]);
     for (int64_t i = 0; i < m; i++) {
         int found = in_run != NULL ? in_run[i] : is_in_run(s, q[i], rank[i]);
         Place place = place_of(s, q[i], rank[i], found, entry[0][i], entry[1][i]);
@@ -1076,9 +1073,8 @@ static PyObject *view_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         .hot = {view->held[HOT].buf, (uint64_t)count[HOT]}, .n = count[KEYS], .n_buckets = count[BOUNDS],
         .sampling = (uint64_t)sampling, .ring = (uint64_t)count[SAMPLES] - 1, .random = (uint64_t)(uintptr_t)view,
     };
-    int told = leaves_tell(&view->search);
-    if (sampling < 1 || view->held[LEAVES].len % leaf_size != 0 || (told && count[KEYS] == 0) ||
-        (told && count[NEWER] > FEW) || (count[KEYS] > 0) != (count[BOUNDS] > 0) || (count[HOT] > 0 && count[KEYS] == 0) ||
+    if (sampling < 1 || view->held[LEAVES].len % leaf_size != 0 || (leaves_tell(&view->search) && count[KEYS] == 0) ||
+        (count[KEYS] > 0) != (count[BOUNDS] > 0) || (count[HOT] > 0 && count[KEYS] == 0) ||
         count[BUCKETS] != count[BOUNDS] + 1 || count[TAKEN] != 1 || count[SAMPLES] < 1 ||
         (count[SAMPLES] & (count[SAMPLES] - 1)) != 0 || count[HOT] > UINT32_MAX ||
         read_delta(view->held + OLDER, bits[0], view->search.deltas) < 0 ||
@@ -1616,7 +1612,7 @@ static PyObject *ranks(PyObject *self, PyObject *args)
     return end_call(held, 3, NULL);
 }
 
-/* tell_leaves(view, out): the leaves of a view with one delta, made to tell of it. */
+/* tell_leaves(view, out): the leaves of a view, made to tell of its first delta. */
 static PyObject *native_tell_leaves(PyObject *self, PyObject *args)
 {
     static const Py_ssize_t itemsizes[1] = {sizeof(ChangedLeaf)};
@@ -1629,7 +1625,7 @@ static PyObject *native_tell_leaves(PyObject *self, PyObject *args)
         return end_call(&held, 1, "leaves are those of a View");
     const Search *s = &((View *)view)->search;
     const Py_buffer *leaves = ((View *)view)->held + LEAVES;
-    if (s->n == 0 || leaves_tell(s) || s->deltas[1].n > 0 || s->deltas[0].n > INT32_MAX ||
+    if (s->n == 0 || leaves_tell(s) || s->deltas[0].n > INT32_MAX ||
         held.len / (Py_ssize_t)sizeof(ChangedLeaf) != leaves->len / (Py_ssize_t)sizeof(Leaf))
         return end_call(&held, 1, "the leaves of a view do not fit");
     Py_BEGIN_ALLOW_THREADS
@@ -1664,7 +1660,7 @@ static PyMethodDef native_methods[] = {
     {"find_windows", delta_windows, METH_VARARGS, "find_windows(left, bits, windows): where those of a delta begin."},
     {"codes_below", delta_codes_below, METH_VARARGS,
      "codes_below(codes, bits, windows, queries, ranks, out): codes of a delta below others."},
-    {"tell_leaves", native_tell_leaves, METH_VARARGS, "tell_leaves(view, out): its leaves, which tell of its delta."},
+    {"tell_leaves", native_tell_leaves, METH_VARARGS, "tell_leaves(view, out): its leaves, which tell of its first delta."},
     {"ranks", ranks, METH_VARARGS, "ranks(codes, queries, right, out): np.searchsorted of codes."},
     {"fill_hot", fill_hot, METH_VARARGS, "fill_hot(codes, ranks, copies, lines): the hot table of some codes."},
     {"held_hot", held_hot, METH_VARARGS, "held_hot(lines, codes, held): whether the hot table holds each code."},

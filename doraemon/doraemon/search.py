@@ -78,7 +78,7 @@ class View(Protocol):
 
 
 def make_view(engine: Engine, key_type: KeyType, run: Run, deltas: Deltas, leaves: NDArray[Any] | None = None) -> View:
-    """A view of a run and its deltas, the older one first; perhaps with leaves that tell of the only delta."""
+    """A view of a run and its deltas, the older one first; perhaps with leaves that tell of that."""
     if engine == "numpy":
         return NumpyView(key_type, run, deltas)
     model, dtype, (older, recent) = run.model, key_type.dtype, deltas
@@ -106,14 +106,13 @@ def _bytes_of(*values: Values | None) -> tuple[Any, ...]:
     return *(array.view(np.uint8) for array in values if array is not None), values[0].dtype.itemsize
 
 
-def telling(engine: Engine, key_type: KeyType, run: Run, changes: Delta) -> View:
-    """A view of a run, which has keys, and its only delta, whose leaves tell of the changes. O(changes + leaves)."""
-    deltas = (changes, Delta.empty(None if run.values is None else run.values.dtype, engine))
-    flat = make_view(engine, key_type, run, deltas)
+def telling(engine: Engine, key_type: KeyType, run: Run, deltas: Deltas) -> View:
+    """A view of a run, which has keys, and its deltas, whose leaves tell of the older one. O(changes + leaves)."""
+    silent = make_view(engine, key_type, run, deltas)
     if engine == "numpy":
-        return flat
+        return silent
     leaves = pool.empty(len(run.model.pool.rows), CHANGED_LEAF)
-    native.tell_leaves(flat, leaves)
+    native.tell_leaves(silent, leaves)
     return make_view(engine, key_type, run, deltas, leaves)
 
 
