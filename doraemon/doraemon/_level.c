@@ -14,14 +14,14 @@ typedef struct {
     int64_t ranks[ENTRIES];     /* how many keys of the base are below the code */
     int64_t net[ENTRIES];       /* by how many keys the code's count differs from the base's */
     PyObject *values[ENTRIES];  /* of a map, NULL where the key was removed; NULL in a multiset */
-    uint64_t bytes[ENTRIES];    /* of values that are items of `one`, which the next delta takes as they are */
+    uint64_t bytes[ENTRIES];    /* of values that would be items of `one`, in whose places `one` stands for these */
 } Block;
 
 typedef struct {
     PyObject_HEAD
     View *base;
     PyObject *convert;        /* makes a value a map's; None for a multiset */
-    PyObject *plain, *one;    /* a value of type `plain` that fits is the item of `one`, once it is put there */
+    PyObject *plain, *one;    /* a value of type `plain` that fits is an item of `one`, once its bytes are put there */
     Py_buffer held;           /* the memory of `one`: an int64 or a float64, or where there is none NULL */
     PyObject *no_value;       /* stands for a value that is not given */
     Block **blocks;
@@ -29,7 +29,10 @@ typedef struct {
     int64_t *before; /* before[b]: the net of all blocks before b */
     int64_t n_blocks, room, size, capacity;
     long long net, version; /* of all entries; how often it was changed */
-    char frozen;
+    uint64_t last_code; /* that was looked for in the base, and where it is there */
+    Place last;
+    int64_t last_run;
+    char frozen, has_last;
 } Level;
 
 /* Whether the level has an entry for `code`; it is, or would be, entry `*i` of block `*b`. */
@@ -182,15 +185,27 @@ static int64_t base_count(Level *level, uint64_t code)
 
 static int is_map(const Level *level) { return level->convert != Py_None; }
 
+/* The place of a code in the base, and its rank in the run. What was read is often changed next, so the last code that was
+ * looked for is known. */
+static Place place_in_base(Level *level, uint64_t code, int64_t *run)
+{
+    if (!level->has_last || level->last_code != code) {
+        level->last = ask_place(level->base, code, &level->last_run);
+        level->last_code = code;
+        level->has_last = 1;
+    }
+    *run = level->last_run;
+    return level->last;
+}
+
 /* Look for a code. Whether it is in the index. */
 static int spot(Level *level, uint64_t code, Spotted *at)
 {
-    const Search *s = &level->base->search;
     at->code = code;
     at->found = seek(level, code, &at->b, &at->i);
     if (!at->found) {
-        Place place = ask_place(&level->base->search, code, &at->rank);
-        at->rank = with_shifts(s, code, at->rank);
+        Place place = place_in_base(level, code, &at->rank);
+        at->rank = with_shifts(&level->base->search, code, at->rank);
         return place.present;
     }
     const Block *block = level->blocks[at->b];
@@ -244,6 +259,15 @@ static PyObject *level_contains(PyObject *self, PyObject *key)
     return PyBool_FromLong(cut.exact && !cut.above && spot(level, cut.code, &at));
 }
 
+/* A value of an entry. */
+static PyObject *value_of(const Level *level, PyObject *value, uint64_t bytes)
+{
+    if (value != level->one)
+        return Py_NewRef(value);
+    memcpy(level->held.buf, &bytes, sizeof bytes);
+    return PySequence_GetItem(level->one, 0);
+}
+
 static PyObject *level_get(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
     Level *level = (Level *)self;
@@ -258,41 +282,40 @@ static PyObject *level_get(PyObject *self, PyObject *const *args, Py_ssize_t cou
     if (!cut.exact || cut.above)
         return Py_NewRef(args[1]);
     if (seek(level, cut.code, &b, &i)) {
-        PyObject *value = level->blocks[b]->values[i];
-        return Py_NewRef(value != NULL ? value : args[1]);
+        const Block *block = level->blocks[b];
+        return block->values[i] != NULL ? value_of(level, block->values[i], block->bytes[i]) : Py_NewRef(args[1]);
     }
-    Place place = ask_place(&level->base->search, cut.code, &run);
+    Place place = place_in_base(level, cut.code, &run);
     return place.present ? PySequence_GetItem(level->base->values[place.layer], (Py_ssize_t)place.position)
                          : Py_NewRef(args[1]);
 }
 
-/* A value of type `plain` as an item of `one`; NULL without an error if it is not one that fits. */
-static PyObject *item_of(const Level *level, PyObject *given)
+/* The bytes of a value of type `plain` as an item of `one`; 0 if it does not fit. */
+static int bytes_of(PyObject *given, uint64_t *bytes)
 {
     int overflow = 0;
     if (PyLong_Check(given)) {
         long long number = PyLong_AsLongLongAndOverflow(given, &overflow);
-        memcpy(level->held.buf, &number, sizeof number);
+        memcpy(bytes, &number, sizeof number);
     } else {
         double number = PyFloat_AsDouble(given);
-        memcpy(level->held.buf, &number, sizeof number);
+        memcpy(bytes, &number, sizeof number);
     }
-    return overflow ? NULL : PySequence_GetItem(level->one, 0);
+    return !overflow;
 }
 
-/* A map's value, and its bytes if it is an item of `one`. */
+/* A map's value, or `one` with the bytes of what would be its item. */
 static PyObject *converted(Level *level, PyObject *given, uint64_t *bytes)
 {
-    int plain = (PyObject *)Py_TYPE(given) == level->plain;
-    PyObject *value = plain ? item_of(level, given) : NULL;
-    if (value == NULL && !PyErr_Occurred()) {
-        value = PyObject_CallFunctionObjArgs(level->convert, given, NULL);
-        if (value != NULL && level->held.buf != NULL && PySequence_SetItem(level->one, 0, value) < 0)
-            Py_CLEAR(value);
-    }
-    if (value != NULL && level->held.buf != NULL)
-        memcpy(bytes, level->held.buf, sizeof *bytes);
-    return value;
+    if ((PyObject *)Py_TYPE(given) == level->plain && bytes_of(given, bytes))
+        return Py_NewRef(level->one);
+    PyObject *value = PyObject_CallFunctionObjArgs(level->convert, given, NULL);
+    if (value == NULL || level->held.buf == NULL)
+        return value;
+    int failed = PySequence_SetItem(level->one, 0, value) < 0;
+    memcpy(bytes, level->held.buf, sizeof *bytes);
+    Py_DECREF(value);
+    return failed ? NULL : Py_NewRef(level->one);
 }
 
 /* True, False if a key that a map has is not to be replaced, None if the level does not take the change. */

@@ -23,6 +23,7 @@
 enum { GROUP = 64, BLOCK = 32, CHUNK = 128, SHORT = 16, PLACE_SHIFT = 8 };
 enum { DELTAS = 2, FEW = 4 };              /* the older, larger one first; entries that are compared at once */
 enum { CELLS = 32, CELL_BITS = 5, TWIN_BITS = 6, NO_TWIN = 63, UNKNOWN = INT32_MIN };
+enum { LEAF_CELLS = 64, UNTOLD = -1 };
 enum { RUN_RANKS, RANKS, PLACES, COUNTS }; /* what a batch asks for */
 
 typedef struct {
@@ -36,6 +37,16 @@ typedef struct {
     float base, slope; /* position after `start` = base + slope * (fraction of the leaf's width) */
     float radius;      /* the true position is that far away at most, for keys in the run */
 } Leaf;
+
+/* A leaf, and what most queries in it need to know of a delta: which of its LEAF_CELLS parts of equal width have entries,
+ * the shift of those before the leaf, and which part has two entries, if one has. UNTOLD stands where that is not all: see
+ * Summary. A code's leaf and part grow with the code, so that entries of parts before a query's are below it. */
+typedef struct {
+    Leaf leaf;
+    int32_t shift;
+    uint64_t marks;
+    int64_t twin;
+} ChangedLeaf;
 
 /* A change of a delta. */
 typedef struct {
@@ -67,7 +78,8 @@ typedef struct {
 typedef struct {
     const uint64_t *keys, *bounds; /* codes: of the run, of each bucket's first key */
     const Bucket *buckets;
-    const Leaf *leaves;
+    const char *leaves;
+    int64_t leaf_size; /* that of a ChangedLeaf where leaves tell of the first delta */
     Delta deltas[DELTAS];
     Hot hot;
     uint64_t *samples, *taken; /* one code in `sampling` of those asked for, in a ring, and how many so far */
@@ -81,8 +93,8 @@ typedef struct {
     int64_t position;
 } Place;
 
-/* Where the answers of a batch go: ranks, or places without or with their positions. With ranks in the run the counts
- * of keys in run and older delta. */
+/* Where the answers of a batch go: ranks, or places without or with their positions; or ranks in the run with the counts
+ * of keys there. */
 typedef struct {
     int64_t *ranks, *positions;
     uint8_t *present, *layers;
@@ -219,15 +231,39 @@ static inline int64_t length_of(const Search *s)
     return s->n + whole_shift(s->deltas) + whole_shift(s->deltas + 1);
 }
 
+static inline int64_t first_row(const Bucket *bucket) { return (int64_t)(bucket->place >> PLACE_SHIFT); }
+
+static inline int64_t leaves_in(const Bucket *bucket)
+{
+    return (int64_t)1 << (bucket->place & ((1 << PLACE_SHIFT) - 1));
+}
+
 /* The leaf that serves `q` in the bucket, and where in the leaf it falls. */
 static inline const Leaf *leaf_of(const Search *s, const Bucket *bucket, uint64_t q, double *fraction)
 {
-    double leaves = (double)((uint64_t)1 << (bucket->place & ((1 << PLACE_SHIFT) - 1)));
+    double leaves = (double)leaves_in(bucket);
     double t = (double)(q > bucket->low ? q - bucket->low : 0) * bucket->scale;
     t = t < leaves ? t : leaves;
     int64_t leaf = t < leaves ? (int64_t)t : (int64_t)leaves - 1;
     *fraction = t - (double)leaf;
-    return s->leaves + (bucket->place >> PLACE_SHIFT) + leaf;
+    return (const Leaf *)(s->leaves + (first_row(bucket) + leaf) * s->leaf_size);
+}
+
+static inline int leaves_tell(const Search *s) { return s->leaf_size == sizeof(ChangedLeaf); }
+
+INLINE int64_t leaf_cell(double fraction)
+{
+    int64_t cell = (int64_t)(fraction * LEAF_CELLS);
+    return cell < LEAF_CELLS ? cell : LEAF_CELLS - 1;
+}
+
+INLINE Told told_by_leaf(const Leaf *leaf, double fraction)
+{
+    const ChangedLeaf *changed = (const ChangedLeaf *)leaf;
+    int64_t cell = leaf_cell(fraction);
+    int marked = (int)(changed->marks >> cell & 1);
+    int64_t before = COUNT_BITS(changed->marks & ((UINT64_C(1) << cell) - 1)) + (cell > changed->twin);
+    return (Told){changed->shift + before, !marked & (changed->twin != UNTOLD), marked};
 }
 
 static inline int64_t clamp(double position, int64_t depth)
@@ -268,8 +304,9 @@ static inline void sample_code(Search *s, uint64_t code)
     STORE(&s->random, random);
 }
 
-/* One query, answered with the fewest comparisons: exponential search from the predicted position. */
-static int64_t run_rank(const Search *s, uint64_t q)
+/* One query, answered with the fewest comparisons: exponential search from the predicted position. What will be read of
+ * the deltas, and perhaps of values of `size` bytes `beside` the keys, is asked of memory as soon as that is known. */
+static int64_t run_rank_beside(const Search *s, uint64_t q, const char *beside, int64_t size)
 {
     double fraction;
     if (s->n == 0)
@@ -278,8 +315,15 @@ static int64_t run_rank(const Search *s, uint64_t q)
     const Leaf *leaf = leaf_of(s, bucket, q, &fraction);
     int64_t start = bucket->start, end = bucket[1].start;
     int64_t from = start + clamp((double)leaf->base + (double)leaf->slope * fraction + 0.5, end - start);
+    if (beside != NULL)
+        PREFETCH(beside + from * size);
+    for (int d = 0; d < DELTAS; d++)
+        if (s->deltas[d].n)
+            PREFETCH(s->deltas[d].summaries + window_of(s->deltas + d, from));
     return gallop(s->keys, start, end, from, q);
 }
+
+static int64_t run_rank(const Search *s, uint64_t q) { return run_rank_beside(s, q, NULL, 0); }
 
 /* The rank of `q`, which was searched for in the window [low, low + size] and found to be `at` there. */
 static inline int64_t checked(const Search *s, const Bucket *bucket, int64_t low, int64_t size, int64_t at, uint64_t q)
@@ -299,6 +343,7 @@ typedef struct {
     const Leaf *leaf[GROUP];
     double fraction[GROUP];
     int64_t low[GROUP], high[GROUP], m;
+    Told told[GROUP]; /* where leaves tell */
 } Group;
 
 /* The three stages of a group. Each asks memory for what the next one reads, and other groups' stages go in between. */
@@ -324,7 +369,9 @@ static inline void find_windows(const Search *s, Group *g)
         PREFETCH(s->keys + ((g->low[i] + g->high[i]) >> 1));
         PREFETCH(s->keys + g->high[i]);
     }
-    for (int d = 0; d < DELTAS; d++)
+    for (int64_t i = 0; leaves_tell(s) && i < g->m; i++)
+        g->told[i] = told_by_leaf(g->leaf[i], g->fraction[i]);
+    for (int d = leaves_tell(s); d < DELTAS; d++)
         for (int64_t i = 0; s->deltas[d].n && i < g->m; i++)
             PREFETCH(s->deltas[d].summaries + window_of(s->deltas + d, g->low[i]));
 }
@@ -441,36 +488,37 @@ INLINE void settle(const Delta *delta, Few *few, int right, int64_t *ranks)
     few->m = 0;
 }
 
-/* Add a delta's shifts to the ranks of m queries, whose ranks in the run are known, but for those that have to wait. */
-INLINE void add_shifts(const Delta *delta, const uint64_t *q, const int64_t *rank, const int64_t *at, int64_t m,
-                       Few *few, int64_t *out)
+/* Add a delta's shifts to the ranks of m queries, whose ranks in the run are known, but for those that have to wait. What
+ * is `told` of them is given, or NULL. */
+INLINE void add_shifts(const Delta *delta, const uint64_t *q, const int64_t *rank, const Told *told, const int64_t *at,
+                       int64_t m, Few *few, int64_t *out)
 {
     int64_t which[GROUP], unknown = 0;
     for (int64_t i = 0; i < m; i++) {
-        Told told = told_by(delta, rank[i]);
-        out[i] += told.shift;
+        Told each = told != NULL ? told[i] : told_by(delta, rank[i]);
+        out[i] += each.shift;
         which[unknown] = i;
-        unknown += !told.known;
+        unknown += !each.known;
     }
     for (int64_t j = 0; j < unknown; j++, few->m++) {
         int64_t i = which[j];
         few->q[few->m] = q[i];
         few->rank[few->m] = rank[i];
         few->at[few->m] = at[i];
-        few->shift[few->m] = told_by(delta, rank[i]).shift;
+        few->shift[few->m] = told != NULL ? told[i].shift : told_by(delta, rank[i]).shift;
         PREFETCH(delta->windows + window_of(delta, rank[i]));
     }
 }
 
 /* Write the ranks of m queries, whose ranks in the run are known, to the places `at`; of those that wait later. */
-INLINE void write_ranks(const Search *s, const uint64_t *q, const int64_t *rank, const int64_t *at, int64_t m, int asked,
-                        int right, Few *few, int64_t *ranks)
+INLINE void write_ranks(const Search *s, const uint64_t *q, const int64_t *rank, const Told *told, const int64_t *at,
+                        int64_t m, int asked, int right, Few *few, int64_t *ranks)
 {
     int64_t out[GROUP];
     memcpy(out, rank, (size_t)m * sizeof *out);
     for (int d = 0; asked == RANKS && d < DELTAS; d++)
         if (s->deltas[d].n)
-            add_shifts(s->deltas + d, q, rank, at, m, few + d, out);
+            add_shifts(s->deltas + d, q, rank, d == 0 ? told : NULL, at, m, few + d, out);
     for (int64_t i = 0; right && i < m; i++)
         if (q[i] == 0) /* q + 1 wrapped around: everything is left of it */
             out[i] = asked == RANKS ? length_of(s) : s->n;
@@ -487,8 +535,9 @@ static inline void settle_all(const Search *s, Few *few, int right, int64_t *ran
         settle(s->deltas + d, few + d, right, ranks);
 }
 
-/* The numbers of a delta's entries for m codes, as of `entry_for`. */
-INLINE void find_entries_for(const Delta *delta, const uint64_t *q, const int64_t *rank, int64_t m, int64_t *entry)
+/* The numbers of a delta's entries for m codes, as of `entry_for`; `told` as in add_shifts. */
+INLINE void find_entries_for(const Delta *delta, const uint64_t *q, const int64_t *rank, const Told *told, int64_t m,
+                             int64_t *entry)
 {
     Few few;
     few.m = 0;
@@ -498,7 +547,7 @@ INLINE void find_entries_for(const Delta *delta, const uint64_t *q, const int64_
         few.q[few.m] = q[i];
         few.rank[few.m] = rank[i];
         few.at[few.m] = i;
-        few.m += told_by(delta, rank[i]).marked;
+        few.m += told != NULL ? told[i].marked : told_by(delta, rank[i]).marked;
     }
     find_entries(delta, few.q, few.rank, few.m, few.shift);
     for (int64_t j = 0; j < few.m; j++)
@@ -506,23 +555,26 @@ INLINE void find_entries_for(const Delta *delta, const uint64_t *q, const int64_
 }
 
 /* Write what is asked of m queries, whose run ranks are known, to the places `at`. Whether the run has them is known too,
- * or looked up where `in_run` is NULL. */
+ * or looked up where `in_run` is NULL; and perhaps what their leaves have `told`, else NULL. */
 INLINE void write_answers(const Search *s, const uint64_t *q, const int64_t *rank, const uint8_t *in_run,
-                          const int64_t *at, int64_t m, int asked, int right, Few *few, const Answers *out)
+                          const Told *told, const int64_t *at, int64_t m, int asked, int right, Few *few,
+                          const Answers *out)
 {
     int64_t entry[DELTAS][GROUP];
     if (asked == RUN_RANKS || asked == RANKS) {
-        write_ranks(s, q, rank, at, m, asked, right, few, out->ranks);
+        write_ranks(s, q, rank, told, at, m, asked, right, few, out->ranks);
         return;
     }
-    for (int d = 0; d < (asked == PLACES ? DELTAS : 1); d++)
-        find_entries_for(s->deltas + d, q, rank, m, entry[d]);
-    for (int64_t i = 0; asked == COUNTS && i < m; i++) {
-        int64_t older = has_entry(s->deltas, entry[0][i], q[i]) ? net_of(s->deltas, entry[0][i]) : 0;
-        out->ranks[at[i]] = rank[i];
-        out->positions[at[i]] = copies_in_run(s, q[i], rank[i]) + older;
+    if (asked == COUNTS) {
+        for (int64_t i = 0; i < m; i++) {
+            out->ranks[at[i]] = rank[i];
+            out->positions[at[i]] = copies_in_run(s, q[i], rank[i]);
+        }
+        return;
     }
-    for (int64_t i = 0; asked == PLACES && i < m; i++) {
+    for (int d = 0; d < DELTAS; d++)
+        find_entries_for(s->deltas + d, q, rank, d == 0 ? told : NULL, m, entry[d]);
+    for (int64_t i = 0; i < m; i++) {
         int found = in_run != NULL ? in_run[i] : is_in_run(s, q[i], rank[i]);
         Place place = place_of(s, q[i], rank[i], found, entry[0][i], entry[1][i]);
         out->present[at[i]] = (uint8_t)place.present;
@@ -553,10 +605,10 @@ WIDE static void search_model(Search *s, int asked, int right, const uint64_t *c
         if (s->n && next->m > 0)
             find_leaves(s, next);
         if (first > 0) {
-            if (s->n) {
+            if (s->n)
                 search_windows(s, last, rank);
-            }
-            write_answers(s, last->q, rank, NULL, at, last->m, asked, right, few, out);
+            const Told *told = leaves_tell(s) ? last->told : NULL;
+            write_answers(s, last->q, rank, NULL, told, at, last->m, asked, right, few, out);
             for (int64_t i = 0; i < GROUP; i++)
                 at[i] += GROUP;
         }
@@ -647,7 +699,7 @@ WIDE static void search_hot(Search *s, int asked, int right, const uint64_t *cod
             else
                 ask_hot(s->hot, right, codes, done, size, &hits, &misses);
             if (hits.m)
-                write_answers(s, hits.q, hits.rank, hits.in_run, hits.at, hits.m, asked, right, few, out);
+                write_answers(s, hits.q, hits.rank, hits.in_run, NULL, hits.at, hits.m, asked, right, few, out);
             done += size;
         }
         take_group(&misses, next, at[turn]);
@@ -655,7 +707,8 @@ WIDE static void search_hot(Search *s, int asked, int right, const uint64_t *cod
             find_leaves(s, next);
         if (last->m) {
             search_windows(s, last, rank);
-            write_answers(s, last->q, rank, NULL, at[!turn], last->m, asked, right, few, out);
+            const Told *told = leaves_tell(s) ? last->told : NULL;
+            write_answers(s, last->q, rank, NULL, told, at[!turn], last->m, asked, right, few, out);
         }
         if (next->m)
             find_windows(s, next);
@@ -794,6 +847,23 @@ WIDE static int splice_items(const char *old, int64_t n, const int64_t *at, cons
 
 /* ------------------------------------------------------------------ deltas */
 
+/* How many of a delta's codes are below each of m queries, whose ranks in the run are known. */
+static void windowed_below(const uint64_t *codes, const Delta *delta, const uint64_t *q, const int64_t *rank, int64_t m,
+                           int64_t *out)
+{
+    for (int64_t first = 0; first < m; first += GROUP) {
+        int64_t end = m - first < GROUP ? m : first + GROUP;
+        for (int64_t i = first; i < end; i++)
+            PREFETCH(delta->windows + window_of(delta, rank[i]));
+        for (int64_t i = first; i < end; i++)
+            PREFETCH(codes + delta->windows[window_of(delta, rank[i])]);
+        for (int64_t i = first; i < end; i++) {
+            const uint32_t *window = delta->windows + window_of(delta, rank[i]);
+            out[i] = window[0] + below(codes + window[0], (int64_t)window[1] - window[0], q[i]);
+        }
+    }
+}
+
 static void pack_entries(const uint64_t *codes, const int64_t *net, const int64_t *present, int64_t n, Entry *out)
 {
     int64_t shift = 0;
@@ -806,11 +876,20 @@ static void pack_entries(const uint64_t *codes, const int64_t *net, const int64_
 }
 
 /* windows[b]: how many of the ranks, which ascend, are below b << bits; the last window ends after all of them. First each
- * entry is noted where it lies, which takes no branch that is hard to foresee, then counts and shifts are carried on. */
-static void fill_windows(const int64_t *net, Delta delta, uint32_t *windows, Summary *summaries)
+ * entry is noted where it lies, which takes no branch that is hard to foresee, then counts are carried on. */
+static void fill_windows(Delta delta, uint32_t *windows)
 {
     int64_t count = delta.last_window + 1;
     memset(windows, 0, ((size_t)count + 1) * sizeof *windows);
+    for (int64_t i = 0; i < delta.n; i++)
+        windows[window_of(&delta, delta.left[i]) + 1] = (uint32_t)i + 1;
+    for (int64_t b = 0; b < count; b++)
+        windows[b + 1] = windows[b + 1] > windows[b] ? windows[b + 1] : windows[b];
+}
+
+static void sum_up_windows(const int64_t *net, Delta delta, Summary *summaries)
+{
+    int64_t count = delta.last_window + 1;
     for (int64_t b = 0; b < count; b++)
         summaries[b] = (Summary){0, NO_TWIN};
     for (int64_t i = 0; i < delta.n; i++) {
@@ -821,14 +900,48 @@ static void fill_windows(const int64_t *net, Delta delta, uint32_t *windows, Sum
         if (net[i] != 1)
             summaries[b].shift = UNKNOWN;
         summaries[b].marks |= mark;
-        windows[b + 1] = (uint32_t)i + 1;
     }
     for (int64_t b = 0; b < count; b++) {
-        int64_t shift = shift_at(&delta, windows[b]);
-        windows[b + 1] = windows[b + 1] > windows[b] ? windows[b + 1] : windows[b];
+        int64_t shift = shift_at(&delta, delta.windows[b]);
         int known = summaries[b].shift != UNKNOWN && shift > UNKNOWN >> TWIN_BITS && shift <= INT32_MAX >> TWIN_BITS;
         summaries[b].shift = known ? (int32_t)(shift * (1 << TWIN_BITS)) + summaries[b].shift : UNKNOWN;
     }
+}
+
+/* Leaves that tell of the first delta. Each first notes how many entries there are up to its last one, then gets the shift
+ * of those before its first. */
+static void tell_leaves(const Search *plain, ChangedLeaf *out)
+{
+    Search s = *plain;
+    const Delta *delta = s.deltas;
+    int64_t seen = 0;
+    double fraction;
+    s.leaves = (const char *)out;
+    s.leaf_size = sizeof *out;
+    for (int64_t b = 0; b < s.n_buckets; b++)
+        for (int64_t i = 0, row = first_row(s.buckets + b); i < leaves_in(s.buckets + b); i++)
+            out[row + i] = (ChangedLeaf){((const Leaf *)plain->leaves)[row + i], 0, 0, LEAF_CELLS};
+    for (int64_t i = 0, b = 0; i < delta->n; i++) {
+        uint64_t code = delta->entries[i].code;
+        while (b + 1 < s.n_buckets && s.bounds[b + 1] < code)
+            b++;
+        ChangedLeaf *leaf = (ChangedLeaf *)leaf_of(&s, s.buckets + b, code, &fraction);
+        int64_t cell = leaf_cell(fraction);
+        if (leaf->marks >> cell & 1)
+            leaf->twin = leaf->twin == LEAF_CELLS ? cell : UNTOLD;
+        if (net_of(delta, i) != 1)
+            leaf->twin = UNTOLD;
+        leaf->marks |= UINT64_C(1) << cell;
+        leaf->shift = (int32_t)(i + 1);
+    }
+    for (int64_t b = 0; b < s.n_buckets; b++)
+        for (int64_t i = 0, row = first_row(s.buckets + b); i < leaves_in(s.buckets + b); i++) {
+            ChangedLeaf *leaf = out + row + i;
+            int64_t shift = shift_at(delta, seen);
+            seen = leaf->shift > 0 ? leaf->shift : seen;
+            leaf->shift = (int32_t)shift;
+            leaf->twin = leaf->shift == shift ? leaf->twin : UNTOLD;
+        }
 }
 
 /* ------------------------------------------------------------------ Python */
@@ -934,10 +1047,10 @@ static int hold_values(View *view, PyObject *const *raw, Py_ssize_t size)
 static PyObject *view_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     static const Py_ssize_t itemsizes[N_BUFFERS] = {
-        8, 8, sizeof(Bucket), sizeof(Leaf), sizeof(Line), sizeof(Entry), 8, 4, sizeof(Summary),
+        8, 8, sizeof(Bucket), 4, sizeof(Line), sizeof(Entry), 8, 4, sizeof(Summary),
         sizeof(Entry), 8, 4, sizeof(Summary), 8, 8};
     PyObject *arrays[N_BUFFERS], *cut, *lexicon, *values[1 + DELTAS], *raw[1 + DELTAS];
-    Py_ssize_t count[N_BUFFERS], value_size;
+    Py_ssize_t count[N_BUFFERS], value_size, leaf_size;
     int kind, itemsize, sampling, bits[DELTAS];
     (void)kwargs;
     if (!PyArg_ParseTuple(args, "CiOOiOOOOOOOOOOOOOOOOOOiiOOOn", &kind, &itemsize, &cut, &lexicon, &sampling, arrays, arrays + 1,
@@ -952,13 +1065,16 @@ static PyObject *view_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     view->n_held = N_BUFFERS;
     for (int i = 0; i < N_BUFFERS; i++)
         count[i] = view->held[i].len / itemsizes[i];
+    leaf_size = view->held[LEAVES].itemsize == sizeof(ChangedLeaf) ? sizeof(ChangedLeaf) : sizeof(Leaf);
     view->search = (Search){
         .keys = view->held[KEYS].buf, .bounds = view->held[BOUNDS].buf, .buckets = view->held[BUCKETS].buf,
-        .leaves = view->held[LEAVES].buf, .samples = view->held[SAMPLES].buf, .taken = view->held[TAKEN].buf,
+        .leaves = view->held[LEAVES].buf, .leaf_size = leaf_size,
+        .samples = view->held[SAMPLES].buf, .taken = view->held[TAKEN].buf,
         .hot = {view->held[HOT].buf, (uint64_t)count[HOT]}, .n = count[KEYS], .n_buckets = count[BOUNDS],
         .sampling = (uint64_t)sampling, .ring = (uint64_t)count[SAMPLES] - 1, .random = (uint64_t)(uintptr_t)view,
     };
-    if (sampling < 1 || (count[KEYS] > 0) != (count[BOUNDS] > 0) || (count[HOT] > 0 && count[KEYS] == 0) ||
+    if (sampling < 1 || view->held[LEAVES].len % leaf_size != 0 || (leaves_tell(&view->search) && count[KEYS] == 0) ||
+        (count[KEYS] > 0) != (count[BOUNDS] > 0) || (count[HOT] > 0 && count[KEYS] == 0) ||
         count[BUCKETS] != count[BOUNDS] + 1 || count[TAKEN] != 1 || count[SAMPLES] < 1 ||
         (count[SAMPLES] & (count[SAMPLES] - 1)) != 0 || count[HOT] > UINT32_MAX ||
         read_delta(view->held + OLDER, bits[0], view->search.deltas) < 0 ||
@@ -1107,13 +1223,15 @@ static int64_t ask_rank(Search *s, uint64_t code, int right)
     return rank_of_code(s, code, right);
 }
 
-/* The place of a code, for a reader, whose accesses are sampled; and its rank in the run, which writers need. */
-static Place ask_place(Search *s, uint64_t code, int64_t *run)
+/* The place of a code, for a reader, whose accesses are sampled and who may go on to the values; and its rank in the run,
+ * which writers need. */
+static Place ask_place(View *view, uint64_t code, int64_t *run)
 {
+    Search *s = &view->search;
     uint64_t found;
     sample_code(s, code);
     int hot = look_up_hot(s->hot, code, &found);
-    int64_t rank = *run = hot ? rank_in(found) : run_rank(s, code);
+    int64_t rank = *run = hot ? rank_in(found) : run_rank_beside(s, code, view->raw[0].buf, view->value_size);
     int in_run = hot ? copies_in(found) > 0 : is_in_run(s, code, rank);
     return place_of(s, code, rank, in_run, entry_for(s->deltas, code, rank), entry_for(s->deltas + 1, code, rank));
 }
@@ -1142,7 +1260,7 @@ static int find(View *view, PyObject *key, Place *place)
     if (cut_of(view, key, &cut) < 0)
         return -1;
     if (cut.exact && !cut.above)
-        *place = ask_place(&view->search, cut.code, &run);
+        *place = ask_place(view, cut.code, &run);
     return 0;
 }
 
@@ -1235,7 +1353,7 @@ static PyMethodDef view_methods[] = {
     {"ranks", view_ranks, METH_VARARGS, "ranks(codes, right, in_run, ranks): ranks in the run alone or in the index."},
     {"find_many", view_find_many, METH_VARARGS, "find_many(codes, present[, layers, positions]): where codes lie."},
     {"count_many", view_count_many, METH_VARARGS,
-     "count_many(codes, ranks, counts): ranks in the run, and how many keys of it and the older delta equal each."},
+     "count_many(codes, ranks, counts): ranks in the run, and how many keys of it equal each."},
     {"select", view_select, METH_O, "The code of a rank, negative ones counted from the end; None if there is none."},
     {"neighbour", (PyCFunction)(void (*)(void))view_neighbour, METH_FASTCALL,
      "neighbour(key, right, offset): the code `offset` ranks from the key's left or right rank, None if there is none."},
@@ -1402,56 +1520,77 @@ static PyObject *splice(PyObject *self, PyObject *args)
     return end_call(held, 4, agree ? NULL : "the arrays of a splice do not fit together");
 }
 
-/* pack_delta(codes, net, present, left, bits, entries, windows, summaries): what is searched of a delta. */
+static const char NO_DELTA[] = "the arrays of a delta do not fit together";
+
+/* find_windows(left, bits, windows): where the windows of a delta begin. */
+static PyObject *delta_windows(PyObject *self, PyObject *args)
+{
+    static const Py_ssize_t itemsizes[2] = {8, 4};
+    PyObject *arrays[2];
+    Py_buffer held[2];
+    int bits;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "OiO", arrays, &bits, arrays + 1) || get_buffers(arrays, itemsizes, 2, 1, held) < 0)
+        return NULL;
+    Delta delta = {.left = held[0].buf, .n = held[0].len / 8, .last_window = held[1].len / 4 - 2, .bits = bits};
+    if (delta.n >= UINT32_MAX || delta.last_window < 0 || bits < 0 || bits > 62)
+        return end_call(held, 2, NO_DELTA);
+    Py_BEGIN_ALLOW_THREADS
+    fill_windows(delta, held[1].buf);
+    Py_END_ALLOW_THREADS
+    return end_call(held, 2, NULL);
+}
+
+/* codes_below(codes, bits, windows, queries, ranks, out): how many codes of a delta are below each query, whose rank in the
+ * run is known. */
+static PyObject *delta_codes_below(PyObject *self, PyObject *args)
+{
+    static const Py_ssize_t itemsizes[5] = {8, 4, 8, 8, 8};
+    PyObject *arrays[5];
+    Py_buffer held[5];
+    int bits;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "OiOOOO", arrays, &bits, arrays + 1, arrays + 2, arrays + 3, arrays + 4) ||
+        get_buffers(arrays, itemsizes, 5, 4, held) < 0)
+        return NULL;
+    const uint32_t *windows = held[1].buf;
+    int64_t last = held[1].len / 4 - 1, n = held[0].len / 8, m = held[2].len / 8;
+    if (last < 1 || windows[last] != n || held[3].len != held[2].len || held[4].len != held[2].len || bits < 0 ||
+        bits > 62)
+        return end_call(held, 5, NO_DELTA);
+    Delta delta = {.windows = windows, .n = n, .last_window = last - 1, .bits = bits};
+    Py_BEGIN_ALLOW_THREADS
+    windowed_below(held[0].buf, &delta, held[2].buf, held[3].buf, m, held[4].buf);
+    Py_END_ALLOW_THREADS
+    return end_call(held, 5, NULL);
+}
+
+/* pack_delta(codes, net, present, left, bits, windows, entries, summaries): what is searched of a delta. */
 static PyObject *pack_delta(PyObject *self, PyObject *args)
 {
-    static const Py_ssize_t itemsizes[7] = {8, 8, 8, 8, sizeof(Entry), 4, sizeof(Summary)};
+    static const Py_ssize_t itemsizes[7] = {8, 8, 8, 8, 4, sizeof(Entry), sizeof(Summary)};
     PyObject *arrays[7];
     Py_buffer held[7];
     int bits;
     (void)self;
     if (!PyArg_ParseTuple(args, "OOOOiOOO", arrays, arrays + 1, arrays + 2, arrays + 3, &bits, arrays + 4, arrays + 5,
                           arrays + 6) ||
-        get_buffers(arrays, itemsizes, 7, 4, held) < 0)
+        get_buffers(arrays, itemsizes, 7, 5, held) < 0)
         return NULL;
-    int64_t n = held[0].len / 8, windows = held[5].len / 4;
-    if (held[6].len / (Py_ssize_t)sizeof(Summary) != windows - 1 || held[1].len != held[0].len || held[2].len != held[0].len || held[3].len != held[0].len || n >= UINT32_MAX ||
-        held[4].len / (Py_ssize_t)sizeof(Entry) != n + FEW || windows < 2 || bits < 0 || bits > 62)
-        return end_call(held, 7, "the arrays of a delta do not fit together");
+    int64_t n = held[0].len / 8, windows = held[4].len / 4;
+    int fit = windows >= 2 && held[6].len / (Py_ssize_t)sizeof(Summary) == windows - 1 && bits >= 0 && bits <= 62 &&
+              held[5].len / (Py_ssize_t)sizeof(Entry) == n + FEW && n < UINT32_MAX;
+    for (int i = 1; i < 4; i++)
+        fit = fit && held[i].len == held[0].len;
+    if (!fit || ((const uint32_t *)held[4].buf)[windows - 1] != n)
+        return end_call(held, 7, NO_DELTA);
     Py_BEGIN_ALLOW_THREADS
-    pack_entries(held[0].buf, held[1].buf, held[2].buf, n, held[4].buf);
-    Delta delta = {.entries = held[4].buf, .left = held[3].buf, .n = n, .last_window = windows - 2, .bits = bits};
-    fill_windows(held[1].buf, delta, held[5].buf, held[6].buf);
+    pack_entries(held[0].buf, held[1].buf, held[2].buf, n, held[5].buf);
+    Delta delta = {.entries = held[5].buf, .left = held[3].buf, .windows = held[4].buf, .n = n,
+                   .last_window = windows - 2, .bits = bits};
+    sum_up_windows(held[1].buf, delta, held[6].buf);
     Py_END_ALLOW_THREADS
     return end_call(held, 7, NULL);
-}
-
-/* entries_below(entries, left, windows, summaries, bits, codes, code_left, out): how many codes of a delta are below each
- * of others, whose ranks in the run are known. */
-static PyObject *delta_entries_below(PyObject *self, PyObject *args)
-{
-    static const Py_ssize_t itemsizes[DELTA_BUFFERS + 3] = {sizeof(Entry), 8, 4, sizeof(Summary), 8, 8, 8};
-    enum { CODES_AT = DELTA_BUFFERS, THEIR_LEFT, OUT, COUNT };
-    PyObject *arrays[COUNT];
-    Py_buffer held[COUNT];
-    Delta delta;
-    int bits;
-    (void)self;
-    if (!PyArg_ParseTuple(args, "OOOOiOOO", arrays, arrays + 1, arrays + 2, arrays + 3, &bits, arrays + 4, arrays + 5,
-                          arrays + 6) ||
-        get_buffers(arrays, itemsizes, COUNT, OUT, held) < 0)
-        return NULL;
-    if (read_delta(held, bits, &delta) < 0 || held[THEIR_LEFT].len != held[CODES_AT].len ||
-        held[OUT].len != held[CODES_AT].len)
-        return end_call(held, COUNT, "the arrays of a delta do not fit together");
-    const uint64_t *codes = held[CODES_AT].buf;
-    const int64_t *left = held[THEIR_LEFT].buf;
-    int64_t m = held[CODES_AT].len / 8, *out = held[OUT].buf;
-    Py_BEGIN_ALLOW_THREADS
-    for (int64_t first = 0; first < m; first += GROUP)
-        find_entries(&delta, codes + first, left + first, m - first < GROUP ? m - first : GROUP, out + first);
-    Py_END_ALLOW_THREADS
-    return end_call(held, COUNT, NULL);
 }
 
 /* ranks(codes, queries, right, out): how many of the sorted codes are below each query, or not above it. */
@@ -1473,16 +1612,39 @@ static PyObject *ranks(PyObject *self, PyObject *args)
     return end_call(held, 3, NULL);
 }
 
+/* tell_leaves(view, out): the leaves of a view, made to tell of its first delta. */
+static PyObject *native_tell_leaves(PyObject *self, PyObject *args)
+{
+    static const Py_ssize_t itemsizes[1] = {sizeof(ChangedLeaf)};
+    PyObject *view, *out;
+    Py_buffer held;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "OO", &view, &out) || get_buffers(&out, itemsizes, 1, 0, &held) < 0)
+        return NULL;
+    if (PyType_GetSlot(Py_TYPE(view), Py_tp_dealloc) != (void *)view_dealloc)
+        return end_call(&held, 1, "leaves are those of a View");
+    const Search *s = &((View *)view)->search;
+    const Py_buffer *leaves = ((View *)view)->held + LEAVES;
+    if (s->n == 0 || leaves_tell(s) || s->deltas[0].n > INT32_MAX ||
+        held.len / (Py_ssize_t)sizeof(ChangedLeaf) != leaves->len / (Py_ssize_t)sizeof(Leaf))
+        return end_call(&held, 1, "the leaves of a view do not fit");
+    Py_BEGIN_ALLOW_THREADS
+    tell_leaves(s, held.buf);
+    Py_END_ALLOW_THREADS
+    return end_call(&held, 1, NULL);
+}
+
 /* LAYOUT is what Python has to agree with: offsets and sizes of the records in the arrays that are shared. */
 static int native_exec(PyObject *module)
 {
     PyObject *type = PyType_FromModuleAndSpec(module, &view_spec, NULL);
-    PyObject *layout = Py_BuildValue("(nnnnn)(nnnn)i(nnn)i(nnn)i(nnn)", offsetof(Bucket, low), offsetof(Bucket, scale),
+    PyObject *layout = Py_BuildValue("(nnnnn)(nnnn)i(nnn)i(nnn)i(nnn)n", offsetof(Bucket, low), offsetof(Bucket, scale),
                                      offsetof(Bucket, start), offsetof(Bucket, place), sizeof(Bucket),
                                      offsetof(Leaf, base), offsetof(Leaf, slope), offsetof(Leaf, radius), sizeof(Leaf),
                                      PLACE_SHIFT, offsetof(Line, code), offsetof(Line, found), sizeof(Line), RANK_BITS,
                                      offsetof(Entry, code), offsetof(Entry, found), sizeof(Entry), FEW,
-                                     offsetof(Summary, marks), offsetof(Summary, shift), sizeof(Summary));
+                                     offsetof(Summary, marks), offsetof(Summary, shift), sizeof(Summary),
+                                     sizeof(ChangedLeaf));
     int failed = type == NULL || layout == NULL || PyModule_AddObjectRef(module, "View", type) < 0 ||
                  PyModule_AddObjectRef(module, "LAYOUT", layout) < 0 || add_level_type(module) < 0 ||
                  add_tree_type(module) < 0;
@@ -1494,9 +1656,11 @@ static int native_exec(PyObject *module)
 static PyMethodDef native_methods[] = {
     {"fit", fit, METH_VARARGS, "fit(keys, ends, scales, bits, steepest, out): the leaves of some buckets."},
     {"pack_delta", pack_delta, METH_VARARGS,
-     "pack_delta(codes, net, present, left, bits, entries, windows, summaries): what is searched of a delta."},
-    {"entries_below", delta_entries_below, METH_VARARGS,
-     "entries_below(entries, left, windows, summaries, bits, codes, code_left, out): codes of a delta below others."},
+     "pack_delta(codes, net, present, left, bits, windows, entries, summaries): what is searched of a delta."},
+    {"find_windows", delta_windows, METH_VARARGS, "find_windows(left, bits, windows): where those of a delta begin."},
+    {"codes_below", delta_codes_below, METH_VARARGS,
+     "codes_below(codes, bits, windows, queries, ranks, out): codes of a delta below others."},
+    {"tell_leaves", native_tell_leaves, METH_VARARGS, "tell_leaves(view, out): its leaves, which tell of its first delta."},
     {"ranks", ranks, METH_VARARGS, "ranks(codes, queries, right, out): np.searchsorted of codes."},
     {"fill_hot", fill_hot, METH_VARARGS, "fill_hot(codes, ranks, copies, lines): the hot table of some codes."},
     {"held_hot", held_hot, METH_VARARGS, "held_hot(lines, codes, held): whether the hot table holds each code."},

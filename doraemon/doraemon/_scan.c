@@ -10,11 +10,12 @@ typedef struct {
     int64_t run, entry[DELTAS], rank;
 } Spot;
 
-/* An entry of the level that lies in a scanned range, and where the scan put it. */
+/* An entry of the level that lies in a scanned range, and where the scan put it. Its value is an object, or as `bytes`. */
 typedef struct {
-    uint64_t code;
+    uint64_t code, bytes;
     int64_t net, place;
     PyObject *value;
+    int as_bytes;
 } Single;
 
 /* Arrays to fill: codes, and either the bytes of values or where values are. */
@@ -253,8 +254,11 @@ static int fill_between(const View *view, Spot at, Spot end, Single *single, int
             single->place = out->filled;
             single++;
         }
+        const Single *late = layer > DELTAS ? single - 1 : NULL;
         if (put_changed(view, out, code, count, layer, position) < 0)
             return -1;
+        if (late != NULL && late->as_bytes && out->raw != NULL)
+            memcpy(out->raw + late->place * view->value_size, &late->bytes, sizeof late->bytes);
     }
 }
 
@@ -275,19 +279,21 @@ static int64_t singles_between(const Level *level, const Cut *low, const Cut *hi
                     return -1;
                 *out = larger;
             }
-            Py_XINCREF(block->values[i]);
-            (*out)[count++] = (Single){block->codes[i], block->net[i], 0, block->values[i]};
+            PyObject *value = block->values[i];
+            (*out)[count++] = (Single){.code = block->codes[i], .bytes = block->bytes[i], .net = block->net[i],
+                                       .value = value, .as_bytes = value != NULL && value == level->one};
+            Py_XINCREF(value);
         }
     }
     return count;
 }
 
-/* (place, value) of each of the level's entries that has a value. */
+/* (place, value) of each of the level's entries that has a value which is an object. */
 static PyObject *late_values(const Single *single, int64_t singles)
 {
     PyObject *late = PyList_New(0);
     for (int64_t i = 0; late != NULL && i < singles; i++) {
-        if (single[i].value == NULL)
+        if (single[i].value == NULL || single[i].as_bytes)
             continue;
         PyObject *pair = Py_BuildValue("(LO)", (long long)single[i].place, single[i].value);
         if (pair == NULL || PyList_Append(late, pair) < 0)

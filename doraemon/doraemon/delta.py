@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from .arrays import ENTRY, FEW, SUMMARY, Codes, Ints, Mask, Values
 from .engine import Engine, native
+from .memory import pool
 from .splicing import Room, ranks_in, splice
 
 MAX_STAMP = 1 << 62
@@ -55,6 +56,7 @@ class Delta:
     engine: Engine
 
     @classmethod
+    @cache
     def empty(cls, value_dtype: np.dtype[Any] | None, engine: Engine) -> Delta:
         """No changes, of a multiset (None) or of a map with values of a dtype."""
         none = np.zeros(0, dtype=np.int64)
@@ -88,26 +90,35 @@ class Delta:
         return int(self.net.sum())
 
     @cached_property
-    def packed(self) -> tuple[NDArray[Any], Ints, NDArray[np.uint32], NDArray[Any], int]:
-        """What C searches: ENTRY [entries + FEW], `left`, where windows begin, SUMMARY of each, log2 of their ranks."""
+    def windows(self) -> tuple[int, NDArray[np.uint32]]:
+        """log2 of the ranks that a window has, and where in the delta each begins. O(entries)."""
         n, d = int(self.left[-1]) + 1 if len(self) else 1, len(self)
         bits = max(0, (n * WINDOW // max(d, 1)).bit_length() - 1)
-        entries, windows = np.empty(d + FEW, dtype=ENTRY), np.empty((n >> bits) + 2, dtype=np.uint32)
-        summaries = np.empty(len(windows) - 1, dtype=SUMMARY)
-        arrays = (self.codes, self.net, self.present, self.left)
-        native.pack_delta(*arrays, bits, entries, windows, summaries)
+        windows = pool.empty((n >> bits) + 2, np.dtype(np.uint32))
+        native.find_windows(self.left, bits, windows)
+        return bits, windows
+
+    @cached_property
+    def packed(self) -> tuple[NDArray[Any], Ints, NDArray[np.uint32], NDArray[Any], int]:
+        """What C searches: ENTRY [entries + FEW], `left`, where windows begin, SUMMARY of each, log2 of their ranks."""
+        bits, windows = self.windows
+        entries, summaries = pool.empty(len(self) + FEW, ENTRY), pool.empty(len(windows) - 1, SUMMARY)
+        native.pack_delta(self.codes, self.net, self.present, self.left, bits, windows, entries, summaries)
         return entries, self.left, windows, summaries, bits
 
-    def below(self, other: Delta) -> tuple[Ints, Mask]:
-        """How many of this delta's codes are below each of another one's of the same run, and which are in both."""
-        if len(self) < len(other) or "packed" not in self.__dict__:  # packing would take longer than searching
-            below = ranks_in(self.codes, other.codes, False, self.engine)
+    def below(self, codes: Codes, left: Ints | None = None) -> tuple[Ints, Mask]:
+        """How many of this delta's codes are below each of others, and which of these it has.
+
+        Where these are `left` in the run tells the windows to look into, which takes less time once there are windows.
+        """
+        if left is None or self.engine == "numpy":
+            below = ranks_in(self.codes, codes, False, self.engine)
         else:
-            below = np.empty(len(other), dtype=np.int64)
-            native.entries_below(*self.packed, other.codes, other.left, below)
-        both: Mask = np.zeros(len(other), dtype=np.bool_)
+            below = np.empty(len(codes), dtype=np.int64)
+            native.codes_below(self.codes, *self.windows, codes, left, below)
+        both: Mask = np.zeros(len(codes), dtype=np.bool_)
         inside = below < len(self)
-        both[inside] = self.codes[below[inside]] == other.codes[inside]
+        both[inside] = self.codes[below[inside]] == codes[inside]
         return below, both
 
     def _kept(self, keep: Mask) -> Delta:
@@ -189,8 +200,8 @@ def merge(codes: Codes, values: Values | None, delta: Delta) -> Room:
     """The run with its delta in it, and room for more keys: memory that is not written to is not taken."""
     left = delta.left
     values = _with_replaced(values, delta)
-    gone = np.maximum(-delta.net, 0)
-    if gone.any():
+    if (delta.net < 0).any():
+        gone = np.maximum(-delta.net, 0)
         kept = np.ones(len(codes), dtype=np.bool_)
         kept[np.repeat(left, gone) + _places_in_groups(gone)] = False
         codes, values = codes[kept], None if values is None else values[kept]
@@ -226,7 +237,7 @@ def _places_in_groups(counts: Ints) -> Ints:
 def _join(a: Delta, b: Delta) -> tuple[Delta, Ints | None]:
     """The entries of both in order, of equal codes a's first, and where each code's first entry is: None if none is
     in both, as most are not."""
-    after, both = a.below(b)
+    after, both = a.below(b.codes, b.left if "windows" in a.__dict__ else None)
     after += both
     at = after + np.arange(len(b))
     codes = splice(a.codes, at, b.codes, a.engine)

@@ -31,14 +31,11 @@ LONG = 1 << 18  #: keys of a range, above which one is copied from the settled s
 SHARE = 256  #: of the keys, how many times fewer a level has before it is folded
 
 
-class Front:
+class OpenFront:
     """A state and the single changes since: every question of one key, O(1) to freeze.
 
     `insert`, `update` and `discard` answer None where the level does not take the change: it is full or frozen, there
     is none, or the key or the value is not one of this index.
-
-    The level, and with it the state's view, is made when the first of OPENED is asked for: a front that lives from one
-    batch of changes to the next needs none.
 
     Attributes:
         state: what the level lies over.
@@ -61,15 +58,6 @@ class Front:
         self._frozen = False
         self._lock = threading.Lock()
 
-    def __getattr__(self, name: str) -> Any:
-        """What is asked for before the front was opened, which opens it."""
-        if name not in self.OPENED:
-            raise AttributeError(f"a front has no {name!r}")
-        with self._lock:
-            if not self._is_open:
-                self._open()
-        return getattr(self, name)
-
     def _open(self) -> None:
         state, level = self.state, None
         if state.engine == "native" and native.Level is not None:
@@ -80,15 +68,11 @@ class Front:
         changing = level or _NoLevel()
         self.insert, self.update, self.discard = changing.insert, changing.update, changing.discard
         self.get = self._getter(self.view)
-        self._level = level  # last: it tells that the front is open
+        self._level = level
 
     @property
     def _is_open(self) -> bool:
-        try:
-            object.__getattribute__(self, "_level")
-        except AttributeError:
-            return False
-        return True
+        return type(self) is OpenFront
 
     def __len__(self) -> int:
         return self.state.length + self._level.net if self._is_open and self._level is not None else self.state.length
@@ -178,6 +162,25 @@ class Front:
         if not self.state.is_map:
             return _no_values
         return partial(_copied, view.get) if self.state.value_dtype.kind == "V" else view.get
+
+
+class Front(OpenFront):
+    """A front that becomes an open one when it is first asked for what needs its level, and with that the state's view.
+
+    One that lives from one batch of changes to the next needs none. Once it is open nothing is in the way of questions.
+    """
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> Any:
+        """What is asked for before the front was opened, which opens it."""
+        if name not in self.OPENED:
+            raise AttributeError(f"a front has no {name!r}")
+        with self._lock:
+            if not self._is_open:
+                self._open()
+                self.__class__ = OpenFront  # type: ignore[assignment]
+        return getattr(self, name)
 
 
 def _new_codes(count: int) -> Scanned:

@@ -22,6 +22,23 @@ MOST_COPIES = (1 << (64 - RANK_BITS)) - 1  #: of a code in the table
 NO_LINES = np.zeros(0, dtype=LINE)
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What a table was chosen by.
+
+    Attributes:
+        began: how many samples had been taken before those of its workload.
+        samples: how many of these there were.
+        answered: which share of the newest ones it answered.
+        saved: measured share of the time of a look-up.
+    """
+
+    began: int
+    samples: int
+    answered: float
+    saved: float
+
+
 @dataclass(frozen=True, eq=False)
 class Hot:
     """A table of codes and their places in one run. Immutable.
@@ -30,11 +47,13 @@ class Hot:
         codes: the hottest first; those without room in the table included.
         lines: LINE [lines], what C reads.
         held: how many codes found room.
+        choice: what it was chosen by; None for a table of other making.
     """
 
     codes: Codes
     lines: NDArray[Any]
     held: int
+    choice: Choice | None = None
 
     @classmethod
     def of(cls, codes: Codes, ranks: Ints, copies: Ints) -> Hot | None:

@@ -124,7 +124,8 @@ class _Questions(Collection[Any], Reversible[Any]):
         >>> int(Index([10, 20], [1, 2])[20])
         2
         """
-        value = self._front.get(key, _ABSENT)
+        get = self._front.get  # Python loads an attribute in a slot faster than a method that is none
+        value = get(key, _ABSENT)
         if value is _ABSENT:
             raise KeyError(key)
         return value
@@ -138,7 +139,8 @@ class _Questions(Collection[Any], Reversible[Any]):
         >>> Index([10, 20], [1.5, 2.5]).get(30, default=0.0)
         0.0
         """
-        return self._front.get(key, default)
+        get = self._front.get
+        return get(key, default)
 
     def bisect_left(self, key: Any) -> int:
         """How many keys are below this one. One model search.
@@ -645,7 +647,8 @@ class Index(_Questions):
         >>> index.keys()
         array([1, 2, 3])
         """
-        put = self._front.insert(key, value)
+        insert = self._front.insert
+        put = insert(key, value)
         if not put and not (put is None and self._renew(key).insert(key, value)):
             self._change(lambda state: changes.insert(state, key, value))
 
@@ -664,7 +667,8 @@ class Index(_Questions):
         >>> int(index[3])
         33
         """
-        if not self._front.update(key, value) and not self._renew(key).update(key, value):
+        update = self._front.update
+        if not update(key, value) and not self._renew(key).update(key, value):
             self._change(lambda state: changes.update(state, key, value))
 
     __setitem__ = update

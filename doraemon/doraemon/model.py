@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -86,7 +87,7 @@ class Model:
         """int64 [buckets]: how many keys each bucket has."""
         return np.diff(self.starts)
 
-    @property
+    @cached_property
     def leaves(self) -> int:
         """How many leaves this model uses; the pool may hold more."""
         return leaf_count(self.bits)

@@ -10,13 +10,14 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import Bits, Codes, Floats, Ints, Mask, Values, parts_of
+from .arrays import CHANGED_LEAF, Bits, Codes, Floats, Ints, Mask, Values, parts_of
 from .delta import Delta, stacked
 from .engine import Engine, native
 from .fitting import BATCH
 from .heat import SAMPLING
 from .hot import NO_LINES
 from .keytype import KeyType
+from .memory import pool
 from .run import Run
 from .splicing import ranks_in
 from .steps import Steps
@@ -52,7 +53,7 @@ class View(Protocol):
         """
 
     def count_many(self, codes: Codes, ranks: Ints, counts: Ints, /) -> None:
-        """The rank of each code in the run, and how many keys of it and of the older delta equal the code."""
+        """The rank of each code in the run, and how many keys of it equal the code."""
 
     def select(self, rank: int, /) -> int | None:
         """The code of a rank, negative ones counted from the end; None if there is none."""
@@ -76,8 +77,8 @@ class View(Protocol):
         """Whether every key of the run lies within the error bound that its leaf states."""
 
 
-def make_view(engine: Engine, key_type: KeyType, run: Run, deltas: Deltas) -> View:
-    """A view of a run and its deltas, the older one first."""
+def make_view(engine: Engine, key_type: KeyType, run: Run, deltas: Deltas, leaves: NDArray[Any] | None = None) -> View:
+    """A view of a run and its deltas, the older one first; perhaps with leaves that tell of that."""
     if engine == "numpy":
         return NumpyView(key_type, run, deltas)
     model, dtype, (older, recent) = run.model, key_type.dtype, deltas
@@ -89,7 +90,7 @@ def make_view(engine: Engine, key_type: KeyType, run: Run, deltas: Deltas) -> Vi
         key_type.cut_one,
         key_type.lexicon,
         SAMPLING,
-        *(run.codes, model.bounds, model.buckets, model.pool.rows, lines),
+        *(run.codes, model.bounds, model.buckets, model.pool.rows if leaves is None else leaves, lines),
         *(*arrays, *last_arrays),
         *(run.heat.samples.codes, run.heat.samples.taken),
         *(run.values, older.values, recent.values),
@@ -103,6 +104,16 @@ def _bytes_of(*values: Values | None) -> tuple[Any, ...]:
     if values[0] is None or not is_plain(values[0].dtype):
         return None, None, None, 0
     return *(array.view(np.uint8) for array in values if array is not None), values[0].dtype.itemsize
+
+
+def telling(engine: Engine, key_type: KeyType, run: Run, deltas: Deltas) -> View:
+    """A view of a run, which has keys, and its deltas, whose leaves tell of the older one. O(changes + leaves)."""
+    silent = make_view(engine, key_type, run, deltas)
+    if engine == "numpy":
+        return silent
+    leaves = pool.empty(len(run.model.pool.rows), CHANGED_LEAF)
+    native.tell_leaves(silent, leaves)
+    return make_view(engine, key_type, run, deltas, leaves)
 
 
 class NumpyView(View):
@@ -245,14 +256,10 @@ class NumpyView(View):
             layers[:], positions[:] = layer, rank
 
     def count_many(self, codes: Codes, ranks: Ints, counts: Ints, /) -> None:
-        older = self.deltas[0]
         ranks[:] = self._run_ranks(codes)
         counts[:] = _equal_at(self.codes, ranks, codes)
         again = _equal_at(self.codes, ranks + 1, codes)
         counts[again] = np.searchsorted(self.codes, codes[again], side="right") - ranks[again]
-        entry = ranks_in(older.codes, codes, False, self.engine)
-        changed = _equal_at(older.codes, entry, codes)
-        counts[changed] = older.counts[entry[changed]]
 
     def within_error_bounds(self) -> bool:
         starts = self.model.starts

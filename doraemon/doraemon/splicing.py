@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from .arrays import Codes, Ints, Values
 from .engine import Engine, native
+from .memory import pool
 from .values import is_plain
 
 
@@ -46,7 +47,7 @@ class Room:
 
 def splice(old: NDArray[Any], at: Ints, new: NDArray[Any], engine: Engine, spare: int = 0) -> NDArray[Any]:
     """`old` with `new` at the positions `at`, ascending, of the result, and `spare` items behind it."""
-    whole = np.empty(len(old) + len(new) + spare, dtype=old.dtype)
+    whole = pool.empty(len(old) + len(new) + spare, old.dtype)
     result = whole[: len(old) + len(new)]
     if engine == "native" and is_plain(old.dtype):
         arrays = (old, at, new.astype(old.dtype, copy=False), result)

@@ -26,13 +26,14 @@ from .keytype import KeyType, Ranking
 from .model import Model
 from .parallel import in_parts
 from .run import Models, Run
-from .search import SMALL, Scanned, StepView, View, make_view
+from .search import SMALL, Scanned, StepView, View, make_view, telling
 from .values import dtype_with_default, is_plain, with_default
 from .workload import Signature
 
 REQUIRED: Any = object()  #: stands for an argument that was not given
 
 MIN_DELTA = 4096  #: changes below which a delta is never too long to search
+PARTLY = 4  #: how many times fewer queries than all changes together is it worth to know the older ones better for
 MERGE_COST = 1 << 16  #: what a merge costs beside its keys, in keys
 
 
@@ -58,7 +59,7 @@ class State:
         run: most of the keys.
         older: what changed since the run was made, but for
         recent: what changed since those changes were put together.
-        base: searches the run and the older changes, for writers, who count before they add to the recent ones.
+        base: searches the run alone, for writers, who have no use for what readers search of the changes.
         length: the number of keys, copies counted.
         writes: the number of the last write, by which the deltas' entries are stamped.
         copied: how many entries of deltas the writes since the last merge have copied.
@@ -83,21 +84,21 @@ class State:
         """The state of a run and its older changes, by default none; there are no recent ones."""
         none = Delta.empty(None if run.values is None else run.values.dtype, engine)
         older = none if delta is None else delta
-        base = make_view(engine, key_type, run, (older, none))
+        base = make_view(engine, key_type, run, (none, none))
         return cls(key_type, engine, run, older, none, base, len(run) + older.shift, writes, 0, 0)
 
     def _with(self, **parts: Any) -> State:
         """This state with some other parts, and the views of them."""
         state = replace(self, **parts, asked=np.zeros(1, np.int64))
         base = self.base
-        if state.run is not self.run or state.older is not self.older:
-            base = make_view(state.engine, state.key_type, state.run, (state.older, self._no_changes))
+        if state.run is not self.run:
+            base = make_view(state.engine, state.key_type, state.run, (self._no_changes, self._no_changes))
         return replace(state, base=base, length=len(state.run) + state.older.shift + state.recent.shift)
 
     @cached_property
     def view(self) -> View:
-        """What answers single keys and batches of codes. O(recent changes), which writers do without."""
-        if len(self.recent) == 0:
+        """What answers single keys and batches of codes. O(recent changes), O(changes) once they have become older."""
+        if self.changes == 0:
             return self.base
         return make_view(self.engine, self.key_type, self.run, (self.older, self.recent))
 
@@ -173,14 +174,25 @@ class State:
         if self._step_view is not None:
             return self._step_view
         self.asked[0] += len(codes)  # an estimate where threads ask at the same time
-        return self._flat_view if self.asked[0] > self.changes else self.view
+        if self.changes == 0 or len(self.run) == 0:
+            return self.view
+        worth = self.changes + self.run.model.leaves
+        if self.asked[0] > worth:
+            return self._flat_view
+        return self._telling_view if self.asked[0] > worth // PARTLY else self.view
+
+    @cached_property
+    def _telling_view(self) -> View:
+        """What answers most queries from the leaf, but for recent changes."""
+        older, recent = (self.older, self.recent) if len(self.older) else (self.recent, self.older)
+        return telling(self.engine, self.key_type, self.run, (older, recent))
 
     @cached_property
     def _flat_view(self) -> View:
-        """What searches all changes at once: worth making for as many queries as there are changes."""
+        """The same for all changes together: worth making for as many queries as there are changes and leaves."""
         if len(self.older) == 0 or len(self.recent) == 0:
-            return self.view
-        return make_view(self.engine, self.key_type, self.run, (self.delta, self._no_changes))
+            return self._telling_view
+        return telling(self.engine, self.key_type, self.run, (self.delta, self._no_changes))
 
     @property
     def _no_changes(self) -> Delta:
@@ -266,6 +278,8 @@ class State:
         """Where each code is, or would be, in the run, and how many keys of it and of the older changes equal it."""
         ranks, counts = np.empty(len(codes), dtype=np.int64), np.empty(len(codes), dtype=np.int64)
         self.base.count_many(codes, ranks, counts)
+        entry, changed = self.older.below(codes, ranks)
+        counts[changed] += self.older.net[entry[changed]]
         return ranks, counts
 
     def with_recent(self, recent: Delta, writes: int = 1) -> State:

@@ -3,6 +3,10 @@
 What pays cannot be told beforehand: it depends on how the accesses spread, on the caches, and on how long a workload
 lasts. So a few tables are made of the older samples, each answers some of the newest, and the fastest stays. "No table"
 takes part, so that where none pays there is none.
+
+Once there is a table, how many of the newest samples it answers tells whether the accesses have moved. While they stay
+nothing is tried again before there are twice as many samples. When they have moved, those since then are all that is
+learned from, soon and again whenever they have doubled.
 """
 
 from __future__ import annotations
@@ -10,13 +14,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from .arrays import Codes, Floats, Ints
 from .engine import native
-from .hot import Hot
+from .hot import Choice, Hot
 from .run import Run
 from .state import State
 from .workload import distance, signature
@@ -27,9 +31,12 @@ MOVED = 0.1  #: share of the accesses by which a table answers fewer of late tha
 BINS = 256  #: of buckets beside each other, by which workloads are compared
 FAR = 1.5  #: bits between the workloads of late and of before that tell the same
 HELD_OUT = 16  #: one sample in so many, the newest, is asked and not learned from
+HELD_OUT_SINCE = 8  #: the same of the few since the accesses moved
+NEWEST = 2048  #: samples that tell whether the accesses have moved
+BLOCK = 1024  #: samples in a block, to one of which it is told when they did
 ROUNDS, PARTS = 2, 3  #: in which the tables take turns, and of which each turn is made
 LEAST_PART = 512  #: queries that a table is asked at once, at least
-WARM_UP = 8192  #: queries that are not timed before each turn
+WARM_UP = 8192, 2048  #: queries that are not timed before each turn, and before each of few
 WORTHWHILE = 0.05  #: share of the time of a look-up that a table has to save
 KNOWN = 0.15  #: share of the accesses that a table has to be likely to answer, to be tried: asking it in vain costs
 AS_GOOD = 0.03  #: share by which another table has to be faster than the present one
@@ -63,51 +70,102 @@ class Warming:
 
 def warm(state: State) -> tuple[State, Warming]:
     """The state with the hot table that its readers' samples speak for, and what was done."""
-    samples, before = state.run.heat.samples.newest(), state.run.hot
-    if state.engine != "native" or len(samples) < MIN_SAMPLES:
+    samples, before = state.run.heat.samples, state.run.hot
+    if state.engine != "native" or samples.taken[0] < MIN_SAMPLES:
         few = "too few accesses were counted to tell"
         return state, Warming(few if state.engine == "native" else "the NumPy engine has no hot table", _held(before))
-    split = len(samples) - len(samples) // HELD_OUT
-    past, late = samples[:split], samples[split:]
+    if before is not None and before.choice is not None:
+        followed = _followed(state, before, before.choice)
+        if followed is not None:
+            return followed
+    past, late = _parted(samples.newest(), HELD_OUT)
     moved = has_moved(state.run, past, late)
-    tables = [None, *([] if before is None else [before]), *(_tables_of_late if moved else _tables)(state, past)]
+    return _fastest(state, list((_tables_of_late if moved else _tables)(state, past)), past, late, moved)
+
+
+def _parted(samples: Codes, held_out: int) -> tuple[Codes, Codes]:
+    """The samples but for one in so many, the newest, and these."""
+    split = len(samples) - len(samples) // held_out
+    return samples[:split], samples[split:]
+
+
+def _fastest(
+    state: State, made: list[Hot], past: Codes, late: Codes, moved: bool, rounds: int = ROUNDS
+) -> tuple[State, Warming]:
+    """The state with the fastest of its table, those that were made, and none."""
+    before = state.run.hot
+    tables = [None, *([] if before is None else [before]), *made]
     if len(tables) == 1:
         return state, Warming("the accesses are spread too evenly for a table", moved=moved)
-    costs = _costs([state.with_hot(table) for table in tables], past, late)
+    costs = _costs([state.with_hot(table) for table in tables], past, late, rounds)
     best = int(np.argmin(costs))
     if before is not None and costs[1] <= (1 + AS_GOOD) * costs[best]:
         best = 1
-    saved = float(1 - costs[best] / costs[0])
-    if saved < WORTHWHILE:
+    table, saved = tables[best], float(1 - costs[best] / costs[0])
+    if table is None or saved < WORTHWHILE:
         return state.with_hot(None), Warming("no table saves enough", 0, 0.0, before is not None, moved)
-    changed = tables[best] is not before
+    changed = table is not before
     reason = "another table is faster" if changed else "the table fits the accesses"
-    return state.with_hot(tables[best]), Warming(reason, _held(tables[best]), saved, changed, moved)
+    count = len(past) + len(late)
+    began = int(state.run.heat.samples.taken[0]) - count
+    chosen = replace(table, choice=Choice(began, count, float(table.holds(late).mean()), saved))
+    return state.with_hot(chosen), Warming(reason, table.held, saved, changed, moved)
+
+
+def _followed(state: State, table: Hot, choice: Choice) -> tuple[State, Warming] | None:
+    """The state if its table fits the accesses still, or one with a table of what was asked since they moved.
+
+    None if all samples are of one workload, of which more is known than when the table was made.
+    """
+    samples = state.run.heat.samples
+    taken, answered = int(samples.taken[0]), float(table.holds(samples.newest(NEWEST)).mean())
+    began = choice.began
+    if answered < choice.answered - MOVED:
+        began = taken - _since_answered(table, samples.newest(), (answered + choice.answered) / 2)
+    elif taken - began < 2 * choice.samples:
+        return state, Warming("the table fits the accesses", table.held, choice.saved)
+    elif began == 0 or taken - began > len(samples.codes):
+        return None
+    since = samples.newest(taken - began)
+    if len(since) < MIN_SAMPLES:
+        return state, Warming("the accesses have just moved", table.held, moved=True)
+    past, late = _parted(since, HELD_OUT_SINCE)
+    codes, known = by_count(past)
+    made = state.hot_table(codes) if known > KNOWN else None
+    return _fastest(state, [] if made is None else [made], past, late, moved=True, rounds=1)
+
+
+def _since_answered(table: Hot, samples: Codes, share: float) -> int:
+    """How many of the samples come after the last block of which the table answers such a share."""
+    for end in range(len(samples), BLOCK - 1, -BLOCK):
+        if table.holds(samples[end - BLOCK : end]).mean() >= share:
+            return len(samples) - end
+    return len(samples)
 
 
 def _held(table: Hot | None) -> int:
     return 0 if table is None else table.held
 
 
-def _costs(states: list[State], past: Codes, late: Codes) -> Floats:
+def _costs(states: list[State], past: Codes, late: Codes, rounds: int) -> Floats:
     """Seconds per query of each state, in its fastest turn.
 
     Before a turn the state answers some of the past, or it would find in the cache what another left there. Each part
     of the late queries is asked once, if there are enough, for the same reason.
     """
-    turns = [state for _ in range(ROUNDS) for state in states]
+    turns = [state for _ in range(rounds) for state in states]
     size = max(min(LEAST_PART, len(late)), len(late) // (len(turns) * PARTS))
-    ranks = np.empty(max(WARM_UP, size), dtype=np.int64)
+    warm_up = past[-WARM_UP[rounds == 1] :]
+    ranks = np.empty(max(len(warm_up), size), dtype=np.int64)
     seconds = np.full((len(turns), PARTS), np.inf)
     for turn, state in enumerate(turns):
-        warm_up = past[-WARM_UP:]
         state.view.ranks(warm_up, False, True, ranks[: len(warm_up)])
         for part in range(PARTS):
             first = (turn * PARTS + part) % (len(late) // size) * size
             begin = time.perf_counter()
             state.view.ranks(late[first : first + size], False, True, ranks[:size])
             seconds[turn, part] = time.perf_counter() - begin
-    costs: Floats = seconds.reshape(ROUNDS, len(states), PARTS).min(axis=(0, 2)) / size
+    costs: Floats = seconds.reshape(rounds, len(states), PARTS).min(axis=(0, 2)) / size
     return costs
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from doraemon import engine as engines
-from doraemon import model, state, warming
+from doraemon import memory, model, state, warming
 
 settings.register_profile(
     "default", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -44,12 +44,14 @@ def engine(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Buckets of few keys and early merges, so that small examples have all the parts that large indexes have."""
+    """Buckets of few keys, early merges, memory that is used again: small examples have all parts of large indexes."""
     monkeypatch.setattr(model, "DEPTH", 4)
     monkeypatch.setattr(model, "LEAF_KEYS", 2)
     monkeypatch.setattr(model, "MIN_LEAF_KEYS", 1)
     monkeypatch.setattr(model, "MAX_POOL", 2)
     monkeypatch.setattr(state, "MIN_DELTA", 12)
+    monkeypatch.setattr(memory.pool, "least", 1)
+    monkeypatch.setattr(memory.pool, "most", 1 << 16)
 
 
 @pytest.fixture

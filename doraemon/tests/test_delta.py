@@ -12,7 +12,7 @@ from doraemon import engine as engines
 from doraemon.arrays import Codes
 from doraemon.delta import Delta
 from doraemon.run import Run
-from doraemon.search import NumpyView, View, make_view
+from doraemon.search import NumpyView, View, make_view, telling
 
 pytestmark = pytest.mark.skipif(engines.choose() != "native", reason="only the C engine has summaries")
 LAST = 2**64 - 1
@@ -43,7 +43,8 @@ def answers(view: View, queries: Codes) -> list[list[int]]:
     assert [view.contains(code) for code in queries.tolist()] == present.tolist()
     ranks, counts = np.empty(len(queries), dtype=np.int64), np.empty(len(queries), dtype=np.int64)
     view.count_many(queries, ranks, counts)
-    return [*found, present.tolist(), layers[present].tolist(), positions[present].tolist(), counts.tolist()]
+    places = (present, layers[present], positions[present])
+    return [*found, *(each.tolist() for each in (*places, ranks, counts))]
 
 
 @settings(max_examples=25)
@@ -64,6 +65,26 @@ def test_summaries_tell_what_the_entries_do(step: int, older: dict[int, int], ne
     hot = state.hot_table(queries[::2].copy())
     warm = make_view("native", state.key_type, state.with_hot(hot).run, deltas)
     assert answers(warm, queries) == answers(plain, queries)
+
+
+@settings(max_examples=25)
+@given(
+    step=st.sampled_from([1, 3, 1000]),
+    changes=st.dictionaries(st.integers(0, 3000) | st.sampled_from([LAST - 1, LAST]), NET, max_size=300),
+    apart=st.sampled_from([0, 3, 50]),
+)
+@example(step=3, changes=dict.fromkeys(range(0, 3000, 7), 1), apart=0)
+@example(step=1000, changes=dict.fromkeys(range(2500), 1), apart=11)
+def test_leaves_tell_what_the_entries_do(step: int, changes: dict[int, int], apart: int) -> None:
+    keys = np.append(np.arange(0, 2900, step, dtype=np.uint64), np.uint64(LAST))
+    state = Index(keys, engine="native")._state
+    delta = delta_of(state.run, changes)
+    newer = delta_of(state.run, {code: 1 for code in range(5, 3000, apart) if code not in changes} if apart else {})
+    queries = np.append(np.arange(3010, dtype=np.uint64), np.array([LAST - 1, LAST], dtype=np.uint64))
+    plain = NumpyView(state.key_type, state.run, (delta, newer))
+    hot = state.hot_table(queries[::2].copy())
+    for run in (state.run, state.with_hot(hot).run):
+        assert answers(telling("native", state.key_type, run, plain.deltas), queries) == answers(plain, queries)
 
 
 @pytest.mark.parametrize("more", [1, 5, 60])

@@ -192,6 +192,36 @@ def test_another_workload_is_noticed_with_and_without_a_table() -> None:
     assert not warming.has_moved(run, RNG.choice(there, 40_000), RNG.choice(there, 5000))
 
 
+def test_a_table_that_fits_is_not_tried_again_before_much_more_is_known() -> None:
+    index, codes = Index(KEYS), KEYS[:1000]
+    index.searchsorted(np.tile(codes, 100))
+    assert index.adapt().hot.changed
+    table = index._state.run.hot
+    assert table is not None
+    assert table.choice is not None
+    assert table.choice.answered > 0.9
+    index.searchsorted(np.tile(codes, 50))
+    report = index.adapt().hot
+    assert (report.reason, report.changed, report.moved) == ("the table fits the accesses", False, False)
+    assert index._state.run.hot is table
+    index.searchsorted(np.tile(KEYS[-1000:], 20))
+    report = index.adapt().hot
+    assert (report.reason, report.changed, report.moved) == ("the accesses have just moved", False, True)
+
+
+def test_what_is_learned_after_a_move_is_of_later_samples_only() -> None:
+    index, here, there = Index(KEYS), KEYS[:1000], KEYS[-1000:]
+    index.searchsorted(np.tile(here, 300))
+    index.adapt()
+    index.searchsorted(np.tile(there, 60))
+    report = index.adapt().hot
+    table = index._state.run.hot
+    assert table is not None
+    assert (report.changed, report.moved) == (True, True)
+    assert table.holds(there).mean() > 0.9
+    assert not table.holds(here).any()
+
+
 def test_a_table_follows_scattered_keys_that_move() -> None:
     index = Index(KEYS)
     for seed in range(4):

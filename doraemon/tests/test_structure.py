@@ -18,7 +18,7 @@ from doraemon import engine as engines
 
 #: from the lowest to the highest; a module imports only from those before it
 LAYERS = [
-    ["arrays", "errors", "workload", "replacing", "parallel"],
+    ["arrays", "errors", "workload", "replacing", "parallel", "memory"],
     ["engine", "inputs", "times", "dtypes", "columns"],
     ["keytype", "values", "keys", "storage", "splicing", "hot", "heat", "fitting", "steps"],
     ["strings", "lexicon", "texts", "records", "choosing"],
