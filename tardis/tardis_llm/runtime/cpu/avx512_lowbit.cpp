@@ -129,12 +129,12 @@ private:
     TARDIS_INLINE void add_products(const int8_t* v, Sums& sum, const Code& code) const {
         __m512i own[R];
         each<R>([&](auto r) TARDIS_INLINE { own[r] = code(r); });
-        each<T * H>([&](auto n) TARDIS_INLINE {
-            const __m512i x = _mm512_load_si512(v + n * q_.stride);
-            each<R>([&](auto r) TARDIS_INLINE {
-                __m512i& dot = sum[r][n][place];
-                dot = add_dot<P == 2 ? 8 : B>(dot, own[r], x);
-            });
+        __m512i x;
+        each<T * H * R>([&](auto i) TARDIS_INLINE {
+            constexpr int n = i / R, r = i % R;
+            if constexpr (r == 0) x = _mm512_load_si512(v + n * q_.stride);
+            __m512i& dot = sum[r][n][place];
+            dot = add_dot<P == 2 ? 8 : B>(dot, own[r], x);
         });
     }
 
@@ -182,7 +182,7 @@ void product_of_bits(const TardisMatrix& m, const Rows& rows, const Input& x, fl
     if (m.bits == 1) return product_bits<1, H, E>(m, rows, x, out);
     if (m.bits == 2) return product_bits<2, H, E>(m, rows, x, out);
     if (m.bits <= 4) return product_bits<4, H, E>(m, rows, x, out);
-    return product_bits<8, H, E>(m, rows, x, out);
+    return product_bits<8, H, 0>(m, rows, x, out);  // with so many planes to join, known ends gain nothing
 }
 
 }  // namespace
