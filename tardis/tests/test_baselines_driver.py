@@ -311,7 +311,7 @@ def test_every_layout_takes_affine_maps(name: str):
 def test_affine_maps_are_fitted_behind_the_maps_before_them():
     model, dense = tiny_model("gpt2"), tiny_model("gpt2")
     apply_baseline("affine", model, WINDOWS)
-    site, linear = find_ffns(dense)[-1], model.get_submodule("transformer.h.2.mlp.c_proj")
+    site, linear = find_ffns(dense)[-1], model.get_submodule("transformer.h.1.mlp.c_proj")
     # the mean output on what the maps before give is kept exactly, whatever the damping
     inputs, _ = record(model, [linear], input_ids=WINDOWS.fit)
     x = inputs[0].flatten(0, -2)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from conftest import Result, assert_refused
 from folds import SETTINGS, logits, text
-from models import ENCODER_NAMES, FAMILY_NAMES, LAYOUTS, VOCAB, tiny_model, tokens
+from models import ENCODER_NAMES, FAMILY_NAMES, LAYERS, LAYOUTS, VOCAB, tiny_model, tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
@@ -205,7 +205,7 @@ def test_a_head_that_shared_the_embedding_no_longer_does():
     model.tie_weights()
     assert not model.config.tie_word_embeddings
     assert model.lm_head.weight.shape == (0,)
-    attention = 3 * 4 * (64 * (3 * 64 + 64) + 3 * 64 + 64)
+    attention = LAYERS * 4 * (64 * (3 * 64 + 64) + 3 * 64 + 64)
     assert report.shared == 4 * VOCAB * 64
     assert report.dense == attention + report.shared
 
