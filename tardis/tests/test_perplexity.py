@@ -163,7 +163,7 @@ def test_the_sample_folds_to_nearly_the_dense_perplexity_at_the_bytes_it_promise
     model, report = load_model(str(sample_folded)), load_report(str(sample_folded))
     assert report is not None
     tokenizer = load_tokenizer(str(sample_folded))
-    windows = windows_of(sample.evaluation_text().read_text(encoding="utf-8")[:40_000], tokenizer, 256)
+    windows = windows_of(sample.evaluation_text().read_text(encoding="utf-8")[:20_000], tokenizer, 256)
     dense = token_perplexity(load_dense(str(sample.model_dir())), windows)
     with count_fixes(model) as counts:
         folded = token_perplexity(model, windows)
