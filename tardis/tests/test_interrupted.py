@@ -160,7 +160,7 @@ def test_a_fold_that_is_asked_to_end_says_how_to_go_on(
     start: Callable[..., ForkServerProcess], tmp_path: Path, number: signal.Signals, code: int
 ):
     skip_where_ignored(number)
-    process = start(pause=("folding layers", 2))
+    process = start(pause=("folding layers", 1))
     await_pause(tmp_path, process)
     assert process.pid is not None
     os.kill(process.pid, number)
