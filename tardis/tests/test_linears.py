@@ -267,7 +267,7 @@ def test_a_config_for_other_layers_is_refused(saved: Path, entry: dict[str, int]
 def test_the_command_line_folds_inspects_evaluates_and_generates(
     fold: Callable[..., Result], tardis: Callable[..., Result], tiny_text: Path, tmp_path: Path
 ):
-    sentence = "7 linear layers outside the FFNs in int8"
+    sentence = "5 linear layers outside the FFNs in int8"
     made = fold("--linears", "int8", "--fold-dtype", "int4", "--fallback", "int4")
     assert made.code == 0
     assert sentence in made.out
