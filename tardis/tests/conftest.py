@@ -10,31 +10,41 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
-from engines import save_tiny
 from filelock import FileLock
-from models import tiny_model, tiny_tokenizer
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # paths of temporary folders may be long: messages must not be broken into lines within them
 os.environ["COLUMNS"] = "400"
 
-from tardis_llm import sample
-from tardis_llm.cli.main import run
-from tardis_llm.runtime.cpu.library import ISAS, open_library
-
-# what was imported stays: collections of garbage, which many tests ask for, need not look through it
-gc.freeze()
+# Nothing heavy is imported here but where it is used: a process that only hands out tests to others imports this, too.
 
 #: the sample folded coarsely, but for real, in seconds
-QUICK_SAMPLE = ("--tokens", "6144", "--probe-tokens", "1024", "--predictor-bits", "1", "--reduction", "0.78")
+QUICK_SAMPLE = ("--tokens", "3072", "--probe-tokens", "512", "--predictor-bits", "1", "--reduction", "0.78")
 #: the tiny model folds in a second
 QUICK_TINY = (
     *("--tokens", "4096", "--probe-tokens", "256", "--sequence-length", "32"),
     *("--predictor-bits", "1", "--reduction", "0.5"),
 )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests of `isa` run on every instruction set that is here; test_kernels.py says which are not."""
+    if "isa" in metafunc.fixturenames:
+        from tardis_llm.runtime.cpu.library import open_library
+
+        built = open_library()
+        none = pytest.param(None, marks=pytest.mark.skip(reason="the CPU kernels are not built"))
+        metafunc.parametrize("isa", built.isas if built else [none], indirect=True)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: collections of garbage, which many tests ask for, need not look through it."""
+    gc.freeze()
 
 
 class Result(NamedTuple):
@@ -57,6 +67,7 @@ def assert_refused(result: Result, message: str, code: int = 1) -> None:
 @pytest.fixture
 def tardis(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
     """Run the command line in this process."""
+    from tardis_llm.cli.main import run
 
     def call(*args: object) -> Result:
         capsys.readouterr()
@@ -66,21 +77,20 @@ def tardis(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
     return call
 
 
-@pytest.fixture(params=ISAS)
+@pytest.fixture
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """The CPU kernels run on this instruction set."""
-    built = open_library()
-    if built is None:
-        pytest.skip("the CPU kernels are not built: no C++ compiler was found")
-    if request.param not in built.isas:
-        pytest.skip(f"this processor, or the compiler, lacks {request.param}")
-    with built.using(request.param):
+    from tardis_llm.runtime.cpu.library import loaded
+
+    with loaded().using(request.param):
         yield request.param
 
 
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense random GPT-2 with a byte tokenizer: 3 blocks, d = 64."""
+    """A dense random GPT-2 with a byte tokenizer: 2 blocks, d = 64."""
+    from models import tiny_model, tiny_tokenizer
+
     directory = tmp_path_factory.mktemp("tiny")
     tiny_model("gpt2").save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
@@ -90,17 +100,27 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """8 kB of English, which is 8,000 tokens of the byte tokenizer."""
+    from tardis_llm import sample
+
     path = tmp_path_factory.mktemp("text") / "tiny.txt"
     path.write_text(sample.calibration_text().read_text(encoding="utf-8")[:8_000], encoding="utf-8")
     return path
 
 
 @pytest.fixture(scope="session")
-def sample_folded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled sample, folded by the command line; once for all processes of a run of the tests."""
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what the processes of a run of the tests make once for all of them."""
     base = tmp_path_factory.getbasetemp()
-    directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "sample-folded"
-    text = sample.calibration_text()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def sample_folded(shared: Path) -> Path:
+    """The bundled sample, folded by the command line."""
+    from tardis_llm import sample
+    from tardis_llm.cli.main import run
+
+    directory, text = shared / "sample-folded", sample.calibration_text()
     with FileLock(f"{directory}.lock"):
         if not directory.exists():
             assert run(["fold", str(sample.model_dir()), "-o", str(directory), "--text", str(text), *QUICK_SAMPLE]) == 0
@@ -120,5 +140,7 @@ def fold(tardis: Callable[..., Result], tiny_dir: Path, tiny_text: Path, tmp_pat
 @pytest.fixture(scope="session")
 def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PreTrainedModel]:
     """A folded tiny GPT-2 that vLLM can serve, and as transformers has it."""
+    from engines import save_tiny
+
     directory = tmp_path_factory.mktemp("gpt2")
     return directory, save_tiny("gpt2", directory)

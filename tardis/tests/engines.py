@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from folds import SETTINGS, text
-from models import LAYERS, tiny_config, tiny_model, tiny_tokenizer
+from models import tiny_config, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 from tardis_llm import FoldConfig, fold, save_folded
@@ -37,6 +37,7 @@ needs_vllm = pytest.mark.skipif(
 #: causal families of the table that vLLM 0.32 does not have
 NOT_SERVED = ["biogpt", "codegen", "mpt", "persimmon", "xglm", "ministral", "helium"]
 STACKED = replace(SETTINGS, predictor_bits=2, fold_bits=8, fallback_bits=4, reduction=0.6)
+BLOCKS = 3  # one between the first and the last
 MIXED = replace(STACKED, select="mixed", keep_above=0.1)
 STATIC = replace(STACKED, select="static", predictor_bits=None, reduction=0.6)
 
@@ -47,7 +48,7 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def heads(name: str) -> dict[str, Any]:
-    """Config fields that give a tiny model attention that vLLM has: two heads of 32, which is the least that it takes.
+    """Arguments that give a tiny model three blocks, and attention that vLLM has: two heads of 32, the least it takes.
 
     It has no Qwen whose attention has a window in some blocks only.
     """
@@ -57,8 +58,8 @@ def heads(name: str) -> dict[str, Any]:
     if "head_dim" in tiny_config(name).to_dict():
         fields["head_dim"] = 32
     if name in ("qwen2", "qwen3"):
-        fields |= {"use_sliding_window": False, "layer_types": LAYERS * ["full_attention"]}
-    return fields
+        fields |= {"use_sliding_window": False, "layer_types": BLOCKS * ["full_attention"]}
+    return {**fields, "blocks": BLOCKS}
 
 
 def save_tiny(

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-HIDDEN, INTERMEDIATE, LAYERS, HEADS, VOCAB, POSITIONS = 64, 256, 3, 4, 320, 128
+HIDDEN, INTERMEDIATE, LAYERS, HEADS, VOCAB, POSITIONS = 64, 256, 2, 4, 320, 128
 END = 256  # id of <|endoftext|>: the byte tokenizer has the 256 bytes before it
 
 _GPT = {
@@ -164,7 +164,7 @@ CAUSAL_NAMES = [name for name in FAMILY_NAMES if name not in ENCODER_NAMES]
 def tiny_model(
     name: str, seed: int = 0, dtype: torch.dtype = torch.float32, blocks: int = LAYERS, **overrides: Any
 ) -> PreTrainedModel:
-    """A random model in eval mode: 3 blocks, d = 64, h = 256, 320 tokens, 128 positions.
+    """A random model in eval mode: 2 blocks, d = 64, h = 256, 320 tokens, 128 positions.
 
     Args:
         name: one of `FAMILY_NAMES`: a model type, or a variant of one such as "falcon_new_decoder".

@@ -5,7 +5,7 @@ the CPU's own operators, so that results are equal to the bit, and refuses what 
 of two devices, but for copies and for numbers without a dimension. It stays in the process, and is torch's accelerator
 from then on; run this file in one of its own.
 
-    python on_device.py MODEL ...    folds each model on both devices, and prints one JSON object
+    python on_device.py MODEL ...    folds each model on both devices, and prints `found` as a JSON object
 """
 
 from __future__ import annotations
@@ -194,13 +194,18 @@ def mistakes() -> dict[str, str]:
     }
 
 
+def found(names: list[str]) -> dict[str, Any]:
+    """What differs between folds of models on both devices, the most blocks on one at a time, and what mistakes do."""
+    counts: list[int] = []
+    with counting(counts):
+        differs = {name: {kind: differing(name, config) for kind, config in CONFIGS.items()} for name in names}
+    return {"differing": differs, "crowd": max(counts), "mistakes": mistakes()}
+
+
 def main() -> None:
     """Print what is found."""
     register()
-    counts: list[int] = []
-    with counting(counts):
-        found = {name: {kind: differing(name, config) for kind, config in CONFIGS.items()} for name in sys.argv[1:]}
-    sys.stdout.write(json.dumps({"differing": found, "crowd": max(counts), "mistakes": mistakes()}))
+    sys.stdout.write(json.dumps(found(sys.argv[1:])))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ RIVALS = ("gpt2", "falcon", "llama", "phi3")
 
 
 def rival_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A random model in eval mode: 3 blocks, d = 64."""
+    """A random model in eval mode: 2 blocks, d = 64."""
     if name not in ("llama", "phi3"):
         return tiny_model(name, dtype=dtype)
     with torch.random.fork_rng(devices=[]):

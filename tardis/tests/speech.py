@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from models import END, HEADS, HIDDEN, INTERMEDIATE, LAYERS, VOCAB, randomise, tiny_tokenizer
+from models import END, HEADS, HIDDEN, INTERMEDIATE, VOCAB, randomise, tiny_tokenizer
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import (
@@ -26,7 +26,7 @@ RATE, MELS, SECONDS, TOKENS = 16_000, 16, 1, 32
 #: frames of a window, and positions that the encoder makes of them
 FRAMES, POSITIONS = 100 * SECONDS, 50 * SECONDS
 START = 257  # the token that every transcript begins with
-DECODER_LAYERS = LAYERS - 1  # unlike the encoder's
+ENCODER_LAYERS, DECODER_LAYERS = 3, 2
 _SENTENCE = "The quick brown fox jumps over the lazy dog, while five wizards pack a box with liquor jugs. "
 _VOWELS = ((730, 1090), (270, 2290), (300, 870), (530, 1840), (570, 840))  # Hz of the first two formants
 
@@ -37,7 +37,7 @@ def tiny_whisper(seed: int = 0, dtype: torch.dtype = torch.float32) -> WhisperFo
         vocab_size=VOCAB,
         num_mel_bins=MELS,
         d_model=HIDDEN,
-        encoder_layers=LAYERS,
+        encoder_layers=ENCODER_LAYERS,
         decoder_layers=DECODER_LAYERS,
         encoder_attention_heads=HEADS,
         decoder_attention_heads=HEADS,

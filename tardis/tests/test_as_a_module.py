@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -20,6 +20,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from folds import folds_at_random
+from marks import in_turns
 from models import ENCODER_NAMES, LAYOUTS, VOCAB, tiny_model, tokens
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -75,11 +76,10 @@ CLOSE, CAST = 0.07, 0.15
 
 DECODERS = [name for name in LAYOUTS if name not in ENCODER_NAMES]
 
-every_family = pytest.mark.parametrize("family", list(LAYOUTS))
-every_decoder = pytest.mark.parametrize("family", DECODERS)
-every_form = pytest.mark.parametrize("form", list(FORMS))
-every_fold = pytest.mark.parametrize("form", list(FOLDED))
-every_exact_form = pytest.mark.parametrize("form", list(EXACT))
+
+def in_forms(forms: Iterable[str], families: Iterable[str] = LAYOUTS) -> pytest.MarkDecorator:
+    """A test of every family in each of these forms; the families take turns in those that are not long."""
+    return pytest.mark.parametrize(("family", "form"), in_turns(families, list(forms)))
 
 
 @cache
@@ -187,8 +187,7 @@ def format_tensors(model: nn.Module) -> dict[str, tuple[torch.dtype, Tensor]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@every_family
-@every_form
+@in_forms(FORMS)
 def test_a_cast_changes_the_models_dtype_and_not_the_formats(family: str, form: str, model, dtype: torch.dtype) -> None:
     before, expected = format_tensors(model), logits(model)
     model = nn.Module.to(model, dtype)
@@ -201,8 +200,7 @@ def test_a_cast_changes_the_models_dtype_and_not_the_formats(family: str, form: 
     assert_same(model, expected, CAST)
 
 
-@every_family
-@every_form
+@in_forms(FORMS)
 def test_a_cast_to_the_dtype_that_it_has_changes_nothing(family: str, form: str, model) -> None:
     before, expected = stored(model), logits(model)
     assert_same(model.to(model.dtype), expected)
@@ -212,8 +210,7 @@ def test_a_cast_to_the_dtype_that_it_has_changes_nothing(family: str, form: str,
     assert_stores(model, before)
 
 
-@every_family
-@every_form
+@in_forms(FORMS)
 def test_a_model_that_is_emptied_can_be_filled_again(family: str, form: str, model) -> None:
     before, expected = stored(model), logits(model)
     for module in model.modules():
@@ -226,8 +223,7 @@ def test_a_model_that_is_emptied_can_be_filled_again(family: str, form: str, mod
     assert_stores(model, before)
 
 
-@every_family
-@every_form
+@in_forms(FORMS)
 def test_other_weights_take_effect_when_they_are_loaded(family: str, form: str, model) -> None:
     logits(model)
     other = {name: turned(tensor) for name, tensor in model.state_dict().items()}
@@ -249,8 +245,7 @@ def turned(tensor: Tensor) -> Tensor:
 # copies and files
 
 
-@every_family
-@every_form
+@in_forms(FORMS)
 def test_copies_compute_the_same_and_are_their_own(family: str, form: str, model) -> None:
     before, expected = stored(model), logits(model)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -263,8 +258,7 @@ def test_copies_compute_the_same_and_are_their_own(family: str, form: str, model
     assert_stores(model, before)
 
 
-@every_family
-@every_form
+@in_forms(FORMS)
 def test_saving_and_loading_again_and_again_changes_nothing(family: str, form: str, model, tmp_path: Path) -> None:
     before, expected = stored(model), logits(model)
     once = reloaded(model, tmp_path / "once")
@@ -279,16 +273,14 @@ def test_saving_and_loading_again_and_again_changes_nothing(family: str, form: s
     assert_same(model, expected)
 
 
-@every_family
-@pytest.mark.parametrize("form", ["folded", "few_bits"])
+@in_forms(["folded", "few_bits"])
 def test_a_dtype_asked_for_at_loading_is_a_cast(family: str, form: str, model, tmp_path: Path) -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         loaded = reloaded(model, tmp_path, dtype=dtype)
         assert_stores(loaded, nn.Module.to(copy.deepcopy(model), dtype).state_dict())
 
 
-@every_family
-@every_fold
+@in_forms(FOLDED)
 def test_the_base_model_of_a_checkpoint_has_its_folds(family: str, form: str, model, tmp_path: Path) -> None:
     ids = tokens(2, 12)
     with torch.no_grad():
@@ -307,8 +299,7 @@ def reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CpuBackend, "accepts", lambda self, x: False)
 
 
-@every_family
-@every_fold
+@in_forms(FOLDED)
 def test_offloaded_weights_are_fetched(family: str, form: str, tmp_path: Path, reference: None) -> None:
     made = copy.deepcopy(_made(family, form))
     expected = logits(made)
@@ -324,8 +315,7 @@ def test_offloaded_weights_are_fetched(family: str, form: str, tmp_path: Path, r
             prepare_decoding(model)
 
 
-@every_family
-@pytest.mark.parametrize("form", ["folded", "stacked", "few_bits"])
+@in_forms(["folded", "stacked", "few_bits"])
 def test_a_checkpoint_loads_onto_disk(family: str, form: str, model, tmp_path: Path, reference: None) -> None:
     expected = logits(model)
     too_little = {"cpu": int(0.75 * model.get_memory_footprint())}
@@ -338,8 +328,7 @@ def test_a_checkpoint_loads_onto_disk(family: str, form: str, model, tmp_path: P
 # training
 
 
-@every_family
-@pytest.mark.parametrize("form", ["dense_prepared", "folded", "folded_prepared", "stacked", "stacked_prepared"])
+@in_forms(["dense_prepared", "folded", "folded_prepared", "stacked", "stacked_prepared"])
 def test_adapters_train_around_folds(family: str, form: str, model) -> None:
     ids, before = tokens(2, 12), stored(model)
     torch.manual_seed(0)
@@ -352,8 +341,7 @@ def test_adapters_train_around_folds(family: str, form: str, model) -> None:
     assert_stores(tuned.unload(), before)
 
 
-@every_family
-@every_fold
+@in_forms(FOLDED)
 def test_training_what_was_solved_for_is_refused(family: str, form: str, model) -> None:
     ids = tokens(1, 4)
     parts = parts_of_folds(model)
@@ -384,8 +372,7 @@ def generated(model: PreTrainedModel, ids: Tensor, count: int = 8, **options: ob
     return (made.sequences if hasattr(made, "sequences") else made)[:, ids.shape[1] :]
 
 
-@every_decoder
-@every_exact_form
+@in_forms(EXACT, DECODERS)
 def test_left_padding_changes_no_text(family: str, form: str, model) -> None:
     short, long = tokens(1, 5), tokens(1, 9)
     padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), short], 1)
@@ -394,8 +381,7 @@ def test_left_padding_changes_no_text(family: str, form: str, model) -> None:
     assert torch.equal(both[:1], generated(model, short)) and torch.equal(both[1:], generated(model, long))
 
 
-@every_decoder
-@every_form
+@in_forms(FORMS, DECODERS)
 def test_beams_have_the_probabilities_that_they_are_said_to_have(family: str, form: str, model) -> None:
     ids = tokens(1, 6)
     options = {"num_beams": 3, "return_dict_in_generate": True, "output_scores": True, "length_penalty": 0.0}
@@ -407,15 +393,13 @@ def test_beams_have_the_probabilities_that_they_are_said_to_have(family: str, fo
     assert abs(float(steps.sum() - made.sequences_scores)) < tolerance
 
 
-@pytest.mark.parametrize("family", [name for name in DECODERS if name not in ALIBI])
-@every_exact_form
+@in_forms(EXACT, [name for name in DECODERS if name not in ALIBI])
 def test_a_static_cache_changes_no_text(family: str, form: str, model) -> None:
     ids = tokens(2, 6)
     assert torch.equal(generated(model, ids, cache_implementation="static"), generated(model, ids))
 
 
-@every_family
-@pytest.mark.parametrize("form", [name for name, form in FORMS.items() if not form.linears])
+@in_forms([name for name, form in FORMS.items() if not form.linears])
 def test_resized_embeddings_keep_the_logits_of_the_tokens_there_were(family: str, form: str, model) -> None:
     expected = logits(model)
     model.resize_token_embeddings(VOCAB + 16)
@@ -424,8 +408,7 @@ def test_resized_embeddings_keep_the_logits_of_the_tokens_there_were(family: str
     torch.testing.assert_close(found[..., :VOCAB], expected, rtol=2e-2, atol=2e-2)
 
 
-@every_decoder
-@pytest.mark.parametrize("form", ["few_bits", "fewer_bits"])
+@in_forms(["few_bits", "fewer_bits"], DECODERS)
 def test_a_head_in_few_bits_is_not_resized_and_nothing_is_lost(family: str, form: str, model) -> None:
     before, expected = stored(model), logits(model)
     assert low_bit_linears(model)
@@ -445,8 +428,7 @@ def pool(workers: int) -> Iterator[Callable[..., list[Tensor]]]:
         yield lambda function, arguments: list(threads.map(function, arguments))
 
 
-@every_family
-@every_form
+@in_forms(FORMS)
 def test_threads_share_a_model(family: str, form: str, model) -> None:
     prompts = [tokens(1, length) for length in (1, 3, 20, 7)]
     fresh = copy.deepcopy(model)  # whose weights no thread has laid out yet
@@ -456,8 +438,7 @@ def test_threads_share_a_model(family: str, form: str, model) -> None:
             torch.testing.assert_close(found, ids, rtol=2e-2, atol=2e-2)
 
 
-@every_family
-@every_form
+@in_forms(FORMS)
 def test_threads_prepare_run_and_save_one_model(family: str, form: str, model) -> None:
     before, expected = stored(model), logits(model)
 
@@ -474,7 +455,7 @@ def test_threads_prepare_run_and_save_one_model(family: str, form: str, model) -
     assert_stores(model, before)
 
 
-@every_form
+@pytest.mark.parametrize("form", list(FORMS))
 def test_models_side_by_side_keep_apart(form: str) -> None:
     families = DECODERS[-6:]
     models = [copy.deepcopy(_made(family, form)) for family in families]

@@ -311,7 +311,7 @@ def test_every_layout_takes_affine_maps(name: str):
 def test_affine_maps_are_fitted_behind_the_maps_before_them():
     model, dense = tiny_model("gpt2"), tiny_model("gpt2")
     apply_baseline("affine", model, WINDOWS)
-    site, linear = find_ffns(dense)[-1], model.get_submodule("transformer.h.2.mlp.c_proj")
+    site, linear = find_ffns(dense)[-1], model.get_submodule("transformer.h.1.mlp.c_proj")
     # the mean output on what the maps before give is kept exactly, whatever the damping
     inputs, _ = record(model, [linear], input_ids=WINDOWS.fit)
     x = inputs[0].flatten(0, -2)
@@ -356,9 +356,9 @@ def test_scopes_that_do_not_exist_or_do_not_suit_are_refused():
 @pytest.mark.parametrize("name", ["magnitude", "wanda", "rtn4", "affine"])
 def test_weights_that_are_not_finite_are_refused_by_name_before_anything_changes(name: str):
     model = tiny_model("gpt2")
-    model.transformer.h[2].mlp.c_proj.weight.data[0, 0] = torch.nan
+    model.transformer.h[1].mlp.c_proj.weight.data[0, 0] = torch.nan
     first = model.transformer.h[0].mlp.c_fc.weight.clone()
-    with pytest.raises(InvalidInputError, match=r"transformer\.h\.2\.mlp\.c_proj has NaN"):
+    with pytest.raises(InvalidInputError, match=r"transformer\.h\.1\.mlp\.c_proj has NaN"):
         apply_baseline(name, model, WINDOWS, reduction_for(name))
     assert torch.equal(model.transformer.h[0].mlp.c_fc.weight, first)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from folds import SETTINGS, folded_tiny, logits, text
-from models import ENCODER_NAMES, LAYOUTS, tiny_model, tiny_tokenizer, tokens
+from models import ENCODER_NAMES, LAYERS, LAYOUTS, tiny_model, tiny_tokenizer, tokens
 from quick_folds import save_quick
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
@@ -54,7 +54,7 @@ def edit_config(directory: Path, **changes: object) -> None:
 def test_every_layout_saves_loads_with_bit_equal_logits_and_generates(name: str, tmp_path: Path):
     model = save_quick(tmp_path, name)
     loaded = loader(name).from_pretrained(tmp_path)
-    assert len(folded_ffns(loaded)) == 3
+    assert len(folded_ffns(loaded)) == LAYERS
     assert torch.equal(logits(loaded), logits(model))
     if name not in ENCODER_NAMES:
         settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -68,7 +68,7 @@ def test_transformers_saves_a_model_that_was_folded_in_memory_as_a_fold(tmp_path
     fold(model, text(), SETTINGS)
     model.save_pretrained(tmp_path)
     loaded = loader("gpt2").from_pretrained(tmp_path)
-    assert holds_fold(tmp_path) and len(folded_ffns(loaded)) == 3
+    assert holds_fold(tmp_path) and len(folded_ffns(loaded)) == LAYERS
     assert torch.equal(logits(loaded), logits(model))
 
 
@@ -220,7 +220,7 @@ def test_a_checkpoint_of_a_newer_format_asks_for_an_update(copy: Path):
 
 def test_a_config_for_another_model_is_refused(copy: Path):
     layers = json.loads((copy / "config.json").read_text())["quantization_config"]["layers"]
-    edit_config(copy, layers={name.replace("h.2", "h.7"): value for name, value in layers.items()})
+    edit_config(copy, layers={name.replace("h.1", "h.7"): value for name, value in layers.items()})
     with pytest.raises(CheckpointError, match=r"folds transformer\.h\.7\.mlp"):
         AutoModelForCausalLM.from_pretrained(copy)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Result, assert_refused
-from models import tiny_model, tiny_tokenizer
+from models import LAYERS, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from tardis_llm import __version__, sample
@@ -53,23 +53,23 @@ def test_every_verb_has_help(tardis: Tardis, verb: str):
 def test_fold_writes_a_checkpoint_that_transformers_loads(fold: Callable[..., Result], tmp_path: Path):
     result = fold("--max-shard-size", "200KB")
     assert result.code == 0
-    for part in ("transformer.h.2.mlp", "reduction 5", "self-check: held-out perplexity", "sample: "):
+    for part in ("transformer.h.1.mlp", "reduction 5", "self-check: held-out perplexity", "sample: "):
         assert part in result.out
     assert "written to" in result.err
     assert "peak memory" in result.err
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert len(folded_ffns(model)) == 3
+    assert len(folded_ffns(model)) == LAYERS
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     assert not (tmp_path / "out" / FOLDER).exists()
 
 
 def test_fold_prints_one_json_object_and_nothing_else(fold: Callable[..., Result], tmp_path: Path):
-    result = fold("--json", "--layers", "0,2", "--dtype", "bfloat16", "--policy", "coverage", "--no-refit")
+    result = fold("--json", "--layers", "1", "--dtype", "bfloat16", "--policy", "coverage", "--no-refit")
     assert result.code == 0
     figures = json.loads(result.out)
     assert figures["output"] == str(tmp_path / "out")
     assert figures["self_check"]["passed"]
-    assert len(figures["report"]["layers"]) == 2
+    assert [layer["prefix"] for layer in figures["report"]["layers"]] == ["transformer.h.1.mlp"]
     assert figures["report"]["totals"]["reduction"] == pytest.approx(0.5, abs=0.02)
     assert figures["report"]["config"]["policy"] == "coverage"
     assert figures["report"]["layers"][0]["damping"] is None
@@ -197,7 +197,7 @@ def test_an_interrupted_fold_resumes_to_the_same_bytes(
 ):
     assert fold(out=tmp_path / "whole").code == 0
     with monkeypatch.context() as patch:
-        interrupt_after(2, patch)
+        interrupt_after(1, patch)
         result = fold()
     assert result.code == 130
     assert "run the same command with --resume" in result.err

@@ -15,7 +15,7 @@ import torch
 from conftest import Result, assert_refused
 from folds import SETTINGS, text
 from harness_data import write_items
-from models import tiny_model, tiny_tokenizer
+from models import LAYERS, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 from sections.comparison import read_table
@@ -84,17 +84,17 @@ def test_the_dense_model_is_its_own_measure(measured: list[Cell]):
     assert found.perplexity == expected.value
     assert (found.ratio, found.ratio_error) == (1, 0)
     assert found.touched == found.resident == 1
-    assert dense.dense == 3 * 2 * (2 * 64 * 256 + 64 + 256)
+    assert dense.dense == LAYERS * 2 * (2 * 64 * 256 + 64 + 256)
     assert found.changes == {"blimp": Metric(0, 0), "lambada": Metric(0, 0)}
 
 
 def test_bytes_count_everything(measured: list[Cell]):
-    weights, biases = 3 * 2 * 64 * 256, 3 * (64 + 256) * 2
+    weights, biases = LAYERS * 2 * 64 * 256, LAYERS * (64 + 256) * 2
     wanda, rtn = labelled(measured, "wanda@0.5"), labelled(measured, "rtn8-g128")
     assert wanda.touched == wanda.resident == weights // 2 * 2 + weights // 8 + biases
-    groups = 3 * (256 + 64 * 2)  # of the up weight one a row, of the down weight two
+    groups = LAYERS * (256 + 64 * 2)  # of the up weight one a row, of the down weight two
     assert rtn.touched == rtn.resident == weights + groups * 3 + biases
-    assert labelled(measured, "affine").touched == 3 * (64 * 64 + 64) * 2
+    assert labelled(measured, "affine").touched == LAYERS * (64 * 64 + 64) * 2
 
 
 def test_folds_are_counted_with_the_neurons_fixed_on_the_evaluation_text(tmp_path: Path):
@@ -108,7 +108,7 @@ def test_folds_are_counted_with_the_neurons_fixed_on_the_evaluation_text(tmp_pat
     with count_fixes(kept[-1]) as counts:
         token_perplexity(kept[-1], EVALUATION)
     rates = list(counts.rates.values())
-    assert cell.fix_rate == pytest.approx(sum(rates) / 3)
+    assert cell.fix_rate == pytest.approx(sum(rates) / len(rates))
     touched = 0.0
     for ffn, rate in zip(folded_ffns(kept[-1]).values(), rates, strict=True):
         fixing = ffn.weights.fixing
@@ -210,7 +210,7 @@ def test_with_all_matrices_in_scope_the_attention_of_a_fold_counts_as_read(tmp_p
     ffn = cells(comparison(tmp_path / "ffn"), "tardis,rtn8")
     both = cells(comparison(tmp_path / "all", scope="all"), "tardis,rtn8")
     attention = both[0].dense - ffn[0].dense
-    assert attention == 3 * 2 * (64 * 192 + 192 + 64 * 64 + 64)
+    assert attention == LAYERS * 2 * (64 * 192 + 192 + 64 * 64 + 64)
     assert both[1].touched == pytest.approx(ffn[1].touched + attention)
     assert both[1].dense == both[0].dense == both[2].dense
     assert both[2].touched > ffn[2].touched

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Result, assert_refused
+from filelock import FileLock
 from folds import SETTINGS, text
 from marks import mostly_long
 from models import tiny_model
@@ -23,28 +23,33 @@ from tardis_llm.devices import device_named
 from tardis_llm.errors import DeviceMemoryError, InvalidInputError
 from tardis_llm.pipeline import fold as folding
 
-MODELS = ("gpt2", "llama", "gemma3_text")
+MODELS, QUICK = ("gpt2", "llama", "gemma3_text"), "llama"
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
-def printed(script: str, argument: str) -> Any:
+def printed(script: str, *arguments: str) -> Any:
     """What a script of tests prints, in a process of its own: torch keeps the device that it makes up."""
-    command = [sys.executable, str(Path(__file__).with_name(script)), argument]
+    command = [sys.executable, str(Path(__file__).with_name(script)), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-@functools.cache
-def on_device(name: str = "llama") -> Any:
-    """What tests/on_device.py finds."""
-    return printed("on_device.py", name)
-
-
 @pytest.fixture(scope="module")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def quick(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What tests/on_device.py and tests/commands_on_device.py find with `QUICK`."""
+    kept = shared / "on-device.json"
+    with FileLock(f"{kept}.lock"):
+        if not kept.exists():
+            made = printed("commands_on_device.py", str(tmp_path_factory.mktemp("commands")), QUICK)
+            kept.write_text(json.dumps(made), encoding="utf-8")
+    return json.loads(kept.read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def commands(quick: Any) -> Any:
     """What commands found on the CPU and on the device that tests make up, by their names."""
-    return printed("commands_on_device.py", str(tmp_path_factory.mktemp("commands")))
+    return quick["commands"]
 
 
 def alike(one: Any, other: Any) -> bool:
@@ -57,18 +62,19 @@ def alike(one: Any, other: Any) -> bool:
 
 
 @pytest.mark.parametrize("config", ["plain", "stacked"])
-@pytest.mark.parametrize("name", mostly_long(MODELS, ["llama"]))
-def test_a_fold_on_another_device_has_the_same_bytes(name: str, config: str) -> None:
-    assert on_device(name)["differing"][name][config] == []
+@pytest.mark.parametrize("name", mostly_long(MODELS, [QUICK]))
+def test_a_fold_on_another_device_has_the_same_bytes(name: str, config: str, quick: Any) -> None:
+    found = quick if name == QUICK else printed("on_device.py", name)
+    assert found["differing"][name][config] == []
 
 
-def test_one_block_at_a_time_is_on_the_device() -> None:
-    assert on_device()["crowd"] == 1
+def test_one_block_at_a_time_is_on_the_device(quick: Any) -> None:
+    assert quick["crowd"] == 1
 
 
 @pytest.mark.parametrize("mistake", ["tokens stay on the CPU", "numbers of bins are on the CPU"])
-def test_tensors_that_stay_behind_are_found(mistake: str) -> None:
-    assert "tensors of two devices" in on_device()["mistakes"][mistake]
+def test_tensors_that_stay_behind_are_found(mistake: str, quick: Any) -> None:
+    assert "tensors of two devices" in quick["mistakes"][mistake]
 
 
 @pytest.mark.parametrize("name", ["eval", "eval of tasks", "generate", "generate, sampled"])
@@ -134,5 +140,5 @@ def test_a_full_memory_loses_no_layer_and_the_fold_goes_on_in_smaller_batches(
     with pytest.raises(DeviceMemoryError, match=r"memory of cpu is full.*--batch-tokens.*--resume"):
         fold(tiny_model("gpt2"), text(), settings, work=tmp_path)
     report = fold(tiny_model("gpt2"), text(), replace(settings, batch_tokens=96), work=tmp_path, resume=True)
-    assert done == [0, 1, 2] and len(report.layers) == 3
+    assert done == [0, 1] and len(report.layers) == 2
     assert report.config["batch_tokens"] == 96

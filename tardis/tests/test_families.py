@@ -252,7 +252,7 @@ def test_set_module_replaces_a_module_adds_a_child_and_refuses_a_missing_parent(
     set_module(model, "transformer.h.1.mlp.act", new)
     set_module(model, "transformer.h.1.mlp.tardis", new)
     assert model.transformer.h[1].mlp.act is model.transformer.h[1].mlp.tardis is new
-    with pytest.raises(InvalidInputError, match=r"no module 'transformer\.h\.9\.mlp': .*transformer.h has 0, 1, 2\."):
+    with pytest.raises(InvalidInputError, match=r"no module 'transformer\.h\.9\.mlp': .*transformer.h has 0, 1\."):
         set_module(model, "transformer.h.9.mlp.tardis", new)
 
 

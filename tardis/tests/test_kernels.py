@@ -717,6 +717,18 @@ def test_a_model_runs_through_the_kernels_and_keeps_its_weights(name: str, calls
 
 
 @needs_library
+@pytest.mark.parametrize("name", ISAS)
+def test_an_instruction_set_is_used_within_a_context(name: str) -> None:
+    assert BUILT is not None
+    before = BUILT.isa
+    if name not in BUILT.isas:
+        pytest.skip(f"this processor, or the compiler, lacks {name}: no test runs on it")
+    with BUILT.using(name):
+        assert BUILT.isa == name
+    assert BUILT.isa == before
+
+
+@needs_library
 @pytest.mark.parametrize("name", ["", *ISAS, "off"])
 def test_the_environment_chooses_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert BUILT is not None

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from conftest import Result, assert_refused
 from folds import SETTINGS, logits, text
-from models import ENCODER_NAMES, FAMILY_NAMES, LAYOUTS, VOCAB, tiny_model, tokens
+from models import ENCODER_NAMES, FAMILY_NAMES, LAYERS, LAYOUTS, VOCAB, tiny_model, tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
@@ -205,7 +205,7 @@ def test_a_head_that_shared_the_embedding_no_longer_does():
     model.tie_weights()
     assert not model.config.tie_word_embeddings
     assert model.lm_head.weight.shape == (0,)
-    attention = 3 * 4 * (64 * (3 * 64 + 64) + 3 * 64 + 64)
+    attention = LAYERS * 4 * (64 * (3 * 64 + 64) + 3 * 64 + 64)
     assert report.shared == 4 * VOCAB * 64
     assert report.dense == attention + report.shared
 
@@ -267,7 +267,7 @@ def test_a_config_for_other_layers_is_refused(saved: Path, entry: dict[str, int]
 def test_the_command_line_folds_inspects_evaluates_and_generates(
     fold: Callable[..., Result], tardis: Callable[..., Result], tiny_text: Path, tmp_path: Path
 ):
-    sentence = "7 linear layers outside the FFNs in int8"
+    sentence = "5 linear layers outside the FFNs in int8"
     made = fold("--linears", "int8", "--fold-dtype", "int4", "--fallback", "int4")
     assert made.code == 0
     assert sentence in made.out
@@ -276,7 +276,7 @@ def test_the_command_line_folds_inspects_evaluates_and_generates(
     assert json.loads(tardis("inspect", directory, "--json").out)["linears"]["bits"] == 8
     assert "perplexity" in tardis("eval", directory, "--text", tiny_text).out
     assert tardis("generate", directory, "a text").code == 0
-    assert len(low_bit_linears(AutoModelForCausalLM.from_pretrained(directory))) == 7
+    assert len(low_bit_linears(AutoModelForCausalLM.from_pretrained(directory))) == 5
 
 
 def test_linears_in_bf16_are_refused_for_another_dtype(fold: Callable[..., Result]):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from folds import SETTINGS, text
-from models import tiny_model, tokens
+from models import LAYERS, tiny_model, tokens
 from synthetic import correlated, fallback, generator, half_fixed, neuron_major, normal, packed, random_ffn
 from torch import Tensor, nn
 
@@ -303,4 +303,4 @@ def test_a_model_that_is_prepared_for_decoding_keeps_its_probabilities_and_its_f
     torch.testing.assert_close(model(ids).logits.float().log_softmax(-1), expected, rtol=0.02, atol=0.06)
     after = model.state_dict()
     folds = [key for key in before if ".tardis." in key]
-    assert len(folds) > 20 and all(torch.equal(after[key], before[key]) for key in folds)
+    assert len(folds) == 8 * LAYERS and all(torch.equal(after[key], before[key]) for key in folds)

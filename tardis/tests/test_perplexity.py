@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from folds import folded_tiny
-from models import ENCODER_NAMES, END, begun_tokenizer, tiny_model, tiny_tokenizer, tokens
+from models import ENCODER_NAMES, END, LAYERS, begun_tokenizer, tiny_model, tiny_tokenizer, tokens
 
 from tardis_llm import sample
 from tardis_llm.checkpoint.loading import load_dense, load_model, load_report, load_tokenizer
@@ -144,7 +144,7 @@ def test_there_is_no_fix_rate_before_a_token_has_run():
 def test_touched_grows_with_the_rows_and_columns_of_the_neurons_fixed(name: str):
     model, report = folded_tiny(name)
     nothing, everything = (measured(report, model, dict.fromkeys(folded_ffns(model), rate)) for rate in (0.0, 1.0))
-    weights = 3 * 2 * 64 * 256 * 4
+    weights = LAYERS * 2 * 64 * 256 * 4
     assert everything.touched - nothing.touched == pytest.approx(weights)
     assert everything.fix_rate == 1
     assert everything.resident == report.resident
@@ -163,7 +163,7 @@ def test_the_sample_folds_to_nearly_the_dense_perplexity_at_the_bytes_it_promise
     model, report = load_model(str(sample_folded)), load_report(str(sample_folded))
     assert report is not None
     tokenizer = load_tokenizer(str(sample_folded))
-    windows = windows_of(sample.evaluation_text().read_text(encoding="utf-8")[:40_000], tokenizer, 256)
+    windows = windows_of(sample.evaluation_text().read_text(encoding="utf-8")[:20_000], tokenizer, 256)
     dense = token_perplexity(load_dense(str(sample.model_dir())), windows)
     with count_fixes(model) as counts:
         folded = token_perplexity(model, windows)

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from folds import badly_folded, folds_at_random
+from marks import in_turns
 from models import tiny_model, tokens
 from synthetic import everything_fixed
 from torch import Tensor
@@ -26,7 +27,8 @@ from tardis_llm.runtime.modules import FoldedFFN
 from tardis_llm.runtime.placing import folded_ffns, folded_weights, install
 from tardis_llm.runtime.prefill import CROSSOVER, Prefill, crossover, set_prefill
 
-FAMILIES = pytest.mark.parametrize("name", ["gpt2", "opt", "falcon", "gpt_neox"])
+NAMES = ("gpt2", "opt", "falcon", "gpt_neox")
+FAMILIES = pytest.mark.parametrize("name", NAMES)
 
 
 @FAMILIES
@@ -70,8 +72,7 @@ def test_the_model_without_its_head_goes_as_the_whole_does(name: str):
         assert torch.equal(model.base_model(ids).last_hidden_state, whole)
 
 
-@FAMILIES
-@pytest.mark.parametrize("mode", ["exact", "auto"])
+@pytest.mark.parametrize(("name", "mode"), in_turns(NAMES, ["exact", "auto"], 2))
 @torch.no_grad()
 def test_threads_do_not_choose_for_each_other(name: str, mode: Prefill):
     model, _ = badly_folded(name)

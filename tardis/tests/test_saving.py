@@ -18,7 +18,7 @@ import torch
 from conftest import Result, assert_refused
 from folds import SETTINGS as FOLDING
 from folds import folded_tiny, logits, text
-from models import END, tiny_model, tiny_tokenizer, tokens
+from models import END, LAYERS, tiny_model, tiny_tokenizer, tokens
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from tardis_llm import fold as fold_model
@@ -197,11 +197,11 @@ def test_a_sample_that_fails_does_not_decide(
     result = fold()
     assert result.code == 0
     assert "no sample of text could be generated (RuntimeError: no sample today)" in result.err
-    assert len(folded_ffns(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))) == 3
+    assert len(folded_ffns(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))) == LAYERS
 
 
 def test_a_text_ends_where_the_settings_of_the_model_say():
-    model = tiny_model("gpt2")
+    model = tiny_model("gpt2", blocks=3)  # whose text begins with a whole character
     first = continued(model)[:1]
     model.generation_config = GenerationConfig(eos_token_id=[END, tiny_tokenizer().encode(first)[0]])
     assert continued(model) in ("", first)  # the end itself is a word here
@@ -350,7 +350,7 @@ def test_a_fold_into_a_folder_of_the_model_leaves_both_whole(
     source = shutil.copytree(tiny_dir, tmp_path / "model")
     assert fold(model=source, out=source / "folded").code == 0
     assert torch.equal(logits(load_model(str(source))), logits(load_model(str(tiny_dir))))
-    assert len(folded_ffns(load_model(str(source / "folded")))) == 3
+    assert len(folded_ffns(load_model(str(source / "folded")))) == LAYERS
 
 
 def test_the_model_is_not_overwritten_through_a_link(fold: Callable[..., Result], tiny_dir: Path, tmp_path: Path):

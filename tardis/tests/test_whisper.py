@@ -12,10 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Result, assert_refused
-from models import END, LAYERS, record, tiny_model, tokens
+from models import END, record, tiny_model, tokens
 from safetensors.torch import load_file, save_file
 from speech import (
     DECODER_LAYERS,
+    ENCODER_LAYERS,
     FRAMES,
     MELS,
     POSITIONS,
@@ -51,7 +52,7 @@ from tardis_llm.runtime.placing import folded_ffns, install
 
 SETTINGS = FoldConfig(reduction=0.5, predictor_bits=1, probe_tokens=256)
 QUICK = ("--predictor-bits", 1, "--reduction", 0.5, "--probe-tokens", 256)
-PREFIXES = [f"model.encoder.layers.{i}" for i in range(LAYERS)]
+PREFIXES = [f"model.encoder.layers.{i}" for i in range(ENCODER_LAYERS)]
 PREFIXES += [f"model.decoder.layers.{i}" for i in range(DECODER_LAYERS)]
 
 
@@ -102,7 +103,7 @@ def test_the_ffns_of_encoder_and_decoder_are_found_and_numbered_through():
     model = tiny_whisper()
     sites = find_ffns(model)
     assert [site.prefix for site in sites] == list(named_blocks(model)) == PREFIXES
-    assert [site.index for site in sites] == list(range(LAYERS + DECODER_LAYERS))
+    assert [site.index for site in sites] == list(range(ENCODER_LAYERS + DECODER_LAYERS))
     inputs = heard()
     for site in sites:
         given = {"input_features": inputs.features, "decoder_input_ids": inputs.ids}
@@ -119,7 +120,7 @@ def test_blocks_run_one_by_one_reproduce_the_whole_model():
     for index, wanted in enumerate(out):
         hidden = run_block(model, index, inputs, hidden=hidden)
         torch.testing.assert_close(hidden, wanted, rtol=1e-5, atol=1e-5)
-        if index == LAYERS - 1:
+        if index == ENCODER_LAYERS - 1:
             inputs, hidden = inputs.with_encoded(run_encoder_end(model, inputs, hidden)), None
     torch.testing.assert_close(run_head(model, inputs, hidden).logits, logits(model), rtol=1e-5, atol=1e-5)
     assert list(named_blocks(model).values()) == blocks
@@ -128,14 +129,14 @@ def test_blocks_run_one_by_one_reproduce_the_whole_model():
 @torch.no_grad()
 def test_a_stream_keeps_the_output_of_the_encoder_as_it_is_folded_for_the_decoder(tmp_path: Path):
     model, inputs = tiny_whisper(), heard()
-    for site in find_ffns(model)[:LAYERS]:
+    for site in find_ffns(model)[:ENCODER_LAYERS]:
         install(model, site, FoldedFFN(nothing_fixed(sound_weights(site).in_fp32())))
     run = stream(model, inputs, tmp_path)
-    for _ in range(LAYERS):
+    for _ in range(ENCODER_LAYERS):
         assert run.inputs.encoded is None
         run.advance()
     other = stream(tiny_whisper(), inputs, tmp_path)
-    seen = [other.observe(site, advance=True) for site in find_ffns(other.model)[:LAYERS]][-1]
+    seen = [other.observe(site, advance=True) for site in find_ffns(other.model)[:ENCODER_LAYERS]][-1]
     hidden = run_encoder_end(other.model, inputs, seen.after.view(4, POSITIONS, -1))
     torch.testing.assert_close(other.inputs.encoded, hidden, rtol=1e-5, atol=1e-5)  # and what was seen is still there
     expected = model.model.encoder(inputs.features).last_hidden_state
@@ -152,12 +153,12 @@ def test_padding_behind_transcripts_is_neither_observed_nor_counted_in_the_loss(
         assert run.loss() == pytest.approx(expected_loss(model, padded), rel=1e-5)
         sites = find_ffns(model)
         assert len(run.observe(sites[0]).x) == 4 * POSITIONS  # the encoder hears silence, too
-        for _ in range(LAYERS):
+        for _ in range(ENCODER_LAYERS):
             run.advance()
         assert run.loss() == pytest.approx(expected_loss(model, padded), rel=1e-5)
-        assert torch.equal(run.ffn_inputs(sites[LAYERS]), run.observe(sites[LAYERS]).x)
-        seen.append(run.observe(sites[LAYERS], advance=True))
-        assert run.position == LAYERS + 1
+        assert torch.equal(run.ffn_inputs(sites[ENCODER_LAYERS]), run.observe(sites[ENCODER_LAYERS]).x)
+        seen.append(run.observe(sites[ENCODER_LAYERS], advance=True))
+        assert run.position == ENCODER_LAYERS + 1
     one, two = seen
     assert len(one.x) == len(one.y) == len(one.after) == len(one.weight) == 2 * 12 + 2 * 7
     for name in ("x", "y", "after", "weight"):
@@ -205,8 +206,8 @@ def test_encoder_and_decoder_fold_within_the_budget_and_load_as_saved(tmp_path: 
 
 def test_blocks_of_both_lists_may_be_chosen_and_the_decoder_alone_is_folded():
     model = tiny_whisper()
-    fold(model, features(), replace(SETTINGS, layers=(1, LAYERS + 1)))
-    assert list(folded_ffns(model)) == [PREFIXES[1], PREFIXES[LAYERS + 1]]
+    fold(model, features(), replace(SETTINGS, layers=(1, ENCODER_LAYERS + 1)))
+    assert list(folded_ffns(model)) == [PREFIXES[1], PREFIXES[ENCODER_LAYERS + 1]]
 
 
 def test_a_resumed_fold_has_the_same_layers(tmp_path: Path):

@@ -80,14 +80,25 @@ struct Constant {
     constexpr operator int() const { return N; }
 };
 
-// body(0), ..., body(N - 1).
-template <int N, int k = 0, typename F>
-inline TARDIS_INLINE void each(const F& body) {
-    if constexpr (k < N) {
-        body(Constant<k>{});
-        each<N, k + 1>(body);
+template <int... k>
+struct Each {
+    template <typename F>
+    TARDIS_INLINE void operator()(const F& body) const {
+        (body(Constant<k>{}), ...);
     }
-}
+};
+
+// 0, ..., N - 1.
+template <int N, int... k>
+struct Numbers : Numbers<N - 1, N - 1, k...> {};
+template <int... k>
+struct Numbers<0, k...> {
+    static constexpr Each<k...> each{};
+};
+
+// each<N>(body): body(0), ..., body(N - 1). In one function: compilers go over a body again for each that it gets into.
+template <int N>
+constexpr auto each = Numbers<N>::each;
 
 // The numbers at even places of 32 in bf16, and those at odd ones.
 inline TARDIS_INLINE __m512 even_bf16(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }

@@ -198,7 +198,7 @@ void tile(
 ) {
     __m512 sum[T][kVectors];
     const auto all = [&](const auto& body) TARDIS_INLINE {
-        each<T>([&](auto t) TARDIS_INLINE { each<kVectors>([&](auto v) TARDIS_INLINE { body(t, v); }); });
+        each<T * kVectors>([&](auto i) TARDIS_INLINE { body(Constant<i / kVectors>{}, Constant<i % kVectors>{}); });
     };
     all([&](auto t, auto v) TARDIS_INLINE {
         sum[t][v] = begin ? _mm512_setzero_ps() : _mm512_loadu_ps(out + t * stride + 16 * v);

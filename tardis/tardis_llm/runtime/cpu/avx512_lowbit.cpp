@@ -58,7 +58,7 @@ public:
 private:
     static constexpr int P = T * H == 1 && B < 8 && kQuickBytes ? 2 : 1;  // places in bytes of which codes are taken
     using Totals = __m512[R][T];
-    using Sums = __m512i[R][T][H][P];
+    using Sums = __m512i[R][T * H][P];
 
     // For 16 segments from number g on: the rows' scales times the tokens', and what codes' middles take from products.
     TARDIS_INLINE void begin(int64_t g, const uint16_t* const (&scale)[R], __m512 middle, Totals& total) {
@@ -100,7 +100,7 @@ private:
         Sums sum = {};
         each<8>([&](auto k) TARDIS_INLINE {
             constexpr int next = P == 2 ? k % (2 * B) : k;
-            if constexpr (k > 0 && next == 0) each<R>([&](auto r) TARDIS_INLINE { codes[r].skip(); });
+            if constexpr (k > 0 && next == 0) each<R>([&](auto r) TARDIS_INLINE { codes[r].template skip<2 * B>(); });
             add_products<(P == 2 && next >= B)>(v + 64 * k, sum, [&](auto r) TARDIS_INLINE {
                 if constexpr (P == 2) return codes[r].template code_in_place<next>();
                 else return codes[r].template code<k>();
@@ -109,45 +109,43 @@ private:
         });
     }
 
-    TARDIS_INLINE void add_pieces(const Block& block, const Codes<B> (&codes)[R], Totals& total) const {
+    TARDIS_INLINE void add_pieces(const Block& block, Codes<B> (&codes)[R], Totals& total) const {
         const int8_t* v = values(block);
         const float* f = factor_ + block.segment;
         const Piece *piece = layout_.pieces + block.piece, *end = piece + block.pieces;
         Sums sum = {};
-        each<8>([&](auto k) TARDIS_INLINE {
-            for (; piece != end && piece->bit == k; ++piece, v += 64) {
-                add_products<0>(v, sum, [&](auto r) TARDIS_INLINE { return codes[r].template code<k>(); });
-                if (piece->last) end_segment(f++, sum, total);
-            }
-        });
+        for (int first = 0; first < 8; first += B) {
+            each<B>([&](auto k) TARDIS_INLINE {
+                for (; piece != end && piece->bit == first + k; ++piece, v += 64) {
+                    add_products<0>(v, sum, [&](auto r) TARDIS_INLINE { return codes[r].template code<k>(); });
+                    if (piece->last) end_segment(f++, sum, total);
+                }
+            });
+            each<R>([&](auto r) TARDIS_INLINE { codes[r].template skip<B>(); });
+        }
     }
 
     template <int place, typename Code>
     TARDIS_INLINE void add_products(const int8_t* v, Sums& sum, const Code& code) const {
         __m512i own[R];
         each<R>([&](auto r) TARDIS_INLINE { own[r] = code(r); });
-        each<T>([&](auto t) TARDIS_INLINE {
-            each<H>([&](auto h) TARDIS_INLINE {
-                const __m512i x = _mm512_load_si512(v + (t * H + h) * q_.stride);
-                each<R>([&](auto r) TARDIS_INLINE {
-                    __m512i& dot = sum[r][t][h][place];
-                    dot = add_dot<P == 2 ? 8 : B>(dot, own[r], x);
-                });
-            });
+        __m512i x;
+        each<T * H * R>([&](auto i) TARDIS_INLINE {
+            constexpr int n = i / R, r = i % R;
+            if constexpr (r == 0) x = _mm512_load_si512(v + n * q_.stride);
+            __m512i& dot = sum[r][n][place];
+            dot = add_dot<P == 2 ? 8 : B>(dot, own[r], x);
         });
     }
 
     TARDIS_INLINE void end_segment(const float* f, Sums& sum, Totals& total) const {
-        each<R>([&](auto r) TARDIS_INLINE {
-            each<T>([&](auto t) TARDIS_INLINE {
-                __m512i dot = joined(sum[r][t][0]);
-                if constexpr (H == 2) dot = _mm512_add_epi32(_mm512_slli_epi32(dot, 8), joined(sum[r][t][1]));
-                const __m512 both = _mm512_set1_ps(f[(r * T + t) * factors_]);
-                total[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), both, total[r][t]);
-                each<H>([&](auto h) TARDIS_INLINE {
-                    each<P>([&](auto p) TARDIS_INLINE { sum[r][t][h][p] = _mm512_setzero_si512(); });
-                });
-            });
+        each<R * T>([&](auto i) TARDIS_INLINE {
+            constexpr int r = i / T, t = i % T;
+            __m512i dot = joined(sum[r][t * H]);
+            if constexpr (H == 2) dot = _mm512_add_epi32(_mm512_slli_epi32(dot, 8), joined(sum[r][t * H + 1]));
+            const __m512 both = _mm512_set1_ps(f[i * factors_]);
+            total[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), both, total[r][t]);
+            each<H * P>([&](auto j) TARDIS_INLINE { sum[r][t * H + j / P][j % P] = _mm512_setzero_si512(); });
         });
     }
 
@@ -184,7 +182,7 @@ void product_of_bits(const TardisMatrix& m, const Rows& rows, const Input& x, fl
     if (m.bits == 1) return product_bits<1, H, E>(m, rows, x, out);
     if (m.bits == 2) return product_bits<2, H, E>(m, rows, x, out);
     if (m.bits <= 4) return product_bits<4, H, E>(m, rows, x, out);
-    return product_bits<8, H, E>(m, rows, x, out);
+    return product_bits<8, H, 0>(m, rows, x, out);  // with so many planes to join, known ends gain nothing
 }
 
 }  // namespace

@@ -78,9 +78,10 @@ struct Codes {
         return _mm512_and_si512(line[k % B], bytes_of(((1 << B) - 1) << k / B * B));
     }
 
-    // Leaves out 2 * B bits, for B up to 4.
+    // Leaves out so many bits, a multiple of B.
+    template <int bits>
     TARDIS_INLINE void skip() {
-        each<B>([&](auto s) TARDIS_INLINE { line[s] = _mm512_srli_epi16(line[s], 2 * B); });
+        each<B>([&](auto s) TARDIS_INLINE { line[s] = _mm512_srli_epi16(line[s], bits); });
     }
 
     // to: 64 codes for each bit.

@@ -87,14 +87,16 @@ private:
                 else if constexpr (q == 0) code[v] = _mm512_and_si512(line[v], _mm512_set1_epi8((1 << B) - 1));
                 else code[v] = bits_of_bytes<q * B, B>(line[v]);
             });
-            each<T * H>([&](auto n) TARDIS_INLINE {
-                int32_t four;
-                memcpy(&four, values + n * q_.stride + 4 * q, sizeof four);
-                const __m512i x = _mm512_set1_epi32(four);
-                each<P * kPanelVectors>([&](auto v) TARDIS_INLINE {
-                    __m512i& sum = dot[n][v][q % kSums<T, P>];
-                    sum = add_dot<B>(sum, code[v], x);
-                });
+            __m512i x;
+            each<T * H * P * kPanelVectors>([&](auto i) TARDIS_INLINE {
+                constexpr int n = i / (P * kPanelVectors), v = i % (P * kPanelVectors);
+                if constexpr (v == 0) {
+                    int32_t four;
+                    memcpy(&four, values + n * q_.stride + 4 * q, sizeof four);
+                    x = _mm512_set1_epi32(four);
+                }
+                __m512i& sum = dot[n][v][q % kSums<T, P>];
+                sum = add_dot<B>(sum, code[v], x);
             });
         });
     }
