@@ -220,7 +220,8 @@ def main() -> None:
         ours = {"folded": loaded_variants(load_model(chosen.folded))[0]}
     else:
         rates = [float(rate) for rate in chosen.fix_rates.split(",")]
-        mixed = [(float(kept), float(rate)) for kept, rate in (one.split(":") for one in chosen.mixed.split(",") if one)]
+        pairs = [pair.split(":") for pair in chosen.mixed.split(",") if pair]
+        mixed = [(float(kept), float(rate)) for kept, rate in pairs]
         ours = dict(variants_of_shape(chosen.shape, chosen.layers, rates, mixed))
     llama = Llama(file, chosen.threads, chosen.batch, chosen.cache)
     try:
