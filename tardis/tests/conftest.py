@@ -128,6 +128,15 @@ def sample_folded(shared: Path) -> Path:
 
 
 @pytest.fixture
+def small_shape(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A shape for `tardis bench` that is made in no time: GPT-2's, but narrow, and with few words."""
+    from tardis_llm.evaluation.shapes import SHAPES
+
+    monkeypatch.setitem(SHAPES, "gpt2-small", ("gpt2", {"n_embd": 256, "n_head": 4, "vocab_size": 1024}))
+    return "gpt2-small"
+
+
+@pytest.fixture
 def fold(tardis: Callable[..., Result], tiny_dir: Path, tiny_text: Path, tmp_path: Path) -> Callable[..., Result]:
     """Fold the tiny model into tmp_path/out, or as the arguments say."""
 

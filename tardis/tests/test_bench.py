@@ -227,8 +227,8 @@ def test_the_machine_is_named_and_measured():
     assert 1e8 < read_bandwidth() < 1e13
 
 
-def test_the_command_prints_both_variants_and_json(tardis: Callable[..., Result], tiny_dir: Path):
-    arguments = ("bench", "--shape", "gpt2", "--layers", 1, "--batch", "1,2", "--rounds", 2, "--steps", 2)
+def test_the_command_prints_both_variants_and_json(tardis: Callable[..., Result], small_shape: str):
+    arguments = ("bench", "--shape", small_shape, "--layers", 1, "--batch", "1,2", "--rounds", 2, "--steps", 2)
     arguments += ("--prompt", 8, "--fold-dtype", "int8", "--fallback", "int4", "--fix-rate", "0.1")
     result = tardis(*arguments)
     assert result.code == 0

@@ -235,10 +235,10 @@ def test_the_command_line_generates_the_same_text_compiled(
 
 @every_backend
 def test_the_command_line_measures_compiled_steps(
-    backend: str, tardis: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    backend: str, tardis: Callable[..., Result], small_shape: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(COMPILED, "backend", backend)
-    arguments = ("--shape", "gpt2", "--layers", 1, "--batch", 1, "--rounds", 2, "--steps", 2, "--prompt", 8)
+    arguments = ("--shape", small_shape, "--layers", 1, "--batch", 1, "--rounds", 2, "--steps", 2, "--prompt", 8)
     figures = json.loads(tardis("bench", *arguments, "--against", "dense,kernels", "--compile", "--json").out)
     assert figures["compiled"] and [row["variant"] for row in figures["rows"]] == ["dense", "kernels", "folded"]
     assert figures["rows"][-1]["union_fix_rate"] == pytest.approx(0.05, abs=0.03)
