@@ -7,6 +7,7 @@ SUBJECT is `sample`, the GELU model that ships with TARDIS, or a real model of `
 decodes, whole: every linear layer is in few bits, attention and head included.
 
     tardis-int4@R     folded so that a token reads 1 - R of the FFN's bytes; the rest of the model in int4
+    tardis-mixed-int4@R     the same, but the neurons that would be fixed most often are always computed
     tardis-static-int4@R    the same, but the neurons that are computed exactly are the same for every token
     int4, int3        by our own kernels; rounded by GPTQ, the head in int4
     q4_k_m            the file that the dense weights were written out of, which therefore loses nothing
@@ -34,7 +35,7 @@ from transformers import PreTrainedModel
 import real_models
 from equal_models import folded_model, gguf_file, in_type, rounded
 from equal_speed import SHAPE, speed
-from equal_subjects import DENSE, FOLD, OURS, STATIC, SUBJECTS
+from equal_subjects import DENSE, KINDS, OURS, SUBJECTS
 from llama_cpp import add_speed_options
 from llama_library import CACHE, own_perplexity
 from tardis_llm.allocator import keep_freed_memory
@@ -70,7 +71,7 @@ class Judge:
             return self._figures(self.subject.load()[0])
         if name in OURS:
             return self._figures(rounded(self.subject.load()[0], OURS[name], self.calibration))
-        if name.startswith((FOLD, STATIC)):
+        if name.startswith(tuple(KINDS)):
             return self._folded(name)
         if self.subject.file is None:
             return self._figures(in_type(self.subject.load()[0], gguf.GGMLQuantizationType.Q4_0))
@@ -82,7 +83,8 @@ class Judge:
         assert report is not None, "it was saved with its report"
         lay_out(model)  # as for decoding
         bits = [layer.bits for layer in report.layers]
-        return {**self._figures(model), "fix_rate": report.fix_rate, "bits": bits, "touched": 1 - report.reduction}
+        shares = {"fix_rate": report.fix_rate, "kept": report.kept, "touched": 1 - report.reduction}
+        return {**self._figures(model), "bits": bits, **shares}
 
     def _file(self, path: Path) -> dict[str, Any]:
         own = {text: own_perplexity(path, windows, self.chosen.cache) for text, windows in self.windows.items()}
@@ -105,7 +107,7 @@ def quality(chosen: argparse.Namespace) -> None:
     known = read_json(path) if path.exists() else {}
     entries: dict[str, Any] = known["entries"] if known.get("settings") == settings else {}
     reductions = chosen.reductions or subject.reductions
-    folds = [f"{kind}@{reduction:g}" for kind in (FOLD, STATIC) for reduction in reductions]
+    folds = [f"{kind}@{reduction:g}" for kind in KINDS for reduction in reductions]
     for name in chosen.only or [*subject.names, *folds]:
         if name not in entries:
             entries[name] = judge.judged(name)

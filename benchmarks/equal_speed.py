@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from equal_models import gguf_file
-from equal_subjects import DENSE, FOLD, HEAD_BITS, OURS, STATIC, SUBJECTS
+from equal_subjects import DENSE, HEAD_BITS, KINDS, OURS, SUBJECTS
 from llama_cpp import bytes_of, file_of_shape, measured_on, model_of_shape, taken_in_turns
 from llama_library import Llama
 from tardis_llm.checkpoint.loading import load_model
@@ -50,7 +50,7 @@ def speed(chosen: argparse.Namespace) -> None:
 
 def is_ours(name: str) -> bool:
     """Whether our kernels decode it."""
-    return name in OURS or name.startswith((FOLD, STATIC))
+    return name in OURS or name.startswith(tuple(KINDS))
 
 
 def variants(subject: str, entries: dict[str, Any], chosen: argparse.Namespace) -> dict[str, Variant]:
@@ -65,7 +65,8 @@ def variants(subject: str, entries: dict[str, Any], chosen: argparse.Namespace) 
             made[name] = loaded_variants(load_model(str(chosen.folds / f"{subject}-{name}")))[0]
         else:
             bits = math.ceil(statistics.mean(found["bits"]))
-            made[name] = random_variant(model, RandomFold(bits, 4, 4, 4, found["fix_rate"]))
+            select = KINDS[name.partition("@")[0]]
+            made[name] = random_variant(model, RandomFold(bits, 4, 4, 4, found["fix_rate"], select, found["kept"]))
     return made
 
 

@@ -10,9 +10,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import real_models
 from tardis_llm.checkpoint.loading import load_dense, load_tokenizer
+from tardis_llm.config import Select
 from tardis_llm.sample import model_dir
 
-DENSE, FOLD, STATIC = "dense", "tardis-int4", "tardis-static-int4"
+DENSE = "dense"
+#: kinds of folds, by what is computed exactly
+KINDS: dict[str, Select] = {"tardis-int4": "dynamic", "tardis-mixed-int4": "mixed", "tardis-static-int4": "static"}
 OURS = {"int4": 4, "int3": 3}  #: bits of the linear layers in the blocks
 HEAD_BITS = 4  #: of the head of `OURS`
 
