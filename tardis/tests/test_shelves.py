@@ -25,7 +25,7 @@ RUNTIME = (
     "reference",
     "backend",
     "slow",
-    "static",
+    "kept",
     "stored",
     "matrices",
     "state",
