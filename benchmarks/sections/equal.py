@@ -61,14 +61,13 @@ def quality_table(quality: dict[str, Any]) -> str:
     lines = []
     for name in sorted(entries, key=lambda name: _perplexity(entries, name, texts[0])):
         found = entries[name]
-        fixed = f"{found['fix_rate']:.1%}" if "fix_rate" in found else ""
-        touched = f"{found['touched']:.1%}" if "touched" in found else ""
-        lines.append([_shown(name), *(_cell(entries, name, text) for text in texts), fixed, touched])
+        shares = [f"{found[key]:.1%}" if key in found else "" for key in ("kept", "fix_rate", "touched")]
+        lines.append([_shown(name), *(_cell(entries, name, text) for text in texts), *shares])
     sizes = ", ".join(f"{text} {tokens:,}" for text, tokens in settings["tokens"].items())
     return (
         f"Perplexity, and in brackets the increase of the loss in nats per token; tokens judged: {sizes}, in windows "
         f"of {settings['window']}; calibrated on {settings['calibration']:,} tokens of Wikipedia and novels.\n\n"
-        + table(["", *texts, "fixed or kept", "FFN bytes touched"], lines)
+        + table(["", *texts, "kept", "of the others fixed", "FFN bytes touched"], lines)
     )
 
 

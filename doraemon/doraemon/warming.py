@@ -36,7 +36,7 @@ NEWEST = 2048  #: samples that tell whether the accesses have moved
 BLOCK = 1024  #: samples in a block, to one of which it is told when they did
 ROUNDS, PARTS = 2, 3  #: in which the tables take turns, and of which each turn is made
 LEAST_PART = 512  #: queries that a table is asked at once, at least
-WARM_UP = 8192, 2048  #: queries that are not timed before each turn, and before each of few
+WARM_UP, WARM_UP_ONCE = 8192, 2048  #: queries that are not timed before each turn, and where each table has but one
 WORTHWHILE = 0.05  #: share of the time of a look-up that a table has to save
 KNOWN = 0.15  #: share of the accesses that a table has to be likely to answer, to be tried: asking it in vain costs
 AS_GOOD = 0.03  #: share by which another table has to be faster than the present one
@@ -155,7 +155,7 @@ def _costs(states: list[State], past: Codes, late: Codes, rounds: int) -> Floats
     """
     turns = [state for _ in range(rounds) for state in states]
     size = max(min(LEAST_PART, len(late)), len(late) // (len(turns) * PARTS))
-    warm_up = past[-WARM_UP[rounds == 1] :]
+    warm_up = past[-(WARM_UP if rounds > 1 else WARM_UP_ONCE) :]
     ranks = np.empty(max(len(warm_up), size), dtype=np.int64)
     seconds = np.full((len(turns), PARTS), np.inf)
     for turn, state in enumerate(turns):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
+import pytest
 import torch
 from models import tiny_model, tokens
+from safetensors.torch import load_file
 from synthetic import folded_with
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tardis_llm import FoldConfig, FoldReport, fold
+from tardis_llm import FoldConfig, FoldReport, fold, save_folded
 from tardis_llm.config import Select
 from tardis_llm.evaluation.shapes import RandomFold, random_folds
 from tardis_llm.families.sites import FFNSite, find_ffns
@@ -41,6 +44,29 @@ def folds_at_random(
     """A random fold for every FFN, predicted in so many bits and stored so; see `random_folds`."""
     parts = storage.fold_bits, storage.fallback_bits, None
     return list(random_folds(model, RandomFold(bits, *parts, fix_rate, select, group_size=storage.group_size)))
+
+
+def names_as_saved(model: PreTrainedModel, report: FoldReport, directory: Path) -> set[str]:
+    """Save a folded model, check that what is loaded is the same, and give the names of all tensors that are stored."""
+    save_folded(model, report, directory)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(directory)), logits(model))
+    return {name for file in directory.glob("*.safetensors") for name in load_file(file)}
+
+
+def assert_resumes(family: str, settings: FoldConfig, directory: Path) -> None:
+    """Check that a fold that is interrupted behind its first layer goes on to the bytes of one that was not."""
+    whole, resumed = tiny_model(family), tiny_model(family)
+    fold(whole, text(), settings)
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "folding layers" and done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fold(tiny_model(family), text(), settings, directory, progress=stop)
+    fold(resumed, text(), settings, directory, resume=True)
+    for (key, one), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(one, other), key
 
 
 @torch.no_grad()

@@ -7,14 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from folds import logits, text
+from folds import assert_resumes, logits, names_as_saved, text
 from models import tiny_model
-from safetensors.torch import load_file
 from synthetic import correlated, random_ffn
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from tardis_llm import FoldConfig, fold, save_folded
+from tardis_llm import FoldConfig, fold
 from tardis_llm.calibration.tokens import Tokens
 from tardis_llm.checkpoint.format import read_format
 from tardis_llm.errors import CheckpointError, InvalidInputError
@@ -145,10 +143,7 @@ def test_a_model_reads_what_it_reports_and_loads_as_it_was_saved(family: str, tm
         assert layer.touched == ffn.weights.touched(layer.fix_rate) < layer.resident
         assert (ffn.weights.b1 is None) == (family == "llama")
     assert report.touched <= 0.5 * report.dense
-    save_folded(model, report, tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(logits(loaded), after)
-    names = {name for file in tmp_path.glob("*.safetensors") for name in load_file(file)}
+    names = names_as_saved(model, report, tmp_path)
     assert sum(name.endswith("kept_down.planes") for name in names) == len(report.layers)
     assert sum(name.endswith("predicted_bias") for name in names) == (family == "gpt2") * len(report.layers)
     with count_fixes(model) as counts:
@@ -160,18 +155,7 @@ def test_a_model_reads_what_it_reports_and_loads_as_it_was_saved(family: str, tm
 
 @two_families
 def test_an_interrupted_fold_resumes_to_the_same_bytes(family: str, tmp_path: Path) -> None:
-    whole, resumed = tiny_model(family), tiny_model(family)
-    fold(whole, text(), SETTINGS, tmp_path / "whole")
-
-    def stop(stage: str, done: int, total: int) -> None:
-        if stage == "folding layers" and done == 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fold(tiny_model(family), text(), SETTINGS, tmp_path / "work", progress=stop)
-    fold(resumed, text(), SETTINGS, tmp_path / "work", resume=True)
-    for (key, one), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
-        assert torch.equal(one, other), key
+    assert_resumes(family, SETTINGS, tmp_path)
 
 
 @two_families

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Result
-from folds import folds_at_random, logits, text
+from folds import assert_resumes, folds_at_random, logits, names_as_saved, text
 from models import tiny_model
-from safetensors.torch import load_file
 from synthetic import correlated, random_ffn
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -135,10 +134,7 @@ def test_a_model_reads_and_keeps_what_it_reports_and_loads_as_it_was_saved(famil
         assert layer.touched == layer.resident == stored
         assert ffn.weights.kept % GROUP == 0 or layer.kept == 1
     assert report.touched <= 0.5 * report.dense
-    save_folded(model, report, tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(logits(loaded), after)
-    names = {name for file in tmp_path.glob("*.safetensors") for name in load_file(file)}
+    names = names_as_saved(model, report, tmp_path)
     assert sum(name.endswith("kept_down.planes") for name in names) == len(report.layers)
     with count_fixes(model) as counts:
         logits(model)
@@ -155,18 +151,7 @@ def test_groups_longer_than_a_row_are_as_long_as_a_row(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_fold_resumes_to_the_same_bytes(tmp_path: Path) -> None:
-    whole, resumed = tiny_model("llama"), tiny_model("llama")
-    fold(whole, text(), SETTINGS)
-
-    def stop(stage: str, done: int, total: int) -> None:
-        if stage == "folding layers" and done == 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fold(tiny_model("llama"), text(), SETTINGS, work=tmp_path / "work", progress=stop)
-    fold(resumed, text(), SETTINGS, work=tmp_path / "work", resume=True)
-    for (key, one), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
-        assert torch.equal(one, other), key
+    assert_resumes("llama", SETTINGS, tmp_path)
 
 
 @two_families

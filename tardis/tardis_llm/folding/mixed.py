@@ -90,7 +90,7 @@ def choose(ffn: DenseFFN, inputs: Inputs, predicted: AnyPredicted, fix_rate: flo
             high = rate
     if best is None:  # hardly anything can be fixed
         neurons = choose_ranges(ffn, predicted, 0.0, config).neurons
-        best = Choice(neurons, *_apart(torch.zeros(ffn.h), config.keep_above, 1))
+        best = Choice(neurons, *_apart(torch.zeros_like(ffn.gain), config.keep_above, 1))
     return best
 
 
