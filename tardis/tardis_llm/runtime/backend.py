@@ -73,7 +73,10 @@ class Backend(Protocol):
         """
 
     def prepare(self, weights: FoldedWeights, dtype: torch.dtype) -> PreparedFFN | None:
-        """A folded FFN made ready for inputs of a dtype; None where it cannot read the weights as they lie."""
+        """A folded FFN made ready for inputs of a dtype.
+
+        None where it cannot read the weights as they lie, or has no kernel for neurons that are kept.
+        """
 
     def linear(self, x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor | None:
         """x W^T + bias, [..., out] in the dtype of x [..., in]; None where it cannot multiply with this matrix."""

@@ -41,13 +41,13 @@ public:
         static thread_local Numbers<float> scores;
         static thread_local Numbers<int32_t> index;
         static thread_local Numbers<char> queries;
-        scores.resize(static_cast<size_t>(batch.tokens * of.heads * length_));
+        grow(scores, batch.tokens * of.heads * length_);
         if (static_cast<int64_t>(index.size()) < length_) {
             index.resize(static_cast<size_t>(2 * length_));
             std::iota(index.begin(), index.end(), 0);
         }
         const int64_t row = of.heads * of.size * bytes_;
-        queries.resize(static_cast<size_t>(batch.tokens * row));
+        grow(queries, batch.tokens * row);
         for (int64_t t = 0; t < batch.tokens; ++t) memcpy(&queries[t * row], at(op.x.data, t * op.x.stride), row);
         scores_ = scores.data(), index_ = index.data(), queries_ = queries.data();
     }

@@ -1,9 +1,10 @@
 """The CPU backend: folded FFNs and linear layers by compiled kernels, for bf16, fp16 and fp32.
 
-Sums are in fp32 throughout. Where inputs meet a low-bit matrix they are rounded to 8 bits, with one scale per token and
-group of columns, 512 at most; so what a predictor finds differs from the reference for few neurons that are next to a
-bound. Residuals that meet a low-bit W2 may be rounded to 16 bits, with one scale for up to eight of them. What a token
-gets does not depend on the others in its batch; in its last bits it may depend on the number of threads.
+Sums are in fp32 throughout. Where inputs meet a low-bit matrix they are rounded to 8 bits, and to 16 where it is one of
+kept neurons, with one scale per token and group of columns, 512 at most; so what a predictor finds differs from the
+reference for few neurons that are next to a bound. Residuals that meet a low-bit W2 may be rounded to 16 bits, with one
+scale for up to eight of them. What a token gets does not depend on the others in its batch; in its last bits it may
+depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -35,17 +36,20 @@ class CpuFFN:
     """
 
     def __init__(self, weights: FoldedWeights, activation_bits: int = ACTIVATION_BITS) -> None:
-        self._kernels, self._bits = loaded(), activation_bits
+        self._kernels = loaded()
         self._weights = weights  # keeps alive what the kernels read
         neurons, predictor = weights.neurons, weights.predictor
         assert isinstance(predictor, PackedMatrix | Panels), "the predictor is in few bits"
         self._d, self._h = predictor.columns, neurons.count
-        h, rows = self._h, neurons.k * self._h
-        matrices = [Matrix.of(matrix) for matrix in (weights.fold, predictor, weights.up, weights.down)]  # type: ignore[arg-type]
-        vectors = weights.bias, weights.b1, *neurons.tensors
-        sized = [Vector.of(vector, size) for vector, size in zip(vectors, (self._d, rows, h, h, rows, h), strict=True)]
-        self._ffn = FFN(*matrices, *sized, Activation.of(neurons.activation), neurons.k)
-        self._has_exact = weights.stacked and self._kernels.has_exact_ffn(self._ffn)
+        predicted = (None, None, None) if weights.static else (predictor, weights.up, weights.down)
+        kept = weights.kept_up, weights.kept_down
+        matrices = [Matrix.of(matrix) for matrix in (weights.fold, *predicted, *kept)]  # type: ignore[arg-type]
+        h, k = self._h, weights.k
+        vectors = weights.bias, weights.b1, *neurons.tensors, weights.kept_bias
+        sizes = self._d, k * h, h, h, k * h, h, k * weights.kept
+        sized = [Vector.of(vector, size) for vector, size in zip(vectors, sizes, strict=True)]
+        self._ffn = FFN(*matrices, *sized, Activation.of(neurons.activation), k, activation_bits)
+        self._has_exact = weights.stacked and not weights.kept and self._kernels.has_exact_ffn(self._ffn)
 
     @property
     def arguments(self) -> FFN:
@@ -67,7 +71,7 @@ class CpuFFN:
         check_inputs(x, self._d)
         y = torch.empty_like(x)
         if len(x):
-            self._kernels.exact_ffn(self._ffn, Vector.of(b2, self._d), Batch.of(x, y, self._bits))
+            self._kernels.exact_ffn(self._ffn, Vector.of(b2, self._d), Batch.of(x, y, LINEAR_ACTIVATION_BITS))
         return y
 
     def fixed(self, x: Tensor) -> Tensor:
@@ -76,7 +80,7 @@ class CpuFFN:
 
     def _run(self, x: Tensor, kernel: Callable[[FFN, Batch], None], y: Tensor) -> Tensor:
         check_inputs(x, self._d)
-        for batch in batches(x, y, self._bits):
+        for batch in batches(x, y, LINEAR_ACTIVATION_BITS):
             kernel(self._ffn, batch)
         return y
 
@@ -112,7 +116,8 @@ class CpuBackend:
 
     def prepare(self, weights: FoldedWeights, dtype: torch.dtype) -> CpuFFN | None:
         """A folded FFN for the kernels, if each matrix is contiguous in main memory and dense ones have this dtype."""
-        matrices = weights.fold, weights.predictor, weights.up, weights.down
+        predicted = weights.predictor, weights.up, weights.down
+        matrices = weights.fold, *predicted, weights.kept_up, weights.kept_down
         return CpuFFN(weights) if all(readable(matrix, dtype) for matrix in matrices) else None
 
     def linear(self, x: Tensor, matrix: AnyMatrix, bias: Tensor | None) -> Tensor | None:

@@ -81,8 +81,10 @@ std::string described() {
 
     STRUCTURE(TardisFFN)
     FIELD(TardisFFN, fold) FIELD(TardisFFN, predictor) FIELD(TardisFFN, up) FIELD(TardisFFN, down)
+    FIELD(TardisFFN, kept_up) FIELD(TardisFFN, kept_down) FIELD(TardisFFN, kept_bias)
     FIELD(TardisFFN, bias) FIELD(TardisFFN, b1) FIELD(TardisFFN, low) FIELD(TardisFFN, high)
     FIELD(TardisFFN, slope) FIELD(TardisFFN, offset) FIELD(TardisFFN, activation) FIELD(TardisFFN, k)
+    FIELD(TardisFFN, activation_bits)
 
     STRUCTURE(TardisRows)
     FIELD(TardisRows, data) FIELD(TardisRows, stride)

@@ -4,7 +4,8 @@
 //   2. W1 rows of all pairs, one or two per neuron, give residuals;
 //   3. W2 columns times residuals are added to the part's own outputs.
 //
-// Then threads take rows of the fold, which even out what parts differ by, and at last the outputs are added up.
+// Then threads take neurons that are kept, and rows of the fold, which even out what parts differ by, and at last the
+// outputs are added up.
 //
 // Parts go by the number of threads and not by who does what, so results are the same from call to call, and what a
 // token gets does not depend on its batch.
@@ -12,6 +13,7 @@
 
 #include "dispatch.h"
 #include "input.h"
+#include "kept.h"
 #include "tasks.h"
 
 #include <algorithm>
@@ -20,29 +22,17 @@ namespace tardis {
 namespace {
 
 constexpr int64_t kMaxFound = kMaxTokens * kBlockRows * 3 / 2;  // pairs of rows and tokens that wait for their products
+constexpr int64_t kFetched = 48;  // of these pairs whose rows are fetched as they are found
 constexpr int kMaxParts = 32;  // each has outputs of its own, which take memory and are added up
-constexpr int64_t kSumColumns = 512;
-
 constexpr int kMost = 2;  // up-projections per neuron
+
+// Of the inputs where they meet the predictor: 8 will do for what only selects, as it is of few bits itself.
+int32_t selecting_bits(const TardisFFN& ffn) { return ffn.down.type == TARDIS_LOW_BIT ? ffn.activation_bits : 8; }
 
 int64_t neurons(const TardisFFN& ffn) { return ffn.predictor.rows / ffn.k; }
 
-// Neurons of a task: rows of a block are those of a panel, and of the next one where the others' begin within a panel.
-int64_t block_neurons(const TardisFFN& ffn, int threads) {
-    const int64_t h = neurons(ffn), block = block_rows(ffn.predictor, h, threads);
-    const bool within = in_panels(ffn.predictor) && ffn.k > 1 && h % kPanelRows != 0;
-    return within ? kPanelRows : block;
-}
-
-// The products with rows begin..end-1. Panels are multiplied from the first row on.
-void multiply(const TardisMatrix& m, int64_t begin, int64_t end, const Input& x, float* out) {
-    const int64_t before = in_panels(m) ? begin % kPanelRows : 0;
-    product_of(m)(m, {nullptr, begin - before, end, m.rows}, x, out);
-    for (int64_t t = 0; before && t < x.tokens; ++t) {
-        float* own = out + t * kBlockRows;
-        std::copy(own + before, own + before + end - begin, own);
-    }
-}
+// Of inputs and outputs.
+int64_t width(const TardisFFN& ffn) { return neurons(ffn) ? ffn.predictor.columns : ffn.kept_up.columns; }
 
 // Of some neurons, kBlockRows at most, in fp32.
 struct Lines {
@@ -172,43 +162,42 @@ struct ByToken {
 class Folded {
 public:
     Folded(const TardisFFN& ffn, const TardisBatch& batch)
-        : ffn_(ffn), batch_(batch), tokens_(batch.tokens), h_(neurons(ffn)), d_(ffn.predictor.columns),
-          inputs_(batch, d_), x_(inputs_.for_matrix(ffn.predictor, selecting_bits())), stride_(x_.stride),
-          fold_x_(inputs_.for_matrix(ffn.fold, batch.activation_bits)),
-          up_x_(inputs_.for_matrix(ffn.up, batch.activation_bits)),
+        : ffn_(ffn), batch_(batch), tokens_(batch.tokens), h_(neurons(ffn)), d_(width(ffn)),
+          inputs_(batch, d_), x_(inputs_.for_matrix(ffn.predictor, selecting_bits(ffn))), stride_(x_.stride),
+          fold_x_(inputs_.for_matrix(ffn.fold, ffn.activation_bits)),
+          up_x_(inputs_.for_matrix(ffn.up, ffn.activation_bits)),
           down_layout_(ffn.down.type == TARDIS_LOW_BIT ? &layout_for(ffn.down).view() : nullptr),
-          threads_(threads(ffn, batch)),
-          block_(block_neurons(ffn, threads_)), fold_block_(block_rows(ffn.fold, d_, threads_)),
+          threads_(threads(ffn, batch)), kept_(ffn, batch, inputs_, threads_),
+          block_(block_neurons(ffn.predictor, h_, ffn.k, threads_)), fold_block_(block_rows(ffn.fold, d_, threads_)),
           parts_(std::min<int64_t>(std::min(threads_, kMaxParts), blocks(h_, block_))) {
         static thread_local Numbers<float> kept;  // from call to call
-        const auto size = static_cast<size_t>((parts_ + 1) * tokens_ * stride_);
-        if (kept.size() < size) kept.resize(size);
+        grow(kept, (parts_ + 1) * tokens_ * stride_);
         y_ = kept.data();
     }
 
     static int threads(const TardisFFN& ffn, const TardisBatch& batch) {
-        const int64_t bytes = matrix_bytes(ffn.predictor) + ffn.predictor.columns * row_bytes(ffn.fold);
-        return threads_for(bytes, batch.threads);
+        const int64_t bytes = matrix_bytes(ffn.predictor) + width(ffn) * row_bytes(ffn.fold);
+        return threads_for(bytes + matrix_bytes(ffn.kept_up) + matrix_bytes(ffn.kept_down), batch.threads);
     }
 
     void run() {
-        Tasks parts(parts_), folds(blocks(d_, fold_block_)), sums(blocks(d_, kSumColumns));
-        Tasks all(parts_ + blocks(d_, fold_block_));  // of the first two kinds, to count
-        Gate joined;
+        Tasks parts(parts_);
+        Shares hides(threads_, kept_.tasks()), folds(threads_, blocks(d_, fold_block_));
         auto work = [&] {
-            int64_t own = parts.run([&](int64_t part) { fix(part); });
-            own += folds.run([&](int64_t task) { fold(task); });
-            if (all.finish(own)) joined.open();
-            joined.wait();
-            sums.run([&](int64_t task) { sum({task * kSumColumns, std::min((task + 1) * kSumColumns, d_)}); });
+            parts.run([&](int64_t part) { fix(part); });
+            hides.run([&](int64_t task) { kept_.hide(task); });
+            folds.run([&](int64_t task) { fold(task); });
         };
         on_threads(threads_, work);
+        kept_.gather();
+        const int64_t block = block_rows(ffn_.kept_down, d_, threads_);
+        const int64_t bytes = matrix_bytes(ffn_.kept_down) + parts_ * tokens_ * d_ * 4;
+        parallel(threads_for(bytes, batch_.threads), blocks(d_, block), [&](int64_t task) {
+            sum(task * block, std::min((task + 1) * block, d_));
+        });
     }
 
 private:
-    // Of the inputs where they meet the predictor: 8 will do for what only selects, as it is of few bits itself.
-    int32_t selecting_bits() const { return ffn_.down.type == TARDIS_LOW_BIT ? batch_.activation_bits : 8; }
-
     // What one thread does with some neurons.
     class Worker {
     public:
@@ -237,6 +226,9 @@ private:
                 for (int j = 0; j < ffn_.k; ++j)
                     for (const TardisVector* each : {&ffn_.b1, &ffn_.slope}) prefetch(*each, j * all_.h_ + begin + i);
                 prefetch(ffn_.offset, begin + i);
+                if (found_.count > kFetched) continue;  // products ask for later rows themselves
+                for (int j = 0; j < ffn_.k; ++j) prefetch_row(ffn_.up, j * all_.h_ + begin + i);
+                prefetch_row(ffn_.down, begin + i);
             }
         }
 
@@ -342,24 +334,29 @@ private:
     // Without a fold, the outputs begin at the bias.
     void fold(int64_t task) const {
         const int64_t begin = task * fold_block_, end = std::min(begin + fold_block_, d_);
-        float out[kMaxTokens * kBlockRows] = {};
+        float out[kMaxTokens * kBlockRows];
         prefetch(ffn_.bias, begin, end);
-        if (ffn_.fold.type != TARDIS_NONE) product_of(ffn_.fold)(ffn_.fold, {nullptr, begin, end, d_}, fold_x_, out);
+        if (ffn_.fold.type == TARDIS_NONE) std::fill(out, out + tokens_ * kBlockRows, 0.0f);
+        else product_of(ffn_.fold)(ffn_.fold, {nullptr, begin, end, d_}, fold_x_, out);
         const Widened bias(ffn_.bias, begin, end);
         for (int64_t t = 0; t < tokens_; ++t)
             for (int64_t j = begin; j < end; ++j)
                 y_[t * stride_ + j] = out[t * kBlockRows + j - begin] + bias.at[j - begin];
     }
 
-    void sum(Range columns) const {
+    // All that outputs begin..end-1 get, kBlockRows at most.
+    void sum(int64_t begin, int64_t end) const {
+        float out[kMaxTokens * kBlockRows];
         for (int64_t t = 0; t < tokens_; ++t) {
-            float* y = y_ + t * stride_;
+            float* own = out + t * kBlockRows;
+            std::copy(y_ + t * stride_ + begin, y_ + t * stride_ + end, own);
             for (int64_t part = 0; part < parts_; ++part) {
                 const float* more = outputs_of(part) + t * stride_;
-                for (int64_t j = columns.begin; j < columns.end; ++j) y[j] += more[j];
+                for (int64_t j = begin; j < end; ++j) own[j - begin] += more[j];
             }
-            store(batch_, t * d_ + columns.begin, y + columns.begin, columns.end - columns.begin);
         }
+        kept_.add(begin, end, out);
+        for (int64_t t = 0; t < tokens_; ++t) store(batch_, t * d_ + begin, out + t * kBlockRows, end - begin);
     }
 
     const TardisFFN& ffn_;
@@ -371,6 +368,7 @@ private:
     const Input &fold_x_, &up_x_;
     const Layout* down_layout_;
     const int threads_;
+    Kept kept_;
     const int64_t block_, fold_block_;  // rows of a task
     const int64_t parts_;
     float* y_;  // of the fold, then of the parts: [1 + parts, tokens, stride]
@@ -380,9 +378,10 @@ private:
 
 void fixed(const TardisFFN& ffn, const TardisBatch& batch) {
     Inputs inputs(batch, ffn.predictor.columns);
-    const Input& x = inputs.for_matrix(ffn.predictor, batch.activation_bits);
+    const Input& x = inputs.for_matrix(ffn.predictor, ffn.activation_bits);
     const int threads = threads_for(matrix_bytes(ffn.predictor), batch.threads);
-    const int64_t h = neurons(ffn), block = block_neurons(ffn, threads), some = block * span_blocks(ffn, batch.tokens);
+    const int64_t h = neurons(ffn), block = block_neurons(ffn.predictor, h, ffn.k, threads);
+    const int64_t some = block * span_blocks(ffn, batch.tokens);
     parallel(threads, blocks(h, some), [&](int64_t task) {
         const Range own = {task * some, std::min((task + 1) * some, h)};
         each_block(ffn, x, own, block, [&](int64_t begin, int64_t end, const auto&, const OutOfRange& out) {
@@ -397,8 +396,9 @@ void folded_ffn(const TardisFFN& ffn, const TardisBatch& batch) { Folded(ffn, ba
 
 Stretch first_of_folded(const TardisFFN& ffn, const TardisBatch& batch, int thread, int64_t most) {
     const int threads = Folded::threads(ffn, batch);
-    const int64_t h = neurons(ffn), block = block_neurons(ffn, threads), all = blocks(h, block);
-    return stretch_of(ffn.predictor, std::min(thread * all / threads * block, h), h, most);
+    const TardisMatrix& first = neurons(ffn) ? ffn.predictor : ffn.kept_up;
+    const int64_t count = first.rows / ffn.k, block = block_neurons(first, count, ffn.k, threads);
+    return stretch_of(first, std::min(thread * blocks(count, block) / threads * block, count), count, most);
 }
 
 }  // namespace tardis

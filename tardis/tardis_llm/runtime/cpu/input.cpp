@@ -72,18 +72,33 @@ const GroupLayout& layout_for(const TardisMatrix& m) {
     return *made.back();
 }
 
-Inputs::Inputs(const TardisBatch& batch, int64_t columns)
-    : plain_{}, threads_(batch.threads) {
-    const int64_t stride = padded(columns);
-    f32_.resize(static_cast<size_t>(batch.tokens * stride));
-    if (batch.type == TARDIS_BF16) bf16_.resize(f32_.size());
-    for (int64_t t = 0; t < batch.tokens; ++t) {
-        kernels().widen({batch.x, batch.type, 0}, t * columns, columns, &f32_[t * stride]);
-        if (batch.type == TARDIS_BF16)
-            memcpy(&bf16_[t * stride], static_cast<const uint16_t*>(batch.x) + t * columns, 2 * columns);
-    }
-    plain_ = {batch.tokens, columns, stride, f32_.data(), bf16_.empty() ? nullptr : bf16_.data(), {}};
+std::vector<std::unique_ptr<Inputs::Memory>>& Inputs::unused() {
+    static thread_local std::vector<std::unique_ptr<Memory>> all;
+    return all;
 }
+
+Inputs::Inputs(const TardisBatch& batch, int64_t columns) : plain_{}, threads_(batch.threads) {
+    if (unused().empty()) unused().push_back(std::make_unique<Memory>());
+    memory_ = std::move(unused().back());
+    unused().pop_back();
+    for (const auto& each : memory_->variants) each->quantised = false;
+    const int64_t stride = padded(columns);
+    grow(memory_->f32, batch.tokens * stride);
+    grow(memory_->bf16, batch.type == TARDIS_BF16 ? batch.tokens * stride : 0);
+    for (int64_t t = 0; t < batch.tokens; ++t) {
+        float* wide = &memory_->f32[t * stride];
+        kernels().widen({batch.x, batch.type, 0}, t * columns, columns, wide);
+        std::fill(wide + columns, wide + stride, 0.0f);
+        if (batch.type != TARDIS_BF16) continue;
+        uint16_t* own = &memory_->bf16[t * stride];
+        memcpy(own, static_cast<const uint16_t*>(batch.x) + t * columns, 2 * columns);
+        std::fill(own + columns, own + stride, 0);
+    }
+    const uint16_t* bf16 = batch.type == TARDIS_BF16 ? memory_->bf16.data() : nullptr;
+    plain_ = {batch.tokens, columns, stride, memory_->f32.data(), bf16, {}};
+}
+
+Inputs::~Inputs() { unused().push_back(std::move(memory_)); }
 
 const Input& Inputs::for_matrix(const TardisMatrix& m, int32_t bits) {
     if (!is_low_bit(m)) return plain_;
@@ -93,18 +108,19 @@ const Input& Inputs::for_matrix(const TardisMatrix& m, int32_t bits) {
 }
 
 Inputs::Variant& Inputs::variant(const TardisMatrix& m, int32_t halves) {
-    for (const auto& each : variants_)
+    auto& all = memory_->variants;
+    for (const auto& each : all)
         if (&each->layout == &layout_for(m) && each->halves == halves) return *each;
-    variants_.push_back(std::make_unique<Variant>(m, halves));
-    return *variants_.back();
+    all.push_back(std::make_unique<Variant>(m, halves));
+    return *all.back();
 }
 
 void Inputs::quantise(Variant& variant) {
     const Layout& layout = variant.layout.view();
     const int64_t stride = layout.piece_count * 64, tokens = plain_.tokens;
-    variant.values.resize(static_cast<size_t>(tokens * variant.halves * stride));
-    variant.scale.resize(static_cast<size_t>(tokens * layout.segment_count));
-    variant.sum.resize(variant.scale.size());
+    grow(variant.values, tokens * variant.halves * stride);
+    grow(variant.scale, tokens * layout.segment_count);
+    grow(variant.sum, tokens * layout.segment_count);
     parallel(tokens * variant.layout.columns() < 65536 ? 1 : threads_, tokens, [&](int64_t t) {
         for (int64_t g = 0; g < layout.segment_count; ++g) quantise_segment(variant, t, g);
     });
@@ -130,10 +146,15 @@ void Inputs::quantise_segment(Variant& variant, int64_t token, int64_t number) {
     const int64_t stride = layout.piece_count * 64;
     int8_t* values = variant.values.data() + token * variant.halves * stride;
     int64_t sum = 0;
-    for (int64_t p = segment.piece; p <= last && !zero; ++p) {
+    for (int64_t p = segment.piece; p <= last; ++p) {
         const Piece& piece = layout.pieces[p];
-        int8_t* to = values + 64 * p + piece.first;
-        sum += kernels().round(x + piece.column, piece.count, inverse, to, variant.halves == 2 ? to + stride : nullptr);
+        int8_t *to = values + 64 * p + piece.first, *second = variant.halves == 2 ? to + stride : nullptr;
+        if (!zero) {
+            sum += kernels().round(x + piece.column, piece.count, inverse, to, second);
+            continue;
+        }
+        std::fill(to, to + piece.count, 0);
+        if (second) std::fill(second, second + piece.count, 0);
     }
     const size_t at = static_cast<size_t>(token * layout.segment_count + number);
     variant.scale[at] = finite ? unit : std::numeric_limits<float>::quiet_NaN();

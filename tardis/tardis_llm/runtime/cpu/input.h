@@ -25,6 +25,12 @@ struct LineAllocator {
 template <typename T>
 using Numbers = std::vector<T, LineAllocator<T>>;
 
+// Makes room for so many numbers; new ones are zero.
+template <typename T>
+void grow(Numbers<T>& numbers, int64_t count) {
+    if (static_cast<int64_t>(numbers.size()) < count) numbers.resize(static_cast<size_t>(count));
+}
+
 // Owns what a `Layout` points to. Panels have columns in order, and only their pieces and segments are read.
 class GroupLayout {
 public:
@@ -51,10 +57,14 @@ private:
 // Made when first asked for, and kept by the thread that calls.
 const GroupLayout& layout_for(const TardisMatrix& m);
 
-// A batch of inputs widened and padded, and quantised for each layout that is asked for.
+// A batch of inputs widened and padded, and quantised for each layout that is asked for. The memory that it takes is the
+// thread's, who uses it again for the next one: a step has hundreds.
 class Inputs {
 public:
     Inputs(const TardisBatch& batch, int64_t columns);
+    ~Inputs();
+    Inputs(const Inputs&) = delete;
+    Inputs& operator=(const Inputs&) = delete;
     // With the quantised values that `m` needs, made when first asked for; not from several threads at once. `bits` are
     // 8 or 16.
     const Input& for_matrix(const TardisMatrix& m, int32_t bits);
@@ -69,15 +79,19 @@ private:
         Input input;
         bool quantised = false;
     };
+    struct Memory {
+        Numbers<float> f32;
+        Numbers<uint16_t> bf16;
+        std::vector<std::unique_ptr<Variant>> variants;
+    };
+    static std::vector<std::unique_ptr<Memory>>& unused();  // the thread's
     Variant& variant(const TardisMatrix& m, int32_t halves);
     void quantise(Variant& variant);
     void quantise_segment(Variant& variant, int64_t token, int64_t segment);
 
+    std::unique_ptr<Memory> memory_;
     Input plain_;
     int32_t threads_;
-    Numbers<float> f32_;
-    Numbers<uint16_t> bf16_;
-    std::vector<std::unique_ptr<Variant>> variants_;
 };
 
 }  // namespace tardis

@@ -48,11 +48,12 @@ bool is_valid(const TardisMatrix& m) {
     return m.scale && m.group_size >= 1 && (m.twice_zero == levels - 1 || (m.twice_zero == levels && !in_panels(m)));
 }
 
+bool are_bits(int32_t of_activations) { return of_activations == 8 || of_activations == 16; }
+
 bool has_tokens(const TardisBatch& batch) { return batch.x && batch.y && batch.tokens >= 1; }
 
 bool is_valid(const TardisBatch& batch) {
-    const bool bits = batch.activation_bits == 8 || batch.activation_bits == 16;
-    return has_tokens(batch) && is_number(batch.type) && bits && batch.tokens <= kMaxTokens;
+    return has_tokens(batch) && is_number(batch.type) && are_bits(batch.activation_bits) && batch.tokens <= kMaxTokens;
 }
 
 // Dense weights meet inputs of their own type only.
@@ -62,24 +63,37 @@ bool can_multiply(const TardisMatrix& m, const TardisBatch& batch) {
     return is_low_bit(m) || m.type == batch.type;
 }
 
+bool has_activation(const TardisFFN& ffn) {
+    return ffn.activation.kind >= TARDIS_GELU && ffn.activation.kind <= TARDIS_XIELU && (ffn.k == 1 || ffn.k == 2);
+}
+
 // Whether there is what neurons are tested with.
 bool is_known(const TardisFFN& ffn) {
     const bool ranges = ffn.low.data && ffn.high.data && ffn.slope.data && ffn.offset.data;
-    const bool activation = ffn.activation.kind >= TARDIS_GELU && ffn.activation.kind <= TARDIS_XIELU;
-    return ranges && activation && (ffn.k == 1 || ffn.k == 2) && ffn.predictor.rows % ffn.k == 0;
+    return ranges && has_activation(ffn) && are_bits(ffn.activation_bits) && ffn.predictor.rows % ffn.k == 0;
+}
+
+// What is kept of an FFN with inputs of d numbers, if anything is.
+bool is_valid_kept(const TardisFFN& ffn, const TardisBatch& batch, int64_t d) {
+    const TardisMatrix &up = ffn.kept_up, &down = ffn.kept_down;
+    if (up.type == TARDIS_NONE) return down.type == TARDIS_NONE;
+    const bool fit = up.columns == d && down.rows == d && down.columns * ffn.k == up.rows;
+    return fit && is_valid(up) && is_valid(down) && can_multiply(up, batch) && can_multiply(down, batch);
 }
 
 bool is_valid(const TardisFFN& ffn, const TardisBatch& batch) {
-    if (!is_known(ffn)) return false;
-    const int64_t rows = ffn.predictor.rows, h = rows / ffn.k, d = ffn.predictor.columns;
+    const bool predicts = ffn.predictor.type != TARDIS_NONE;
+    const int64_t rows = ffn.predictor.rows, d = predicts ? ffn.predictor.columns : ffn.kept_up.columns;
+    if (!has_activation(ffn) || !are_bits(ffn.activation_bits) || !is_valid_kept(ffn, batch, d)) return false;
     const auto is = [&](const TardisMatrix& m, int64_t rows) {
         return is_valid(m) && m.rows == rows && m.columns == d && can_multiply(m, batch);
     };
     const bool up = ffn.up.type == TARDIS_NONE ? ffn.down.type == TARDIS_LOW_BIT : is(ffn.up, rows);
     const bool fold = ffn.fold.type == TARDIS_NONE || is(ffn.fold, d);
     const bool apart = !in_panels(ffn.up) && !in_panels(ffn.down);
-    const bool predictor = is_low_bit(ffn.predictor) && is(ffn.predictor, rows);
-    return predictor && fold && up && apart && is(ffn.down, h);
+    if (!predicts) return ffn.kept_up.type != TARDIS_NONE && fold;
+    const bool predictor = is_known(ffn) && is_low_bit(ffn.predictor) && is(ffn.predictor, rows);
+    return predictor && fold && up && apart && is(ffn.down, rows / ffn.k);
 }
 
 bool is_valid(const TardisOperation& op, const TardisBatch& batch, int64_t position) {
@@ -96,7 +110,9 @@ bool is_valid(const TardisOperation& op, const TardisBatch& batch, int64_t posit
         case TARDIS_FOLDED: {
             const auto& ffn = *static_cast<const TardisFFN*>(op.of);
             const bool contiguous = op.x.stride == op.width && op.y.stride == op.width;
-            return op.y.data && contiguous && is_valid(ffn, batch) && ffn.predictor.columns == op.width;
+            const bool predicts = ffn.predictor.type != TARDIS_NONE;
+            const int64_t d = predicts ? ffn.predictor.columns : ffn.kept_up.columns;
+            return op.y.data && contiguous && is_valid(ffn, batch) && d == op.width;
         }
         case TARDIS_ATTEND: {
             const auto& a = *static_cast<const TardisAttention*>(op.of);
@@ -181,9 +197,8 @@ int32_t tardis_exact_ffn(const TardisFFN* ffn, const TardisVector* b2, const Tar
 }
 
 int32_t tardis_step(const TardisOperation* operations, int64_t count, const TardisBatch* batch, int64_t position) {
-    const bool bits = batch->activation_bits == 8 || batch->activation_bits == 16;
     const bool tokens = batch->tokens >= 1 && batch->tokens <= kMaxTokens && is_number(batch->type);
-    if (!bits || !tokens || position < 0) return TARDIS_BAD_ARGUMENT;
+    if (!are_bits(batch->activation_bits) || !tokens || position < 0) return TARDIS_BAD_ARGUMENT;
     const TardisOperation* end = operations + count;
     const auto valid = [&](const TardisOperation& op) { return is_valid(op, rows_of(op, *batch), position); };
     if (!std::all_of(operations, end, valid)) return TARDIS_BAD_ARGUMENT;

@@ -81,7 +81,7 @@ struct TardisBatch {
     void* y;
     int64_t tokens;
     int32_t type;
-    int32_t activation_bits;  // 8 or 16: of x where it meets a low-bit matrix, but for predictors that only select
+    int32_t activation_bits;  // 8 or 16: of x where it meets a low-bit matrix, but for a folded FFN, which has its own
     int32_t threads;
     int32_t unused;
 };
@@ -91,14 +91,20 @@ struct TardisActivation {
     float alpha_p, alpha_n, beta, eps;  // of xIELU
 };
 
-// Of h neurons with k up-projections each. Where a neuron has two, the rows of all gates come first, then all others.
+// Of h neurons that are predicted, and others that are kept, which are always computed, with k up-projections each.
+// Where a neuron has two, the rows of all gates come first, then all others. If none is predicted, `predictor` is none,
+// and what they would be tested with is not read; if none is kept, `kept_up` and `kept_down` are none.
 struct TardisFFN {
     TardisMatrix fold, predictor;  // [d, d] or none, [k h, d]; of any type, low-bit
     TardisMatrix up;               // [k h, d]: W1, or what the predictor leaves of it (low-bit), or none
     TardisMatrix down;             // [h, d]: W2 transposed
+    TardisMatrix kept_up, kept_down;  // [k kept, d], [d, kept]; of any type
     TardisVector bias, b1, low, high, slope, offset;  // b1 and slope [k h]
+    TardisVector kept_bias;           // [k kept]
     TardisActivation activation;
     int32_t k;                     // 1, or 2: the activation of the first times the second
+    int32_t activation_bits;       // 8 or 16: of x where it meets a low-bit matrix; those of the batch where that is of
+                                   // kept neurons, and 8 where it is a predictor that only selects
 };
 
 // A row of numbers for each token, in the type of the batch; the next row begins `stride` numbers behind.
@@ -181,7 +187,8 @@ int32_t tardis_can_be_in_panels(const TardisMatrix* matrix);
 // y [tokens, h] uint8: 1 for the neurons whose prediction, or residual at it if k is 2, is not within [low, high], NaN
 // included.
 int32_t tardis_fixed(const TardisFFN* ffn, const TardisBatch* batch);
-// y = x fold^T + bias + sum over fixed neurons of residual * W2 column; the first two where they are given.
+// y = x fold^T + bias + sum over fixed neurons of residual * W2 column + sum over kept ones of value * W2 column; the
+// first two where they are given.
 int32_t tardis_folded_ffn(const TardisFFN* ffn, const TardisBatch* batch);
 // y: what the FFN gives with the predictor and `up` added up for W1, `down` for W2 and the bias b2: every neuron is
 // computed, and no fold. Any number of tokens in bf16; TARDIS_BAD_ARGUMENT unless `tardis_has_exact_ffn`.

@@ -4,6 +4,7 @@
 
 #include "attention.h"
 #include "ffn.h"
+#include "numbers.h"
 #include "tasks.h"
 
 #include <cmath>
@@ -31,31 +32,9 @@ float sum_of(int64_t count, const F& term) {
 // Some numbers in fp32 at a time, kept by the thread from call to call.
 float* scratch(int number, int64_t count) {
     static thread_local Numbers<float> kept[3];
-    if (static_cast<int64_t>(kept[number].size()) < count) kept[number].resize(static_cast<size_t>(count));
+    grow(kept[number], count);
     return kept[number].data();
 }
-
-// Numbers of some rows, in fp32 and back. A number that is stored is rounded to the type.
-class Number {
-public:
-    explicit Number(int32_t type) : type_(type) {}
-
-    void load(const TardisRows& rows, int64_t token, int64_t first, int64_t count, float* out) const {
-        kernels().widen({rows.data, type_, 0}, token * rows.stride + first, count, out);
-    }
-    void keep(const TardisRows& rows, int64_t token, int64_t first, int64_t count, const float* values) const {
-        kernels().store({rows.data, type_, 0}, token * rows.stride + first, count, values, nullptr);
-    }
-    void round(float* values, int64_t count) const {
-        if (type_ == TARDIS_BF16)
-            for (int64_t i = 0; i < count; ++i) values[i] = from_bf16(to_bf16(values[i]));
-        else if (type_ == TARDIS_FP16)
-            for (int64_t i = 0; i < count; ++i) values[i] = from_fp16(to_fp16(values[i]));
-    }
-
-private:
-    int32_t type_;
-};
 
 void norm(const TardisNorm& of, const TardisOperation& op, const TardisBatch& batch) {
     const Number number(batch.type);
@@ -164,19 +143,19 @@ void add(const TardisOperation& op, const TardisBatch& batch) {
     }
 }
 
+constexpr int64_t kGated = 256;  // numbers of a task
+
 void gate(const TardisActivation& of, const TardisOperation& op, const TardisBatch& batch) {
     const Number number(batch.type);
-    float *x = scratch(0, op.width), *other = scratch(1, op.width);
-    for (int64_t t = 0; t < batch.tokens; ++t) {
-        number.load(op.x, t, 0, op.width, x);
-        kernels().activate(of, x, op.width);
-        if (op.other.data) {
-            number.round(x, op.width);
-            number.load(op.other, t, 0, op.width, other);
-            for (int64_t i = 0; i < op.width; ++i) x[i] *= other[i];
-        }
-        number.keep(op.y, t, 0, op.width, x);
-    }
+    const int64_t parts = blocks(op.width, kGated);
+    parallel(threads_for(2 * batch.tokens * op.width * 4, batch.threads), batch.tokens * parts, [&](int64_t task) {
+        const int64_t t = task / parts, first = task % parts * kGated, count = std::min(kGated, op.width - first);
+        float x[kGated], other[kGated];
+        number.load(op.x, t, first, count, x);
+        if (op.other.data) number.load(op.other, t, first, count, other);
+        number.hide(of, x, op.other.data ? other : nullptr, count);
+        number.keep(op.y, t, first, count, x);
+    });
 }
 
 }  // namespace

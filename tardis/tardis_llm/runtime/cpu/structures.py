@@ -116,10 +116,11 @@ class FFN(ctypes.Structure):
     """`TardisFFN` of interface.h."""
 
     _fields_ = (
-        *((name, Matrix) for name in ("fold", "predictor", "up", "down")),
-        *((name, Vector) for name in ("bias", "b1", "low", "high", "slope", "offset")),
+        *((name, Matrix) for name in ("fold", "predictor", "up", "down", "kept_up", "kept_down")),
+        *((name, Vector) for name in ("bias", "b1", "low", "high", "slope", "offset", "kept_bias")),
         ("activation", Activation),
         ("k", ctypes.c_int32),
+        ("activation_bits", ctypes.c_int32),
     )
 
 

@@ -9,6 +9,7 @@
 namespace tardis {
 
 constexpr int64_t kShared = 1 << 17;  // bytes; waking threads for less costs more than it brings
+constexpr int64_t kSharedInTeam = 1 << 14;  // where they are awake
 
 // Some numbers of a vector, in fp32.
 struct Widened {
@@ -43,6 +44,18 @@ inline int64_t row_bytes(const TardisMatrix& m) {
 
 inline int64_t matrix_bytes(const TardisMatrix& m) { return m.rows * row_bytes(m); }
 
+// A row, not in panels, is read soon.
+inline __attribute__((always_inline)) void prefetch_row(const TardisMatrix& m, int64_t row) {
+    constexpr int64_t kLine = 64;
+    const int64_t bytes = row_bytes(m);
+    const char* data = static_cast<const char*>(m.data) + row * bytes;
+    for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(data + i, 0, 2);
+    __builtin_prefetch(data + bytes - 1, 0, 2);
+    if (!m.scale) return;
+    const int64_t groups = (m.columns + m.group_size - 1) / m.group_size;
+    for (int64_t i = 0; i < groups; i += kLine / 2) __builtin_prefetch(m.scale + row * groups + i, 0, 2);
+}
+
 // Bytes of the rows of a panel.
 inline int64_t panel_bytes(const TardisMatrix& m) {
     const int64_t line = is_low_bit(m) ? 8 * kLineBytes / m.bits : 1;
@@ -68,12 +81,31 @@ inline TardisMatrix part_of(const TardisMatrix& m, int64_t i, int64_t count) {
 }
 
 // All or one: OpenMP ends threads and starts new ones when their number changes.
-inline int threads_for(int64_t bytes, int threads) { return bytes < kShared ? 1 : std::max(threads, 1); }
+inline int threads_for(int64_t bytes, int threads) {
+    return bytes < (number_in_team() < 0 ? kShared : kSharedInTeam) ? 1 : std::max(threads, 1);
+}
 
 // Rows of a task: as many as keep every thread supplied, at most kBlockRows.
 inline int64_t block_rows(const TardisMatrix& m, int64_t rows, int threads) {
     const int64_t unit = in_panels(m) ? kPanelRows : 4, some = (rows / (threads * 8) + unit - 1) / unit * unit;
     return std::min(std::max(some, unit), kBlockRows);
+}
+
+// The products with rows begin..end-1, kBlockRows at most. Panels are multiplied from the first row on.
+inline void multiply(const TardisMatrix& m, int64_t begin, int64_t end, const Input& x, float* out) {
+    const int64_t before = in_panels(m) ? begin % kPanelRows : 0;
+    product_of(m)(m, {nullptr, begin - before, end, m.rows}, x, out);
+    for (int64_t t = 0; before && t < x.tokens; ++t) {
+        float* own = out + t * kBlockRows;
+        std::copy(own + before, own + before + end - begin, own);
+    }
+}
+
+// Neurons of a task, whose up-projections are `k` times `count` rows: rows of a block are those of a panel, and of the
+// next one where the others' begin within a panel.
+inline int64_t block_neurons(const TardisMatrix& up, int64_t count, int32_t k, int threads) {
+    const bool within = in_panels(up) && k > 1 && count % kPanelRows != 0;
+    return within ? kPanelRows : block_rows(up, count, threads);
 }
 
 inline int64_t blocks(int64_t rows, int64_t block) { return (rows + block - 1) / block; }

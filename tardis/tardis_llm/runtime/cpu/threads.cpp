@@ -115,9 +115,4 @@ void run_on_threads(int threads, void (*function)(void*), void* context) {
     run(function, context, static_cast<unsigned>(threads), 0);
 }
 
-// Mostly not long: what is waited for are tasks that other threads have begun, and small ones come last.
-void Gate::wait() const {
-    for (int spins = 0; !open_.load(std::memory_order_acquire); ++spins) wait_a_little(spins);
-}
-
 }  // namespace tardis

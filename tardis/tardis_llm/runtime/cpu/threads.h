@@ -73,54 +73,52 @@ class Tasks {
 public:
     explicit Tasks(int64_t count) : count_(count) {}
 
-    // body(number) for as many as this thread gets: how many those were.
+    // body(number) for as many as this thread gets.
     template <typename F>
-    int64_t run(F&& body) {
-        int64_t own = 0;
-        for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_; ++own) body(i);
-        return own;
+    void run(const F& body) {
+        for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) body(i);
     }
-
-    // Says that some are done. True if these were the last: for one thread only, which sees what all have done.
-    bool finish(int64_t some) { return done_.fetch_add(some, std::memory_order_acq_rel) + some == count_ && some > 0; }
 
 private:
     const int64_t count_;
-    std::atomic<int64_t> next_{0}, done_{0};
+    std::atomic<int64_t> next_{0};
 };
 
-// Lets threads pass once it is open.
-class Gate {
+// The same in shares of consecutive ones: a thread begins with its own, so that what it fetches ahead it reads itself,
+// and then helps the others.
+class Shares {
 public:
-    void open() { open_.store(true, std::memory_order_release); }
-    void wait() const;
+    Shares(int threads, int64_t count) : shares_(threads < 1 ? 1 : threads < kMost ? threads : kMost) {
+        for (int s = 0; s < shares_; ++s) all_[s].next = s * count / shares_, all_[s].end = (s + 1) * count / shares_;
+    }
 
-private:
-    std::atomic<bool> open_{false};
-};
-
-constexpr int kMaxShares = 64;
-
-// Numbers of which a thread takes one after the other, so that what it fetches ahead is its own.
-struct alignas(64) Share {
-    std::atomic<int64_t> next{0};
-    int64_t end = 0;
-};
-
-// body(0..count-1) on at most `threads` threads: each begins with a share of its own, and then helps the others.
-template <typename F>
-void parallel(int threads, int64_t count, const F& body) {
-    const int shares = threads < 1 ? 1 : threads < kMaxShares ? threads : kMaxShares;
-    Share all[kMaxShares];
-    for (int s = 0; s < shares; ++s) all[s].next = s * count / shares, all[s].end = (s + 1) * count / shares;
-    std::atomic<int> arrived{0};
-    auto run = [&] {
-        const int number = number_in_team(), own = number < 0 ? arrived.fetch_add(1, std::memory_order_relaxed) : number;
-        for (int k = 0; k < shares; ++k) {
-            Share& share = all[(own + k) % shares];
+    // body(number) for as many as this thread gets.
+    template <typename F>
+    void run(const F& body) {
+        const int number = number_in_team();
+        const int own = number < 0 ? arrived_.fetch_add(1, std::memory_order_relaxed) : number;
+        for (int k = 0; k < shares_; ++k) {
+            Share& share = all_[(own + k) % shares_];
             for (int64_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) body(i);
         }
+    }
+
+private:
+    static constexpr int kMost = 64;
+    struct alignas(64) Share {
+        std::atomic<int64_t> next{0};
+        int64_t end = 0;
     };
+    const int shares_;
+    Share all_[kMost];
+    std::atomic<int> arrived_{0};
+};
+
+// body(0..count-1) on at most `threads` threads, in shares.
+template <typename F>
+void parallel(int threads, int64_t count, const F& body) {
+    Shares shares(threads, count);
+    auto run = [&] { shares.run(body); };
     on_threads(count > 1 ? threads : 1, run);
 }
 

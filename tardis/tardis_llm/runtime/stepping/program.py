@@ -19,7 +19,6 @@ from ...families.steps import STEPS
 from ...families.table import Family, family_of
 from ...ffn.activations import identify
 from ...ffn.weights import Matrix as AnyMatrix
-from ..backend import PreparedFFN
 from ..cpu.backend import CpuFFN
 from ..cpu.library import loaded
 from ..cpu.operators import LINEAR_ACTIVATION_BITS, readable
@@ -207,32 +206,10 @@ class Program:
         prepared = ffn.prepared(read, folded.parts.dense)
         self._sources.append((vars(ffn), "_ready"))
         self._kept.append(prepared)
-        if isinstance(prepared, KeptFFN):
-            self._keep(prepared, read, given)
-        else:
-            self._predict(prepared, read, given)
-
-    def _predict(self, prepared: PreparedFFN, read: Tensor, given: Tensor) -> None:
-        """A dynamic fold."""
-        if not isinstance(prepared, CpuFFN):
+        whole = prepared.together if isinstance(prepared, KeptFFN) else prepared
+        if not isinstance(whole, CpuFFN):
             raise NotWholeError("the kernels do not read the weights of a folded FFN as they lie.")
-        self._operation("folded", prepared.arguments, read, None, given)
-
-    def _keep(self, prepared: KeptFFN, read: Tensor, given: Tensor) -> None:
-        """The fold, alone or with the neurons that are predicted, and the kept neurons, which are added."""
-        weights, (up, down) = prepared.weights, prepared.matrices
-        rows, kept = self._rows(weights.k * weights.kept), self._rows(self._d)
-        if prepared.predicted is None:
-            assert weights.fold is not None, "nothing else adds it"
-            self._multiply([(up, weights.kept_bias), (weights.fold, weights.bias)], read, [rows, given])
-        else:
-            self._multiply([(up, weights.kept_bias)], read, [rows])
-            self._predict(prepared.predicted, read, given)
-        first, *other = rows.chunk(weights.k, dim=1)
-        inner = self._rows(weights.kept)
-        self._operation("gate", Activation.of(weights.neurons.activation), first, other[0] if other else None, inner)
-        self._multiply([(down, None)], inner, [kept])
-        self._add(given, kept, given)
+        self._operation("folded", whole.arguments, read, None, given)
 
     def _dense_ffn(self, block: nn.Module, family: Family, read: Tensor, given: Tensor) -> None:
         up, down = _part(block, family.up), _part(block, family.down)
@@ -272,18 +249,14 @@ class Program:
         )
 
     def _products(self, layers: Sequence[nn.Module], x: Tensor, outputs: Sequence[Tensor]) -> None:
-        self._multiply([self._matrix(layer) for layer in layers], x, outputs)
-
-    def _multiply(
-        self, matrices: Sequence[tuple[AnyMatrix, Tensor | None]], x: Tensor, outputs: Sequence[Tensor]
-    ) -> None:
-        products = (Product * len(matrices))()
-        for product, (matrix, bias), y in zip(products, matrices, outputs, strict=True):
+        products = (Product * len(layers))()
+        for product, layer, y in zip(products, layers, outputs, strict=True):
+            matrix, bias = self._matrix(layer)
             if not readable(matrix, self._dtype):
                 raise NotWholeError("the kernels do not read the weights of a layer as they lie.")
             self._kept += [matrix, bias, y]
             product.weight, product.bias, product.y = Matrix.of(matrix), Vector.of(bias, y.shape[1]), y.data_ptr()  # type: ignore[arg-type]
-        self._operation("products", products, x, None, outputs[0], len(matrices))
+        self._operation("products", products, x, None, outputs[0], len(layers))
 
     def _matrix(self, layer: nn.Module) -> tuple[AnyMatrix, Tensor | None]:
         """The weight of a linear layer as the kernels read it, and its bias."""

@@ -163,7 +163,9 @@ class TritonBackend:
         return Codes.of(matrix) if isinstance(matrix, PackedMatrix) and matrix.planes.is_cuda else None
 
     def prepare(self, weights: FoldedWeights, dtype: torch.dtype) -> TritonFFN | None:
-        """A folded FFN for the kernels, if dense matrices are contiguous in this dtype."""
+        """A folded FFN for the kernels, if it keeps no neurons and dense matrices are contiguous in this dtype."""
+        if weights.kept:
+            return None
         dense = [part for part in (weights.fold, weights.up, weights.down) if isinstance(part, Tensor)]
         if not all(part.is_contiguous() and part.dtype == dtype for part in dense):
             return None
