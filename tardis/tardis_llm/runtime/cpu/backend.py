@@ -43,7 +43,7 @@ class CpuFFN:
         self._d, self._h = predictor.columns, neurons.count
         predicted = (None, None, None) if weights.static else (predictor, weights.up, weights.down)
         kept = weights.kept_up, weights.kept_down
-        matrices = [Matrix.of(matrix) for matrix in (weights.fold, *predicted, *kept)]  # type: ignore[arg-type]
+        matrices = [Matrix.of(matrix) for matrix in (weights.fold, *predicted, *kept)]
         h, k = self._h, weights.k
         vectors = weights.bias, weights.b1, *neurons.tensors, weights.kept_bias
         sizes = self._d, k * h, h, h, k * h, h, k * weights.kept
