@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+import real_models
 from equal_models import gguf_file
 from equal_subjects import DENSE, HEAD_BITS, KINDS, OURS, SUBJECTS
 from llama_cpp import bytes_of, file_of_shape, measured_on, model_of_shape, taken_in_turns
@@ -62,12 +64,20 @@ def variants(subject: str, entries: dict[str, Any], chosen: argparse.Namespace) 
         if name in OURS:
             made[name] = _random_dense(name, model)
         elif real:
-            made[name] = loaded_variants(load_model(str(chosen.folds / f"{subject}-{name}")))[0]
+            fold = loaded_variants(load_model(str(chosen.folds / f"{subject}-{name}")))[0]
+            made[name] = replace(fold, ids=_judged_text(subject, chosen))
         else:
             bits = math.ceil(statistics.mean(found["bits"]))
             select = KINDS[name.partition("@")[0]]
             made[name] = random_variant(model, RandomFold(bits, 4, 4, 4, found["fix_rate"], select, found["kept"]))
     return made
+
+
+def _judged_text(subject: str, chosen: argparse.Namespace) -> torch.Tensor:
+    """[n] the token ids of the first text that the subject is judged on: what is fixed depends on the text."""
+    own = SUBJECTS[subject]
+    windows = real_models.texts(own.load()[1], chosen.data, chosen.tokens or own.tokens, own.length)
+    return windows[own.texts[0]].flatten()
 
 
 def _random_dense(name: str, model: PreTrainedModel) -> Variant:

@@ -39,6 +39,7 @@ from tardis_llm.runtime.prefill import set_prefill
 
 LLAMA = "llama.cpp"
 Seconds = dict[str, list[float]]
+_TEXT = 64  # tokens that are decoded behind, where prompts are text
 
 
 def model_of_shape(shape: str, layers: int) -> PreTrainedModel:
@@ -127,7 +128,7 @@ def taken_in_turns(
         steps[name] = lambda llama=llama: llama.timed(chosen.steps, 8)["step"]  # type: ignore[misc]
         firsts[name] = lambda llama=llama: llama.timed(1, chosen.prompt)["first"]  # type: ignore[misc]
     for name, variant in ours.items():
-        steps[name] = steps_of(variant, 8, chosen)
+        steps[name] = steps_of(variant, 8 if variant.ids is None else _TEXT, chosen)
         firsts[name] = firsts_of(variant, chosen.prompt, chosen.batch)
     decoded = take_turns(steps, chosen.rounds, lambda *_: None, "decoding")
     return decoded, take_turns(firsts, max(2, chosen.rounds // 2), lambda *_: None, "prompts")

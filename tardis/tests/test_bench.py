@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from tardis_llm.evaluation.machine import cpu_name, read_bandwidth
 from tardis_llm.evaluation.shapes import SHAPES, shaped_model
 from tardis_llm.evaluation.speed import step_bytes
 from tardis_llm.evaluation.turns import Ratio, take_turns
-from tardis_llm.evaluation.variants import RIVALS, folded, rival
+from tardis_llm.evaluation.variants import RIVALS, Variant, folded, rival
 from tardis_llm.families.sites import find_ffns
 from tardis_llm.ffn.weights import Storage
 from tardis_llm.runtime.placing import folded_ffns
@@ -316,10 +317,32 @@ def test_a_checkpoint_is_measured_and_records_its_crossover(
     assert_refused(tardis("bench", folded_dir, *few, "--against", "int8"), "--against MODEL,int8")
 
 
+def test_prompts_are_of_the_text_that_is_given(
+    tardis: Callable[..., Result], hub: str, tiny_gpt2: tuple[Path, PreTrainedModel], tmp_path: Path
+):
+    text = tmp_path / "text.txt"
+    text.write_text("What is fixed depends on the text that a model reads. " * 8)
+    quick = ("--batch", 2, "--steps", 1, "--rounds", 2, "--prompt", 4)
+    assert "random tokens" in tardis("bench", hub, *quick).err
+    given = tardis("bench", hub, *quick, "--text", text)
+    assert given.code == 0 and "random tokens" not in given.err
+    assert_refused(tardis("bench", hub, *quick, "--prompt", 400, "--text", text), "do not fit")
+    text.write_text("Short.")
+    assert_refused(tardis("bench", hub, *quick, "--text", text), "give more text")
+
+
+def test_prompts_are_stretches_of_a_text_spread_over_it():
+    variant = Variant("any", tiny_model("gpt2"), nullcontext, torch.arange(11))
+    assert variant.prompt(2, 3).tolist() == [[0, 1, 2], [5, 6, 7]]
+    with pytest.raises(InvalidInputError, match="11 tokens"):
+        variant.prompt(2, 6)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((), "--shape NAME"),
+        (("--shape", "gpt2", "--text", "x"), "--text is for a MODEL"),
         (("x", "--shape", "gpt2"), "--shape NAME"),
         (("--shape", "gpt2", "--record"), "folded directory"),
         (("--shape", "gpt9"), "no shape"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,10 +12,11 @@ from rich.markup import escape
 from transformers import PreTrainedModel
 
 from ..calibration.limits import check_length
+from ..calibration.text import encode
 from ..checkpoint.config_file import load_config, quantisation
 from ..checkpoint.folded import holds_fold, record_crossover
 from ..checkpoint.format import METHOD
-from ..checkpoint.loading import DTYPES, dtype_name, load_dense
+from ..checkpoint.loading import DTYPES, dtype_name, load_dense, load_tokenizer
 from ..errors import InvalidInputError
 from ..evaluation.crossover import TOKEN_COUNTS
 from ..evaluation.machine import Machine
@@ -22,7 +24,7 @@ from ..evaluation.shapes import SHAPES, RandomFold, shaped_model
 from ..evaluation.speed import SpeedReport, Timing, VariantSpeed, measure_speed
 from ..evaluation.variants import FOLDED, RIVALS, Variant, lay_out_all, variants_of_checkpoint, variants_of_dense
 from . import output as show
-from .options import AsJson, check_precision, from_settings
+from .options import AsJson, TextField, TextFile, check_precision, from_settings, read_texts
 
 Model = Annotated[
     str, typer.Argument(metavar="[MODEL]", help="Directory, GGUF file or hub name of a folded or dense model.")
@@ -61,6 +63,8 @@ def bench(
     *,
     timing: Timing,
     random_fold: RandomFold,
+    text: TextFile = None,
+    text_field: TextField = None,
     record: Record = False,
     as_json: AsJson = False,
 ) -> None:
@@ -68,10 +72,15 @@ def bench(
 
     A folded MODEL is measured as it is. A dense MODEL or a shape gets a random fold, whose ranges leave out a stated
     share of the neurons: so speed is known before anything is folded.
+
+    How many neurons a folded MODEL fixes depends on the text: --text says where prompts are from. Without, they are
+    random tokens, of which folds usually fix more.
     """
     clock = show.Clock()
     if bool(shape) == bool(model):
         raise InvalidInputError(f"give a MODEL, or --shape NAME, one of {', '.join(SHAPES)}.")
+    if text is not None and not model:
+        raise InvalidInputError("--text is for a MODEL: shapes have random weights, and no tokenizer.")
     checkpoint = bool(model) and quantisation(load_config(model)) == METHOD
     if record and not (checkpoint and holds_fold(Path(model))):
         raise InvalidInputError("--record writes into a folded directory; give one as MODEL.")
@@ -80,6 +89,9 @@ def bench(
         variants = variants_of_checkpoint(model, rivals, dtype)
     else:
         variants = variants_of_dense(_dense(context, model, shape, layers, dtype), rivals, random_fold)
+    if text is not None:
+        ids = torch.tensor(encode(load_tokenizer(model), read_texts([text], text_field)[0].text))
+        variants = [replace(variant, ids=ids) for variant in variants]
     report = _measure(shape or model, variants, timing)
     if record and report.pays_up_to is not None:
         record_crossover(Path(model), report.pays_up_to)
@@ -89,6 +101,8 @@ def bench(
     _print(report)
     if report.crossover:
         show.say(_verdict(report) + (" Recorded: prefill auto runs FFNs dense beyond that." if record else ""))
+    if checkpoint and text is None:
+        show.say("Prompts were random tokens, of which folds usually fix more than of text; give --text for yours.")
     show.say(clock.sentence())
 
 

@@ -40,15 +40,28 @@ class Variant:
         name: name in tables and reports.
         model: the model that this is a form of.
         within: the context in which the model has this form.
+        ids: [n] token ids of a text that prompts are taken from; None for random tokens.
     """
 
     name: str
     model: PreTrainedModel
     within: Callable[[], AbstractContextManager[None]]
+    ids: Tensor | None = None
 
     def prompt(self, batch: int, tokens: int) -> Tensor:
-        """Random token ids [batch, tokens]."""
-        return random_ids(self.model, batch, tokens, seed=3)
+        """Token ids [batch, tokens]: stretches of the text, evenly spread, or random ones.
+
+        Raises:
+            InvalidInputError: the text is shorter than that.
+        """
+        if self.ids is None:
+            return random_ids(self.model, batch, tokens, seed=3)
+        apart = len(self.ids) // batch
+        if apart < tokens:
+            raise InvalidInputError(
+                f"the text has {len(self.ids)} tokens, and prompts take {batch} times {tokens}; give more text."
+            )
+        return self.ids[: batch * apart].view(batch, apart)[:, :tokens].contiguous()
 
 
 def rival(name: str, model: PreTrainedModel) -> Variant:
