@@ -113,17 +113,22 @@ def _cheapest_bins(moments: BinnedMoments, gain: Tensor, price: float, unfixed: 
 
     Neurons do not depend on each other: one whose range stays in a round has found it.
     """
-    inside = _bins_between(*cheapest_interval(unfixed - price * moments.count))
-    moved = (~inside).any(1)
-    for _ in range(_ROUNDS - 1):
-        rows = moved.nonzero()[:, 0]
+    before = _bins_between(*cheapest_interval(unfixed - price * moments.count))
+    inside = _anew(moments, gain, price, before)
+    rows = (inside != before).any(1).nonzero()[:, 0]
+    for _ in range(_ROUNDS - 2):
         if not len(rows):
             break
-        some, before = moments.at(rows), inside[rows]
-        cost = squared_residuals(some, *fit_lines(some, before)) * gain[rows, None]
-        inside[rows] = after = _bins_between(*cheapest_interval(cost - price * some.count))
-        moved[rows] = (after != before).any(1)
+        before = inside[rows]
+        inside[rows] = after = _anew(moments.at(rows), gain[rows], price, before)
+        rows = rows[(after != before).any(1)]
     return inside
+
+
+def _anew(moments: BinnedMoments, gain: Tensor, price: float, inside: Tensor) -> Tensor:
+    """[h, BINS] bool, the cheapest bins for the lines that are fitted inside the present ones."""
+    cost = squared_residuals(moments, *fit_lines(moments, inside)) * gain[:, None]
+    return _bins_between(*cheapest_interval(cost - price * moments.count))
 
 
 def _error_unfixed(moments: BinnedMoments, gain: Tensor) -> Tensor:
