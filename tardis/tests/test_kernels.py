@@ -93,7 +93,13 @@ def input_rounding(x: Tensor, matrix: PackedMatrix, bits: int = 16) -> Tensor:
     for group in x.double().abs().split(matrix.group_size, 1):
         steps.append((group.amax(1, keepdim=True) / (127 if bits == 8 else 32639)).expand_as(group))
     # 1 % for the rounding of the step itself and of x over the step, both in fp32
-    return torch.cat(steps, 1) @ matrix.dequantise().double().abs().T * 0.505
+    return torch.cat(steps, 1) @ magnitudes(matrix) * 0.505
+
+
+@functools.lru_cache(maxsize=8)
+def magnitudes(matrix: PackedMatrix) -> Tensor:
+    """[in, out] in fp64, of a matrix that is asked for again and again in a test."""
+    return matrix.dequantise().double().abs().T
 
 
 def lowbit_linear(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None, bits: int = 16) -> Tensor:
