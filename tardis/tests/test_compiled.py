@@ -43,7 +43,7 @@ needs_library = pytest.mark.skipif(
 ALIBI_NAMES = ["bloom", "mpt", "falcon_alibi"]
 STORAGES = [Storage(64), Storage(64, 8, 4)]
 #: inductor makes code of a graph, for which it calls a C++ compiler again and again
-every_backend = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=long)])
+every_backend = pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 
 
 @pytest.fixture(autouse=True)
@@ -224,6 +224,7 @@ def record(decoder: Decoder) -> list[list[list[int]]]:
     return seen
 
 
+@long
 @every_backend
 def test_the_command_line_generates_the_same_text_compiled(
     backend: str, tardis: Callable[..., Result], sample_folded: Path, monkeypatch: pytest.MonkeyPatch
@@ -233,6 +234,7 @@ def test_the_command_line_generates_the_same_text_compiled(
     assert json.loads(tardis(*arguments, "--compile").out)["text"] == json.loads(tardis(*arguments).out)["text"]
 
 
+@long
 @every_backend
 def test_the_command_line_measures_compiled_steps(
     backend: str, tardis: Callable[..., Result], small_shape: str, monkeypatch: pytest.MonkeyPatch

@@ -139,7 +139,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 def test_a_fold_killed_at_random_moments_resumes_to_the_same_bytes(
     start: Callable[..., ForkServerProcess], whole: Path, tmp_path: Path
 ):
-    seconds, kills, moments, expected = 4.0, 0, random.Random(0), contents(whole)
+    seconds, kills, moments, expected = 2.0, 0, random.Random(0), contents(whole)
     while kills < KILLS:
         process = start("--resume")
         process.join(moments.uniform(0.1, 0.9) * seconds)

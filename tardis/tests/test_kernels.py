@@ -20,6 +20,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from marks import long
 from models import tiny_model, tokens
 from synthetic import (
     NAMES,
@@ -552,6 +553,7 @@ def alone() -> list[int]:
     return [int(number) for number in done.stdout.split()]
 
 
+@long
 @needs_library
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="this system does not list a process's threads")
 def test_the_kernels_run_on_the_threads_of_torch() -> None:
@@ -559,6 +561,7 @@ def test_the_kernels_run_on_the_threads_of_torch() -> None:
     assert before < with_ours == with_torchs
 
 
+@long
 @needs_library
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_a_forked_child_gets_the_same_without_its_parents_threads() -> None:

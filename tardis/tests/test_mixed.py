@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from folds import assert_resumes, logits, names_as_saved, text
+from folds import assert_resumes, folded_tiny, logits, names_as_saved, text
 from models import tiny_model
 from synthetic import correlated, random_ffn
 from torch import Tensor
@@ -134,9 +134,8 @@ def test_statistics_refit_a_mixed_fold() -> None:
 
 @two_families
 def test_a_model_reads_what_it_reports_and_loads_as_it_was_saved(family: str, tmp_path: Path) -> None:
-    model = tiny_model(family)
-    before = logits(model)
-    report = fold(model, text(), SETTINGS)
+    before = logits(tiny_model(family))
+    model, report = folded_tiny(family, SETTINGS)
     after = logits(model)
     assert 0 < float((after - before).abs().max()) < float("inf")
     assert 0 < report.kept < 1 and 0 < report.fix_rate < 1

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Result
-from folds import assert_resumes, folds_at_random, logits, names_as_saved, text
+from folds import assert_resumes, folded_tiny, folds_at_random, logits, names_as_saved, text
 from models import tiny_model
 from synthetic import correlated, random_ffn
 from torch import Tensor
@@ -129,9 +129,8 @@ def test_statistics_refit_a_static_fold() -> None:
 
 @two_families
 def test_a_model_reads_and_keeps_what_it_reports_and_loads_as_it_was_saved(family: str, tmp_path: Path) -> None:
-    model = tiny_model(family)
-    before = logits(model)
-    report = fold(model, text(), SETTINGS)
+    before = logits(tiny_model(family))
+    model, report = folded_tiny(family, SETTINGS)
     after = logits(model)
     assert 0 < float((after - before).abs().max()) < float("inf")
     for layer in report.layers:

@@ -362,7 +362,7 @@ def operators(found: list[str]) -> Callable[..., Callable[..., Any]]:
     return compiler
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", mostly_long(["gpt2", "llama"], ["gpt2"]))
 @torch.no_grad()
 def test_a_folded_model_traces_whole_with_one_operator_for_each_ffn(chosen: None, name: str) -> None:
     model, ids, found = tiny_model(name, blocks=2), tokens(1, 2), []
