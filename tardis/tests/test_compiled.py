@@ -192,7 +192,10 @@ def test_a_copy_has_a_number_of_its_own_and_no_module_is_kept_alive(clone: Calla
 
 @needs_library
 @torch.no_grad()
-@pytest.mark.parametrize(("backend", "dtype"), [("aot_eager", torch.bfloat16), ("inductor", torch.float32)])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    mostly_long([("aot_eager", torch.bfloat16), ("inductor", torch.float32)], [("aot_eager", torch.bfloat16)]),
+)
 def test_compiled_steps_begin_behind_the_prompt_each_time(
     backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,6 +249,7 @@ def test_the_command_line_measures_compiled_steps(
     assert figures["rows"][-1]["union_fix_rate"] == pytest.approx(0.05, abs=0.03)
 
 
+@long
 def test_without_a_compiler_it_says_what_to_do(tardis: Callable[..., Result], tiny_dir: Path) -> None:
     with inductor.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
         result = tardis("generate", tiny_dir, "abc", "--compile", "--max-new-tokens", 4, "--json")

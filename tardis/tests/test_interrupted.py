@@ -20,6 +20,7 @@ import pytest
 import torch
 from conftest import QUICK_TINY, Result, assert_refused
 from folds import SETTINGS, folded_tiny, text
+from marks import long
 from models import LAYERS, tiny_model
 from processes import skip_where_ignored
 
@@ -136,6 +137,7 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
 
+@long
 def test_a_fold_killed_at_random_moments_resumes_to_the_same_bytes(
     start: Callable[..., ForkServerProcess], whole: Path, tmp_path: Path
 ):
