@@ -193,8 +193,7 @@ def test_a_copy_has_a_number_of_its_own_and_no_module_is_kept_alive(clone: Calla
 @needs_library
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("backend", "dtype"),
-    mostly_long([("aot_eager", torch.bfloat16), ("inductor", torch.float32)], [("aot_eager", torch.bfloat16)]),
+    ("backend", "dtype"), [("aot_eager", torch.bfloat16), pytest.param("inductor", torch.float32, marks=long)]
 )
 def test_compiled_steps_begin_behind_the_prompt_each_time(
     backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
