@@ -35,7 +35,7 @@ test: venv
 	$(PYTEST) -m "not long" tardis/tests
 	$(PYTEST) -c $(INDEX) doraemon/tests doraemon/doraemon
 
-# What takes long and seldom fails: every family and GPU where `make test` has some of each.
+# What takes long and seldom fails: every family where `make test` has some, compilers, and processes of their own.
 test-long: venv
 	$(PYTEST) -m long tardis/tests
 

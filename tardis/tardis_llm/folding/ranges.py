@@ -133,10 +133,8 @@ def _anew(moments: BinnedMoments, gain: Tensor, price: float, inside: Tensor) ->
 
 def _error_unfixed(moments: BinnedMoments, gain: Tensor) -> Tensor:
     """[h, BINS] squared output error in each bin, of lines that are fitted to all bins."""
-    return (
-        squared_residuals(moments, *fit_lines(moments, torch.ones_like(moments.count, dtype=torch.bool)))
-        * gain[:, None]
-    )
+    everywhere = torch.ones_like(moments.count, dtype=torch.bool)
+    return squared_residuals(moments, *fit_lines(moments, everywhere)) * gain[:, None]
 
 
 def highest_price(moments: BinnedMoments, gain: Tensor) -> float:
