@@ -81,7 +81,7 @@ def test_what_is_fixed_most_is_kept_and_bytes_are_those_of_a_dynamic_fold(k: int
 
 @both_kinds
 def test_the_more_bytes_the_less_error_and_the_more_neurons(k: int) -> None:
-    found = [made(k, rate) for rate in (0.1, 0.3, 0.5, 0.9)]
+    found = [made(k, rate) for rate in (0.1, 0.5, 0.9)]
     assert [weights.kept for weights, _ in found] == sorted(weights.kept for weights, _ in found)
     errors = [quality.error for _, quality in found]
     assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-3 < errors[0]
@@ -129,7 +129,7 @@ def test_statistics_refit_a_mixed_fold() -> None:
     assert torch.equal(module.weights.bias, refitted.bias)  # type: ignore[arg-type]
     assert torch.equal(module.weights.b1, weights.b1)  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match="another"):
-        module.swap(made(rate=0.3)[0])
+        module.swap(made(rate=0.1)[0])
 
 
 @two_families
