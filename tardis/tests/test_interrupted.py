@@ -157,7 +157,7 @@ def test_a_fold_killed_at_random_moments_resumes_to_the_same_bytes(
     assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")] == []
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGHUP, 129, marks=long)])
 def test_a_fold_that_is_asked_to_end_says_how_to_go_on(
     start: Callable[..., ForkServerProcess], tmp_path: Path, number: signal.Signals, code: int
 ):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from folds import assert_resumes, folded_tiny, logits, names_as_saved, text
+from marks import mostly_long
 from models import tiny_model
 from synthetic import correlated, random_ffn
 from torch import Tensor
@@ -156,12 +157,12 @@ def test_a_model_reads_what_it_reports_and_loads_as_it_was_saved(family: str, tm
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
-@two_families
+@pytest.mark.parametrize("family", mostly_long(["gpt2", "llama"], ["llama"]))
 def test_an_interrupted_fold_resumes_to_the_same_bytes(family: str, tmp_path: Path) -> None:
     assert_resumes(family, SETTINGS, tmp_path)
 
 
-@two_families
+@pytest.mark.parametrize("family", mostly_long(["gpt2", "llama"], ["llama"]))
 def test_exact_prompts_compute_every_neuron(family: str) -> None:
     model = tiny_model(family, dtype=torch.bfloat16)
     before = logits(model)

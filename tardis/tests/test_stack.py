@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import Result, assert_refused
 from folds import SETTINGS, assert_resumes, folded_tiny, logits
+from marks import mostly_long
 from models import tiny_model
 from safetensors.torch import load_file
 from synthetic import correlated, fallback, fitted, forward, normal, random_ffn, stored_fold
@@ -155,7 +156,7 @@ def test_more_bits_leave_less_error() -> None:
     assert sorted(errors, reverse=True) == errors
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "falcon"])
+@pytest.mark.parametrize("name", mostly_long(["gpt2", "opt", "falcon"], ["gpt2", "opt"]))
 def test_a_stacked_model_reads_and_keeps_what_it_reports(name: str) -> None:
     model = tiny_model(name)
     dense = sum(tensor.nbytes for key, tensor in model.state_dict().items() if "fc" in key or "mlp" in key)
