@@ -28,13 +28,14 @@ $(VENV)/.complete: $(CONFIG) tardis/constraints.txt tardis/CMakeLists.txt $(KERN
 demo: venv
 	$(BIN)/tardis demo
 
-# One thread and one process per core: threads that share a core make tests of small models many times slower.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
+# One thread and one process per core: threads that share a core make tests of small models many times slower. Bytecode is
+# kept, whatever the shell says: without it every process of the tests compiles what it imports anew.
+PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 test: venv
 	$(PYTEST) -m "not long" tardis/tests
 	$(PYTEST) -c $(INDEX) doraemon/tests doraemon/doraemon
 
-# What takes long and seldom fails: every family and GPU where `make test` has some of each.
+# What takes long and seldom fails: every family where `make test` has some, compilers, and processes of their own.
 test-long: venv
 	$(PYTEST) -m long tardis/tests
 

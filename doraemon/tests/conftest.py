@@ -20,7 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--examples", type=int, default=6, help="examples per stateful test")
     parser.addoption("--crashes", type=int, default=6, help="how often a writer is killed")
     parser.addoption("--mutations", type=int, default=150, help="how many changed files are opened, with each engine")
-    parser.addoption("--stress", type=float, default=2.0, help="seconds of each thread test")
+    parser.addoption("--stress", type=float, default=1.0, help="seconds of each thread test")
 
 
 #: methods whose examples need a package that is optional

@@ -30,17 +30,19 @@ def delta_of(run: Run, changes: dict[int, int]) -> Delta:
 
 
 def answers(view: View, queries: Codes) -> list[list[int]]:
+    """Of batches; single questions, some of which are asked as well, must have the same."""
     found: list[list[int]] = []
+    some = slice(None, None, 5)
     for right in (False, True):
         ranks = np.empty(len(queries), dtype=np.int64)
         view.ranks(queries, right, False, ranks)
         single = view.right if right else view.left
-        assert [single(code) for code in queries.tolist()] == ranks.tolist()
+        assert [single(code) for code in queries[some].tolist()] == ranks[some].tolist()
         found.append(ranks.tolist())
     present = np.empty(len(queries), dtype=np.bool_)
     layers, positions = np.empty(len(queries), dtype=np.uint8), np.empty(len(queries), dtype=np.int64)
     view.find_many(queries, present, layers, positions)
-    assert [view.contains(code) for code in queries.tolist()] == present.tolist()
+    assert [view.contains(code) for code in queries[some].tolist()] == present[some].tolist()
     ranks, counts = np.empty(len(queries), dtype=np.int64), np.empty(len(queries), dtype=np.int64)
     view.count_many(queries, ranks, counts)
     places = (present, layers[present], positions[present])

@@ -1,8 +1,8 @@
 """Commands on the device that `on_device.py` makes up, which must find there what they find on the CPU.
 
-    python commands_on_device.py FOLDER MODEL
+    python commands_on_device.py FOLDER
 
-prints one JSON object: what each command found on the CPU, and what there; and beside, what `on_device.py MODEL` finds.
+prints one JSON object: what each command found on the CPU, and what there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from unittest.mock import patch
 from harness_data import write_items
 from models import tiny_model, tiny_tokenizer
 from on_device import NAME, SMALL, register
-from on_device import found as folds_found
 
 from tardis_llm import sample
 from tardis_llm.checkpoint import loading
@@ -86,9 +85,8 @@ def both() -> dict[str, list[Any]]:
 def main() -> None:
     """Print what is found."""
     register()
-    folds = folds_found(sys.argv[2:])
     with patch.object(loading, "_arguments", eager):
-        sys.stdout.write(json.dumps({**folds, "commands": both()}))
+        sys.stdout.write(json.dumps(both()))
 
 
 if __name__ == "__main__":

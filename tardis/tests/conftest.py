@@ -24,7 +24,7 @@ os.environ["COLUMNS"] = "400"
 # Nothing heavy is imported here but where it is used: a process that only hands out tests to others imports this, too.
 
 #: the sample folded coarsely, but for real, in seconds
-QUICK_SAMPLE = ("--tokens", "3072", "--probe-tokens", "512", "--predictor-bits", "1", "--reduction", "0.78")
+QUICK_SAMPLE = ("--tokens", "3072", "--split", "uniform", "--predictor-bits", "1", "--reduction", "0.78")
 #: the tiny model folds in a second
 QUICK_TINY = (
     *("--tokens", "4096", "--probe-tokens", "256", "--sequence-length", "32"),

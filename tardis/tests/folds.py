@@ -32,10 +32,10 @@ def text(windows: int = 40) -> Tensor:
 
 
 @cache
-def folded_tiny(name: str) -> tuple[PreTrainedModel, FoldReport]:
-    """`tiny_model(name)`, folded with `SETTINGS` on `text()`."""
+def folded_tiny(name: str, settings: FoldConfig = SETTINGS) -> tuple[PreTrainedModel, FoldReport]:
+    """`tiny_model(name)`, folded on `text()`."""
     model = tiny_model(name)
-    return model, fold(model, text(), SETTINGS)
+    return model, fold(model, text(), settings)
 
 
 def folds_at_random(
@@ -55,8 +55,7 @@ def names_as_saved(model: PreTrainedModel, report: FoldReport, directory: Path) 
 
 def assert_resumes(family: str, settings: FoldConfig, directory: Path) -> None:
     """Check that a fold that is interrupted behind its first layer goes on to the bytes of one that was not."""
-    whole, resumed = tiny_model(family), tiny_model(family)
-    fold(whole, text(), settings)
+    (whole, _), resumed = folded_tiny(family, settings), tiny_model(family)
 
     def stop(stage: str, done: int, total: int) -> None:
         if stage == "folding layers" and done == 1:

@@ -16,7 +16,7 @@ def mostly_long(values: Iterable[Any], quick: Collection[Any]) -> list[Any]:
     return [value if value in quick else _marked(value) for value in values]
 
 
-def in_turns(rows: Iterable[Any], columns: Collection[Any], every: int = 3) -> list[Any]:
+def in_turns(rows: Iterable[Any], columns: Collection[Any], every: int = 4) -> list[Any]:
     """All pairs, for `parametrize`; of those of a row, and of a column, one out of `every` is not long."""
     return [
         (row, column) if (i + j) % every == 0 else _marked((row, column))

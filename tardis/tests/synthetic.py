@@ -48,10 +48,14 @@ def correlated(tokens: int, d: int, seed: int = 0) -> Tensor:
     The clusters matter: for normal inputs the lines of single neurons would make the best affine map already. All
     but the draw of the tokens is the same for every seed, so that seeds give different tokens of one distribution.
     """
-    rotation = torch.linalg.qr(normal(d, d, seed=1000 + d)).Q
     spread = torch.logspace(0.3, -1, d)
     cluster = torch.randint(4, (tokens,), generator=generator(seed))
-    return (normal(tokens, d, seed=seed) * spread) @ rotation + normal(4, d, seed=2000 + d)[cluster]
+    return (normal(tokens, d, seed=seed) * spread) @ _rotation(d) + normal(4, d, seed=2000 + d)[cluster]
+
+
+@functools.cache
+def _rotation(d: int) -> Tensor:
+    return torch.linalg.qr(normal(d, d, seed=1000 + d)).Q
 
 
 def random_ffn(d: int, h: int, activation: str = "gelu", seed: int = 0, k: int = 1) -> DenseFFN:
@@ -102,33 +106,44 @@ def residuals(act: Act, z: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
 
 def folded_with(ffn: DenseFFN, low: Tensor, high: Tensor, dtype: torch.dtype = torch.float32) -> FoldedWeights:
     """The fold of random lines, unfitted, with a 4-bit predictor and the given ranges [h]."""
-    slope, offset = 0.3 + 0.2 * normal(len(ffn.w1), seed=7), 0.1 * normal(ffn.h, seed=8)
-    w2 = ffn.w2.repeat(1, ffn.k) * slope  # [d, k h]
+    neurons = lines(ffn, low, high)
+    w2 = ffn.w2.repeat(1, ffn.k) * neurons.slope  # [d, k h]
     weight = w2 @ ffn.w1
-    bias = w2 @ ffn.b1 + ffn.w2 @ offset + ffn.b2
-    neurons = Neurons(ffn.activation, low, high, slope, offset)
+    bias = w2 @ ffn.b1 + ffn.w2 @ neurons.offset + ffn.b2
     return FoldedWeights(weight.to(dtype), bias.to(dtype), quantise(ffn.w1, 4, 16), neurons)
+
+
+def lines(ffn: DenseFFN, low: Tensor, high: Tensor) -> Neurons:
+    """Random lines of an FFN's neurons, the same for every activation, with the given ranges [h]."""
+    slope, offset = 0.3 + 0.2 * normal(len(ffn.w1), seed=7), 0.1 * normal(ffn.h, seed=8)
+    return Neurons(ffn.activation, low, high, slope, offset)
+
+
+def ranges_that_fix(share: str, ffn: DenseFFN) -> tuple[Tensor, Tensor]:
+    """Ranges [h] that all, half or none of the pre-activations, or of the residuals of gated neurons, leave."""
+    everything = torch.full((ffn.h,), torch.inf)
+    if share != "half":
+        return (-everything, everything) if share == "none" else (everything, -everything)
+    width = 0.2 + normal(ffn.h, seed=9).abs()
+    if ffn.k == 1:
+        return ffn.b1 - width, ffn.b1 + width
+    middle = lines(ffn, -everything, everything).residual(ffn.b1[None])[0]
+    return middle - width / 2, middle + width / 2
 
 
 def everything_fixed(ffn: DenseFFN, dtype: torch.dtype = torch.float32) -> FoldedWeights:
     """A fold with empty ranges."""
-    nothing = torch.full((ffn.h,), torch.inf)
-    return folded_with(ffn, nothing, -nothing, dtype)
+    return folded_with(ffn, *ranges_that_fix("all", ffn), dtype)
 
 
 def nothing_fixed(ffn: DenseFFN, dtype: torch.dtype = torch.float32) -> FoldedWeights:
     """A fold with unbounded ranges."""
-    everything = torch.full((ffn.h,), torch.inf)
-    return folded_with(ffn, -everything, everything, dtype)
+    return folded_with(ffn, *ranges_that_fix("none", ffn), dtype)
 
 
 def half_fixed(ffn: DenseFFN, dtype: torch.dtype = torch.float32) -> FoldedWeights:
     """A fold with ranges that about half of the pre-activations, or of the residuals of gated neurons, leave."""
-    width = 0.2 + normal(ffn.h, seed=9).abs()
-    if ffn.k == 1:
-        return folded_with(ffn, ffn.b1 - width, ffn.b1 + width, dtype)
-    middle = nothing_fixed(ffn).neurons.residual(ffn.b1[None])[0]
-    return folded_with(ffn, middle - width / 2, middle + width / 2, dtype)
+    return folded_with(ffn, *ranges_that_fix("half", ffn), dtype)
 
 
 def fitted(
@@ -159,8 +174,15 @@ def stored_fold(
     Rounding takes most of a test's time, so that the same are made once; nobody may change them.
     """
     ffn = random_ffn(d, h, name, k=k)
-    make = {"none": nothing_fixed, "half": half_fixed, "all": everything_fixed}[ranges]
-    return as_stored(make(ffn), ffn, storage, dtype), neuron_major(fallback(ffn, dtype))
+    neurons = lines(ffn, *ranges_that_fix(ranges, ffn))
+    return replace(_stored(d, h, storage, dtype, k), neurons=neurons), neuron_major(fallback(ffn, dtype))
+
+
+@functools.cache
+def _stored(d: int, h: int, storage: Storage, dtype: torch.dtype, k: int) -> FoldedWeights:
+    """What is stored alike for all activations and ranges."""
+    ffn = random_ffn(d, h, k=k)
+    return as_stored(nothing_fixed(ffn), ffn, storage, dtype)
 
 
 def as_stored(folded: FoldedWeights, ffn: DenseFFN, storage: Storage, dtype: torch.dtype) -> FoldedWeights:

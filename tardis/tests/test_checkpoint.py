@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from folds import SETTINGS, folded_tiny, logits, text
+from marks import long
 from models import ENCODER_NAMES, LAYERS, LAYOUTS, tiny_model, tiny_tokenizer, tokens
 from quick_folds import save_quick
 from safetensors.torch import load_file, save_file
@@ -154,6 +155,7 @@ for directory in others:
 """
 
 
+@long
 def test_without_tardis_dense_weights_load_as_the_exact_dense_model_and_weights_in_few_bits_do_not(
     saved: tuple, tmp_path: Path
 ):

@@ -43,7 +43,7 @@ needs_library = pytest.mark.skipif(
 ALIBI_NAMES = ["bloom", "mpt", "falcon_alibi"]
 STORAGES = [Storage(64), Storage(64, 8, 4)]
 #: inductor makes code of a graph, for which it calls a C++ compiler again and again
-every_backend = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=long)])
+every_backend = pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +83,7 @@ def counting(model: PreTrainedModel, graphs: list[int]) -> dict[str, Any]:
 @torch.no_grad()
 @pytest.mark.parametrize(
     "name",
-    mostly_long((name for name in CAUSAL_NAMES if name not in (*ALIBI_NAMES, *NO_GRAPH)), {"gpt2", "phi3", "gemma2"}),
+    mostly_long((name for name in CAUSAL_NAMES if name not in (*ALIBI_NAMES, *NO_GRAPH)), {"gpt2", "phi3"}),
 )
 def test_every_family_without_alibi_decodes_as_one_graph(name: str) -> None:
     model, graphs = quick_fold(name, blocks=2), list[int]()
@@ -192,7 +192,9 @@ def test_a_copy_has_a_number_of_its_own_and_no_module_is_kept_alive(clone: Calla
 
 @needs_library
 @torch.no_grad()
-@pytest.mark.parametrize(("backend", "dtype"), [("aot_eager", torch.bfloat16), ("inductor", torch.float32)])
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("aot_eager", torch.bfloat16), pytest.param("inductor", torch.float32, marks=long)]
+)
 def test_compiled_steps_begin_behind_the_prompt_each_time(
     backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,6 +226,7 @@ def record(decoder: Decoder) -> list[list[list[int]]]:
     return seen
 
 
+@long
 @every_backend
 def test_the_command_line_generates_the_same_text_compiled(
     backend: str, tardis: Callable[..., Result], sample_folded: Path, monkeypatch: pytest.MonkeyPatch
@@ -233,6 +236,7 @@ def test_the_command_line_generates_the_same_text_compiled(
     assert json.loads(tardis(*arguments, "--compile").out)["text"] == json.loads(tardis(*arguments).out)["text"]
 
 
+@long
 @every_backend
 def test_the_command_line_measures_compiled_steps(
     backend: str, tardis: Callable[..., Result], small_shape: str, monkeypatch: pytest.MonkeyPatch
@@ -244,6 +248,7 @@ def test_the_command_line_measures_compiled_steps(
     assert figures["rows"][-1]["union_fix_rate"] == pytest.approx(0.05, abs=0.03)
 
 
+@long
 def test_without_a_compiler_it_says_what_to_do(tardis: Callable[..., Result], tiny_dir: Path) -> None:
     with inductor.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
         result = tardis("generate", tiny_dir, "abc", "--compile", "--max-new-tokens", 4, "--json")

@@ -15,7 +15,7 @@ import torch
 from conftest import Result, assert_refused
 from filelock import FileLock
 from folds import SETTINGS, text
-from marks import mostly_long
+from marks import long, mostly_long
 from models import tiny_model
 
 from tardis_llm import FoldConfig, fold
@@ -35,21 +35,25 @@ def printed(script: str, *arguments: str) -> Any:
     return json.loads(done.stdout)
 
 
+def kept(path: Path, script: str, *arguments: str) -> Any:
+    """What a script of tests prints, which one process of a run of the tests asks it for."""
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            path.write_text(json.dumps(printed(script, *arguments)), encoding="utf-8")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 @pytest.fixture(scope="module")
-def quick(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What tests/on_device.py and tests/commands_on_device.py find with `QUICK`."""
-    kept = shared / "on-device.json"
-    with FileLock(f"{kept}.lock"):
-        if not kept.exists():
-            made = printed("commands_on_device.py", str(tmp_path_factory.mktemp("commands")), QUICK)
-            kept.write_text(json.dumps(made), encoding="utf-8")
-    return json.loads(kept.read_text(encoding="utf-8"))
+def quick(shared: Path) -> Any:
+    """What tests/on_device.py finds with `QUICK`."""
+    return kept(shared / "on-device.json", "on_device.py", QUICK)
 
 
-@pytest.fixture
-def commands(quick: Any) -> Any:
+@pytest.fixture(scope="module")
+def commands(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What commands found on the CPU and on the device that tests make up, by their names."""
-    return quick["commands"]
+    folder = str(tmp_path_factory.mktemp("commands"))
+    return kept(shared / "commands-on-device.json", "commands_on_device.py", folder)
 
 
 def alike(one: Any, other: Any) -> bool:
@@ -77,12 +81,14 @@ def test_tensors_that_stay_behind_are_found(mistake: str, quick: Any) -> None:
     assert "tensors of two devices" in quick["mistakes"][mistake]
 
 
+@long
 @pytest.mark.parametrize("name", ["eval", "eval of tasks", "generate", "generate, sampled"])
 def test_a_command_finds_the_same_on_another_device(commands: Any, name: str) -> None:
     on_cpu, there = commands[name]
     assert there == on_cpu
 
 
+@long
 def test_compare_finds_the_same_on_another_device_by_every_kind_of_method(commands: Any) -> None:
     on_cpu, there = commands["compare"]
     assert len(on_cpu["rows"]) > 10

@@ -20,6 +20,7 @@ import pytest
 import torch
 from conftest import QUICK_TINY, Result, assert_refused
 from folds import SETTINGS, folded_tiny, text
+from marks import long
 from models import LAYERS, tiny_model
 from processes import skip_where_ignored
 
@@ -136,10 +137,11 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
 
+@long
 def test_a_fold_killed_at_random_moments_resumes_to_the_same_bytes(
     start: Callable[..., ForkServerProcess], whole: Path, tmp_path: Path
 ):
-    seconds, kills, moments, expected = 4.0, 0, random.Random(0), contents(whole)
+    seconds, kills, moments, expected = 2.0, 0, random.Random(0), contents(whole)
     while kills < KILLS:
         process = start("--resume")
         process.join(moments.uniform(0.1, 0.9) * seconds)
@@ -155,7 +157,7 @@ def test_a_fold_killed_at_random_moments_resumes_to_the_same_bytes(
     assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")] == []
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGHUP, 129, marks=long)])
 def test_a_fold_that_is_asked_to_end_says_how_to_go_on(
     start: Callable[..., ForkServerProcess], tmp_path: Path, number: signal.Signals, code: int
 ):

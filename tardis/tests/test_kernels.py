@@ -20,6 +20,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from marks import long, mostly_long
 from models import tiny_model, tokens
 from synthetic import (
     NAMES,
@@ -89,11 +91,17 @@ def assert_within(found: Tensor, expected: Tensor, bound: Tensor | float = 0.0) 
 
 def input_rounding(x: Tensor, matrix: PackedMatrix, bits: int = 16) -> Tensor:
     """Bound on what rounding x [tokens, d] to `bits` moves the product with `matrix`: half a step per column."""
-    steps = []
-    for group in x.double().abs().split(matrix.group_size, 1):
-        steps.append((group.amax(1, keepdim=True) / (127 if bits == 8 else 32639)).expand_as(group))
+    d, size = x.shape[1], matrix.group_size
+    largest = F.pad(x.double().abs(), (0, -d % size)).unflatten(1, (-1, size)).amax(2)
+    steps = (largest / (127 if bits == 8 else 32639)).repeat_interleave(size, 1)[:, :d]
     # 1 % for the rounding of the step itself and of x over the step, both in fp32
-    return torch.cat(steps, 1) @ matrix.dequantise().double().abs().T * 0.505
+    return steps @ magnitudes(matrix) * 0.505
+
+
+@functools.lru_cache(maxsize=8)
+def magnitudes(matrix: PackedMatrix) -> Tensor:
+    """[in, out] in fp64, of a matrix that is asked for again and again in a test."""
+    return matrix.dequantise().double().abs().T
 
 
 def lowbit_linear(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None, bits: int = 16) -> Tensor:
@@ -164,9 +172,10 @@ def test_what_overflows_fp16_is_infinite_as_in_torch(isa: str) -> None:
 def test_low_bit_products_for_every_width_and_group_size(isa: str, shape: tuple[int, int], bits: int) -> None:
     for group_size in (1, 7, 64, 100, 256):  # within bytes, across them, divisible by 64, more than the columns
         matrix = packed(*shape, bits, group_size)
+        weight = matrix.dequantise().double().T
         for count in (1, 3, 8):
             x = inputs(count, shape[1])
-            expected = x.double() @ matrix.dequantise().double().T
+            expected = x.double() @ weight
             for activation_bits in (8, 16):
                 bound = input_rounding(x, matrix, activation_bits)
                 assert_within(lowbit_linear(x, matrix, None, activation_bits), expected, bound)
@@ -444,7 +453,7 @@ def test_results_are_the_same_each_time_and_close_for_any_number_of_threads(
     assert all(float((y - results[0]).abs().max() / y.abs().max()) < bound for y in results)
 
 
-@pytest.mark.parametrize("tokens", [5, 9, 64])  # 64 find more at once than wait for their products
+@pytest.mark.parametrize("tokens", mostly_long([5, 9, 64], [5, 64]))  # 64 find more than wait for their products
 @every_fold
 def test_what_a_token_gets_does_not_depend_on_its_batch(isa: str, storage: Storage, k: int, tokens: int) -> None:
     folded, dense = stored_fold(72, 2900, storage, torch.float32, k=k)
@@ -546,6 +555,7 @@ def alone() -> list[int]:
     return [int(number) for number in done.stdout.split()]
 
 
+@long
 @needs_library
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="this system does not list a process's threads")
 def test_the_kernels_run_on_the_threads_of_torch() -> None:
@@ -553,6 +563,7 @@ def test_the_kernels_run_on_the_threads_of_torch() -> None:
     assert before < with_ours == with_torchs
 
 
+@long
 @needs_library
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_a_forked_child_gets_the_same_without_its_parents_threads() -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import QUICK_TINY, Result, assert_refused
 from folds import SETTINGS, logits, text
+from marks import mostly_long
 from models import END, HEADS, HIDDEN, INTERMEDIATE, LAYERS, POSITIONS, VOCAB, randomise, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
@@ -51,7 +52,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "seed_oss": {"num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 172},
     "modernbert": {"local_attention": 8, "global_attn_every_n_layers": 2, "cls_token_id": 1, "sep_token_id": 1},
 }
-every_model = pytest.mark.parametrize("name", list(NAMES))
+every_model = pytest.mark.parametrize("name", mostly_long(NAMES, ("nanochat", "seed_oss", "modernbert")))
 
 
 def unknown_model(name: str) -> PreTrainedModel:

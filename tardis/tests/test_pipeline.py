@@ -32,9 +32,7 @@ def output_error(model: PreTrainedModel, dense: PreTrainedModel) -> float:
 
 
 def folded_error(name: str = "gpt2", **settings: object) -> float:
-    model = tiny_model(name)
-    fold(model, text(), dataclasses.replace(SETTINGS, **settings))
-    return output_error(model, tiny_model(name))
+    return output_error(folded_tiny(name, dataclasses.replace(SETTINGS, **settings))[0], tiny_model(name))
 
 
 @pytest.mark.parametrize("name", mostly_long(FAMILY_NAMES, LAYOUTS))

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from marks import long
 
 import tardis_llm
 
@@ -84,6 +85,7 @@ print(*sys.modules)
 """
 
 
+@long
 def test_loaders_and_servers_import_nothing_that_folds_and_the_command_line_nothing_of_lm_eval() -> None:
     done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, timeout=120, check=True)
     shelves, modules = (set(line.split()) for line in done.stdout.splitlines())

@@ -11,14 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Result, assert_refused
-from folds import SETTINGS, logits, text
+from folds import SETTINGS, assert_resumes, folded_tiny, logits
+from marks import mostly_long
 from models import tiny_model
 from safetensors.torch import load_file
 from synthetic import correlated, fallback, fitted, forward, normal, random_ffn, stored_fold
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from tardis_llm import FoldConfig, fold
+from tardis_llm import FoldConfig
 from tardis_llm.calibration.tokens import Tokens
 from tardis_llm.checkpoint.folded import save_folded
 from tardis_llm.errors import InvalidInputError
@@ -155,12 +156,12 @@ def test_more_bits_leave_less_error() -> None:
     assert sorted(errors, reverse=True) == errors
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "falcon"])
+@pytest.mark.parametrize("name", mostly_long(["gpt2", "opt", "falcon"], ["gpt2", "opt"]))
 def test_a_stacked_model_reads_and_keeps_what_it_reports(name: str) -> None:
     model = tiny_model(name)
     dense = sum(tensor.nbytes for key, tensor in model.state_dict().items() if "fc" in key or "mlp" in key)
     before = logits(model)
-    report = fold(model, text(), STACKED)
+    model, report = folded_tiny(name, STACKED)
     assert (logits(model) - before).abs().max() > 0
     assert bool(torch.isfinite(logits(model)).all())
     ffns = folded_ffns(model)
@@ -188,18 +189,7 @@ def _all(ffns: dict, prefix: str) -> int:  # type: ignore[type-arg]
 
 
 def test_an_interrupted_stacked_fold_resumes_to_the_same_bytes(tmp_path: Path) -> None:
-    whole, resumed = tiny_model("gpt2"), tiny_model("gpt2")
-    fold(whole, text(), STACKED)
-
-    def stop(stage: str, done: int, total: int) -> None:
-        if stage == "folding layers" and done == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fold(tiny_model("gpt2"), text(), STACKED, work=tmp_path / "work", progress=stop)
-    fold(resumed, text(), STACKED, work=tmp_path / "work", resume=True)
-    for (key, one), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
-        assert torch.equal(one, other), key
+    assert_resumes("gpt2", STACKED, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -210,8 +200,7 @@ def test_an_interrupted_stacked_fold_resumes_to_the_same_bytes(tmp_path: Path) -
     ],
 )
 def test_stacked_folds_load_as_they_were_saved(name: str, settings: FoldConfig, tmp_path: Path) -> None:
-    model = tiny_model(name, blocks=2)
-    report = fold(model, text(), settings)
+    model, report = folded_tiny(name, settings)
     save_folded(model, report, tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(loaded), logits(model))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import Result
-from folds import assert_resumes, folds_at_random, logits, names_as_saved, text
+from folds import assert_resumes, folded_tiny, folds_at_random, logits, names_as_saved, text
 from models import tiny_model
 from synthetic import correlated, random_ffn
 from torch import Tensor
@@ -45,13 +46,18 @@ both_kinds = pytest.mark.parametrize("k", [1, 2], ids=["plain", "gated"])
 two_families = pytest.mark.parametrize("family", ["gpt2", "llama"])
 
 
+@cache
 def inputs(tokens: int = 3000) -> Inputs:
     x = correlated(tokens + 500, D)
     return Inputs(Tokens(x[:tokens]), Tokens(x[tokens:]))
 
 
-def made(ffn: DenseFFN, kept: int, config: FoldConfig = CONFIG) -> tuple[FoldedWeights, FoldQuality]:
-    return fold_static(ffn, inputs(), kept, config, FP32)
+@cache
+def made(
+    kept: int, k: int = 1, config: FoldConfig = CONFIG, dtype: torch.dtype = FP32
+) -> tuple[FoldedWeights, FoldQuality]:
+    """The fold of `random_ffn(D, H, k=k)`, which nobody may change."""
+    return fold_static(random_ffn(D, H, k=k), inputs(), kept, config, dtype)
 
 
 def error(weights: FoldedWeights, ffn: DenseFFN, x: Tensor) -> float:
@@ -62,7 +68,7 @@ def error(weights: FoldedWeights, ffn: DenseFFN, x: Tensor) -> float:
 @both_kinds
 def test_the_more_neurons_are_kept_the_less_error_is_left(k: int) -> None:
     ffn, held = random_ffn(D, H, k=k), inputs().heldout.x
-    found = [made(ffn, kept) for kept in (16, 48, 96, 128)]
+    found = [made(kept, k) for kept in (16, 48, 96, 128)]
     errors = [quality.error for _, quality in found]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 1e-3 < errors[0]  # all are kept, in 8 bits
@@ -85,7 +91,7 @@ def test_neurons_that_a_line_does_for_are_folded() -> None:
 
 def test_kept_neurons_make_up_for_what_no_fold_does() -> None:
     ffn = random_ffn(D, H)
-    weights, _ = made(ffn, 64)
+    weights, _ = made(64)
     neurons = error_of_lines(ffn, inputs()).topk(64).indices.sort().values
     assert float((weights.kept_ffn(FP32).w2 - ffn.w2[:, neurons]).norm() / ffn.w2[:, neurons].norm()) > 0.02
     assert float((weights.kept_ffn(FP32).w1 - ffn.w1[neurons]).norm() / ffn.w1[neurons].norm()) < 0.02
@@ -95,7 +101,7 @@ def test_kept_neurons_make_up_for_what_no_fold_does() -> None:
 @pytest.mark.parametrize("tokens", [1, 3, 40])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, FP32])
 def test_kernels_compute_what_the_reference_does(isa: str, k: int, tokens: int, dtype: torch.dtype) -> None:
-    weights, _ = fold_static(random_ffn(D, H, k=k), inputs(), 64, replace(CONFIG, fallback_bits=4), dtype)
+    weights, _ = made(64, k, replace(CONFIG, fallback_bits=4), dtype)
     x = correlated(tokens, D, seed=3).to(dtype)
     ffn = FoldedFFN(weights)
     ffn.lay_out(dtype)
@@ -106,7 +112,7 @@ def test_kernels_compute_what_the_reference_does(isa: str, k: int, tokens: int, 
 
 def test_statistics_refit_a_static_fold() -> None:
     ffn = random_ffn(D, H)
-    weights, _ = made(ffn, 64)
+    weights, _ = made(64)
     other = correlated(2000, D, seed=9) + 0.5
     statistics = Statistics.zeros(D, H)
     statistics.add(other, ffn, weights)
@@ -118,14 +124,13 @@ def test_statistics_refit_a_static_fold() -> None:
         assert before.bias is not None and after.bias is not None
         assert torch.equal(before.bias, after.bias)
     with pytest.raises(InvalidInputError, match="another"):
-        module.swap(made(ffn, 48)[0])
+        module.swap(made(48)[0])
 
 
 @two_families
 def test_a_model_reads_and_keeps_what_it_reports_and_loads_as_it_was_saved(family: str, tmp_path: Path) -> None:
-    model = tiny_model(family)
-    before = logits(model)
-    report = fold(model, text(), SETTINGS)
+    before = logits(tiny_model(family))
+    model, report = folded_tiny(family, SETTINGS)
     after = logits(model)
     assert 0 < float((after - before).abs().max()) < float("inf")
     for layer in report.layers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import struct
@@ -79,15 +80,13 @@ def test_a_survey_without_text_cannot_be_drawn(tmp_path: Path):
 
 @pytest.mark.parametrize("layers", [None, (1,)])
 def test_a_folded_model_is_drawn(layers: tuple[int, ...] | None, tmp_path: Path):
-    model = tiny_model("opt")
-    report = fold(model, text(), dataclasses.replace(SETTINGS, layers=layers))
+    model, report = folded_tiny("opt", dataclasses.replace(SETTINGS, layers=layers))
     plot_fold(model, report, tmp_path / "fold.png")
     assert is_png(tmp_path / "fold.png")
 
 
 def test_ranges_that_are_all_open_or_all_empty_are_drawn(tmp_path: Path):
-    model = tiny_model("gpt2")
-    report = fold(model, text(), SETTINGS)
+    model, report = copy.deepcopy(folded_tiny("gpt2"))
     for bound in (torch.inf, -torch.inf):
         for ffn in folded_ffns(model).values():
             ffn.low.fill_(-bound)

@@ -66,6 +66,11 @@ class BinnedMoments(Sums):
         """[h, BINS] tokens per bin."""
         return self.sums[0]
 
+    def at(self, neurons: Tensor) -> BinnedMoments:
+        """Those of some neurons, by their numbers."""
+        sums = self.sums[:, neurons]
+        return BinnedMoments(self.activation, self.edge[neurons], self.width[neurons], sums, self.tokens)
+
     def edges(self) -> Tensor:
         """[h, BINS + 1] fp32: the bins' edges; the first is -inf and the last inf, as the outer bins are open."""
         steps = torch.arange(BINS + 1, dtype=torch.float32, device=self.edge.device)

@@ -23,7 +23,7 @@ from ..ffn.neuron import Neurons, value
 from ..ffn.packed import PackedMatrix
 from ..ffn.weights import DenseFFN, FoldedWeights
 from .lines import fit_gated_lines
-from .ranges import Ranges, coverage_ranges_at, error_ranges, error_ranges_at, highest_price
+from .ranges import Ranges, coverage_ranges_at, error_ranges_at, range_curve
 from .refit import fit_fold, fold_error, fold_of_lines
 from .ridge import Spectrum, linearity
 from .rounding import quantise
@@ -205,12 +205,7 @@ def error_curve(ffn: DenseFFN, predicted: AnyPredicted, points: int) -> list[tup
     """(fix rate, squared output error left in range) on held-out tokens, at prices from fixing none to nearly all."""
     if isinstance(predicted, PredictedGated):
         return score_curve(predicted.heldout, points)
-    curve = []
-    top = 1.05 * highest_price(predicted.fit, ffn.gain)
-    for price in (top * torch.logspace(0, -7, points, dtype=torch.float64)).tolist():
-        ranges = error_ranges(predicted.fit, ffn.gain, price)
-        curve.append((ranges.fix_rate(predicted.heldout), ranges.error(predicted.heldout, ffn.gain)))
-    return curve
+    return range_curve(predicted.fit, predicted.heldout, ffn.gain, points)
 
 
 @dataclass(frozen=True)

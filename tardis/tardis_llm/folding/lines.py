@@ -18,7 +18,7 @@ def fit_lines(moments: BinnedMoments, inside: Tensor) -> tuple[Tensor, Tensor]:
         moments: of the neurons.
         inside: [h, BINS] bool.
     """
-    n, z, zz, a, az, _ = (moments.sums[1:] * inside).sum(-1)
+    n, z, zz, a, az = (moments.sums[1:6] * inside).sum(-1)
     n = divisor(n)
     variance = zz / n - (z / n) ** 2
     covariance = az / n - a * z / n**2

@@ -42,7 +42,7 @@ class Ranges:
 
     def fix_rate(self, moments: BinnedMoments) -> float:
         """Mean share of neurons fixed per token, on the tokens of `moments`, in the bins of `inside`."""
-        return 1 - float((moments.count * self.inside).sum() / moments.count.sum())
+        return _fix_rate(moments, self.inside)
 
     def error(self, moments: BinnedMoments, gain: Tensor) -> float:
         """Mean squared output error per token that is left inside the ranges, neurons taken as uncorrelated.
@@ -63,14 +63,7 @@ def error_ranges(moments: BinnedMoments, gain: Tensor, price: float) -> Ranges:
         gain: [h] fp64, |W2[:, i]|^2.
         price: squared output error that one fixed neuron must save.
     """
-    inside = torch.ones_like(moments.count, dtype=torch.bool)
-    for _ in range(_ROUNDS):
-        cost = squared_residuals(moments, *fit_lines(moments, inside)) * gain[:, None]
-        updated = _bins_between(*cheapest_interval(cost - price * moments.count))
-        if torch.equal(updated, inside):
-            break
-        inside = updated
-    return _ranges(moments, inside)
+    return _ranges(moments, _cheapest_bins(moments, gain, price, _error_unfixed(moments, gain)))
 
 
 def error_ranges_at(moments: BinnedMoments, counts: BinnedMoments, gain: Tensor, fix_rate: float) -> Ranges:
@@ -86,15 +79,62 @@ def error_ranges_at(moments: BinnedMoments, counts: BinnedMoments, gain: Tensor,
     """
     if fix_rate >= 1:
         return _fix_all(moments)
+    unfixed = _error_unfixed(moments, gain)
     high = math.log(highest_price(moments, gain))
     low = high - 60
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        if error_ranges(moments, gain, math.exp(middle)).fix_rate(counts) > fix_rate:
+        if _fix_rate(counts, _cheapest_bins(moments, gain, math.exp(middle), unfixed)) > fix_rate:
             low = middle
         else:
             high = middle
-    return error_ranges(moments, gain, math.exp(high))
+    return _ranges(moments, _cheapest_bins(moments, gain, math.exp(high), unfixed))
+
+
+def range_curve(moments: BinnedMoments, counts: BinnedMoments, gain: Tensor, points: int) -> list[tuple[float, float]]:
+    """(fix rate, squared output error left) of `error_ranges`, at prices from fixing none to nearly all.
+
+    Args:
+        moments: calibration tokens on which lines and ranges are fitted.
+        counts: tokens on which rate and error are taken, in the bins of `moments`.
+        gain: [h] fp64.
+        points: how many.
+    """
+    unfixed, curve = _error_unfixed(moments, gain), []
+    prices = 1.05 * highest_price(moments, gain) * torch.logspace(0, -7, points, dtype=torch.float64)
+    for price in prices.tolist():
+        ranges = _ranges(moments, _cheapest_bins(moments, gain, price, unfixed))
+        curve.append((ranges.fix_rate(counts), ranges.error(counts, gain)))
+    return curve
+
+
+def _cheapest_bins(moments: BinnedMoments, gain: Tensor, price: float, unfixed: Tensor) -> Tensor:
+    """[h, BINS] bool, the bins of `error_ranges`, where `unfixed` is `_error_unfixed(moments, gain)`.
+
+    Neurons do not depend on each other: one whose range stays in a round has found it.
+    """
+    before = _bins_between(*cheapest_interval(unfixed - price * moments.count))
+    inside = _anew(moments, gain, price, before)
+    rows = (inside != before).any(1).nonzero()[:, 0]
+    for _ in range(_ROUNDS - 2):
+        if not len(rows):
+            break
+        before = inside[rows]
+        inside[rows] = after = _anew(moments.at(rows), gain[rows], price, before)
+        rows = rows[(after != before).any(1)]
+    return inside
+
+
+def _anew(moments: BinnedMoments, gain: Tensor, price: float, inside: Tensor) -> Tensor:
+    """[h, BINS] bool, the cheapest bins for the lines that are fitted inside the present ones."""
+    cost = squared_residuals(moments, *fit_lines(moments, inside)) * gain[:, None]
+    return _bins_between(*cheapest_interval(cost - price * moments.count))
+
+
+def _error_unfixed(moments: BinnedMoments, gain: Tensor) -> Tensor:
+    """[h, BINS] squared output error in each bin, of lines that are fitted to all bins."""
+    everywhere = torch.ones_like(moments.count, dtype=torch.bool)
+    return squared_residuals(moments, *fit_lines(moments, everywhere)) * gain[:, None]
 
 
 def highest_price(moments: BinnedMoments, gain: Tensor) -> float:
@@ -191,6 +231,10 @@ def cheapest_interval(cost: Tensor) -> tuple[Tensor, Tensor]:
     stop = (prefix[:, 1:] - highest).argmin(1)
     start = where.gather(1, stop[:, None])[:, 0]
     return start, stop + 1
+
+
+def _fix_rate(moments: BinnedMoments, inside: Tensor) -> float:
+    return 1 - float((moments.count * inside).sum() / moments.count.sum())
 
 
 def _bins_between(start: Tensor, stop: Tensor) -> Tensor:

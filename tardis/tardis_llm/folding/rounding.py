@@ -102,6 +102,11 @@ def _nearest(w: Tensor, scale: Tensor, bits: int, zero: float) -> Tensor:
     return (w / scale + zero).round().clamp(0, 2**bits - 1).to(torch.uint8)
 
 
+def _at_level(w: Tensor, scale: Tensor, bits: int, zero: float) -> Tensor:
+    """The levels that `_nearest` has codes of."""
+    return (w / scale).add_(zero).round_().clamp_(0, 2**bits - 1).sub_(zero).mul_(scale)
+
+
 def _gptq(w: Tensor, scale: Tensor, bits: int, covariance: Tensor, zero: float) -> Tensor:
     """Codes [h, d] uint8, column by column, each error carried to the columns after it.
 
@@ -112,8 +117,7 @@ def _gptq(w: Tensor, scale: Tensor, bits: int, covariance: Tensor, zero: float) 
 
     def rule(start: int, block: Tensor, diagonal: Tensor) -> Replace:
         def replace(j: int, column: Tensor) -> Tensor:
-            at = rows[start + j]
-            return (_nearest(column, at, bits, zero).float() - zero) * at
+            return _at_level(column, rows[start + j], bits, zero)
 
         return replace
 
@@ -138,9 +142,10 @@ def _descend(w: Tensor, codes: Tensor, scale: Tensor, bits: int, covariance: Ten
     for start in [*range(0, len(put), _BLOCK)] * _PASSES:
         at = slice(start, start + _BLOCK)
         before, block, within = put[at].clone(), slope[at].clone(), covariance[at, at]
-        for j, (now, own) in enumerate(zip(put[at], columns[at], strict=True)):
-            best = (_nearest(now + block[j] / within[j, j].clamp_min(1e-30), own, bits, zero).float() - zero) * own
-            block.addr_(within[j], best - now, alpha=-1)
+        curvature = within.diagonal().clamp_min(1e-30)
+        for now, own, left, row, least in zip(put[at], columns[at], block, within, curvature, strict=True):
+            best = _at_level(now + left / least, own, bits, zero)
+            block.addr_(row, best - now, alpha=-1)
             now.copy_(best)
         slope.addmm_(covariance[:, at], put[at] - before, alpha=-1)
     return _nearest(put, columns, bits, zero).T.contiguous()
