@@ -318,7 +318,7 @@ class State:
         if hot is None or len(self.run) == len(shorter) or hot.highest <= int(shorter.codes[-1]):
             return self
         plain = self.with_hot(None)
-        return plain.with_hot(plain.hot_table(hot.codes))
+        return plain.with_hot(plain.hot_table(hot.codes, len(hot.lines)))
 
     def remodelled(self, model: Model, trained: Signature, memory: Models) -> State:
         """The same keys under another model, which `trained` was the workload of."""
@@ -328,13 +328,16 @@ class State:
         """The same keys with another hot table of them, or without one."""
         return self if hot is self.run.hot else self._with(run=replace(self.run, hot=hot))
 
-    def hot_table(self, codes: Codes) -> Hot | None:
-        """The hot table of distinct codes, in the run or not, the hottest first; None for none."""
+    def hot_table(self, codes: Codes, n_lines: int = 0) -> Hot | None:
+        """The hot table of distinct codes, in the run or not, the hottest first; None for none.
+
+        It has so many lines, or by default as many as the codes need.
+        """
         n, left = len(self.run), self.code_ranks(codes, in_run=True)
         copies = ((left < n) & (self.run.codes[np.minimum(left, n - 1)] == codes)).astype(np.int64)
         again = (left + 1 < n) & (self.run.codes[np.minimum(left + 1, n - 1)] == codes)
         copies[again] = self.code_ranks(codes[again], right=True, in_run=True) - left[again]
-        return Hot.of(codes, left, copies)
+        return Hot.of(codes, left, copies, n, n_lines)
 
     @property
     def changes(self) -> int:
@@ -357,7 +360,7 @@ class State:
         state = State.of(self.key_type.compacted(codes), self.engine, run)
         if self.run.hot is None or len(codes) == 0:
             return state
-        return state.with_hot(state.hot_table(self.run.hot.codes))
+        return state.with_hot(state.hot_table(self.run.hot.codes, len(self.run.hot.lines)))
 
     def fitted(self) -> State:
         """The state whose model knows all keys of the run, also those that were appended lately."""

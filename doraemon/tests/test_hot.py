@@ -83,7 +83,7 @@ def test_the_ends_of_the_codes_are_codes_like_others() -> None:
 
 def test_what_finds_its_line_full_is_left_to_the_model() -> None:
     codes = KEYS[:4000].copy()
-    table = Hot.of(codes, np.arange(4000), np.ones(4000, dtype=np.int64))
+    table = Hot.of(codes, np.arange(4000), np.ones(4000, dtype=np.int64), 0)
     assert table is not None
     assert 0.85 * 4000 < table.held == table.holds(codes).sum() < 4000
     assert not table.holds(KEYS[4000:8000]).any()
@@ -91,10 +91,10 @@ def test_what_finds_its_line_full_is_left_to_the_model() -> None:
 
 def test_codes_with_too_many_copies_to_state_are_left_out() -> None:
     codes, ranks = np.array([1, 2], dtype=np.uint64), np.array([0, 5])
-    table = Hot.of(codes, ranks, np.array([MOST_COPIES + 1, MOST_COPIES]))
+    table = Hot.of(codes, ranks, np.array([MOST_COPIES + 1, MOST_COPIES]), 0)
     assert table is not None
     assert table.holds(codes).tolist() == [False, True]
-    assert Hot.of(codes[:1], ranks[:1], np.array([MOST_COPIES + 1])) is None
+    assert Hot.of(codes[:1], ranks[:1], np.array([MOST_COPIES + 1]), 0) is None
 
 
 def test_skewed_accesses_get_a_table_that_answers_most_of_them() -> None:
