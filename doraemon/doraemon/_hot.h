@@ -108,17 +108,6 @@ static inline void learn_code(Line *lines, uint64_t n_lines, uint64_t code, int6
     line->found[0] = (uint64_t)1 << RANK_BITS | (uint64_t)rank;
 }
 
-/* How many distinct codes the lines hold where they belong. */
-static int64_t count_held(const Line *lines, int64_t n_lines)
-{
-    int64_t held = 0;
-    for (int64_t i = 0; i < n_lines; i++)
-        for (int slot = 0; slot < SLOTS; slot++)
-            held += line_number(lines[i].code[slot], (uint64_t)n_lines) == (uint64_t)i &&
-                    slot_of(lines + i, lines[i].code[slot]) == slot;
-    return held;
-}
-
 /* Put codes, the hottest first, into the lines of a table; how many found room. `used` counts each line's codes. */
 static int64_t fill_lines(Line *lines, int64_t n_lines, uint8_t *used, const uint64_t *codes, const int64_t *ranks,
                           const int64_t *copies, int64_t m)

@@ -1529,8 +1529,8 @@ static PyObject *fill_hot(PyObject *self, PyObject *args)
     return placed == 0 ? NULL : PyLong_FromLongLong(placed);
 }
 
-/* copy_learned(learned, notes, out): copy the lines of a table that learns; how many codes they hold, or None if a reader
- * has them. */
+/* copy_learned(learned, notes, out): copy the lines of a table that learns; whether that was done, which it is not while a
+ * reader has them. */
 static PyObject *copy_learned(PyObject *self, PyObject *args)
 {
     static const Py_ssize_t itemsizes[3] = {sizeof(Line), 8, sizeof(Line)};
@@ -1540,19 +1540,15 @@ static PyObject *copy_learned(PyObject *self, PyObject *args)
     if (!PyArg_ParseTuple(args, "OOO", arrays, arrays + 1, arrays + 2) || get_buffers(arrays, itemsizes, 3, 0, held) < 0)
         return NULL;
     Learner learner = {held[0].buf, held[1].buf, 0, 0};
-    int64_t n_lines = held[0].len / (Py_ssize_t)sizeof(Line), count = 0;
-    if (n_lines == 0 || n_lines > UINT32_MAX || held[2].len != held[0].len || held[1].len / 8 != NOTES)
+    if (held[0].len == 0 || held[2].len != held[0].len || held[1].len / 8 != NOTES)
         return end_call(held, 3, "the arrays of a hot table do not fit together");
     int taken = take_learner(learner);
     if (taken) {
-        Py_BEGIN_ALLOW_THREADS
         memcpy(held[2].buf, learner.lines, (size_t)held[0].len);
         leave_learner(learner);
-        count = count_held(held[2].buf, n_lines);
-        Py_END_ALLOW_THREADS
     }
     release_buffers(held, 3);
-    return taken ? PyLong_FromLongLong(count) : Py_NewRef(Py_None);
+    return PyBool_FromLong(taken);
 }
 
 /* held_hot(lines, codes, held): whether the hot table holds each code. */

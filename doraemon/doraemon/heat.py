@@ -90,6 +90,11 @@ class Heat:
                 self.decayed = self.decayed * 0.5 ** (new.sum() / half_life) + new
             return self.decayed
 
+    def skip(self) -> None:
+        """Count nothing of what readers added until now."""
+        with self._lock:
+            self._counted = int(self.samples.taken[0])
+
     def counted(self, codes: Codes) -> Floats:
         """How many of the codes fall into each bucket."""
         bucket = ranks_in(self.bounds[1:], codes, False, self._engine)

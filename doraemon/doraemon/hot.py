@@ -24,7 +24,7 @@ FILLED = 0.6  #: of the slots; of a fuller table more codes would find their lin
 MOST_COPIES = (1 << (64 - RANK_BITS)) - 1  #: of a code in the table
 NO_LINES = np.zeros(0, dtype=LINE)
 LEARNED = 1 << 22  #: bytes of the largest table that learns: in a larger one a new code takes a line from afar
-NOTES, PARTS = 6, 1024  #: see `_hot.h`
+NOTES, BEHIND, PARTS = 6, 5, 1024  #: see `_hot.h`
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,12 @@ class Learner:
         self.lines = _aligned_lines(len(lines)) if small else NO_LINES
         self.lines[:] = lines[: len(self.lines)]
         self.notes = np.zeros(NOTES, dtype=np.uint64)
+        self.notes[BEHIND] = 1  # until it is judged
         self.reach = reach
         self._seen = (0, 0)
 
     def answered(self, least: int) -> float | None:
-        """The share that it answered of what it was asked since this was last told; None, and not told, of fewer codes."""
+        """The share that it answered of what it was asked since this was last told; None if that were fewer codes."""
         asked, missed = self.notes[1:3].tolist()
         if asked - self._seen[0] < least:
             return None
@@ -80,7 +81,7 @@ class Hot:
 
     Attributes:
         lines: LINE [lines], what C reads.
-        held: how many codes found room.
+        held: how many codes found room when it was made.
         learner: the copy that learns.
         choice: what it was chosen by; None for a table of other making.
     """
@@ -119,8 +120,8 @@ class Hot:
     def followed(self) -> Hot | None:
         """The table as its copy has become by learning; None if there is none, or if a reader has it now."""
         lines = _aligned_lines(len(self.learner.lines))
-        held = native.copy_learned(self.learner.lines, self.learner.notes, lines) if len(lines) else None
-        return None if held is None else replace(self, lines=lines, held=held)
+        copied = len(lines) > 0 and native.copy_learned(self.learner.lines, self.learner.notes, lines)
+        return replace(self, lines=lines) if copied else None
 
     @cached_property
     def codes(self) -> Codes:

@@ -6,8 +6,8 @@ takes part, so that where none pays there is none.
 
 Once there is a table, how many of the newest samples it answers tells whether the accesses have moved. While they stay
 nothing is tried again before there are twice as many samples. When they have moved, the copy of the table that learns
-has mostly followed them, and takes the place of the table. If it has not, the samples since then are all that is learned
-from, soon and again whenever they have doubled.
+has mostly followed them, and takes the place of the table. If it has not, another table is made of the samples since
+then, soon and again whenever they have doubled.
 """
 
 from __future__ import annotations
@@ -128,9 +128,9 @@ def _followed(state: State, table: Hot, choice: Choice) -> tuple[State, Warming]
     began, least = choice.began, choice.answered - MOVED
     learned = table.learner.answered(NEWEST)
     if answered < least and learned is not None and learned >= least:
-        return state.with_hot(table.followed() or table), Warming(
-            "the table has followed the accesses", table.held, choice.saved, True, True
-        )
+        state.run.heat.skip()  # the model answered few of them
+        report = Warming("the table has followed the accesses", table.held, choice.saved, True, True)
+        return state.with_hot(table.followed() or table), report
     if answered < least:
         began = taken - _since_answered(table, samples.newest(), (answered + choice.answered) / 2)
     elif taken - began < 2 * choice.samples:
