@@ -32,9 +32,10 @@ typedef struct {
 /* What a learner's notes say: whether a reader has it now; how many codes it was asked for, and how many of them it lacked;
  * the same when it was last judged; and whether it then lacked more than it used to. */
 enum { TAKEN_NOW, ASKED, MISSED, ASKED_THEN, MISSED_THEN, BEHIND, NOTES };
-enum { PARTS = 1024 };
-enum { LESSON = 64, LESSONS = 8, JUDGED = 512 }; /* of how many lessons of so many misses it takes one unless it is behind, as
-                                                * to add a code costs about as much as it saves; misses before it is judged */
+enum { PARTS = 1024, JUDGED = 512 }; /* misses, before it is judged */
+
+/* A lesson is so many misses. Unless it is behind it takes one of so many, as each costs about as much as it saves. */
+enum { LESSON = 64, LESSONS = 8 };
 
 /* The table that learns. It takes codes of the first `reach` keys only: what is said of them stays true when keys are
  * appended to the run. */

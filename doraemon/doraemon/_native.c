@@ -721,8 +721,7 @@ WIDE static void search_hot(Search *s, int asked, int right, const uint64_t *cod
     Picked hits, misses;
     Lesson lesson;
     Few few[DELTAS];
-    int64_t at[2][GROUP], rank[GROUP], done = 0;
-    int64_t noted = 0;
+    int64_t at[2][GROUP], rank[GROUP], done = 0, noted = 0;
     int learns = take_learner(s->learner);
     Hot hot = {learns ? s->learner.lines : s->hot.lines, s->hot.n_lines};
     int turn = 0, only_ranks = asked == RUN_RANKS || (asked == RANKS && s->deltas[0].n + s->deltas[1].n == 0);
@@ -1104,9 +1103,8 @@ static PyObject *view_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         8, 8, sizeof(Bucket), 4, sizeof(Line), sizeof(Entry), 8, 4, sizeof(Summary),
         sizeof(Entry), 8, 4, sizeof(Summary), 8, 8, sizeof(Line), 8};
     PyObject *arrays[N_BUFFERS], *cut, *lexicon, *values[1 + DELTAS], *raw[1 + DELTAS];
-    Py_ssize_t count[N_BUFFERS], value_size, leaf_size;
+    Py_ssize_t count[N_BUFFERS], value_size, leaf_size, reach, lacks;
     int kind, itemsize, sampling, bits[DELTAS];
-    Py_ssize_t reach, lacks;
     (void)kwargs;
     if (!PyArg_ParseTuple(args, "CiOOiOOOOOOOOOOOOOOOOOnnOOOiiOOOn", &kind, &itemsize, &cut, &lexicon, &sampling, arrays,
                           arrays + 1, arrays + 2, arrays + 3, arrays + 4, arrays + 5, arrays + 6, arrays + 7, arrays + 8,
@@ -1127,14 +1125,16 @@ static PyObject *view_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         .leaves = view->held[LEAVES].buf, .leaf_size = leaf_size,
         .samples = view->held[SAMPLES].buf, .taken = view->held[TAKEN].buf,
         .hot = {view->held[HOT].buf, (uint64_t)count[HOT]},
-        .learner = {count[LEARNED] ? view->held[LEARNED].buf : NULL, view->held[LEARNER_NOTES].buf, reach, lacks}, .n = count[KEYS], .n_buckets = count[BOUNDS],
+        .learner = {count[LEARNED] ? view->held[LEARNED].buf : NULL, view->held[LEARNER_NOTES].buf, reach, lacks},
+        .n = count[KEYS], .n_buckets = count[BOUNDS],
         .sampling = (uint64_t)sampling, .ring = (uint64_t)count[SAMPLES] - 1, .random = (uint64_t)(uintptr_t)view,
     };
     if (sampling < 1 || view->held[LEAVES].len % leaf_size != 0 || (leaves_tell(&view->search) && count[KEYS] == 0) ||
         (count[KEYS] > 0) != (count[BOUNDS] > 0) || (count[HOT] > 0 && count[KEYS] == 0) ||
         count[BUCKETS] != count[BOUNDS] + 1 || count[TAKEN] != 1 || count[SAMPLES] < 1 ||
         (count[SAMPLES] & (count[SAMPLES] - 1)) != 0 || count[HOT] > UINT32_MAX ||
-        (count[LEARNED] > 0 && (count[LEARNED] != count[HOT] || count[LEARNER_NOTES] != NOTES || reach > count[KEYS] || lacks < 0 || lacks > PARTS)) ||
+        (count[LEARNED] > 0 && (count[LEARNED] != count[HOT] || count[LEARNER_NOTES] != NOTES)) ||
+        reach > count[KEYS] || lacks < 0 || lacks > PARTS ||
         read_delta(view->held + OLDER, bits[0], view->search.deltas) < 0 ||
         read_delta(view->held + NEWER, bits[1], view->search.deltas + 1) < 0) {
         PyErr_SetString(PyExc_ValueError, "the arrays of a view do not fit together");
