@@ -38,14 +38,14 @@ typedef struct {
     float radius;      /* the true position is that far away at most, for keys in the run */
 } Leaf;
 
-/* A leaf, and what most queries in it need to know of a delta: which of its LEAF_CELLS parts of equal width have entries,
+/* A leaf, and what most queries in it need to know of both deltas: which of its LEAF_CELLS parts of equal width have entries,
  * the shift of those before the leaf, and which part has two entries, if one has. UNTOLD stands where that is not all: see
  * Summary. A code's leaf and part grow with the code, so that entries of parts before a query's are below it. */
 typedef struct {
     Leaf leaf;
     int32_t shift;
     uint64_t marks;
-    int64_t twin;
+    int32_t twin, noted; /* what is noted is for those who make it */
 } ChangedLeaf;
 
 /* A change of a delta. */
@@ -79,7 +79,7 @@ typedef struct {
     const uint64_t *keys, *bounds; /* codes: of the run, of each bucket's first key */
     const Bucket *buckets;
     const char *leaves;
-    int64_t leaf_size; /* that of a ChangedLeaf where leaves tell of the first delta */
+    int64_t leaf_size; /* that of a ChangedLeaf where leaves tell of the deltas */
     Delta deltas[DELTAS];
     Hot hot;
     Learner learner; /* without lines where there is no table */
@@ -372,7 +372,7 @@ static inline void find_windows(const Search *s, Group *g)
     }
     for (int64_t i = 0; leaves_tell(s) && i < g->m; i++)
         g->told[i] = told_by_leaf(g->leaf[i], g->fraction[i]);
-    for (int d = leaves_tell(s); d < DELTAS; d++)
+    for (int d = leaves_tell(s) ? DELTAS : 0; d < DELTAS; d++)
         for (int64_t i = 0; s->deltas[d].n && i < g->m; i++)
             PREFETCH(s->deltas[d].summaries + window_of(s->deltas + d, g->low[i]));
 }
@@ -489,25 +489,50 @@ INLINE void settle(const Delta *delta, Few *few, int right, int64_t *ranks)
     few->m = 0;
 }
 
-/* Add a delta's shifts to the ranks of m queries, whose ranks in the run are known, but for those that have to wait. What
- * is `told` of them is given, or NULL. */
-INLINE void add_shifts(const Delta *delta, const uint64_t *q, const int64_t *rank, const Told *told, const int64_t *at,
-                       int64_t m, Few *few, int64_t *out)
+/* A query waits for its entry of a delta; so much was added to its rank instead. */
+INLINE void wait_for(const Delta *delta, uint64_t q, int64_t rank, int64_t at, int64_t shift, Few *few)
+{
+    few->q[few->m] = q;
+    few->rank[few->m] = rank;
+    few->at[few->m] = at;
+    few->shift[few->m++] = shift;
+    PREFETCH(delta->windows + window_of(delta, rank));
+}
+
+/* Add a delta's shifts to the ranks of m queries, whose ranks in the run are known, but for those that have to wait. */
+INLINE void add_shifts(const Delta *delta, const uint64_t *q, const int64_t *rank, const int64_t *at, int64_t m, Few *few,
+                       int64_t *out)
 {
     int64_t which[GROUP], unknown = 0;
     for (int64_t i = 0; i < m; i++) {
-        Told each = told != NULL ? told[i] : told_by(delta, rank[i]);
-        out[i] += each.shift;
+        Told told = told_by(delta, rank[i]);
+        out[i] += told.shift;
         which[unknown] = i;
-        unknown += !each.known;
+        unknown += !told.known;
     }
-    for (int64_t j = 0; j < unknown; j++, few->m++) {
+    for (int64_t j = 0; j < unknown; j++) {
         int64_t i = which[j];
-        few->q[few->m] = q[i];
-        few->rank[few->m] = rank[i];
-        few->at[few->m] = at[i];
-        few->shift[few->m] = told != NULL ? told[i].shift : told_by(delta, rank[i]).shift;
-        PREFETCH(delta->windows + window_of(delta, rank[i]));
+        wait_for(delta, q[i], rank[i], at[i], told_by(delta, rank[i]).shift, few);
+    }
+}
+
+/* The same of both deltas, where their leaves have `told` of them. */
+INLINE void add_told(const Delta *deltas, const uint64_t *q, const int64_t *rank, const Told *told, const int64_t *at,
+                     int64_t m, Few *few, int64_t *out)
+{
+    int64_t which[GROUP], unknown = 0;
+    for (int64_t i = 0; i < m; i++) {
+        out[i] += told[i].shift;
+        which[unknown] = i;
+        unknown += !told[i].known;
+    }
+    for (int64_t j = 0; j < unknown; j++) {
+        int64_t i = which[j], shift = told[i].shift;
+        for (int d = 0; d < DELTAS; d++)
+            if (deltas[d].n) {
+                wait_for(deltas + d, q[i], rank[i], at[i], shift, few + d);
+                shift = 0;
+            }
     }
 }
 
@@ -517,9 +542,11 @@ INLINE void write_ranks(const Search *s, const uint64_t *q, const int64_t *rank,
 {
     int64_t out[GROUP];
     memcpy(out, rank, (size_t)m * sizeof *out);
-    for (int d = 0; asked == RANKS && d < DELTAS; d++)
+    if (asked == RANKS && told != NULL)
+        add_told(s->deltas, q, rank, told, at, m, few, out);
+    for (int d = 0; asked == RANKS && told == NULL && d < DELTAS; d++)
         if (s->deltas[d].n)
-            add_shifts(s->deltas + d, q, rank, d == 0 ? told : NULL, at, m, few + d, out);
+            add_shifts(s->deltas + d, q, rank, at, m, few + d, out);
     for (int64_t i = 0; right && i < m; i++)
         if (q[i] == 0) /* q + 1 wrapped around: everything is left of it */
             out[i] = asked == RANKS ? length_of(s) : s->n;
@@ -536,7 +563,7 @@ static inline void settle_all(const Search *s, Few *few, int right, int64_t *ran
         settle(s->deltas + d, few + d, right, ranks);
 }
 
-/* The numbers of a delta's entries for m codes, as of `entry_for`; `told` as in add_shifts. */
+/* The numbers of a delta's entries for m codes, as of `entry_for`; what their leaves have `told`, or NULL. */
 INLINE void find_entries_for(const Delta *delta, const uint64_t *q, const int64_t *rank, const Told *told, int64_t m,
                              int64_t *entry)
 {
@@ -574,7 +601,7 @@ INLINE void write_answers(const Search *s, const uint64_t *q, const int64_t *ran
         return;
     }
     for (int d = 0; d < DELTAS; d++)
-        find_entries_for(s->deltas + d, q, rank, d == 0 ? told : NULL, m, entry[d]);
+        find_entries_for(s->deltas + d, q, rank, told, m, entry[d]);
     for (int64_t i = 0; i < m; i++) {
         int found = in_run != NULL ? in_run[i] : is_in_run(s, q[i], rank[i]);
         Place place = place_of(s, q[i], rank[i], found, entry[0][i], entry[1][i]);
@@ -961,37 +988,38 @@ static void sum_up_windows(const int64_t *net, Delta delta, Summary *summaries)
     }
 }
 
-/* Leaves that tell of the first delta. Each first notes how many entries there are up to its last one, then gets the shift
- * of those before its first. */
+/* Leaves that tell of the deltas. Each first notes how many entries of each there are up to its last one, then gets the
+ * shift of those before its first. */
 static void tell_leaves(const Search *plain, ChangedLeaf *out)
 {
     Search s = *plain;
-    const Delta *delta = s.deltas;
-    int64_t seen = 0;
+    int64_t seen[DELTAS] = {0};
     double fraction;
     s.leaves = (const char *)out;
     s.leaf_size = sizeof *out;
     for (int64_t b = 0; b < s.n_buckets; b++)
         for (int64_t i = 0, row = first_row(s.buckets + b); i < leaves_in(s.buckets + b); i++)
-            out[row + i] = (ChangedLeaf){((const Leaf *)plain->leaves)[row + i], 0, 0, LEAF_CELLS};
-    for (int64_t i = 0, b = 0; i < delta->n; i++) {
-        uint64_t code = delta->entries[i].code;
-        while (b + 1 < s.n_buckets && s.bounds[b + 1] < code)
-            b++;
-        ChangedLeaf *leaf = (ChangedLeaf *)leaf_of(&s, s.buckets + b, code, &fraction);
-        int64_t cell = leaf_cell(fraction);
-        if (leaf->marks >> cell & 1)
-            leaf->twin = leaf->twin == LEAF_CELLS ? cell : UNTOLD;
-        if (net_of(delta, i) != 1)
-            leaf->twin = UNTOLD;
-        leaf->marks |= UINT64_C(1) << cell;
-        leaf->shift = (int32_t)(i + 1);
-    }
+            out[row + i] = (ChangedLeaf){.leaf = ((const Leaf *)plain->leaves)[row + i], .twin = LEAF_CELLS};
+    for (int d = 0; d < DELTAS; d++)
+        for (int64_t i = 0, b = 0; i < s.deltas[d].n; i++) {
+            uint64_t code = s.deltas[d].entries[i].code;
+            while (b + 1 < s.n_buckets && s.bounds[b + 1] < code)
+                b++;
+            ChangedLeaf *leaf = (ChangedLeaf *)leaf_of(&s, s.buckets + b, code, &fraction);
+            int32_t cell = (int32_t)leaf_cell(fraction);
+            if (leaf->marks >> cell & 1)
+                leaf->twin = leaf->twin == LEAF_CELLS ? cell : UNTOLD;
+            if (net_of(s.deltas + d, i) != 1)
+                leaf->twin = UNTOLD;
+            leaf->marks |= UINT64_C(1) << cell;
+            *(d == 0 ? &leaf->shift : &leaf->noted) = (int32_t)(i + 1);
+        }
     for (int64_t b = 0; b < s.n_buckets; b++)
         for (int64_t i = 0, row = first_row(s.buckets + b); i < leaves_in(s.buckets + b); i++) {
             ChangedLeaf *leaf = out + row + i;
-            int64_t shift = shift_at(delta, seen);
-            seen = leaf->shift > 0 ? leaf->shift : seen;
+            int64_t shift = shift_at(s.deltas, seen[0]) + shift_at(s.deltas + 1, seen[1]);
+            seen[0] = leaf->shift > 0 ? leaf->shift : seen[0];
+            seen[1] = leaf->noted > 0 ? leaf->noted : seen[1];
             leaf->shift = (int32_t)shift;
             leaf->twin = leaf->shift == shift ? leaf->twin : UNTOLD;
         }
@@ -1716,7 +1744,7 @@ static PyObject *ranks(PyObject *self, PyObject *args)
     return end_call(held, 3, NULL);
 }
 
-/* tell_leaves(view, out): the leaves of a view, made to tell of its first delta. */
+/* tell_leaves(view, out): the leaves of a view, made to tell of its deltas. */
 static PyObject *native_tell_leaves(PyObject *self, PyObject *args)
 {
     static const Py_ssize_t itemsizes[1] = {sizeof(ChangedLeaf)};
@@ -1729,7 +1757,7 @@ static PyObject *native_tell_leaves(PyObject *self, PyObject *args)
         return end_call(&held, 1, "leaves are those of a View");
     const Search *s = &((View *)view)->search;
     const Py_buffer *leaves = ((View *)view)->held + LEAVES;
-    if (s->n == 0 || leaves_tell(s) || s->deltas[0].n > INT32_MAX ||
+    if (s->n == 0 || leaves_tell(s) || s->deltas[0].n > INT32_MAX || s->deltas[1].n > INT32_MAX ||
         held.len / (Py_ssize_t)sizeof(ChangedLeaf) != leaves->len / (Py_ssize_t)sizeof(Leaf))
         return end_call(&held, 1, "the leaves of a view do not fit");
     Py_BEGIN_ALLOW_THREADS
@@ -1764,7 +1792,7 @@ static PyMethodDef native_methods[] = {
     {"find_windows", delta_windows, METH_VARARGS, "find_windows(left, bits, windows): where those of a delta begin."},
     {"codes_below", delta_codes_below, METH_VARARGS,
      "codes_below(codes, bits, windows, queries, ranks, out): codes of a delta below others."},
-    {"tell_leaves", native_tell_leaves, METH_VARARGS, "tell_leaves(view, out): its leaves, which tell of its first delta."},
+    {"tell_leaves", native_tell_leaves, METH_VARARGS, "tell_leaves(view, out): its leaves, which tell of its deltas."},
     {"ranks", ranks, METH_VARARGS, "ranks(codes, queries, right, out): np.searchsorted of codes."},
     {"fill_hot", fill_hot, METH_VARARGS, "fill_hot(codes, ranks, copies, lines): the hot table of some codes."},
     {"copy_learned", copy_learned, METH_VARARGS,

@@ -78,7 +78,7 @@ class View(Protocol):
 
 
 def make_view(engine: Engine, key_type: KeyType, run: Run, deltas: Deltas, leaves: NDArray[Any] | None = None) -> View:
-    """A view of a run and its deltas, the older one first; perhaps with leaves that tell of that."""
+    """A view of a run and its deltas, the older one first; perhaps with leaves that tell of both."""
     if engine == "numpy":
         return NumpyView(key_type, run, deltas)
     model, dtype, (older, recent) = run.model, key_type.dtype, deltas
@@ -110,7 +110,7 @@ def _bytes_of(*values: Values | None) -> tuple[Any, ...]:
 
 
 def telling(engine: Engine, key_type: KeyType, run: Run, deltas: Deltas) -> View:
-    """A view of a run, which has keys, and its deltas, whose leaves tell of the older one. O(changes + leaves)."""
+    """A view of a run, which has keys, and its deltas, whose leaves tell of both. O(changes + leaves)."""
     silent = make_view(engine, key_type, run, deltas)
     if engine == "numpy":
         return silent

@@ -33,7 +33,7 @@ from .workload import Signature
 REQUIRED: Any = object()  #: stands for an argument that was not given
 
 MIN_DELTA = 4096  #: changes below which a delta is never too long to search
-PARTLY = 4  #: how many times fewer queries than all changes together is it worth to know the older ones better for
+TELLING = 4  #: how many times fewer queries than changes and leaves are worth leaves that tell of the changes
 MERGE_COST = 1 << 16  #: what a merge costs beside its keys, in keys
 
 
@@ -176,23 +176,12 @@ class State:
         self.asked[0] += len(codes)  # an estimate where threads ask at the same time
         if self.changes == 0 or len(self.run) == 0:
             return self.view
-        worth = self.changes + self.run.model.leaves
-        if self.asked[0] > worth:
-            return self._flat_view
-        return self._telling_view if self.asked[0] > worth // PARTLY else self.view
+        return self._telling_view if self.asked[0] > (self.changes + self.run.model.leaves) // TELLING else self.view
 
     @cached_property
     def _telling_view(self) -> View:
-        """What answers most queries from the leaf, but for recent changes."""
-        older, recent = (self.older, self.recent) if len(self.older) else (self.recent, self.older)
-        return telling(self.engine, self.key_type, self.run, (older, recent))
-
-    @cached_property
-    def _flat_view(self) -> View:
-        """The same for all changes together: worth making for as many queries as there are changes and leaves."""
-        if len(self.older) == 0 or len(self.recent) == 0:
-            return self._telling_view
-        return telling(self.engine, self.key_type, self.run, (self.delta, self._no_changes))
+        """What answers most queries from the leaf, changes included."""
+        return telling(self.engine, self.key_type, self.run, (self.older, self.recent))
 
     @property
     def _no_changes(self) -> Delta:
