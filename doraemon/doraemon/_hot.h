@@ -4,9 +4,15 @@
  * finds its line full is left out. Every slot holds a true statement about the run, free ones the hottest code's, so
  * whatever equals a query answers it, and nothing has to say which slots are free. A code that the run does not have
  * may be there too, with no copies and the rank that it would have.
+ *
+ * There are two of it: one that never changes, and one that learns. Who asks the latter has it alone meanwhile, and adds
+ * each code that it lacked and the model found; who comes when it is taken asks the other. So it follows accesses that
+ * move, a query after the other.
  */
 #ifndef DORAEMON_HOT_H
 #define DORAEMON_HOT_H
+
+#include <string.h>
 
 #include "_portable.h"
 
@@ -23,6 +29,22 @@ typedef struct {
     uint64_t n_lines; /* 0 where there is no table */
 } Hot;
 
+/* What a learner's notes say: whether a reader has it now; how many codes it was asked for, and how many of them it lacked;
+ * the same when it was last judged; and whether it then lacked more than it used to. */
+enum { TAKEN_NOW, ASKED, MISSED, ASKED_THEN, MISSED_THEN, BEHIND, NOTES };
+enum { PARTS = 1024, JUDGED = 512 }; /* misses, before it is judged */
+
+/* A lesson is so many misses. Unless it is behind it takes one of so many, as each costs about as much as it saves. */
+enum { LESSON = 64, LESSONS = 8 };
+
+/* The table that learns. It takes codes of the first `reach` keys only: what is said of them stays true when keys are
+ * appended to the run. */
+typedef struct {
+    Line *lines; /* as many as those of the other table, or NULL where nothing is learned */
+    uint64_t *notes;
+    int64_t reach, lacks; /* how many PARTS of what is asked the table lacked when it was chosen */
+} Learner;
+
 static inline int64_t rank_in(uint64_t found) { return (int64_t)(found & (((uint64_t)1 << RANK_BITS) - 1)); }
 static inline int64_t copies_in(uint64_t found) { return (int64_t)(found >> RANK_BITS); }
 
@@ -34,12 +56,11 @@ static inline uint64_t line_number(uint64_t code, uint64_t n_lines)
 
 static inline const Line *line_of(Hot hot, uint64_t code) { return hot.lines + line_number(code, hot.n_lines); }
 
-/* The slot of the line that holds the code, if any does; without branches. */
+/* The slot of the line that holds the code, if any does. Where more than one does, as they are free, the last one is among
+ * them. Slots are as good as random in a table that learns, so there are no branches. */
 static inline int slot_of(const Line *line, uint64_t code)
 {
-    int slot = line->code[1] == code ? 1 : 0;
-    slot = line->code[2] == code ? 2 : slot;
-    return line->code[3] == code ? 3 : slot;
+    return (line->code[1] == code) | (line->code[2] == code) << 1 | 3 * (line->code[3] == code);
 }
 
 /* Whether the table holds the code, and what it knows of it. */
@@ -51,6 +72,41 @@ static inline int look_up_hot(Hot hot, uint64_t code, uint64_t *found)
     int slot = slot_of(line, code);
     *found = line->found[slot];
     return line->code[slot] == code;
+}
+
+static inline int take_learner(Learner learner)
+{
+    return learner.lines != NULL && TRY_LOCK(learner.notes + TAKEN_NOW);
+}
+
+static inline void leave_learner(Learner learner) { UNLOCK(learner.notes + TAKEN_NOW); }
+
+/* Note some more codes; whether to learn those that were missed: all where the accesses have moved, else few. */
+static inline int wants_lesson(Learner learner, int64_t asked, int64_t missed)
+{
+    uint64_t *notes = learner.notes;
+    notes[ASKED] += (uint64_t)asked;
+    notes[MISSED] += (uint64_t)missed;
+    uint64_t lately = notes[MISSED] - notes[MISSED_THEN];
+    if (lately >= JUDGED) {
+        uint64_t usual = (notes[ASKED] - notes[ASKED_THEN]) * (uint64_t)learner.lacks / PARTS;
+        notes[BEHIND] = lately > usual + usual / 8;
+        notes[ASKED_THEN] = notes[ASKED];
+        notes[MISSED_THEN] = notes[MISSED];
+    }
+    return notes[BEHIND] || notes[MISSED] / LESSON % LESSONS == 0;
+}
+
+/* Add a code, which the run has once, in place of that which was added to its line first. */
+static inline void learn_code(Line *lines, uint64_t n_lines, uint64_t code, int64_t rank)
+{
+    Line *line = lines + line_number(code, n_lines);
+    if (line->code[slot_of(line, code)] == code) /* asked for twice before it was found */
+        return;
+    memmove(line->code + 1, line->code, (SLOTS - 1) * sizeof *line->code);
+    memmove(line->found + 1, line->found, (SLOTS - 1) * sizeof *line->found);
+    line->code[0] = code;
+    line->found[0] = (uint64_t)1 << RANK_BITS | (uint64_t)rank;
 }
 
 /* Put codes, the hottest first, into the lines of a table; how many found room. `used` counts each line's codes. */

@@ -38,14 +38,14 @@ typedef struct {
     float radius;      /* the true position is that far away at most, for keys in the run */
 } Leaf;
 
-/* A leaf, and what most queries in it need to know of a delta: which of its LEAF_CELLS parts of equal width have entries,
+/* A leaf, and what most queries in it need to know of both deltas: which of its LEAF_CELLS parts of equal width have entries,
  * the shift of those before the leaf, and which part has two entries, if one has. UNTOLD stands where that is not all: see
  * Summary. A code's leaf and part grow with the code, so that entries of parts before a query's are below it. */
 typedef struct {
     Leaf leaf;
     int32_t shift;
     uint64_t marks;
-    int64_t twin;
+    int32_t twin, noted; /* what is noted is for those who make it */
 } ChangedLeaf;
 
 /* A change of a delta. */
@@ -79,9 +79,10 @@ typedef struct {
     const uint64_t *keys, *bounds; /* codes: of the run, of each bucket's first key */
     const Bucket *buckets;
     const char *leaves;
-    int64_t leaf_size; /* that of a ChangedLeaf where leaves tell of the first delta */
+    int64_t leaf_size; /* that of a ChangedLeaf where leaves tell of the deltas */
     Delta deltas[DELTAS];
     Hot hot;
+    Learner learner; /* without lines where there is no table */
     uint64_t *samples, *taken; /* one code in `sampling` of those asked for, in a ring, and how many so far */
     int64_t n, n_buckets;
     uint64_t sampling, ring, random; /* `ring` is the number of samples that there is room for, less 1 */
@@ -371,7 +372,7 @@ static inline void find_windows(const Search *s, Group *g)
     }
     for (int64_t i = 0; leaves_tell(s) && i < g->m; i++)
         g->told[i] = told_by_leaf(g->leaf[i], g->fraction[i]);
-    for (int d = leaves_tell(s); d < DELTAS; d++)
+    for (int d = leaves_tell(s) ? DELTAS : 0; d < DELTAS; d++)
         for (int64_t i = 0; s->deltas[d].n && i < g->m; i++)
             PREFETCH(s->deltas[d].summaries + window_of(s->deltas + d, g->low[i]));
 }
@@ -488,25 +489,50 @@ INLINE void settle(const Delta *delta, Few *few, int right, int64_t *ranks)
     few->m = 0;
 }
 
-/* Add a delta's shifts to the ranks of m queries, whose ranks in the run are known, but for those that have to wait. What
- * is `told` of them is given, or NULL. */
-INLINE void add_shifts(const Delta *delta, const uint64_t *q, const int64_t *rank, const Told *told, const int64_t *at,
-                       int64_t m, Few *few, int64_t *out)
+/* A query waits for its entry of a delta; so much was added to its rank instead. */
+INLINE void wait_for(const Delta *delta, uint64_t q, int64_t rank, int64_t at, int64_t shift, Few *few)
+{
+    few->q[few->m] = q;
+    few->rank[few->m] = rank;
+    few->at[few->m] = at;
+    few->shift[few->m++] = shift;
+    PREFETCH(delta->windows + window_of(delta, rank));
+}
+
+/* Add a delta's shifts to the ranks of m queries, whose ranks in the run are known, but for those that have to wait. */
+INLINE void add_shifts(const Delta *delta, const uint64_t *q, const int64_t *rank, const int64_t *at, int64_t m, Few *few,
+                       int64_t *out)
 {
     int64_t which[GROUP], unknown = 0;
     for (int64_t i = 0; i < m; i++) {
-        Told each = told != NULL ? told[i] : told_by(delta, rank[i]);
-        out[i] += each.shift;
+        Told told = told_by(delta, rank[i]);
+        out[i] += told.shift;
         which[unknown] = i;
-        unknown += !each.known;
+        unknown += !told.known;
     }
-    for (int64_t j = 0; j < unknown; j++, few->m++) {
+    for (int64_t j = 0; j < unknown; j++) {
         int64_t i = which[j];
-        few->q[few->m] = q[i];
-        few->rank[few->m] = rank[i];
-        few->at[few->m] = at[i];
-        few->shift[few->m] = told != NULL ? told[i].shift : told_by(delta, rank[i]).shift;
-        PREFETCH(delta->windows + window_of(delta, rank[i]));
+        wait_for(delta, q[i], rank[i], at[i], told_by(delta, rank[i]).shift, few);
+    }
+}
+
+/* The same of both deltas, where their leaves have `told` of them. */
+INLINE void add_told(const Delta *deltas, const uint64_t *q, const int64_t *rank, const Told *told, const int64_t *at,
+                     int64_t m, Few *few, int64_t *out)
+{
+    int64_t which[GROUP], unknown = 0;
+    for (int64_t i = 0; i < m; i++) {
+        out[i] += told[i].shift;
+        which[unknown] = i;
+        unknown += !told[i].known;
+    }
+    for (int64_t j = 0; j < unknown; j++) {
+        int64_t i = which[j], shift = told[i].shift;
+        for (int d = 0; d < DELTAS; d++)
+            if (deltas[d].n) {
+                wait_for(deltas + d, q[i], rank[i], at[i], shift, few + d);
+                shift = 0;
+            }
     }
 }
 
@@ -516,9 +542,11 @@ INLINE void write_ranks(const Search *s, const uint64_t *q, const int64_t *rank,
 {
     int64_t out[GROUP];
     memcpy(out, rank, (size_t)m * sizeof *out);
-    for (int d = 0; asked == RANKS && d < DELTAS; d++)
+    if (asked == RANKS && told != NULL)
+        add_told(s->deltas, q, rank, told, at, m, few, out);
+    for (int d = 0; asked == RANKS && told == NULL && d < DELTAS; d++)
         if (s->deltas[d].n)
-            add_shifts(s->deltas + d, q, rank, d == 0 ? told : NULL, at, m, few + d, out);
+            add_shifts(s->deltas + d, q, rank, at, m, few + d, out);
     for (int64_t i = 0; right && i < m; i++)
         if (q[i] == 0) /* q + 1 wrapped around: everything is left of it */
             out[i] = asked == RANKS ? length_of(s) : s->n;
@@ -535,7 +563,7 @@ static inline void settle_all(const Search *s, Few *few, int right, int64_t *ran
         settle(s->deltas + d, few + d, right, ranks);
 }
 
-/* The numbers of a delta's entries for m codes, as of `entry_for`; `told` as in add_shifts. */
+/* The numbers of a delta's entries for m codes, as of `entry_for`; what their leaves have `told`, or NULL. */
 INLINE void find_entries_for(const Delta *delta, const uint64_t *q, const int64_t *rank, const Told *told, int64_t m,
                              int64_t *entry)
 {
@@ -573,7 +601,7 @@ INLINE void write_answers(const Search *s, const uint64_t *q, const int64_t *ran
         return;
     }
     for (int d = 0; d < DELTAS; d++)
-        find_entries_for(s->deltas + d, q, rank, d == 0 ? told : NULL, m, entry[d]);
+        find_entries_for(s->deltas + d, q, rank, told, m, entry[d]);
     for (int64_t i = 0; i < m; i++) {
         int found = in_run != NULL ? in_run[i] : is_in_run(s, q[i], rank[i]);
         Place place = place_of(s, q[i], rank[i], found, entry[0][i], entry[1][i]);
@@ -663,6 +691,44 @@ static inline void ask_hot_ranks(Hot hot, int right, const uint64_t *codes, int6
     misses->m = missed;
 }
 
+/* Codes that a table is to learn, and how many keys are below each or, `right`, not above it. */
+typedef struct {
+    uint64_t q[GROUP];
+    int64_t rank[GROUP], m;
+} Lesson;
+
+/* The table learns the code of a query if the run has one key of it. */
+static inline void learn_found(const Search *s, uint64_t q, int64_t rank, int right)
+{
+    const uint64_t *keys = s->keys;
+    uint64_t code = q - (uint64_t)right;
+    int64_t at = rank - right;
+    if (0 <= at && at < s->learner.reach && keys[at] == code && (at == 0 || keys[at - 1] != code) &&
+        (at + 1 == s->n || keys[at + 1] != code))
+        learn_code(s->learner.lines, s->hot.n_lines, code, at);
+}
+
+static inline void learn(const Search *s, Lesson *lesson, int right)
+{
+    for (int64_t i = 0; i < lesson->m; i++)
+        learn_found(s, lesson->q[i], lesson->rank[i], right);
+    lesson->m = 0;
+}
+
+/* Note a group that was searched, and ask memory for what learning it will read: a key's neighbours may be in other lines
+ * of the cache. */
+static inline void prepare_lesson(const Search *s, const Group *g, const int64_t *rank, int right, Lesson *lesson)
+{
+    lesson->m = g->m;
+    memcpy(lesson->q, g->q, (size_t)g->m * sizeof *g->q);
+    memcpy(lesson->rank, rank, (size_t)g->m * sizeof *rank);
+    for (int64_t i = 0; i < g->m; i++) {
+        PREFETCH(s->learner.lines + line_number(g->q[i] - (uint64_t)right, s->hot.n_lines));
+        PREFETCH(s->keys + rank[i] - (rank[i] > right ? right + 1 : 0));
+        PREFETCH(s->keys + rank[i] + 1 - right);
+    }
+}
+
 /* The first GROUP misses, or as many as there are, become a group. */
 static inline void take_group(Picked *misses, Group *g, int64_t *at)
 {
@@ -674,30 +740,33 @@ static inline void take_group(Picked *misses, Group *g, int64_t *at)
     memmove(misses->at, misses->at + g->m, (size_t)misses->m * sizeof *at);
 }
 
-/* A batch that asks the hot table first. Misses are gathered into groups for the model, and while a group waits for
- * memory the table is asked on. */
+/* A batch that asks the hot table first, that which learns if it can be had. Misses are gathered into groups for the
+ * model, and while a group waits for memory the table is asked on. */
 WIDE static void search_hot(Search *s, int asked, int right, const uint64_t *codes, int64_t m, const Answers *out)
 {
     Group groups[2];
     Picked hits, misses;
+    Lesson lesson;
     Few few[DELTAS];
-    int64_t at[2][GROUP], rank[GROUP], done = 0;
+    int64_t at[2][GROUP], rank[GROUP], done = 0, noted = 0;
+    int learns = take_learner(s->learner);
+    Hot hot = {learns ? s->learner.lines : s->hot.lines, s->hot.n_lines};
     int turn = 0, only_ranks = asked == RUN_RANKS || (asked == RANKS && s->deltas[0].n + s->deltas[1].n == 0);
     uint64_t random = LOAD(&s->random);
-    groups[1].m = misses.m = few[0].m = few[1].m = 0;
+    groups[1].m = misses.m = lesson.m = few[0].m = few[1].m = 0;
     do {
         Group *next = groups + turn, *last = groups + !turn;
         while (done < m && misses.m < GROUP) {
             int64_t size = m - done < BLOCK ? m - done : BLOCK, after = m - done - size;
             for (int64_t i = 0; i < (after < BLOCK ? after : BLOCK); i++)
-                PREFETCH(line_of(s->hot, codes[done + size + i]));
+                PREFETCH(line_of(hot, codes[done + size + i]));
             if (asked != RUN_RANKS)
                 sample_codes(s, codes + done, size, &random);
             hits.m = 0;
             if (only_ranks)
-                ask_hot_ranks(s->hot, right, codes, done, size, out->ranks, &misses);
+                ask_hot_ranks(hot, right, codes, done, size, out->ranks, &misses);
             else
-                ask_hot(s->hot, right, codes, done, size, &hits, &misses);
+                ask_hot(hot, right, codes, done, size, &hits, &misses);
             if (hits.m)
                 write_answers(s, hits.q, hits.rank, hits.in_run, NULL, hits.at, hits.m, asked, right, few, out);
             done += size;
@@ -709,12 +778,23 @@ WIDE static void search_hot(Search *s, int asked, int right, const uint64_t *cod
             search_windows(s, last, rank);
             const Told *told = leaves_tell(s) ? last->told : NULL;
             write_answers(s, last->q, rank, NULL, told, at[!turn], last->m, asked, right, few, out);
+            if (learns) {
+                learn(s, &lesson, right);
+                if (wants_lesson(s->learner, done - noted, last->m))
+                    prepare_lesson(s, last, rank, right, &lesson);
+                noted = done;
+            }
         }
         if (next->m)
             find_windows(s, next);
         turn = !turn;
     } while (done < m || misses.m || groups[!turn].m);
     settle_all(s, few, right, out->ranks);
+    if (learns) {
+        learn(s, &lesson, right);
+        wants_lesson(s->learner, m - noted, 0);
+        leave_learner(s->learner);
+    }
     STORE(&s->random, random);
 }
 
@@ -908,37 +988,38 @@ static void sum_up_windows(const int64_t *net, Delta delta, Summary *summaries)
     }
 }
 
-/* Leaves that tell of the first delta. Each first notes how many entries there are up to its last one, then gets the shift
- * of those before its first. */
+/* Leaves that tell of the deltas. Each first notes how many entries of each there are up to its last one, then gets the
+ * shift of those before its first. */
 static void tell_leaves(const Search *plain, ChangedLeaf *out)
 {
     Search s = *plain;
-    const Delta *delta = s.deltas;
-    int64_t seen = 0;
+    int64_t seen[DELTAS] = {0};
     double fraction;
     s.leaves = (const char *)out;
     s.leaf_size = sizeof *out;
     for (int64_t b = 0; b < s.n_buckets; b++)
         for (int64_t i = 0, row = first_row(s.buckets + b); i < leaves_in(s.buckets + b); i++)
-            out[row + i] = (ChangedLeaf){((const Leaf *)plain->leaves)[row + i], 0, 0, LEAF_CELLS};
-    for (int64_t i = 0, b = 0; i < delta->n; i++) {
-        uint64_t code = delta->entries[i].code;
-        while (b + 1 < s.n_buckets && s.bounds[b + 1] < code)
-            b++;
-        ChangedLeaf *leaf = (ChangedLeaf *)leaf_of(&s, s.buckets + b, code, &fraction);
-        int64_t cell = leaf_cell(fraction);
-        if (leaf->marks >> cell & 1)
-            leaf->twin = leaf->twin == LEAF_CELLS ? cell : UNTOLD;
-        if (net_of(delta, i) != 1)
-            leaf->twin = UNTOLD;
-        leaf->marks |= UINT64_C(1) << cell;
-        leaf->shift = (int32_t)(i + 1);
-    }
+            out[row + i] = (ChangedLeaf){.leaf = ((const Leaf *)plain->leaves)[row + i], .twin = LEAF_CELLS};
+    for (int d = 0; d < DELTAS; d++)
+        for (int64_t i = 0, b = 0; i < s.deltas[d].n; i++) {
+            uint64_t code = s.deltas[d].entries[i].code;
+            while (b + 1 < s.n_buckets && s.bounds[b + 1] < code)
+                b++;
+            ChangedLeaf *leaf = (ChangedLeaf *)leaf_of(&s, s.buckets + b, code, &fraction);
+            int32_t cell = (int32_t)leaf_cell(fraction);
+            if (leaf->marks >> cell & 1)
+                leaf->twin = leaf->twin == LEAF_CELLS ? cell : UNTOLD;
+            if (net_of(s.deltas + d, i) != 1)
+                leaf->twin = UNTOLD;
+            leaf->marks |= UINT64_C(1) << cell;
+            *(d == 0 ? &leaf->shift : &leaf->noted) = (int32_t)(i + 1);
+        }
     for (int64_t b = 0; b < s.n_buckets; b++)
         for (int64_t i = 0, row = first_row(s.buckets + b); i < leaves_in(s.buckets + b); i++) {
             ChangedLeaf *leaf = out + row + i;
-            int64_t shift = shift_at(delta, seen);
-            seen = leaf->shift > 0 ? leaf->shift : seen;
+            int64_t shift = shift_at(s.deltas, seen[0]) + shift_at(s.deltas + 1, seen[1]);
+            seen[0] = leaf->shift > 0 ? leaf->shift : seen[0];
+            seen[1] = leaf->noted > 0 ? leaf->noted : seen[1];
             leaf->shift = (int32_t)shift;
             leaf->twin = leaf->shift == shift ? leaf->twin : UNTOLD;
         }
@@ -948,7 +1029,7 @@ static void tell_leaves(const Search *plain, ChangedLeaf *out)
 
 enum { ENTRIES_OF, LEFT_OF, WINDOWS_OF, SUMMARIES_OF, DELTA_BUFFERS };
 enum { KEYS, BOUNDS, BUCKETS, LEAVES, HOT, OLDER, NEWER = OLDER + DELTA_BUFFERS, SAMPLES = NEWER + DELTA_BUFFERS, TAKEN,
-       N_BUFFERS };
+       LEARNED, LEARNER_NOTES, N_BUFFERS };
 
 /* `kind` is the letter of the keys' dtype, `cut` maps keys that C does not read by itself, and `values` are those of
  * the run and of the deltas, None for a multiset. `lexicon` has the trees of keys that are texts, else it is None. */
@@ -1048,15 +1129,16 @@ static PyObject *view_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     static const Py_ssize_t itemsizes[N_BUFFERS] = {
         8, 8, sizeof(Bucket), 4, sizeof(Line), sizeof(Entry), 8, 4, sizeof(Summary),
-        sizeof(Entry), 8, 4, sizeof(Summary), 8, 8};
+        sizeof(Entry), 8, 4, sizeof(Summary), 8, 8, sizeof(Line), 8};
     PyObject *arrays[N_BUFFERS], *cut, *lexicon, *values[1 + DELTAS], *raw[1 + DELTAS];
-    Py_ssize_t count[N_BUFFERS], value_size, leaf_size;
+    Py_ssize_t count[N_BUFFERS], value_size, leaf_size, reach, lacks;
     int kind, itemsize, sampling, bits[DELTAS];
     (void)kwargs;
-    if (!PyArg_ParseTuple(args, "CiOOiOOOOOOOOOOOOOOOOOOiiOOOn", &kind, &itemsize, &cut, &lexicon, &sampling, arrays, arrays + 1,
-                          arrays + 2, arrays + 3, arrays + 4, arrays + 5, arrays + 6, arrays + 7, arrays + 8,
-                          arrays + 9, arrays + 10, arrays + 11, arrays + 12, arrays + 13, arrays + 14, values, values + 1, values + 2, bits,
-                          bits + 1, raw, raw + 1, raw + 2, &value_size))
+    if (!PyArg_ParseTuple(args, "CiOOiOOOOOOOOOOOOOOOOOnnOOOiiOOOn", &kind, &itemsize, &cut, &lexicon, &sampling, arrays,
+                          arrays + 1, arrays + 2, arrays + 3, arrays + 4, arrays + 5, arrays + 6, arrays + 7, arrays + 8,
+                          arrays + 9, arrays + 10, arrays + 11, arrays + 12, arrays + 13, arrays + 14, arrays + 15,
+                          arrays + 16, &reach, &lacks, values, values + 1, values + 2, bits, bits + 1, raw, raw + 1, raw + 2,
+                          &value_size))
         return NULL;
     allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
     View *view = (View *)allocate(type, 0);
@@ -1070,13 +1152,17 @@ static PyObject *view_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         .keys = view->held[KEYS].buf, .bounds = view->held[BOUNDS].buf, .buckets = view->held[BUCKETS].buf,
         .leaves = view->held[LEAVES].buf, .leaf_size = leaf_size,
         .samples = view->held[SAMPLES].buf, .taken = view->held[TAKEN].buf,
-        .hot = {view->held[HOT].buf, (uint64_t)count[HOT]}, .n = count[KEYS], .n_buckets = count[BOUNDS],
+        .hot = {view->held[HOT].buf, (uint64_t)count[HOT]},
+        .learner = {count[LEARNED] ? view->held[LEARNED].buf : NULL, view->held[LEARNER_NOTES].buf, reach, lacks},
+        .n = count[KEYS], .n_buckets = count[BOUNDS],
         .sampling = (uint64_t)sampling, .ring = (uint64_t)count[SAMPLES] - 1, .random = (uint64_t)(uintptr_t)view,
     };
     if (sampling < 1 || view->held[LEAVES].len % leaf_size != 0 || (leaves_tell(&view->search) && count[KEYS] == 0) ||
         (count[KEYS] > 0) != (count[BOUNDS] > 0) || (count[HOT] > 0 && count[KEYS] == 0) ||
         count[BUCKETS] != count[BOUNDS] + 1 || count[TAKEN] != 1 || count[SAMPLES] < 1 ||
         (count[SAMPLES] & (count[SAMPLES] - 1)) != 0 || count[HOT] > UINT32_MAX ||
+        (count[LEARNED] > 0 && (count[LEARNED] != count[HOT] || count[LEARNER_NOTES] != NOTES)) ||
+        reach > count[KEYS] || lacks < 0 || lacks > PARTS ||
         read_delta(view->held + OLDER, bits[0], view->search.deltas) < 0 ||
         read_delta(view->held + NEWER, bits[1], view->search.deltas + 1) < 0) {
         PyErr_SetString(PyExc_ValueError, "the arrays of a view do not fit together");
@@ -1205,14 +1291,36 @@ static inline int64_t with_shifts(const Search *s, uint64_t q, int64_t rank)
     return rank + shift;
 }
 
+/* Whether the hot table holds the code, that which learns if it can be had, and what it knows of it. */
+static inline int ask_tables(const Search *s, uint64_t code, uint64_t *found)
+{
+    if (s->hot.n_lines == 0 || !take_learner(s->learner))
+        return look_up_hot(s->hot, code, found);
+    int held = look_up_hot((Hot){s->learner.lines, s->hot.n_lines}, code, found);
+    wants_lesson(s->learner, held, 0);
+    leave_learner(s->learner);
+    return held;
+}
+
+/* A single query, which the model answered, is learned like those of a batch. */
+static inline void learn_one(const Search *s, uint64_t q, int64_t rank, int right)
+{
+    if (s->hot.n_lines == 0 || !take_learner(s->learner))
+        return;
+    if (wants_lesson(s->learner, 1, 1))
+        learn_found(s, q, rank, right);
+    leave_learner(s->learner);
+}
+
 /* How many keys are below a code, or, `right`, not above it; then it is not the last code that there is. */
 static int64_t rank_of_code(const Search *s, uint64_t code, int right)
 {
     uint64_t q = code + (uint64_t)right; /* codes are whole: right of q is left of q + 1 */
     uint64_t found;
-    int64_t rank = !look_up_hot(s->hot, code, &found) ? run_rank(s, q)
-                   : right                             ? rank_in(found) + copies_in(found)
-                                                       : rank_in(found);
+    if (ask_tables(s, code, &found))
+        return with_shifts(s, q, right ? rank_in(found) + copies_in(found) : rank_in(found));
+    int64_t rank = run_rank(s, q);
+    learn_one(s, q, rank, right);
     return with_shifts(s, q, rank);
 }
 
@@ -1230,8 +1338,10 @@ static Place ask_place(View *view, uint64_t code, int64_t *run)
     Search *s = &view->search;
     uint64_t found;
     sample_code(s, code);
-    int hot = look_up_hot(s->hot, code, &found);
+    int hot = ask_tables(s, code, &found);
     int64_t rank = *run = hot ? rank_in(found) : run_rank_beside(s, code, view->raw[0].buf, view->value_size);
+    if (!hot)
+        learn_one(s, code, rank, 0);
     int in_run = hot ? copies_in(found) > 0 : is_in_run(s, code, rank);
     return place_of(s, code, rank, in_run, entry_for(s->deltas, code, rank), entry_for(s->deltas + 1, code, rank));
 }
@@ -1447,6 +1557,28 @@ static PyObject *fill_hot(PyObject *self, PyObject *args)
     return placed == 0 ? NULL : PyLong_FromLongLong(placed);
 }
 
+/* copy_learned(learned, notes, out): copy the lines of a table that learns; whether that was done, which it is not while a
+ * reader has them. */
+static PyObject *copy_learned(PyObject *self, PyObject *args)
+{
+    static const Py_ssize_t itemsizes[3] = {sizeof(Line), 8, sizeof(Line)};
+    PyObject *arrays[3];
+    Py_buffer held[3];
+    (void)self;
+    if (!PyArg_ParseTuple(args, "OOO", arrays, arrays + 1, arrays + 2) || get_buffers(arrays, itemsizes, 3, 0, held) < 0)
+        return NULL;
+    Learner learner = {held[0].buf, held[1].buf, 0, 0};
+    if (held[0].len == 0 || held[2].len != held[0].len || held[1].len / 8 != NOTES)
+        return end_call(held, 3, "the arrays of a hot table do not fit together");
+    int taken = take_learner(learner);
+    if (taken) {
+        memcpy(held[2].buf, learner.lines, (size_t)held[0].len);
+        leave_learner(learner);
+    }
+    release_buffers(held, 3);
+    return PyBool_FromLong(taken);
+}
+
 /* held_hot(lines, codes, held): whether the hot table holds each code. */
 static PyObject *held_hot(PyObject *self, PyObject *args)
 {
@@ -1612,7 +1744,7 @@ static PyObject *ranks(PyObject *self, PyObject *args)
     return end_call(held, 3, NULL);
 }
 
-/* tell_leaves(view, out): the leaves of a view, made to tell of its first delta. */
+/* tell_leaves(view, out): the leaves of a view, made to tell of its deltas. */
 static PyObject *native_tell_leaves(PyObject *self, PyObject *args)
 {
     static const Py_ssize_t itemsizes[1] = {sizeof(ChangedLeaf)};
@@ -1625,7 +1757,7 @@ static PyObject *native_tell_leaves(PyObject *self, PyObject *args)
         return end_call(&held, 1, "leaves are those of a View");
     const Search *s = &((View *)view)->search;
     const Py_buffer *leaves = ((View *)view)->held + LEAVES;
-    if (s->n == 0 || leaves_tell(s) || s->deltas[0].n > INT32_MAX ||
+    if (s->n == 0 || leaves_tell(s) || s->deltas[0].n > INT32_MAX || s->deltas[1].n > INT32_MAX ||
         held.len / (Py_ssize_t)sizeof(ChangedLeaf) != leaves->len / (Py_ssize_t)sizeof(Leaf))
         return end_call(&held, 1, "the leaves of a view do not fit");
     Py_BEGIN_ALLOW_THREADS
@@ -1660,9 +1792,11 @@ static PyMethodDef native_methods[] = {
     {"find_windows", delta_windows, METH_VARARGS, "find_windows(left, bits, windows): where those of a delta begin."},
     {"codes_below", delta_codes_below, METH_VARARGS,
      "codes_below(codes, bits, windows, queries, ranks, out): codes of a delta below others."},
-    {"tell_leaves", native_tell_leaves, METH_VARARGS, "tell_leaves(view, out): its leaves, which tell of its first delta."},
+    {"tell_leaves", native_tell_leaves, METH_VARARGS, "tell_leaves(view, out): its leaves, which tell of its deltas."},
     {"ranks", ranks, METH_VARARGS, "ranks(codes, queries, right, out): np.searchsorted of codes."},
     {"fill_hot", fill_hot, METH_VARARGS, "fill_hot(codes, ranks, copies, lines): the hot table of some codes."},
+    {"copy_learned", copy_learned, METH_VARARGS,
+     "copy_learned(learned, notes, out): copy the lines of a table that learns, unless a reader has them."},
     {"held_hot", held_hot, METH_VARARGS, "held_hot(lines, codes, held): whether the hot table holds each code."},
     {"tally", tally, METH_VARARGS, "tally(samples, codes): the distinct ones by how often they occur."},
     {"pack", pack, METH_VARARGS, "pack(items, is_text, offsets): bytes of texts, or the place of what is none."},

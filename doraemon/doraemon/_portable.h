@@ -10,12 +10,22 @@
 #define COUNT_BITS(bits) __builtin_popcountll(bits)
 #define LOAD(address) __atomic_load_n(address, __ATOMIC_RELAXED)
 #define STORE(address, value) __atomic_store_n(address, value, __ATOMIC_RELAXED)
+#define TRY_LOCK(address) (!__atomic_exchange_n(address, 1, __ATOMIC_ACQUIRE))
+#define UNLOCK(address) __atomic_store_n(address, 0, __ATOMIC_RELEASE)
 #else
 #define INLINE static inline
 #define PREFETCH(address) ((void)0)
 #define COUNT_BITS(bits) count_bits(bits)
 #define LOAD(address) (*(volatile uint64_t *)(address))
 #define STORE(address, value) (*(volatile uint64_t *)(address) = (value))
+#ifdef _MSC_VER
+#include <intrin.h>
+#define TRY_LOCK(address) (!_InterlockedExchange64((volatile __int64 *)(address), 1))
+#define UNLOCK(address) ((void)_InterlockedExchange64((volatile __int64 *)(address), 0))
+#else
+#define TRY_LOCK(address) ((void)(address), 0) /* never, as nothing is known that would be safe */
+#define UNLOCK(address) ((void)(address))
+#endif
 #endif
 
 /* How many bits of a number are 1. */

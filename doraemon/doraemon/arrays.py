@@ -28,7 +28,9 @@ FEW = 4  #: entries after the last, which are above every code
 #: of a window of a delta: which of its parts have entries, and by how much those before it shift ranks
 SUMMARY = np.dtype([("marks", np.uint32), ("shift", np.int32)])
 #: of a leaf that tells where in it there are entries of a delta, and by how much those before it shift ranks
-CHANGED_LEAF = np.dtype([("leaf", LEAF), ("shift", np.int32), ("marks", np.uint64), ("twin", np.int64)])
+CHANGED_LEAF = np.dtype(
+    [("leaf", LEAF), ("shift", np.int32), ("marks", np.uint64), ("twin", np.int32), ("noted", np.int32)]
+)
 PLACE_SHIFT = 8  #: a place is the row of the first leaf, shifted by so many bits, and log2 of the number of leaves
 
 

@@ -115,7 +115,7 @@ def _with_copies(state: State, codes: Codes, counts: Ints, writes: int = 1, appe
         state, codes, counts = longer, codes[:among], counts[:among]
     if len(codes) == 0:
         return state
-    delta = add_counts(state.recent, codes, counts, state.writes + writes, state.counted)
+    delta = add_counts(state.recent, codes, counts, state.counted)
     return state.with_recent(delta, writes)
 
 
@@ -141,7 +141,7 @@ def _remove(state: State, codes: Codes) -> State:
     present: Ints = state.code_ranks(codes, right=True) - state.code_ranks(codes)
     removed = np.minimum(counts, present)
     codes, change = codes[removed > 0], -removed[removed > 0]
-    return state.with_recent(add_counts(state.recent, codes, change, state.writes + 1, state.counted))
+    return state.with_recent(add_counts(state.recent, codes, change, state.counted))
 
 
 def _admitted(key_type: KeyType, keys: ArrayLike) -> Codes:

@@ -5,6 +5,9 @@ count differs from what is below: +2 copies, -1 (a tombstone), 0 (a value replac
 rank in the run plus the sums of what changed below the key. Deltas are immutable; a write makes a new small one, in
 time proportional to both.
 
+Most entries of a multiset say the same, one more copy of a code that was not there. Then `net`, `present` and `stamps`
+are constants that take no memory, and only codes and places are copied.
+
 A delta is searched by the rank that a key has in the run. The ranks are divided into windows, of which each knows its
 first entry, and a summary of each window tells where in it there are entries: it answers most queries by itself.
 """
@@ -22,7 +25,7 @@ from numpy.typing import NDArray
 from .arrays import ENTRY, FEW, SUMMARY, Codes, Ints, Mask, Values
 from .engine import Engine, native
 from .memory import pool
-from .splicing import Room, ranks_in, splice
+from .splicing import Room, constant, flat, ranks_in, splice
 
 MAX_STAMP = 1 << 62
 FREE_COPIES = 1 << 20  #: that a saved delta may always add
@@ -43,7 +46,8 @@ class Delta:
         net: the change in the number of keys of each code.
         present: how many there are below.
         values: of a map's entries; a tombstone's is filler. None for a multiset.
-        stamps: the number of the write that made each entry, which tells those made during a merge from those before.
+        stamps: of a map, the number of the write that made each entry, which tells those made during a merge from those
+            before; of a multiset 0, as its counts tell that.
         engine: what splices its arrays.
     """
 
@@ -103,7 +107,8 @@ class Delta:
         """What C searches: ENTRY [entries + FEW], `left`, where windows begin, SUMMARY of each, log2 of their ranks."""
         bits, windows = self.windows
         entries, summaries = pool.empty(len(self) + FEW, ENTRY), pool.empty(len(windows) - 1, SUMMARY)
-        native.pack_delta(self.codes, self.net, self.present, self.left, bits, windows, entries, summaries)
+        net, present = np.ascontiguousarray(self.net), np.ascontiguousarray(self.present)
+        native.pack_delta(self.codes, net, present, self.left, bits, windows, entries, summaries)
         return entries, self.left, windows, summaries, bits
 
     def below(self, codes: Codes, left: Ints | None = None) -> tuple[Ints, Mask]:
@@ -141,11 +146,11 @@ def is_compact(net: Ints, n: int) -> bool:
     return float(np.maximum(net, 0).sum(dtype=np.float64)) <= n + len(net) + FREE_COPIES
 
 
-def add_counts(delta: Delta, codes: Codes, change: Ints, stamp: int, count: Count) -> Delta:
+def add_counts(delta: Delta, codes: Codes, change: Ints, count: Count) -> Delta:
     """A multiset's delta with more or fewer keys of some codes, which are distinct and ascending; no change is 0."""
-    stamps = np.full(len(codes), stamp)
     left, present = count(codes)
-    return stacked(delta, Delta(codes, left, change, present, None, stamps, delta.engine))
+    none = constant(0, len(codes))
+    return stacked(delta, Delta(codes, left, flat(change), flat(present), None, none, delta.engine))
 
 
 def stacked(older: Delta, newer: Delta) -> Delta:

@@ -33,12 +33,17 @@ class Samples:
     def __init__(self) -> None:
         self.codes: Codes = np.zeros(CAPACITY, dtype=np.uint64)  # memory that is not written to is not taken
         self.taken: Codes = np.zeros(1, dtype=np.uint64)
+        self._lock = (
+            threading.Lock()
+        )  # a thread that was stopped in between would take back what others added meanwhile
 
     def add(self, codes: Codes) -> None:
-        """Keep these codes. What another thread does at the same time may be lost; it is only a sample."""
-        taken, codes = int(self.taken[0]), codes[-CAPACITY:]
-        self.codes[np.arange(taken, taken + len(codes)) % CAPACITY] = codes
-        self.taken[0] = taken + len(codes)
+        """Keep these codes."""
+        codes = codes[-CAPACITY:]
+        with self._lock:
+            taken = int(self.taken[0])
+            self.codes[np.arange(taken, taken + len(codes)) % CAPACITY] = codes
+            self.taken[0] = taken + len(codes)
 
     def newest(self, count: int = CAPACITY) -> Codes:
         """The last `count` samples or as many as there are, the oldest first."""
@@ -89,6 +94,11 @@ class Heat:
                 new = self.counted(fresh)
                 self.decayed = self.decayed * 0.5 ** (new.sum() / half_life) + new
             return self.decayed
+
+    def skip(self) -> None:
+        """Count nothing of what readers added until now."""
+        with self._lock:
+            self._counted = int(self.samples.taken[0])
 
     def counted(self, codes: Codes) -> Floats:
         """How many of the codes fall into each bucket."""

@@ -35,9 +35,9 @@ def pack(state: State) -> tuple[Header, Arrays]:
         "model.rows": model.pool.rows[: model.pool.used],
         "model.where": model.pool.first_rows,
         "delta.codes": delta.codes,
-        "delta.net": delta.net,
-        "delta.present": delta.present,
-        "delta.stamps": delta.stamps,
+        "delta.net": np.ascontiguousarray(delta.net),
+        "delta.present": np.ascontiguousarray(delta.present),
+        "delta.stamps": np.ascontiguousarray(delta.stamps),
         "memory.signatures": _stacked([known for known, _ in memory], len(model.bits), np.dtype(np.float64)),
         "memory.bits": _stacked([bits for _, bits in memory], len(model.bits), np.dtype(np.uint8)),
     }

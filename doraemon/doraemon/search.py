@@ -15,7 +15,7 @@ from .delta import Delta, stacked
 from .engine import Engine, native
 from .fitting import BATCH
 from .heat import SAMPLING
-from .hot import NO_LINES
+from .hot import NO_LEARNER, NO_LINES
 from .keytype import KeyType
 from .memory import pool
 from .run import Run
@@ -78,11 +78,13 @@ class View(Protocol):
 
 
 def make_view(engine: Engine, key_type: KeyType, run: Run, deltas: Deltas, leaves: NDArray[Any] | None = None) -> View:
-    """A view of a run and its deltas, the older one first; perhaps with leaves that tell of that."""
+    """A view of a run and its deltas, the older one first; perhaps with leaves that tell of both."""
     if engine == "numpy":
         return NumpyView(key_type, run, deltas)
     model, dtype, (older, recent) = run.model, key_type.dtype, deltas
-    lines = NO_LINES if run.hot is None else run.hot.lines
+    lines, learner, lacks = NO_LINES, NO_LEARNER, 0
+    if run.hot is not None:
+        lines, learner, lacks = run.hot.lines, run.hot.learner, run.hot.lacks
     (*arrays, bits), (*last_arrays, last_bits) = older.packed, recent.packed
     return native.View(
         dtype.kind,
@@ -93,6 +95,7 @@ def make_view(engine: Engine, key_type: KeyType, run: Run, deltas: Deltas, leave
         *(run.codes, model.bounds, model.buckets, model.pool.rows if leaves is None else leaves, lines),
         *(*arrays, *last_arrays),
         *(run.heat.samples.codes, run.heat.samples.taken),
+        *(learner.lines, learner.notes, learner.reach, lacks),
         *(run.values, older.values, recent.values),
         *(bits, last_bits),
         *_bytes_of(run.values, older.values, recent.values),
@@ -107,7 +110,7 @@ def _bytes_of(*values: Values | None) -> tuple[Any, ...]:
 
 
 def telling(engine: Engine, key_type: KeyType, run: Run, deltas: Deltas) -> View:
-    """A view of a run, which has keys, and its deltas, whose leaves tell of the older one. O(changes + leaves)."""
+    """A view of a run, which has keys, and its deltas, whose leaves tell of both. O(changes + leaves)."""
     silent = make_view(engine, key_type, run, deltas)
     if engine == "numpy":
         return silent

@@ -45,8 +45,23 @@ class Room:
             return True
 
 
+def constant(value: int, count: int) -> Ints:
+    """`count` times the same number, which takes no memory."""
+    return np.broadcast_to(np.int64(value), count)
+
+
+def flat(array: Ints) -> Ints:
+    """The same array as a `constant`, if all of its items are equal."""
+    return constant(int(array[0]), len(array)) if len(array) and (array == array[0]).all() else array
+
+
 def splice(old: NDArray[Any], at: Ints, new: NDArray[Any], engine: Engine, spare: int = 0) -> NDArray[Any]:
-    """`old` with `new` at the positions `at`, ascending, of the result, and `spare` items behind it."""
+    """`old` with `new` at the positions `at`, ascending, of the result, and `spare` items behind it.
+
+    O(items); O(1) for a `constant` in itself, without spare items.
+    """
+    if spare == 0 and len(new) and new.strides == (0,) and (len(old) == 0 or _continues(old, new)):
+        return constant(int(new[0]), len(old) + len(new))
     whole = pool.empty(len(old) + len(new) + spare, old.dtype)
     result = whole[: len(old) + len(new)]
     if engine == "native" and is_plain(old.dtype):
@@ -58,6 +73,10 @@ def splice(old: NDArray[Any], at: Ints, new: NDArray[Any], engine: Engine, spare
     result[at] = new
     result[others] = old
     return whole
+
+
+def _continues(old: NDArray[Any], new: NDArray[Any]) -> bool:
+    return old.strides == (0,) and bool(old[0] == new[0])
 
 
 def ranks_in(codes: Codes, queries: Codes, right: bool, engine: Engine) -> Ints:

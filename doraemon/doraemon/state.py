@@ -33,7 +33,7 @@ from .workload import Signature
 REQUIRED: Any = object()  #: stands for an argument that was not given
 
 MIN_DELTA = 4096  #: changes below which a delta is never too long to search
-PARTLY = 4  #: how many times fewer queries than all changes together is it worth to know the older ones better for
+TELLING = 4  #: how many times fewer queries than changes and leaves are worth leaves that tell of the changes
 MERGE_COST = 1 << 16  #: what a merge costs beside its keys, in keys
 
 
@@ -176,23 +176,12 @@ class State:
         self.asked[0] += len(codes)  # an estimate where threads ask at the same time
         if self.changes == 0 or len(self.run) == 0:
             return self.view
-        worth = self.changes + self.run.model.leaves
-        if self.asked[0] > worth:
-            return self._flat_view
-        return self._telling_view if self.asked[0] > worth // PARTLY else self.view
+        return self._telling_view if self.asked[0] > (self.changes + self.run.model.leaves) // TELLING else self.view
 
     @cached_property
     def _telling_view(self) -> View:
-        """What answers most queries from the leaf, but for recent changes."""
-        older, recent = (self.older, self.recent) if len(self.older) else (self.recent, self.older)
-        return telling(self.engine, self.key_type, self.run, (older, recent))
-
-    @cached_property
-    def _flat_view(self) -> View:
-        """The same for all changes together: worth making for as many queries as there are changes and leaves."""
-        if len(self.older) == 0 or len(self.recent) == 0:
-            return self._telling_view
-        return telling(self.engine, self.key_type, self.run, (self.delta, self._no_changes))
+        """What answers most queries from the leaf, changes included."""
+        return telling(self.engine, self.key_type, self.run, (self.older, self.recent))
 
     @property
     def _no_changes(self) -> Delta:
@@ -318,7 +307,7 @@ class State:
         if hot is None or len(self.run) == len(shorter) or hot.highest <= int(shorter.codes[-1]):
             return self
         plain = self.with_hot(None)
-        return plain.with_hot(plain.hot_table(hot.codes))
+        return plain.with_hot(plain.hot_table(hot.codes, len(hot.lines)))
 
     def remodelled(self, model: Model, trained: Signature, memory: Models) -> State:
         """The same keys under another model, which `trained` was the workload of."""
@@ -328,13 +317,16 @@ class State:
         """The same keys with another hot table of them, or without one."""
         return self if hot is self.run.hot else self._with(run=replace(self.run, hot=hot))
 
-    def hot_table(self, codes: Codes) -> Hot | None:
-        """The hot table of distinct codes, in the run or not, the hottest first; None for none."""
+    def hot_table(self, codes: Codes, n_lines: int = 0) -> Hot | None:
+        """The hot table of distinct codes, in the run or not, the hottest first; None for none.
+
+        It has so many lines, or by default as many as the codes need.
+        """
         n, left = len(self.run), self.code_ranks(codes, in_run=True)
         copies = ((left < n) & (self.run.codes[np.minimum(left, n - 1)] == codes)).astype(np.int64)
         again = (left + 1 < n) & (self.run.codes[np.minimum(left + 1, n - 1)] == codes)
         copies[again] = self.code_ranks(codes[again], right=True, in_run=True) - left[again]
-        return Hot.of(codes, left, copies)
+        return Hot.of(codes, left, copies, n, n_lines)
 
     @property
     def changes(self) -> int:
@@ -357,7 +349,7 @@ class State:
         state = State.of(self.key_type.compacted(codes), self.engine, run)
         if self.run.hot is None or len(codes) == 0:
             return state
-        return state.with_hot(state.hot_table(self.run.hot.codes))
+        return state.with_hot(state.hot_table(self.run.hot.codes, len(self.run.hot.lines)))
 
     def fitted(self) -> State:
         """The state whose model knows all keys of the run, also those that were appended lately."""

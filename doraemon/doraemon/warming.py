@@ -5,8 +5,9 @@ lasts. So a few tables are made of the older samples, each answers some of the n
 takes part, so that where none pays there is none.
 
 Once there is a table, how many of the newest samples it answers tells whether the accesses have moved. While they stay
-nothing is tried again before there are twice as many samples. When they have moved, those since then are all that is
-learned from, soon and again whenever they have doubled.
+nothing is tried again before there are twice as many samples. When they have moved, the copy of the table that learns
+has mostly followed them, and takes the place of the table. If it has not, another table is made of the samples since
+then, soon and again whenever they have doubled.
 """
 
 from __future__ import annotations
@@ -74,13 +75,16 @@ def warm(state: State) -> tuple[State, Warming]:
     if state.engine != "native" or samples.taken[0] < MIN_SAMPLES:
         few = "too few accesses were counted to tell"
         return state, Warming(few if state.engine == "native" else "the NumPy engine has no hot table", _held(before))
-    if before is not None and before.choice is not None:
-        followed = _followed(state, before, before.choice)
+    choice = None if before is None else before.choice
+    if before is not None and choice is not None:
+        followed = _followed(state, before, choice)
         if followed is not None:
             return followed
     past, late = _parted(samples.newest(), HELD_OUT)
     moved = has_moved(state.run, past, late)
-    return _fastest(state, list((_tables_of_late if moved else _tables)(state, past)), past, late, moved)
+    began = int(samples.taken[0]) - len(past) - len(late) if choice is None or moved else choice.began
+    made = list((_tables_of_late if moved else _tables)(state, past))
+    return _fastest(state, made, past, late, began, moved)
 
 
 def _parted(samples: Codes, held_out: int) -> tuple[Codes, Codes]:
@@ -90,9 +94,9 @@ def _parted(samples: Codes, held_out: int) -> tuple[Codes, Codes]:
 
 
 def _fastest(
-    state: State, made: list[Hot], past: Codes, late: Codes, moved: bool, rounds: int = ROUNDS
+    state: State, made: list[Hot], past: Codes, late: Codes, began: int, moved: bool, rounds: int = ROUNDS
 ) -> tuple[State, Warming]:
-    """The state with the fastest of its table, those that were made, and none."""
+    """The state with the fastest of its table, those that were made, and none, for a workload that began then."""
     before = state.run.hot
     tables = [None, *([] if before is None else [before]), *made]
     if len(tables) == 1:
@@ -106,21 +110,28 @@ def _fastest(
         return state.with_hot(None), Warming("no table saves enough", 0, 0.0, before is not None, moved)
     changed = table is not before
     reason = "another table is faster" if changed else "the table fits the accesses"
-    count = len(past) + len(late)
-    began = int(state.run.heat.samples.taken[0]) - count
-    chosen = replace(table, choice=Choice(began, count, float(table.holds(late).mean()), saved))
+    count = int(state.run.heat.samples.taken[0]) - began
+    answered = table.learner.share if table is before else None
+    answered = float(table.holds(late).mean()) if answered is None else answered
+    chosen = replace(table, choice=Choice(began, count, answered, saved))
     return state.with_hot(chosen), Warming(reason, table.held, saved, changed, moved)
 
 
 def _followed(state: State, table: Hot, choice: Choice) -> tuple[State, Warming] | None:
-    """The state if its table fits the accesses still, or one with a table of what was asked since they moved.
+    """The state if its table fits the accesses still or has followed them, or one with a table of what was asked since
+    they moved.
 
     None if all samples are of one workload, of which more is known than when the table was made.
     """
     samples = state.run.heat.samples
     taken, answered = int(samples.taken[0]), float(table.holds(samples.newest(NEWEST)).mean())
-    began = choice.began
-    if answered < choice.answered - MOVED:
+    began, least = choice.began, choice.answered - MOVED
+    learned = table.learner.answered(NEWEST)
+    if answered < least and learned is not None and learned >= least:
+        state.run.heat.skip()  # the model answered few of them
+        report = Warming("the table has followed the accesses", table.held, choice.saved, True, True)
+        return state.with_hot(table.followed() or table), report
+    if answered < least:
         began = taken - _since_answered(table, samples.newest(), (answered + choice.answered) / 2)
     elif taken - began < 2 * choice.samples:
         return state, Warming("the table fits the accesses", table.held, choice.saved)
@@ -132,7 +143,7 @@ def _followed(state: State, table: Hot, choice: Choice) -> tuple[State, Warming]
     past, late = _parted(since, HELD_OUT_SINCE)
     codes, known = by_count(past)
     made = state.hot_table(codes) if known > KNOWN else None
-    return _fastest(state, [] if made is None else [made], past, late, moved=True, rounds=1)
+    return _fastest(state, [] if made is None else [made], past, late, began, moved=True, rounds=1)
 
 
 def _since_answered(table: Hot, samples: Codes, share: float) -> int:
@@ -238,7 +249,7 @@ def table_of_buckets(run: Run, buckets: Ints) -> Hot | None:
     if not found:
         return None
     ranks = np.concatenate(found)
-    return Hot.of(run.codes[ranks], ranks, np.ones(len(ranks), dtype=np.int64))
+    return Hot.of(run.codes[ranks], ranks, np.ones(len(ranks), dtype=np.int64), len(run))
 
 
 def _keys_alone(run: Run, start: int, end: int) -> Ints:

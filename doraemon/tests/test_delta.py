@@ -74,14 +74,17 @@ def test_summaries_tell_what_the_entries_do(step: int, older: dict[int, int], ne
     step=st.sampled_from([1, 3, 1000]),
     changes=st.dictionaries(st.integers(0, 3000) | st.sampled_from([LAST - 1, LAST]), NET, max_size=300),
     apart=st.sampled_from([0, 3, 50]),
+    swapped=st.booleans(),
 )
-@example(step=3, changes=dict.fromkeys(range(0, 3000, 7), 1), apart=0)
-@example(step=1000, changes=dict.fromkeys(range(2500), 1), apart=11)
-def test_leaves_tell_what_the_entries_do(step: int, changes: dict[int, int], apart: int) -> None:
+@example(step=3, changes=dict.fromkeys(range(0, 3000, 7), 1), apart=0, swapped=False)
+@example(step=1000, changes=dict.fromkeys(range(2500), 1), apart=11, swapped=True)
+def test_leaves_tell_what_the_entries_do(step: int, changes: dict[int, int], apart: int, swapped: bool) -> None:
     keys = np.append(np.arange(0, 2900, step, dtype=np.uint64), np.uint64(LAST))
     state = Index(keys, engine="native")._state
     delta = delta_of(state.run, changes)
     newer = delta_of(state.run, {code: 1 for code in range(5, 3000, apart) if code not in changes} if apart else {})
+    if swapped:
+        delta, newer = newer, delta
     queries = np.append(np.arange(3010, dtype=np.uint64), np.array([LAST - 1, LAST], dtype=np.uint64))
     plain = NumpyView(state.key_type, state.run, (delta, newer))
     hot = state.hot_table(queries[::2].copy())
@@ -100,3 +103,25 @@ def test_any_number_of_changes_per_window_is_counted(more: int) -> None:
         expected = np.searchsorted(np.sort(np.concatenate([keys, added])), queries, side=side)
         for _ in range(2):  # the second time all changes are searched at once
             np.testing.assert_array_equal(index.searchsorted(queries, side), expected)
+
+
+def test_leaves_tell_of_codes_that_both_deltas_change() -> None:
+    keys, numbers = np.arange(0, 40_000, 4, dtype=np.uint64), np.random.default_rng(3)
+    index = Index(keys, engine="native", merging="manual")
+    for count in (3000, 400):
+        more = numbers.integers(0, 40_000, count, dtype=np.uint64)
+        index.extend(more)
+        index.discard_many(more[::5])
+    state = index._state
+    recent = index.copy()
+    recent.extend(state.delta.codes[::3])
+    state = recent._state
+    assert len(state.older)
+    assert np.isin(state.recent.codes, state.older.codes).any()
+    queries, everything = np.arange(40_100, dtype=np.uint64), recent.keys()
+    for side in ("left", "right"):
+        expected = np.searchsorted(everything, queries, side=side)
+        for _ in range(3):
+            np.testing.assert_array_equal(recent.searchsorted(queries, side), expected)
+    assert "_telling_view" in state.__dict__
+    np.testing.assert_array_equal(recent.contains(queries), np.isin(queries, everything))

@@ -122,7 +122,10 @@ def test_batches_of_several_threads_are_sampled(engine: str) -> None:
     index = Index(np.arange(30_000), engine=engine, threads=3)
     index.searchsorted(np.arange(30_000))
     taken = int(index._state.run.heat.samples.taken[0])
-    assert 30_000 // 8 // 4 <= taken <= 30_000 // 8 + 400  # threads that meet may lose counts of each other
+    assert taken <= 30_000 // 8 + 400
+    assert taken >= (
+        30_000 // 8 - 400 if engine == "numpy" else 1000
+    )  # in C threads that meet may lose some of each other
     assert len(index._state.run.heat.samples.newest()) == taken
 
 

@@ -89,6 +89,26 @@ def test_readers_see_every_write_whole(request: pytest.FixtureRequest, engine: s
     np.testing.assert_array_equal(index.keys(), np.arange(0, 2 * PAIR, 4))
 
 
+def test_readers_share_a_table_that_learns(request: pytest.FixtureRequest, engine: str) -> None:
+    """Each asks for what the others lack, in batches that go on without the GIL and one by one."""
+    if engine == "numpy":
+        pytest.skip("the NumPy engine has no hot table")
+    keys = np.sort(np.random.default_rng(7).integers(0, 2**62, 100_000)).astype(np.uint64)
+    index = Index(keys, engine=engine)
+    state = index._state
+    index._state = state.with_hot(state.hot_table(state.run.codes[:300]))
+
+    def read() -> None:
+        rng = np.random.default_rng()
+        ranks = rng.integers(0, 99_000) + rng.integers(0, 1000, 20_000)
+        np.testing.assert_array_equal(index.searchsorted(keys[ranks]), ranks)
+        for rank in ranks[:200].tolist():
+            assert index.bisect_left(int(keys[rank])) == rank
+
+    Threads(read, read, read, lambda: index.adapt() and time.sleep(0.01)).run(request.config.getoption("--stress"))
+    assert int(index._state.run.heat.samples.taken[0]) > 20_000 // 16
+
+
 @pytest.mark.usefixtures("small_parts")
 def test_many_writers_take_turns(engine: str) -> None:
     index = Index(dtype="int64", engine=engine, merging="background")
