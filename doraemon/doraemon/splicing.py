@@ -60,7 +60,7 @@ def splice(old: NDArray[Any], at: Ints, new: NDArray[Any], engine: Engine, spare
 
     O(items); O(1) for a `constant` in itself, without spare items.
     """
-    if spare == 0 and len(new) and new.strides == (0,) and (len(old) == 0 or _continues(old, new)):
+    if spare == 0 and _is_constant(new) and (len(old) == 0 or (_is_constant(old) and old[0] == new[0])):
         return constant(int(new[0]), len(old) + len(new))
     whole = pool.empty(len(old) + len(new) + spare, old.dtype)
     result = whole[: len(old) + len(new)]
@@ -75,8 +75,8 @@ def splice(old: NDArray[Any], at: Ints, new: NDArray[Any], engine: Engine, spare
     return whole
 
 
-def _continues(old: NDArray[Any], new: NDArray[Any]) -> bool:
-    return old.strides == (0,) and bool(old[0] == new[0])
+def _is_constant(array: NDArray[Any]) -> bool:
+    return len(array) > 0 and array.dtype == np.int64 and array.strides == (0,)
 
 
 def ranks_in(codes: Codes, queries: Codes, right: bool, engine: Engine) -> Ints:
