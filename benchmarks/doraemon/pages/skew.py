@@ -16,8 +16,8 @@ of ranks up to the number of keys, scattered over them; "endless" ranks are wrap
 queries is uniform and no table can know them. No query that is timed was asked before."""
 SKEW_SINGLE = """The same, one query per call, the call from Python included. What is not in the table waits for memory
 as before. A round is as long as the median of its ten parts, as other programs took turns on the processor."""
-SKEW_MOVING = """The hot keys are others after each million queries. "Following" calls `adapt()` after 50,000 and after
-200,000 queries of each million, and its time is counted; "known beforehand" has had the right table from the first
+SKEW_MOVING = """The hot keys are others after each million queries. "Following" calls `adapt()` after 50,000 queries of
+each million, and its time is counted; "known beforehand" has had the right table, which stays as it is, from the first
 query on, and its making is not counted."""
 
 
