@@ -33,9 +33,8 @@ class Samples:
     def __init__(self) -> None:
         self.codes: Codes = np.zeros(CAPACITY, dtype=np.uint64)  # memory that is not written to is not taken
         self.taken: Codes = np.zeros(1, dtype=np.uint64)
-        self._lock = (
-            threading.Lock()
-        )  # a thread that was stopped in between would take back what others added meanwhile
+        # without it, a thread that was stopped in between would take back what others added meanwhile
+        self._lock = threading.Lock()
 
     def add(self, codes: Codes) -> None:
         """Keep these codes."""

@@ -90,8 +90,7 @@ def bench(
     else:
         variants = variants_of_dense(_dense(context, model, shape, layers, dtype), rivals, random_fold)
     if text is not None:
-        ids = torch.tensor(encode(load_tokenizer(model), read_texts([text], text_field)[0].text))
-        variants = [replace(variant, ids=ids) for variant in variants]
+        variants = _behind(text, text_field, model, variants)
     report = _measure(shape or model, variants, timing)
     if record and report.pays_up_to is not None:
         record_crossover(Path(model), report.pays_up_to)
@@ -104,6 +103,12 @@ def bench(
     if checkpoint and text is None:
         show.say("Prompts were random tokens, of which folds usually fix more than of text; give --text for yours.")
     show.say(clock.sentence())
+
+
+def _behind(text: str, field: str | None, model: str, variants: list[Variant]) -> list[Variant]:
+    """The variants of a model with prompts out of a text."""
+    ids = torch.tensor(encode(load_tokenizer(model), read_texts([text], field)[0].text))
+    return [replace(variant, ids=ids) for variant in variants]
 
 
 def _rivals(against: str, checkpoint: bool) -> list[str]:

@@ -10,10 +10,11 @@ namespace {
 
 constexpr int kMost = 2;  // up-projections per neuron
 
-char* memory(int64_t bytes) {
-    static thread_local Numbers<char> kept;  // from call to call
-    grow(kept, bytes);
-    return kept.data();
+// For the activations; the thread's, from call to call.
+char* room(int64_t bytes) {
+    static thread_local Numbers<char> all;
+    grow(all, bytes);
+    return all.data();
 }
 
 }  // namespace
@@ -22,7 +23,7 @@ Kept::Kept(const TardisFFN& ffn, const TardisBatch& batch, Inputs& inputs, int t
     : ffn_(ffn), batch_(batch), count_(ffn.kept_up.rows / ffn.k),
       block_(block_neurons(ffn.kept_up, count_, ffn.k, threads)),
       x_(inputs.for_matrix(ffn.kept_up, batch.activation_bits)), hidden_(batch) {
-    hidden_.x = memory(batch.tokens * count_ * (batch.type == TARDIS_FP32 ? 4 : 2));
+    hidden_.x = room(batch.tokens * count_ * (batch.type == TARDIS_FP32 ? 4 : 2));
 }
 
 int64_t Kept::tasks() const { return blocks(count_, block_); }

@@ -1,5 +1,6 @@
 // What happens to one token between and around the products: norms, rotary embeddings, attention, sums, gates. All of
-// it is small beside reading the weights, and is done by one thread, but for attention to many positions.
+// it is small beside reading the weights. One thread does it, but for gates and attention, which are shared where others
+// are awake or there is much to do.
 #include "step.h"
 
 #include "attention.h"
