@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import real_models
 from equal_models import gguf_file
-from equal_subjects import DENSE, HEAD_BITS, KINDS, OURS, SUBJECTS
+from equal_subjects import DENSE, HEAD_BITS, KINDS, OURS, SUBJECTS, Subject
 from llama_cpp import bytes_of, file_of_shape, measured_on, model_of_shape, taken_in_turns
 from llama_library import Llama
 from tardis_llm.checkpoint.loading import load_model
@@ -57,26 +57,29 @@ def is_ours(name: str) -> bool:
 
 def variants(subject: str, entries: dict[str, Any], chosen: argparse.Namespace) -> dict[str, Variant]:
     """What our kernels decode, by name: real folds, or random ones of `SHAPE` with the sample's fix rates."""
-    real = SUBJECTS[subject].file is not None
-    model = SUBJECTS[subject].load()[0] if real else model_of_shape(SHAPE, chosen.layers)
+    own, ids = SUBJECTS[subject], None
+    real = own.file is not None
+    if real:
+        model, tokenizer = own.load()
+        ids = _judged_text(own, tokenizer, chosen)
+    else:
+        model = model_of_shape(SHAPE, chosen.layers)
     made = {}
     for name, found in entries.items():
         if name in OURS:
             made[name] = _random_dense(name, model)
         elif real:
-            fold = loaded_variants(load_model(str(chosen.folds / f"{subject}-{name}")))[0]
-            made[name] = replace(fold, ids=_judged_text(subject, chosen))
+            made[name] = loaded_variants(load_model(str(chosen.folds / f"{subject}-{name}")))[0]
         else:
             bits = math.ceil(statistics.mean(found["bits"]))
             select = KINDS[name.partition("@")[0]]
             made[name] = random_variant(model, RandomFold(bits, 4, 4, 4, found["fix_rate"], select, found["kept"]))
-    return made
+    return {name: replace(variant, ids=ids) for name, variant in made.items()}
 
 
-def _judged_text(subject: str, chosen: argparse.Namespace) -> torch.Tensor:
-    """[n] the token ids of the first text that the subject is judged on: what is fixed depends on the text."""
-    own = SUBJECTS[subject]
-    windows = real_models.texts(own.load()[1], chosen.data, chosen.tokens or own.tokens, own.length)
+def _judged_text(own: Subject, tokenizer: PreTrainedTokenizerBase, chosen: argparse.Namespace) -> torch.Tensor:
+    """[n] the token ids of the first text that a subject is judged on: what is fixed depends on the text."""
+    windows = real_models.texts(tokenizer, chosen.data, chosen.tokens or own.tokens, own.length)
     return windows[own.texts[0]].flatten()
 
 

@@ -122,13 +122,14 @@ def taken_in_turns(
         chosen: `steps`, `prompt`, `batch`, `rounds` and `compile` of the command line.
     """
     lay_out_all(list(ours.values()))
+    before = _TEXT if any(variant.ids is not None for variant in ours.values()) else 8
     steps: dict[str, Callable[[], float]] = {}
     firsts: dict[str, Callable[[], float]] = {}
     for name, llama in llamas.items():
-        steps[name] = lambda llama=llama: llama.timed(chosen.steps, 8)["step"]  # type: ignore[misc]
+        steps[name] = lambda llama=llama: llama.timed(chosen.steps, before)["step"]  # type: ignore[misc]
         firsts[name] = lambda llama=llama: llama.timed(1, chosen.prompt)["first"]  # type: ignore[misc]
     for name, variant in ours.items():
-        steps[name] = steps_of(variant, 8 if variant.ids is None else _TEXT, chosen)
+        steps[name] = steps_of(variant, before, chosen)
         firsts[name] = firsts_of(variant, chosen.prompt, chosen.batch)
     decoded = take_turns(steps, chosen.rounds, lambda *_: None, "decoding")
     return decoded, take_turns(firsts, max(2, chosen.rounds // 2), lambda *_: None, "prompts")
