@@ -54,7 +54,7 @@ class Judge:
 
     Args:
         name: key of `SUBJECTS`.
-        chosen: `calibration`, `data`, `cache` and `folds` of the command line.
+        chosen: `calibration`, `code`, `data`, `cache` and `folds` of the command line.
     """
 
     def __init__(self, name: str, chosen: argparse.Namespace) -> None:
@@ -63,7 +63,7 @@ class Judge:
         length, tokens = self.subject.length, chosen.tokens or self.subject.tokens
         found = real_models.texts(tokenizer, chosen.data, tokens, length)
         self.windows = {text: found[text] for text in self.subject.texts}
-        self.calibration = real_models.calibration(tokenizer, chosen.data, chosen.calibration, length)
+        self.calibration = real_models.calibration(tokenizer, chosen.data, chosen.calibration, length, chosen.code)
 
     def judged(self, name: str) -> dict[str, Any]:
         """The figures of the subject as `name` says."""
@@ -103,7 +103,7 @@ def quality(chosen: argparse.Namespace) -> None:
     subject, path = SUBJECTS[chosen.subject], chosen.results / f"equal_quality_{chosen.subject}.json"
     judge = Judge(chosen.subject, chosen)
     settings = {"window": subject.length, "tokens": {text: part.numel() for text, part in judge.windows.items()}}
-    settings["calibration"] = chosen.calibration
+    settings |= {"calibration": chosen.calibration, "code": chosen.code}
     known = read_json(path) if path.exists() else {}
     entries: dict[str, Any] = known["entries"] if known.get("settings") == settings else {}
     reductions = chosen.reductions or subject.reductions
@@ -135,6 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--reductions", type=float, nargs="+", help="of folds; default: the subject's")
     parser.add_argument("--tokens", type=int, help="of each text that is judged on; default: the subject's")
     parser.add_argument("--calibration", type=int, default=32_768, help="tokens (default: %(default)s)")
+    parser.add_argument("--code", type=float, default=0.0, help="share of them that are code (default: %(default)s)")
     parser.add_argument("--data", type=Path, default=real_models.DATA, help="(default: %(default)s)")
     parser.add_argument("--folds", type=Path, default=FOLDS, help="folder for folds (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for figures (default: %(default)s)")
