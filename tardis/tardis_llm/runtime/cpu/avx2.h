@@ -1,12 +1,32 @@
 // What the kernels for processors with AVX2, FMA and F16C share.
 #pragma once
 #include "kernels.h"
+#include "unrolled.h"
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define TARDIS_AVX2
 #include <immintrin.h>
 
 namespace tardis {
+namespace {
+
+// Into the second cache only, which can wait for more lines at once than the first. GCC drops calls of a function that
+// only prefetches, unless they are inlined from the start.
+inline TARDIS_INLINE void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+
+// Sums of 16 bits, and the products of codes with values, two by two.
+inline TARDIS_INLINE __m256i add_products(__m256i sum, __m256i codes, __m256i values) {
+#if defined(__GNUC__) && !defined(__clang__)
+    // by hand because GCC computes all products first, for which there are not registers enough
+    __m256i products;
+    asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(sum), "=&x"(products) : "x"(codes), "x"(values));
+    return sum;
+#else
+    return _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, values));
+#endif
+}
+
+}  // namespace
 
 // Of `avx2_lowbit.cpp` and `avx2_panels.cpp`; see `Product` and `Accumulate`.
 void product_low_bit_avx2(const TardisMatrix& m, const Rows& rows, const Input& x, float* out);

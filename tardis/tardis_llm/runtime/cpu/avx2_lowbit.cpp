@@ -1,69 +1,13 @@
-// Low-bit matrices in planes, for processors with AVX2: products with integers, and sums of rows times residuals.
-// Compilers do not find any of this by themselves, and plain loops take ten times as long.
-#include "avx2.h"
-
-#include <math.h>
+// Products with matrices in few bits, for processors with AVX2: codes meet inputs that are integers as they are.
+#include "avx2_lowbit.h"
 
 #if defined(TARDIS_AVX2)
 
 namespace tardis {
 namespace {
 
-// mask ? a : b, bit by bit.
-inline __m256i select(int mask, __m256i a, __m256i b) {
-    const __m256i bits = _mm256_set1_epi8(static_cast<char>(mask));
-    return _mm256_or_si256(_mm256_and_si256(bits, a), _mm256_andnot_si256(bits, b));
-}
-
-// Joins high and low halves of codes, `shift` bits each: the even places of both to `high`, the odd ones to `low`.
-template <int shift>
-inline void join(__m256i& high, __m256i& low, int mask) {
-    const __m256i even = select(mask, _mm256_slli_epi16(high, shift), low);
-    low = select(mask, high, _mm256_srli_epi16(low, shift));
-    high = even;
-}
-
-// 32 bytes, or the first of them and zeros.
-inline __m256i load_bytes(const uint8_t* p, int32_t bytes) {
-    if (bytes >= 32) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    alignas(32) uint8_t some[32] = {};
-    if (bytes > 0) memcpy(some, p, bytes);
-    return _mm256_load_si256(reinterpret_cast<const __m256i*>(some));
-}
-
-// Of codes of up to B bits, 1, 2, 4 or 8: pairs of planes become pairs of registers of two-bit codes, and so on, until
-// register s has the codes of the bits k with k % B == s.
-template <int B>
-void unpack_bits(const uint8_t* p, int64_t plane, int32_t bits, int32_t bytes, uint8_t (*codes)[64]) {
-    const int32_t missing = B - bits;  // of the highest planes
-    for (int32_t at = 0; at < 64; at += 32) {
-        __m256i line[B];
-        for (int b = 0; b < B; ++b)
-            line[b] = b < missing ? _mm256_setzero_si256() : load_bytes(p + (b - missing) * plane + at, bytes - at);
-        if constexpr (B >= 2)
-            for (int b = 0; b < B; b += 2) join<1>(line[b], line[b + 1], 0xaa);
-        if constexpr (B >= 4)
-            for (int b = 0; b < B; b += 4)
-                for (int s = 0; s < 2; ++s) join<2>(line[b + s], line[b + 2 + s], 0xcc);
-        if constexpr (B == 8)
-            for (int s = 0; s < 4; ++s) join<4>(line[s], line[4 + s], 0xf0);
-        const __m256i one = _mm256_set1_epi8(static_cast<char>((1 << B) - 1));
-        for (int k = 0; k < 8; ++k) {
-            const __m256i code = _mm256_and_si256(_mm256_srli_epi16(line[k % B], k / B * B), one);
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes[k] + at), code);
-        }
-    }
-}
-
-// The codes of a block, 64 for each bit of its bytes. p: at its bytes in the first plane of the row.
-void unpack(const TardisMatrix& m, const Layout& layout, const Block& block, const uint8_t* p, uint8_t (*codes)[64]) {
-    if (m.bits == 1) return unpack_bits<1>(p, layout.row_bytes, m.bits, block.bytes, codes);
-    if (m.bits == 2) return unpack_bits<2>(p, layout.row_bytes, m.bits, block.bytes, codes);
-    if (m.bits <= 4) return unpack_bits<4>(p, layout.row_bytes, m.bits, block.bytes, codes);
-    unpack_bits<8>(p, layout.row_bytes, m.bits, block.bytes, codes);
-}
-
-inline __m256i bytes_at(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+constexpr int64_t kBytesAhead = 16384;  // from a row that is multiplied to one that is prefetched
+constexpr int64_t kMaxSegments = 256;  // of a row; those of more are for the plain kernels
 
 inline float sum_of(__m256 v) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -71,156 +15,133 @@ inline float sum_of(__m256 v) {
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
 
-inline void prefetch_row(const uint8_t* row, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(row + i), _MM_HINT_T1);
-}
+inline TARDIS_INLINE __m256i values_at(const int8_t* x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)); }
 
-// sum + the products of 64 codes with their values. Two products fit 16 bits where codes have 7 bits; the halves of
-// those of 8 are taken one after the other.
-template <bool halves>
-inline __m256i add_codes(__m256i sum, const uint8_t* codes, const int8_t* x) {
-    const __m256i low = _mm256_set1_epi8(15), one = _mm256_set1_epi16(1), sixteen = _mm256_set1_epi16(16);
-    for (int j = 0; j < 64; j += 32) {
-        const __m256i code = bytes_at(codes + j), values = bytes_at(x + j);
-        const __m256i lower = halves ? _mm256_and_si256(code, low) : code;
-        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(lower, values), one));
-        if (!halves) continue;
-        const __m256i upper = _mm256_and_si256(_mm256_srli_epi16(code, 4), low);
-        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(upper, values), sixteen));
-    }
+// sum and the products of 64 codes with their values.
+template <int B>
+inline TARDIS_INLINE __m256i add_dot(__m256i sum, const __m256i (&code)[2], const int8_t* x) {
+    each<kParts<B>>([&](auto p) TARDIS_INLINE {
+        const __m256i two = _mm256_maddubs_epi16(part_of<B, p>(code[0]), values_at(x));
+        const __m256i four = add_products(two, part_of<B, p>(code[1]), values_at(x + 32));
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(four, _mm256_set1_epi16(p ? 16 : 1)));
+    });
     return sum;
 }
 
-template <bool halves>
-void multiply_row(const TardisMatrix& m, int64_t row, const Input& x, float* out) {
-    const Quantised& q = x.quantised;
-    const Layout& layout = *q.layout;
-    const float middle = static_cast<float>(m.twice_zero) / 2;
-    const uint8_t* w = static_cast<const uint8_t*>(m.data) + row * m.bits * layout.row_bytes;
-    __m256 total[kMaxTokens];
-    __m256i dot[kMaxTokens][2];
-    for (int64_t t = 0; t < x.tokens; ++t) {
-        out[t * kBlockRows] = 0, total[t] = _mm256_setzero_ps();
-        dot[t][0] = dot[t][1] = _mm256_setzero_si256();
+// A row and T tokens of H halves, a block of columns after the other: sums and totals stay in registers.
+template <int B, int H, int T>
+class Row {
+public:
+    Row(const TardisMatrix& m, const Quantised& q, int64_t first_token)
+        : m_(m), layout_(*q.layout), values_(q.values + first_token * H * q.stride), stride_(q.stride),
+          unit_(q.scale + first_token * layout_.segment_count), sum_(q.sum + first_token * layout_.segment_count) {}
+
+    void multiply(int64_t row, float* out) {
+        const auto* w = static_cast<const uint8_t*>(m_.data) + row * m_.bits * layout_.row_bytes;
+        __m256 total[T];
+        begin(m_.scale + row * layout_.groups, total);
+        for (int64_t b = 0; b < layout_.block_count; ++b) {
+            const Block& block = layout_.blocks[b];
+            Codes<B> codes[2];
+            each<2>([&](auto half) TARDIS_INLINE {
+                const int64_t bytes = block.bytes - 32 * half;
+                codes[half].load(w + block.byte + 32 * half, layout_.row_bytes, B - m_.bits, bytes);
+            });
+            add(block, codes, total);
+        }
+        each<T>([&](auto t) TARDIS_INLINE { out[t * kBlockRows] = sum_of(total[t]); });
     }
-    int64_t g = 0;
-    for (int64_t b = 0; b < layout.block_count; ++b) {
-        const Block& block = layout.blocks[b];
-        alignas(32) uint8_t codes[8][64];
-        unpack(m, layout, block, w + block.byte, codes);
-        for (int32_t p = block.piece; p < block.piece + block.pieces; ++p) {
-            const Piece& piece = layout.pieces[p];
-            for (int64_t t = 0; t < x.tokens; ++t)
-                for (int32_t h = 0; h < q.halves; ++h) {
-                    const int8_t* values = q.values + (t * q.halves + h) * q.stride + 64 * p;
-                    dot[t][h] = add_codes<halves>(dot[t][h], codes[piece.bit], values);
-                }
-            if (!piece.last) continue;
-            const float scale = from_fp16(m.scale[row * layout.groups + piece.group]);
-            for (int64_t t = 0; t < x.tokens; ++t) {
-                const int64_t at = t * layout.segment_count + g;
-                __m256 value = _mm256_cvtepi32_ps(dot[t][0]);
-                if (q.halves == 2) value = _mm256_fmadd_ps(value, _mm256_set1_ps(256), _mm256_cvtepi32_ps(dot[t][1]));
-                total[t] = _mm256_fmadd_ps(value, _mm256_set1_ps(scale * q.scale[at]), total[t]);
-                out[t * kBlockRows] -= middle * q.sum[at] * scale;
-                dot[t][0] = dot[t][1] = _mm256_setzero_si256();
+
+private:
+    // The row's scales times the tokens', and in the totals what codes' middles take from the products.
+    TARDIS_INLINE void begin(const uint16_t* scale, __m256 (&total)[T]) {
+        const int64_t count = layout_.segment_count;
+        const __m256 middle = _mm256_set1_ps(static_cast<float>(m_.twice_zero) / -2);
+        alignas(32) uint16_t own[8];
+        each<T>([&](auto t) TARDIS_INLINE { total[t] = _mm256_setzero_ps(); });
+        for (int64_t g = 0; g < count; g += 8) {
+            const int64_t some = count - g < 8 ? count - g : 8;
+            for (int64_t j = 0; count != layout_.groups && j < some; ++j) own[j] = scale[layout_.segments[g + j].group];
+            const __m256 scales = scales_at(count == layout_.groups ? scale + g : own, some);
+            each<T>([&](auto t) TARDIS_INLINE {
+                alignas(32) float unit[8] = {}, sum[8] = {};
+                memcpy(unit, unit_ + t * count + g, static_cast<size_t>(some) * sizeof *unit);
+                memcpy(sum, sum_ + t * count + g, static_cast<size_t>(some) * sizeof *sum);
+                _mm256_store_ps(factor_[t] + g, _mm256_mul_ps(scales, _mm256_load_ps(unit)));
+                total[t] = _mm256_fmadd_ps(_mm256_mul_ps(middle, scales), _mm256_load_ps(sum), total[t]);
+            });
+        }
+    }
+
+    TARDIS_INLINE void add(const Block& block, const Codes<B> (&codes)[2], __m256 (&total)[T]) const {
+        const int8_t* v = values_ + 64 * block.piece;
+        const Piece *piece = layout_.pieces + block.piece, *end = piece + block.pieces;
+        int64_t g = block.segment;
+        __m256i sum[T * H];
+        each<T * H>([&](auto n) TARDIS_INLINE { sum[n] = _mm256_setzero_si256(); });
+        each<8>([&](auto k) TARDIS_INLINE {
+            const __m256i code[2] = {codes[0].template code<k>(), codes[1].template code<k>()};
+            for (; piece != end && piece->bit == k; ++piece, v += 64) {
+                each<T * H>([&](auto n) TARDIS_INLINE { sum[n] = add_dot<B>(sum[n], code, v + n * stride_); });
+                if (piece->last) end_segment(g++, sum, total);
             }
-            ++g;
-        }
+        });
     }
-    for (int64_t t = 0; t < x.tokens; ++t) out[t * kBlockRows] += sum_of(total[t]);
-}
 
-constexpr int64_t kRowsAhead = 16;
-
-// ---- sums of rows --------------------------------------------------------------------------------------------------
-
-constexpr int kAdded = 4;  // rows that are added together; what they get together has one scale
-
-// What codes of a group are multiplied with, residuals times scales, as integers of 16 bits: those of two rows side by
-// side. What is not finite makes the unit NaN.
-struct Factors {
-    float exact[kAdded], unit;
-    __m256i pair[kAdded / 2], start;  // the second for the codes' middles
-
-    Factors(const TardisMatrix& m, const int64_t (&row)[kAdded], const float (&r)[kAdded], int64_t groups, int64_t g) {
-        float largest = 0, nan = 0;
-        for (int e = 0; e < kAdded; ++e) {
-            exact[e] = r[e] * from_fp16(m.scale[row[e] * groups + g]);
-            largest = fabsf(exact[e]) > largest ? fabsf(exact[e]) : largest, nan += 0 * exact[e];
-        }
-        const float inverse = largest > 1e-30f && nan == 0 ? 32639 / largest : 0;
-        int32_t value[kAdded], sum = 0;
-        for (int e = 0; e < kAdded; ++e) sum += value[e] = inverse > 0 ? static_cast<int32_t>(lrintf(exact[e] * inverse)) : 0;
-        unit = largest / 32639 + nan, start = _mm256_set1_epi32(-m.twice_zero * sum >> 1);
-        for (int e = 0; e < kAdded; e += 2) pair[e / 2] = _mm256_set1_epi32((value[e] & 0xffff) | value[e + 1] << 16);
+    TARDIS_INLINE void end_segment(int64_t g, __m256i (&sum)[T * H], __m256 (&total)[T]) const {
+        each<T>([&](auto t) TARDIS_INLINE {
+            __m256 dot = _mm256_cvtepi32_ps(sum[t * H]);
+            if constexpr (H == 2)
+                dot = _mm256_fmadd_ps(dot, _mm256_set1_ps(256), _mm256_cvtepi32_ps(sum[2 * t + 1]));
+            total[t] = _mm256_fmadd_ps(dot, _mm256_set1_ps(factor_[t][g]), total[t]);
+        });
+        each<T * H>([&](auto n) TARDIS_INLINE { sum[n] = _mm256_setzero_si256(); });
     }
+
+    const TardisMatrix& m_;
+    const Layout& layout_;
+    const int8_t* const values_;
+    const int64_t stride_;
+    const float *const unit_, *const sum_;
+    alignas(32) float factor_[T][kMaxSegments];
 };
 
-// y[0..7] += the factors times the codes of 8 columns, which lie in the lower or upper halves of `two`.
-inline void add_eight(const __m128i (&two)[kAdded / 2], const Factors& factors, float* y) {
-    __m256i sum = factors.start;
-    for (int p = 0; p < kAdded / 2; ++p)
-        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_cvtepu8_epi16(two[p]), factors.pair[p]));
-    const __m256 unit = _mm256_set1_ps(factors.unit);
-    _mm256_storeu_ps(y, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), unit, _mm256_loadu_ps(y)));
+template <int B, int H, int T>
+void sweep(const TardisMatrix& m, const Rows& rows, const Input& x, int64_t token, float* out) {
+    Row<B, H, T> product(m, x.quantised, token);
+    const int64_t row_bytes = m.bits * x.quantised.layout->row_bytes, ahead = 1 + kBytesAhead / row_bytes;
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+        const int64_t next = rows.at(i + ahead);
+        if (token == 0) {
+            prefetch_row(static_cast<const uint8_t*>(m.data) + next * row_bytes, row_bytes);
+            prefetch_far(m.scale + next * x.quantised.layout->groups);
+        }
+        product.multiply(rows.at(i), out + token * kBlockRows + i - rows.begin);
+    }
 }
 
-using Unpacked = uint8_t[kAdded][8][64];
+template <int B, int H>
+void product_bits(const TardisMatrix& m, const Rows& rows, const Input& x, float* out) {
+    int64_t t = 0;
+    for (; t + 2 <= x.tokens; t += 2) sweep<B, H, 2>(m, rows, x, t, out);
+    if (t < x.tokens) sweep<B, H, 1>(m, rows, x, t, out);
+}
 
-void add_piece(const Piece& piece, const Unpacked& codes, const Factors& factors, float middle, float* y) {
-    const int end = piece.first + piece.count;
-    int j = piece.first;
-    for (; j + 16 <= end; j += 16, y += 16) {
-        __m128i row[kAdded], low[kAdded / 2], high[kAdded / 2];
-        for (int e = 0; e < kAdded; ++e)
-            row[e] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes[e][piece.bit] + j));
-        for (int p = 0; p < kAdded / 2; ++p) {
-            low[p] = _mm_unpacklo_epi8(row[2 * p], row[2 * p + 1]);
-            high[p] = _mm_unpackhi_epi8(row[2 * p], row[2 * p + 1]);
-        }
-        add_eight(low, factors, y), add_eight(high, factors, y + 8);
-    }
-    for (; j < end; ++j, ++y)
-        for (int e = 0; e < kAdded; ++e)
-            *y += factors.exact[e] * (static_cast<float>(codes[e][piece.bit][j]) - middle);
+// Codes of 3 bits are taken as of 4, and those of 5 to 7 as of 8.
+template <int H>
+void product_of_bits(const TardisMatrix& m, const Rows& rows, const Input& x, float* out) {
+    if (m.bits == 1) return product_bits<1, H>(m, rows, x, out);
+    if (m.bits == 2) return product_bits<2, H>(m, rows, x, out);
+    if (m.bits <= 4) return product_bits<4, H>(m, rows, x, out);
+    product_bits<8, H>(m, rows, x, out);
 }
 
 }  // namespace
 
 void product_low_bit_avx2(const TardisMatrix& m, const Rows& rows, const Input& x, float* out) {
-    const int64_t row_bytes = m.bits * x.quantised.layout->row_bytes;
-    for (int64_t i = rows.begin; i < rows.end; ++i) {
-        prefetch_row(static_cast<const uint8_t*>(m.data) + rows.at(i + kRowsAhead) * row_bytes, row_bytes);
-        if (m.bits == 8) multiply_row<true>(m, rows.at(i), x, out++);
-        else multiply_row<false>(m, rows.at(i), x, out++);
-    }
-}
-
-void add_low_bit_avx2(const TardisMatrix& m, const Layout* layout, const Terms& terms, Range range, float* y) {
-    const int64_t row_bytes = m.bits * layout->row_bytes;
-    const auto* data = static_cast<const uint8_t*>(m.data);
-    const auto index = [&](int64_t i) -> int64_t { return terms.index[i < terms.count ? i : terms.count - 1]; };
-    for (int64_t first = 0; first < terms.count; first += kAdded) {
-        int64_t row[kAdded];
-        float r[kAdded];
-        for (int e = 0; e < kAdded; ++e) {
-            row[e] = index(first + e), r[e] = first + e < terms.count ? terms.r[first + e] : 0;
-            prefetch_row(data + index(first + kRowsAhead + e) * row_bytes, row_bytes);
-        }
-        for (int64_t b = range.begin; b < range.end; ++b) {
-            const Block& block = layout->blocks[b];
-            alignas(32) Unpacked codes;
-            for (int e = 0; e < kAdded; ++e) unpack(m, *layout, block, data + row[e] * row_bytes + block.byte, codes[e]);
-            for (int32_t p = block.piece; p < block.piece + block.pieces;) {
-                const int32_t group = layout->pieces[p].group;
-                const Factors factors(m, row, r, layout->groups, group);
-                for (; p < block.piece + block.pieces && layout->pieces[p].group == group; ++p)
-                    add_piece(layout->pieces[p], codes, factors, static_cast<float>(m.twice_zero) / 2,
-                              y + layout->pieces[p].column);
-            }
-        }
-    }
+    if (x.quantised.layout->segment_count > kMaxSegments) return portable_table()->low_bit(m, rows, x, out);
+    if (x.quantised.halves == 2) return product_of_bits<2>(m, rows, x, out);
+    product_of_bits<1>(m, rows, x, out);
 }
 
 }  // namespace tardis

@@ -4,6 +4,7 @@
 // see CMakeLists.txt. What they define for other files is in a namespace named after what it needs.
 #pragma once
 #include "kernels.h"
+#include "unrolled.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define TARDIS_AVX512
@@ -63,8 +64,6 @@ int64_t round_avx512(const float* x, int64_t count, float inverse, int8_t* first
 
 namespace {
 
-#define TARDIS_INLINE __attribute__((always_inline))
-
 // GCC drops calls of a function that only prefetches, unless they are inlined from the start.
 inline TARDIS_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 // Into the second cache only, which can wait for more lines at once than the first.
@@ -73,32 +72,6 @@ inline TARDIS_INLINE void prefetch_far(const void* p) { _mm_prefetch(static_cast
 inline __mmask16 first16(int64_t n) { return static_cast<__mmask16>(n >= 16 ? 0xffff : (1u << n) - 1); }
 inline __mmask64 first64(int64_t n) { return n >= 64 ? ~0ull : (1ull << n) - 1; }
 inline __mmask32 first32(int64_t n) { return n >= 32 ? 0xffffffffu : (1u << n) - 1; }
-
-// Loops over registers, which only stay in registers if their numbers are constants for the compiler from the start.
-template <int N>
-struct Constant {
-    constexpr operator int() const { return N; }
-};
-
-template <int... k>
-struct Each {
-    template <typename F>
-    TARDIS_INLINE void operator()(const F& body) const {
-        (body(Constant<k>{}), ...);
-    }
-};
-
-// 0, ..., N - 1.
-template <int N, int... k>
-struct Numbers : Numbers<N - 1, N - 1, k...> {};
-template <int... k>
-struct Numbers<0, k...> {
-    static constexpr Each<k...> each{};
-};
-
-// each<N>(body): body(0), ..., body(N - 1). In one function: compilers go over a body again for each that it gets into.
-template <int N>
-constexpr auto each = Numbers<N>::each;
 
 // The numbers at even places of 32 in bf16, and those at odd ones.
 inline TARDIS_INLINE __m512 even_bf16(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
