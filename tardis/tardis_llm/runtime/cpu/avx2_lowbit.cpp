@@ -36,13 +36,18 @@ public:
         : m_(m), layout_(*q.layout), values_(q.values + first_token * H * q.stride), stride_(q.stride),
           unit_(q.scale + first_token * layout_.segment_count), sum_(q.sum + first_token * layout_.segment_count) {}
 
-    void multiply(int64_t row, float* out) {
-        const auto* w = static_cast<const uint8_t*>(m_.data) + row * m_.bits * layout_.row_bytes;
+    // A row, while row number `next` is fetched.
+    void multiply(int64_t row, int64_t next, float* out) {
+        const int64_t row_bytes = m_.bits * layout_.row_bytes;
+        const auto* data = static_cast<const uint8_t*>(m_.data);
+        const uint8_t *w = data + row * row_bytes, *ahead = data + next * row_bytes;
+        prefetch_ends(ahead, m_.scale + next * layout_.groups, layout_.groups);
         __m256 total[T];
         begin(m_.scale + row * layout_.groups, total);
         for (int64_t b = 0; b < layout_.block_count; ++b) {
             const Block& block = layout_.blocks[b];
             Codes<B> codes[2];
+            Codes<B>::prefetch_planes(ahead + block.byte, layout_.row_bytes, B - m_.bits);
             each<2>([&](auto half) TARDIS_INLINE {
                 const int64_t bytes = block.bytes - 32 * half;
                 codes[half].load(w + block.byte + 32 * half, layout_.row_bytes, B - m_.bits, bytes);
@@ -110,14 +115,8 @@ template <int B, int H, int T>
 void sweep(const TardisMatrix& m, const Rows& rows, const Input& x, int64_t token, float* out) {
     Row<B, H, T> product(m, x.quantised, token);
     const int64_t row_bytes = m.bits * x.quantised.layout->row_bytes, ahead = 1 + kBytesAhead / row_bytes;
-    for (int64_t i = rows.begin; i < rows.end; ++i) {
-        const int64_t next = rows.at(i + ahead);
-        if (token == 0) {
-            prefetch_row(static_cast<const uint8_t*>(m.data) + next * row_bytes, row_bytes);
-            prefetch_far(m.scale + next * x.quantised.layout->groups);
-        }
-        product.multiply(rows.at(i), out + token * kBlockRows + i - rows.begin);
-    }
+    for (int64_t i = rows.begin; i < rows.end; ++i)
+        product.multiply(rows.at(i), rows.at(i + ahead), out + token * kBlockRows + i - rows.begin);
 }
 
 template <int B, int H>

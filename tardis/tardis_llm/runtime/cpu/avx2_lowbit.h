@@ -37,6 +37,14 @@ struct Codes {
         if constexpr (B == 8) each<4>([&](auto s) TARDIS_INLINE { pair<4, 0xf0>(line[s], line[4 + s]); });
     }
 
+    // Rows do not begin with a line of the cache: of a block's bytes in each plane, fetches the line in which they end,
+    // which leaves the row's first to `prefetch_ends`.
+    TARDIS_INLINE static void prefetch_planes(const uint8_t* p, int64_t plane, int64_t missing) {
+        each<B>([&](auto b) TARDIS_INLINE {
+            if (b >= B / 2 - 1 || b >= missing) prefetch_far(p + (b - missing) * plane + 63);
+        });
+    }
+
     template <int k>
     TARDIS_INLINE __m256i code() const {
         constexpr int shift = k / B * B;
@@ -66,9 +74,9 @@ inline TARDIS_INLINE __m256i part_of(__m256i code) {
     return _mm256_and_si256(part ? _mm256_srli_epi16(code, 4) : code, bytes_of(15));
 }
 
-inline TARDIS_INLINE void prefetch_row(const uint8_t* row, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) prefetch_far(row + i);
-    prefetch_far(row + bytes - 1);
+// Of a row, the first line; of its scales, which usually fit one line and may lie in two, the first and the last.
+inline TARDIS_INLINE void prefetch_ends(const uint8_t* row, const uint16_t* scale, int64_t groups) {
+    prefetch_far(row), prefetch_far(scale), prefetch_far(scale + groups - 1);
 }
 
 // So many scales from one on, in fp32; of 8 those beyond are zero.

@@ -10,7 +10,6 @@ namespace {
 // is an integer of 16 bits, in both halves of which two rows' meet their codes at once.
 constexpr int kTogether = kTermsTogether, kPairs = kTogether / 2;
 constexpr int64_t kMaxGroups = 256;  // of a row; those of more are for the plain kernels
-constexpr int64_t kRowsAhead = 16;
 
 struct Factors {
     // Of two rows each, a byte per row.
@@ -128,7 +127,7 @@ inline TARDIS_INLINE void add_piece(float* y, const Piece& piece, const Stored& 
 
 // Rows from number `first` of the terms on.
 struct Added {
-    const uint8_t* data[kTogether];
+    const uint8_t *data[kTogether], *ahead[kTogether];
     const uint16_t* scale[kTogether];
     float r[kTogether];
 
@@ -137,9 +136,10 @@ struct Added {
         const auto* all = static_cast<const uint8_t*>(m.data);
         for (int64_t e = 0; e < kTogether; ++e) {
             const int64_t at = first + e, row = terms.index[at < last ? at : last];
-            const int64_t ahead = terms.index[at + kRowsAhead < last ? at + kRowsAhead : last];
-            prefetch_row(all + ahead * row_bytes, row_bytes), prefetch_far(m.scale + ahead * layout.groups);
-            data[e] = all + row * row_bytes, scale[e] = m.scale + row * layout.groups;
+            const int64_t next = terms.index[at + kTogether < last ? at + kTogether : last];
+            data[e] = all + row * row_bytes, ahead[e] = all + next * row_bytes;
+            scale[e] = m.scale + row * layout.groups;
+            prefetch_ends(ahead[e], m.scale + next * layout.groups, layout.groups);
             r[e] = at <= last ? terms.r[at] : 0.0f;
         }
     }
@@ -155,6 +155,7 @@ void add_bits(const TardisMatrix& m, const Layout& layout, const Terms& terms, R
         for (int64_t b = range.begin; b < range.end; ++b) {
             const Block& block = layout.blocks[b];
             for (int e = 0; e < kTogether; ++e) {
+                Codes<B>::prefetch_planes(rows.ahead[e] + block.byte, layout.row_bytes, B - m.bits);
                 for (int64_t at = 0; at < 64; at += 32) {
                     Codes<B> codes;
                     codes.load(rows.data[e] + block.byte + at, layout.row_bytes, B - m.bits, block.bytes - at);
