@@ -52,12 +52,15 @@ public:
                 const int64_t bytes = block.bytes - 32 * half;
                 codes[half].load(w + block.byte + 32 * half, layout_.row_bytes, B - m_.bits, bytes);
             });
-            add(block, codes, total);
+            if (block.whole) add_whole(block, codes, total);
+            else add_pieces(block, codes, total);
         }
         each<T>([&](auto t) TARDIS_INLINE { out[t * kBlockRows] = sum_of(total[t]); });
     }
 
 private:
+    using Sums = __m256i[T * H];
+
     // The row's scales times the tokens', and in the totals what codes' middles take from the products.
     TARDIS_INLINE void begin(const uint16_t* scale, __m256 (&total)[T]) {
         const int64_t count = layout_.segment_count;
@@ -68,32 +71,46 @@ private:
             const int64_t some = count - g < 8 ? count - g : 8;
             for (int64_t j = 0; count != layout_.groups && j < some; ++j) own[j] = scale[layout_.segments[g + j].group];
             const __m256 scales = scales_at(count == layout_.groups ? scale + g : own, some);
+            const __m256i lanes = first8(some);
             each<T>([&](auto t) TARDIS_INLINE {
-                alignas(32) float unit[8] = {}, sum[8] = {};
-                memcpy(unit, unit_ + t * count + g, static_cast<size_t>(some) * sizeof *unit);
-                memcpy(sum, sum_ + t * count + g, static_cast<size_t>(some) * sizeof *sum);
-                _mm256_store_ps(factor_[t] + g, _mm256_mul_ps(scales, _mm256_load_ps(unit)));
-                total[t] = _mm256_fmadd_ps(_mm256_mul_ps(middle, scales), _mm256_load_ps(sum), total[t]);
+                const __m256 units = _mm256_maskload_ps(unit_ + t * count + g, lanes);
+                const __m256 sums = _mm256_maskload_ps(sum_ + t * count + g, lanes);
+                _mm256_store_ps(factor_[t] + g, _mm256_mul_ps(scales, units));
+                total[t] = _mm256_fmadd_ps(_mm256_mul_ps(middle, scales), sums, total[t]);
             });
         }
     }
 
-    TARDIS_INLINE void add(const Block& block, const Codes<B> (&codes)[2], __m256 (&total)[T]) const {
+    TARDIS_INLINE void add_whole(const Block& block, const Codes<B> (&codes)[2], __m256 (&total)[T]) const {
+        const int8_t* v = values_ + 64 * block.piece;
+        int64_t g = block.segment;
+        Sums sum = {};
+        each<8>([&](auto k) TARDIS_INLINE {
+            add_products<k>(codes, v + 64 * k, sum);
+            if (block.ends & (1 << k)) end_segment(g++, sum, total);
+        });
+    }
+
+    TARDIS_INLINE void add_pieces(const Block& block, const Codes<B> (&codes)[2], __m256 (&total)[T]) const {
         const int8_t* v = values_ + 64 * block.piece;
         const Piece *piece = layout_.pieces + block.piece, *end = piece + block.pieces;
         int64_t g = block.segment;
-        __m256i sum[T * H];
-        each<T * H>([&](auto n) TARDIS_INLINE { sum[n] = _mm256_setzero_si256(); });
+        Sums sum = {};
         each<8>([&](auto k) TARDIS_INLINE {
-            const __m256i code[2] = {codes[0].template code<k>(), codes[1].template code<k>()};
             for (; piece != end && piece->bit == k; ++piece, v += 64) {
-                each<T * H>([&](auto n) TARDIS_INLINE { sum[n] = add_dot<B>(sum[n], code, v + n * stride_); });
+                add_products<k>(codes, v, sum);
                 if (piece->last) end_segment(g++, sum, total);
             }
         });
     }
 
-    TARDIS_INLINE void end_segment(int64_t g, __m256i (&sum)[T * H], __m256 (&total)[T]) const {
+    template <int k>
+    TARDIS_INLINE void add_products(const Codes<B> (&codes)[2], const int8_t* v, Sums& sum) const {
+        const __m256i code[2] = {codes[0].template code<k>(), codes[1].template code<k>()};
+        each<T * H>([&](auto n) TARDIS_INLINE { sum[n] = add_dot<B>(sum[n], code, v + n * stride_); });
+    }
+
+    TARDIS_INLINE void end_segment(int64_t g, Sums& sum, __m256 (&total)[T]) const {
         each<T>([&](auto t) TARDIS_INLINE {
             __m256 dot = _mm256_cvtepi32_ps(sum[t * H]);
             if constexpr (H == 2)

@@ -9,11 +9,19 @@ namespace {
 
 inline TARDIS_INLINE __m256i bytes_of(int value) { return _mm256_set1_epi8(static_cast<char>(value)); }
 
+// Of 8 lanes the first `count`, as masked loads want them. What is loaded behind smaller stores would wait for them.
+inline TARDIS_INLINE __m256i first8(int64_t count) {
+    alignas(32) static constexpr int32_t kLanes[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kLanes + 8 - (count < 8 ? count : 8)));
+}
+
 // 32 bytes, or the first of them and zeros.
 inline TARDIS_INLINE __m256i load_bytes(const uint8_t* p, int64_t bytes) {
     if (bytes >= 32) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    if (bytes <= 0) return _mm256_setzero_si256();
+    if (bytes % 4 == 0) return _mm256_maskload_epi32(reinterpret_cast<const int*>(p), first8(bytes / 4));
     alignas(32) uint8_t some[32] = {};
-    if (bytes > 0) memcpy(some, p, static_cast<size_t>(bytes));
+    memcpy(some, p, static_cast<size_t>(bytes));
     return _mm256_load_si256(reinterpret_cast<const __m256i*>(some));
 }
 
@@ -82,9 +90,13 @@ inline TARDIS_INLINE void prefetch_ends(const uint8_t* row, const uint16_t* scal
 // So many scales from one on, in fp32; of 8 those beyond are zero.
 inline TARDIS_INLINE __m256 scales_at(const uint16_t* scale, int64_t count) {
     if (count >= 8) return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scale)));
-    alignas(16) uint16_t some[8] = {};
-    memcpy(some, scale, static_cast<size_t>(count) * sizeof *scale);
-    return _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(some)));
+    uint64_t first = 0, last = 0;  // four each
+    if (count >= 4) {
+        memcpy(&first, scale, sizeof first), memcpy(&last, scale + count - 4, sizeof last);
+        last = count > 4 ? last >> 16 * (8 - count) : 0;
+    }
+    for (int64_t j = 0; count < 4 && j < count; ++j) first |= static_cast<uint64_t>(scale[j]) << 16 * j;
+    return _mm256_cvtph_ps(_mm_set_epi64x(static_cast<int64_t>(last), static_cast<int64_t>(first)));
 }
 
 }  // namespace
