@@ -26,6 +26,17 @@ inline TARDIS_INLINE __m256i add_products(__m256i sum, __m256i codes, __m256i va
 #endif
 }
 
+// The same for numbers of 16 bits and sums of 32.
+inline TARDIS_INLINE __m256i add_wide_products(__m256i sum, __m256i codes, __m256i values) {
+#if defined(__GNUC__) && !defined(__clang__)
+    __m256i products;
+    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(products) : "x"(codes), "x"(values));
+    return sum;
+#else
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(codes, values));
+#endif
+}
+
 }  // namespace
 
 // Of `avx2_lowbit.cpp` and `avx2_panels.cpp`; see `Product` and `Accumulate`.

@@ -26,13 +26,21 @@ struct Codes {
 };
 
 // Four values, for every output.
-inline TARDIS_INLINE __m256i broadcast(const int8_t* x) {
+inline TARDIS_INLINE __m256i broadcast(const void* values) {
     int32_t four;
-    memcpy(&four, x, sizeof four);
+    memcpy(&four, values, sizeof four);
     return _mm256_set1_epi32(four);
 }
 
 inline TARDIS_INLINE __m256i load(const char* p) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
+
+// In a register: GCC would load it again for each use.
+inline TARDIS_INLINE __m256i kept(__m256i value) {
+#if defined(__GNUC__)
+    asm("" : "+x"(value));
+#endif
+    return value;
+}
 
 // Sums of 16 bits two by two, times what they are worth.
 inline TARDIS_INLINE __m256i in_pairs(__m256i sum, int worth) {
@@ -67,17 +75,25 @@ public:
 
     // `count` panels from one on, 2 at most, which one token meets by turns: memory gives two streams sooner than one.
     void multiply(const TardisMatrix& m, int64_t panel, int64_t count, int64_t tokens, float* out) const {
+        Group group;
         for (int64_t t = 0; t < tokens; ++t) memset(out + t * kBlockRows, 0, count * kPanelRows * sizeof *out);
         for (int64_t g = 0, line = 0; g < layout_.segment_count; ++g) {
             const Segment& segment = layout_.segments[g];
             const int64_t left = lines_ - line, whole = segment.pieces * 64 / kInputs, n = whole < left ? whole : left;
+            group.steps = n * C::kSteps * kWide;
+            if (tokens > 1) set_values(line * kInputs, tokens, group);
             for (int64_t p = 0; p < count; ++p) {
                 const char* from = static_cast<const char*>(m.data) + ((panel + p) * lines_ + line) * kLine;
                 const uint16_t* scale = m.scale + ((panel + p) * groups_ + segment.group) * kPanelRows;
+                float* to = out + p * kPanelRows;
                 // behind the end of these panels are those of the next ones
                 const int64_t ahead = kAhead + (line + kAhead / kLine < lines_ ? 0 : (count - 1) * lines_ * kLine);
-                if (tokens == 1) one(from, ahead, n, line * kInputs, g, scale, out + p * kPanelRows);
-                else several(from, ahead, n, line * kInputs, g, tokens, scale, out + p * kPanelRows);
+                if (tokens == 1) {
+                    one(from, ahead, n, q_.values + line * kInputs, g, scale, to);
+                    continue;
+                }
+                set_codes(from, ahead, n, group);
+                for (int64_t i = 0; i < kPanelRows; i += 16) add_all(group, 4 * i, g, tokens, scale + i, to + i);
             }
             line += n;
         }
@@ -86,16 +102,18 @@ public:
 private:
     using C = Codes<B>;
     static constexpr int64_t kInputs = 4 * C::kSteps;  // of a line
-    static constexpr int kTile = 6;  // tokens
+    static constexpr int kTile = 4;  // tokens, whose sums with 16 outputs stay in registers beside codes and values
 
-    void one(const char* w, int64_t ahead, int64_t lines, int64_t column, int64_t g, const uint16_t* scale, float* out) const {
+    void one(
+        const char* w, int64_t ahead, int64_t lines, const int8_t* x, int64_t g, const uint16_t* scale, float* out
+    ) const {
         constexpr int64_t kLines = C::kTogether / C::kSteps;
         __m256i sum[H][kRegisters] = {};
         for (int64_t first = 0; first < lines; first += kLines) {
             const int64_t end = first + kLines < lines ? first + kLines : lines;
             __m256i part[C::kParts][H][kRegisters] = {};
             for (int64_t line = first; line < end; ++line)
-                add_line(w + line * kLine, ahead, q_.values + column + line * kInputs, part);
+                add_line(w + line * kLine, ahead, x + line * kInputs, part);
             each<C::kParts * H * kRegisters>([&](auto i) TARDIS_INLINE {
                 constexpr int p = i / (H * kRegisters), h = i / kRegisters % H, v = i % kRegisters;
                 sum[h][v] = _mm256_add_epi32(sum[h][v], in_pairs(part[p][h][v], p ? 16 : 1));
@@ -130,70 +148,110 @@ private:
         return _mm256_and_si256(q ? _mm256_srli_epi16(line, q * C::kBits) : line, C::mask());
     }
 
-    void several(
-        const char* w, int64_t ahead, int64_t lines, int64_t column, int64_t g, int64_t tokens, const uint16_t* scale,
-        float* out
-    ) const {
-        const int64_t steps = lines * C::kSteps;
-        alignas(32) char codes[C::kParts][kMaxSteps * kLine];  // [steps, kPanelRows, 4]
-        for (int64_t line = 0; line < lines; ++line) {
-            const char* from = w + line * kLine;
-            each<kLine / 64>([&](auto i) TARDIS_INLINE { prefetch_far(from + ahead + 64 * i); });
-            each<kRegisters>([&](auto v) TARDIS_INLINE {
-                const __m256i own = load(from + 32 * v);
-                each<C::kSteps * C::kParts>([&](auto q) TARDIS_INLINE {
-                    char* to = codes[q % C::kParts] + (line * C::kSteps + q / C::kParts) * kLine + 32 * v;
-                    _mm256_store_si256(reinterpret_cast<__m256i*>(to), code_of<q>(own));
-                });
-            });
-        }
-        for (int64_t v = 0; v < kRegisters; v += 2) {
-            const auto run = [&](auto count, int64_t t) TARDIS_INLINE {
-                tile<count>(codes[0] + 32 * v, steps, column, g, t, scale + 8 * v, out + t * kBlockRows + 8 * v);
-            };
-            int64_t t = 0;
-            for (; t + kTile <= tokens; t += kTile) run(Constant<kTile>{}, t);
-            for (; t + 2 <= tokens; t += 2) run(Constant<2>{}, t);
-            if (t < tokens) run(Constant<1>{}, t);
+    // The numbers that `tile` multiplies: bytes, or with two halves numbers of 16 bits.
+    static constexpr int64_t kWide = H;
+    // Of what lies side by side for each output, as many as sums of 32 bits take of the largest, or those of 16.
+    static constexpr int64_t kSums = H == 2 ? (int64_t{1} << 31) / (int64_t{2} * 127 * 257 << B) : C::kTogether;
+
+    // A group's codes [steps, kPanelRows, 4 bytes], in parts of so few bits as are multiplied, and the values of all
+    // tokens.
+    struct Group {
+        static constexpr int kParts = H == 2 ? 1 : C::kParts;
+        alignas(32) char codes[kParts][kMaxSteps * kWide * kLine];
+        alignas(32) int16_t wide[H == 2 ? kMaxTokens * 4 * kMaxSteps : 1];
+        const char* values;
+        int64_t steps, stride;  // from a token's values to the next one's, in bytes
+    };
+
+    // The values of a group's inputs from a column on.
+    TARDIS_INLINE void set_values(int64_t column, int64_t tokens, Group& group) const {
+        const int8_t* x = q_.values + column;
+        group.values = reinterpret_cast<const char*>(x), group.stride = q_.stride;
+        if constexpr (H == 1) return;
+        group.values = reinterpret_cast<const char*>(group.wide), group.stride = 4 * group.steps;
+        for (int64_t t = 0; t < tokens; ++t, x += 2 * q_.stride)
+            for (int64_t j = 0; j < 2 * group.steps; j += 16) put_wide(x + j, group.wide + t * 2 * group.steps + j);
+    }
+
+    // 16 values of two halves as numbers of 16 bits: of four the first and the third, then the others, as `put` has
+    // their codes.
+    TARDIS_INLINE void put_wide(const int8_t* x, int16_t* to) const {
+        const auto half = [&](const int8_t* from) TARDIS_INLINE {
+            return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+        };
+        const __m256i whole = _mm256_add_epi16(_mm256_slli_epi16(half(x), 8), half(x + q_.stride));
+        const __m256i low = _mm256_shufflelo_epi16(whole, 0xd8);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_shufflehi_epi16(low, 0xd8));
+    }
+
+    // The codes of some lines, while what lies ahead is fetched.
+    TARDIS_INLINE void set_codes(const char* w, int64_t ahead, int64_t lines, Group& group) const {
+        for (int64_t line = 0; line < lines; ++line, w += kLine) {
+            each<kLine / 64>([&](auto i) TARDIS_INLINE { prefetch_far(w + ahead + 64 * i); });
+            each<kRegisters>([&](auto v) TARDIS_INLINE { put(load(w + 32 * v), line, 32 * v, group); });
         }
     }
 
-    // T tokens from one on, and 16 outputs.
+    TARDIS_INLINE static void put(__m256i line, int64_t number, int64_t at, Group& group) {
+        const auto store = [&](int part, int64_t step, __m256i codes) TARDIS_INLINE {
+            _mm256_store_si256(reinterpret_cast<__m256i*>(group.codes[part] + step * kLine + at), codes);
+        };
+        if constexpr (H == 1) {
+            each<C::kSteps * C::kParts>([&](auto q) TARDIS_INLINE {
+                store(q % C::kParts, number * C::kSteps + q / C::kParts, code_of<q>(line));
+            });
+            return;
+        }
+        each<C::kSteps>([&](auto q) TARDIS_INLINE {
+            __m256i codes = line;
+            if constexpr (B < 8) codes = code_of<q>(line);
+            const int64_t step = 2 * (number * C::kSteps + q);
+            store(0, step, _mm256_and_si256(codes, _mm256_set1_epi16(0xff)));
+            store(0, step + 1, _mm256_srli_epi16(codes, 8));
+        });
+    }
+
+    // 16 outputs from a byte of each step on.
+    void add_all(const Group& group, int64_t at, int64_t g, int64_t tokens, const uint16_t* scale, float* out) const {
+        int64_t t = 0;
+        for (; t + kTile <= tokens; t += kTile) tile<kTile>(group, at, g, t, scale, out + t * kBlockRows);
+        for (; t + 2 <= tokens; t += 2) tile<2>(group, at, g, t, scale, out + t * kBlockRows);
+        if (t < tokens) tile<1>(group, at, g, t, scale, out + t * kBlockRows);
+    }
+
+    // For T tokens from one on.
     template <int T>
-    void tile(
-        const char* codes, int64_t steps, int64_t column, int64_t g, int64_t token, const uint16_t* scale, float* out
-    ) const {
+    void tile(const Group& group, int64_t at, int64_t g, int64_t token, const uint16_t* scale, float* out) const {
+        const char* x = group.values + token * group.stride;
         __m256 dot[T][2] = {};
-        for (int h = 0; h < H; ++h) {
-            const int8_t* x = q_.values + (token * H + h) * q_.stride + column;
-            __m256i sum[T][2] = {};
-            for (int p = 0; p < C::kParts; ++p) {
-                const char* own = codes + p * kMaxSteps * kLine;
-                for (int64_t first = 0; first < steps; first += C::kTogether) {
-                    const int64_t end = first + C::kTogether < steps ? first + C::kTogether : steps;
-                    __m256i part[T][2] = {};
-                    for (int64_t s = first; s < end; ++s) {
-                        const __m256i low = load(own + s * kLine), high = load(own + s * kLine + 32);
-                        each<T>([&](auto t) TARDIS_INLINE {
-                            const __m256i values = broadcast(x + t * H * q_.stride + 4 * s);
-                            part[t][0] = add_products(part[t][0], low, values);
-                            part[t][1] = add_products(part[t][1], high, values);
-                        });
-                    }
-                    each<2 * T>([&](auto i) TARDIS_INLINE {
-                        sum[i / 2][i % 2] = _mm256_add_epi32(sum[i / 2][i % 2], in_pairs(part[i / 2][i % 2], p ? 16 : 1));
+        for (int p = 0; p < Group::kParts; ++p) {
+            for (int64_t first = 0; first < group.steps; first += kSums) {
+                const int64_t end = first + kSums < group.steps ? first + kSums : group.steps;
+                __m256i sum[T][2] = {};
+                for (int64_t s = first; s < end; ++s) {
+                    const char* codes = group.codes[p] + s * kLine + at;
+                    const __m256i low = kept(load(codes)), high = kept(load(codes + 32));
+                    each<T>([&](auto t) TARDIS_INLINE {
+                        const __m256i values = broadcast(x + t * group.stride + 4 * s);
+                        sum[t][0] = add(sum[t][0], low, values), sum[t][1] = add(sum[t][1], high, values);
                     });
                 }
+                each<2 * T>([&](auto i) TARDIS_INLINE {
+                    __m256i whole = sum[i / 2][i % 2];
+                    if constexpr (H == 1) whole = in_pairs(whole, p ? 16 : 1);
+                    dot[i / 2][i % 2] = _mm256_add_ps(dot[i / 2][i % 2], _mm256_cvtepi32_ps(whole));
+                });
             }
-            const __m256 worth = _mm256_set1_ps(h + 1 < H ? 256.0f : 1.0f);
-            each<2 * T>([&](auto i) TARDIS_INLINE {
-                dot[i / 2][i % 2] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[i / 2][i % 2]), worth, dot[i / 2][i % 2]);
-            });
         }
         each<T>([&](auto t) TARDIS_INLINE {
             const Scale factor(q_, (token + t) * layout_.segment_count + g, half_);
             each<2>([&](auto v) TARDIS_INLINE { factor.add(dot[t][v], scale + 8 * v, out + t * kBlockRows + 8 * v); });
         });
+    }
+
+    static TARDIS_INLINE __m256i add(__m256i sum, __m256i codes, __m256i values) {
+        if constexpr (H == 2) return add_wide_products(sum, codes, values);
+        else return add_products(sum, codes, values);
     }
 
     const Quantised& q_;
