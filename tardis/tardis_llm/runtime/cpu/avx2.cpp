@@ -1,4 +1,4 @@
-// For processors with AVX2: the plain kernels, vectorised by the compiler, but for low-bit matrices.
+// For processors with AVX2: the plain kernels, vectorised by the compiler, for dense matrices, and others by hand.
 #include "activations.h"
 #include "avx2.h"
 
@@ -13,6 +13,8 @@ const Table kVectors = [] {
     Table table = kTable;
     table.low_bit = product_low_bit_avx2, table.low_bit_panels = low_bit_panels_avx2;
     table.add_low_bit = add_low_bit_avx2;
+    table.widen = widen_avx2, table.store = store_avx2, table.outside = outside_avx2;
+    table.activate = activate_avx2, table.largest = largest_avx2, table.round = round_avx2;
     return table;
 }();
 

@@ -14,6 +14,12 @@ namespace {
 // only prefetches, unless they are inlined from the start.
 inline TARDIS_INLINE void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
+// Of 8 lanes the first `count`, as masked loads want them. What is loaded behind smaller stores would wait for them.
+inline TARDIS_INLINE __m256i first8(int64_t count) {
+    alignas(32) static constexpr int32_t kLanes[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kLanes + 8 - (count < 8 ? count : 8)));
+}
+
 // Sums of 16 bits, and the products of codes with values, two by two.
 inline TARDIS_INLINE __m256i add_products(__m256i sum, __m256i codes, __m256i values) {
 #if defined(__GNUC__) && !defined(__clang__)
@@ -39,10 +45,18 @@ inline TARDIS_INLINE __m256i add_wide_products(__m256i sum, __m256i codes, __m25
 
 }  // namespace
 
-// Of `avx2_lowbit.cpp` and `avx2_panels.cpp`; see `Product` and `Accumulate`.
+// Of `avx2_lowbit.cpp`, `avx2_lowbit_add.cpp` and `avx2_panels.cpp`; see `Product` and `Accumulate`.
 void product_low_bit_avx2(const TardisMatrix& m, const Rows& rows, const Input& x, float* out);
 void add_low_bit_avx2(const TardisMatrix& m, const Layout* layout, const Terms& terms, Range range, float* y);
 void low_bit_panels_avx2(const TardisMatrix& m, const Rows& rows, const Input& x, float* out);
+
+// Of `avx2_vectors.cpp`; see `Widen` and what follows it.
+void widen_avx2(const TardisVector& v, int64_t begin, int64_t count, float* out);
+void store_avx2(const TardisVector& to, int64_t begin, int64_t count, const float* values, const float* bias);
+uint64_t outside_avx2(const float* z, const float* low, const float* high, int64_t count);
+void activate_avx2(const TardisActivation& activation, float* z, int64_t count);
+float largest_avx2(const float* x, int64_t count);
+int64_t round_avx2(const float* x, int64_t count, float inverse, int8_t* first, int8_t* second);
 
 }  // namespace tardis
 #endif

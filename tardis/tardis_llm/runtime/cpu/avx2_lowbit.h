@@ -9,12 +9,6 @@ namespace {
 
 inline TARDIS_INLINE __m256i bytes_of(int value) { return _mm256_set1_epi8(static_cast<char>(value)); }
 
-// Of 8 lanes the first `count`, as masked loads want them. What is loaded behind smaller stores would wait for them.
-inline TARDIS_INLINE __m256i first8(int64_t count) {
-    alignas(32) static constexpr int32_t kLanes[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
-    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kLanes + 8 - (count < 8 ? count : 8)));
-}
-
 // 32 bytes, or the first of them and zeros.
 inline TARDIS_INLINE __m256i load_bytes(const uint8_t* p, int64_t bytes) {
     if (bytes >= 32) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
