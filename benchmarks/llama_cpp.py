@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from llama_library import CACHE, LIBRARY, Llama
+from llama_library import CACHE, KERNELS, LIBRARY, Llama
 from shape_files import ARCHITECTURES, in_q4_0
 from tardis_llm.allocator import keep_freed_memory
 from tardis_llm.checkpoint.loading import load_model
@@ -35,6 +35,7 @@ from tardis_llm.evaluation.turns import Ratio, take_turns
 from tardis_llm.evaluation.variants import Variant, lay_out_all, loaded_variants, random_rival, random_variant
 from tardis_llm.families.sites import layer_lists, set_module
 from tardis_llm.files import write_json
+from tardis_llm.runtime.cpu.library import loaded
 from tardis_llm.runtime.prefill import set_prefill
 
 LLAMA = "llama.cpp"
@@ -210,11 +211,14 @@ def main() -> None:
     parser.add_argument("--mixed", default="", help="mixed folds: kept and, of the others, fixed, as 0.5:0.05,0.4:0.1")
     parser.add_argument("--folded", help="a folded model instead of a shape")
     parser.add_argument("--gguf", type=Path, help="what llama.cpp loads; default: made for the shape")
+    parser.add_argument("--instructions", choices=KERNELS, help="of both sides; default: the best there are")
     parser.add_argument("--output", type=Path, help="where figures go")
     add_speed_options(parser)
     chosen = parser.parse_args()
     keep_freed_memory()
     torch.set_num_threads(chosen.threads)
+    if chosen.instructions:
+        loaded().use(chosen.instructions)
     if chosen.gguf and not chosen.gguf.exists():
         parser.error(f"there is no {chosen.gguf}")
     file = chosen.gguf or file_of_shape(chosen.shape, chosen.layers, chosen.cache)
@@ -225,9 +229,10 @@ def main() -> None:
         pairs = [pair.split(":") for pair in chosen.mixed.split(",") if pair]
         mixed = [(float(kept), float(rate)) for kept, rate in pairs]
         ours = dict(variants_of_shape(chosen.shape, chosen.layers, rates, mixed))
-    llama = Llama(file, chosen.threads, chosen.batch, chosen.cache)
+    llama = Llama(file, chosen.threads, chosen.batch, chosen.cache, chosen.instructions)
     try:
         rows, about = compared(ours, llama, chosen), measured_on(chosen)
+        about |= {"instructions": chosen.instructions} if chosen.instructions else {}
     finally:
         llama.close()
     bandwidth = about["read_bytes_per_second"] / 1e9

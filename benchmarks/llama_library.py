@@ -25,6 +25,8 @@ LIBRARY = f"libllama of {PACKAGE}"  #: what is measured, in records
 SOURCE = Path(__file__).with_name("llama_cpp.c")
 #: numbers of `llama_ftype` by name
 TYPES = {"q4_0": 2, "q2_k": 10, "q3_k_m": 12, "q4_k_m": 15}
+#: which of its kernels are for the instructions of ours, where not the best that the processor has are wanted
+KERNELS = {"avx2": "haswell", "avx512bw": "skylakex", "avx512vnni": "icelake", "avx512": "zen4"}
 _SECONDS_TO_SLEEP = 1.5  # at most, until idle threads of llama.cpp sleep
 _LIBRARIES = "node_modules/@node-llama-cpp/linux-x64/bins/linux-x64"
 _BUNDLE = "node_modules/node-llama-cpp/llama/gitRelease.bundle"
@@ -39,16 +41,17 @@ class Llama:
         threads: of its own.
         batch: sequences that it decodes at once.
         cache: folder with the npm package.
+        instructions: key of `KERNELS`; None for the best that the processor has.
     """
 
-    def __init__(self, file: Path, threads: int, batch: int, cache: Path) -> None:
+    def __init__(self, file: Path, threads: int, batch: int, cache: Path, instructions: str | None = None) -> None:
         command = [program(cache), "time", file, threads, batch]
         self._process = subprocess.Popen(
             [str(word) for word in command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=_environment(cache),
+            env=_environment(cache, instructions),
         )
         self.about = self._answer()
 
@@ -140,7 +143,17 @@ def _install(cache: Path) -> None:
         subprocess.run(["git", "checkout", "--quiet", "HEAD", "--", *_HEADERS], cwd=source, check=True)
 
 
-def _environment(cache: Path) -> dict[str, str]:
+def _environment(cache: Path, instructions: str | None = None) -> dict[str, str]:
     """That of this process, with where llama.cpp's libraries and kernels are."""
-    libraries = str(cache / _LIBRARIES)
-    return {**os.environ, "LIBRARIES": libraries, "LD_LIBRARY_PATH": libraries}
+    libraries = cache / _LIBRARIES
+    kernels = libraries if instructions is None else _only(libraries / f"libggml-cpu-{KERNELS[instructions]}.so", cache)
+    return {**os.environ, "LIBRARIES": str(kernels), "LD_LIBRARY_PATH": str(libraries)}
+
+
+def _only(kernels: Path, cache: Path) -> Path:
+    """A folder with nothing but some kernels: llama.cpp takes the best of those that lie together."""
+    folder = cache / f"only-{kernels.stem}"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / kernels.name).exists():
+        (folder / kernels.name).symlink_to(kernels)
+    return folder

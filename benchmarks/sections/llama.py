@@ -22,9 +22,15 @@ def llama_parts(folder: Path) -> Iterator[str]:
         return
     yield "## Beside llama.cpp"
     yield ABOUT
-    for cpu, threads in sorted({(run["cpu"], run["threads"]) for run in runs}):
-        yield f"{cpu}, threads: {threads}."
-        yield llama_table([run for run in runs if (run["cpu"], run["threads"]) == (cpu, threads)])
+    for machine in sorted({_machine(run) for run in runs}):
+        yield f"{machine}."
+        yield llama_table([run for run in runs if _machine(run) == machine])
+
+
+def _machine(run: dict[str, Any]) -> str:
+    """What ratios are kept apart by."""
+    only = f", both sides by {run['instructions']} only" if "instructions" in run else ""
+    return f"{run['cpu']}, threads: {run['threads']}{only}"
 
 
 def llama_table(runs: list[dict[str, Any]]) -> str:
