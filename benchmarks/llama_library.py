@@ -26,7 +26,7 @@ SOURCE = Path(__file__).with_name("llama_cpp.c")
 #: numbers of `llama_ftype` by name
 TYPES = {"q4_0": 2, "q2_k": 10, "q3_k_m": 12, "q4_k_m": 15}
 #: which of its kernels are for the instructions of ours, where not the best that the processor has are wanted
-KERNELS = {"avx2": "haswell", "avx512bw": "skylakex", "avx512vnni": "icelake", "avx512": "zen4"}
+KERNELS = {"avx2": "haswell", "avxvnni": "alderlake", "avx512bw": "skylakex", "avx512vnni": "icelake", "avx512": "zen4"}
 _SECONDS_TO_SLEEP = 1.5  # at most, until idle threads of llama.cpp sleep
 _LIBRARIES = "node_modules/@node-llama-cpp/linux-x64/bins/linux-x64"
 _BUNDLE = "node_modules/node-llama-cpp/llama/gitRelease.bundle"

@@ -9,19 +9,32 @@
 namespace tardis {
 namespace {
 
-const Table kVectors = [] {
+Table table_of(Product planes, Product panels) {
     Table table = kTable;
-    table.low_bit = product_low_bit_avx2, table.low_bit_panels = low_bit_panels_avx2;
-    table.add_low_bit = add_low_bit_avx2;
+    table.low_bit = planes, table.low_bit_panels = panels, table.add_low_bit = add_low_bit_avx2;
     table.widen = widen_avx2, table.store = store_avx2, table.outside = outside_avx2;
     table.activate = activate_avx2, table.largest = largest_avx2, table.round = round_avx2;
     return table;
-}();
+}
 
 }  // namespace
 }  // namespace tardis
 
-const tardis::Table* tardis::avx2_table() { return &tardis::kVectors; }
+// Tables are made when first asked for: this code must not run on other processors.
+const tardis::Table* tardis::avx2_table() {
+    static const Table table = table_of(avx2::planes, avx2::panels);
+    return &table;
+}
+
+const tardis::Table* tardis::avxvnni_table() {
+#if defined(TARDIS_HAS_AVXVNNI)
+    static const Table table = table_of(avxvnni::planes, avxvnni::panels);
+    return &table;
+#else
+    return nullptr;
+#endif
+}
 #else
 const tardis::Table* tardis::avx2_table() { return nullptr; }
+const tardis::Table* tardis::avxvnni_table() { return nullptr; }
 #endif

@@ -1,4 +1,7 @@
 // What the kernels for processors with AVX2, FMA and F16C share.
+//
+// Products with matrices in few bits are compiled with AVX-VNNI and without; see CMakeLists.txt. What they define for
+// other files is in a namespace named after what it needs.
 #pragma once
 #include "kernels.h"
 #include "unrolled.h"
@@ -7,8 +10,21 @@
 #define TARDIS_AVX2
 #include <immintrin.h>
 
+#if defined(__AVXVNNI__)
+#define TARDIS_AVX2_SET avxvnni
+#else
+#define TARDIS_AVX2_SET avx2
+#endif
+
 namespace tardis {
 namespace {
+
+// Whether products of four codes, of up to 8 bits, are added up at once, and in 32 bits.
+#if defined(__AVXVNNI__)
+constexpr bool kDots = true;
+#else
+constexpr bool kDots = false;
+#endif
 
 // Into the second cache only, which can wait for more lines at once than the first. GCC drops calls of a function that
 // only prefetches, unless they are inlined from the start.
@@ -32,9 +48,27 @@ inline TARDIS_INLINE __m256i add_products(__m256i sum, __m256i codes, __m256i va
 #endif
 }
 
-// The same for numbers of 16 bits and sums of 32.
+// The same, or with sums of 32 bits four by four, if `kDots`.
+inline TARDIS_INLINE __m256i add_dots(__m256i sum, __m256i codes, __m256i values) {
+#if defined(__AVXVNNI__) && defined(__GNUC__) && !defined(__clang__)
+    // by hand because GCC copies every sum to another register and back around the intrinsic
+    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(codes), "x"(values));
+    return sum;
+#elif defined(__AVXVNNI__)
+    return _mm256_dpbusd_avx_epi32(sum, codes, values);
+#else
+    return add_products(sum, codes, values);
+#endif
+}
+
+// The products of numbers of 16 bits two by two, in sums of 32.
 inline TARDIS_INLINE __m256i add_wide_products(__m256i sum, __m256i codes, __m256i values) {
-#if defined(__GNUC__) && !defined(__clang__)
+#if defined(__AVXVNNI__) && defined(__GNUC__) && !defined(__clang__)
+    asm("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sum) : "x"(codes), "x"(values));
+    return sum;
+#elif defined(__AVXVNNI__)
+    return _mm256_dpwssd_avx_epi32(sum, codes, values);
+#elif defined(__GNUC__) && !defined(__clang__)
     __m256i products;
     asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(products) : "x"(codes), "x"(values));
     return sum;
@@ -45,10 +79,19 @@ inline TARDIS_INLINE __m256i add_wide_products(__m256i sum, __m256i codes, __m25
 
 }  // namespace
 
-// Of `avx2_lowbit.cpp`, `avx2_lowbit_add.cpp` and `avx2_panels.cpp`; see `Product` and `Accumulate`.
-void product_low_bit_avx2(const TardisMatrix& m, const Rows& rows, const Input& x, float* out);
+// Products with matrices in few bits, in planes and in panels, of `avx2_lowbit.cpp` and `avx2_lowbit_panels.cpp`.
+namespace avx2 {
+void planes(const TardisMatrix& m, const Rows& rows, const Input& x, float* out);
+void panels(const TardisMatrix& m, const Rows& rows, const Input& x, float* out);
+}  // namespace avx2
+
+namespace avxvnni {
+void planes(const TardisMatrix& m, const Rows& rows, const Input& x, float* out);
+void panels(const TardisMatrix& m, const Rows& rows, const Input& x, float* out);
+}  // namespace avxvnni
+
+// Of `avx2_add.cpp`; see `Accumulate`.
 void add_low_bit_avx2(const TardisMatrix& m, const Layout* layout, const Terms& terms, Range range, float* y);
-void low_bit_panels_avx2(const TardisMatrix& m, const Rows& rows, const Input& x, float* out);
 
 // Of `avx2_vectors.cpp`; see `Widen` and what follows it.
 void widen_avx2(const TardisVector& v, int64_t begin, int64_t count, float* out);

@@ -20,6 +20,7 @@ inline TARDIS_INLINE __m256i values_at(const int8_t* x) { return _mm256_loadu_si
 // sum and the products of 64 codes with their values.
 template <int B>
 inline TARDIS_INLINE __m256i add_dot(__m256i sum, const __m256i (&code)[2], const int8_t* x) {
+    if constexpr (kDots) return add_dots(add_dots(sum, code[0], values_at(x)), code[1], values_at(x + 32));
     each<kParts<B>>([&](auto p) TARDIS_INLINE {
         const __m256i two = _mm256_maddubs_epi16(part_of<B, p>(code[0]), values_at(x));
         const __m256i four = add_products(two, part_of<B, p>(code[1]), values_at(x + 32));
@@ -154,7 +155,7 @@ void product_of_bits(const TardisMatrix& m, const Rows& rows, const Input& x, fl
 
 }  // namespace
 
-void product_low_bit_avx2(const TardisMatrix& m, const Rows& rows, const Input& x, float* out) {
+void TARDIS_AVX2_SET::planes(const TardisMatrix& m, const Rows& rows, const Input& x, float* out) {
     if (x.quantised.layout->segment_count > kMaxSegments) return portable_table()->low_bit(m, rows, x, out);
     if (x.quantised.halves == 2) return product_of_bits<2>(m, rows, x, out);
     product_of_bits<1>(m, rows, x, out);

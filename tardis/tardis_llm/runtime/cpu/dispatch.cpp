@@ -31,6 +31,15 @@ bool has_avx512vnni() { return false; }
 bool has_avx512() { return false; }
 #endif
 
+bool find_avxvnni() {
+#if defined(__x86_64__)
+    unsigned eax, ebx, ecx, edx;
+    return has_avx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & 1u << 4);
+#else
+    return false;
+#endif
+}
+
 bool find_amx() {
 #if defined(__x86_64__)
     unsigned eax, ebx, ecx, edx;
@@ -42,6 +51,11 @@ bool find_amx() {
 }
 
 // Asked once: in a virtual machine the instruction that tells takes as long as a small product.
+bool has_avxvnni() {
+    static const bool found = find_avxvnni();
+    return found;
+}
+
 bool has_amx() {
     static const bool found = find_amx();
     return found;
@@ -54,6 +68,7 @@ const Table* table_of(int32_t isa) {
         case TARDIS_AVX512BW: return has_avx512bw() ? avx512bw_table() : nullptr;
         case TARDIS_AVX512VNNI: return has_avx512vnni() ? avx512vnni_table() : nullptr;
         case TARDIS_AVX512: return has_avx512() ? avx512_table() : nullptr;
+        case TARDIS_AVXVNNI: return has_avxvnni() ? avxvnni_table() : nullptr;
         case TARDIS_AVX2: return has_avx2() ? avx2_table() : nullptr;
         case TARDIS_PORTABLE: return portable_table();
         default: return nullptr;

@@ -44,7 +44,8 @@ enum TardisType : int32_t {
 enum TardisStatus : int32_t { TARDIS_OK, TARDIS_NO_MEMORY, TARDIS_BAD_ARGUMENT };
 enum TardisIsa : int32_t {
     TARDIS_PORTABLE,
-    TARDIS_AVX2,
+    TARDIS_AVX2,        // and FMA and F16C
+    TARDIS_AVXVNNI,     // and AVX-VNNI
     TARDIS_AVX512BW,    // AVX-512 F, BW, DQ and VL
     TARDIS_AVX512VNNI,  // and VNNI
     TARDIS_AVX512,      // and BF16

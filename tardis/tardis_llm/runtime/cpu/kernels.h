@@ -188,6 +188,7 @@ struct Table {
 
 const Table* portable_table();
 const Table* avx2_table();        // null where not compiled in
+const Table* avxvnni_table();     // null where not compiled in
 const Table* avx512bw_table();    // null where not compiled in
 const Table* avx512vnni_table();  // null where not compiled in
 const Table* avx512_table();      // null where not compiled in

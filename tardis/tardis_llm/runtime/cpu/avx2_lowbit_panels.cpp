@@ -14,13 +14,13 @@ constexpr int64_t kLine = kLineBytes * kPanelRows;
 constexpr int64_t kAhead = 4096;  // bytes from what is multiplied to what is asked for
 constexpr int64_t kMaxSteps = kBlockColumns / 4;  // of four inputs, in a segment
 
-// Codes of B bits as they are multiplied: in parts of so few bits that two products fit 16 bits. So many are added up
-// there that sums of the largest still fit.
+// Codes of B bits as they are multiplied: in parts of so few bits that two products fit 16 bits, where sums have no
+// more. So many are added up there that sums of the largest still fit.
 template <int B>
 struct Codes {
-    static constexpr int kBits = B == 8 ? 4 : B, kParts = 8 / (B == 8 ? 4 : 8);
+    static constexpr int kBits = B == 8 && !kDots ? 4 : B, kParts = B / kBits;
     static constexpr int kSteps = 8 / B;  // of four inputs, in a line
-    static constexpr int64_t kTogether = 32767 / (2 * 128 * ((1 << kBits) - 1));
+    static constexpr int64_t kTogether = kDots ? kMaxSteps : 32767 / (2 * 128 * ((1 << kBits) - 1));
 
     static TARDIS_INLINE __m256i mask() { return _mm256_set1_epi8((1 << kBits) - 1); }
 };
@@ -42,8 +42,9 @@ inline TARDIS_INLINE __m256i kept(__m256i value) {
     return value;
 }
 
-// Sums of 16 bits two by two, times what they are worth.
-inline TARDIS_INLINE __m256i in_pairs(__m256i sum, int worth) {
+// What sums of `add_dots` are in 32 bits, times what they are worth.
+inline TARDIS_INLINE __m256i whole(__m256i sum, int worth) {
+    if constexpr (kDots) return sum;
     return _mm256_madd_epi16(sum, _mm256_set1_epi16(static_cast<int16_t>(worth)));
 }
 
@@ -79,7 +80,7 @@ public:
         for (int64_t t = 0; t < tokens; ++t) memset(out + t * kBlockRows, 0, count * kPanelRows * sizeof *out);
         for (int64_t g = 0, line = 0; g < layout_.segment_count; ++g) {
             const Segment& segment = layout_.segments[g];
-            const int64_t left = lines_ - line, whole = segment.pieces * 64 / kInputs, n = whole < left ? whole : left;
+            const int64_t left = lines_ - line, own = segment.pieces * 64 / kInputs, n = own < left ? own : left;
             group.steps = n * C::kSteps * kWide;
             if (tokens > 1) set_values(line * kInputs, tokens, group);
             for (int64_t p = 0; p < count; ++p) {
@@ -102,7 +103,8 @@ public:
 private:
     using C = Codes<B>;
     static constexpr int64_t kInputs = 4 * C::kSteps;  // of a line
-    static constexpr int kTile = 4;  // tokens, whose sums with 16 outputs stay in registers beside codes and values
+    // Tokens whose sums with 16 outputs stay in registers, beside codes, values and products.
+    static constexpr int kTile = kDots ? 6 : 4;
 
     void one(
         const char* w, int64_t ahead, int64_t lines, const int8_t* x, int64_t g, const uint16_t* scale, float* out
@@ -116,7 +118,7 @@ private:
                 add_line(w + line * kLine, ahead, x + line * kInputs, part);
             each<C::kParts * H * kRegisters>([&](auto i) TARDIS_INLINE {
                 constexpr int p = i / (H * kRegisters), h = i / kRegisters % H, v = i % kRegisters;
-                sum[h][v] = _mm256_add_epi32(sum[h][v], in_pairs(part[p][h][v], p ? 16 : 1));
+                sum[h][v] = _mm256_add_epi32(sum[h][v], whole(part[p][h][v], p ? 16 : 1));
             });
         }
         const Scale factor(q_, g, half_);
@@ -136,7 +138,7 @@ private:
             each<kRegisters>([&](auto v) TARDIS_INLINE {
                 const __m256i code = code_of<q>(line[v]);
                 each<H>([&](auto h) TARDIS_INLINE {
-                    part[p][h][v] = add_products(part[p][h][v], code, values[h]);
+                    part[p][h][v] = add_dots(part[p][h][v], code, values[h]);
                 });
             });
         });
@@ -237,9 +239,9 @@ private:
                     });
                 }
                 each<2 * T>([&](auto i) TARDIS_INLINE {
-                    __m256i whole = sum[i / 2][i % 2];
-                    if constexpr (H == 1) whole = in_pairs(whole, p ? 16 : 1);
-                    dot[i / 2][i % 2] = _mm256_add_ps(dot[i / 2][i % 2], _mm256_cvtepi32_ps(whole));
+                    __m256i all = sum[i / 2][i % 2];
+                    if constexpr (H == 1) all = whole(all, p ? 16 : 1);
+                    dot[i / 2][i % 2] = _mm256_add_ps(dot[i / 2][i % 2], _mm256_cvtepi32_ps(all));
                 });
             }
         }
@@ -251,7 +253,7 @@ private:
 
     static TARDIS_INLINE __m256i add(__m256i sum, __m256i codes, __m256i values) {
         if constexpr (H == 2) return add_wide_products(sum, codes, values);
-        else return add_products(sum, codes, values);
+        else return add_dots(sum, codes, values);
     }
 
     const Quantised& q_;
@@ -280,7 +282,7 @@ void multiply_panels(const TardisMatrix& m, const Rows& rows, const Input& x, fl
 
 }  // namespace
 
-void low_bit_panels_avx2(const TardisMatrix& m, const Rows& rows, const Input& x, float* out) {
+void TARDIS_AVX2_SET::panels(const TardisMatrix& m, const Rows& rows, const Input& x, float* out) {
     if (x.quantised.halves == 2) return multiply_panels<2>(m, rows, x, out);
     multiply_panels<1>(m, rows, x, out);
 }
