@@ -44,6 +44,8 @@ PARTS=(
   "9|2|$LLAMA --layers 32 --fix-rates 0.2 --rounds 5 --steps 12 --output $OUT/llama_cpp_falcon-7b_32_2_fixed20_$CPU.json"
   "5|2|$LLAMA --shape llama-3-8b --output $OUT/llama_cpp_llama-3-8b_8_2_$CPU.json"
   "3|2|$LLAMA --shape qwen2.5-0.5b --layers 24 --fix-rates 0.16,0.27,0.43 --output $OUT/llama_cpp_qwen2.5-0.5b_24_2_$CPU.json"
+  "6|2|$LLAMA --instructions avx2 --fix-rates 0.05,0.1,0.2,0.3 --rounds 5 --output $OUT/llama_cpp_falcon-7b_8_2_avx2_$CPU.json"
+  "4|2|$LLAMA --instructions avx2 --shape qwen2.5-0.5b --layers 24 --fix-rates 0.16,0.27,0.43 --mixed 0.53:0.05,0.42:0.1 --rounds 5 --output $OUT/llama_cpp_qwen2.5-0.5b_24_2_avx2_$CPU.json"
   "8|2|$BENCH --against dense,kernels > $OUT/bench-1-falcon-7b-bf16.json"
   "9|2|$BENCH --against dense,kernels --compile > $OUT/bench-1-falcon-7b-bf16-compiled.json"
   "5|2|$BENCH $INT4 > $OUT/bench-2-falcon-7b-int4.json"
