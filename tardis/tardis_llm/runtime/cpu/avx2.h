@@ -4,11 +4,10 @@
 // other files is in a namespace named after what it needs.
 #pragma once
 #include "kernels.h"
-#include "unrolled.h"
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define TARDIS_AVX2
-#include <immintrin.h>
+#include "x86.h"
 
 #if defined(__AVXVNNI__)
 #define TARDIS_AVX2_SET avxvnni
@@ -25,10 +24,6 @@ constexpr bool kDots = true;
 #else
 constexpr bool kDots = false;
 #endif
-
-// Into the second cache only, which can wait for more lines at once than the first. GCC drops calls of a function that
-// only prefetches, unless they are inlined from the start.
-inline TARDIS_INLINE void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 // Of 8 lanes the first `count`, as masked loads want them. What is loaded behind smaller stores would wait for them.
 inline TARDIS_INLINE __m256i first8(int64_t count) {

@@ -4,11 +4,10 @@
 // see CMakeLists.txt. What they define for other files is in a namespace named after what it needs.
 #pragma once
 #include "kernels.h"
-#include "unrolled.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define TARDIS_AVX512
-#include <immintrin.h>
+#include "x86.h"
 
 #if defined(__AVX512BF16__)
 #define TARDIS_AVX512_SET avx512
@@ -63,11 +62,6 @@ float largest_avx512(const float* x, int64_t count);
 int64_t round_avx512(const float* x, int64_t count, float inverse, int8_t* first, int8_t* second);
 
 namespace {
-
-// GCC drops calls of a function that only prefetches, unless they are inlined from the start.
-inline TARDIS_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
-// Into the second cache only, which can wait for more lines at once than the first.
-inline TARDIS_INLINE void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 inline __mmask16 first16(int64_t n) { return static_cast<__mmask16>(n >= 16 ? 0xffff : (1u << n) - 1); }
 inline __mmask64 first64(int64_t n) { return n >= 64 ? ~0ull : (1ull << n) - 1; }

@@ -1,10 +1,16 @@
-// Loops over registers, for files that are compiled for one instruction set.
+// What files for the instruction sets of x86 share: loops over registers, and fetching from memory.
 #pragma once
-
-#define TARDIS_INLINE __attribute__((always_inline))
+#include <immintrin.h>
 
 namespace tardis {
 namespace {
+
+#define TARDIS_INLINE __attribute__((always_inline))
+
+// GCC drops calls of a function that only prefetches, unless they are inlined from the start.
+inline TARDIS_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+// Into the second cache only, which can wait for more lines at once than the first.
+inline TARDIS_INLINE void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 // Loops over registers, which only stay in registers if their numbers are constants for the compiler from the start.
 template <int N>
