@@ -49,6 +49,25 @@ def equal_parts(folder: Path) -> Iterator[str]:
             yield from speed_parts(quality["entries"], _read(path))
 
 
+def equal_readme_part(folder: Path, subject: str) -> Iterator[str]:
+    """The README's table: quality and speed of a real model, whole, by the first run that timed it."""
+    quality = _read(folder / QUALITY.format(subject))
+    speed = _read(sorted(folder.glob(SPEED.format(subject)))[0])
+    entries, settings, seconds = quality["entries"], quality["settings"], speed["seconds"]
+    texts = list(settings["tokens"])
+    lines = [["dense, perplexity", *(f"{_perplexity(entries, DENSE, text):.2f}" for text in texts), ""]]
+    for name in sorted(seconds, key=lambda name: statistics.median(seconds[name])):
+        bold = "**" if name.startswith(FOLD) else ""
+        increases = (f"{_increase(entries, name, text):+.3f}" for text in texts)
+        lines.append([f"{bold}{_shown(name)}{bold}", *increases, _pace(speed, name)])
+    yield (
+        f"{subject}, whole, as it decodes: increase of the loss in nats per token, {settings['tokens'][texts[0]]:,} "
+        f"tokens of each text, and tokens per second on {speed['threads']} threads of an {speed['cpu']}. "
+        f"{_calibrated(settings)}. [More](docs/results.md#at-equal-quality)."
+    )
+    yield table(["", *texts, "tokens/s"], lines)
+
+
 def _read(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(path.read_text())
     return found
@@ -66,16 +85,26 @@ def quality_table(quality: dict[str, Any]) -> str:
     sizes = ", ".join(f"{text} {tokens:,}" for text, tokens in settings["tokens"].items())
     return (
         f"Perplexity, and in brackets the increase of the loss in nats per token; tokens judged: {sizes}, in windows "
-        f"of {settings['window']}; calibrated on {settings['calibration']:,} tokens of Wikipedia and novels.\n\n"
+        f"of {settings['window']}. {_calibrated(settings)}.\n\n"
         + table(["", *texts, "kept", "of the others fixed", "FFN bytes touched"], lines)
     )
 
 
+def _calibrated(settings: dict[str, Any]) -> str:
+    code = f", {settings['code']:.0%} of them code" if settings["code"] else ""
+    return f"Calibrated on {settings['calibration']:,} tokens of Wikipedia and novels{code}"
+
+
+def _increase(entries: dict[str, Any], name: str, text: str) -> float:
+    """Of the loss over the dense model, in nats."""
+    return math.log(_perplexity(entries, name, text) / _perplexity(entries, DENSE, text))
+
+
 def _cell(entries: dict[str, Any], name: str, text: str) -> str:
-    value, base = (_perplexity(entries, each, text) for each in (name, DENSE))
+    value = _perplexity(entries, name, text)
     own = entries[name].get("own")
     beside = f"; own logits {own[text]['value']:.2f}" if own else ""
-    return f"{value:.2f}" if name == DENSE else f"{value:.2f} ({math.log(value / base):+.3f}{beside})"
+    return f"{value:.2f}" if name == DENSE else f"{value:.2f} ({_increase(entries, name, text):+.3f}{beside})"
 
 
 def speed_parts(entries: dict[str, Any], speed: dict[str, Any]) -> Iterator[str]:

@@ -39,18 +39,15 @@ def _noted(run: dict[str, Any]) -> str:
     return f", {run['note']}" if "note" in run else ""
 
 
-def real_readme_part(runs: Sequence[dict[str, Any]]) -> str:
-    """The README's tables of the first real model."""
-    real, *others = runs
-    model, found = next(iter(real["models"].items()))
-    tables = [real_table("FFNs", found["methods"], [])]
-    for run in others:
-        tables += [_calibrated_on(run), real_table("FFNs", run["models"][model]["methods"], [])]
+def real_readme_part(run: dict[str, Any]) -> str:
+    """The README's table: the first model of a run."""
+    settings = run["settings"]
+    model, found = next(iter(run["models"].items()))
     return (
         f"{model}, FFNs alone compressed: share of their bytes that a token reads, everything counted, and increase of "
-        f"the loss in nats per token ({real['settings']['tokens']:,} tokens each; the dense perplexity in the first "
-        f"row). Calibration text is prose, no code{_noted(real)}. "
-        "[More models](docs/results.md#real-models).\n\n" + "\n\n".join(tables)
+        f"the loss in nats per token over the dense model, whose perplexity is in the first row; {settings['tokens']:,} "
+        f"tokens of each text. Calibrated on {settings['calibration']:,} tokens of prose, and no code. "
+        "[More](docs/results.md#real-models).\n\n" + real_table("FFNs", found["methods"], [])
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sections.equal import equal_parts
+from sections.equal import equal_parts, equal_readme_part
 from sections.llama import llama_parts
 
 
@@ -23,7 +23,7 @@ ENTRIES = {
     "tardis-int4@0.8": judged(10.4, 5.9, fix_rate=0.3, bits=[2], touched=0.2),
     "tardis-int4@0.9": judged(10.9, 7, fix_rate=0.1, bits=[2], kept=0.4, touched=0.15),
 }
-SETTINGS = {"window": 512, "tokens": {"wikitext2": 8192, "code": 8192}, "calibration": 32768}
+SETTINGS = {"window": 512, "tokens": {"wikitext2": 8192, "code": 8192}, "calibration": 32768, "code": 0.25}
 MACHINE = {"cpu": "a processor", "threads": 2, "read_bytes_per_second": 3e10, "batch": 1}
 SECONDS = {
     "int4": [0.1] * 3,
@@ -65,6 +65,14 @@ def test_perplexities_stand_with_their_losses(folder: Path):
     assert row(table, "tardis-int4@0.9")[1:] == ["10.90 (+0.086)", "7.00 (+0.336)", "40.0%", "10.0%", "15.0%"]
 
 
+def test_the_readme_has_quality_and_speed_in_one_table(folder: Path):
+    about, table = equal_readme_part(folder, "toy")
+    assert "32,768 tokens of Wikipedia and novels, 25% of them code." in about
+    assert row(table, "dense, perplexity")[1:] == ["10.00", "5.00", ""]
+    assert row(table, "**tardis-int4@0.9**")[1:] == ["+0.086", "+0.336", "20.0"]
+    assert row(table, "int4")[1:] == ["+0.049", "+0.095", "10.0"]
+
+
 def test_sections_without_results_are_left_out(tmp_path: Path):
     assert [*equal_parts(tmp_path), *llama_parts(tmp_path)] == []
 
@@ -75,8 +83,9 @@ def test_processors_are_kept_apart(tmp_path: Path):
         {"variant": "int4", "tokens_per_second": 20, "over_llama": ratio, "first_token_seconds": 2,
          "first_over_llama": ratio, "bytes": 1}
     ]  # fmt: skip
-    for cpu in ("one", "two"):
+    for cpu, more in (("one", {}), ("two", {}), ("two", {"instructions": "avx2"})):
         run = {
+            **more,
             "cpu": cpu,
             "threads": 2,
             "file": "falcon-7b-8.gguf",
@@ -85,9 +94,10 @@ def test_processors_are_kept_apart(tmp_path: Path):
             "prompt": 128,
             "llama_cpp": "libllama",
         }
-        (tmp_path / f"llama_cpp_{cpu}.json").write_text(json.dumps({**run, "rows": rows}))
+        (tmp_path / f"llama_cpp_{cpu}{len(more)}.json").write_text(json.dumps({**run, "rows": rows}))
     parts = list(llama_parts(tmp_path))
-    assert [part for part in parts if part.endswith("threads: 2.")] == ["one, threads: 2.", "two, threads: 2."]
+    machines = ["one, threads: 2.", "two, threads: 2.", "two, threads: 2, both sides by avx2 only."]
+    assert [part for part in parts if "threads: 2" in part] == machines
     assert row(parts[-1], "falcon-7b-8") == [
         *("falcon-7b-8", "4", "int4", "20.0", "1.50 [1.25-2.00]", "128", "2.00", "1.50 [1.25-2.00]")
     ]
