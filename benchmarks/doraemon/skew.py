@@ -27,7 +27,7 @@ from inputs import Keys, make_keys, make_queries
 from timing import Row, in_turns, keep, ratios, seconds_of, show, spread, spreads
 
 from doraemon import Index
-from doraemon.hot import NO_LEARNER
+from doraemon.hot import no_learner
 
 BATCH, SINGLE, SEEN = 1_000_000, 20_000, 4
 QUERIES = ["uniform", "90/10", "99/1", "zipf 1.1, endless", "zipf 1.1", "zipf 1.3"]
@@ -65,7 +65,7 @@ def fixed(index: Index) -> Index:
     """The index with a hot table that stays as it is."""
     state, table = index._state, index._state.run.hot
     if table is not None:
-        index._state = state.with_hot(replace(table, learner=NO_LEARNER))
+        index._state = state.with_hot(replace(table, learner=no_learner()))
     return index
 
 

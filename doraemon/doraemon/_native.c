@@ -1766,22 +1766,39 @@ static PyObject *native_tell_leaves(PyObject *self, PyObject *args)
     return end_call(&held, 1, NULL);
 }
 
-/* LAYOUT is what Python has to agree with: offsets and sizes of the records in the arrays that are shared. */
+/* What Python has to know of a learner's notes: how many there are, which is which, and in what parts `lacks` counts. */
+static int add_note_names(PyObject *module)
+{
+    return PyModule_AddIntConstant(module, "NOTES", NOTES) < 0 || PyModule_AddIntConstant(module, "ASKED", ASKED) < 0 ||
+                   PyModule_AddIntConstant(module, "MISSED", MISSED) < 0 ||
+                   PyModule_AddIntConstant(module, "BEHIND", BEHIND) < 0 ||
+                   PyModule_AddIntConstant(module, "PARTS", PARTS) < 0
+               ? -1
+               : 0;
+}
+
+/* LAYOUT is what Python has to agree with: offsets and sizes of the records in the arrays that are shared. SOURCES tells
+ * from which C files this was built, see sources.py. */
 static int native_exec(PyObject *module)
 {
     PyObject *type = PyType_FromModuleAndSpec(module, &view_spec, NULL);
-    PyObject *layout = Py_BuildValue("(nnnnn)(nnnn)i(nnn)i(nnn)i(nnn)n", offsetof(Bucket, low), offsetof(Bucket, scale),
+    PyObject *layout = Py_BuildValue("(nnnnn)(nnnn)i(nnn)i(nnn)i(nnn)(nnnnnn)", offsetof(Bucket, low), offsetof(Bucket, scale),
                                      offsetof(Bucket, start), offsetof(Bucket, place), sizeof(Bucket),
                                      offsetof(Leaf, base), offsetof(Leaf, slope), offsetof(Leaf, radius), sizeof(Leaf),
                                      PLACE_SHIFT, offsetof(Line, code), offsetof(Line, found), sizeof(Line), RANK_BITS,
                                      offsetof(Entry, code), offsetof(Entry, found), sizeof(Entry), FEW,
                                      offsetof(Summary, marks), offsetof(Summary, shift), sizeof(Summary),
-                                     sizeof(ChangedLeaf));
-    int failed = type == NULL || layout == NULL || PyModule_AddObjectRef(module, "View", type) < 0 ||
-                 PyModule_AddObjectRef(module, "LAYOUT", layout) < 0 || add_level_type(module) < 0 ||
-                 add_tree_type(module) < 0;
+                                     offsetof(ChangedLeaf, leaf), offsetof(ChangedLeaf, shift),
+                                     offsetof(ChangedLeaf, marks), offsetof(ChangedLeaf, twin),
+                                     offsetof(ChangedLeaf, noted), sizeof(ChangedLeaf));
+    PyObject *sources = PyLong_FromUnsignedLong(SOURCES);
+    int failed = type == NULL || layout == NULL || sources == NULL || PyModule_AddObjectRef(module, "View", type) < 0 ||
+                 PyModule_AddObjectRef(module, "LAYOUT", layout) < 0 ||
+                 PyModule_AddObjectRef(module, "SOURCES", sources) < 0 || add_note_names(module) < 0 ||
+                 add_level_type(module) < 0 || add_tree_type(module) < 0;
     Py_XDECREF(type);
     Py_XDECREF(layout);
+    Py_XDECREF(sources);
     return failed ? -1 : 0;
 }
 

@@ -8,6 +8,14 @@ from . import search
 Array = NDArray[Any]
 Cut = Callable[[Any], tuple[int | None, bool]]
 LAYOUT: tuple[tuple[int, ...] | int, ...]
+SOURCES: int  # the fingerprint of the C files, see sources.py
+
+# a learner's notes, see _hot.h
+NOTES: int
+ASKED: int
+MISSED: int
+BEHIND: int
+PARTS: int
 
 # The arrays are those of the enum KEYS, BOUNDS, ... in _native.c, how many keys a table may learn and how much it
 # lacks, the values of the run and of both deltas, the bits of the deltas' windows, and plain values once more as bytes,

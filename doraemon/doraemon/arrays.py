@@ -61,5 +61,5 @@ def _offsets(record: np.dtype[Any]) -> tuple[int, ...]:
 #: the extension states its own, and `engine` compares them
 LAYOUT = (
     *(_offsets(BUCKET), _offsets(LEAF), PLACE_SHIFT, _offsets(LINE), RANK_BITS),
-    *(_offsets(ENTRY), FEW, _offsets(SUMMARY), CHANGED_LEAF.itemsize),
+    *(_offsets(ENTRY), FEW, _offsets(SUMMARY), _offsets(CHANGED_LEAF)),
 )

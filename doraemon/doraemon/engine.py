@@ -6,6 +6,7 @@ import os
 from typing import Literal
 
 from .arrays import LAYOUT
+from .sources import fingerprint
 
 try:
     from . import _native as native
@@ -18,8 +19,11 @@ Engine = Literal["native", "numpy"]
 #: set to "numpy" to do without the C extension, to "native" to refuse to
 VARIABLE = "DORAEMON_ENGINE"
 
-if native is not None and native.LAYOUT != LAYOUT:
-    raise ImportError("the C extension was built from other sources than these: reinstall doraemon-index")
+if native is not None and (native.LAYOUT != LAYOUT or fingerprint() not in (None, native.SOURCES)):
+    raise ImportError(
+        "the C extension was built from other sources than these: reinstall doraemon-index,"
+        " or run `python setup.py build_ext --inplace --force` beside its setup.py"
+    )
 
 
 def choose(engine: str | None = None) -> Engine:

@@ -11,7 +11,7 @@ follows accesses that move by itself, and adapting has only to see that it does.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,6 @@ FILLED = 0.6  #: of the slots; of a fuller table more codes would find their lin
 MOST_COPIES = (1 << (64 - RANK_BITS)) - 1  #: of a code in the table
 NO_LINES = np.zeros(0, dtype=LINE)
 LEARNED = 1 << 22  #: bytes of the largest table that learns: in a larger one a new code takes a line from afar
-NOTES, BEHIND, PARTS = 6, 5, 1024  #: see `_hot.h`
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Learner:
 
     Attributes:
         lines: LINE [lines], or none where the table is too large.
-        notes: uint64 [NOTES], see `_hot.h`.
+        notes: uint64 [native.NOTES], see `_hot.h`.
         reach: how many keys of the run, from the first on, it may learn.
         share: of what it was asked lately, how much it answered; None before that was told.
     """
@@ -60,14 +59,14 @@ class Learner:
         small = lines.nbytes <= LEARNED and reach > 0
         self.lines = _aligned_lines(len(lines)) if small else NO_LINES
         self.lines[:] = lines[: len(self.lines)]
-        self.notes = np.zeros(NOTES, dtype=np.uint64)
-        self.notes[BEHIND] = 1  # until it is judged
+        self.notes = np.zeros(native.NOTES, dtype=np.uint64)
+        self.notes[native.BEHIND] = 1  # until it is judged
         self.reach = reach
         self._seen = (0, 0)
 
     def answered(self, least: int) -> float | None:
         """The share that it answered of what it was asked since this was last told; None if that were fewer codes."""
-        asked, missed = self.notes[1:3].tolist()
+        asked, missed = self.notes[[native.ASKED, native.MISSED]].tolist()
         if asked - self._seen[0] < least:
             return None
         self.share = 1 - (missed - self._seen[1]) / (asked - self._seen[0])
@@ -114,8 +113,8 @@ class Hot:
 
     @property
     def lacks(self) -> int:
-        """How many PARTS of what is asked it lacked when it was chosen; 0 for a table of other making."""
-        return 0 if self.choice is None else round((1 - self.choice.answered) * PARTS)
+        """How many parts of `native.PARTS` asked it lacked when it was chosen; 0 for a table of other making."""
+        return 0 if self.choice is None else round((1 - self.choice.answered) * native.PARTS)
 
     def followed(self) -> Hot | None:
         """The table as its copy has become by learning; None if there is none, or if a reader has it now."""
@@ -152,4 +151,7 @@ def _aligned_lines(count: int) -> NDArray[Any]:
     return raw[first : first + count * LINE.itemsize].view(LINE)
 
 
-NO_LEARNER = Learner(NO_LINES, 0)
+@cache
+def no_learner() -> Learner:
+    """What learns nothing."""
+    return Learner(NO_LINES, 0)

@@ -15,7 +15,7 @@ from .delta import Delta, stacked
 from .engine import Engine, native
 from .fitting import BATCH
 from .heat import SAMPLING
-from .hot import NO_LEARNER, NO_LINES
+from .hot import NO_LINES, no_learner
 from .keytype import KeyType
 from .memory import pool
 from .run import Run
@@ -82,7 +82,7 @@ def make_view(engine: Engine, key_type: KeyType, run: Run, deltas: Deltas, leave
     if engine == "numpy":
         return NumpyView(key_type, run, deltas)
     model, dtype, (older, recent) = run.model, key_type.dtype, deltas
-    lines, learner, lacks = NO_LINES, NO_LEARNER, 0
+    lines, learner, lacks = NO_LINES, no_learner(), 0
     if run.hot is not None:
         lines, learner, lacks = run.hot.lines, run.hot.learner, run.hot.lacks
     (*arrays, bits), (*last_arrays, last_bits) = older.packed, recent.packed

@@ -13,12 +13,12 @@ import pytest
 from domains import DTYPES
 
 import doraemon
-from doraemon import Index, Snapshot, arrays
+from doraemon import Index, Snapshot, arrays, sources
 from doraemon import engine as engines
 
 #: from the lowest to the highest; a module imports only from those before it
 LAYERS = [
-    ["arrays", "errors", "workload", "replacing", "parallel", "memory"],
+    ["arrays", "errors", "sources", "workload", "replacing", "parallel", "memory"],
     ["engine", "inputs", "times", "dtypes", "columns"],
     ["keytype", "values", "keys", "storage", "splicing", "hot", "heat", "fitting", "steps"],
     ["strings", "lexicon", "texts", "records", "choosing"],
@@ -112,10 +112,24 @@ def test_imports_point_down(module: str) -> None:
     assert imports_of(module) - {"_native"} <= set(ORDER[: ORDER.index(module)])
 
 
-def test_the_c_extension_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fingerprint_changes_with_any_c_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "FOLDER", tmp_path)
+    assert sources.fingerprint() is None
+    seen = set()
+    for name, text in (("a.c", "int a;"), ("a.c", "int b;"), ("b.h", ""), ("b.h", "int c;"), ("b.py", "")):
+        (tmp_path / name).write_text(text)
+        seen.add(sources.fingerprint())
+    assert sources.names() == ["a.c", "b.h"]
+    assert len(seen) == 3  # neither an empty file nor one of Python makes another
+
+
+@pytest.mark.parametrize("name", ["LAYOUT", "SOURCES"])
+def test_the_c_extension_of_other_sources_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     native = pytest.importorskip("doraemon._native")
     assert native.LAYOUT == arrays.LAYOUT
-    monkeypatch.setattr(native, "LAYOUT", (*arrays.LAYOUT[:2], arrays.PLACE_SHIFT + 1))
+    assert sources.fingerprint() == native.SOURCES
+    other = {"LAYOUT": (*arrays.LAYOUT[:2], arrays.PLACE_SHIFT + 1), "SOURCES": native.SOURCES ^ 1}
+    monkeypatch.setattr(native, name, other[name])
     with pytest.raises(ImportError, match="reinstall"):
         importlib.reload(engines)
     monkeypatch.undo()
