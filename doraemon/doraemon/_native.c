@@ -925,6 +925,38 @@ WIDE static int splice_items(const char *old, int64_t n, const int64_t *at, cons
     return 1;
 }
 
+/* ------------------------------------------------------------------ sort */
+
+enum { DIGITS = 8, DIGIT_BITS = 8, DIGIT_VALUES = 1 << DIGIT_BITS };
+
+static inline int digit_of(uint64_t code, int digit) { return (int)(code >> (digit * DIGIT_BITS) & (DIGIT_VALUES - 1)); }
+
+/* Sort n codes by one digit after the other, the lowest first, to and fro between two arrays. A digit that all codes share
+ * is left out. Where they are in the end. */
+static uint64_t *sort_codes(uint64_t *codes, uint64_t *spare, int64_t n)
+{
+    int64_t counts[DIGITS][DIGIT_VALUES] = {{0}};
+    for (int64_t i = 0; i < n; i++)
+        for (int digit = 0; digit < DIGITS; digit++)
+            counts[digit][digit_of(codes[i], digit)]++;
+    for (int digit = 0; n > 0 && digit < DIGITS; digit++) {
+        int64_t *place = counts[digit], before = 0;
+        if (place[digit_of(codes[0], digit)] == n)
+            continue;
+        for (int value = 0; value < DIGIT_VALUES; value++) {
+            int64_t many = place[value];
+            place[value] = before;
+            before += many;
+        }
+        for (int64_t i = 0; i < n; i++)
+            spare[place[digit_of(codes[i], digit)]++] = codes[i];
+        uint64_t *sorted = spare;
+        spare = codes;
+        codes = sorted;
+    }
+    return codes;
+}
+
 /* ------------------------------------------------------------------ deltas */
 
 /* How many of a delta's codes are below each of m queries, whose ranks in the run are known. */
@@ -1652,6 +1684,25 @@ static PyObject *splice(PyObject *self, PyObject *args)
     return end_call(held, 4, agree ? NULL : "the arrays of a splice do not fit together");
 }
 
+/* sort(codes, spare): put codes in order, with another array of as many to do it in. */
+static PyObject *sort(PyObject *self, PyObject *args)
+{
+    static const Py_ssize_t itemsizes[2] = {8, 8};
+    PyObject *arrays[2];
+    Py_buffer held[2];
+    (void)self;
+    if (!PyArg_ParseTuple(args, "OO", arrays, arrays + 1) || get_buffers(arrays, itemsizes, 2, 0, held) < 0)
+        return NULL;
+    if (held[0].len != held[1].len)
+        return end_call(held, 2, "there must be as much room to sort in as there are codes");
+    Py_BEGIN_ALLOW_THREADS
+    uint64_t *sorted = sort_codes(held[0].buf, held[1].buf, held[0].len / 8);
+    if (sorted != held[0].buf)
+        memcpy(held[0].buf, sorted, (size_t)held[0].len);
+    Py_END_ALLOW_THREADS
+    return end_call(held, 2, NULL);
+}
+
 static const char NO_DELTA[] = "the arrays of a delta do not fit together";
 
 /* find_windows(left, bits, windows): where the windows of a delta begin. */
@@ -1820,6 +1871,7 @@ static PyMethodDef native_methods[] = {
     {"unpack", unpack, METH_VARARGS, "unpack(data, offsets, numbers, is_text): a list of texts."},
     {"order", order, METH_VARARGS, "order(data, offsets, order, again): how to sort texts, and which occur again."},
     {"gather", gather, METH_VARARGS, "gather(data, offsets, numbers, out): the texts of some numbers."},
+    {"sort", sort, METH_VARARGS, "sort(codes, spare): put codes in order, with another array of as many to do it in."},
     {"splice", splice, METH_VARARGS, "splice(old, at, more, out): `old` with `more` at the places `at` of `out`."},
     {NULL, NULL, 0, NULL},
 };

@@ -15,6 +15,7 @@ from .engine import Engine
 from .inputs import as_sequence
 from .keytype import KeyType
 from .run import Models, Run
+from .splicing import distinct, in_order
 from .state import REQUIRED, State
 from .texts import column_dtype
 from .values import array_of, as_values, values_like
@@ -25,7 +26,7 @@ def create(keys: ArrayLike, values: ArrayLike | None, dtype: DTypeLike | None, e
     of_column = column_dtype(keys)
     items: Any = as_sequence(keys) if of_column is None else keys  # of which no objects need to be made
     key_type = key_type_of(items, of_column if dtype is None else dtype, engine)
-    codes, sorted_values = _sorted(key_type, _admitted(key_type, items), values)
+    codes, sorted_values = _sorted(key_type, _admitted(key_type, items), values, engine)
     return State.of(key_type, engine, Run.of(codes, sorted_values, engine, memory))
 
 
@@ -98,7 +99,10 @@ def _put(state: State, codes: Codes, values: Any) -> State:
     if not state.is_map:
         if values is not None:
             raise TypeError("this index has keys only: give keys without values, or make it with values")
-        return _with_copies(state, *np.unique(codes, return_counts=True))
+        highest = state.highest
+        if len(codes) and highest is not None and int(codes.max()) <= highest:
+            return state.with_pending(codes)
+        return _with_copies(state, *distinct(codes, state.engine))
     if values is None:
         raise TypeError("this index is a map: give a value for every key")
     new = values_like(values, state.value_dtype, len(codes))
@@ -134,7 +138,7 @@ def _with_values(
 
 
 def _remove(state: State, codes: Codes) -> State:
-    codes, counts = np.unique(codes, return_counts=True)
+    codes, counts = distinct(codes, state.engine)
     if state.is_map:
         filler = np.zeros(len(codes), dtype=state.value_dtype)
         return state.with_recent(put(state.recent, codes, False, filler, state.writes + 1, state.counted))
@@ -151,12 +155,14 @@ def _admitted(key_type: KeyType, keys: ArrayLike) -> Codes:
     return codes
 
 
-def _sorted(key_type: KeyType, codes: Codes, values: ArrayLike | None) -> tuple[Codes, NDArray[Any] | None]:
+def _sorted(
+    key_type: KeyType, codes: Codes, values: ArrayLike | None, engine: Engine
+) -> tuple[Codes, NDArray[Any] | None]:
     if values is None:
-        return _sorted_copy(codes, key_type), None
+        return _sorted_copy(codes, key_type, engine), None
     values = as_values(values, len(codes))
     if _ascending(codes):
-        codes, values = _sorted_copy(codes, key_type), values.copy()
+        codes, values = _sorted_copy(codes, key_type, engine), values.copy()
     else:
         order = np.argsort(codes, kind="stable")
         codes, values = codes[order], values[order]
@@ -167,10 +173,10 @@ def _sorted(key_type: KeyType, codes: Codes, values: ArrayLike | None) -> tuple[
     return codes, values
 
 
-def _sorted_copy(codes: Codes, key_type: KeyType) -> Codes:
+def _sorted_copy(codes: Codes, key_type: KeyType, engine: Engine) -> Codes:
     """Sorted codes that no one else can change: those of uint64 keys are the caller's keys themselves."""
     if not _ascending(codes):
-        return np.sort(codes)
+        return in_order(codes, engine)
     return codes.copy() if key_type.dtype == np.uint64 else codes
 
 

@@ -13,6 +13,8 @@ from .engine import Engine, native
 from .memory import pool
 from .values import is_plain
 
+LONG = 1024  #: codes from which on sorting them by their digits pays
+
 
 class Room:
     """Arrays that are used up to a length, of codes and of a map's values.
@@ -73,6 +75,25 @@ def splice(old: NDArray[Any], at: Ints, new: NDArray[Any], engine: Engine, spare
     result[at] = new
     result[others] = old
     return whole
+
+
+def in_order(codes: Codes, engine: Engine) -> Codes:
+    """A copy of the codes in order. O(codes) with C."""
+    if engine == "numpy" or len(codes) < LONG:
+        return np.sort(codes)
+    ordered = codes.copy()
+    native.sort(ordered, pool.empty(len(codes), codes.dtype))
+    return ordered
+
+
+def distinct(codes: Codes, engine: Engine) -> tuple[Codes, Ints]:
+    """The distinct ones of codes in order, and how often each occurs. O(codes) with C."""
+    ordered = in_order(codes, engine)
+    again = ordered[1:] == ordered[:-1]
+    if not again.any():
+        return ordered, constant(1, len(ordered))
+    first = np.flatnonzero(np.append(True, ~again))
+    return ordered[first], np.diff(first, append=len(ordered))
 
 
 def _is_constant(array: NDArray[Any]) -> bool:

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 
 from .appending import appended, fitted
 from .arrays import Bits, Codes, Ints, Mask, Values
-from .delta import Delta, changes_after, merge, stacked
+from .delta import Delta, add_counts, changes_after, merge, stacked
 from .engine import Engine
 from .heat import SAMPLING
 from .hot import Hot
@@ -27,6 +27,7 @@ from .model import Model
 from .parallel import in_parts
 from .run import Models, Run
 from .search import SMALL, Scanned, StepView, View, make_view, telling
+from .splicing import distinct
 from .values import dtype_with_default, is_plain, with_default
 from .workload import Signature
 
@@ -34,6 +35,7 @@ REQUIRED: Any = object()  #: stands for an argument that was not given
 
 MIN_DELTA = 4096  #: changes below which a delta is never too long to search
 TELLING = 4  #: how many times fewer queries than changes and leaves are worth leaves that tell of the changes
+PUTTING_OFF = 8  #: entries that are copied in less time than a pending code will take to be sorted and searched for
 MERGE_COST = 1 << 16  #: what a merge costs beside its keys, in keys
 
 
@@ -58,12 +60,14 @@ class State:
         engine: what searches, fits and splices.
         run: most of the keys.
         older: what changed since the run was made, but for
-        recent: what changed since those changes were put together.
+        joined: what changed since those changes were put together, and
+        pending: codes that a multiset has got one more key of each since, as they came, the larger arrays first. They
+            are sorted when they are asked for or have become many. None is above all others that there are.
         base: searches the run alone, for writers, who have no use for what readers search of the changes.
         length: the number of keys, copies counted.
         writes: the number of the last write, by which the deltas' entries are stamped.
         copied: how many entries of deltas the writes since the last merge have copied.
-        copied_lately: of them, those of the recent delta since it was last empty.
+        copied_lately: of them, those of the recent changes since there were none.
         asked: int64 [1], how many queries were asked in batches.
     """
 
@@ -71,12 +75,13 @@ class State:
     engine: Engine
     run: Run
     older: Delta
-    recent: Delta
+    joined: Delta
     base: View
     length: int
     writes: int
     copied: int
     copied_lately: int
+    pending: tuple[Codes, ...] = ()
     asked: Ints = field(default_factory=lambda: np.zeros(1, np.int64))
 
     @classmethod
@@ -89,11 +94,25 @@ class State:
 
     def _with(self, **parts: Any) -> State:
         """This state with some other parts, and the views of them."""
-        state = replace(self, **parts, asked=np.zeros(1, np.int64))
         base = self.base
-        if state.run is not self.run:
-            base = make_view(state.engine, state.key_type, state.run, (self._no_changes, self._no_changes))
-        return replace(state, base=base, length=len(state.run) + state.older.shift + state.recent.shift)
+        if "run" in parts:
+            base = make_view(self.engine, self.key_type, parts["run"], (self._no_changes, self._no_changes))
+            parts |= {"joined": self.recent, "pending": ()}  # where changes are in the run is found once
+        state = replace(self, **parts, base=base, asked=np.zeros(1, np.int64))
+        return replace(state, length=len(state.run) + state.older.shift + state.joined.shift + state.put_off)
+
+    @cached_property
+    def recent(self) -> Delta:
+        """What changed since the older changes were put together. O(joined + pending log pending)."""
+        if not self.pending:
+            return self.joined
+        codes, counts = distinct(np.concatenate(self.pending), self.engine)
+        return add_counts(self.joined, codes, counts, self.counted)
+
+    @property
+    def put_off(self) -> int:
+        """How many codes are pending."""
+        return sum(map(len, self.pending))
 
     @cached_property
     def view(self) -> View:
@@ -277,17 +296,41 @@ class State:
         Recent changes become older ones when copying them has cost as much as copying all will: so the cost of a
         change grows with the square root of their number.
         """
-        lately = self.copied_lately + len(recent)
-        state = replace(self, recent=recent, writes=self.writes + writes, copied=self.copied + len(recent))
+        return self._changed(recent, (), len(recent), writes)
+
+    def with_pending(self, codes: Codes) -> State:
+        """A multiset with one more key of each code, in any order, of which none is above all others. O(codes).
+
+        Nothing is searched or copied for them before they are asked for, or are so many that it is time to.
+        """
+        joined, pending, cost = self.joined, self.pending, PUTTING_OFF * len(codes)
+        if pending and "recent" in self.__dict__:  # they were asked for
+            joined, pending, cost = self.recent, (), cost + len(self.recent)
+        kept = len(pending)
+        while kept and len(pending[kept - 1]) <= sum(map(len, pending[kept:])) + len(codes):
+            kept -= 1
+        return self._changed(joined, (*pending[:kept], np.concatenate([*pending[kept:], codes])), cost, 1)
+
+    def _changed(self, joined: Delta, pending: tuple[Codes, ...], cost: int, writes: int) -> State:
+        """The same run and older changes with other recent ones, which become older ones if that is due."""
+        lately, copied = self.copied_lately + cost, self.copied + cost
+        state = replace(self, joined=joined, pending=pending, writes=self.writes + writes, copied=copied)
         if lately <= max(MIN_DELTA, state.changes):
             return state._with(copied_lately=lately)
         delta = state.delta
-        return state._with(older=delta, recent=self._no_changes, copied=state.copied + len(delta), copied_lately=0)
+        copied += len(delta)
+        return state._with(older=delta, joined=self._no_changes, pending=(), copied=copied, copied_lately=0)
+
+    @property
+    def highest(self) -> int | None:
+        """The highest code of the run and of the changes; None if there is none."""
+        parts = [int(part[-1]) for part in (self.run.codes, self.older.codes, self.joined.codes) if len(part)]
+        return max(parts, default=None)
 
     def count_not_above(self, codes: Codes) -> int:
         """How many of the codes, which are in order, are not above all codes of the run and of the changes."""
-        parts = [part[-1] for part in (self.run.codes, self.older.codes, self.recent.codes) if len(part)]
-        return int(np.searchsorted(codes, max(parts), side="right")) if parts else 0
+        highest = self.highest
+        return 0 if highest is None else int(np.searchsorted(codes, np.uint64(highest), side="right"))
 
     def with_appended(self, codes: Codes, values: Values | None) -> State | None:
         """The state with more keys, in order and above all codes that there are; None if there is no room for them."""
@@ -330,8 +373,8 @@ class State:
 
     @property
     def changes(self) -> int:
-        """How many entries the deltas have. O(1), which `len(delta)` is not."""
-        return len(self.older) + len(self.recent)
+        """How many entries the deltas have, pending codes counted as entries. O(1), which `len(delta)` is not."""
+        return len(self.older) + len(self.joined) + self.put_off
 
     @property
     def merge_is_due(self) -> bool:
