@@ -18,9 +18,7 @@ README = ROOT / "doraemon" / "README.md"
 BEGIN, END = "<!-- results: made by benchmarks/doraemon/results.py -->", "<!-- end of results -->"
 PICTURE = ROOT / "docs" / "images" / "doraemon.png"
 #: what is to be known of all that was measured on a processor
-NOTES = {
-    "AMD EPYC, family 26, cache 1024 KB": "Measured before the index had a hot table, when `adapt()` gave leaves only."
-}
+NOTES: dict[str, str] = {}
 #: in the order of the page
 PARTS = [targets, lookups, texts, threads, skew, moving, changes, single, paper, losses]
 
@@ -54,9 +52,10 @@ HEAD = """# Doraemon, measured
 
 Made by `benchmarks/doraemon/results.py` of the files in `benchmarks/results/doraemon`; no figure is typed by hand.
 {processor}; Python {python}, NumPy {numpy}, one thread.{note}
-A section that names another processor was measured on that. What is compared takes turns in one process. Figures are
-medians over rounds, with quartiles in brackets, and ratios are medians of the ratios of each round: 3x is "a third of
-the time", and a **bold** ratio is below 1, where the other is faster.
+A section that names another processor was measured on that. What is compared takes turns in one process. Times are the
+process's on the processor, so that other programs' turns are not counted; those of threads, and percentiles, are of the
+world's clock. Figures are medians over rounds, with quartiles in brackets, and ratios are medians of the ratios of each
+round: 3x is "a third of the time", and a **bold** ratio is below 1, where the other is faster.
 
     pip install -e 'doraemon[dev]' sortedcontainers BTrees pygm polars duckdb matplotlib
     python benchmarks/doraemon/lookups.py batches    # also: single, moving; --keys, --queries, --n, --text choose cases

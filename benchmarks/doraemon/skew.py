@@ -11,7 +11,9 @@ batches  a million queries at once, after four million were seen.
 single   one query per call, loop and call from Python included; "loop ns" is that of a function that does nothing.
 moving   the hot keys are others after each million queries. "following" adapts after the first 50,000 of each million,
          and the time of `adapt()` is counted; "as built" never does; "known beforehand" has from the first query on the
-         table that it chose for these very hot keys, which stays as it is, at no cost: the best fixed one.
+         table that it chose for these very hot keys, which stays as it is, at no cost: the best fixed one. "making ms"
+         is what writing that table takes who is told its keys and their ranks, and "first touches" are the queries of a
+         million that are the first for a key of the table: nobody who is not told can have it answer these.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from inputs import Keys, make_keys, make_queries
 from timing import Row, in_turns, keep, ratios, seconds_of, show, spread, spreads
 
 from doraemon import Index
-from doraemon.hot import no_learner
+from doraemon.hot import Hot, no_learner
 
 BATCH, SINGLE, SEEN = 1_000_000, 20_000, 4
 QUERIES = ["uniform", "90/10", "99/1", "zipf 1.1, endless", "zipf 1.1", "zipf 1.3"]
@@ -111,6 +113,8 @@ def moving(built: Index, keys: Keys, shape: str, rounds: int) -> Row:
     following, _ = adapted(Index(keys), keys, shape)  # no copy of another index, which would share its samples
     seconds: dict[str, list[float]] = {"as built": [], "following": [], "known beforehand": []}
     adapting: list[float] = []
+    making: list[float] = []
+    touches: list[float] = []
 
     def follow(index: Index, parts: list[Keys]) -> None:
         for part, asked in enumerate(parts):
@@ -129,7 +133,28 @@ def moving(built: Index, keys: Keys, shape: str, rounds: int) -> Row:
             name = list(indexes)[(place + turn) % 3]
             indexes[name].searchsorted(earlier)
             seconds[name].append(seconds_of(lambda index=indexes[name], parts=parts[turn]: follow(index, parts)))
-    return {"adapt ms": spread([1e3 * value for value in adapting])} | _figures(seconds, BATCH, "following")
+        table = known._state.run.hot
+        making.append(0.0 if table is None else seconds_to_make(table, keys))
+        touches.append(0.0 if table is None else first_touches(table, np.concatenate(parts[0])))
+    dearer = [100 * made / best for made, best in zip(making, seconds["known beforehand"], strict=True)]
+    row: Row = {
+        "adapt ms": spread([1e3 * value for value in adapting]),
+        "making ms": spread([1e3 * value for value in making]),
+        "making %": spread(dearer),
+        "first touches": spread(touches),
+    }
+    return row | _figures(seconds, BATCH, "following")
+
+
+def seconds_to_make(table: Hot, keys: Keys) -> float:
+    """How long it takes to write a table of distinct keys once they and their ranks are known."""
+    ranks, ones = np.searchsorted(keys, table.codes), np.ones(len(table.codes), np.int64)
+    return seconds_of(lambda: Hot.of(table.codes, ranks, ones, len(keys), len(table.lines)))
+
+
+def first_touches(table: Hot, asked: Keys) -> float:
+    """The share of the queries that are the first for a key of the table."""
+    return len(np.unique(asked[table.holds(asked)])) / len(asked)
 
 
 def _figures(seconds: dict[str, list[float]], count: int, ours: str = "adapted") -> Row:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -46,7 +47,7 @@ def shared(keys: Keys, threads: int, rounds: int) -> list[Row]:
         first = [way(0) for way in ways.values()]
         np.testing.assert_array_equal(first[0], first[1])
         ways["np.searchsorted"] = lambda turn: np.searchsorted(keys, asked[turn % 8])
-        seconds = in_turns(ways, rounds)
+        seconds = in_turns(ways, rounds, time.perf_counter)
         row: Row = {"question": name, "threads": threads, "ns": spreads(seconds, 1e9 / BATCH)}
         rows.append(row | {"ratio": ratios(seconds, f"{threads} threads")})
     return rows

@@ -676,6 +676,8 @@ class Index(_Questions):
     def extend(self, keys: ArrayLike, values: ArrayLike | None = None) -> None:
         """Add many keys; in a map, set the values of many, the last of equal keys winning.
 
+        Those of a multiset are sorted when they are first asked for, or have become many.
+
         O(k log k + sqrt(k d)) amortised for k keys, O(k log k) above all others where a merge left room for them; and
         from time to time a merge in O(n).
 
