@@ -27,6 +27,7 @@ typedef struct {
 typedef struct {
     const Line *lines;
     uint64_t n_lines; /* 0 where there is no table */
+    int64_t least; /* how many PARTS of a batch it has to answer to pay */
 } Hot;
 
 /* What a learner's notes say: whether a reader has it now; how many codes it was asked for, and how many of them it lacked;
@@ -72,6 +73,21 @@ static inline int look_up_hot(Hot hot, uint64_t code, uint64_t *found)
     int slot = slot_of(line, code);
     *found = line->found[slot];
     return line->code[slot] == code;
+}
+
+/* Whether the table answers so much of a batch that asking it pays: of a long one, one code in so many tells. A table that
+ * learns is asked anyway, or it would not learn. */
+enum { PROBED = 64, LEAST_PROBES = 64, MOST_PROBES = 1024 };
+static inline int answers_batch(Hot hot, Learner learner, const uint64_t *codes, int64_t m)
+{
+    int64_t probes = m / PROBED < MOST_PROBES ? m / PROBED : MOST_PROBES, hits = 0;
+    if (learner.lines != NULL || probes < LEAST_PROBES)
+        return 1;
+    for (int64_t i = 0; i < probes; i++) {
+        uint64_t found;
+        hits += look_up_hot(hot, codes[i * (m / probes)], &found);
+    }
+    return hits * PARTS >= probes * hot.least;
 }
 
 static inline int take_learner(Learner learner)

@@ -750,7 +750,7 @@ WIDE static void search_hot(Search *s, int asked, int right, const uint64_t *cod
     Few few[DELTAS];
     int64_t at[2][GROUP], rank[GROUP], done = 0, noted = 0;
     int learns = take_learner(s->learner);
-    Hot hot = {learns ? s->learner.lines : s->hot.lines, s->hot.n_lines};
+    Hot hot = {learns ? s->learner.lines : s->hot.lines, s->hot.n_lines, 0};
     int turn = 0, only_ranks = asked == RUN_RANKS || (asked == RANKS && s->deltas[0].n + s->deltas[1].n == 0);
     uint64_t random = LOAD(&s->random);
     groups[1].m = misses.m = lesson.m = few[0].m = few[1].m = 0;
@@ -1163,13 +1163,13 @@ static PyObject *view_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         8, 8, sizeof(Bucket), 4, sizeof(Line), sizeof(Entry), 8, 4, sizeof(Summary),
         sizeof(Entry), 8, 4, sizeof(Summary), 8, 8, sizeof(Line), 8};
     PyObject *arrays[N_BUFFERS], *cut, *lexicon, *values[1 + DELTAS], *raw[1 + DELTAS];
-    Py_ssize_t count[N_BUFFERS], value_size, leaf_size, reach, lacks;
+    Py_ssize_t count[N_BUFFERS], value_size, leaf_size, reach, lacks, least;
     int kind, itemsize, sampling, bits[DELTAS];
     (void)kwargs;
-    if (!PyArg_ParseTuple(args, "CiOOiOOOOOOOOOOOOOOOOOnnOOOiiOOOn", &kind, &itemsize, &cut, &lexicon, &sampling, arrays,
+    if (!PyArg_ParseTuple(args, "CiOOiOOOOOOOOOOOOOOOOOnnnOOOiiOOOn", &kind, &itemsize, &cut, &lexicon, &sampling, arrays,
                           arrays + 1, arrays + 2, arrays + 3, arrays + 4, arrays + 5, arrays + 6, arrays + 7, arrays + 8,
                           arrays + 9, arrays + 10, arrays + 11, arrays + 12, arrays + 13, arrays + 14, arrays + 15,
-                          arrays + 16, &reach, &lacks, values, values + 1, values + 2, bits, bits + 1, raw, raw + 1, raw + 2,
+                          arrays + 16, &reach, &lacks, &least, values, values + 1, values + 2, bits, bits + 1, raw, raw + 1, raw + 2,
                           &value_size))
         return NULL;
     allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
@@ -1184,7 +1184,7 @@ static PyObject *view_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         .keys = view->held[KEYS].buf, .bounds = view->held[BOUNDS].buf, .buckets = view->held[BUCKETS].buf,
         .leaves = view->held[LEAVES].buf, .leaf_size = leaf_size,
         .samples = view->held[SAMPLES].buf, .taken = view->held[TAKEN].buf,
-        .hot = {view->held[HOT].buf, (uint64_t)count[HOT]},
+        .hot = {view->held[HOT].buf, (uint64_t)count[HOT], least},
         .learner = {count[LEARNED] ? view->held[LEARNED].buf : NULL, view->held[LEARNER_NOTES].buf, reach, lacks},
         .n = count[KEYS], .n_buckets = count[BOUNDS],
         .sampling = (uint64_t)sampling, .ring = (uint64_t)count[SAMPLES] - 1, .random = (uint64_t)(uintptr_t)view,
@@ -1194,7 +1194,7 @@ static PyObject *view_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         count[BUCKETS] != count[BOUNDS] + 1 || count[TAKEN] != 1 || count[SAMPLES] < 1 ||
         (count[SAMPLES] & (count[SAMPLES] - 1)) != 0 || count[HOT] > UINT32_MAX ||
         (count[LEARNED] > 0 && (count[LEARNED] != count[HOT] || count[LEARNER_NOTES] != NOTES)) ||
-        reach > count[KEYS] || lacks < 0 || lacks > PARTS ||
+        reach > count[KEYS] || lacks < 0 || lacks > PARTS || least < 0 || least > PARTS ||
         read_delta(view->held + OLDER, bits[0], view->search.deltas) < 0 ||
         read_delta(view->held + NEWER, bits[1], view->search.deltas + 1) < 0) {
         PyErr_SetString(PyExc_ValueError, "the arrays of a view do not fit together");
@@ -1444,7 +1444,8 @@ static PyObject *search_batch(PyObject *self, int asked, int right, PyObject *co
     if (count == 4)
         out = (Answers){.present = held[1].buf, .layers = held[2].buf, .positions = held[3].buf};
     Py_BEGIN_ALLOW_THREADS
-    (search->hot.n_lines && asked != COUNTS ? search_hot : search_model)(search, asked, right, held[0].buf, m, &out);
+    int hot = search->hot.n_lines && asked != COUNTS && answers_batch(search->hot, search->learner, held[0].buf, m);
+    (hot ? search_hot : search_model)(search, asked, right, held[0].buf, m, &out);
     Py_END_ALLOW_THREADS
     return end_call(held, count, NULL);
 }
@@ -1620,7 +1621,7 @@ static PyObject *held_hot(PyObject *self, PyObject *args)
     (void)self;
     if (!PyArg_ParseTuple(args, "OOO", arrays, arrays + 1, arrays + 2) || get_buffers(arrays, itemsizes, 3, 2, held) < 0)
         return NULL;
-    Hot hot = {held[0].buf, (uint64_t)held[0].len / sizeof(Line)};
+    Hot hot = {held[0].buf, (uint64_t)held[0].len / sizeof(Line), 0};
     int64_t m = held[1].len / 8;
     if (hot.n_lines == 0 || hot.n_lines > UINT32_MAX || held[2].len != m)
         return end_call(held, 3, NOT_AS_MANY);

@@ -17,9 +17,9 @@ MISSED: int
 BEHIND: int
 PARTS: int
 
-# The arrays are those of the enum KEYS, BOUNDS, ... in _native.c, how many keys a table may learn and how much it
-# lacks, the values of the run and of both deltas, the bits of the deltas' windows, and plain values once more as bytes,
-# with the size of one.
+# The arrays are those of the enum KEYS, BOUNDS, ... in _native.c, how many keys a table may learn, how much it lacks
+# and how much it has to answer, the values of the run and of both deltas, the bits of the deltas' windows, and plain
+# values once more as bytes, with the size of one.
 def View(  # noqa: N802
     kind: str, itemsize: int, cut: Cut, lexicon: object, sampling: int, /, *arrays: Array | int | None
 ) -> search.View: ...

@@ -101,16 +101,12 @@ class Heat:
 
     def counted(self, codes: Codes) -> Floats:
         """How many of the codes fall into each bucket."""
-        return counted(self.bounds, codes, self._engine)
+        bucket = ranks_in(self.bounds[1:], codes, False, self._engine)
+        return np.bincount(bucket, minlength=len(self.bounds)).astype(np.float64)
 
     def signature(self, depths: Ints, hot: Hot | None = None) -> Signature:
         """Access shares of the buckets, as well as the sample tells them."""
         return shares_of(self.counts(hot), depths)
-
-
-def counted(bounds: Codes, codes: Codes, engine: Engine) -> Floats:
-    """How many of the codes fall into each of the ranges that begin at the bounds."""
-    return np.bincount(ranks_in(bounds[1:], codes, False, engine), minlength=len(bounds)).astype(np.float64)
 
 
 def shares_of(counts: Floats, depths: Ints) -> Signature:

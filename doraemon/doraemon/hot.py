@@ -116,6 +116,14 @@ class Hot:
         """How many parts of `native.PARTS` asked it lacked when it was chosen; 0 for a table of other making."""
         return 0 if self.choice is None else round((1 - self.choice.answered) * native.PARTS)
 
+    @property
+    def least(self) -> int:
+        """How many parts of `native.PARTS` of a long batch it has to answer to pay; 0 for a table of other making.
+
+        As a miss costs no less than without a table, that is at least what it answered less what it saved.
+        """
+        return 0 if self.choice is None else max(0, round((self.choice.answered - self.choice.saved) * native.PARTS))
+
     def followed(self) -> Hot | None:
         """The table as its copy has become by learning; None if there is none, or if a reader has it now."""
         lines = _aligned_lines(len(self.learner.lines))

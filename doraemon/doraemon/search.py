@@ -82,9 +82,9 @@ def make_view(engine: Engine, key_type: KeyType, run: Run, deltas: Deltas, leave
     if engine == "numpy":
         return NumpyView(key_type, run, deltas)
     model, dtype, (older, recent) = run.model, key_type.dtype, deltas
-    lines, learner, lacks = NO_LINES, no_learner(), 0
+    lines, learner, lacks, least = NO_LINES, no_learner(), 0, 0
     if run.hot is not None:
-        lines, learner, lacks = run.hot.lines, run.hot.learner, run.hot.lacks
+        lines, learner, lacks, least = run.hot.lines, run.hot.learner, run.hot.lacks, run.hot.least
     (*arrays, bits), (*last_arrays, last_bits) = older.packed, recent.packed
     return native.View(
         dtype.kind,
@@ -95,7 +95,7 @@ def make_view(engine: Engine, key_type: KeyType, run: Run, deltas: Deltas, leave
         *(run.codes, model.bounds, model.buckets, model.pool.rows if leaves is None else leaves, lines),
         *(*arrays, *last_arrays),
         *(run.heat.samples.codes, run.heat.samples.taken),
-        *(learner.lines, learner.notes, learner.reach, lacks),
+        *(learner.lines, learner.notes, learner.reach, lacks, least),
         *(run.values, older.values, recent.values),
         *(bits, last_bits),
         *_bytes_of(run.values, older.values, recent.values),

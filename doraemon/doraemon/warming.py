@@ -21,7 +21,6 @@ import numpy as np
 
 from .arrays import Codes, Floats, Ints
 from .engine import native
-from .heat import counted
 from .hot import Choice, Hot
 from .run import Run
 from .state import State
@@ -31,7 +30,6 @@ MIN_SAMPLES = 4096  #: below which no table is tried
 WINDOWS = (1, 4, 16)  #: tables are made of all samples, of the newest quarter and of the newest sixteenth
 MOVED = 0.1  #: share of the accesses by which a table answers fewer of late that tells of another workload
 BINS = 256  #: of buckets beside each other, by which workloads are compared
-COMPARED = 4096  #: samples of each workload that are compared, about
 FAR = 1.5  #: bits between the workloads of late and of before that tell the same
 HELD_OUT = 16  #: one sample in so many, the newest, is asked and not learned from
 HELD_OUT_SINCE = 8  #: the same of the few since the accesses moved
@@ -187,12 +185,11 @@ def has_moved(run: Run, past: Codes, late: Codes) -> bool:
 
     Then little is known of the new one, and how long it will last is uncertain: only small tables are worth making.
     """
-    past, late = (codes[:: max(1, len(codes) // COMPARED)].copy() for codes in (past, late))
+    past = past[:: max(1, len(past) // len(late))].copy()
     if run.hot is not None:
         return bool(run.hot.holds(past).mean() - run.hot.holds(late).mean() > MOVED)
-    bounds = run.heat.bounds
-    bins = bounds[np.linspace(0, len(bounds), min(BINS, len(bounds)), endpoint=False, dtype=np.int64)]
-    before, now = (signature(counted(bins, codes, "native")) for codes in (past, late))
+    bins = np.linspace(0, len(run.heat.bounds), min(BINS, len(run.heat.bounds)), endpoint=False, dtype=np.int64)
+    before, now = (signature(np.add.reduceat(run.heat.counted(codes), bins)) for codes in (past, late))
     noise = len(bins) / (2 * math.log(2) * len(late))
     return distance(now, before) > FAR + noise
 

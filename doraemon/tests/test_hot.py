@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from doraemon import Index, hot, warming
 from doraemon import engine as engines
+from doraemon.engine import native
 from doraemon.hot import MOST_COPIES, Hot
 
 pytestmark = pytest.mark.skipif(engines.choose() != "native", reason="only the C engine has a hot table")
@@ -340,3 +341,23 @@ def test_a_table_that_has_what_it_should_takes_few_lessons() -> None:
     assert learned(hot_of(index)).holds(KEYS[:1000]).mean() > 0.5
     index.searchsorted(RNG.choice(KEYS[150_000:151_000], 20_000))
     assert learned(hot_of(index)).holds(KEYS[150_000:151_000]).mean() > 0.8
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.1, 0.2, 1.0], ids="{:.0%} answered".format)
+def test_a_long_batch_of_which_a_large_table_answers_little_goes_to_the_model(share: float) -> None:
+    index = heated(Index(KEYS, engine="native", merging="manual"), KEYS[: N // 2])
+    state, table = index._state, index._state.run.hot
+    assert table is not None
+    choice = hot.Choice(0, 8192, answered=0.5, saved=0.4)
+    table = replace(table, learner=hot.no_learner(), choice=choice)  # as of one too large to learn
+    index._state = state.with_hot(table)
+    assert table.least == round(0.1 * native.PARTS)
+    index.extend(KEYS[::9])
+    everything = np.sort(np.concatenate([KEYS, KEYS[::9]]))
+    places = np.where(RNG.random(20_000) < share, RNG.integers(0, N // 2, 20_000), RNG.integers(N // 2, N, 20_000))
+    for asked in (KEYS[places], KEYS[places] + np.uint64(1)):
+        for side in ("left", "right"):
+            expected = np.searchsorted(everything, asked, side=side)
+            for _ in range(2):
+                np.testing.assert_array_equal(index.searchsorted(asked, side), expected)
+        np.testing.assert_array_equal(index.contains(asked), np.isin(asked, KEYS))
