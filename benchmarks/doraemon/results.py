@@ -7,7 +7,6 @@ The picture needs matplotlib, the page nothing.
 
 from __future__ import annotations
 
-from typing import Any
 
 from pages import changes, lookups, losses, moving, paper, single, skew, targets, texts, threads
 from pages.measured import RESULTS, ROOT, Results
@@ -17,15 +16,13 @@ PAGE = ROOT / "docs" / "doraemon.md"
 README = ROOT / "doraemon" / "README.md"
 BEGIN, END = "<!-- results: made by benchmarks/doraemon/results.py -->", "<!-- end of results -->"
 PICTURE = ROOT / "docs" / "images" / "doraemon.png"
-#: what is to be known of all that was measured on a processor
-NOTES: dict[str, str] = {}
 #: in the order of the page
 PARTS = [targets, lookups, texts, threads, skew, moving, changes, single, paper, losses]
 
 
 def page(results: Results) -> str:
     """The whole page, without sections of which nothing was measured."""
-    head = HEAD.format(**results.machine, note=noted(results.machine))
+    head = HEAD.format(**results.machine)
     sections = [section for part in PARTS for section in part.SECTIONS if section.is_measured(results)]
     parts = [
         f"\n## {section.title}\n\n{section.text}{elsewhere(results, section.part)}\n\n{section.make(results)}"
@@ -34,24 +31,18 @@ def page(results: Results) -> str:
     return head + "\n".join(parts) + "\n"
 
 
-def noted(machine: dict[str, Any]) -> str:
-    """What is to be known of a machine's figures."""
-    note = NOTES.get(machine["processor"])
-    return "" if note is None else f" {note}"
-
-
 def elsewhere(results: Results, part: str) -> str:
     """The machine that a part was measured on, if it is not the page's."""
     machine = results.machines[part]
     if machine == results.machine:
         return ""
-    return f"\nOn {machine['processor']}; Python {machine['python']}, NumPy {machine['numpy']}.{noted(machine)}"
+    return f"\nOn {machine['processor']}; Python {machine['python']}, NumPy {machine['numpy']}."
 
 
 HEAD = """# Doraemon, measured
 
 Made by `benchmarks/doraemon/results.py` of the files in `benchmarks/results/doraemon`; no figure is typed by hand.
-{processor}; Python {python}, NumPy {numpy}, one thread.{note}
+{processor}; Python {python}, NumPy {numpy}, one thread.
 A section that names another processor was measured on that. What is compared takes turns in one process. Times are the
 process's on the processor, so that other programs' turns are not counted. Percentiles, and the sections on texts,
 threads, skew in batches and one by one, changes one by one and YCSB's mixes, are of the world's clock. Figures are
