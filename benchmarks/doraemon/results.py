@@ -7,7 +7,6 @@ The picture needs matplotlib, the page nothing.
 
 from __future__ import annotations
 
-
 from pages import changes, lookups, losses, moving, paper, single, skew, targets, texts, threads
 from pages.measured import RESULTS, ROOT, Results
 from pages.picture import plot
