@@ -44,9 +44,9 @@ Made by `benchmarks/doraemon/results.py` of the files in `benchmarks/results/dor
 {processor}; Python {python}, NumPy {numpy}, one thread.
 A section that names another processor was measured on that. What is compared takes turns in one process. Times are the
 process's on the processor, so that other programs' turns are not counted. Percentiles, and the sections on texts,
-threads, and skew in batches and one by one, are of the world's clock. Figures are medians over rounds, with quartiles in
-brackets, and ratios are medians of the ratios of each round: 3x is "a third of the time", and a **bold** ratio is below
-1, where the other is faster.
+threads, and skew in batches and one by one, are of the world's clock. Figures are medians over rounds, with quartiles
+in brackets, and ratios are medians of the ratios of each round: 3x is "a third of the time", and a **bold** ratio is
+below 1, where the other is faster.
 
     pip install -e 'doraemon[dev]' sortedcontainers BTrees pygm polars duckdb matplotlib
     python benchmarks/doraemon/lookups.py batches    # also: single, moving; --keys, --queries, --n, --text choose cases
