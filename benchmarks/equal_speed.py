@@ -19,7 +19,7 @@ from llama_cpp import bytes_of, file_of_shape, measured_on, model_of_shape, take
 from llama_library import Llama
 from tardis_llm.checkpoint.loading import load_model
 from tardis_llm.evaluation.shapes import RandomFold, random_linears
-from tardis_llm.evaluation.variants import Variant, loaded_variants, random_rival, random_variant, swapped
+from tardis_llm.evaluation.variants import Variant, loaded_variants, random_rival, random_variant, rival, swapped
 from tardis_llm.files import read_json, write_json
 from tardis_llm.runtime.linears.placing import linear_layers
 
@@ -67,7 +67,7 @@ def variants(subject: str, entries: dict[str, Any], chosen: argparse.Namespace) 
     made = {}
     for name, found in entries.items():
         if name in OURS:
-            made[name] = _random_dense(name, model)
+            made[name] = _dense(name, model, real)
         elif real:
             made[name] = loaded_variants(load_model(str(chosen.folds / f"{subject}-{name}")))[0]
         else:
@@ -83,10 +83,10 @@ def _judged_text(own: Subject, tokenizer: PreTrainedTokenizerBase, chosen: argpa
     return windows[own.texts[0]].flatten()
 
 
-def _random_dense(name: str, model: PreTrainedModel) -> Variant:
-    """A dense model in few bits that are random, which takes as long as rounded ones."""
-    if name == "int4":
-        return random_rival(name, model)
+def _dense(name: str, model: PreTrainedModel, real: bool) -> Variant:
+    """A dense model in few bits, which are random where rounding takes long, or is not for so few; it decodes alike."""
+    if name == "int4":  # a real model with random weights may be too wild for its steps to be run whole
+        return (rival if real else random_rival)(name, model)
     head = model.get_output_embeddings()
     outside = {key: layer for key, layer in linear_layers(model).items() if layer is head}
     others = random_linears(model, OURS[name], ffn=True)

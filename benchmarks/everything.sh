@@ -31,7 +31,7 @@ PARTS=(
   "25|1|$EQUAL quality sample --calibration 65536 --data $DATA"
   "4|2|$EQUAL speed sample --threads 2"
   "9|2|$EQUAL speed sample --threads 2 --layers 32 --only int4 q4_0-pure tardis-int4@0.83 --rounds 5 --steps 12"
-  "180|1|$EQUAL quality qwen2.5-coder-0.5b --data $DATA"
+  "180|1|$EQUAL quality qwen2.5-coder-0.5b --code 0.25 --data $DATA"
   "6|2|$EQUAL speed qwen2.5-coder-0.5b --threads 2"
   "120|1|$EQUAL quality gemma-3-270m --data $DATA"
   "5|2|$EQUAL speed gemma-3-270m --threads 2"

@@ -86,14 +86,17 @@ def variants_of_shape(
 
 
 def steps_of(variant: Variant, prompt: int, chosen: argparse.Namespace) -> Callable[[], float]:
-    """Seconds per step of the batch, each time that it is called."""
+    """Seconds per step of the batch, each time that it is called; RuntimeError if steps do not run whole."""
     steps = chosen.steps
     with variant.within():
         decoder = Decoder(variant.model, variant.prompt(chosen.batch, prompt), steps if chosen.compile else None)
 
     def run() -> float:
         with variant.within():
-            return decoder.seconds(steps)
+            seconds = decoder.seconds(steps)
+        if decoder.why_not:
+            raise RuntimeError(f"steps of {variant.name} do not run whole: {decoder.why_not}")
+        return seconds
 
     return run
 

@@ -45,6 +45,11 @@ class Decoder:
         self.cache = output.past_key_values
         self.first = greedy(output.logits)
 
+    @property
+    def why_not(self) -> str:
+        """Why steps do not run whole by the kernels; "" if they do, are compiled, or there was none yet."""
+        return self._step.why_not if isinstance(self._step, Steps) else ""
+
     @torch.no_grad()
     def seconds(self, steps: int) -> float:
         """Seconds per step over `steps` greedy steps, behind a step that does not count; see `warm_up`."""
