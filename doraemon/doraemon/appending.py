@@ -41,7 +41,7 @@ def fitted(run: Run, engine: Engine) -> Run:
         return run
     if len(run.model.bits) >= 2 * MAX_BUCKETS:  # so that their number stays small
         afresh = run.followed_by(run.codes, run.values, engine)
-        return replace(afresh, room=run.room, lineage=run.lineage, hot=run.hot)
+        return replace(afresh, room=run.room, lineage=run.lineage, hot=run.hot, decisions=run.decisions)
     model = extended(run.model, run.codes, engine)
     before, after = run.model.starts, model.starts
     counts = rebucket(run.heat.counts(run.hot), before, after)

@@ -35,6 +35,7 @@ class Explanation:
         remembered: past workloads whose leaf numbers are known.
         hot_keys: in the hot table, which is asked before the model.
         hot_bytes: of the hot table.
+        remembered_bytes: of hot tables of past workloads that are kept.
         key_bytes: of the run's codes, and of texts and what finds them.
         model_bytes: of the model, with the fits that only past workloads use.
     """
@@ -53,6 +54,7 @@ class Explanation:
     remembered: int
     hot_keys: int
     hot_bytes: int
+    remembered_bytes: int
     key_bytes: int
     model_bytes: int
 
@@ -65,7 +67,8 @@ class Explanation:
                 f"model: {self.buckets:,} buckets, {self.leaves:,} leaves, {self.model_bytes:,} bytes "
                 f"({share:.1%} of the keys)",
                 f"       leaves the choice between {self.window:.1f} keys on average, {self.window_max:.0f} at worst",
-                f"hot:   {self.hot_keys:,} keys in a table of {self.hot_bytes:,} bytes",
+                f"hot:   {self.hot_keys:,} keys in a table of {self.hot_bytes:,} bytes; "
+                f"{self.remembered_bytes:,} bytes of others remembered",
                 f"heat:  about {self.accesses:,.0f} accesses; drift {self.drift:.2f} steps per access; "
                 f"{self.remembered} workloads remembered",
             ]
@@ -95,6 +98,7 @@ def explain(state: State) -> Explanation:
         remembered=len(run.memory),
         hot_keys=0 if run.hot is None else run.hot.held,
         hot_bytes=0 if run.hot is None else run.hot.nbytes,
+        remembered_bytes=run.remembered_bytes,
         key_bytes=run.codes.nbytes + state.key_type.nbytes,
         model_bytes=model.nbytes,
     )

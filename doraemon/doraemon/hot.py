@@ -152,6 +152,28 @@ class Hot:
         return self.lines.nbytes + self.learner.lines.nbytes
 
 
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """What was found best for a workload.
+
+    Attributes:
+        table: without what its copy learned; None where no table paid.
+        choice: what was chosen by; of no table it tells of how many samples.
+        known: which share of its accesses a few samples had in them.
+        keys: how many the run had.
+    """
+
+    table: Hot | None
+    choice: Choice
+    known: float
+    keys: int
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the table."""
+        return 0 if self.table is None else self.table.nbytes
+
+
 def _aligned_lines(count: int) -> NDArray[Any]:
     """Lines that are lines of the processor's cache, lest each be in two."""
     raw = np.empty((count + 1) * LINE.itemsize, dtype=np.uint8)

@@ -10,13 +10,14 @@ import numpy as np
 from .arrays import Bits, Codes, Ints, Values
 from .engine import Engine
 from .heat import Heat, rebucket, shares_of
-from .hot import Hot
+from .hot import Decision, Hot
 from .model import Model, bucket_starts, build, choose_bits
 from .splicing import Room
 from .steps import Steps, find_steps
 from .workload import Memory, Signature, signature
 
 Models = Memory[Bits]  #: leaf numbers given for past workloads
+Decisions = Memory[Decision]  #: which hot table each had, if any
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +32,7 @@ class Run:
         trained: the access shares that the model's leaves were given for.
         memory: leaf numbers for past workloads. Never changed: an adaptation makes another.
         hot: the codes asked for most, which are looked up before the model; None for none.
+        decisions: what was found best for past workloads. Never changed: a decision makes another.
         room: the larger arrays that codes and values are the first part of; None where there are none.
         tail: how many keys were appended that the model was not fitted to.
         lineage: the same for a run and those that it grew into or was adapted to.
@@ -43,6 +45,7 @@ class Run:
     trained: Signature
     memory: Models
     hot: Hot | None = None
+    decisions: Decisions = field(default_factory=Decisions)
     room: Room | None = None
     tail: int = 0
     lineage: object = field(default_factory=object)
@@ -56,6 +59,13 @@ class Run:
 
     def __len__(self) -> int:
         return len(self.codes)
+
+    @property
+    def remembered_bytes(self) -> int:
+        """The bytes of hot tables that are only remembered."""
+        lines = None if self.hot is None else self.hot.lines
+        tables = [decision.table for _, decision in self.decisions]
+        return sum(table.nbytes for table in tables if table is not None and table.lines is not lines)
 
     @cached_property
     def steps(self) -> Steps | None:

@@ -25,7 +25,7 @@ from .inputs import as_sequence
 from .keytype import KeyType, Ranking
 from .model import Model
 from .parallel import in_parts
-from .run import Models, Run
+from .run import Decisions, Models, Run
 from .search import SMALL, Scanned, StepView, View, make_view, telling
 from .splicing import distinct
 from .values import dtype_with_default, is_plain, with_default
@@ -360,6 +360,10 @@ class State:
         """The same keys with another hot table of them, or without one."""
         return self if hot is self.run.hot else self._with(run=replace(self.run, hot=hot))
 
+    def decided(self, hot: Hot | None, decisions: Decisions) -> State:
+        """The same keys with the hot table that was found best, or without one, and what is remembered of that."""
+        return self._with(run=replace(self.run, hot=hot, decisions=decisions))
+
     def hot_table(self, codes: Codes, n_lines: int = 0) -> Hot | None:
         """The hot table of distinct codes, in the run or not, the hottest first; None for none.
 
@@ -415,7 +419,7 @@ class State:
             return None
         if run.heat is before.run.heat:
             run = replace(run, model=made.model.reaching(len(run)), trained=made.trained, memory=made.memory)
-        return self._with(run=replace(run, hot=made.hot))._with_true_hot(before.run)
+        return self._with(run=replace(run, hot=made.hot, decisions=made.decisions))._with_true_hot(before.run)
 
     def after_merge(self, before: State, merged: State) -> State | None:
         """This state over the run of `merged`, which was made of `before`, an earlier state of this one.

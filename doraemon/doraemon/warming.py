@@ -7,21 +7,26 @@ takes part, so that where none pays there is none.
 Once there is a table, how many of the newest samples it answers tells whether the accesses have moved. While they stay
 nothing is tried again before there are twice as many samples. When they have moved, the copy of the table that learns
 has mostly followed them, and takes the place of the table. If it has not, another table is made of the samples since
-then, soon and again whenever they have doubled.
+then, soon and again whenever they have doubled. Where they are those of a workload that is remembered, its table is
+back without a trial, or there is none if none paid.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from .accesses import repeated, spread_of
 from .arrays import Codes, Floats, Ints
-from .engine import native
 from .hot import Choice, Hot
+from .remembering import NEWEST, newest_decision, recall, remembered, returned
 from .run import Run
 from .state import State
 from .workload import distance, signature
@@ -29,11 +34,9 @@ from .workload import distance, signature
 MIN_SAMPLES = 4096  #: below which no table is tried
 WINDOWS = (1, 4, 16)  #: tables are made of all samples, of the newest quarter and of the newest sixteenth
 MOVED = 0.1  #: share of the accesses by which a table answers fewer of late that tells of another workload
-BINS = 256  #: of buckets beside each other, by which workloads are compared
 FAR = 1.5  #: bits between the workloads of late and of before that tell the same
 HELD_OUT = 16  #: one sample in so many, the newest, is asked and not learned from
 HELD_OUT_SINCE = 8  #: the same of the few since the accesses moved
-NEWEST = 2048  #: samples that tell whether the accesses have moved
 BLOCK = 1024  #: samples in a block, to one of which it is told when they did
 ROUNDS, PARTS = 2, 3  #: in which the tables take turns, and of which each turn is made
 LEAST_PART = 512  #: queries that a table is asked at once, at least
@@ -71,20 +74,39 @@ class Warming:
 
 def warm(state: State) -> tuple[State, Warming]:
     """The state with the hot table that its readers' samples speak for, and what was done."""
+    after, report = _warmed(state)
+    return after, replace(report, changed=_lines_of(after.run.hot) is not _lines_of(state.run.hot))
+
+
+def _warmed(state: State) -> tuple[State, Warming]:
     samples, before = state.run.heat.samples, state.run.hot
     if state.engine != "native" or samples.taken[0] < MIN_SAMPLES:
         few = "too few accesses were counted to tell"
         return state, Warming(few if state.engine == "native" else "the NumPy engine has no hot table", _held(before))
     choice = None if before is None else before.choice
-    if before is not None and choice is not None:
-        followed = _followed(state, before, choice)
-        if followed is not None:
-            return followed
+    found = _recalled(state) if before is None or choice is None else _followed(state, before, choice)
+    if found is not None:
+        return found
     past, late = _parted(samples.newest(), HELD_OUT)
     moved = has_moved(state.run, past, late)
     began = int(samples.taken[0]) - len(past) - len(late) if choice is None or moved else choice.began
     made = list((_tables_of_late if moved else _tables)(state, past))
     return _fastest(state, made, past, late, began, moved)
+
+
+def _recalled(state: State) -> tuple[State, Warming] | None:
+    """The state with the table that its workload had, or without if none paid; None if the workload is new, or more is
+    known of it by now."""
+    run, match = state.run, recall(state.run)
+    if match is None:
+        return None
+    decision, taken = match.value, int(run.heat.samples.taken[0])
+    if run.hot is None and decision.table is None and decision is newest_decision(run):
+        more = taken - decision.choice.began >= 2 * decision.choice.samples
+        return None if more else (state, Warming("no table saves enough"))
+    table, decisions = returned(run, match)
+    report = Warming("a similar workload was known", _held(table), decision.choice.saved)
+    return state.decided(table, decisions), report
 
 
 def _parted(samples: Codes, held_out: int) -> tuple[Codes, Codes]:
@@ -97,24 +119,29 @@ def _fastest(
     state: State, made: list[Hot], past: Codes, late: Codes, began: int, moved: bool, rounds: int = ROUNDS
 ) -> tuple[State, Warming]:
     """The state with the fastest of its table, those that were made, and none, for a workload that began then."""
-    before = state.run.hot
+    before, count = state.run.hot, int(state.run.heat.samples.taken[0]) - began
+    thorough = rounds == ROUNDS and not moved
     tables = [None, *([] if before is None else [before]), *made]
     if len(tables) == 1:
-        return state, Warming("the accesses are spread too evenly for a table", moved=moved)
+        return _without(state, began, thorough, Warming("the accesses are spread too evenly for a table", moved=moved))
     costs = _costs([state.with_hot(table) for table in tables], past, late, rounds)
     best = int(np.argmin(costs))
     if before is not None and costs[1] <= (1 + AS_GOOD) * costs[best]:
         best = 1
     table, saved = tables[best], float(1 - costs[best] / costs[0])
     if table is None or saved < WORTHWHILE:
-        return state.with_hot(None), Warming("no table saves enough", 0, 0.0, before is not None, moved)
-    changed = table is not before
-    reason = "another table is faster" if changed else "the table fits the accesses"
-    count = int(state.run.heat.samples.taken[0]) - began
+        return _without(state, began, thorough, Warming("no table saves enough", moved=moved))
+    reason = "the table fits the accesses" if table is before else "another table is faster"
     answered = table.learner.share if table is before else None
-    answered = float(table.holds(late).mean()) if answered is None else answered
-    chosen = replace(table, choice=Choice(began, count, answered, saved))
-    return state.with_hot(chosen), Warming(reason, table.held, saved, changed, moved)
+    choice = Choice(began, count, float(table.holds(late).mean()) if answered is None else answered, saved)
+    chosen, report = replace(table, choice=choice), Warming(reason, table.held, saved, moved=moved)
+    return state.decided(chosen, remembered(state.run, chosen, choice)), report
+
+
+def _without(state: State, began: int, thorough: bool, report: Warming) -> tuple[State, Warming]:
+    """The state without a table, which is remembered if many were tried."""
+    choice = Choice(began, int(state.run.heat.samples.taken[0]) - began, 0.0, 0.0)
+    return state.decided(None, remembered(state.run, None, choice) if thorough else state.run.decisions), report
 
 
 def _followed(state: State, table: Hot, choice: Choice) -> tuple[State, Warming] | None:
@@ -129,33 +156,59 @@ def _followed(state: State, table: Hot, choice: Choice) -> tuple[State, Warming]
     learned = table.learner.answered(NEWEST)
     if answered < least and learned is not None and learned >= least:
         state.run.heat.skip()  # the model answered few of them
-        report = Warming("the table has followed the accesses", table.held, choice.saved, True, True)
+        report = Warming("the table has followed the accesses", table.held, choice.saved, moved=True)
         return state.with_hot(table.followed() or table), report
     if answered < least:
-        began = taken - _since_answered(table, samples.newest(), (answered + choice.answered) / 2)
-    elif taken - began < 2 * choice.samples:
+        known, halfway = _recalled(state), (answered + choice.answered) / 2
+        if known is not None:
+            return known
+        return _tried_since(state, taken - _since_answered(table, samples.newest(), halfway), answered)
+    if taken - began < 2 * choice.samples:
         return state, Warming("the table fits the accesses", table.held, choice.saved)
-    elif began == 0 or taken - began > len(samples.codes):
+    if began == 0 or taken - began > len(samples.codes):
         return None
-    since = samples.newest(taken - began)
+    return _tried_since(state, began, answered)
+
+
+def _tried_since(state: State, began: int, answered: float) -> tuple[State, Warming]:
+    """The state with the faster of its table and one of what was asked for since the accesses moved, or without.
+
+    What is unlikely to answer much is not tried: neither the table, which answers so much by now, nor another.
+    """
+    samples = state.run.heat.samples
+    since = samples.newest(int(samples.taken[0]) - began)
     if len(since) < MIN_SAMPLES:
-        return state, Warming("the accesses have just moved", table.held, moved=True)
+        return state, Warming("the accesses have just moved", _held(state.run.hot), moved=True)
     past, late = _parted(since, HELD_OUT_SINCE)
-    codes, known = by_count(past)
-    made = state.hot_table(codes) if known > KNOWN else None
-    return _fastest(state, [] if made is None else [made], past, late, began, moved=True, rounds=1)
+    made = state.hot_table(repeated(past, KNOWN)[0])
+    kept = state if answered > KNOWN else state.with_hot(None)
+    moved = len(since) < len(samples.codes)  # else they have stayed for long
+    return _fastest(kept, [] if made is None else [made], past, late, began, moved, rounds=1)
 
 
 def _since_answered(table: Hot, samples: Codes, share: float) -> int:
-    """How many of the samples come after the last block of which the table answers such a share."""
-    for end in range(len(samples), BLOCK - 1, -BLOCK):
-        if table.holds(samples[end - BLOCK : end]).mean() >= share:
-            return len(samples) - end
-    return len(samples)
+    """How many of the samples come after the last block of which the table answers such a share.
+
+    Blocks are looked at further and further back, and then in between as if the accesses had moved but once.
+    """
+
+    def answers(back: int) -> bool:
+        end = len(samples) - back * BLOCK
+        return bool(table.holds(samples[end - BLOCK : end]).mean() >= share)
+
+    blocks, first, last = len(samples) // BLOCK, 0, 0
+    while last < blocks and not answers(last):
+        first, last = last + 1, min(2 * last + 1, max(blocks - 1, last + 1))
+    last = first + bisect_left(range(first, last), True, key=answers)
+    return last * BLOCK if last < blocks else len(samples)
 
 
 def _held(table: Hot | None) -> int:
     return 0 if table is None else table.held
+
+
+def _lines_of(table: Hot | None) -> NDArray[Any] | None:
+    return None if table is None else table.lines
 
 
 def _costs(states: list[State], past: Codes, late: Codes, rounds: int) -> Floats:
@@ -188,16 +241,14 @@ def has_moved(run: Run, past: Codes, late: Codes) -> bool:
     past = past[:: max(1, len(past) // len(late))].copy()
     if run.hot is not None:
         return bool(run.hot.holds(past).mean() - run.hot.holds(late).mean() > MOVED)
-    bins = np.linspace(0, len(run.heat.bounds), min(BINS, len(run.heat.bounds)), endpoint=False, dtype=np.int64)
-    before, now = (signature(np.add.reduceat(run.heat.counted(codes), bins)) for codes in (past, late))
-    noise = len(bins) / (2 * math.log(2) * len(late))
+    before, now = (spread_of(run, codes) for codes in (past, late))
+    noise = len(now) / (2 * math.log(2) * len(late))
     return distance(now, before) > FAR + noise
 
 
 def _tables_of_late(state: State, past: Codes) -> Iterator[Hot]:
     """The table of what was asked for most lately."""
-    codes, known = by_count(past[-(len(past) // WINDOWS[-1]) :])
-    table = state.hot_table(codes) if known > KNOWN else None
+    table = state.hot_table(repeated(past[-(len(past) // WINDOWS[-1]) :], KNOWN)[0])
     if table is not None:
         yield table
 
@@ -207,9 +258,9 @@ def _tables(state: State, past: Codes) -> Iterator[Hot]:
     run, most = state.run, max(SMALLEST, int(LARGEST * len(state.run)))
     best = 0.0
     for window in WINDOWS:
-        codes, known = by_count(past[-(len(past) // window) :])
+        codes, known = repeated(past[-(len(past) // window) :], KNOWN)
         best = max(best, known)
-        table = state.hot_table(codes[:most]) if known > KNOWN else None
+        table = state.hot_table(codes[:most])
         if table is not None:
             yield table
     shares = signature(run.heat.counted(past), prior=run.model.depths)
@@ -217,16 +268,6 @@ def _tables(state: State, past: Codes) -> Iterator[Hot]:
     table = table_of_buckets(run, hot) if shares[hot].sum() > best + WORTHWHILE else None
     if table is not None:
         yield table
-
-
-def by_count(samples: Codes) -> tuple[Codes, float]:
-    """The distinct samples, those that occur most often first; and the share of accesses to expect in them.
-
-    That share is Good's and Turing's: what occurred once tells how often something new comes.
-    """
-    codes = np.empty(len(samples), dtype=np.uint64)
-    distinct, once = native.tally(samples, codes)
-    return codes[:distinct], 1 - once / len(samples)
 
 
 def hot_buckets(run: Run, shares: Floats, most: int) -> Ints:

@@ -13,7 +13,7 @@ import pytest
 from domains import DTYPES
 from numpy.typing import NDArray
 
-from doraemon import Index, hot, warming
+from doraemon import Index, accesses, hot, warming
 from doraemon import engine as engines
 from doraemon.engine import native
 from doraemon.hot import MOST_COPIES, Hot
@@ -189,7 +189,7 @@ def test_hot_answers_are_sampled_like_others_and_need_no_leaves() -> None:
 
 def test_lists_by_count_begin_with_what_occurs_most() -> None:
     samples = np.array([7, 5, 7, 9, 7, 5], dtype=np.uint64)
-    codes, known = warming.by_count(samples)
+    codes, known = accesses.by_count(samples)
     assert codes.tolist() == [7, 5, 9]
     assert known == pytest.approx(5 / 6)
 
