@@ -4,8 +4,9 @@
 
 building    from sorted and from shuffled keys, beside np.sort alone
 adapting    refit: every bucket fitted anew for the workload, as without a memory of fits; adapt: after the hot keys
-            (90 % of the queries in 2 % of the keys) moved by 2 % of the keys; return: adapting back to the workload
-            before, which is remembered. Each round does all three, at another place of the keys
+            (90 % of the queries in 2 % of the keys) moved by 2 % of the keys; again: once more, as they have stayed
+            there; return: adapting back to the workload before, which was adapted to twice. Each round does all four,
+            at another place of the keys
 writing     inserts of new keys in batches, merges counted: they end with the first merge after 10 % more keys. Keys
             above all others in batches, 10 % more of them, after a merge. Then what changes not yet merged cost
             lookups. Changes one at a time are in single.py
@@ -46,32 +47,33 @@ def building(keys: Keys, rounds: int) -> Row:
 def adapting(keys: Keys, rounds: int) -> Row:
     """Milliseconds of a full refit, of following a hot range that moved, and of returning."""
     index = Index(keys)
-    seconds: dict[str, list[float]] = {"refit": [], "adapt": [], "return": []}
+    seconds: dict[str, list[float]] = {"refit": [], "adapt": [], "again": [], "return": []}
     counts: dict[str, list[int]] = {"changed": [], "refitted": [], "recalled": []}
 
-    def ask(place: float) -> None:
+    def follow(place: float) -> tuple[float, Any]:
         queries = make_queries("90/2", keys, min(len(keys), ASKED), seed=int(1000 * place), shift=place)
         for _ in range(-(-min(len(keys), 8 * ASKED) // len(queries))):
             index.searchsorted(queries)
+        reports: list[Any] = []
+        return seconds_of(lambda: reports.append(index.adapt())), reports[0]
 
     for round_ in range(rounds):
         place = 0.05 * round_
-        ask(place)
-        index.adapt()
-        for name, now in (("adapt", place + 0.02), ("return", place)):
-            ask(now)
-            reports: list[Any] = []
-            seconds[name].append(seconds_of(lambda reports=reports: reports.append(index.adapt())))
+        follow(place)
+        follow(place)
+        for name, now in (("adapt", place + 0.02), ("again", place + 0.02), ("return", place)):
+            spent, report = follow(now)
+            seconds[name].append(spent)
             if name == "adapt":
-                counts["changed"].append(reports[0].changed)
-                counts["refitted"].append(reports[0].refitted)
-            else:
-                counts["recalled"].append(int(reports[0].recalled))
+                counts["changed"].append(report.changed)
+                counts["refitted"].append(report.refitted)
+            elif name == "return":
+                counts["recalled"].append(int(report.recalled or report.hot.recalled))
         run = index._state.run
         seconds["refit"].append(seconds_of(lambda run=run: build(run.codes, index._state.engine, run.trained)))
     faster = {
         name: spread([full / part for full, part in zip(seconds["refit"], seconds[name], strict=True)])
-        for name in ("adapt", "return")
+        for name in ("adapt", "again", "return")
     }
     means = {name: round(float(np.mean(values)), 2) for name, values in counts.items()}
     return {"buckets": index.explain().buckets, "ms": spreads(seconds, 1e3), "faster": faster} | means

@@ -35,7 +35,7 @@ def by_count(samples: Codes) -> tuple[Codes, float]:
 def repeated(samples: Codes, least: float) -> tuple[Codes, float]:
     """The same, but no codes if a larger share than this is unlikely: of many samples one code in eight tells."""
     if len(samples) >= LONG:
-        some = samples[(samples * MIX) >> np.uint64(64 - FEWER) == 0]
+        some = samples[samples * MIX < np.uint64(1 << 64 - FEWER)]
         _, once = native.tally(some, np.empty(len(some), dtype=np.uint64))
         known = 1 - (once << FEWER) / len(samples)
         if known <= least:

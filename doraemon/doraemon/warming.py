@@ -62,7 +62,8 @@ class Warming:
         keys: in the table now.
         saved: measured share of the time of a look-up that the table saves, 0 without one.
         changed: whether there is another table than before, or none any more.
-        moved: whether the newest accesses are of another workload than those before.
+        moved: whether the newest accesses are of another workload than those before, so that leaves had better wait.
+        recalled: whether the table, or that none pays, was remembered from a similar workload.
     """
 
     reason: str
@@ -70,6 +71,7 @@ class Warming:
     saved: float = 0.0
     changed: bool = False
     moved: bool = False
+    recalled: bool = False
 
 
 def warm(state: State) -> tuple[State, Warming]:
@@ -105,7 +107,11 @@ def _recalled(state: State) -> tuple[State, Warming] | None:
         more = taken - decision.choice.began >= 2 * decision.choice.samples
         return None if more else (state, Warming("no table saves enough"))
     table, decisions = returned(run, match)
-    report = Warming("a similar workload was known", _held(table), decision.choice.saved)
+    if table is not None:
+        run.heat.skip()  # the model answered what the table will
+    report = Warming(
+        "a similar workload was known", _held(table), decision.choice.saved, moved=table is not None, recalled=True
+    )
     return state.decided(table, decisions), report
 
 
@@ -162,21 +168,22 @@ def _followed(state: State, table: Hot, choice: Choice) -> tuple[State, Warming]
         known, halfway = _recalled(state), (answered + choice.answered) / 2
         if known is not None:
             return known
-        return _tried_since(state, taken - _since_answered(table, samples.newest(), halfway), answered)
+        newest = samples.newest()
+        return _tried_since(state, newest[len(newest) - _since_answered(table, newest, halfway) :], answered)
     if taken - began < 2 * choice.samples:
         return state, Warming("the table fits the accesses", table.held, choice.saved)
     if began == 0 or taken - began > len(samples.codes):
         return None
-    return _tried_since(state, began, answered)
+    return _tried_since(state, samples.newest(taken - began), answered)
 
 
-def _tried_since(state: State, began: int, answered: float) -> tuple[State, Warming]:
+def _tried_since(state: State, since: Codes, answered: float) -> tuple[State, Warming]:
     """The state with the faster of its table and one of what was asked for since the accesses moved, or without.
 
     What is unlikely to answer much is not tried: neither the table, which answers so much by now, nor another.
     """
     samples = state.run.heat.samples
-    since = samples.newest(int(samples.taken[0]) - began)
+    began = int(samples.taken[0]) - len(since)
     if len(since) < MIN_SAMPLES:
         return state, Warming("the accesses have just moved", _held(state.run.hot), moved=True)
     past, late = _parted(since, HELD_OUT_SINCE)

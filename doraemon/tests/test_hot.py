@@ -13,7 +13,7 @@ import pytest
 from domains import DTYPES
 from numpy.typing import NDArray
 
-from doraemon import Index, accesses, hot, warming
+from doraemon import Index, accesses, hot, remembering, warming
 from doraemon import engine as engines
 from doraemon.engine import native
 from doraemon.hot import MOST_COPIES, Hot
@@ -361,3 +361,111 @@ def test_a_long_batch_of_which_a_large_table_answers_little_goes_to_the_model(sh
             for _ in range(2):
                 np.testing.assert_array_equal(index.searchsorted(asked, side), expected)
         np.testing.assert_array_equal(index.contains(asked), np.isin(asked, KEYS))
+
+
+def asked_of(index: Index, keys: NDArray[Any], count: int = 300) -> Any:
+    """What adapting comes to after only these keys were asked for, in any order."""
+    index.searchsorted(RNG.permutation(np.tile(keys, count)))
+    return index.adapt().hot
+
+
+HERE, THERE = KEYS[:1000], KEYS[-1000:]
+
+
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch) -> Index:
+    """An index that has followed accesses from one place to another, and knows tables for both."""
+    monkeypatch.setattr(hot, "LEARNED", 0)
+    index = Index(KEYS, merging="manual")
+    assert asked_of(index, HERE).changed
+    assert asked_of(index, THERE).changed
+    assert len(index._state.run.decisions) == 2
+    return index
+
+
+def test_a_workload_that_returns_has_its_table_without_a_trial(known: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = known._state.run.remembered_bytes
+    assert kept == known.explain().remembered_bytes > 0
+    monkeypatch.setattr(warming, "_costs", lambda *_: pytest.fail("tables were timed"))
+    for place in (HERE, THERE, HERE):
+        report = asked_of(known, place)
+        assert (report.reason, report.recalled, report.changed) == ("a similar workload was known", True, True)
+        assert hot_of(known).holds(place).mean() > 0.9
+        np.testing.assert_array_equal(known.searchsorted(place), np.searchsorted(KEYS, place))
+    assert asked_of(known, HERE, count=20).reason == "the table fits the accesses"
+
+
+def test_that_no_table_pays_is_remembered_until_more_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warming, "_costs", lambda states, *_: np.arange(1.0, 1.0 + len(states)))
+    index = Index(KEYS)
+    assert asked_of(index, HERE, count=100).reason == "no table saves enough"
+    monkeypatch.setattr(warming, "_costs", lambda *_: pytest.fail("tables were timed"))
+    assert asked_of(index, HERE, count=50).reason == "no table saves enough"
+    monkeypatch.setattr(warming, "_costs", lambda states, *_: np.arange(1.0 + len(states), 1.0, -1.0))
+    assert asked_of(index, HERE, count=100).changed
+
+
+def test_a_remembered_table_is_forgotten_by_a_merge(known: Index) -> None:
+    known.extend(RNG.integers(0, 2**63, 20_000, dtype=np.uint64))
+    known.compact()
+    everything = known.keys()
+    assert known.explain().remembered_bytes == 0
+    assert not asked_of(known, HERE).recalled
+    np.testing.assert_array_equal(known.searchsorted(HERE), np.searchsorted(everything, HERE))
+
+
+def test_a_remembered_table_with_ranks_above_the_keys_of_then_is_not_used_of_a_longer_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hot, "LEARNED", 0)
+    index = Index(KEYS[:-1], merging="manual")
+    index.extend(KEYS[-1:] - np.uint64(1))
+    index.compact()  # leaves room behind the run
+    above = KEYS[-1] + np.arange(1, 1000, dtype=np.uint64)
+    for place in (HERE, above):
+        assert asked_of(index, place).changed
+    index.extend(above[::2])
+    everything = index.keys()
+    assert asked_of(index, HERE).recalled
+    assert not asked_of(index, above).recalled
+    for place in (above, HERE):
+        np.testing.assert_array_equal(index.searchsorted(place), np.searchsorted(everything, place))
+
+
+def test_remembered_tables_take_no_more_than_their_share(known: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    each = max(decision.nbytes for _, decision in known._state.run.decisions)
+    monkeypatch.setattr(remembering, "MOST", 0.0)
+    monkeypatch.setattr(remembering, "ANYWAY", 2 * each)
+    for first in range(10_000, 60_000, 10_000):
+        asked_of(known, KEYS[first : first + 1000])
+        tables = [decision.nbytes for _, decision in known._state.run.decisions]
+        assert sum(tables) <= 2 * each
+    assert not asked_of(known, HERE).recalled
+
+
+def test_an_index_without_memory_remembers_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hot, "LEARNED", 0)
+    index = Index(KEYS, memory=0)
+    for place in (HERE, THERE, HERE):
+        assert not asked_of(index, place).recalled
+    assert index.explain().remembered_bytes == 0
+
+
+def test_where_the_accesses_moved_is_found_in_few_looks() -> None:
+    state = Index(KEYS)._state
+    table = state.hot_table(HERE)
+    assert table is not None
+    for moved in (0, 1, 2, 5, 64, 100, 127, 128):
+        samples = np.concatenate(
+            [RNG.choice(HERE, (128 - moved) * warming.BLOCK), RNG.choice(THERE, moved * warming.BLOCK)]
+        )
+        assert warming._since_answered(table, samples, 0.5) == moved * warming.BLOCK
+
+
+def test_what_repeats_in_many_samples_is_told_by_some_of_their_codes() -> None:
+    few, many = RNG.choice(KEYS[:1000], 100_000), RNG.choice(KEYS, 100_000, replace=False)
+    for samples in (few, many, np.concatenate([few, many])):
+        codes, known = accesses.by_count(samples)
+        assert accesses.repeated(samples, 1.0)[1] == pytest.approx(known, abs=0.02)
+        assert len(accesses.repeated(samples, 1.0)[0]) == 0
+        assert len(accesses.repeated(samples, -1.0)[0]) == len(codes)
