@@ -51,12 +51,17 @@ def recall(run: Run) -> Match[Decision] | None:
 
 def returned(run: Run, match: Match[Decision]) -> tuple[Hot | None, Decisions]:
     """The table of a workload that has returned, to learn anew from here on, and what the run remembers then."""
-    choice = replace(match.value.choice, began=int(run.heat.samples.taken[0]) - NEWEST)
+    choice = begun_lately(match.value.choice, run)
     decisions, table = run.decisions.copy(), match.value.table
     decisions.remember(match.signature, replace(match.value, choice=choice), SIMILAR)
     if table is None:
         return None, decisions
     return replace(table, learner=Learner(table.lines, len(run)), choice=choice), decisions
+
+
+def begun_lately(choice: Choice, run: Run) -> Choice:
+    """The choice for a workload that has begun with the newest samples."""
+    return replace(choice, began=int(run.heat.samples.taken[0]) - NEWEST)
 
 
 def newest_decision(run: Run) -> Decision | None:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from .accesses import repeated, spread_of
 from .arrays import Codes, Floats, Ints
 from .hot import Choice, Hot
-from .remembering import NEWEST, newest_decision, recall, remembered, returned
+from .remembering import NEWEST, begun_lately, newest_decision, recall, remembered, returned
 from .run import Run
 from .state import State
 from .workload import distance, signature
@@ -163,7 +163,7 @@ def _followed(state: State, table: Hot, choice: Choice) -> tuple[State, Warming]
     if answered < least and learned is not None and learned >= least:
         state.run.heat.skip()  # the model answered few of them
         report = Warming("the table has followed the accesses", table.held, choice.saved, moved=True)
-        return state.with_hot(table.followed() or table), report
+        return state.with_hot(replace(table.followed() or table, choice=begun_lately(choice, state.run))), report
     if answered < least:
         known, halfway = _recalled(state), (answered + choice.answered) / 2
         if known is not None:

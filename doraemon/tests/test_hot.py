@@ -252,6 +252,9 @@ def test_a_table_follows_scattered_keys_that_move() -> None:
     table = index._state.run.hot
     assert table is not None
     assert table.holds(moved[np.searchsorted(KEYS, zipf(10_000, seed=9))]).mean() > 0.8
+    index.searchsorted(moved[np.searchsorted(KEYS, zipf(400_000, seed=10))])
+    assert index.adapt().hot.reason == "the table fits the accesses"
+    assert index._state.run.hot is table
 
 
 def learned(table: Hot) -> Hot:

@@ -23,7 +23,19 @@ LAYERS = [
     ["keytype", "values", "keys", "storage", "splicing", "hot", "heat", "fitting", "steps"],
     ["strings", "lexicon", "texts", "records", "choosing"],
     ["model", "delta", "run", "appending", "search", "state"],
-    ["changes", "front", "warming", "adaptation", "following", "explanation", "checking", "packing", "index"],
+    [
+        "accesses",
+        "remembering",
+        "changes",
+        "front",
+        "warming",
+        "adaptation",
+        "following",
+        "explanation",
+        "checking",
+        "packing",
+        "index",
+    ],
 ]
 ORDER = [module for layer in LAYERS for module in layer]
 
