@@ -449,7 +449,7 @@ class Index(_Questions):
         engine: "native" or "numpy"; by default the C extension if it was built.
         merging: who merges changes into the run when they have become many: the write that made them so ("inline"),
             a thread ("background"), or only `compact()` ("manual").
-        memory: how many past workloads to remember models for.
+        memory: how many past workloads to remember models and hot tables for.
         adapt: who calls `adapt()`: the user ("manual"), or a thread that looks whether there were new accesses and
             takes at most a hundredth of the time for them ("auto").
         threads: by how many threads at most `searchsorted`, `contains`, `get_many` and `count` answer a batch, each
@@ -732,10 +732,11 @@ class Index(_Questions):
         """Follow the accesses sampled lately: a hot table for the keys asked for most, and leaves for the rest.
 
         The table is looked up before the model, and answers what it holds. A few are made and timed on the newest
-        samples, and the fastest stays, or none. Of the buckets that are searched nevertheless only those are fitted
-        whose number of leaves changes, and none of them if a similar workload was known; leaves change if the model
-        says that it pays. Readers and writers go on meanwhile; only after a merge meanwhile it is done once more, and
-        writers wait. O(samples + keys of the table + keys of the buckets fitted).
+        samples, and the fastest stays, or none; where a similar workload was known, what was best for it is back
+        without a trial. Of the buckets that are searched nevertheless only those are fitted whose number of leaves
+        changes, and none of them if a similar workload was known; leaves change if the model says that it pays. Readers
+        and writers go on meanwhile; only after a merge meanwhile it is done once more, and writers wait. O(samples +
+        keys of the table + keys of the buckets fitted).
 
         >>> Index(range(100)).adapt().reason
         'too few accesses were counted to tell'

@@ -85,6 +85,8 @@ def _warmed(state: State) -> tuple[State, Warming]:
     if state.engine != "native" or samples.taken[0] < MIN_SAMPLES:
         few = "too few accesses were counted to tell"
         return state, Warming(few if state.engine == "native" else "the NumPy engine has no hot table", _held(before))
+    if len(state.run) == 0:
+        return state, Warming("all keys are changes, of which a table tells nothing")
     choice = None if before is None else before.choice
     found = _recalled(state) if before is None or choice is None else _followed(state, before, choice)
     if found is not None:

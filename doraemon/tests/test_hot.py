@@ -472,3 +472,11 @@ def test_what_repeats_in_many_samples_is_told_by_some_of_their_codes() -> None:
         assert accesses.repeated(samples, 1.0)[1] == pytest.approx(known, abs=0.02)
         assert len(accesses.repeated(samples, 1.0)[0]) == 0
         assert len(accesses.repeated(samples, -1.0)[0]) == len(codes)
+
+
+def test_an_index_whose_keys_are_all_changes_gets_no_table() -> None:
+    index = Index(dtype="uint64", merging="manual")
+    index.extend(HERE)
+    report = asked_of(index, HERE)
+    assert (report.reason, report.keys) == ("all keys are changes, of which a table tells nothing", 0)
+    np.testing.assert_array_equal(index.searchsorted(HERE), np.arange(len(HERE)))
