@@ -62,6 +62,7 @@ PARTS=(
   "4|vllm|$VLLM --shape falcon-16x2048 $BITS --against dense,int4 --batch 1,4,8 --output $OUT/vllm_decode_falcon_int4.json"
   "6|vllm|$VLLM --shape falcon-7b --layers 8 $BITS --against int4 --batch 1,4,8 --output $OUT/vllm_decode_falcon_7b_int4.json"
   "4|vllm|$VLLM --shape falcon-16x2048 --prompt 256 --batch 1 --output $OUT/vllm_prompt_falcon.json"
+  "4|vllm|$VLLM --shape falcon-16x2048 $BITS --prompt 256 --batch 1 --output $OUT/vllm_prompt_falcon_int4.json"
   "1|1|benchmarks/instruction_sets.py --output $OUT/instruction_sets.json"
 )
 

@@ -24,7 +24,11 @@ DECODED = {
     "vllm_decode_falcon_int4.json": "the same, against vLLM's own int4",
     "vllm_decode_falcon_7b_int4.json": "Falcon-7B, the fold all in few bits",
 }
-PROMPTS = {"vllm_prompt_gpt2.json": "GPT-2 layout", "vllm_prompt_falcon.json": "Falcon layout"}
+PROMPTS = {
+    "vllm_prompt_gpt2.json": "GPT-2 layout",
+    "vllm_prompt_falcon.json": "Falcon layout",
+    "vllm_prompt_falcon_int4.json": "Falcon layout, the fold all in few bits",
+}
 SERVED = {"vllm_server_falcon.json": "Falcon layout"}
 
 

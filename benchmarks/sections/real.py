@@ -46,8 +46,8 @@ def real_readme_part(run: dict[str, Any]) -> str:
     return (
         f"{model}, FFNs alone compressed: share of their bytes that a token reads, everything counted, and increase of "
         "the loss in nats per token over the dense model, whose perplexity is in the first row; "
-        f"{settings['tokens']:,} tokens of each text. Calibrated on {settings['calibration']:,} tokens of prose, and no code. "
-        "[More](docs/results.md#real-models).\n\n" + real_table("FFNs", found["methods"], [])
+        f"{settings['tokens']:,} tokens of each text. Calibrated on {settings['calibration']:,} tokens of prose, and "
+        "no code. [More](docs/results.md#real-models).\n\n" + real_table("FFNs", found["methods"], [])
     )
 
 
