@@ -155,5 +155,5 @@ def _only(kernels: Path, cache: Path) -> Path:
     folder = cache / f"only-{kernels.stem}"
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / kernels.name).exists():
-        (folder / kernels.name).symlink_to(kernels)
+        (folder / kernels.name).symlink_to(kernels.resolve(strict=True))
     return folder

@@ -91,8 +91,8 @@ def quality_table(quality: dict[str, Any]) -> str:
 
 
 def _calibrated(settings: dict[str, Any]) -> str:
-    code = f", {settings['code']:.0%} of them code" if settings["code"] else ""
-    return f"Calibrated on {settings['calibration']:,} tokens of Wikipedia and novels{code}"
+    text = f"Wikipedia, novels and {settings['code']:.0%} code" if settings["code"] else "Wikipedia and novels"
+    return f"Calibrated on {settings['calibration']:,} tokens of {text}"
 
 
 def _increase(entries: dict[str, Any], name: str, text: str) -> float:

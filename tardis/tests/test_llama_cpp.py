@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 
 from equal_models import in_type, rounded
-from llama_cpp import model_of_shape
+from llama_cpp import model_of_shape, steps_of
+from llama_library import _only
 from shape_files import in_q4_0
 from tardis_llm.calibration.text import split_windows
 from tardis_llm.checkpoint.loading import load_dense
@@ -45,7 +47,27 @@ def test_forms_of_a_shape_decode(kind: str):
     model = model_of_shape("tiny", _LAYERS)
     variant = random_rival("int4", model) if kind == "int4" else random_variant(model, RandomFold(2, 4, 4, 4, 0.2))
     with variant.within():
-        assert Decoder(variant.model, variant.prompt(2, 4)).seconds(3) > 0
+        decoder = Decoder(variant.model, variant.prompt(2, 4))
+        assert decoder.seconds(3) > 0
+    assert decoder.why_not == ""
+
+
+def test_what_does_not_run_whole_is_not_timed(monkeypatch: pytest.MonkeyPatch):
+    run = steps_of(random_rival("int4", model_of_shape("tiny", 1)), 4, Namespace(steps=2, compile=False, batch=1))
+    assert run() > 0
+    monkeypatch.setattr(Decoder, "why_not", "its family has none")
+    with pytest.raises(RuntimeError, match="do not run whole: its family has none"):
+        run()
+
+
+def test_llama_cpp_may_be_left_one_kind_of_kernels(tmp_path: Path):
+    kernels = tmp_path / "libggml-cpu-haswell.so"
+    kernels.touch()
+    for _ in range(2):
+        folder = _only(kernels, tmp_path)
+    assert [path.resolve() for path in folder.iterdir()] == [kernels.resolve()]
+    with pytest.raises(FileNotFoundError):
+        _only(tmp_path / "libggml-cpu-zen4.so", tmp_path)
 
 
 def test_files_of_a_shape_have_every_matrix_in_q4_0(tmp_path: Path):

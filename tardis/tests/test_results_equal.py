@@ -67,7 +67,7 @@ def test_perplexities_stand_with_their_losses(folder: Path):
 
 def test_the_readme_has_quality_and_speed_in_one_table(folder: Path):
     about, table = equal_readme_part(folder, "toy")
-    assert "32,768 tokens of Wikipedia and novels, 25% of them code." in about
+    assert "32,768 tokens of Wikipedia, novels and 25% code." in about
     assert row(table, "dense, perplexity")[1:] == ["10.00", "5.00", ""]
     assert row(table, "**tardis-int4@0.9**")[1:] == ["+0.086", "+0.336", "20.0"]
     assert row(table, "int4")[1:] == ["+0.049", "+0.095", "10.0"]

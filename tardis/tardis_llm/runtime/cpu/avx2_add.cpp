@@ -85,7 +85,6 @@ inline TARDIS_INLINE Sums sums_of(const Stored& stored, int bit, int64_t first, 
 }
 
 // What sums are together, in columns 0 to 7, 8 to 15, and so on.
-template <int B>
 inline TARDIS_INLINE void add_whole(const Sums& sums, int worth, __m256i (&to)[4]) {
     const __m256i both = _mm256_set1_epi32(256 * worth | worth << 16);
     each<2>([&](auto i) TARDIS_INLINE {
@@ -115,7 +114,7 @@ inline TARDIS_INLINE void add_piece(float* y, const Piece& piece, const Stored& 
     for (int64_t first = whole ? 0 : begin / 32 * 32; first < end; first += 32) {
         __m256i sum[4] = {start, start, start, start};
         each<kParts<B>>([&](auto p) TARDIS_INLINE {
-            add_whole<B>(sums_of<B, p>(stored, piece.bit, first, factors, piece.group), p ? 16 : 1, sum);
+            add_whole(sums_of<B, p>(stored, piece.bit, first, factors, piece.group), p ? 16 : 1, sum);
         });
         each<4>([&](auto v) TARDIS_INLINE {
             const __m256i own = whole ? sum[v] : within(sum[v], first + 8 * v, begin, end);
