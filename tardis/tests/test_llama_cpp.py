@@ -17,10 +17,12 @@ from tardis_llm.checkpoint.loading import load_dense
 from tardis_llm.evaluation.decoder import Decoder
 from tardis_llm.evaluation.shapes import SHAPES, RandomFold, random_ids
 from tardis_llm.evaluation.variants import random_rival, random_variant
+from tardis_llm.runtime.cpu.library import open_library
 
 gguf = pytest.importorskip("gguf")
 _FIELDS = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128}
 _LAYERS, _VOCABULARY = 3, 256
+with_kernels = pytest.mark.skipif(open_library() is None, reason="the CPU kernels are not built")
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +44,7 @@ def test_layers_of_a_shape_share_their_weights_and_keep_caches_of_their_own():
     torch.testing.assert_close(step.logits[:, -1], whole.logits[:, -1], rtol=0.05, atol=0.02)
 
 
+@with_kernels
 @pytest.mark.parametrize("kind", ["int4", "folded"])
 def test_forms_of_a_shape_decode(kind: str):
     model = model_of_shape("tiny", _LAYERS)
@@ -52,6 +55,7 @@ def test_forms_of_a_shape_decode(kind: str):
     assert decoder.why_not == ""
 
 
+@with_kernels
 def test_what_does_not_run_whole_is_not_timed(monkeypatch: pytest.MonkeyPatch):
     run = steps_of(random_rival("int4", model_of_shape("tiny", 1)), 4, Namespace(steps=2, compile=False, batch=1))
     assert run() > 0
