@@ -12,7 +12,8 @@
 REPO=$(cd "$(dirname "$0")/.." && pwd)
 PY=${PY:-$REPO/.venv/bin/python} PY_VLLM=${PY_VLLM:-$REPO/.venv-vllm/bin/python}
 DATA=${DATA:-$REPO/../shared/data} SAMPLE=${SAMPLE:-$REPO/../shared/models/gpt2-wiki-7m}
-CPU=$(grep -q AuthenticAMD /proc/cpuinfo && echo amd || echo intel)
+# family and model of the processor: one name is given to several
+CPU=cpu$(sed -n 's/^cpu family.*: //p; s/^model\t.*: //p' /proc/cpuinfo | head -2 | paste -sd-)
 OUT=benchmarks/results
 cd "$REPO" || exit 1
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import platform
 import random
 import statistics
 import time
@@ -31,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tardis_llm.allocator import contiguous_in_huge_pages
+from tardis_llm.evaluation.machine import cpu_name
 from tardis_llm.ffn.activations import activation
 from tardis_llm.ffn.neuron import Neurons, value
 from tardis_llm.ffn.packed import PackedMatrix
@@ -276,14 +276,6 @@ def summary(todo: list[Variant], times: dict[str, list[float]], x: Tensor, bandw
     return rows
 
 
-def processor() -> str:
-    """Its name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def show(row: dict[str, Any]) -> None:
     """Print a row."""
     low, high = row["ratio_quartiles"]
@@ -319,7 +311,7 @@ def main() -> None:
     shape = Shape(*SHAPES[args.shape], args.bits, args.fix_rate)
     todo = variants(kernels, shape)
     machine = {
-        "cpu": processor(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "isa": kernels.isa,
         "read_gb_per_s": read_bandwidth(kernels) / 1e9,

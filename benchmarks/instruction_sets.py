@@ -27,11 +27,11 @@ from ffn_kernels import (
     folded_variant,
     folded_weights,
     measure,
-    processor,
     random_matrix,
     random_packed,
     ratio,
 )
+from tardis_llm.evaluation.machine import cpu_name
 from tardis_llm.ffn.weights import DenseFFN
 from tardis_llm.runtime.cpu.library import Kernels, loaded
 
@@ -105,7 +105,7 @@ def main() -> None:
     torch.manual_seed(0)
     shape = Shape(*SHAPES[args.shape], 2, 0.0)
     todo = variants(kernels, shape, [float(rate) for rate in args.fix_rates.split(",")])
-    machine = {"cpu": processor(), "threads": torch.get_num_threads(), "isas": isas}
+    machine = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "isas": isas}
     print(f"{machine['cpu']}, {machine['threads']} threads")
     found = []
     for batch in map(int, args.batch.split(",")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -223,8 +224,14 @@ def test_the_union_of_a_batch_is_at_least_what_one_token_fixes():
     assert many.mean > mean
 
 
-def test_the_machine_is_named_and_measured():
-    assert cpu_name()
+def test_generations_of_a_processor_are_told_apart():
+    name = cpu_name()
+    assert name
+    if "cpu family" in (Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""):
+        assert re.search(r"\(family \d+, model \d+\)$", name)
+
+
+def test_the_pace_of_memory_is_measured():
     assert 1e8 < read_bandwidth() < 1e13
 
 

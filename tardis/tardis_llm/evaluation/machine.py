@@ -38,11 +38,13 @@ class Machine:
 
 
 def cpu_name() -> str:
-    """Name of the processor."""
+    """Name of the processor; on Linux with its family and model, for one name is given to several generations."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+    first = info.read_text().partition("\n\n")[0] if info.exists() else ""
+    about = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    if "model name" not in about:
+        return platform.processor() or platform.machine()
+    return f"{about['model name']} (family {about.get('cpu family', '?')}, model {about.get('model', '?')})"
 
 
 def read_bandwidth() -> float:
