@@ -754,7 +754,7 @@ def test_the_environment_chooses_the_kernels(name: str, monkeypatch: pytest.Monk
             assert backend.backend_for(x).name == ("reference" if name == "off" else "cpu")
             assert BUILT.isa == (name if name in ISAS else BUILT.isas[-1])
             assert (backend.lay_out(torch.ones(2, 2).half(), torch.float16) is None) == (
-                name in ("portable", "avx2", "avxvnni", "off")
+                name == "off" or BUILT.isa in ("portable", "avx2", "avxvnni")
             )
 
 

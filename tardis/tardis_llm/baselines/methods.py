@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ..calibration.text import Windows
 from ..errors import InvalidInputError
+from ..precision import quick_products
 from ..report import Progress, silent
 from . import affine, cats, flap, layer_skipping, teal
 from .gptq import quantise_gptq
@@ -85,6 +86,7 @@ def needs_reduction(name: str) -> bool:
     return full_name(name) in _SPARSE
 
 
+@quick_products()
 def apply_baseline(
     name: str,
     model: PreTrainedModel,

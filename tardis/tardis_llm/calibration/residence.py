@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ..errors import DeviceMemoryError
 from ..families.sites import named_blocks, running, without_blocks
+from ..precision import quick_products
 
 
 @contextmanager
@@ -33,7 +34,7 @@ def computing_on(model: PreTrainedModel, device: torch.device) -> Iterator[None]
         DeviceMemoryError: the memory of the device is full.
     """
     home = model.device
-    with _explaining(device):
+    with _explaining(device), quick_products():
         if home == device:
             yield
             return

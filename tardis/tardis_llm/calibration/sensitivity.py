@@ -8,7 +8,7 @@ all tokens behind it. How much it counts is measured: by the gradient of the los
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from ..families.sites import FFNSite, named_blocks, running
 from ..families.table import family_of
+from ..precision import quick_products
 from .inputs import TextOrSpeech
 
 _WINDOWS, _LENGTH = 4, 512  # that are measured on, the most, and their tokens
@@ -75,7 +76,7 @@ def _relative_gradients(model: PreTrainedModel, sites: Sequence[FFNSite], window
             hooks.callback(site.down.register_forward_hook(probe).remove)
             hooks.callback(site.block.register_forward_hook(leave).remove)
         for block in named_blocks(model).values():  # each is computed again on the way back, and kept no longer
-            again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+            again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts)
             hooks.enter_context(running(block, again))
         ids = window.to(model.device)
         logits = model(input_ids=ids[None], use_cache=False, return_dict=True).logits[0]
@@ -85,6 +86,11 @@ def _relative_gradients(model: PreTrainedModel, sites: Sequence[FFNSite], window
     return [
         (_mean_square(gradient) * size).cpu() for gradient, size in zip(gradients, sizes[: len(first)], strict=True)
     ]
+
+
+def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Of a block's forward, and of that on the way back, which no context around both reaches."""
+    return quick_products(), quick_products()
 
 
 def _mean_square(x: Tensor) -> Tensor:

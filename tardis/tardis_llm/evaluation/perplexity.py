@@ -15,6 +15,7 @@ from ..calibration.limits import Tokenizer, check_windows
 from ..calibration.text import begun, encode, first_token
 from ..errors import InvalidInputError
 from ..families.table import family_of, kind_of, vocabulary
+from ..precision import quick_products
 from ..report import Progress, silent
 
 #: elements of the largest tensor of logits
@@ -97,6 +98,7 @@ def windows_of(text: str, tokenizer: Tokenizer, length: int) -> Tensor:
 
 
 @torch.no_grad()
+@quick_products()
 def token_perplexity(model: PreTrainedModel, windows: Tensor, progress: Progress = silent) -> Perplexity:
     """Perplexity of a causal model on windows [n, length] of token ids, n >= 2.
 

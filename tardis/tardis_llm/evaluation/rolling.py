@@ -24,6 +24,7 @@ from ..calibration.limits import check_length, check_tokens
 from ..calibration.text import first_token
 from ..errors import InvalidInputError
 from ..families.table import vocabulary
+from ..precision import quick_products
 from ..report import Progress, silent
 from .perplexity import LOGITS_AT_ONCE, check_causal, exp_ratio
 
@@ -157,6 +158,7 @@ def detokenise(text: str) -> str:
 
 
 @torch.no_grad()
+@quick_products()
 def word_perplexity(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

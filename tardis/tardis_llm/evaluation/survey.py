@@ -30,6 +30,7 @@ from ..folding.fold import Inputs
 from ..folding.ranges import coverage_ranges
 from ..folding.ridge import linearity
 from ..pipeline.session import sound_weights
+from ..precision import quick_products
 from ..report import Progress, silent
 
 #: share of a neuron's inputs that its hot range holds, for `width`
@@ -136,7 +137,7 @@ def survey(model: PreTrainedModel, windows: Windows | None = None, progress: Pro
     for some in windows:
         check_windows(model, some)
     found, ranges = [], []
-    with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
+    with tempfile.TemporaryDirectory() as scratch, torch.no_grad(), quick_products():
         first = first_token_importance(model, sites, windows.fit)
         fit, heldout = (Stream(model, some, Path(scratch), _MEMORY, _BATCH_TOKENS, first) for some in windows)
         for site, layer in zip(sites, layers, strict=True):

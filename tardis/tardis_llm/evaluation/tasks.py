@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..calibration.text import spread
 from ..errors import InvalidInputError
 from ..integrations.lm_eval import check_available, harness_model, quiet
+from ..precision import quick_products
 from ..report import Progress, silent
 from .perplexity import exp_ratio
 
@@ -161,6 +162,7 @@ class Tasks:
         return tuple(score for scores in each for score in scores)
 
 
+@quick_products()
 def run_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -88,6 +88,13 @@ void panels(const TardisMatrix& m, const Rows& rows, const Input& x, float* out)
 // Of `avx2_add.cpp`; see `Accumulate`.
 void add_low_bit_avx2(const TardisMatrix& m, const Layout* layout, const Terms& terms, Range range, float* y);
 
+// Of `avx2_gemm.cpp`; see `Gemm`, `SumGemm` and `DownGemm`.
+void gemm_avx2(const TardisMatrix& m, bool transposed, Range outputs, const Tokens& x, float* out, int64_t stride);
+void sum_gemm_avx2(
+    const TardisMatrix& m, const TardisMatrix& added, Range rows, const Tokens& x, float* out, int64_t stride
+);
+void down_gemm_avx2(const TardisMatrix& m, Range columns, const Tokens& x, float* out, int64_t stride);
+
 // Of `avx2_vectors.cpp`; see `Widen` and what follows it.
 void widen_avx2(const TardisVector& v, int64_t begin, int64_t count, float* out);
 void store_avx2(const TardisVector& to, int64_t begin, int64_t count, const float* values, const float* bias);

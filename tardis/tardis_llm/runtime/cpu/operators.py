@@ -29,7 +29,7 @@ from .structures import Batch, Matrix, Vector
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 #: of inputs where they meet low-bit weights: of an FFN, and of other layers, where an outlier would take the precision
 #: of its whole group, and reading the weights takes the time anyway
-ACTIVATION_BITS, LINEAR_ACTIVATION_BITS = 8, 16
+ACTIVATION_BITS, LINEAR_ACTIVATION_BITS = 8, 8
 
 #: tokens up to which codes in panels are met by integers: more are faster in bf16, by which all codes are written out
 _FEW = 16
