@@ -464,23 +464,33 @@ def test_what_a_token_gets_does_not_depend_on_its_batch(isa: str, storage: Stora
     assert torch.equal(kernel_ffn(x, folded, dense), alone)
 
 
+@pytest.mark.parametrize("name", ["avx2", "avxvnni", "amx"])
 @pytest.mark.parametrize("storage", EXACT_STORAGES, ids=str)
 @pytest.mark.parametrize(("d", "h", "k"), [(128, 64, 1), (576, 160, 2), (1024, 32, 2)])
 @pytest.mark.parametrize("tokens", [1, 40, 300])
 def test_every_neuron_is_computed_by_the_weights_in_few_bits(
-    storage: Storage, d: int, h: int, k: int, tokens: int
+    name: str, storage: Storage, d: int, h: int, k: int, tokens: int
 ) -> None:
-    if "amx" not in library.loaded().isas:
-        pytest.skip("this processor or build has no AMX")
+    if name not in library.loaded().isas:
+        pytest.skip(f"this processor or build has no {name}")
     folded, dense = stored_fold(d, h, storage, torch.bfloat16, "silu" if k == 2 else "gelu", k=k)
     x, weights = correlated(tokens, d).bfloat16(), folded.beside(dense)
-    with library.loaded().using("amx"):
+    with library.loaded().using(name):
         ffn = CpuFFN(replace(weights, predictor=Panels.of(weights.predictor)))
-        assert ffn.quick_exact(x) and not ffn.quick_exact(x.float())
+        assert not ffn.quick_exact(x.float())
         for b2 in (dense.b2, None):
             expected = weights.exact(x, b2)
             error = (ffn.exact(x, b2).float() - expected.float()).abs().max()
             assert float(error) <= 2**-6 * float(expected.abs().max())  # hidden activations and sums are in bf16
+
+
+@pytest.mark.parametrize(("ranges", "often"), [("all", True), ("none", False)])
+def test_where_many_neurons_are_fixed_all_are_as_quick(ranges: str, often: bool, isa: str) -> None:
+    folded, dense = stored_fold(128, 64, Storage(64, 4, 4), torch.bfloat16, ranges=ranges)
+    weights = folded.beside(dense)
+    ffn = CpuFFN(replace(weights, predictor=Panels.of(weights.predictor)))
+    expected = {"avx2": often, "avxvnni": often, "amx": True}.get(isa, False)
+    assert ffn.quick_exact(correlated(40, 128).bfloat16()) == expected
 
 
 def test_without_a_kernel_every_neuron_is_computed_by_the_reference(isa: str) -> None:

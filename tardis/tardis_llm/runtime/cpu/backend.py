@@ -1,8 +1,8 @@
 """The CPU backend: folded FFNs and linear layers by compiled kernels, for bf16, fp16 and fp32.
 
-Sums are in fp32 throughout. Where inputs meet a low-bit matrix they are rounded to 8 bits, and to 16 where it is one of
-kept neurons, with one scale per token and group of columns, 512 at most; so what a predictor finds differs from the
-reference for few neurons that are next to a bound. Residuals that meet a low-bit W2 may be rounded to 16 bits, with one
+Sums are in fp32 throughout. Where inputs meet a low-bit matrix they are rounded to 8 bits, with one scale per token and
+group of columns, 512 at most; so what a predictor finds differs from the reference for few neurons that are next to a
+bound. Residuals that meet a low-bit W2 may be rounded to 16 bits, with one
 scale for up to eight of them. What a token gets does not depend on the others in its batch; in its last bits it may
 depend on the number of threads.
 """
@@ -18,9 +18,13 @@ from ...ffn.packed import PackedMatrix
 from ...ffn.weights import FoldedWeights, Layout
 from ...ffn.weights import Matrix as AnyMatrix
 from .library import ISAS, available, can_be_in_panels, kernels, loaded
-from .operators import ACTIVATION_BITS, DTYPES, LINEAR_ACTIVATION_BITS, batches, check_inputs, multiplies, readable
+from .operators import ACTIVATION_BITS, DTYPES, batches, check_inputs, multiplies, readable
 from .panels import Panels
 from .structures import FFN, Activation, Batch, Matrix, Vector
+
+#: share of fixed neurons from which the fold took longer than all neurons in fp32, of the shapes of Qwen2.5-0.5B and
+#: Falcon-7B with AVX2: between 0.2 and 0.3; and tokens of a prompt that it is counted on
+_OFTEN, _SAMPLED = 0.27, 16
 
 
 class CpuFFN:
@@ -61,26 +65,34 @@ class CpuFFN:
         return self._run(x, self._kernels.folded_ffn, torch.empty_like(x))
 
     def quick_exact(self, x: Tensor) -> bool:
-        """Whether `exact` has a kernel for inputs like x."""
-        return self._has_exact and x.dtype == torch.bfloat16
+        """Whether `exact` takes no longer than the fold for inputs x [tokens, d]: by tiles, or where many are fixed."""
+        return self._has_kernel(x) and (self._kernels.has_low_bit_gemm or self._fixes_often(x))
 
     def exact(self, x: Tensor, b2: Tensor | None) -> Tensor:
         """Outputs [tokens, d] with every neuron computed, for inputs x [tokens, d], contiguous."""
-        if not self.quick_exact(x):
+        if not self._has_kernel(x):
             return self._weights.exact(x, b2)
         check_inputs(x, self._d)
         y = torch.empty_like(x)
         if len(x):
-            self._kernels.exact_ffn(self._ffn, Vector.of(b2, self._d), Batch.of(x, y, LINEAR_ACTIVATION_BITS))
+            self._kernels.exact_ffn(self._ffn, Vector.of(b2, self._d), Batch.of(x, y, ACTIVATION_BITS))
         return y
 
     def fixed(self, x: Tensor) -> Tensor:
         """[tokens, h] bool: the neurons that are fixed for inputs x [tokens, d], contiguous."""
         return self._run(x, self._kernels.fixed, torch.empty(len(x), self._h, dtype=torch.bool))
 
+    def _has_kernel(self, x: Tensor) -> bool:
+        return self._has_exact and x.dtype == torch.bfloat16
+
+    def _fixes_often(self, x: Tensor) -> bool:
+        """Whether so many neurons are fixed that computing all of them in fp32 takes no longer, by some of the tokens."""
+        some = x[:: max(1, len(x) // _SAMPLED)].contiguous()
+        return float(self.fixed(some).float().mean()) > _OFTEN
+
     def _run(self, x: Tensor, kernel: Callable[[FFN, Batch], None], y: Tensor) -> Tensor:
         check_inputs(x, self._d)
-        for batch in batches(x, y, LINEAR_ACTIVATION_BITS):
+        for batch in batches(x, y, ACTIVATION_BITS):
             kernel(self._ffn, batch)
         return y
 
@@ -123,16 +135,15 @@ class CpuBackend:
     def linear(self, x: Tensor, matrix: AnyMatrix, bias: Tensor | None) -> Tensor | None:
         """x W^T + bias; None for matrices of another dtype than x, and for others that no kernel multiplies."""
         rows, run = x.reshape(-1, x.shape[-1]).contiguous(), torch.ops.tardis.linear
-        bits = LINEAR_ACTIVATION_BITS
         if isinstance(matrix, PackedMatrix):
             if matrix.has_zero:  # fixing reads such a matrix by rows, nothing multiplies with it
                 return None
-            y = run(rows, matrix.planes, bias, matrix.scale, matrix.group_size, activation_bits=bits)
+            y = run(rows, matrix.planes, bias, matrix.scale, matrix.group_size)
         elif isinstance(matrix, Panels):
             if not readable(matrix, x.dtype):
                 return None
             shape = {"outputs": matrix.rows, "bits": matrix.bits}
-            y = run(rows, matrix.data, bias, matrix.scale, matrix.group_size, **shape, activation_bits=bits)
+            y = run(rows, matrix.data, bias, matrix.scale, matrix.group_size, **shape)
         else:
             assert isinstance(matrix, Tensor), "there is no other order of memory on a CPU"
             if not multiplies(x, matrix):

@@ -21,7 +21,7 @@ from ...ffn.activations import identify
 from ...ffn.weights import Matrix as AnyMatrix
 from ..cpu.backend import CpuFFN
 from ..cpu.library import loaded
-from ..cpu.operators import LINEAR_ACTIVATION_BITS, readable
+from ..cpu.operators import ACTIVATION_BITS, readable
 from ..cpu.structures import (
     OPERATIONS,
     Activation,
@@ -67,7 +67,7 @@ class Program:
             raise NotWholeError("a module of it has a hook, which would not see the steps.")
         self._model, self._row, self._family = model, row, family_of(model.config)
         self._blocks = list(named_blocks(model).values())
-        self._bits = LINEAR_ACTIVATION_BITS
+        self._bits = ACTIVATION_BITS
         self._operations: list[Operation] = []
         self._kept: list[Any] = []  # what operations point to
         self._sources: list[tuple[dict[str, Any], str]] = []  # where modules keep what they were made of
