@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,12 +21,14 @@ from tardis_llm.checkpoint.format import read_format
 from tardis_llm.errors import CheckpointError, InvalidInputError
 from tardis_llm.evaluation.fix_rate import count_fixes, measured
 from tardis_llm.evaluation.plots import plot_fold
+from tardis_llm.families.sites import find_ffns
 from tardis_llm.ffn.accounting import planned
 from tardis_llm.ffn.weights import DenseFFN, FoldedWeights
 from tardis_llm.folding.fold import FoldQuality, Inputs, choose_ranges, predict
 from tardis_llm.folding.mixed import choose, fold_mixed, how_often
 from tardis_llm.folding.refit import fold_error, refit_layer
 from tardis_llm.folding.statistics import Statistics, outputs
+from tardis_llm.pipeline.session import selected
 from tardis_llm.runtime.decoding import prepare_decoding
 from tardis_llm.runtime.kept import KeptFFN, prepare
 from tardis_llm.runtime.modules import FoldedFFN
@@ -60,6 +63,30 @@ def made(
 def error(weights: FoldedWeights, ffn: DenseFFN, x: Tensor) -> float:
     wanted = outputs(ffn, x)
     return float((folded_ffn(x, weights) - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum())
+
+
+@pytest.mark.parametrize(
+    ("family", "changed", "mixed"),
+    [
+        ("llama", {}, True),
+        ("gpt2", {}, False),
+        ("llama", {"fold_bits": None, "fallback_bits": None}, False),
+        ("llama", {"refit": False}, False),
+        ("llama", {"policy": "coverage"}, False),
+        ("llama", {"select": "dynamic"}, False),
+    ],
+    ids=str,
+)
+def test_folds_with_a_gate_and_few_bits_are_mixed_if_nothing_is_asked_for(
+    family: str, changed: dict[str, Any], mixed: bool
+) -> None:
+    config = replace(CONFIG, **{"select": None, **changed})
+    assert selected(config, find_ffns(tiny_model(family))) == ("mixed" if mixed else "dynamic")
+
+
+def test_a_default_fold_is_the_one_that_it_stands_for() -> None:
+    found, asked = (folded_tiny("llama", replace(SETTINGS, select=select))[0] for select in (None, "mixed"))
+    assert torch.equal(logits(found), logits(asked))
 
 
 @both_kinds

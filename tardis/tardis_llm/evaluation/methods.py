@@ -22,8 +22,8 @@ DENSE = "dense"
 FOLDS: dict[str, dict[str, Any]] = {
     "tardis": {},
     "tardis-paper": {"policy": "coverage", "refit": False, "predictor_bits": 2},
-    "tardis-int8": {"fold_bits": 8, "fallback_bits": 8},
-    "tardis-int4": {"fold_bits": 4, "fallback_bits": 4},
+    "tardis-int8": {"select": "dynamic", "fold_bits": 8, "fallback_bits": 8},
+    "tardis-int4": {"select": "dynamic", "fold_bits": 4, "fallback_bits": 4},
     "tardis-mixed-int4": {"select": "mixed", "fold_bits": 4, "fallback_bits": 4},
     "tardis-static-int4": {
         **{"select": "static", "fold_bits": 4, "fallback_bits": 4},

@@ -38,7 +38,7 @@ from ..runtime.modules import FoldedFFN
 from ..runtime.placing import install
 from .linears import LinearRounding
 from .planning import LayerPlan, plan
-from .session import Followed, Session, choose_sites, sound_weights, splits_alike
+from .session import Followed, Session, choose_sites, selected, sound_weights, splits_alike
 from .workspace import SCRATCH, Workspace, state_of
 
 _AUTO_BITS, _ALIKE_BITS = (1, 2, 3, 4), (2,)  # to choose from by what each layer needs, and without; the paper has 2
@@ -125,7 +125,7 @@ def check_fold(
     for inputs in calibration:
         check_windows(model, inputs)
     check_enough(calibration, sites[0].hidden_size)
-    if config.select == "static":
+    if selected(config, sites) == "static":
         check_static([site.outline() for site in sites], config.storage, config.reduction)
         return sites, ()
     chosen = config.policy == "error" and not splits_alike(config, sites)
@@ -214,13 +214,13 @@ def _fold_block(
 
 
 def _fold_layer(session: Session, site: FFNSite, layer: LayerPlan, inputs: Inputs) -> tuple[FoldedFFN, FoldQuality]:
-    config = session.config
+    config, select = session.config, selected(session.config, session.sites)
     ffn = sound_weights(site).to(config.torch_device).in_fp32()
-    if config.select == "static":
+    if select == "static":
         weights, quality = fold_static(ffn, inputs, round(layer.fix_rate * ffn.h), config, session.model.dtype)
         return FoldedFFN(weights), quality
     predicted = predict(ffn, inputs, layer.bits, config)
-    if config.select == "mixed":
+    if select == "mixed":
         weights, quality = fold_mixed(ffn, inputs, predicted, layer.fix_rate, config, session.model.dtype)
         return FoldedFFN(weights), quality
     ranges = choose_ranges(ffn, predicted, layer.fix_rate, config)

@@ -26,7 +26,7 @@ from ..folding.fold import AnyPredicted, Inputs, choose_ranges, error_curve, err
 from ..folding.ranges import share_by_error
 from ..runtime.modules import FoldedFFN
 from ..runtime.placing import install, uninstall
-from .session import Session, sound_weights, splits_alike, tokens_at
+from .session import Session, selected, sound_weights, splits_alike, tokens_at
 
 _STAGE = "measuring layers"
 _FIT = 2  # tokens a probe is fitted on, per token its loss is measured on
@@ -86,7 +86,7 @@ def plan(session: Session, bits: tuple[int, ...]) -> list[LayerPlan]:
         session: the fold under way, its model still dense.
         bits: predictor widths allowed.
     """
-    if session.config.select == "static":
+    if selected(session.config, session.sites) == "static":
         return [_keep_most(session, site.outline()) for site in session.sites]
     if splits_alike(session.config, session.sites):
         return _split_alike(session, bits[0])

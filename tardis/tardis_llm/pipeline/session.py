@@ -15,7 +15,7 @@ from ..calibration.inputs import TextOrSpeech
 from ..calibration.stream import Seen, Stream
 from ..calibration.text import Windows
 from ..calibration.tokens import Tokens, chunks
-from ..config import FoldConfig
+from ..config import FoldConfig, Select
 from ..errors import InvalidInputError
 from ..families.naming import check_wiring
 from ..families.sites import FFNSite, find_ffns
@@ -61,6 +61,14 @@ class Session:
     def follow(self, inputs: TextOrSpeech) -> Followed:
         """Windows of text or speech at the start of the model that is folded and of the dense one."""
         return Followed(self.stream(inputs), self.stream(inputs), self.config)
+
+
+def selected(config: FoldConfig, sites: list[FFNSite]) -> Select:
+    """Which neurons are computed exactly, as configured or as is best for these FFNs."""
+    if config.select is not None:
+        return config.select
+    keeps = config.fallback_bits is not None and config.refit and config.policy == "error"
+    return "mixed" if keeps and any(site.gated for site in sites) else "dynamic"
 
 
 def splits_alike(config: FoldConfig, sites: list[FFNSite]) -> bool:
