@@ -1,8 +1,9 @@
 // Each instruction set that processor and build have computes what the plain kernels do, through the C interface: for
-// processors that are emulated, where torch, and so the tests in Python, would take hours. Prints how many results of
-// each set were compared; what differs is said, and ends it with 1. `test_arm.py` builds and runs it.
+// processors that are emulated, on which tests in Python take too long. Prints how many results of each set were
+// compared; what differs is said, and ends it with 1. `test_arm.py` builds and runs it.
 #include "../tardis_llm/runtime/cpu/interface.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -158,10 +159,10 @@ const std::pair<int64_t, int64_t> kShapes[] = {{3, 5}, {37, 100}, {70, 518}, {33
 
 void compare_dense(Comparison& to) {
     for (int32_t type : {TARDIS_BF16, TARDIS_FP16, TARDIS_FP32}) {
-        const float bound = type == TARDIS_BF16 ? 1.0f / 128 : type == TARDIS_FP16 ? 1.0f / 1024 : 2e-6f;
+        const float bound = type == TARDIS_BF16 ? 1.0f / 128 : type == TARDIS_FP16 ? 1.0f / 1024 : 1e-5f;
         for (auto [rows, columns] : kShapes) {
             Owned m = dense(rows, columns, type);
-            for (int64_t tokens : {1, 2, 3, 4, 7, 64}) {
+            for (int64_t tokens : {1, 2, 3, 9}) {
                 const auto x = written(normal(tokens * columns), type);
                 const auto run = [&] { return product(m.view(), x, tokens, type, 8); };
                 to.compare("dense" + text({type, rows, columns, tokens}), bound, run, run);
@@ -172,9 +173,9 @@ void compare_dense(Comparison& to) {
 
 void compare_few_bits(Comparison& to, int32_t bits) {
     for (auto [rows, columns] : kShapes) {
-        for (int64_t group_size : {1, 7, 64, 100, 128, 2048}) {
+        for (int64_t group_size : {7, 64, 128, 2048}) {
             FewBits m(rows, columns, bits, group_size);
-            for (int64_t tokens : {1, 2, 3, 5, 64}) {
+            for (int64_t tokens : {1, 2, 5, 8}) {
                 std::vector<float> numbers = normal(tokens * columns);
                 if (tokens == 5) numbers[columns] = NAN, numbers[3 * columns - 1] = INFINITY;
                 const auto x = written(numbers, TARDIS_FP32);
@@ -182,9 +183,9 @@ void compare_few_bits(Comparison& to, int32_t bits) {
                     const auto run = [&](Owned& own) { return product(own.view(), x, tokens, TARDIS_FP32, of_x); };
                     const std::string what = text({bits, rows, columns, group_size, tokens, of_x});
                     const auto planes = [&] { return run(m.planes); };
-                    to.compare("planes" + what, 2e-6f, planes, planes);
+                    to.compare("planes" + what, 1e-5f, planes, planes);
                     if (tardis_can_be_in_panels(&m.panels.view()))
-                        to.compare("panels" + what, 2e-6f, [&] { return run(m.panels); }, planes);
+                        to.compare("panels" + what, 1e-5f, [&] { return run(m.panels); }, planes);
                 }
             }
         }
@@ -227,7 +228,6 @@ void compare_folded(Comparison& to, int32_t bits, int32_t type, int32_t activati
 
 int main() {
     int64_t wrong = 0;
-    printf("portable: 0\n");
     for (int32_t isa = TARDIS_PORTABLE + 1; isa <= TARDIS_I8MM; ++isa) {
         if (!tardis_supports(isa)) continue;
         Comparison to(isa);
