@@ -68,54 +68,73 @@ struct FewBits {
     Owned planes, panels;
 
     FewBits(int64_t rows, int64_t columns, int32_t bits, int64_t group_size) {
-        const int64_t row_bytes = (columns + 7) / 8, groups = (columns + group_size - 1) / group_size;
-        const int64_t inputs = 32 / bits, lines = (columns + inputs - 1) / inputs, filled = (rows + 31) / 32 * 32;
-        planes.data.resize(rows * bits * row_bytes), planes.scale.resize(rows * groups);
-        panels.data.resize(filled * lines * 4), panels.scale.resize(filled * groups);
-        for (int64_t i = 0; i < rows; ++i) {
-            for (int64_t g = 0; g < groups; ++g)
-                planes.scale[i * groups + g] = panels.scale[(i / 32 * groups + g) * 32 + i % 32] = 0x2000 + below(0x1000);
-            for (int64_t j = 0; j < columns; ++j) {
-                const uint32_t code = below(1u << bits);
-                const int64_t begin = j / 512 * 512, bytes = (std::min<int64_t>(columns - begin, 512) + 7) / 8;
-                const int64_t byte = begin / 8 + (j - begin) % bytes, bit = (j - begin) / bytes;
-                for (int32_t b = 0; b < bits; ++b)
-                    planes.data[(i * bits + b) * row_bytes + byte] |= (code >> (bits - 1 - b) & 1) << bit;
-                const int64_t line = j / inputs, at = ((i / 32 * lines + line) * 32 + i % 32) * 4 + j % 4;
-                panels.data[at] |= code << (j % inputs / 4 * bits);
-            }
-        }
+        const int64_t groups = (columns + group_size - 1) / group_size, filled = (rows + 31) / 32 * 32;
         for (Owned* each : {&planes, &panels}) {
             TardisMatrix& m = each->m;
-            m.rows = rows, m.columns = columns, m.group_size = group_size, m.bits = bits, m.twice_zero = (1 << bits) - 1;
+            m.rows = rows, m.columns = columns, m.group_size = group_size;
+            m.bits = bits, m.twice_zero = (1 << bits) - 1;
             m.type = each == &planes ? TARDIS_LOW_BIT : TARDIS_LOW_BIT_PANELS;
         }
+        planes.data.resize(rows * bits * ((columns + 7) / 8)), planes.scale.resize(rows * groups);
+        panels.data.resize(filled * lines() * 4), panels.scale.resize(filled * groups);
+        for (int64_t i = 0; i < rows; ++i) {
+            for (int64_t g = 0; g < groups; ++g)
+                planes.scale[i * groups + g] = panels.scale[(i / 32 * groups + g) * 32 + i % 32] = 0x2000 + below(4096);
+            for (int64_t j = 0; j < columns; ++j) {
+                const uint32_t code = below(1u << bits);
+                put_in_planes(i, j, code), put_in_panels(i, j, code);
+            }
+        }
+    }
+
+private:
+    int64_t line_columns() const { return 32 / panels.m.bits; }
+    int64_t lines() const { return (panels.m.columns + line_columns() - 1) / line_columns(); }
+
+    void put_in_planes(int64_t i, int64_t j, uint32_t code) {
+        const int64_t columns = planes.m.columns, begin = j / 512 * 512;
+        const int64_t bytes = (std::min<int64_t>(columns - begin, 512) + 7) / 8, bit = (j - begin) / bytes;
+        for (int32_t b = 0; b < planes.m.bits; ++b) {
+            const int64_t row = (i * planes.m.bits + b) * ((columns + 7) / 8);
+            planes.data[row + begin / 8 + (j - begin) % bytes] |= (code >> (planes.m.bits - 1 - b) & 1) << bit;
+        }
+    }
+
+    void put_in_panels(int64_t i, int64_t j, uint32_t code) {
+        const int64_t line = i / 32 * lines() + j / line_columns();
+        panels.data[(line * 32 + i % 32) * 4 + j % 4] |= code << (j % line_columns() / 4 * panels.m.bits);
     }
 };
 
-// What a call writes, and whether it could.
+float number(const void* data, int64_t i, int32_t type) {
+    if (type == TARDIS_FP32) return static_cast<const float*>(data)[i];
+    const uint16_t half = static_cast<const uint16_t*>(data)[i];
+    if (type == TARDIS_FP16) {
+        const float size = std::ldexp((half & 0x3ff) + 1024.0f, (half >> 10 & 31) - 25);
+        return half >> 15 ? -size : size;
+    }
+    const uint32_t bits = static_cast<uint32_t>(half) << 16;
+    float wide;
+    memcpy(&wide, &bits, sizeof wide);
+    return wide;
+}
+
+// What a call writes; nothing where it cannot.
 using Result = std::vector<float>;
 
 template <typename F>
-Result called(int64_t count, const F& call) {
-    Result y(count, NAN);
-    return call(y.data()) == TARDIS_OK ? y : Result();
+Result called(const std::vector<char>& x, int64_t tokens, int64_t width, int32_t type, int32_t bits, const F& call) {
+    std::vector<char> y(tokens * width * 4);
+    const TardisBatch batch = {x.data(), y.data(), tokens, type, bits, 1, 0};
+    Result numbers(call(batch) == TARDIS_OK ? tokens * width : 0);
+    for (size_t i = 0; i < numbers.size(); ++i) numbers[i] = number(y.data(), i, type);
+    return numbers;
 }
 
 Result product(const TardisMatrix& m, const std::vector<char>& x, int64_t tokens, int32_t type, int32_t bits) {
-    std::vector<char> own(tokens * m.rows * 4);
-    return called(tokens * m.rows, [&](float* y) {
-        const TardisBatch batch = {x.data(), own.data(), tokens, type, bits, 1, 0};
-        const TardisVector none = {};
-        const int32_t status = tardis_linear(&m, &none, &batch);
-        const auto* half = reinterpret_cast<const uint16_t*>(own.data());
-        for (int64_t i = 0; i < tokens * m.rows; ++i) {
-            uint32_t wide = type == TARDIS_BF16 ? static_cast<uint32_t>(half[i]) << 16 : half[i];
-            if (type == TARDIS_FP32) memcpy(&wide, own.data() + 4 * i, 4);
-            if (type == TARDIS_FP16) y[i] = std::ldexp((wide & 0x3ff) + 1024.0f, (wide >> 10 & 31) - 25) * (wide >> 15 ? -1 : 1);
-            else memcpy(y + i, &wide, 4);
-        }
-        return status;
+    const TardisVector none = {};
+    return called(x, tokens, m.rows, type, bits, [&](const TardisBatch& batch) {
+        return tardis_linear(&m, &none, &batch);
     });
 }
 
@@ -207,16 +226,8 @@ void compare_folded(Comparison& to, int32_t bits, int32_t type, int32_t activati
     for (int64_t tokens : {1, 3}) {
         const auto x = written(normal(tokens * d), type);
         const auto run = [&] {
-            std::vector<char> own(tokens * d * 4);
-            return called(tokens * d, [&](float* y) {
-                const TardisBatch batch = {x.data(), own.data(), tokens, type, 16, 1, 0};
-                const int32_t status = tardis_folded_ffn(&ffn, &batch);
-                for (int64_t i = 0; i < tokens * d; ++i) {
-                    uint32_t wide = static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(own.data())[i]) << 16;
-                    if (type == TARDIS_FP32) memcpy(&wide, own.data() + 4 * i, 4);
-                    memcpy(y + i, &wide, 4);
-                }
-                return status;
+            return called(x, tokens, d, type, 16, [&](const TardisBatch& batch) {
+                return tardis_folded_ffn(&ffn, &batch);
             });
         };
         const float bound = type == TARDIS_BF16 ? 1.0f / 128 : bits ? 1e-4f : 1e-5f;

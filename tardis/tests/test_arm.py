@@ -19,7 +19,7 @@ MISSING = [tool for tool in (COMPILER, "cmake", "ninja") if shutil.which(tool) i
 
 pytestmark = [
     long,
-    pytest.mark.skipif(platform.machine() == "aarch64", reason="test_kernels.py tests them on a processor that has them"),
+    pytest.mark.skipif(platform.machine() == "aarch64", reason="test_kernels.py tests them on such a processor"),
     pytest.mark.skipif(
         bool(MISSING) or EMULATOR is None or not SYSROOT.is_dir(),
         reason="needs cmake, ninja, and Debian's packages g++-aarch64-linux-gnu and qemu-user",

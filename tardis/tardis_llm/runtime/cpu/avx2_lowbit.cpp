@@ -6,7 +6,9 @@
 namespace tardis {
 namespace {
 
-inline TARDIS_INLINE Bytes values_at(const int8_t* x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)); }
+inline TARDIS_INLINE Bytes values_at(const int8_t* x) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+}
 
 // sum and the products of 64 codes with their values.
 template <int B>

@@ -1,7 +1,7 @@
 // What the kernels for ARM processors with the dot product share: registers of 16 bytes.
 //
-// They are compiled with the matrix product of 8-bit numbers (I8MM) and without; see CMakeLists.txt. What they define for
-// other files is in a namespace named after what it needs.
+// Products with matrices in few bits are compiled with the matrix product of 8-bit numbers (I8MM) and without; see
+// CMakeLists.txt. What is defined for other files is in a namespace named after what it needs.
 #pragma once
 #include "kernels.h"
 

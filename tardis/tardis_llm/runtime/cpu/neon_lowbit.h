@@ -31,7 +31,9 @@ inline TARDIS_INLINE void join(Bytes& high, Bytes& low) {
 }
 
 // So many scales from one on, in fp32; of 4 those beyond are zero.
-inline TARDIS_INLINE Floats scales_at(const uint16_t* scale, int64_t count) { return of_fp16(load_first(scale, count)); }
+inline TARDIS_INLINE Floats scales_at(const uint16_t* scale, int64_t count) {
+    return of_fp16(load_first(scale, count));
+}
 
 }  // namespace
 }  // namespace tardis

@@ -98,7 +98,8 @@ struct Sums {
 struct Scale {
     Floats unit, middle;
 
-    Scale(const Quantised& q, int64_t at, float half) : unit(constant(q.scale[at])), middle(constant(half * q.sum[at])) {}
+    Scale(const Quantised& q, int64_t at, float half)
+        : unit(constant(q.scale[at])), middle(constant(half * q.sum[at])) {}
 
     TARDIS_INLINE void add(Floats dot, const uint16_t* scale, float* out) const {
         const Floats own = of_fp16(vld1_u16(scale));
