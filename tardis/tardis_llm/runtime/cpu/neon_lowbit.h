@@ -10,6 +10,7 @@ namespace {
 // 16 bytes, or the first of them and zeros.
 inline TARDIS_INLINE Bytes load_bytes(const uint8_t* p, int64_t bytes) {
     if (bytes >= 16) return vld1q_u8(p);
+    if (bytes == 8) return vcombine_u8(vld1_u8(p), vdup_n_u8(0));
     alignas(16) uint8_t some[16] = {};
     if (bytes > 0) memcpy(some, p, static_cast<size_t>(bytes));
     return vld1q_u8(some);
