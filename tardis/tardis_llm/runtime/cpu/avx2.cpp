@@ -13,9 +13,8 @@ Table table_of(Product planes, Product panels) {
     Table table = kTable;
     table.bf16.gemm = table.fp16.gemm = gemm_avx2;
     table.sum_gemm = sum_gemm_avx2, table.down_gemm = down_gemm_avx2;
-    table.low_bit = planes, table.low_bit_panels = panels, table.add_low_bit = add_low_bit_avx2;
-    table.widen = widen_avx2, table.store = store_avx2, table.outside = outside_avx2;
-    table.activate = activate_avx2, table.largest = largest_avx2, table.round = round_avx2;
+    table.low_bit = planes, table.low_bit_panels = panels, table.add_low_bit = avx2::add_low_bit;
+    avx2::set_vectors(table);
     return table;
 }
 

@@ -25,11 +25,38 @@ constexpr bool kDots = true;
 constexpr bool kDots = false;
 #endif
 
+using Floats = __m256;
+using Integers = __m256i;  // of 32 bits
+
+inline TARDIS_INLINE Floats constant(float value) { return _mm256_set1_ps(value); }
+inline TARDIS_INLINE Floats plus_product(Floats sum, Floats a, Floats b) { return _mm256_fmadd_ps(a, b, sum); }
+inline TARDIS_INLINE Floats minus_product(Floats sum, Floats a, Floats b) { return _mm256_fnmadd_ps(a, b, sum); }
+inline TARDIS_INLINE Floats size_of(Floats x) { return _mm256_andnot_ps(constant(-0.0f), x); }
+inline TARDIS_INLINE Floats maximum(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+inline TARDIS_INLINE Floats above(Floats a, Floats b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }  // a mask
+inline TARDIS_INLINE float sum_of(Floats v) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+
+inline TARDIS_INLINE Integers plus(Integers a, Integers b) { return _mm256_add_epi32(a, b); }
+inline TARDIS_INLINE Integers minus(Integers a, Integers b) { return _mm256_sub_epi32(a, b); }
+inline TARDIS_INLINE Integers nearest(Floats x) { return _mm256_cvtps_epi32(x); }
+inline TARDIS_INLINE Floats floats(Integers x) { return _mm256_cvtepi32_ps(x); }
+// Of every lane, with its sign.
+inline TARDIS_INLINE Integers lowest_byte(Integers x) { return _mm256_srai_epi32(_mm256_slli_epi32(x, 24), 24); }
+inline TARDIS_INLINE Integers shifted_by_8(Integers x) { return _mm256_srai_epi32(x, 8); }
+
 // Of 8 lanes the first `count`, as masked loads want them. What is loaded behind smaller stores would wait for them.
 inline TARDIS_INLINE __m256i first8(int64_t count) {
     alignas(32) static constexpr int32_t kLanes[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kLanes + 8 - (count < 8 ? count : 8)));
 }
+
+inline TARDIS_INLINE Floats load_first(const float* p, int64_t count) { return _mm256_maskload_ps(p, first8(count)); }
+inline TARDIS_INLINE Floats load(const float* p) { return _mm256_loadu_ps(p); }
+inline TARDIS_INLINE void store(float* p, Floats x) { _mm256_storeu_ps(p, x); }
 
 // Sums of 16 bits, and the products of codes with values, two by two.
 inline TARDIS_INLINE __m256i add_products(__m256i sum, __m256i codes, __m256i values) {
@@ -74,7 +101,7 @@ inline TARDIS_INLINE __m256i add_wide_products(__m256i sum, __m256i codes, __m25
 
 }  // namespace
 
-// Products with matrices in few bits, in planes and in panels, of `avx2_lowbit.cpp` and `avx2_lowbit_panels.cpp`.
+// Of `avx2_lowbit.cpp` and `avx2_lowbit_panels.cpp`: products with matrices in few bits, in planes and in panels.
 namespace avx2 {
 void planes(const TardisMatrix& m, const Rows& rows, const Input& x, float* out);
 void panels(const TardisMatrix& m, const Rows& rows, const Input& x, float* out);
@@ -85,8 +112,12 @@ void planes(const TardisMatrix& m, const Rows& rows, const Input& x, float* out)
 void panels(const TardisMatrix& m, const Rows& rows, const Input& x, float* out);
 }  // namespace avxvnni
 
-// Of `avx2_add.cpp`; see `Accumulate`.
-void add_low_bit_avx2(const TardisMatrix& m, const Layout* layout, const Terms& terms, Range range, float* y);
+// Of `avx2_add.cpp` and `avx2_vectors.cpp`; for `widen` see `Widen`.
+namespace avx2 {
+void add_low_bit(const TardisMatrix& m, const Layout* layout, const Terms& terms, Range range, float* y);
+void widen(const TardisVector& v, int64_t begin, int64_t count, float* out);
+void set_vectors(Table& table);
+}  // namespace avx2
 
 // Of `avx2_gemm.cpp`; see `Gemm`, `SumGemm` and `DownGemm`.
 void gemm_avx2(const TardisMatrix& m, bool transposed, Range outputs, const Tokens& x, float* out, int64_t stride);
@@ -94,14 +125,6 @@ void sum_gemm_avx2(
     const TardisMatrix& m, const TardisMatrix& added, Range rows, const Tokens& x, float* out, int64_t stride
 );
 void down_gemm_avx2(const TardisMatrix& m, Range columns, const Tokens& x, float* out, int64_t stride);
-
-// Of `avx2_vectors.cpp`; see `Widen` and what follows it.
-void widen_avx2(const TardisVector& v, int64_t begin, int64_t count, float* out);
-void store_avx2(const TardisVector& to, int64_t begin, int64_t count, const float* values, const float* bias);
-uint64_t outside_avx2(const float* z, const float* low, const float* high, int64_t count);
-void activate_avx2(const TardisActivation& activation, float* z, int64_t count);
-float largest_avx2(const float* x, int64_t count);
-int64_t round_avx2(const float* x, int64_t count, float inverse, int8_t* first, int8_t* second);
 
 }  // namespace tardis
 #endif

@@ -87,7 +87,7 @@ void multiply(
         const int64_t end = begin + depth < inputs ? begin + depth : inputs;
         for (int64_t t = 0; t < x.count; ++t) {
             const int64_t at = t * x.stride + begin;
-            if (bf16) widen_avx2({x.bf16, TARDIS_BF16, 0}, at, end - begin, values + t * kDepth);
+            if (bf16) avx2::widen({x.bf16, TARDIS_BF16, 0}, at, end - begin, values + t * kDepth);
             else memcpy(values + t * kDepth, x.f32 + at, static_cast<size_t>(end - begin) * sizeof *values);
         }
         for (int64_t i = outputs.begin; i < outputs.end; i += kOutputs) {
@@ -142,7 +142,7 @@ public:
         const int64_t count = m_.columns - output < kOutputs ? m_.columns - output : kOutputs;
         for (int64_t k = 0; k < end - begin; ++k, from += m_.columns) {
             if (count < kOutputs) {
-                widen_avx2({from, m_.type, 0}, 0, count, panel_[k]);
+                avx2::widen({from, m_.type, 0}, 0, count, panel_[k]);
                 continue;
             }
             each<2>([&](auto v) TARDIS_INLINE { _mm256_store_ps(panel_[k] + 8 * v, wide(from + 8 * v, type_)); });

@@ -4,6 +4,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace tardis {
@@ -50,6 +54,25 @@ bool find_amx() {
 #endif
 }
 
+#if defined(__aarch64__) && defined(__linux__)
+constexpr unsigned long kDotProduct = 1ul << 20, kI8mm = 1ul << 13;  // of AT_HWCAP, of AT_HWCAP2
+
+bool find_neon() { return getauxval(AT_HWCAP) & kDotProduct; }
+bool find_i8mm() { return find_neon() && (getauxval(AT_HWCAP2) & kI8mm); }
+#elif defined(__aarch64__) && defined(__APPLE__)
+bool has_feature(const char* name) {
+    int32_t value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
+}
+
+bool find_neon() { return has_feature("hw.optional.arm.FEAT_DotProd"); }
+bool find_i8mm() { return find_neon() && has_feature("hw.optional.arm.FEAT_I8MM"); }
+#else
+bool find_neon() { return false; }
+bool find_i8mm() { return false; }
+#endif
+
 // Asked once: in a virtual machine the instruction that tells takes as long as a small product.
 bool has_avxvnni() {
     static const bool found = find_avxvnni();
@@ -58,6 +81,16 @@ bool has_avxvnni() {
 
 bool has_amx() {
     static const bool found = find_amx();
+    return found;
+}
+
+bool has_neon() {
+    static const bool found = find_neon();
+    return found;
+}
+
+bool has_i8mm() {
+    static const bool found = find_i8mm();
     return found;
 }
 
@@ -70,13 +103,15 @@ const Table* table_of(int32_t isa) {
         case TARDIS_AVX512: return has_avx512() ? avx512_table() : nullptr;
         case TARDIS_AVXVNNI: return has_avxvnni() ? avxvnni_table() : nullptr;
         case TARDIS_AVX2: return has_avx2() ? avx2_table() : nullptr;
+        case TARDIS_NEON: return has_neon() ? neon_table() : nullptr;
+        case TARDIS_I8MM: return has_i8mm() ? i8mm_table() : nullptr;
         case TARDIS_PORTABLE: return portable_table();
         default: return nullptr;
     }
 }
 
 int32_t best() {
-    for (int32_t isa = TARDIS_AMX; isa > TARDIS_PORTABLE; --isa)
+    for (int32_t isa = TARDIS_I8MM; isa > TARDIS_PORTABLE; --isa)
         if (table_of(isa)) return isa;
     return TARDIS_PORTABLE;
 }

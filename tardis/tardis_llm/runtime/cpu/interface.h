@@ -50,6 +50,8 @@ enum TardisIsa : int32_t {
     TARDIS_AVX512VNNI,  // and VNNI
     TARDIS_AVX512,      // and BF16
     TARDIS_AMX,
+    TARDIS_NEON,        // of ARM, with the dot product of 8-bit numbers
+    TARDIS_I8MM,        // and their matrix product
 };
 enum TardisActivationKind : int32_t {
     TARDIS_GELU,

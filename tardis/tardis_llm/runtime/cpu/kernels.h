@@ -193,6 +193,8 @@ const Table* avx512bw_table();    // null where not compiled in
 const Table* avx512vnni_table();  // null where not compiled in
 const Table* avx512_table();      // null where not compiled in
 const Table* amx_table();         // null where not compiled in, or not allowed
+const Table* neon_table();        // null where not compiled in
+const Table* i8mm_table();        // null where not compiled in
 
 static inline float from_bf16(uint16_t value) {
     const uint32_t bits = static_cast<uint32_t>(value) << 16;
@@ -210,6 +212,21 @@ static inline uint16_t to_bf16(float value) {
     return static_cast<uint16_t>(is_nan ? nan : nearest);
 }
 
+#if defined(__aarch64__)
+// Every such processor has instructions for both ways.
+static inline float from_fp16(uint16_t value) {
+    __fp16 half;
+    memcpy(&half, &value, sizeof half);
+    return half;
+}
+
+static inline uint16_t to_fp16(float value) {
+    const __fp16 half = static_cast<__fp16>(value);
+    uint16_t bits;
+    memcpy(&bits, &half, sizeof bits);
+    return bits;
+}
+#else
 // Subnormal numbers are taken for a fraction behind 2^-14, which is then subtracted. Without branches, as `to_bf16`.
 static inline float from_fp16(uint16_t value) {
     const uint32_t sign = static_cast<uint32_t>(value & 0x8000u) << 16;
@@ -239,6 +256,7 @@ static inline uint16_t to_fp16(float value) {
     const uint32_t large = size > 0x7f800000u ? 0x7e00u : 0x7c00u, finite = size < 0x38800000u ? subnormal : normal;
     return static_cast<uint16_t>(sign | (size >= 0x477ff000u ? large : finite));
 }
+#endif
 
 // Number i of a vector in fp32; zero where there is no vector.
 static inline float number(const TardisVector& v, int64_t i) {

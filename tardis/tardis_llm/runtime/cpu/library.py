@@ -29,7 +29,7 @@ from .structures import FFN, OPERATIONS, STRUCTURES, Batch, Matrix, Type, Vector
 #: tokens of the largest batch
 MAX_TOKENS = 64
 #: instruction sets that the kernels are written for, in the order of `TardisIsa` of interface.h
-ISAS = ("portable", "avx2", "avxvnni", "avx512bw", "avx512vnni", "avx512", "amx")
+ISAS = ("portable", "avx2", "avxvnni", "avx512bw", "avx512vnni", "avx512", "amx", "neon", "i8mm")
 #: what a `TardisStatus` means
 _STATUSES = {
     "ok": "",

@@ -25,6 +25,8 @@ thread_local int number = -1;
 inline void pause() {
 #if defined(__x86_64__) || defined(_M_X64)
     _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("isb" ::: "memory");  // `yield` returns at once on most
 #endif
 }
 
