@@ -93,7 +93,7 @@ class CpuFFN:
         return self._has_exact and x.dtype == torch.bfloat16
 
     def _fixes_often(self, x: Tensor) -> bool:
-        """Whether so many neurons are fixed that computing all of them in fp32 takes no longer, by some of the tokens."""
+        """Whether so many neurons are fixed that computing all in fp32 takes no longer, by some of the tokens."""
         some = x[:: max(1, len(x) // _SAMPLED)].contiguous()
         return float(self.fixed(some).float().mean()) > _pays_to_compute_all(self._d)
 
