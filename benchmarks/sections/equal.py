@@ -22,6 +22,7 @@ budgets. What is judged is what decodes: every linear layer is in few bits, atte
 from panels, so that `int3` is smaller than `int4` and slower. Files of llama.cpp are made by its own
 quantiser, without an importance matrix, out of the same weights; `pure` has the head, too, in the type of the name.
 Perplexities of files are of their weights written out and judged by us; those by llama.cpp's own logits stand beside.
+Inputs of our linear layers had 16 bits; with 8, as now, int4 of Qwen2.5-Coder-0.5B loses 0.001 to 0.002 nats more.
 By `benchmarks/equal_quality.py`."""
 
 FROM_A_FILE = """The dense weights of the real models were written out of a Q4_K_M file. So that file loses nothing

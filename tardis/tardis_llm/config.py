@@ -122,8 +122,9 @@ class FoldConfig:
         allowed, bits, length = (None, *PREDICTOR_BITS), self.predictor_bits, self.sequence_length
         most = self.fallback_bits or max(PREDICTOR_BITS)
         self._require("reduction", 0 < self.reduction < 1, "a number between 0 and 1, such as 0.8")
-        self._require("split", self.split in (None, *get_args(Split)), f"one of {', '.join(get_args(Split))} or None")
-        self._require("select", self.select in (None, *get_args(Select)), f"one of {', '.join(get_args(Select))} or None")
+        for name, kind in (("split", Split), ("select", Select)):
+            valid = getattr(self, name) in (None, *get_args(kind))
+            self._require(name, valid, f"one of {', '.join(get_args(kind))} or None")
         for name, kind in (("policy", Policy), ("rounding", Rounding), ("target", Target)):
             self._require(name, getattr(self, name) in get_args(kind), f"one of {', '.join(get_args(kind))}")
         self._require("predictor_bits", bits in allowed, f"one of {allowed}")

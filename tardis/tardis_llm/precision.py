@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _PRODUCTS = frozenset(
-    (F.linear, F.conv1d, F.scaled_dot_product_attention, torch.matmul, torch.bmm, torch.addmm, torch.baddbmm)
-    + (Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.addmm, Tensor.baddbmm)
+    {
+        *(F.linear, F.conv1d, F.scaled_dot_product_attention, torch.matmul, torch.bmm, torch.addmm, torch.baddbmm),
+        *(Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.addmm, Tensor.baddbmm),
+    }
 )
 _FEW = 16  # rows up to which reading a matrix takes longer than its products
 

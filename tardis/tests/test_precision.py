@@ -1,4 +1,4 @@
-"""Products in dtypes that the CPU has no arithmetic for are computed in fp32, and are what they were but for rounding."""
+"""Products in dtypes that the CPU has no arithmetic for are computed in fp32, and differ by rounding only."""
 
 from __future__ import annotations
 

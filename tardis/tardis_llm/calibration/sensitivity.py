@@ -76,7 +76,9 @@ def _relative_gradients(model: PreTrainedModel, sites: Sequence[FFNSite], window
             hooks.callback(site.down.register_forward_hook(probe).remove)
             hooks.callback(site.block.register_forward_hook(leave).remove)
         for block in named_blocks(model).values():  # each is computed again on the way back, and kept no longer
-            again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts)
+            again = partial(
+                checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts
+            )
             hooks.enter_context(running(block, again))
         ids = window.to(model.device)
         logits = model(input_ids=ids[None], use_cache=False, return_dict=True).logits[0]
