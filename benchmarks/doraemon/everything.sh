@@ -6,8 +6,8 @@
 #   benchmarks/doraemon/everything.sh all
 #
 # How long each part took is printed after it, and of all parts at the end, beside the minutes that were expected.
-# TEXTS is the folder of the texts, PY the Python that has the packages. Rows measured on another machine are dropped from
-# a file by the first row that is measured on this one: run all parts of a file, or its other rows are lost.
+# TEXTS is the folder of the texts, PY the Python that has the packages. Each processor's rows are in a folder of its own;
+# rows measured with another Python or NumPy are dropped from a file by the first row that is measured with this one.
 # The page needs of each file at least: batches 4M and 64M uniform, changes at 4M and 64M. "page" makes it of what is there.
 REPO=$(cd "$(dirname "$0")/../.." && pwd)
 PY=${PY:-$REPO/.venv/bin/python}

@@ -7,8 +7,10 @@ The picture needs matplotlib, the page nothing.
 
 from __future__ import annotations
 
-from pages import changes, lookups, losses, moving, paper, single, skew, targets, texts, threads
-from pages.measured import RESULTS, ROOT, Results
+from functools import reduce
+
+from pages import changes, lookups, losses, moving, paper, processors, single, skew, targets, texts, threads
+from pages.measured import RESULTS, ROOT, Results, by_processor
 from pages.picture import plot
 
 PAGE = ROOT / "docs" / "doraemon.md"
@@ -19,8 +21,21 @@ PICTURE = ROOT / "docs" / "images" / "doraemon.png"
 PARTS = [targets, lookups, texts, threads, skew, moving, changes, single, paper, losses]
 
 
-def page(results: Results) -> str:
-    """The whole page, without sections of which nothing was measured."""
+def page(all_results: list[Results]) -> str:
+    """The whole page: what the first processor measured, the others where it measured nothing, and all side by side."""
+    results = reduce(Results.or_else, all_results)
+    return sections_of(results) + side_by_side(all_results)
+
+
+def side_by_side(all_results: list[Results]) -> str:
+    """The section on all processors, none of one alone."""
+    if len(all_results) == 1:
+        return ""
+    return f"\n## By processor\n\n{processors.PROCESSORS}\n\n{processors.processors(all_results)}\n"
+
+
+def sections_of(results: Results) -> str:
+    """The head of the page and its sections, without those of which nothing was measured."""
     head = HEAD.format(**results.machine)
     sections = [section for part in PARTS for section in part.SECTIONS if section.is_measured(results)]
     parts = [
@@ -83,10 +98,10 @@ def replace_part(text: str, part: str) -> str:
 
 
 def main() -> None:
-    results = Results.read(RESULTS)
-    PAGE.write_text(page(results), encoding="utf-8")
-    README.write_text(replace_part(README.read_text(encoding="utf-8"), readme_part(results)), encoding="utf-8")
-    plot(results, PICTURE)
+    all_results = by_processor(RESULTS)
+    PAGE.write_text(page(all_results), encoding="utf-8")
+    README.write_text(replace_part(README.read_text(encoding="utf-8"), readme_part(all_results[0])), encoding="utf-8")
+    plot(all_results[0], PICTURE)
     print(f"made {PAGE}, {PICTURE} and a part of {README}")
 
 

@@ -51,10 +51,7 @@ def ours(pairs: dict[int, int]) -> Table:
     index = Index(np.fromiter(pairs, np.int64), np.fromiter(pairs.values(), np.int64))
 
     def scan(key: int, length: int) -> int:
-        first = index.bisect_left(key)
-        if first + length >= len(index):
-            return len(index.items(key)[0])
-        return len(index.items(key, index.select(first + length))[0])
+        return len(index.items(key, limit=length)[0])
 
     def modify(key: int, value: int) -> None:
         index.update(key, int(index[key]) + value)

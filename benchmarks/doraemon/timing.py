@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -68,12 +69,12 @@ def show(row: Row) -> None:
 
 
 def keep(name: str, rows: list[Row], by: list[str]) -> None:
-    """Put rows among the results, in place of those that have the same values of the fields `by`.
+    """Put rows among this processor's results, in place of those that have the same values of the fields `by`.
 
-    Rows that another machine measured are dropped, as a file states one machine.
+    Each processor has a folder. Rows of other software are dropped, as a file states one.
     """
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    path = RESULTS / folder_of(processor()) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     held = json.loads(path.read_text()) if path.exists() else {}
     kept = held["rows"] if held.get("machine") == machine() else []
     fresh = {tuple(row[field] for field in by) for row in rows}
@@ -84,15 +85,22 @@ def keep(name: str, rows: list[Row], by: list[str]) -> None:
 
 def machine() -> Row:
     """What the figures are of."""
-    return {"processor": _processor(), "python": platform.python_version(), "numpy": np.__version__, "threads": 1}
+    return {"processor": processor(), "python": platform.python_version(), "numpy": np.__version__, "threads": 1}
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Its name with family and model, as vendors give different processors one name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
     known = dict(line.split(":", 1) for line in lines if ":" in line)
     fields = {name.strip(): value.strip() for name, value in known.items()}
-    family = fields.get("cpu family", "?")
-    return f"{fields.get('model name', '')}, family {family}, cache {fields.get('cache size', '?')}"
+    family, model = fields.get("cpu family", "?"), fields.get("model", "?")
+    cache = fields.get("cache size", "?")
+    return f"{fields.get('model name', '')}, family {family}, model {model}, cache {cache}"
+
+
+def folder_of(name: str) -> str:
+    """The folder of a processor's results: its name in small letters and digits."""
+    return "-".join(re.findall(r"[a-z0-9]+", name.split(", cache")[0].lower()))

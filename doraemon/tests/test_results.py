@@ -9,27 +9,40 @@ from types import ModuleType
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "doraemon" / "results.py"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks" / "doraemon"
+
+
+def load(name: str) -> ModuleType:
+    """A script of the benchmarks."""
+    path = BENCHMARKS / f"{name}.py"
+    if not path.exists():
+        pytest.skip("the benchmarks are in the repository only")
+    spec = importlib.util.spec_from_file_location(f"doraemon_{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(BENCHMARKS))  # where a script's own modules are
+    spec.loader.exec_module(module)
+    sys.path.remove(str(BENCHMARKS))
+    return module
 
 
 @pytest.fixture(scope="module")
 def results() -> ModuleType:
-    if not SCRIPT.exists():
-        pytest.skip("the benchmarks are in the repository only")
-    spec = importlib.util.spec_from_file_location("doraemon_results", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(SCRIPT.parent))  # where a script's own modules are
-    spec.loader.exec_module(module)
-    sys.path.remove(str(SCRIPT.parent))
-    return module
+    return load("results")
 
 
 def test_the_published_page_is_made_of_the_published_results(results: ModuleType) -> None:
-    measured = results.Results.read(results.RESULTS)
+    measured = results.by_processor(results.RESULTS)
     assert results.PAGE.read_text(encoding="utf-8") == results.page(measured)
     readme = results.README.read_text(encoding="utf-8")
-    assert results.replace_part(readme, results.readme_part(measured)) == readme
+    assert results.replace_part(readme, results.readme_part(measured[0])) == readme
+
+
+def test_processors_of_one_name_are_kept_apart(results: ModuleType) -> None:
+    names = ["AMD EPYC, family 25, model 1, cache 512 KB", "AMD EPYC, family 25, model 17, cache 1024 KB"]
+    assert [load("timing").folder_of(name) for name in names] == ["amd-epyc-family-25-model-1", "amd-epyc-family-25-model-17"]
+    for measured in results.by_processor(results.RESULTS):
+        assert len({machine["processor"] for machine in measured.machines.values()}) == 1
 
 
 def test_a_target_is_met_by_the_worse_quartile(results: ModuleType) -> None:
@@ -48,12 +61,12 @@ def test_what_is_slower_than_others_is_bold(results: ModuleType) -> None:
 
 def test_the_picture_is_drawn(results: ModuleType, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib draws the picture and nothing else")
-    results.plot(results.Results.read(results.RESULTS), tmp_path / "plot.png")
+    results.plot(results.by_processor(results.RESULTS)[0], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
 
 
 def test_sections_are_of_what_was_measured_and_name_another_machine(results: ModuleType) -> None:
-    measured = results.Results.read(results.RESULTS)
+    measured = results.by_processor(results.RESULTS)[0]
     other = {"processor": "another one", "python": "3", "numpy": "2"}
     measured.machines["threads"] = other
     measured.rows["threads"] = [
@@ -66,8 +79,8 @@ def test_sections_are_of_what_was_measured_and_name_another_machine(results: Mod
             "ratio": {"1 threads": [0.8, 0.83, 0.9]},
         }
     ]
-    page = results.page(measured)
+    page = results.page([measured])
     assert "\nOn another one; Python 3, NumPy 2.\n\n| n | question |" in page
     assert "`count` by 2 threads on 1 cores, 4M: 1.20 times as long as by one." in page
     measured.rows["threads"] = []
-    assert "## Threads" not in results.page(measured)
+    assert "## Threads" not in results.page([measured])

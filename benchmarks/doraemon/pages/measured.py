@@ -23,14 +23,14 @@ Row = dict[str, Any]
 
 @dataclass
 class Results:
-    """All rows, by the part of the benchmarks that made them."""
+    """All rows, by the part of the benchmarks that made them; each part's are of one processor."""
 
     rows: dict[str, list[Row]]
     machines: dict[str, dict[str, Any]]  #: that each part was measured on
 
     @classmethod
     def read(cls, folder: Path) -> Results:
-        """The parts that were measured."""
+        """What one processor measured, whose folder it is."""
         files = {name: folder / f"{name}.json" for name in PARTS}
         parts = {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
         rows = {name: parts[name]["rows"] if name in parts else [] for name in PARTS}
@@ -47,6 +47,11 @@ class Results:
         """That of the batches, which the page is said to be of; other parts say theirs if it is another."""
         return self.machines["lookups_batches"]
 
+    def or_else(self, other: Results) -> Results:
+        """These parts, and those of another processor that this one did not measure."""
+        missing = {part: machine for part, machine in other.machines.items() if part not in self.machines}
+        return Results(self.rows | {part: other.rows[part] for part in missing}, self.machines | missing)
+
     def of(self, part: str, **fields: Any) -> list[Row]:
         """The rows of a part that have these values."""
         return [row for row in self.rows[part] if all(row[name] == value for name, value in fields.items())]
@@ -54,6 +59,12 @@ class Results:
     def one(self, part: str, **fields: Any) -> Row:
         (row,) = self.of(part, **fields)
         return row
+
+
+def by_processor(folder: Path) -> list[Results]:
+    """What each processor measured; the first is the one that measured most."""
+    all_results = [Results.read(each) for each in sorted(folder.iterdir()) if each.is_dir()]
+    return sorted(all_results, key=lambda results: -len(results.machines))
 
 
 class Section(NamedTuple):
