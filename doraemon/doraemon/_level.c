@@ -187,11 +187,11 @@ static int is_map(const Level *level) { return level->convert != Py_None; }
 
 /* The place of a code in the base, and its rank in the run. What was read is often changed next, so the last code that was
  * looked for is known. */
-static Place place_in_base(Level *level, uint64_t code, int64_t *run)
+static Place place_in_base(Level *level, const Cut *cut, int64_t *run)
 {
-    if (!level->has_last || level->last_code != code) {
-        level->last = ask_place(level->base, code, &level->last_run);
-        level->last_code = code;
+    if (!level->has_last || level->last_code != cut->code) {
+        level->last = ask_place(level->base, cut, &level->last_run);
+        level->last_code = cut->code;
         level->has_last = 1;
     }
     *run = level->last_run;
@@ -199,12 +199,12 @@ static Place place_in_base(Level *level, uint64_t code, int64_t *run)
 }
 
 /* Look for a code. Whether it is in the index. */
-static int spot(Level *level, uint64_t code, Spotted *at)
+static int spot(Level *level, const Cut *cut, Spotted *at)
 {
-    at->code = code;
+    uint64_t code = at->code = cut->code;
     at->found = seek(level, code, &at->b, &at->i);
     if (!at->found) {
-        Place place = place_in_base(level, code, &at->rank);
+        Place place = place_in_base(level, cut, &at->rank);
         at->rank = with_shifts(&level->base->search, code, at->rank);
         return place.present;
     }
@@ -243,7 +243,7 @@ static PyObject *level_rank(Level *level, PyObject *key, int right)
     if (cut.above || (right && cut.code == UINT64_MAX))
         return PyLong_FromLongLong(length_of(s) + level->net);
     uint64_t q = cut.code + (uint64_t)right;
-    return PyLong_FromLongLong(ask_rank(s, cut.code, right) + shift_below(level, q));
+    return PyLong_FromLongLong(ask_rank(s, &cut, right) + shift_below(level, q));
 }
 
 static PyObject *level_left(PyObject *self, PyObject *key) { return level_rank((Level *)self, key, 0); }
@@ -256,7 +256,7 @@ static PyObject *level_contains(PyObject *self, PyObject *key)
     Spotted at;
     if (cut_of(level->base, key, &cut) < 0)
         return NULL;
-    return PyBool_FromLong(cut.exact && !cut.above && spot(level, cut.code, &at));
+    return PyBool_FromLong(cut.exact && !cut.above && spot(level, &cut, &at));
 }
 
 /* A value of an entry. */
@@ -285,7 +285,7 @@ static PyObject *level_get(PyObject *self, PyObject *const *args, Py_ssize_t cou
         const Block *block = level->blocks[b];
         return block->values[i] != NULL ? value_of(level, block->values[i], block->bytes[i]) : Py_NewRef(args[1]);
     }
-    Place place = place_in_base(level, cut.code, &run);
+    Place place = place_in_base(level, &cut, &run);
     return place.present ? PySequence_GetItem(level->base->values[place.layer], (Py_ssize_t)place.position)
                          : Py_NewRef(args[1]);
 }
@@ -337,7 +337,7 @@ static PyObject *put_one(Level *level, PyObject *key, PyObject *given, int repla
         Py_XDECREF(value);
         Py_RETURN_NONE;
     }
-    int there = spot(level, cut.code, &at) && is_map(level);
+    int there = spot(level, &cut, &at) && is_map(level);
     if (there && !replace) {
         Py_DECREF(value);
         Py_RETURN_FALSE;
@@ -376,7 +376,7 @@ static PyObject *level_discard(PyObject *self, PyObject *key)
         Py_RETURN_NONE;
     if (!cut.exact || cut.above)
         Py_RETURN_FALSE;
-    if (!spot(level, cut.code, &at))
+    if (!spot(level, &cut, &at))
         Py_RETURN_FALSE;
     if (change_entry(level, &at, -1, NULL, 0) < 0)
         return NULL;

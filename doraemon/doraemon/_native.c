@@ -1063,13 +1063,15 @@ enum { ENTRIES_OF, LEFT_OF, WINDOWS_OF, SUMMARIES_OF, DELTA_BUFFERS };
 enum { KEYS, BOUNDS, BUCKETS, LEAVES, HOT, OLDER, NEWER = OLDER + DELTA_BUFFERS, SAMPLES = NEWER + DELTA_BUFFERS, TAKEN,
        LEARNED, LEARNER_NOTES, N_BUFFERS };
 
+enum { TIERS, FINDERS, N_NAMES }; /* of attributes that C asks for, as str */
+
 /* `kind` is the letter of the keys' dtype, `cut` maps keys that C does not read by itself, and `values` are those of
  * the run and of the deltas, None for a multiset. `lexicon` has the trees of keys that are texts, else it is None. */
 typedef struct {
     PyObject_HEAD
     Search search;
     int kind, itemsize, n_held;
-    PyObject *cut, *lexicon, *values[1 + DELTAS];
+    PyObject *cut, *lexicon, *names[N_NAMES], *values[1 + DELTAS];
     Py_buffer held[N_BUFFERS], raw[1 + DELTAS]; /* the values' bytes, where they are plain ones of `value_size` bytes */
     Py_ssize_t value_size;
 } View;
@@ -1120,6 +1122,8 @@ static void view_dealloc(PyObject *self)
     release_buffers(view->raw, view->value_size > 0 ? 1 + DELTAS : 0);
     Py_XDECREF(view->cut);
     Py_XDECREF(view->lexicon);
+    for (int i = 0; i < N_NAMES; i++)
+        Py_XDECREF(view->names[i]);
     for (int i = 0; i <= DELTAS; i++)
         Py_XDECREF(view->values[i]);
     free_view(self);
@@ -1206,6 +1210,10 @@ static PyObject *view_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     view->itemsize = itemsize;
     view->cut = Py_NewRef(cut);
     view->lexicon = Py_NewRef(lexicon);
+    view->names[TIERS] = PyUnicode_InternFromString("tiers");
+    view->names[FINDERS] = PyUnicode_InternFromString("finders");
+    if (view->names[TIERS] == NULL || view->names[FINDERS] == NULL)
+        goto failed;
     for (int i = 0; i <= DELTAS; i++)
         view->values[i] = Py_NewRef(values[i]);
     return (PyObject *)view;
@@ -1270,9 +1278,11 @@ static int code_of(const View *view, PyObject *key, uint64_t *code)
     return known;
 }
 
-/* Where a single key of any type cuts the codes: at the least code that is not below it, unless it is above all. */
+/* Where a single key of any type cuts the codes: at the least code that is not below it, unless it is above all. A guess
+ * where the run may have it is worth the look. */
 typedef struct {
     uint64_t code;
+    int64_t near;
     int exact, above;
 } Cut;
 
@@ -1288,8 +1298,8 @@ static int cut_of_text(View *view, PyObject *key, Cut *cut)
         PyErr_Clear();
         return 0;
     }
-    PyObject *trees = trees_of(view->lexicon);
-    int found = trees == NULL ? -1 : code_in_trees(trees, text, &cut->code);
+    PyObject *trees = trees_of(view);
+    int found = trees == NULL ? -1 : code_in_trees(trees, text, view->search.keys, &cut->code, &cut->near);
     Py_XDECREF(trees);
     cut->exact = !(cut->code & 1);
     return found < 0 ? -1 : 1;
@@ -1356,23 +1366,35 @@ static int64_t rank_of_code(const Search *s, uint64_t code, int right)
     return with_shifts(s, q, rank);
 }
 
-/* The same for a reader, whose accesses are sampled. */
-static int64_t ask_rank(Search *s, uint64_t code, int right)
+/* Whether the first key of the run with the cut's code is where it was guessed. */
+static inline int is_near(const Search *s, const Cut *cut)
 {
-    sample_code(s, code);
-    return rank_of_code(s, code, right);
+    int64_t near = cut->near;
+    return near < s->n && s->keys[near] == cut->code && (near == 0 || s->keys[near - 1] != cut->code);
+}
+
+/* The same for a reader, whose accesses are sampled. */
+static int64_t ask_rank(Search *s, const Cut *cut, int right)
+{
+    sample_code(s, cut->code);
+    if (!is_near(s, cut))
+        return rank_of_code(s, cut->code, right);
+    int64_t after = right ? copies_in_run(s, cut->code, cut->near) : 0;
+    return with_shifts(s, cut->code + (uint64_t)right, cut->near + after);
 }
 
 /* The place of a code, for a reader, whose accesses are sampled and who may go on to the values; and its rank in the run,
  * which writers need. */
-static Place ask_place(View *view, uint64_t code, int64_t *run)
+static Place ask_place(View *view, const Cut *cut, int64_t *run)
 {
     Search *s = &view->search;
-    uint64_t found;
+    uint64_t code = cut->code, found;
     sample_code(s, code);
-    int hot = ask_tables(s, code, &found);
-    int64_t rank = *run = hot ? rank_in(found) : run_rank_beside(s, code, view->raw[0].buf, view->value_size);
-    if (!hot)
+    int near = is_near(s, cut), hot = !near && ask_tables(s, code, &found);
+    int64_t rank = *run = near  ? cut->near
+                          : hot ? rank_in(found)
+                                : run_rank_beside(s, code, view->raw[0].buf, view->value_size);
+    if (!near && !hot)
         learn_one(s, code, rank, 0);
     int in_run = hot ? copies_in(found) > 0 : is_in_run(s, code, rank);
     return place_of(s, code, rank, in_run, entry_for(s->deltas, code, rank), entry_for(s->deltas + 1, code, rank));
@@ -1387,7 +1409,7 @@ static PyObject *view_rank(View *view, PyObject *key, int right)
     right = right && cut.exact;
     if (cut.above || (right && cut.code == UINT64_MAX))
         return PyLong_FromLongLong(length_of(s));
-    return PyLong_FromLongLong(ask_rank(s, cut.code, right));
+    return PyLong_FromLongLong(ask_rank(s, &cut, right));
 }
 
 static PyObject *view_left(PyObject *self, PyObject *key) { return view_rank((View *)self, key, 0); }
@@ -1402,7 +1424,7 @@ static int find(View *view, PyObject *key, Place *place)
     if (cut_of(view, key, &cut) < 0)
         return -1;
     if (cut.exact && !cut.above)
-        *place = ask_place(view, cut.code, &run);
+        *place = ask_place(view, &cut, &run);
     return 0;
 }
 
@@ -1502,7 +1524,7 @@ static PyMethodDef view_methods[] = {
      "neighbour(key, right, offset): the code `offset` ranks from the key's left or right rank, None if there is none."},
     {"count", (PyCFunction)(void (*)(void))view_count, METH_FASTCALL, "count(low, high): the keys between two ends."},
     {"scan", (PyCFunction)(void (*)(void))view_scan, METH_FASTCALL,
-     "scan(low, high, most, new): the keys between two ends, in arrays that `new` makes."},
+     "scan(low, high, limit, most, new): the first keys between two ends, in arrays that `new` makes."},
     {"within_error_bounds", view_within_error_bounds, METH_NOARGS,
      "Whether every key of the run lies within the error bound that its leaf states."},
     {NULL, NULL, 0, NULL},

@@ -18,12 +18,14 @@ typedef struct {
     int as_bytes;
 } Single;
 
-/* Arrays to fill: codes, and either the bytes of values or where values are. */
+/* Arrays to fill: codes, and either the bytes of values or where values are. What was `cut` has no room for the last copies
+ * of its last code. */
 typedef struct {
     uint64_t *codes;
     char *raw;
     uint8_t *layers;
     int64_t *positions, count, filled;
+    int cut;
 } Filling;
 
 static const char NO_FIT[] = "the changes do not fit the keys: the file is damaged, open it with verify=True";
@@ -39,7 +41,7 @@ static int64_t merged_rank(View *view, const Level *level, const Cut *cut, int r
     if (cut->above || (right && cut->code == UINT64_MAX))
         return merged_length(view, level);
     int64_t shift = level != NULL ? shift_below(level, cut->code + (uint64_t)right) : 0;
-    return ask_rank(&view->search, cut->code, right) + shift;
+    return ask_rank(&view->search, cut, right) + shift;
 }
 
 /* ------------------------------------------------------------------ select */
@@ -182,9 +184,16 @@ static Spot spot_of(View *view, const Level *level, const Cut *cut)
     return spot;
 }
 
+/* How many of so many keys there is room for; below 0 if that is not as many as there should be. */
+static int64_t fitting(const Filling *out, int64_t count)
+{
+    int64_t room = out->count - out->filled;
+    return count <= room ? count : out->cut ? room : -1;
+}
+
 static int put_run(const View *view, Filling *out, int64_t from, int64_t count)
 {
-    if (count > out->count - out->filled)
+    if ((count = fitting(out, count)) < 0)
         return -1;
     int64_t at = out->filled, size = view->value_size;
     memcpy(out->codes + at, view->search.keys + from, (size_t)count * 8);
@@ -201,7 +210,7 @@ static int put_run(const View *view, Filling *out, int64_t from, int64_t count)
 /* Some copies of a code; of a map the value of the layer that changed it last. That of the level comes later. */
 static int put_changed(const View *view, Filling *out, uint64_t code, int64_t count, int layer, int64_t position)
 {
-    if (count < 0 || count > out->count - out->filled)
+    if (count < 0 || (count = fitting(out, count)) < 0)
         return -1;
     int64_t size = view->value_size;
     for (int64_t i = 0; i < count; i++, out->filled++) {
@@ -257,7 +266,7 @@ static int fill_between(const View *view, Spot at, Spot end, Single *single, int
         const Single *late = layer > DELTAS ? single - 1 : NULL;
         if (put_changed(view, out, code, count, layer, position) < 0)
             return -1;
-        if (late != NULL && late->as_bytes && out->raw != NULL)
+        if (late != NULL && late->as_bytes && out->raw != NULL && late->place < out->filled)
             memcpy(out->raw + late->place * view->value_size, &late->bytes, sizeof late->bytes);
     }
 }
@@ -341,6 +350,7 @@ static PyObject *scan_into(View *view, Level *level, Spot from, Spot to, const C
     int given = hold_arrays(view, arrays, count, held, &out), failed = -1;
     if (given < 0)
         return NULL;
+    out.cut = count < to.rank - from.rank;
     int64_t singles = count > 0 ? singles_between(level, low, high, &single) : 0;
     if (level != NULL && singles >= 0)
         failed = count > 0 && fill_between(view, from, to, single, singles, &out) < 0;
@@ -371,16 +381,29 @@ static int cut_of_end(View *view, PyObject *end, int is_high, Cut *cut)
     return failed;
 }
 
-/* scan(low, high, most, new): what lies from `low` on and below `high`, in arrays that `new` makes for so many keys. The
- * arrays, and pairs of places and values that the level has; None for more than `most` keys. */
+/* The spot behind the last of so many keys from a spot on, and the cut there; -1 and an error if numbers lie. */
+static int spot_after(View *view, Level *level, Spot from, int64_t count, Cut *cut, Spot *to)
+{
+    uint64_t code;
+    if (!merged_select(view, level, from.rank + count - 1, &code)) {
+        PyErr_SetString(PyExc_ValueError, NO_FIT);
+        return -1;
+    }
+    *cut = code == UINT64_MAX ? (Cut){.above = 1} : (Cut){.code = code + 1};
+    *to = spot_of(view, level, cut);
+    return 0;
+}
+
+/* scan(low, high, limit, most, new): the first `limit` keys of those from `low` on and below `high`, in arrays that `new`
+ * makes for so many. The arrays, and pairs of places and values that the level has; None for more than `most` keys. */
 static PyObject *do_scan(View *view, Level *level, PyObject *const *args, Py_ssize_t arguments)
 {
     Cut low, high;
-    if (arguments != 4) {
-        PyErr_SetString(PyExc_TypeError, "scan takes two ends, a number and a function");
+    if (arguments != 5) {
+        PyErr_SetString(PyExc_TypeError, "scan takes two ends, two numbers and a function");
         return NULL;
     }
-    long long most = PyLong_AsLongLong(args[2]), version;
+    long long limit = PyLong_AsLongLong(args[2]), most = PyLong_AsLongLong(args[3]), version;
     if (PyErr_Occurred())
         return NULL;
     for (;;) {
@@ -391,9 +414,14 @@ static PyObject *do_scan(View *view, Level *level, PyObject *const *args, Py_ssi
             continue;
         Spot from = spot_of(view, level, &low), to = spot_of(view, level, &high);
         int64_t count = to.rank > from.rank ? to.rank - from.rank : 0;
+        if (limit < count) {
+            count = limit;
+            if (count > 0 && spot_after(view, level, from, count, &high, &to) < 0)
+                return NULL;
+        }
         if (count > most)
             Py_RETURN_NONE;
-        PyObject *arrays = PyObject_CallFunction(args[3], "L", (long long)count), *late;
+        PyObject *arrays = PyObject_CallFunction(args[4], "L", (long long)count), *late;
         if (arrays == NULL)
             return NULL;
         if (version_of(level) != version) {

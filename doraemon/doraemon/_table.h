@@ -43,6 +43,15 @@ static inline Bin *bin_of(const Table *table, uint64_t hash)
     return table->bins + ((hash >> 32) * table->n_bins >> 32);
 }
 
+/* The way of the bin whose text may have this hash, below 0 if none has; without branches. */
+static inline int way_of(const Bin *bin, uint64_t hash)
+{
+    int found = -1;
+    for (int way = 0; way < WAYS; way++)
+        found = bin->tag[way] == (uint16_t)hash ? way : found;
+    return found;
+}
+
 static void fill_table(Table *table, const Texts *texts)
 {
     memset(table->bins, 0, table->n_bins * sizeof *table->bins);
@@ -76,6 +85,25 @@ static inline void answer(const Errand *errand, int64_t query, int64_t below, in
         errand->out[query] = (uint64_t)(below + (exact && errand->asked == NOT_ABOVE));
 }
 
+/* The number of the text that equals a query, below 0 if the table does not have it. Memory is asked for its code as well,
+ * and for the key that has this code where all keys are texts of the tree. */
+static inline int64_t number_by_table(const Table *table, const Texts *texts, const uint64_t *codes, const uint64_t *keys,
+                                      Text q)
+{
+    if (table->n_bins == 0)
+        return -1;
+    uint64_t hash = hash_of(q, q.at + q.size);
+    const Bin *bin = bin_of(table, hash);
+    int way = way_of(bin, hash);
+    if (way < 0)
+        return -1;
+    int64_t number = bin->number[way];
+    PREFETCH(codes + number);
+    PREFETCH(keys + number);
+    Text text = text_of(texts, number);
+    return q.size == text.size && memcmp(q.at, text.at, (size_t)q.size) == 0 ? number : -1;
+}
+
 /* Numbers of queries that go down the tree. */
 typedef struct {
     int64_t query[PROBES + TEXT_GROUP], n;
@@ -91,15 +119,6 @@ static void answer_by_tree(const Errand *errand, const int64_t *query, int64_t m
         PREFETCH(errand->codes + d.at[i]);
     for (int64_t i = 0; i < m; i++)
         answer(errand, query[i], d.at[i], d.exact[i]);
-}
-
-/* The way of the bin whose text may have this hash, below 0 if none has; without branches. */
-static inline int way_of(const Bin *bin, uint64_t hash)
-{
-    int found = -1;
-    for (int way = 0; way < WAYS; way++)
-        found = bin->tag[way] == (uint16_t)hash ? way : found;
-    return found;
 }
 
 /* Answer those of m queries from `first` on that the table has; the others are added to the misses. Each loop asks memory

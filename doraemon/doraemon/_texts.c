@@ -151,12 +151,21 @@ static int text_of_object(PyObject *object, int is_text, Text *text)
     return at == NULL ? -1 : 0;
 }
 
-static uint64_t code_of_text(const TreeObject *self, Text text)
+/* The code of a text. If it is that of a text of the tree and easily found, `*number` is this text's. */
+static uint64_t code_of_text(const TreeObject *self, Text text, const uint64_t *keys, int64_t *number)
 {
+    const uint64_t *codes = self->held[2].buf;
+    int64_t found = number_by_table(&self->table, &self->tree.texts, codes, keys, text);
+    if (found >= 0) {
+        *number = found;
+        return codes[found];
+    }
     int64_t offsets[2] = {0, text.size};
     Texts queries = {.data = text.at, .end = text.at + text.size, .offsets = offsets, .n = 1};
+    Table none = {0};
     uint64_t code;
-    find_texts(self, &queries, CODES, &code);
+    Errand errand = {.tree = &self->tree, .table = &none, .codes = codes, .queries = &queries, .asked = CODES, .out = &code};
+    run_errand(&errand);
     return code;
 }
 
@@ -164,24 +173,27 @@ static uint64_t code_of_text(const TreeObject *self, Text text)
 static PyObject *tree_find_one(PyObject *object, PyObject *query)
 {
     Text text;
+    int64_t number;
     if (text_of_object(query, 0, &text) < 0)
         return NULL;
-    return PyLong_FromUnsignedLongLong(code_of_text((TreeObject *)object, text));
+    return PyLong_FromUnsignedLongLong(code_of_text((TreeObject *)object, text, NULL, &number));
 }
 
 /* lexicon.tiers.finders, a tuple of trees; NULL on error. */
-static PyObject *trees_of(PyObject *lexicon)
+static PyObject *trees_of(const View *view)
 {
-    PyObject *tiers = PyObject_GetAttrString(lexicon, "tiers");
-    PyObject *trees = tiers == NULL ? NULL : PyObject_GetAttrString(tiers, "finders");
+    PyObject *tiers = PyObject_GetAttr(view->lexicon, view->names[TIERS]);
+    PyObject *trees = tiers == NULL ? NULL : PyObject_GetAttr(tiers, view->names[FINDERS]);
     Py_XDECREF(tiers);
     return trees;
 }
 
-/* The code of a text, the least that any of the trees has; -1 and a TypeError if they are none. */
-static int code_in_trees(PyObject *trees, Text text, uint64_t *code)
+/* The code of a text, the least that any of the trees has, and where a run of the texts of the first one has it; -1 and a
+ * TypeError if they are no trees. */
+static int code_in_trees(PyObject *trees, Text text, const uint64_t *keys, uint64_t *code, int64_t *near)
 {
     Py_ssize_t n = PyTuple_Size(trees);
+    int64_t elsewhere;
     *code = UINT64_MAX;
     for (Py_ssize_t i = 0; i < n; i++) {
         PyObject *tree = PyTuple_GetItem(trees, i);
@@ -189,7 +201,7 @@ static int code_in_trees(PyObject *trees, Text text, uint64_t *code)
             PyErr_SetString(PyExc_TypeError, "a lexicon's finders are Trees");
             return -1;
         }
-        uint64_t own = code_of_text((TreeObject *)tree, text);
+        uint64_t own = code_of_text((TreeObject *)tree, text, keys, i == 0 ? near : &elsewhere);
         *code = own < *code ? own : *code;
     }
     return n < 0 ? -1 : 0;

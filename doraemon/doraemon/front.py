@@ -99,27 +99,33 @@ class OpenFront:
             return self.settled().count_many(low, high, threads)
         return self.view.count(low, high)
 
-    def keys_between(self, low: Any, high: Any) -> NDArray[Any]:
-        """The keys from `low` on and below `high`, ascending; None leaves an end open."""
-        (codes,), _, _ = self._scan(low, high, _new_codes)
+    def keys_between(self, low: Any, high: Any, limit: int | None) -> NDArray[Any]:
+        """The keys from `low` on and below `high`, ascending; None leaves an end open, or has all of them."""
+        (codes,), _, _ = self._scan(low, high, limit, _new_codes)
         return self.state.key_type.decode(codes)
 
-    def values_between(self, low: Any, high: Any) -> Values:
+    def values_between(self, low: Any, high: Any, limit: int | None) -> Values:
         """A map's values for `keys_between`. Raises TypeError if there are keys only."""
-        arrays, late, state = self._scan(low, high, self.state.new_items)
+        arrays, late, state = self._scan(low, high, limit, self.state.new_items)
         return state.scanned_values(arrays, late)
 
-    def items_between(self, low: Any, high: Any) -> tuple[NDArray[Any], Values]:
+    def items_between(self, low: Any, high: Any, limit: int | None) -> tuple[NDArray[Any], Values]:
         """A map's keys and values. Raises TypeError if there are keys only."""
-        arrays, late, state = self._scan(low, high, self.state.new_items)
+        arrays, late, state = self._scan(low, high, limit, self.state.new_items)
         return state.key_type.decode(arrays[0]), state.scanned_values(arrays, late)
 
-    def _scan(self, low: Any, high: Any, new: Callable[[int], Scanned]) -> tuple[Scanned, list[tuple[int, Any]], State]:
+    def _scan(
+        self, low: Any, high: Any, limit: int | None, new: Callable[[int], Scanned]
+    ) -> tuple[Scanned, list[tuple[int, Any]], State]:
         """What a scan found, and the state that was scanned: this one with the level, or the settled one."""
-        found, state = self.view.scan(low, high, LONG, new), self.state
+        if limit is None:
+            limit = sys.maxsize
+        elif limit < 0:
+            raise ValueError(f"limit {limit}: give how many keys to return at most")
+        found, state = self.view.scan(low, high, limit, LONG, new), self.state
         if found is None:
             state = self.settled()
-            found = state.view.scan(low, high, sys.maxsize, new)
+            found = state.view.scan(low, high, limit, sys.maxsize, new)
         assert found is not None
         return *found, state
 

@@ -211,15 +211,20 @@ class _Questions(Collection[Any], Reversible[Any]):
 
     # ---- ranges
 
-    def range(self, low: Any = None, high: Any = None) -> NDArray[Any]:
-        """The keys from `low` on and below `high`, ascending; None leaves an end open.
+    def range(self, low: Any = None, high: Any = None, limit: int | None = None) -> NDArray[Any]:
+        """The keys from `low` on and below `high`, ascending, or only the first `limit` of them.
 
-        Two model searches and O(result).
+        None leaves an end open. Two model searches and O(result).
+
+        Raises:
+            ValueError: the limit is negative.
 
         >>> Index([5, 1, 3, 9]).range(3, 9)
         array([3, 5])
+        >>> Index([5, 1, 3, 9]).range(2, limit=2)
+        array([3, 5])
         """
-        return self._front.keys_between(low, high)
+        return self._front.keys_between(low, high, limit)
 
     def keys(self) -> NDArray[Any]:
         """All keys, ascending. O(n).
@@ -229,27 +234,31 @@ class _Questions(Collection[Any], Reversible[Any]):
         """
         return self.range()
 
-    def values(self, low: Any = None, high: Any = None) -> NDArray[Any]:
+    def values(self, low: Any = None, high: Any = None, limit: int | None = None) -> NDArray[Any]:
         """A map's values in the order of the keys, of all or of a `range`. Two model searches and O(result).
 
         Raises:
             TypeError: the index has keys only.
+            ValueError: the limit is negative.
 
         >>> Index([5, 1, 3], [50, 10, 30]).values(2)
         array([30, 50])
         """
-        return self._front.values_between(low, high)
+        return self._front.values_between(low, high, limit)
 
-    def items(self, low: Any = None, high: Any = None) -> tuple[NDArray[Any], NDArray[Any]]:
+    def items(
+        self, low: Any = None, high: Any = None, limit: int | None = None
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
         """A map's keys and values, of all or of a `range`. Two model searches and O(result).
 
         Raises:
             TypeError: the index has keys only.
+            ValueError: the limit is negative.
 
         >>> Index([5, 1, 3], ["five", "one", "three"]).items(2)
         (array([3, 5]), array(['three', 'five'], dtype='<U5'))
         """
-        return self._front.items_between(low, high)
+        return self._front.items_between(low, high, limit)
 
     def __iter__(self) -> Iterator[Any]:
         """The keys, ascending, as they were when the iteration began. O(n) memory.

@@ -23,6 +23,7 @@ from .inputs import as_number, as_scalar, as_sequence, numpy_dtype
 from .keytype import Cut, Cuts, KeyType
 
 SUPPORTED = "uint64, int64, uint32, int32, float64, float32, datetime64 with a unit, str or bytes"
+_SIGN = np.uint64(1 << 63)
 _NUMBERS = frozenset({"uint64", "int64", "uint32", "int32", "float64", "float32"})
 
 
@@ -86,7 +87,7 @@ class NumberType(KeyType):
             _refuse_missing(np.isnat(keys), "NaT", "np.isnat")
         if self.bits == 32:
             return (keys.astype(np.int64) + 2**31).astype(np.uint64)
-        codes: Codes = keys.view(np.uint64) ^ np.uint64(1 << 63)
+        codes: Codes = keys.view(np.uint64) ^ _SIGN
         return codes
 
     def _encode_floats(self, keys: NDArray[Any]) -> Codes:
@@ -108,7 +109,7 @@ class NumberType(KeyType):
             return floats
         if self.bits == 32:
             return (codes.astype(np.int64) - 2**31).astype(np.int32)
-        return (codes ^ np.uint64(1 << 63)).view(self.dtype)
+        return (codes ^ _SIGN).view(self.dtype)
 
     def decode_one(self, code: int) -> Any:
         """One key as users see it: a Python int or float, or a NumPy datetime64."""

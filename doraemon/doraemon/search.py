@@ -65,11 +65,11 @@ class View(Protocol):
         """How many keys are from `low` on and below `high`."""
 
     def scan(
-        self, low: object, high: object, most: int, new: Callable[[int], Scanned], /
+        self, low: object, high: object, limit: int, most: int, new: Callable[[int], Scanned], /
     ) -> tuple[Scanned, list[tuple[int, Any]]] | None:
-        """Fill the arrays that `new` makes for so many keys with those from `low` on and below `high`.
+        """Fill the arrays that `new` makes for so many keys with the first `limit` from `low` on and below `high`.
 
-        None leaves an end open. The answer is None if there are more than `most` keys, else the arrays, and pairs of
+        None leaves an end open. The answer is None if these are more than `most` keys, else the arrays, and pairs of
         a place and the value that belongs there.
         """
 
@@ -184,10 +184,11 @@ class NumpyView(View):
         return max(0, self.left(high) - self.left(low))
 
     def scan(
-        self, low: object, high: object, most: int, new: Callable[[int], Scanned], /
+        self, low: object, high: object, limit: int, most: int, new: Callable[[int], Scanned], /
     ) -> tuple[Scanned, list[tuple[int, Any]]] | None:
         first = 0 if low is None else self.left(low)
         last = len(self.codes) + self._changes.shift if high is None else self.left(high)
+        last = min(last, first + limit)
         if last - first > most:
             return None
         ranks = np.arange(first, last)

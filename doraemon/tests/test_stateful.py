@@ -181,10 +181,16 @@ class Machine(RuleBasedStateMachine):
         low, high = data.draw(queries(self.dtype)), data.draw(queries(self.dtype))
         first, last = (bisect_left(self.contents.keys, plain(end)) for end in (low, high))
         assert self.index.count(low, high) == max(0, last - first)
-        assert plain_list(self.index.range(low, high)) == self.contents.keys[first:last]
-        if self.is_map:
-            values = [self.contents.values[key] for key in self.contents.keys[first:last]]
-            assert self.index.values(low, high).tolist() == self.index.items(low, high)[1].tolist() == values
+        limit = data.draw(st.integers(0, 12))
+        for ends, found in (
+            ((low, high), self.contents.keys[first:last]),
+            ((low, high, limit), self.contents.keys[first:last][:limit]),
+            ((low, None, limit), self.contents.keys[first:][:limit]),
+        ):
+            assert plain_list(self.index.range(*ends)) == found
+            if self.is_map:
+                values = [self.contents.values[key] for key in found]
+                assert self.index.values(*ends).tolist() == self.index.items(*ends)[1].tolist() == values
         for rank in (first, last - 1):
             if 0 <= rank < len(self.contents.keys):
                 assert plain(self.index.select(rank)) == self.contents.keys[rank]
