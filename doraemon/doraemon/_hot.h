@@ -31,12 +31,11 @@ typedef struct {
 } Hot;
 
 /* What a learner's notes say: whether a reader has it now; how many codes it was asked for, and how many of them it lacked;
- * the same when it was last judged; and whether it then lacked more than it used to. */
-enum { TAKEN_NOW, ASKED, MISSED, ASKED_THEN, MISSED_THEN, BEHIND, NOTES };
-enum { PARTS = 1024, JUDGED = 512 }; /* misses, before it is judged */
-
-/* A lesson is so many misses. Unless it is behind it takes one of so many, as each costs about as much as it saves. */
-enum { LESSON = 64, LESSONS = 8 };
+ * the same when it was last judged; and how many misses more are learned at once. Behind them are at least SEEN bytes
+ * for each line of the table, which tell what was missed lately. */
+enum { TAKEN_NOW, ASKED, MISSED, ASKED_THEN, MISSED_THEN, AT_ONCE, NOTES };
+enum { SEEN = 2, PARTS = 1024, JUDGED = 512 }; /* misses, before it is judged */
+enum { STRANGE = 4 }; /* where it lacks one in so many of what it used to answer, the accesses have moved */
 
 /* The table that learns. It takes codes of the first `reach` keys only: what is said of them stays true when keys are
  * appended to the run. */
@@ -97,20 +96,38 @@ static inline int take_learner(Learner learner)
 
 static inline void leave_learner(Learner learner) { UNLOCK(learner.notes + TAKEN_NOW); }
 
-/* Note some more codes; whether to learn those that were missed: all where the accesses have moved, else few. */
-static inline int wants_lesson(Learner learner, int64_t asked, int64_t missed)
+/* How many words the notes of a learner with so many lines take. */
+static inline int64_t notes_of(int64_t n_lines) { return NOTES + (n_lines * SEEN + 7) / 8; }
+
+/* Note some more codes of which some were missed; whether these are to be learned at once. They are where the accesses have
+ * moved, until they could have filled half the table. Else only those are that were missed before: a table that takes
+ * whatever comes loses more to what is never asked for again than it gains. */
+static inline int learns_at_once(Learner learner, uint64_t n_lines, int64_t asked, int64_t missed)
 {
     uint64_t *notes = learner.notes;
     notes[ASKED] += (uint64_t)asked;
     notes[MISSED] += (uint64_t)missed;
-    uint64_t lately = notes[MISSED] - notes[MISSED_THEN];
-    if (lately >= JUDGED) {
-        uint64_t usual = (notes[ASKED] - notes[ASKED_THEN]) * (uint64_t)learner.lacks / PARTS;
-        notes[BEHIND] = lately > usual + usual / 8;
+    uint64_t since = notes[ASKED] - notes[ASKED_THEN], lacked = notes[MISSED] - notes[MISSED_THEN];
+    if (lacked >= JUDGED) {
+        uint64_t usual = since * (uint64_t)learner.lacks / PARTS;
+        if (lacked > usual + (since - usual) / STRANGE)
+            notes[AT_ONCE] = n_lines * SLOTS / 2;
         notes[ASKED_THEN] = notes[ASKED];
         notes[MISSED_THEN] = notes[MISSED];
     }
-    return notes[BEHIND] || notes[MISSED] / LESSON % LESSONS == 0;
+    int at_once = notes[AT_ONCE] > 0;
+    notes[AT_ONCE] -= notes[AT_ONCE] < (uint64_t)missed ? notes[AT_ONCE] : (uint64_t)missed;
+    return at_once;
+}
+
+/* Whether a code that was missed was so before, as well as one byte of its hash can tell; which is noted. */
+static inline int missed_again(Learner learner, uint64_t n_lines, uint64_t code)
+{
+    uint64_t hash = (code ^ code >> 32) * UINT64_C(0xD6E8FEB86659FD93);
+    uint8_t *seen = (uint8_t *)(learner.notes + NOTES) + ((hash >> 32) * n_lines * SEEN >> 32), byte = (uint8_t)(hash >> 24);
+    int again = *seen == byte;
+    *seen = byte;
+    return again;
 }
 
 /* Add a code, which the run has once, in place of that which was added to its line first. */

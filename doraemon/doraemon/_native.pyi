@@ -12,9 +12,9 @@ SOURCES: int  # the fingerprint of the C files, see sources.py
 
 # a learner's notes, see _hot.h
 NOTES: int
+SEEN: int
 ASKED: int
 MISSED: int
-BEHIND: int
 PARTS: int
 
 # The arrays are those of the enum KEYS, BOUNDS, ... in _native.c, how many keys a table may learn, how much it lacks

@@ -18,10 +18,10 @@ typedef struct {
     int as_bytes;
 } Single;
 
-/* Arrays to fill: codes, and either the bytes of values or where values are. What was `cut` has no room for the last copies
- * of its last code. */
+/* Arrays to fill: codes, and either the bytes of values or where values are. Codes of int64 become the keys that they are
+ * of: both differ in the bits of `flip`. What was `cut` has no room for the last copies of its last code. */
 typedef struct {
-    uint64_t *codes;
+    uint64_t *codes, flip;
     char *raw;
     uint8_t *layers;
     int64_t *positions, count, filled;
@@ -196,7 +196,10 @@ static int put_run(const View *view, Filling *out, int64_t from, int64_t count)
     if ((count = fitting(out, count)) < 0)
         return -1;
     int64_t at = out->filled, size = view->value_size;
-    memcpy(out->codes + at, view->search.keys + from, (size_t)count * 8);
+    const uint64_t *keys = view->search.keys + from;
+    uint64_t *codes = out->codes + at, flip = out->flip;
+    for (int64_t i = 0; i < count; i++)
+        codes[i] = keys[i] ^ flip;
     if (out->raw != NULL)
         memcpy(out->raw + at * size, (const char *)view->raw[0].buf + from * size, (size_t)(count * size));
     for (int64_t i = 0; out->layers != NULL && i < count; i++) {
@@ -215,7 +218,7 @@ static int put_changed(const View *view, Filling *out, uint64_t code, int64_t co
     int64_t size = view->value_size;
     for (int64_t i = 0; i < count; i++, out->filled++) {
         int64_t at = out->filled;
-        out->codes[at] = code;
+        out->codes[at] = code ^ out->flip;
         if (out->raw != NULL && layer <= DELTAS)
             memcpy(out->raw + at * size, (const char *)view->raw[layer].buf + position * size, (size_t)size);
         else if (out->raw != NULL)
@@ -330,6 +333,7 @@ static int hold_arrays(const View *view, PyObject *arrays, int64_t count, Py_buf
         return -1;
     }
     *out = (Filling){.codes = held[0].buf, .count = count};
+    out->flip = view->kind == 'i' && view->itemsize == 8 ? (uint64_t)INT64_MIN : 0;
     if (given == 2)
         out->raw = held[1].buf;
     if (given == 3) {

@@ -101,8 +101,8 @@ class OpenFront:
 
     def keys_between(self, low: Any, high: Any, limit: int | None) -> NDArray[Any]:
         """The keys from `low` on and below `high`, ascending; None leaves an end open, or has all of them."""
-        (codes,), _, _ = self._scan(low, high, limit, _new_codes)
-        return self.state.key_type.decode(codes)
+        arrays, _, state = self._scan(low, high, limit, self.state.new_keys)
+        return state.scanned_keys(arrays)
 
     def values_between(self, low: Any, high: Any, limit: int | None) -> Values:
         """A map's values for `keys_between`. Raises TypeError if there are keys only."""
@@ -112,7 +112,7 @@ class OpenFront:
     def items_between(self, low: Any, high: Any, limit: int | None) -> tuple[NDArray[Any], Values]:
         """A map's keys and values. Raises TypeError if there are keys only."""
         arrays, late, state = self._scan(low, high, limit, self.state.new_items)
-        return state.key_type.decode(arrays[0]), state.scanned_values(arrays, late)
+        return state.scanned_keys(arrays), state.scanned_values(arrays, late)
 
     def _scan(
         self, low: Any, high: Any, limit: int | None, new: Callable[[int], Scanned]
@@ -187,10 +187,6 @@ class Front(OpenFront):
                 self._open()
                 self.__class__ = OpenFront  # type: ignore[assignment]
         return getattr(self, name)
-
-
-def _new_codes(count: int) -> Scanned:
-    return (np.empty(count, dtype=np.uint64),)
 
 
 def _copied(get: Get, key: Any, default: Any) -> Any:

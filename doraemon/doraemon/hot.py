@@ -48,7 +48,7 @@ class Learner:
 
     Attributes:
         lines: LINE [lines], or none where the table is too large.
-        notes: uint64 [native.NOTES], see `_hot.h`.
+        notes: uint64, native.NOTES of them, and native.SEEN bytes for each line, see `_hot.h`.
         reach: how many keys of the run, from the first on, it may learn.
         share: of what it was asked lately, how much it answered; None before that was told.
     """
@@ -59,8 +59,7 @@ class Learner:
         small = lines.nbytes <= LEARNED and reach > 0
         self.lines = _aligned_lines(len(lines)) if small else NO_LINES
         self.lines[:] = lines[: len(self.lines)]
-        self.notes = np.zeros(native.NOTES, dtype=np.uint64)
-        self.notes[native.BEHIND] = 1  # until it is judged
+        self.notes = np.zeros(native.NOTES + -(-len(self.lines) * native.SEEN // 8), dtype=np.uint64)
         self.reach = reach
         self._seen = (0, 0)
 
@@ -149,7 +148,7 @@ class Hot:
     @property
     def nbytes(self) -> int:
         """The bytes of the table and of its copy."""
-        return self.lines.nbytes + self.learner.lines.nbytes
+        return self.lines.nbytes + self.learner.lines.nbytes + self.learner.notes.nbytes
 
 
 @dataclass(frozen=True, eq=False)

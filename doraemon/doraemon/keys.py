@@ -20,7 +20,7 @@ from . import times
 from .arrays import Codes, Mask
 from .dtypes import Described
 from .inputs import as_number, as_scalar, as_sequence, numpy_dtype
-from .keytype import Cut, Cuts, KeyType
+from .keytype import CODES, Cut, Cuts, KeyType
 
 SUPPORTED = "uint64, int64, uint32, int32, float64, float32, datetime64 with a unit, str or bytes"
 _SIGN = np.uint64(1 << 63)
@@ -100,16 +100,21 @@ class NumberType(KeyType):
 
     def decode(self, codes: Codes) -> NDArray[Any]:
         """The keys of codes: what `encode` was given, but for the sign of zero."""
-        if self.dtype.kind == "u":
+        kind, itemsize = self.dtype.kind, self.dtype.itemsize
+        if kind == "u":
             return codes.astype(self.dtype)
-        if self.is_float:
+        if kind == "f":
             sign = np.uint64(1 << (self.bits - 1))
             raw = np.where(codes & sign, codes ^ sign, ~codes)
-            floats: NDArray[Any] = raw.astype(f"u{self.dtype.itemsize}").view(self.dtype)
+            floats: NDArray[Any] = raw.astype(f"u{itemsize}").view(self.dtype)
             return floats
-        if self.bits == 32:
+        if itemsize == 4:
             return (codes.astype(np.int64) - 2**31).astype(np.int32)
         return (codes ^ _SIGN).view(self.dtype)
+
+    @property
+    def scanned(self) -> np.dtype[Any]:
+        return self.dtype if self.dtype.kind in "ui" and self.dtype.itemsize == 8 else CODES
 
     def decode_one(self, code: int) -> Any:
         """One key as users see it: a Python int or float, or a NumPy datetime64."""

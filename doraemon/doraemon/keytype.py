@@ -18,6 +18,7 @@ from .arrays import Arrays, Codes, Ints, Mask
 from .dtypes import Described
 from .inputs import is_batch
 
+CODES = np.dtype(np.uint64)  #: of codes
 Ranking = Callable[[ArrayLike, bool], Ints]  #: how many keys are below each query, or (True) not above it
 
 
@@ -62,6 +63,11 @@ class KeyType(ABC):
     @abstractmethod
     def decode(self, codes: Codes) -> NDArray[Any]:
         """The keys of codes."""
+
+    @property
+    def scanned(self) -> np.dtype[Any]:
+        """The dtype of what a scan in C fills: that of the keys where they are uint64 or int64, else that of codes."""
+        return CODES
 
     def decode_one(self, code: int) -> Any:
         """One key as users see it."""

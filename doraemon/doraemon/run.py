@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -71,6 +72,13 @@ class Run:
     def steps(self) -> Steps | None:
         """The distinct codes, if they are few; those of a map are not."""
         return find_steps(self.codes) if self.values is None else None
+
+    def with_parts(self, **parts: Any) -> Run:
+        """The run of the same codes with some other parts: what is known of the codes need not be found again."""
+        other = replace(self, **parts)
+        if "steps" in self.__dict__:
+            other.__dict__["steps"] = self.steps
+        return other
 
     def followed_by(self, codes: Codes, values: Values | None, engine: Engine) -> Run:
         """The run of other codes in this one's place, its model fitted for the accesses counted so far."""

@@ -13,7 +13,7 @@ from random import randrange
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from .appending import appended, fitted
 from .arrays import Bits, Codes, Ints, Mask, Values
@@ -22,7 +22,7 @@ from .engine import Engine
 from .heat import SAMPLING
 from .hot import Hot
 from .inputs import as_sequence
-from .keytype import KeyType, Ranking
+from .keytype import CODES, KeyType, Ranking
 from .model import Model
 from .parallel import in_parts
 from .run import Decisions, Models, Run
@@ -224,26 +224,39 @@ class State:
     # ---- what scans of the view fill, and values by their places
 
     @cached_property
-    def new_items(self) -> Callable[[int], Scanned]:
-        """Makes the arrays that a scan fills with so many codes and values.
+    def new_keys(self) -> Callable[[int], Scanned]:
+        """Makes the array that a scan fills with so many codes; with C perhaps keys, whose dtype tells."""
+        made = self.key_type.scanned if self.engine == "native" else CODES
+        return lambda count: (np.empty(count, made),)
 
-        With C the values' bytes if these are plain, else where the values are; with NumPy the values themselves.
+    def scanned_keys(self, arrays: Scanned) -> NDArray[Any]:
+        """The keys that a scan found."""
+        keys, key_type = arrays[0], self.key_type
+        return keys if keys.dtype is key_type.dtype else key_type.decode(keys)
+
+    @cached_property
+    def new_items(self) -> Callable[[int], Scanned]:
+        """Makes the arrays that a scan fills with so many codes, or keys, and values.
+
+        With C plain values, or their bytes where NumPy lets go of these only, else where the values are; with NumPy the
+        values themselves.
         """
-        dtype = self.value_dtype
+        dtype, keys = self.value_dtype, self.key_type.scanned
         if self.engine == "numpy":
-            return lambda count: (np.empty(count, np.uint64), np.empty(count, dtype))
+            return lambda count: (np.empty(count, CODES), np.empty(count, dtype))
+        if dtype.kind in "biuf":
+            return lambda count: (np.empty(count, keys), np.empty(count, dtype))
         if is_plain(dtype):
-            size = dtype.itemsize
-            return lambda count: (np.empty(count, np.uint64), np.empty(count * size, np.uint8))
-        return lambda count: (np.empty(count, np.uint64), np.empty(count, np.uint8), np.empty(count, np.int64))
+            return lambda count: (np.empty(count, keys), np.empty(count * dtype.itemsize, np.uint8))
+        return lambda count: (np.empty(count, keys), np.empty(count, np.uint8), np.empty(count, np.int64))
 
     def scanned_values(self, arrays: Scanned, late: list[tuple[int, Any]]) -> Values:
         """The values that a scan found, but for some that came from elsewhere to their places."""
-        rest, dtype = arrays[1:], self.value_dtype
-        if len(rest) == 2:
-            values = self._values_at(Places(*rest))
+        if len(arrays) == 3:
+            values = self._values_at(Places(*arrays[1:]))
         else:
-            values = rest[0] if rest[0].dtype == dtype else rest[0].view(dtype)
+            values, dtype = arrays[1], self.value_dtype
+            values = values if values.dtype == dtype else values.view(dtype)
         for place, value in late:
             values[place] = value
         return values
@@ -354,15 +367,15 @@ class State:
 
     def remodelled(self, model: Model, trained: Signature, memory: Models) -> State:
         """The same keys under another model, which `trained` was the workload of."""
-        return self._with(run=replace(self.run, model=model, trained=trained, memory=memory))
+        return self._with(run=self.run.with_parts(model=model, trained=trained, memory=memory))
 
     def with_hot(self, hot: Hot | None) -> State:
         """The same keys with another hot table of them, or without one."""
-        return self if hot is self.run.hot else self._with(run=replace(self.run, hot=hot))
+        return self if hot is self.run.hot else self._with(run=self.run.with_parts(hot=hot))
 
     def decided(self, hot: Hot | None, decisions: Decisions) -> State:
         """The same keys with the hot table that was found best, or without one, and what is remembered of that."""
-        return self._with(run=replace(self.run, hot=hot, decisions=decisions))
+        return self._with(run=self.run.with_parts(hot=hot, decisions=decisions))
 
     def hot_table(self, codes: Codes, n_lines: int = 0) -> Hot | None:
         """The hot table of distinct codes, in the run or not, the hottest first; None for none.
@@ -418,8 +431,8 @@ class State:
         if run.lineage is not before.run.lineage:
             return None
         if run.heat is before.run.heat:
-            run = replace(run, model=made.model.reaching(len(run)), trained=made.trained, memory=made.memory)
-        return self._with(run=replace(run, hot=made.hot, decisions=made.decisions))._with_true_hot(before.run)
+            run = run.with_parts(model=made.model.reaching(len(run)), trained=made.trained, memory=made.memory)
+        return self._with(run=run.with_parts(hot=made.hot, decisions=made.decisions))._with_true_hot(before.run)
 
     def after_merge(self, before: State, merged: State) -> State | None:
         """This state over the run of `merged`, which was made of `before`, an earlier state of this one.
@@ -427,7 +440,7 @@ class State:
         None if so many keys were appended meanwhile that they have no room there.
         """
         memory = self.run.memory_over(merged.run.codes, merged.run.model.starts)
-        merged, since = merged._with(run=replace(merged.run, memory=memory)), slice(len(before.run), None)
+        merged, since = merged._with(run=merged.run.with_parts(memory=memory)), slice(len(before.run), None)
         grown = merged.with_appended(self.run.codes[since], None if self.run.values is None else self.run.values[since])
         if grown is None:
             return None
