@@ -7,19 +7,17 @@
 
 #include "_search.h"
 
-/* The least-squares line through m points (f, r), moved so that it errs as much above as below. Sums are taken from the
- * first point on: keys of one leaf may differ in the last digits only. */
-static inline Leaf fit_leaf(const double *f, const double *r, int64_t m, double steepest)
+/* What a line through some points (f, r) is made of: sums from the first point on, as keys of one leaf may differ in the last
+ * digits only. */
+typedef struct {
+    double f, r, ff, fr;
+} Sums;
+
+/* The least-squares line through m points, moved so that it errs as much above as below. */
+static inline Leaf fit_leaf(const double *f, const double *r, int64_t m, Sums sums, double steepest)
 {
-    double sf = 0, sr = 0, sff = 0, sfr = 0, least = INFINITY, most = -INFINITY;
-    for (int64_t i = 1; i < m; i++) {
-        double df = f[i] - f[0], dr = r[i] - r[0];
-        sf += df;
-        sr += dr;
-        sff += df * df;
-        sfr += df * dr;
-    }
-    double ff = sff - sf * sf / (double)m, fr = sfr - sf * sr / (double)m;
+    double least = INFINITY, most = -INFINITY;
+    double ff = sums.ff - sums.f * sums.f / (double)m, fr = sums.fr - sums.f * sums.r / (double)m;
     double steep = ff > 0 ? fr / ff : 0.0;
     float slope = (float)(steep < steepest ? steep : steepest);
     for (int64_t i = 0; i < m; i++) {
@@ -27,31 +25,36 @@ static inline Leaf fit_leaf(const double *f, const double *r, int64_t m, double 
         least = rest < least ? rest : least;
         most = rest > most ? rest : most;
     }
-    Leaf leaf = {(float)(0.5 * (least + most)), slope, (float)(0.5 * (most - least) + 1.0)};
-    return leaf;
+    return (Leaf){(float)(0.5 * (least + most)), slope, (float)(0.5 * (most - least) + 1.0)};
 }
 
-/* The 1 << bits leaves of the keys at [start, end], each over an equal width of codes. */
+/* The 1 << bits leaves of the keys at [start, end], each over an equal width of codes; `f` and `r` have room for all of them.
+ * A leaf without keys has the rank of what comes after it. */
 WIDE static void fit_bucket(const uint64_t *keys, int64_t n, int64_t start, int64_t end, double scale, int bits,
                             double steepest, Leaf *out, double *f, double *r)
 {
     int64_t leaves = (int64_t)1 << bits, current = 0, m = 0;
+    Sums sums = {0};
     for (int64_t i = start; i <= end && i < n; i++) {
         if (i > start && keys[i] == keys[i - 1])
             continue; /* the rank of a key is that of its first copy */
         double t = (double)(keys[i] - keys[start]) * scale;
         int64_t leaf = t < (double)leaves ? (int64_t)t : leaves - 1;
         while (current < leaf) {
-            Leaf empty = {(float)(i - start), 0.0f, 0.0f}; /* without keys: queries in it have this rank */
-            out[current++] = m ? fit_leaf(f, r, m, steepest) : empty;
+            Leaf empty = {(float)(i - start), 0.0f, 0.0f};
+            out[current++] = m ? fit_leaf(f, r, m, sums, steepest) : empty;
+            sums = (Sums){0};
             m = 0;
         }
         f[m] = t - (double)leaf;
-        r[m++] = (double)(i - start);
+        r[m] = (double)(i - start);
+        double df = f[m] - f[0], dr = r[m] - r[0];
+        sums = (Sums){sums.f + df, sums.r + dr, sums.ff + df * df, sums.fr + df * dr};
+        m++;
     }
     while (current < leaves) {
         Leaf empty = {(float)(end - start), 0.0f, 0.0f};
-        out[current++] = m ? fit_leaf(f, r, m, steepest) : empty;
+        out[current++] = m ? fit_leaf(f, r, m, sums, steepest) : empty;
         m = 0;
     }
 }

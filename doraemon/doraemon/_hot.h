@@ -6,8 +6,8 @@
  * may be there too, with no copies and the rank that it would have.
  *
  * There are two of it: one that never changes, and one that learns. Who asks the latter has it alone meanwhile, and adds
- * each code that it lacked and the model found; who comes when it is taken asks the other. So it follows accesses that
- * move, a query after the other.
+ * codes that it lacked and the model found; who comes when it is taken asks the other. So it follows accesses that move,
+ * a query after the other.
  */
 #ifndef DORAEMON_HOT_H
 #define DORAEMON_HOT_H
@@ -172,6 +172,17 @@ static void mark_held(Hot hot, const uint64_t *codes, int64_t m, uint8_t *held)
         const Line *line = line_of(hot, codes[i]);
         held[i] = line->code[slot_of(line, codes[i])] == codes[i];
     }
+}
+
+/* One of 1 << few different codes, by a hash: all samples of those. How many these are; `out` has room for all. */
+static int64_t choose_codes(const uint64_t *samples, int64_t m, int few, uint64_t *out)
+{
+    int64_t chosen = 0;
+    for (int64_t i = 0; i < m; i++) {
+        out[chosen] = samples[i];
+        chosen += samples[i] * UINT64_C(0xBF58476D1CE4E5B9) <= UINT64_MAX >> few;
+    }
+    return chosen;
 }
 
 /* Count the distinct ones of m codes, in places of a hash table: 1 more than where each is in `codes` and `counts`. */

@@ -124,30 +124,35 @@ static PyObject *held_hot(PyObject *self, PyObject *args)
     return end_call(held, 3, NULL);
 }
 
-/* tally(samples, codes): the distinct ones, those that occur most often first; how many, and how many occur once. */
+/* tally(samples, few, codes): the distinct ones, those that occur most often first, or only one of 1 << few of them; how many
+ * these are, and how many occur once. */
 static PyObject *tally(PyObject *self, PyObject *args)
 {
     static const Py_ssize_t itemsizes[2] = {8, 8};
     PyObject *arrays[2];
     Py_buffer held[2];
+    int few;
     (void)self;
-    if (!PyArg_ParseTuple(args, "OO", arrays, arrays + 1) || get_buffers(arrays, itemsizes, 2, 1, held) < 0)
+    if (!PyArg_ParseTuple(args, "OiO", arrays, &few, arrays + 1) || get_buffers(arrays, itemsizes, 2, 1, held) < 0)
         return NULL;
-    int64_t m = held[0].len / 8, n_places = 2 * m + 1, distinct = 0, once = 0;
-    if (m >= INT32_MAX / 4 || held[1].len != held[0].len)
+    int64_t m = held[0].len / 8, distinct = 0, once = 0;
+    if (m >= INT32_MAX / 4 || held[1].len != held[0].len || few < 0 || few > 63)
         return end_call(held, 2, NOT_AS_MANY);
+    uint64_t *chosen = PyMem_Malloc(((size_t)m + 1) * sizeof *chosen);
+    int64_t n = chosen == NULL ? 0 : choose_codes(held[0].buf, m, few, chosen), n_places = 2 * n + 1;
     uint32_t *places = PyMem_Calloc((size_t)n_places, sizeof *places);
-    uint64_t *codes = PyMem_Malloc(((size_t)m + 1) * sizeof *codes);
-    int64_t *counts = PyMem_Malloc(((size_t)m + 1) * sizeof *counts);
-    int enough = places != NULL && codes != NULL && counts != NULL;
+    uint64_t *codes = PyMem_Malloc(((size_t)n + 1) * sizeof *codes);
+    int64_t *counts = PyMem_Malloc(((size_t)n + 1) * sizeof *counts);
+    int enough = chosen != NULL && places != NULL && codes != NULL && counts != NULL;
     if (enough) {
         Py_BEGIN_ALLOW_THREADS
-        distinct = count_distinct(held[0].buf, m, places, n_places, codes, counts);
+        distinct = count_distinct(chosen, n, places, n_places, codes, counts);
         order_by_count(codes, counts, distinct, held[1].buf);
         for (int64_t i = 0; i < distinct; i++)
             once += counts[i] == 1;
         Py_END_ALLOW_THREADS
     }
+    PyMem_Free(chosen);
     PyMem_Free(places);
     PyMem_Free(codes);
     PyMem_Free(counts);
@@ -360,7 +365,7 @@ static PyMethodDef native_methods[] = {
     {"copy_learned", copy_learned, METH_VARARGS,
      "copy_learned(learned, notes, out): copy the lines of a table that learns, unless a reader has them."},
     {"held_hot", held_hot, METH_VARARGS, "held_hot(lines, codes, held): whether the hot table holds each code."},
-    {"tally", tally, METH_VARARGS, "tally(samples, codes): the distinct ones by how often they occur."},
+    {"tally", tally, METH_VARARGS, "tally(samples, few, codes): the distinct ones by how often they occur."},
     {"pack", pack, METH_VARARGS, "pack(items, is_text, offsets): bytes of texts, or the place of what is none."},
     {"unpack", unpack, METH_VARARGS, "unpack(data, offsets, numbers, is_text): a list of texts."},
     {"order", order, METH_VARARGS, "order(data, offsets, order, again): how to sort texts, and which occur again."},

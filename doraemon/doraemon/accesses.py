@@ -12,7 +12,6 @@ from .workload import Signature, signature
 BINS = 256  #: of buckets beside each other, by which workloads are compared
 LONG = 1 << 15  #: samples from which on fewer are counted where an estimate will do
 FEWER = 3  #: log2 of how many times fewer codes these are
-MIX = np.uint64(0xBF58476D1CE4E5B9)  #: multiplied by it codes have random high bits, others than where C counts them
 
 
 def spread_of(run: Run, codes: Codes) -> Signature:
@@ -28,15 +27,14 @@ def by_count(samples: Codes) -> tuple[Codes, float]:
     That share is Good's and Turing's: what occurred once tells how often something new comes.
     """
     codes = np.empty(len(samples), dtype=np.uint64)
-    distinct, once = native.tally(samples, codes)
+    distinct, once = native.tally(samples, 0, codes)
     return codes[:distinct], 1 - once / len(samples)
 
 
 def repeated(samples: Codes, least: float) -> tuple[Codes, float]:
     """The same, but no codes if a larger share than this is unlikely: of many samples one code in eight tells."""
     if len(samples) >= LONG:
-        some = samples[samples * MIX < np.uint64(1 << 64 - FEWER)]
-        _, once = native.tally(some, np.empty(len(some), dtype=np.uint64))
+        _, once = native.tally(samples, FEWER, np.empty(len(samples), dtype=np.uint64))
         known = 1 - (once << FEWER) / len(samples)
         if known <= least:
             return samples[:0], known

@@ -246,9 +246,7 @@ class _Questions(Collection[Any], Reversible[Any]):
         """
         return self._front.values_between(low, high, limit)
 
-    def items(
-        self, low: Any = None, high: Any = None, limit: int | None = None
-    ) -> tuple[NDArray[Any], NDArray[Any]]:
+    def items(self, low: Any = None, high: Any = None, limit: int | None = None) -> tuple[NDArray[Any], NDArray[Any]]:
         """A map's keys and values, of all or of a `range`. Two model searches and O(result).
 
         Raises:

@@ -290,6 +290,18 @@ def test_a_table_learns_what_it_lacked_and_every_answer_stays_true(side: Any, ch
     assert not learned(hot_of(index)).holds(keys[:500]).all()
 
 
+def test_what_is_asked_for_once_is_learned_only_where_the_accesses_moved() -> None:
+    index = heated(Index(KEYS), KEYS[:1000])
+    hot, once = np.tile(KEYS[:1000], 20), KEYS[5000:5200].copy()
+    index.searchsorted(np.concatenate([hot, once]))
+    assert not learned(hot_of(index)).holds(once).any()
+    index.searchsorted(np.concatenate([hot, once]))
+    assert learned(hot_of(index)).holds(once).mean() > 0.9  # lacking for the second time
+    moved = KEYS[100_000:103_000].copy()
+    index.searchsorted(moved)
+    assert learned(hot_of(index)).holds(moved[-200:]).mean() > 0.9
+
+
 def test_only_keys_that_the_run_has_once_are_learned() -> None:
     keys = np.sort(np.concatenate([np.arange(0, 20_000, 2), np.arange(10_000, 12_000, 2)])).astype(np.uint64)
     index = heated(Index(keys), keys[:300])

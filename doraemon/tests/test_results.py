@@ -40,7 +40,10 @@ def test_the_published_page_is_made_of_the_published_results(results: ModuleType
 
 def test_processors_of_one_name_are_kept_apart(results: ModuleType) -> None:
     names = ["AMD EPYC, family 25, model 1, cache 512 KB", "AMD EPYC, family 25, model 17, cache 1024 KB"]
-    assert [load("timing").folder_of(name) for name in names] == ["amd-epyc-family-25-model-1", "amd-epyc-family-25-model-17"]
+    assert [load("timing").folder_of(name) for name in names] == [
+        "amd-epyc-family-25-model-1",
+        "amd-epyc-family-25-model-17",
+    ]
     for measured in results.by_processor(results.RESULTS):
         assert len({machine["processor"] for machine in measured.machines.values()}) == 1
 

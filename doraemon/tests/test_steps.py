@@ -32,6 +32,12 @@ def test_keys_of_which_there_are_few_copies_have_a_model_only() -> None:
     assert find_steps(np.repeat(np.arange(1000, dtype=np.uint64), 3)) is None
 
 
+def test_steps_are_found_once_for_all_that_is_made_of_the_same_codes() -> None:
+    run = Index(np.repeat(np.arange(50), 9))._state.run
+    assert run.steps is not None
+    assert run.with_parts(hot=None).steps is run.steps
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("distinct", [1, 2, 7, 300])
 def test_answers_are_those_of_numpy(dtype: str, distinct: int, engine: str) -> None:

@@ -9,9 +9,9 @@ from .skew import GAINS, WANTED
 from .tables import Spread, millions, percents, spread, table
 from .targets import met
 
-PROCESSORS = """What was aimed at, on each processor that measured it. A cell says the median, its quartiles, and whether
-they meet the target. No figure is made of two processors', and the columns were measured on different days, of code
-that went on meanwhile."""
+PROCESSORS = """What was aimed at, on each processor that measured it. A cell says the median, its quartiles, and
+whether they meet the target. No figure is made of two processors', and the columns were measured on different days, of
+code that went on meanwhile."""
 #: what, as it was measured, the target if there is one, whether more is better, and the unit
 Aim = tuple[str, Spread, float | None, bool, str]
 
