@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .accesses import repeated, spread_of
+from .accesses import by_count, repeated, spread_of
 from .arrays import Codes, Floats, Ints
+from .heat import CAPACITY
 from .hot import Choice, Hot
 from .remembering import NEWEST, begun_lately, newest_decision, recall, remembered, returned
 from .run import Run
@@ -91,6 +92,8 @@ def _warmed(state: State) -> tuple[State, Warming]:
     found = _recalled(state) if before is None or choice is None else _followed(state, before, choice)
     if found is not None:
         return found
+    if before is None and passes_through(state.run):
+        return state, Warming("the accesses are spread too evenly for a table", moved=True)
     past, late = _parted(samples.newest(), HELD_OUT)
     moved = has_moved(state.run, past, late)
     began = int(samples.taken[0]) - len(past) - len(late) if choice is None or moved else choice.began
@@ -240,6 +243,21 @@ def _costs(states: list[State], past: Codes, late: Codes, rounds: int) -> Floats
             seconds[turn, part] = time.perf_counter() - begin
     costs: Floats = seconds.reshape(rounds, len(states), PARTS).min(axis=(0, 2)) / size
     return costs
+
+
+def passes_through(run: Run) -> bool:
+    """Whether a few samples tell that the accesses have moved, and to more keys than a table of late ones can name.
+
+    Where they move on and on, trials would cost more than they find. How much of the accesses is known grows at most
+    as the samples do.
+    """
+    samples = run.heat.samples
+    if samples.taken[0] < CAPACITY:
+        return False
+    newest, late = samples.newest(NEWEST), CAPACITY // WINDOWS[-1]
+    if by_count(newest)[1] * late > KNOWN * NEWEST:
+        return False
+    return has_moved(run, samples.codes[:: CAPACITY // NEWEST].copy(), newest)
 
 
 def has_moved(run: Run, past: Codes, late: Codes) -> bool:

@@ -204,6 +204,21 @@ def test_another_workload_is_noticed_with_and_without_a_table() -> None:
     assert not warming.has_moved(run, RNG.choice(there, 40_000), RNG.choice(there, 5000))
 
 
+@pytest.mark.parametrize(("asked", "tried"), [(500_000, False), (500, True)])
+def test_accesses_that_pass_through_many_keys_are_let_go_without_a_trial(
+    monkeypatch: pytest.MonkeyPatch, asked: int, tried: bool
+) -> None:
+    keys = np.arange(0, 4_000_000, 2, dtype=np.uint64)
+    index, trials = Index(keys, engine="native"), list[bool]()
+    samples, try_out = index._state.run.heat.samples, warming._fastest
+    monkeypatch.setattr(warming, "_fastest", lambda *given: trials.append(True) or try_out(*given))
+    rng = np.random.default_rng(6)
+    samples.add(rng.choice(keys[:200_000], len(samples.codes)))
+    samples.add(rng.choice(keys[-asked:], 6000))
+    hot = index.adapt().hot
+    assert (bool(trials), hot.moved) == (tried, True)
+
+
 def test_a_table_that_fits_is_not_tried_again_before_much_more_is_known() -> None:
     index, codes = Index(KEYS), KEYS[:1000]
     index.searchsorted(np.tile(codes, 100))
