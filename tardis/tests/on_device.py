@@ -153,10 +153,20 @@ def folded(name: str, config: FoldConfig) -> dict[str, Tensor]:
 
 
 def differing(name: str, config: FoldConfig) -> list[str]:
-    """The tensors of a fold that are not the same, to the bit and on the CPU, on both devices; none if all are."""
+    """The tensors of a fold that are not the same and on the CPU, on both devices; none if all are.
+
+    Codes are the same to the bit; sums need not be, as torch may add up a linear layer's otherwise elsewhere.
+    """
     one, other = (folded(name, replace(config, device=device)) for device in ("cpu", NAME))
     assert one.keys() == other.keys()
-    return [key for key, value in one.items() if type(other[key]) is There or not torch.equal(value, other[key])]
+    return [key for key, value in one.items() if type(other[key]) is There or not alike(value, other[key])]
+
+
+def alike(one: Tensor, other: Tensor) -> bool:
+    """Whether codes are equal, and other numbers but for rounding."""
+    if not one.is_floating_point() or not one.numel():
+        return torch.equal(one, other)
+    return torch.allclose(one, other, rtol=0, atol=1e-4 * float(one.abs().max()))
 
 
 @contextmanager

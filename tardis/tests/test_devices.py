@@ -67,7 +67,7 @@ def alike(one: Any, other: Any) -> bool:
 
 @pytest.mark.parametrize("config", ["plain", "stacked"])
 @pytest.mark.parametrize("name", mostly_long(MODELS, [QUICK]))
-def test_a_fold_on_another_device_has_the_same_bytes(name: str, config: str, quick: Any) -> None:
+def test_a_fold_on_another_device_is_the_same(name: str, config: str, quick: Any) -> None:
     found = quick if name == QUICK else printed("on_device.py", name)
     assert found["differing"][name][config] == []
 
