@@ -16,7 +16,8 @@ import tardis_llm
 #: from what an FFN is to the command line; modules and folders at the top of the package
 SHELVES = (
     "errors", "devices", "allocator", "precision", "files", "ffn", "config", "report", "families", "calibration",
-    "folding", "runtime", "checkpoint", "pipeline", "baselines", "integrations", "evaluation", "sample", "", "cli", "__main__",
+    "folding", "runtime", "checkpoint", "pipeline", "baselines", "integrations", "evaluation", "sample", "",
+    "cli", "__main__",
 )  # fmt: skip
 #: what lies inside the runtime, whose backends know nothing of the modules that use them
 RUNTIME = (
