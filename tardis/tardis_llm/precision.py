@@ -21,6 +21,8 @@ _PRODUCTS = frozenset(
         *(Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.addmm, Tensor.baddbmm),
     }
 )
+#: those whose first argument is added to the product of the next two
+_ADDED = frozenset({torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.baddbmm})
 _FEW = 16  # rows up to which reading a matrix takes longer than its products
 
 
@@ -64,7 +66,8 @@ class _InFp32(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in _PRODUCTS or not self._pays(args[0] if args else None):
+        factor = args[1 if func in _ADDED else 0 :] if func in _PRODUCTS else ()
+        if not factor or not self._pays(factor[0]):
             return func(*args, **kwargs)
         wide = [self._wide(value) for value in args]
         return func(*wide, **{name: self._wide(value) for name, value in kwargs.items()}).to(args[0].dtype)

@@ -58,7 +58,7 @@ def test_few_rows_and_other_dtypes_are_left_alone(slow: torch.dtype):
 
     class Counting(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            if func is F.linear:
+            if func in (F.linear, torch.addmm):
                 seen.append(args[0].dtype)
             return func(*args, **(kwargs or {}))
 
@@ -67,7 +67,9 @@ def test_few_rows_and_other_dtypes_are_left_alone(slow: torch.dtype):
         F.linear(torch.randn(16, 8).to(slow), w.to(slow))
         F.linear(torch.randn(17, 8).to(slow), w.to(slow))
         F.linear(torch.randn(17, 8), w)
-    assert seen == [slow, torch.float32, torch.float32]
+        torch.addmm(torch.randn(4).to(slow), torch.randn(17, 8).to(slow), w.T.to(slow))
+        torch.addmm(torch.randn(4).to(slow), torch.randn(16, 8).to(slow), w.T.to(slow))
+    assert seen == [slow, torch.float32, torch.float32, torch.float32, slow]
 
 
 def test_a_cpu_with_the_arithmetic_computes_as_it_would(monkeypatch: pytest.MonkeyPatch):
