@@ -72,6 +72,11 @@ def test_few_rows_and_other_dtypes_are_left_alone(slow: torch.dtype):
     assert seen == [slow, torch.float32, torch.float32, torch.float32, slow]
 
 
+def test_without_onednn_nothing_is_known_to_be_slow(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert precision.slow_dtypes() == frozenset()
+
+
 def test_a_cpu_with_the_arithmetic_computes_as_it_would(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(precision, "slow_dtypes", frozenset)
     x, w = torch.randn(32, 8).bfloat16(), torch.randn(4, 8).bfloat16()

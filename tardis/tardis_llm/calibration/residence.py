@@ -24,7 +24,7 @@ from ..precision import quick_products
 def computing_on(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
     """Within the context, a model computes on a device, where one of its blocks is at a time: the last one called.
 
-    In the end all of it is back where it was.
+    In the end all of it is back where it was. On a CPU that lacks the arithmetic of its dtype, products are in fp32.
 
     Args:
         model: on one device.

@@ -262,30 +262,12 @@ private:
     const float half_;
 };
 
-template <int B, int H>
-void multiply_panels(const TardisMatrix& m, const Rows& rows, const Input& x, float* out) {
-    const Panel<B, H> product(m, x);
-    const int64_t last = (rows.end + kPanelRows - 1) / kPanelRows;
-    for (int64_t panel = rows.begin / kPanelRows, first = panel; panel < last; panel += 2) {
-        const int64_t count = panel + 1 < last ? 2 : 1;
-        product.multiply(m, panel, count, x.tokens, out + (panel - first) * kPanelRows);
-    }
-}
-
-template <int H>
-void multiply_panels(const TardisMatrix& m, const Rows& rows, const Input& x, float* out) {
-    if (m.bits == 1) return multiply_panels<1, H>(m, rows, x, out);
-    if (m.bits == 2) return multiply_panels<2, H>(m, rows, x, out);
-    if (m.bits == 4) return multiply_panels<4, H>(m, rows, x, out);
-    multiply_panels<8, H>(m, rows, x, out);
-}
-
 }  // namespace
-
-void TARDIS_AVX2_SET::panels(const TardisMatrix& m, const Rows& rows, const Input& x, float* out) {
-    if (x.quantised.halves == 2) return multiply_panels<2>(m, rows, x, out);
-    multiply_panels<1>(m, rows, x, out);
-}
-
 }  // namespace tardis
+
+#include "lowbit_panels.inc"
+
+void tardis::TARDIS_AVX2_SET::panels(const TardisMatrix& m, const Rows& rows, const Input& x, float* out) {
+    multiply_panels(m, rows, x, out);
+}
 #endif

@@ -2,9 +2,8 @@
 
 Sums are in fp32 throughout. Where inputs meet a low-bit matrix they are rounded to 8 bits, with one scale per token and
 group of columns, 512 at most; so what a predictor finds differs from the reference for few neurons that are next to a
-bound. Residuals that meet a low-bit W2 may be rounded to 16 bits, with one
-scale for up to eight of them. What a token gets does not depend on the others in its batch; in its last bits it may
-depend on the number of threads.
+bound. Residuals that meet a low-bit W2 may be rounded to 16 bits, with one scale for up to eight of them. What a token
+gets does not depend on the others in its batch; in its last bits it may depend on the number of threads.
 """
 
 from __future__ import annotations
