@@ -232,7 +232,7 @@ class State:
     def scanned_keys(self, arrays: Scanned) -> NDArray[Any]:
         """The keys that a scan found."""
         keys, key_type = arrays[0], self.key_type
-        return keys if keys.dtype is key_type.dtype else key_type.decode(keys)
+        return keys if keys.dtype == key_type.dtype else key_type.decode(keys)
 
     @cached_property
     def new_items(self) -> Callable[[int], Scanned]:

@@ -88,9 +88,9 @@ def test_the_product_is_that_of_the_stored_weight(
     layer, x = random_layer(bits, shape, dtype, group_size), random_inputs(count, shape[1]).to(dtype)
     y = layer(x)
     assert y.dtype == dtype
-    tolerance = (
-        6e-2 if open_library() is not None else 1e-2
-    )  # kernels round inputs to 8 bits, and `random_inputs` has an outlier
+    tolerance = 1e-3 if dtype == torch.float32 else 1e-2
+    if open_library() is not None:  # kernels round inputs to 8 bits, by the largest of a group: here an outlier
+        tolerance = 6e-2
     assert deviation(y, F.linear(x.float(), layer.dequantise(), layer.bias.float())) < tolerance
 
 
