@@ -21,7 +21,20 @@ import typer
 from torch import Tensor
 
 from gpu_folding import folded_twice, large_fold
-from gpu_layers import BF16, FIXED, SHAPES, Layer, Shape, dense_step, layers_of, low_bit_step, random_fold
+from gpu_layers import (
+    BF16,
+    FIXED,
+    SHAPES,
+    Layer,
+    Shape,
+    Step,
+    dense_step,
+    ffn_step,
+    layers_of,
+    low_bit_linear,
+    random_fold,
+    torch_int4_linear,
+)
 from gpu_models import models
 from gpu_timing import copy_bandwidth, graphed, milliseconds, timed
 from tardis_llm.ffn.weights import FoldedWeights
@@ -91,6 +104,14 @@ def kernels(layers: Sequence[Layer], tokens: int, copy: float) -> list[dict[str,
     return rows
 
 
+def rivals(shape: Shape, layers: Sequence[Layer]) -> dict[str, list[Step]]:
+    """What folds are measured against: the same FFNs unfolded, in as many bits."""
+    if dense := [dense_step(layer.dense) for layer in layers if layer.dense]:
+        return {"dense": dense}
+    ways = {"dense": low_bit_linear, "dense of torch": torch_int4_linear}
+    return {name: [ffn_step(shape, linear) for _ in layers] for name, linear in ways.items()}
+
+
 def run_all(launches: Sequence[Launch]) -> None:
     """Launch one after the other."""
     for launch in launches:
@@ -139,12 +160,10 @@ def main(
             layers = layers_of(shape, bits, 8)
             label = f"{name} {'bf16' if bits is None else 'int4'}"
             keep(f"kernels {label}", {tokens: kernels(layers, tokens, results["copy_gb_s"]) for tokens in BATCHES})
-            dense = [dense_step(layer.dense) if layer.dense else low_bit_step(shape) for layer in layers]
             inputs = [torch.randn(tokens, shape.d, dtype=BF16, device="cuda") for tokens in BATCHES]
-            folded = [layer.folded for layer in layers]
-            ffn = [{"batch": len(x), "dense": timed(dense, x), "folded": timed(folded, x)} for x in inputs]
-            keep(f"ffn {label}", ffn)
-            del layers, dense, folded
+            ways = rivals(shape, layers) | {"folded": [layer.folded for layer in layers]}
+            keep(f"ffn {label}", [{"batch": len(x)} | {way: timed(ways[way], x) for way in ways} for x in inputs])
+            del layers, ways
         for label, model in models(shape, 4 if quick else shape.layers):
             inputs = [torch.randn(tokens, shape.d, dtype=BF16, device="cuda") for tokens in BATCHES]
             steps = {len(x): timed([model], x) for x in inputs}

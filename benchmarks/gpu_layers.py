@@ -18,6 +18,8 @@ from tardis_llm.runtime.triton.codes import Codes
 BF16 = torch.bfloat16
 FIXED = 0.05  #: share of the neurons that a token fixes
 Step = Callable[[Tensor], Tensor]
+Linear = Callable[[int, int], Step]  #: makes a product with a matrix of so many rows and columns
+_GROUP, _INNER_TILES = 128, 8  # of torch's int4
 
 
 @dataclass(frozen=True)
@@ -113,12 +115,39 @@ def layers_of(shape: Shape, bits: int | None, count: int) -> list[Layer]:
     return found
 
 
+def dense_linear(rows: int, columns: int) -> Step:
+    """A product in bf16 by torch."""
+    matrix = dense_matrix(rows, columns)
+    return lambda x: F.linear(x, matrix)
+
+
+def low_bit_linear(rows: int, columns: int) -> Step:
+    """A product with a matrix in 4 bits by our kernel."""
+    matrix = codes(rows, columns, 4)
+    return lambda x: product(x, matrix, None)
+
+
+def torch_int4_linear(rows: int, columns: int) -> Step:
+    """A product with a matrix in 4 bits by torch's own kernel, which torchao calls for its weights in int4.
+
+    Groups have 128 columns, of which the last is filled up; rows must be a multiple of 8.
+    """
+    filled = -(-columns // _GROUP) * _GROUP
+    data = torch.randint(256, (rows, filled // 2), dtype=torch.uint8, device="cuda")
+    packed = torch.ops.aten._convert_weight_to_int4pack(data, _INNER_TILES)
+    scale = torch.full((filled // _GROUP, rows), 12**0.5 / (16 * columns**0.5), dtype=BF16, device="cuda")
+    scale_and_zero = torch.stack((scale, torch.zeros_like(scale)), dim=-1)
+    return lambda x: torch.ops.aten._weight_int4pack_mm(
+        F.pad(x, (0, filled - columns)), packed, _GROUP, scale_and_zero
+    )
+
+
 def dense_step(dense: DenseFFN) -> Step:
     """An FFN in bf16 by torch."""
     return lambda x: F.linear(value(F.linear(x, dense.w1), dense.act, dense.k), dense.w2)
 
 
-def low_bit_step(shape: Shape) -> Step:
-    """An FFN whose weights are in 4 bits, by our kernel."""
-    up, down, act = codes(shape.k * shape.h, shape.d, 4), codes(shape.d, shape.h, 4), activation(shape.activation)
-    return lambda x: product(value(product(x, up, None), act, shape.k), down, None)
+def ffn_step(shape: Shape, linear: Linear) -> Step:
+    """An FFN of such products."""
+    up, down, act = linear(shape.k * shape.h, shape.d), linear(shape.d, shape.h), activation(shape.activation)
+    return lambda x: down(value(up(x), act, shape.k))
