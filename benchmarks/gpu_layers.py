@@ -137,9 +137,7 @@ def torch_int4_linear(rows: int, columns: int) -> Step:
     packed = torch.ops.aten._convert_weight_to_int4pack(data, _INNER_TILES)
     scale = torch.full((filled // _GROUP, rows), 12**0.5 / (16 * columns**0.5), dtype=BF16, device="cuda")
     scale_and_zero = torch.stack((scale, torch.zeros_like(scale)), dim=-1)
-    return lambda x: torch.ops.aten._weight_int4pack_mm(
-        F.pad(x, (0, filled - columns)), packed, _GROUP, scale_and_zero
-    )
+    return lambda x: torch.ops.aten._weight_int4pack_mm(F.pad(x, (0, filled - columns)), packed, _GROUP, scale_and_zero)
 
 
 def dense_step(dense: DenseFFN) -> Step:

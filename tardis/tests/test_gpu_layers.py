@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_layers import Linear, Shape, dense_linear, ffn_step, torch_int4_linear
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from gpu_layers import Linear, Shape, dense_linear, ffn_step, torch_int4_linear
 
 
 @pytest.mark.parametrize("linear", [dense_linear, torch_int4_linear])
