@@ -47,7 +47,7 @@ from tardis_llm.ffn.weights import DenseFFN, FoldedWeights, Storage, written_out
 from tardis_llm.folding.rounding import quantise
 from tardis_llm.pipeline.session import sound_weights
 from tardis_llm.runtime import backend, slow
-from tardis_llm.runtime.backend import prepare
+from tardis_llm.runtime.backend import lay_out, prepare
 from tardis_llm.runtime.cpu import library
 from tardis_llm.runtime.cpu.backend import CpuBackend, CpuFFN
 from tardis_llm.runtime.cpu.library import ISAS, MAX_TOKENS, open_library
@@ -464,6 +464,13 @@ def test_what_a_token_gets_does_not_depend_on_its_batch(isa: str, storage: Stora
     assert torch.equal(kernel_ffn(x, folded, dense), alone)
 
 
+def laid_out(weights: FoldedWeights) -> FoldedWeights:
+    """Stacked weights in the order of memory of the instruction set in use."""
+    assert isinstance(weights.predictor, PackedMatrix) and isinstance(weights.down, PackedMatrix)
+    down = lay_out(weights.down, torch.bfloat16, by_rows=True) or weights.down
+    return replace(weights, predictor=Panels.of(weights.predictor), down=down)
+
+
 @pytest.mark.parametrize("name", ["avx2", "avxvnni", "amx"])
 @pytest.mark.parametrize("storage", EXACT_STORAGES, ids=str)
 @pytest.mark.parametrize(("d", "h", "k"), [(128, 64, 1), (576, 160, 2), (1024, 32, 2)])
@@ -476,7 +483,7 @@ def test_every_neuron_is_computed_by_the_weights_in_few_bits(
     folded, dense = stored_fold(d, h, storage, torch.bfloat16, "silu" if k == 2 else "gelu", k=k)
     x, weights = correlated(tokens, d).bfloat16(), folded.beside(dense)
     with library.loaded().using(name):
-        ffn = CpuFFN(replace(weights, predictor=Panels.of(weights.predictor)))
+        ffn = CpuFFN(laid_out(weights))
         assert not ffn.quick_exact(x.float())
         for b2 in (dense.b2, None):
             expected = weights.exact(x, b2)
@@ -488,7 +495,7 @@ def test_every_neuron_is_computed_by_the_weights_in_few_bits(
 def test_where_many_neurons_are_fixed_all_are_as_quick(ranges: str, often: bool, isa: str) -> None:
     folded, dense = stored_fold(128, 64, Storage(64, 4, 4), torch.bfloat16, ranges=ranges)
     weights = folded.beside(dense)
-    ffn = CpuFFN(replace(weights, predictor=Panels.of(weights.predictor)))
+    ffn = CpuFFN(laid_out(weights))
     expected = {"avx2": often, "avxvnni": often, "amx": True}.get(isa, False)
     assert ffn.quick_exact(correlated(40, 128).bfloat16()) == expected
 

@@ -14,6 +14,7 @@ Table table_of(Product planes, Product panels) {
     table.bf16.gemm = table.fp16.gemm = gemm_avx2;
     table.sum_gemm = sum_gemm_avx2, table.down_gemm = down_gemm_avx2;
     table.low_bit = planes, table.low_bit_panels = panels, table.add_low_bit = avx2::add_low_bit;
+    table.add_code_rows = avx2::add_code_rows, table.code_rows = true;
     avx2::set_vectors(table);
     return table;
 }

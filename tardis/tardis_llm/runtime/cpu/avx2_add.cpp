@@ -83,6 +83,69 @@ inline TARDIS_INLINE void add_rows(
 
 #include "lowbit_add.inc"
 
+namespace tardis {
+namespace {
+
+// y += the rows' factors times the codes of 32 bytes of each: words of two rows meet side by side. A register gets the
+// codes of 8 consecutive columns.
+template <int B>
+inline TARDIS_INLINE void add_line(
+    const Added& rows, int64_t byte, const int32_t (&factors)[kTuples][kMaxGroups], const Units& units, int64_t g, float* y
+) {
+    constexpr int n = 16 / B;
+    const Integers start = every(units.start[g]);
+    Integers sum[2 * n];
+    each<2 * n>([&](auto i) TARDIS_INLINE { sum[i] = _mm256_slli_epi32(start, i % n * B % 8); });
+    each<kTuples>([&](auto p) TARDIS_INLINE {
+        const auto* first = reinterpret_cast<const __m256i*>(rows.data[2 * p] + byte);
+        const auto* second = reinterpret_cast<const __m256i*>(rows.data[2 * p + 1] + byte);
+        const __m256i a = _mm256_loadu_si256(first), b = _mm256_loadu_si256(second);
+        const __m256i words[] = {_mm256_unpacklo_epi16(a, b), _mm256_unpackhi_epi16(a, b)};
+        const __m256i both = every(factors[p][g]);
+        each<2 * n>([&](auto i) TARDIS_INLINE {
+            sum[i] = plus(sum[i], _mm256_madd_epi16(code_of_words<B, i % n>(words[i / n]), both));
+        });
+    });
+    each<2 * n>([&](auto i) TARDIS_INLINE {
+        const Floats unit = constant(units.unit[g] / worth<B, i % n>);
+        store(y + 8 * i, plus_product(load(y + 8 * i), floats(sum[i]), unit));
+    });
+}
+
+template <int B>
+void add_rows_of_codes(const TardisMatrix& m, const Terms& terms, float* y) {
+    constexpr int64_t kLineColumns = 8 * sizeof(__m256i) / B;
+    const int64_t groups = (m.columns + m.group_size - 1) / m.group_size, bytes = m.columns * B / 8;
+    const int32_t twice_middle = m.twice_zero;
+    Units units;
+    alignas(kBytes) int32_t factors[kTuples][kMaxGroups];
+    for (int64_t first = 0; first < terms.count; first += kTogether) {
+        const Added rows(m, bytes, groups, terms, first);
+        units.set(rows.scale, rows.r, groups, twice_middle, [&](int64_t g, const Integers (&value)[kTogether]) TARDIS_INLINE {
+            each<kTuples>([&](auto p) TARDIS_INLINE {
+                store(factors[p] + g, _mm256_blend_epi16(value[2 * p], _mm256_slli_epi32(value[2 * p + 1], 16), 0xaa));
+            });
+        });
+        for (int64_t column = 0, g = 0; column < m.columns; ++g) {
+            const int64_t end = column + m.group_size < m.columns ? column + m.group_size : m.columns;
+            for (; column < end; column += kLineColumns) {
+                const int64_t byte = column * B / 8;
+                if (byte % 64 == 0) each<kTogether>([&](auto e) TARDIS_INLINE { prefetch_far(rows.ahead[e] + byte + 63); });
+                add_line<B>(rows, byte, factors, units, g, y + column);
+            }
+        }
+    }
+}
+
+}  // namespace
+}  // namespace tardis
+
+void tardis::avx2::add_code_rows(const TardisMatrix& m, const Layout* layout, const Terms& terms, Range range, float* y) {
+    if (m.columns > kMaxGroups * m.group_size) return portable_table()->add_code_rows(m, layout, terms, range, y);
+    if (m.bits == 4) add_rows_of_codes<4>(m, terms, y);
+    else add_rows_of_codes<8>(m, terms, y);
+}
+
 void tardis::avx2::add_low_bit(
     const TardisMatrix& m, const Layout* layout, const Terms& terms, Range range, float* y
 ) {

@@ -267,14 +267,14 @@ private:
     alignas(16) uint8_t added_codes_[sum ? kDepth : 1][kOutputs];
 };
 
-// Codes in planes, inputs by outputs: some columns of half a block, all of which are written out at once.
+// Code rows, inputs by outputs: some columns, all of which are written out at once.
+template <int B>
 class CodeRows {
 public:
     static constexpr int64_t kRows = 64;  // at once: the second cache keeps their panels
 
     CodeRows(const TardisMatrix& m, Range columns)
-        : m_(m), columns_(columns), block_(columns.begin / kBlockColumns * kBlockColumns),
-          groups_((m.columns + m.group_size - 1) / m.group_size) {}
+        : m_(m), columns_(columns), groups_((m.columns + m.group_size - 1) / m.group_size) {}
 
     Weights operator()(int64_t output, int64_t begin, int64_t end) {
         if (output == columns_.begin)
@@ -283,23 +283,30 @@ public:
     }
 
 private:
+    static constexpr int64_t kHalf = 16 / B * 8;  // columns of half a line
+
     TARDIS_INLINE void write(int64_t row, int64_t number) {
-        uint8_t in_order[kBlockColumns + kBehind];
-        read_block(m_, row, block_, in_order);
-        const __m256 half = _mm256_set1_ps(static_cast<float>(m_.twice_zero) / 2);
+        const uint8_t* data = static_cast<const uint8_t*>(m_.data) + row * m_.columns * B / 8;
         for (int64_t column = columns_.begin; column < columns_.end; column += kOutputs) {
-            const __m256 scale = _mm256_set1_ps(from_fp16(m_.scale[row * groups_ + column / m_.group_size]));
+            const float scale = from_fp16(m_.scale[row * groups_ + column / m_.group_size]);
+            const int64_t half = column / kHalf, byte = column % kHalf / kOutputs;
+            const auto* line = reinterpret_cast<const __m256i*>(data) + half / 2;
+            const __m256i all = _mm256_loadu_si256(line), zero = _mm256_setzero_si256();
+            const __m256i words = half % 2 ? _mm256_unpackhi_epi16(all, zero) : _mm256_unpacklo_epi16(all, zero);
+            const __m256i own = _mm256_srl_epi32(words, _mm_cvtsi32_si128(static_cast<int>(8 * byte)));
             float* to = panels_[(column - columns_.begin) / kOutputs][number];
             each<2>([&](auto v) TARDIS_INLINE {
-                const __m256 level = _mm256_sub_ps(wide(in_order + column - block_ + 8 * v), half);
-                _mm256_store_ps(to + 8 * v, _mm256_mul_ps(level, scale));
+                const __m256 code = _mm256_cvtepi32_ps(code_of_words<B, v>(own));
+                const __m256 middle = _mm256_set1_ps(static_cast<float>(m_.twice_zero * worth<B, v>) / 2);
+                const __m256 unit = _mm256_set1_ps(scale / worth<B, v>);
+                _mm256_store_ps(to + 8 * v, _mm256_mul_ps(_mm256_sub_ps(code, middle), unit));
             });
         }
     }
 
     const TardisMatrix& m_;
     const Range columns_;
-    const int64_t block_, groups_;
+    const int64_t groups_;
     alignas(64) float panels_[kDownColumns / kOutputs][kRows][kOutputs];
 };
 
@@ -332,7 +339,12 @@ void sum_gemm_avx2(
 }
 
 void down_gemm_avx2(const TardisMatrix& m, Range columns, const Tokens& x, float* out, int64_t stride) {
-    multiply(CodeRows(m, columns), CodeRows::kRows, columns, m.rows, x, true, out, stride);
+    const auto run = [&](auto bits) {
+        using Own = CodeRows<bits>;
+        multiply(Own(m, columns), Own::kRows, columns, m.rows, x, true, out, stride);
+    };
+    if (m.bits == 4) run(Constant<4>{});
+    else run(Constant<8>{});
 }
 
 }  // namespace tardis

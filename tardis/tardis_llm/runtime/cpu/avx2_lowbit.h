@@ -51,6 +51,17 @@ inline TARDIS_INLINE Bytes part_of(Bytes code) {
     return _mm256_and_si256(part ? _mm256_srli_epi16(code, 4) : code, bytes_of(15));
 }
 
+// Number k of the codes of B bits in each word of 16 bits, times what `worth<B, k>` says.
+template <int B, int k>
+inline TARDIS_INLINE __m256i code_of_words(__m256i words) {
+    constexpr int at = k * B % 8;
+    const __m256i byte = k * B < 8 ? words : _mm256_srli_epi16(words, 8);
+    return B == 8 && k ? byte : _mm256_and_si256(byte, _mm256_set1_epi16(((1 << B) - 1) << at));
+}
+
+template <int B, int k>
+constexpr int worth = 1 << k * B % 8;
+
 // So many scales from one on, in fp32; of 8 those beyond are zero.
 inline TARDIS_INLINE Floats scales_at(const uint16_t* scale, int64_t count) {
     if (count >= 8) return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scale)));

@@ -16,7 +16,8 @@ from torch import Tensor
 from ...ffn.packed import PackedMatrix
 from ...ffn.weights import FoldedWeights, Layout
 from ...ffn.weights import Matrix as AnyMatrix
-from .library import ISAS, available, can_be_in_panels, kernels, loaded
+from .code_rows import CodeRows
+from .library import ISAS, available, can_be_code_rows, can_be_in_panels, kernels, loaded
 from .operators import ACTIVATION_BITS, DTYPES, batches, check_inputs, multiplies, readable
 from .panels import Panels
 from .structures import FFN, Activation, Batch, Matrix, Vector
@@ -126,11 +127,13 @@ class CpuBackend:
         return x.is_cpu and x.dtype in DTYPES and x.numel() > 0 and available()
 
     def lay_out(self, matrix: Tensor | PackedMatrix, dtype: torch.dtype, by_rows: bool = False) -> Layout | None:
-        """A copy of the matrix in panels, if it can be so and inputs of this dtype meet it so; not `by_rows`."""
-        if by_rows or (isinstance(matrix, PackedMatrix) and matrix.has_zero):
-            return None
+        """A copy of the matrix in panels, or as code rows if its rows are added up, where it can be so."""
         device = (matrix if isinstance(matrix, Tensor) else matrix.planes).device
-        return Panels.of(matrix) if device.type == "cpu" and dtype in DTYPES and can_be_in_panels(matrix) else None
+        if device.type != "cpu" or dtype not in DTYPES:
+            return None
+        if isinstance(matrix, PackedMatrix) and matrix.has_zero:  # fixing adds up its rows, nothing multiplies with it
+            return CodeRows.of(matrix) if can_be_code_rows(matrix) else None
+        return Panels.of(matrix) if not by_rows and can_be_in_panels(matrix) else None
 
     def prepare(self, weights: FoldedWeights, dtype: torch.dtype) -> CpuFFN | None:
         """A folded FFN for the kernels, if each matrix is contiguous in main memory and dense ones have this dtype."""
@@ -142,7 +145,7 @@ class CpuBackend:
         """x W^T + bias; None for matrices of another dtype than x, and for others that no kernel multiplies."""
         rows, run = x.reshape(-1, x.shape[-1]).contiguous(), torch.ops.tardis.linear
         if isinstance(matrix, PackedMatrix):
-            if matrix.has_zero:  # fixing reads such a matrix by rows, nothing multiplies with it
+            if matrix.has_zero:  # as above
                 return None
             y = run(rows, matrix.planes, bias, matrix.scale, matrix.group_size)
         elif isinstance(matrix, Panels):

@@ -30,7 +30,11 @@ inline Product product_of(const TardisMatrix& m) {
 }
 
 inline Accumulate accumulate_of(const TardisMatrix& m) {
-    return m.type == TARDIS_LOW_BIT ? kernels().add_low_bit : dense_of(m).add;
+    switch (m.type) {
+        case TARDIS_LOW_BIT: return kernels().add_low_bit;
+        case TARDIS_CODE_ROWS: return kernels().add_code_rows;
+        default: return dense_of(m).add;
+    }
 }
 
 }  // namespace tardis

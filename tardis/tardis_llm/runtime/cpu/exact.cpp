@@ -87,7 +87,8 @@ bool has_exact(const TardisFFN& ffn) {
     if (!kernels().sum_gemm || !kernels().down_gemm || predictor.type != TARDIS_LOW_BIT_PANELS) return false;
     const bool rest = up.type == TARDIS_NONE || (up.type == TARDIS_LOW_BIT && up.group_size == predictor.group_size);
     const bool sizes = predictor.columns % 64 == 0 && predictor.rows / ffn.k % kPanelRows == 0;
-    return rest && sizes && down.type == TARDIS_LOW_BIT && down.group_size % 16 == 0;
+    const bool lies = down.type == (kernels().code_rows ? TARDIS_CODE_ROWS : TARDIS_LOW_BIT);
+    return rest && sizes && lies && down.group_size % 16 == 0;
 }
 
 void exact_ffn(const TardisFFN& ffn, const TardisVector& b2, const TardisBatch& batch) { Exact(ffn, b2, batch).run(); }

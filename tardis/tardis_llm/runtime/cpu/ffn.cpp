@@ -27,7 +27,7 @@ constexpr int kMaxParts = 32;  // each has outputs of its own, which take memory
 constexpr int kMost = 2;  // up-projections per neuron
 
 // Of the inputs where they meet the predictor: 8 will do for what only selects, as it is of few bits itself.
-int32_t selecting_bits(const TardisFFN& ffn) { return ffn.down.type == TARDIS_LOW_BIT ? ffn.activation_bits : 8; }
+int32_t selecting_bits(const TardisFFN& ffn) { return is_low_bit(ffn.down) ? ffn.activation_bits : 8; }
 
 int64_t neurons(const TardisFFN& ffn) { return ffn.predictor.rows / ffn.k; }
 
@@ -302,7 +302,7 @@ private:
         void replace(
             const int32_t* row, const float* const (&z)[kMost], int64_t count, float (&value)[kMost][N], int64_t first
         ) const {
-            const bool predicted = ffn_.down.type == TARDIS_LOW_BIT;  // `up` is what the predictor leaves
+            const bool predicted = is_low_bit(ffn_.down);  // `up` is what the predictor leaves
             float at[kMost][kBlockRows];
             for (int j = 0; j < ffn_.k; ++j)
                 for (int64_t i = 0; i < count; ++i)

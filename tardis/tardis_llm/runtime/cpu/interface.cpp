@@ -34,6 +34,11 @@ bool can_be_in_panels(const TardisMatrix& m) {
     return is_low_bit(m) && bits && size >= 1 && (size >= m.columns || blocks);
 }
 
+bool can_be_code_rows(const TardisMatrix& m) {
+    const bool fits = m.columns % 64 == 0 && (m.group_size % 64 == 0 || m.group_size >= m.columns);
+    return is_low_bit(m) && (m.bits == 4 || m.bits == 8) && fits;
+}
+
 // Whether the instruction set in use multiplies panels of numbers, or of codes.
 bool have_panels(const TardisMatrix& m) {
     return is_low_bit(m) ? kernels().low_bit_panels != nullptr : kernels().bf16.panels != nullptr;
@@ -43,7 +48,7 @@ bool is_valid(const TardisMatrix& m) {
     if (!m.data || m.rows < 1 || m.columns < 1) return false;
     if (in_panels(m) && !(have_panels(m) && can_be_in_panels(m))) return false;
     if (!is_low_bit(m)) return is_number(m.type) || in_panels(m);
-    if (m.bits < 1 || m.bits > kMaxBits) return false;
+    if (m.bits < 1 || m.bits > kMaxBits || (m.type == TARDIS_CODE_ROWS && !can_be_code_rows(m))) return false;
     const int32_t levels = 1 << m.bits;
     return m.scale && m.group_size >= 1 && (m.twice_zero == levels - 1 || (m.twice_zero == levels && !in_panels(m)));
 }
@@ -60,7 +65,7 @@ bool is_valid(const TardisBatch& batch) {
 bool can_multiply(const TardisMatrix& m, const TardisBatch& batch) {
     if (m.type == TARDIS_BF16_PANELS) return batch.type == TARDIS_BF16;
     if (m.type == TARDIS_FP16_PANELS) return batch.type == TARDIS_FP16;
-    return is_low_bit(m) || m.type == batch.type;
+    return (is_low_bit(m) && m.type != TARDIS_CODE_ROWS) || m.type == batch.type;
 }
 
 bool has_activation(const TardisFFN& ffn) {
@@ -85,15 +90,17 @@ bool is_valid(const TardisFFN& ffn, const TardisBatch& batch) {
     const bool predicts = ffn.predictor.type != TARDIS_NONE;
     const int64_t rows = ffn.predictor.rows, d = predicts ? ffn.predictor.columns : ffn.kept_up.columns;
     if (!has_activation(ffn) || !are_bits(ffn.activation_bits) || !is_valid_kept(ffn, batch, d)) return false;
-    const auto is = [&](const TardisMatrix& m, int64_t rows) {
-        return is_valid(m) && m.rows == rows && m.columns == d && can_multiply(m, batch);
+    const auto fits = [&](const TardisMatrix& m, int64_t rows) {
+        return is_valid(m) && m.rows == rows && m.columns == d;
     };
-    const bool up = ffn.up.type == TARDIS_NONE ? ffn.down.type == TARDIS_LOW_BIT : is(ffn.up, rows);
+    const auto is = [&](const TardisMatrix& m, int64_t rows) { return fits(m, rows) && can_multiply(m, batch); };
+    const bool up = ffn.up.type == TARDIS_NONE ? is_low_bit(ffn.down) : is(ffn.up, rows);
     const bool fold = ffn.fold.type == TARDIS_NONE || is(ffn.fold, d);
     const bool apart = !in_panels(ffn.up) && !in_panels(ffn.down);
     if (!predicts) return ffn.kept_up.type != TARDIS_NONE && fold;
     const bool predictor = is_known(ffn) && is_low_bit(ffn.predictor) && is(ffn.predictor, rows);
-    return predictor && fold && up && apart && is(ffn.down, rows / ffn.k);
+    const bool added = fits(ffn.down, rows / ffn.k) && (is_low_bit(ffn.down) || can_multiply(ffn.down, batch));
+    return predictor && fold && up && apart && added;
 }
 
 bool is_valid(const TardisOperation& op, const TardisBatch& batch, int64_t position) {
@@ -162,6 +169,9 @@ int32_t tardis_has_low_bit_gemm() { return kernels().low_bit_gemm != nullptr; }
 
 int32_t tardis_can_be_in_panels(const TardisMatrix* matrix) {
     return have_panels(*matrix) && can_be_in_panels(*matrix);
+}
+int32_t tardis_can_be_code_rows(const TardisMatrix* matrix) {
+    return kernels().code_rows && can_be_code_rows(*matrix);
 }
 
 int32_t tardis_gemm(

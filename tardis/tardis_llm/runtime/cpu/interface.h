@@ -10,6 +10,11 @@
 // filled up, and in them, from the first columns to the last, bf16 numbers [columns / 2, 32, 2]; or fp16 numbers
 // [columns, 32]; or codes in 1, 2, 4 or 8 bits, 32 bits per row and 32 / bits columns, of which byte j has columns
 // j, 4 + j, ... from the lowest bits on, and scales [groups, 32].
+//
+// As code rows it is for sums of rows only, which then read one stretch for each: codes of 4 or 8 bits side by side, and
+// scales as in planes. Words of 16 bits come in lines of 16, and have n = 16 / bits codes, from the lowest bits on: code
+// k of word 8 i + 4 h + j of a line is that of column 8 (n h + k) + 4 i + j of its 16 n columns. Rows have whole
+// lines, and groups 64 columns or a multiple of them.
 #pragma once
 #include <cstdint>
 
@@ -40,6 +45,7 @@ enum TardisType : int32_t {
     TARDIS_BF16_PANELS,
     TARDIS_FP16_PANELS,
     TARDIS_LOW_BIT_PANELS,
+    TARDIS_CODE_ROWS,
 };
 enum TardisStatus : int32_t { TARDIS_OK, TARDIS_NO_MEMORY, TARDIS_BAD_ARGUMENT };
 enum TardisIsa : int32_t {
@@ -100,7 +106,7 @@ struct TardisActivation {
 struct TardisFFN {
     TardisMatrix fold, predictor;  // [d, d] or none, [k h, d]; of any type, low-bit
     TardisMatrix up;               // [k h, d]: W1, or what the predictor leaves of it (low-bit), or none
-    TardisMatrix down;             // [h, d]: W2 transposed
+    TardisMatrix down;             // [h, d]: W2 transposed, which may be code rows
     TardisMatrix kept_up, kept_down;  // [k kept, d], [d, kept]; of any type
     TardisVector bias, b1, low, high, slope, offset;  // b1 and slope [k h]
     TardisVector kept_bias;           // [k kept]
@@ -187,6 +193,8 @@ int32_t tardis_has_gemm();  // whether the instruction set in use has it
 int32_t tardis_has_low_bit_gemm();
 // Whether the instruction set in use multiplies a matrix once it is in panels. Only its type and sizes are read.
 int32_t tardis_can_be_in_panels(const TardisMatrix* matrix);
+// Whether the instruction set in use adds rows of a matrix faster once it is code rows; of it, as before.
+int32_t tardis_can_be_code_rows(const TardisMatrix* matrix);
 // y [tokens, h] uint8: 1 for the neurons whose prediction, or residual at it if k is 2, is not within [low, high], NaN
 // included.
 int32_t tardis_fixed(const TardisFFN* ffn, const TardisBatch* batch);

@@ -71,7 +71,7 @@ inline Input of_token(const Input& x, int64_t t) {
     return one;
 }
 
-// Columns begin..end-1 of dense rows, or the blocks begin..end-1 of low-bit ones, or outputs.
+// Columns begin..end-1 of rows, or the blocks begin..end-1 of rows in planes, or outputs.
 struct Range {
     int64_t begin, end;
 };
@@ -112,7 +112,8 @@ using SumGemm = void (*)(
 
 constexpr int64_t kDownColumns = kBlockColumns / 2;  // of a call, at most: half a block's, or those of half the last one
 
-// out[token * stride + i - begin] = column i of the tokens, in bf16, times weights [inputs, columns] in planes.
+// out[token * stride + i - begin] = column i of the tokens, in bf16, times weights [inputs, columns] in planes, or in
+// code rows if the table has these.
 using DownGemm = void (*)(const TardisMatrix&, Range columns, const Tokens&, float* out, int64_t stride);
 
 // Pairs of a row and a token.
@@ -133,7 +134,7 @@ struct Terms {
     int64_t count;
 };
 
-// y[column] += terms, for the columns of a range.
+// y[column] += terms, for the columns of a range; of code rows for all.
 using Accumulate = void (*)(const TardisMatrix&, const Layout*, const Terms&, Range, float* y);
 
 // out[0..count-1] = v[begin...] in fp32; zeros where there is no vector.
@@ -159,7 +160,9 @@ inline bool in_panels(const TardisMatrix& m) {
     return m.type == TARDIS_BF16_PANELS || m.type == TARDIS_FP16_PANELS || m.type == TARDIS_LOW_BIT_PANELS;
 }
 
-inline bool is_low_bit(const TardisMatrix& m) { return m.type == TARDIS_LOW_BIT || m.type == TARDIS_LOW_BIT_PANELS; }
+inline bool is_low_bit(const TardisMatrix& m) {
+    return m.type == TARDIS_LOW_BIT || m.type == TARDIS_LOW_BIT_PANELS || m.type == TARDIS_CODE_ROWS;
+}
 
 // For dense matrices of one type of numbers.
 struct Dense {
@@ -174,7 +177,7 @@ struct Table {
     Dense bf16, fp16, f32;
     Product low_bit, low_bit_panels;  // the second is null where there is none
     PanelGemm low_bit_gemm;  // of codes in panels, with tokens in bf16; null where there is none
-    Accumulate add_low_bit;
+    Accumulate add_low_bit, add_code_rows;
     Widen widen;
     Store store;
     Outside outside;
@@ -184,6 +187,7 @@ struct Table {
     SumGemm sum_gemm = nullptr;  // null where there is none, as the next one
     DownGemm down_gemm = nullptr;
     int64_t panel_tokens = kGemmTokens;  // that a `PanelGemm` gets at once, at most
+    bool code_rows = false;  // whether `add_code_rows` was seen to be faster than `add_low_bit`
 };
 
 const Table* portable_table();

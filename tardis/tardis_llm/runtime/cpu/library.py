@@ -106,6 +106,10 @@ class Kernels:
         """Whether the instruction set in use multiplies such a matrix, once it is in panels."""
         return bool(self._library.tardis_can_be_in_panels(byref(Matrix.without_pointers(matrix))))
 
+    def can_be_code_rows(self, matrix: PackedMatrix) -> bool:
+        """Whether the instruction set in use adds rows of such a matrix faster, once it is code rows."""
+        return bool(self._library.tardis_can_be_code_rows(byref(Matrix.without_pointers(matrix))))
+
     def gemm(self, weight: Matrix, transposed: bool, bias: Vector, batch: Batch) -> None:
         """y = x W^T + bias, or x W + bias if W is `transposed`, in bf16 or fp16 for any number of tokens."""
         _done(self._library.tardis_gemm(byref(weight), transposed, byref(bias), byref(batch)), "gemm")
@@ -204,6 +208,12 @@ def can_be_in_panels(matrix: Tensor | PackedMatrix) -> bool:
     """Whether the kernels multiply such a matrix, once it is in panels."""
     library = kernels()
     return library is not None and library.can_be_in_panels(matrix)
+
+
+def can_be_code_rows(matrix: PackedMatrix) -> bool:
+    """Whether the kernels add rows of such a matrix faster, once it is code rows."""
+    library = kernels()
+    return library is not None and library.can_be_code_rows(matrix)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ Table table_of(Product planes, Product panels) {
     Table table = {};
     table.bf16 = neon::kBf16, table.fp16 = neon::kFp16, table.f32 = neon::kF32;
     table.low_bit = planes, table.low_bit_panels = panels, table.add_low_bit = neon::add_low_bit;
+    table.add_code_rows = portable_table()->add_code_rows;
     neon::set_vectors(table);
     return table;
 }

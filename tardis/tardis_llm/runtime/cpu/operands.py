@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...errors import TardisError
 from ...ffn.packed import PackedMatrix
+from .code_rows import CodeRows
 from .panels import ROWS, TOGETHER, Panels, data_shape
 
 #: of a code
@@ -19,7 +20,7 @@ MAX_BITS = 8
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def check_matrix(matrix: Tensor | PackedMatrix | Panels) -> None:
+def check_matrix(matrix: Tensor | PackedMatrix | Panels | CodeRows) -> None:
     """Raise TardisError for a matrix whose tensors are not as its kind says."""
     if isinstance(matrix, Tensor):
         check_tensor("a matrix", matrix, _FLOATS)
@@ -27,6 +28,8 @@ def check_matrix(matrix: Tensor | PackedMatrix | Panels) -> None:
             raise TardisError(f"a matrix has two dimensions, and one of shape {list(matrix.shape)} was given.")
     elif isinstance(matrix, Panels):
         _check_panels(matrix)
+    elif isinstance(matrix, CodeRows):
+        _check_code_rows(matrix)
     else:
         _check_packed(matrix)
 
@@ -62,6 +65,14 @@ def _check_packed(matrix: PackedMatrix) -> None:
         planes, scales = list(matrix.planes.shape), list(matrix.scale.shape)
         raise TardisError(f"planes {planes} and scales {scales} do not fit {columns} columns in groups of {size}.")
     check_tensor("planes", matrix.planes, (torch.uint8,), (rows, bits, -(-columns // 8)))
+    check_tensor("scales", matrix.scale, (torch.float16,), (rows, -(-columns // size)))
+
+
+def _check_code_rows(matrix: CodeRows) -> None:
+    rows, columns, bits, size = len(matrix.data), matrix.columns, matrix.bits, matrix.group_size
+    if bits not in (4, 8) or columns % 64 or size < 1:
+        raise TardisError(f"code rows cannot have {columns} columns of {bits} bits in groups of {size}.")
+    check_tensor("code rows", matrix.data, (torch.int16,), (rows, columns * bits // 16))
     check_tensor("scales", matrix.scale, (torch.float16,), (rows, -(-columns // size)))
 
 

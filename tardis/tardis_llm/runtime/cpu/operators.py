@@ -21,6 +21,7 @@ from ...errors import TardisError
 from ...ffn.packed import PackedMatrix
 from ...ffn.weights import Matrix as AnyMatrix
 from ..operators import library
+from .code_rows import CodeRows
 from .library import MAX_TOKENS, has_gemm, has_low_bit_gemm, loaded
 from .panels import TOGETHER, Panels
 from .structures import Batch, Matrix, Vector
@@ -52,6 +53,8 @@ def multiplies(x: Tensor, weight: Tensor) -> bool:
 def readable(matrix: AnyMatrix | None, dtype: torch.dtype) -> bool:
     """Whether the kernels read a matrix as it lies, for inputs of a dtype."""
     if matrix is None:
+        return True
+    if isinstance(matrix, CodeRows):
         return True
     if isinstance(matrix, Panels):
         return matrix.scale is not None or matrix.data.dtype == dtype

@@ -13,18 +13,20 @@ from torch import Tensor
 
 from ...errors import TardisError
 from ...ffn.activations import KINDS, kind, parameters
-from ...ffn.packed import PackedMatrix
+from ...ffn.packed import PackedMatrix, midpoint
+from ...ffn.weights import kind as kind_of
+from .code_rows import CodeRows
 from .operands import check_matrix, check_tensor
 from .panels import Panels
 
 #: `TardisType` of interface.h
-Type = IntEnum("Type", "NONE BF16 FP16 FP32 LOW_BIT BF16_PANELS FP16_PANELS LOW_BIT_PANELS", start=0)
+Type = IntEnum("Type", "NONE BF16 FP16 FP32 LOW_BIT BF16_PANELS FP16_PANELS LOW_BIT_PANELS CODE_ROWS", start=0)
 _DENSE = {torch.bfloat16: Type.BF16, torch.float16: Type.FP16, torch.float32: Type.FP32}
 _PANELS = {torch.bfloat16: Type.BF16_PANELS, torch.float16: Type.FP16_PANELS, torch.uint8: Type.LOW_BIT_PANELS}
 
 
 class Matrix(ctypes.Structure):
-    """`TardisMatrix` of interface.h: bf16, fp16, fp32 or low-bit, or in panels."""
+    """`TardisMatrix` of interface.h: bf16, fp16, fp32 or low-bit, in panels, or as code rows."""
 
     _fields_ = (
         ("data", ctypes.c_void_p),
@@ -39,7 +41,7 @@ class Matrix(ctypes.Structure):
     )
 
     @classmethod
-    def of(cls, matrix: Tensor | PackedMatrix | Panels | None) -> Matrix:
+    def of(cls, matrix: Tensor | PackedMatrix | Panels | CodeRows | None) -> Matrix:
         """Points to a matrix, whose tensors must stay alive and contiguous; raises TardisError as `check_matrix`."""
         if matrix is None:
             return cls()
@@ -48,12 +50,12 @@ class Matrix(ctypes.Structure):
         if isinstance(matrix, Tensor):
             found.data = matrix.data_ptr()
         else:
-            found.data = (matrix.data if isinstance(matrix, Panels) else matrix.planes).data_ptr()
+            found.data = (matrix.planes if isinstance(matrix, PackedMatrix) else matrix.data).data_ptr()
             found.scale = None if matrix.scale is None else matrix.scale.data_ptr()
         return found
 
     @classmethod
-    def without_pointers(cls, matrix: Tensor | PackedMatrix | Panels) -> Matrix:
+    def without_pointers(cls, matrix: Tensor | PackedMatrix | Panels | CodeRows) -> Matrix:
         """The sizes and the type of a matrix, whose tensors may lie in any way."""
         if isinstance(matrix, Tensor):
             rows, columns = matrix.shape
@@ -61,8 +63,9 @@ class Matrix(ctypes.Structure):
         if isinstance(matrix, Panels):
             kind, zero = _PANELS[matrix.data.dtype], 2**matrix.bits - 1
             return cls(None, None, matrix.rows, matrix.columns, matrix.group_size, kind, matrix.bits, zero)
-        size, zero = matrix.group_size, round(2 * matrix.middle)
-        return cls(None, None, len(matrix.planes), matrix.columns, size, Type.LOW_BIT, matrix.bits, zero)
+        (rows, columns), bits, size, has_zero = kind_of(matrix)
+        lies = Type.LOW_BIT if isinstance(matrix, PackedMatrix) else Type.CODE_ROWS
+        return cls(None, None, rows, columns, size, lies, bits, round(2 * midpoint(bits, has_zero)))
 
 
 class Vector(ctypes.Structure):
