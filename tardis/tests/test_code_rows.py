@@ -44,7 +44,9 @@ def test_a_matrix_comes_back_as_it_was(columns: int, bits: int) -> None:
         assert (back.columns, back.group_size, back.has_zero) == (columns, 64, has_zero)
 
 
-@pytest.mark.parametrize(("bits", "word", "shift"), [(4, 16 + 8 * 1 + 4 * 1 + 2, 4 * 3), (8, 48 + 8 * 1 + 4 * 1 + 2, 8)])
+@pytest.mark.parametrize(
+    ("bits", "word", "shift"), [(4, 16 + 8 * 1 + 4 * 1 + 2, 4 * 3), (8, 48 + 8 * 1 + 4 * 1 + 2, 8)]
+)
 def test_what_a_word_has_where(bits: int, word: int, shift: int) -> None:
     codes = torch.zeros(2, 128, dtype=torch.uint8)
     # 4 bits: line 1, half 1, code 3, lane 6; 8 bits: line 3, half 1, code 1, lane 6
@@ -60,7 +62,9 @@ def in_code_rows(weights: FoldedWeights) -> FoldedWeights:
 
 
 @needs_kernels
-@pytest.mark.parametrize("storage", [Storage(64, 4, 4), Storage(64, 4, 8), Storage(128, 8, 4), Storage(512, 4, 4)], ids=str)
+@pytest.mark.parametrize(
+    "storage", [Storage(64, 4, 4), Storage(64, 4, 8), Storage(128, 8, 4), Storage(512, 4, 4)], ids=str
+)
 @pytest.mark.parametrize(("d", "h", "k"), [(64, 70, 1), (192, 333, 2), (576, 131, 1)])
 def test_fixing_by_them_is_fixing_by_planes(isa: str, storage: Storage, d: int, h: int, k: int) -> None:
     folded, dense = stored_fold(d, h, storage, torch.float32, k=k)
