@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 COMPARE, ABLATION = ROOT / "benchmarks/results/compare", ROOT / "benchmarks/results/ablation.json"
 SPEEDS = ROOT / "benchmarks/results"
 #: a run of real_models.py each: the first is today's, and in the README; others are of other versions, or other tokens
-REAL = [SPEEDS / f"real_models{which}.json" for which in ("_amd", "", "_65536")]
+REAL = [SPEEDS / f"real_models{which}.json" for which in ("_amd", "", "_65536", "_half")]
 PAGE, README, IMAGES = ROOT / "docs/results.md", ROOT / "README.md", ROOT / "docs/images"
 BEGIN, END = "<!-- results: made by benchmarks/results.py -->", "<!-- end of results -->"
 HEAD = """# Results
