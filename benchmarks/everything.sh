@@ -60,6 +60,7 @@ PARTS=(
   "150|1|-m tardis_llm compare $SAMPLE -o $OUT/compare $TEXT --eval-text $DATA/eval/wikitext2-test-detok.txt $TASKS"
   "120|1|benchmarks/ablation.py $SAMPLE $(texts --wikipedia "${WIKIPEDIA[@]}") $(texts --novels "${NOVELS[@]}") $EVAL --lambada $DATA/eval/lambada-test.jsonl"
   "400|1|benchmarks/real_models.py --data $DATA --calibration 32768 --items 0"
+  "120|1|benchmarks/real_models.py --data $DATA --calibration 16384 --items 0 --models qwen2.5-coder-0.5b --methods teal,cats,tardis --reductions 0.5 --output $OUT/real_models_half.json"
   "4|vllm|$VLLM --shape falcon-16x2048 $BITS --against dense,int4 --batch 1,4,8 --output $OUT/vllm_decode_falcon_int4.json"
   "6|vllm|$VLLM --shape falcon-7b --layers 8 $BITS --against int4 --batch 1,4,8 --output $OUT/vllm_decode_falcon_7b_int4.json"
   "4|vllm|$VLLM --shape falcon-16x2048 --prompt 256 --batch 1 --output $OUT/vllm_prompt_falcon.json"

@@ -5,7 +5,8 @@
     python benchmarks/vllm_decode.py decode --fold-bits 4 --fallback-bits 4 --linear-bits 4 --against dense,int4
     python benchmarks/vllm_decode.py server --shape gpt2-16x2048 [--rates 0.5,1,2] [--output FILE]
 
-Run it in the environment that `make venv-vllm` makes. The fold is compared with the dense model in bf16, with the same
+Run it in the environment that `make venv-vllm` makes; on a machine with a GPU, with `pip install vllm` instead, vLLM
+and so this script use the GPU. The fold is compared with the dense model in bf16, with the same
 in int4 as GPTQ stores it, by vLLM's own kernels, or with both; of those kernels vLLM has one for processors with AMX
 and one for all others. Weights and fold are random, with ranges that fix a stated share of the neurons; all engines run
 at once, each in processes of its own, and take turns round by round, so that whatever else the machine does falls on
@@ -22,6 +23,8 @@ import os
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
+
+import torch
 
 from tardis_llm.evaluation.machine import cpu_name
 from tardis_llm.evaluation.shapes import SHAPES
@@ -77,6 +80,8 @@ def main() -> None:
     if args.output:
         settings = {key: value for key, value in vars(args).items() if key not in ("output", "models")}
         figures = {"cpu": cpu_name(), "settings": settings, "rows": rows}
+        if torch.cuda.is_available():
+            figures["gpu"] = torch.cuda.get_device_name()
         args.output.write_text(json.dumps(figures, indent=1) + "\n")
 
 

@@ -16,6 +16,8 @@ import numpy as np
 from tardis_llm.evaluation.turns import Ratio
 from vllm_checkpoints import FOLDED, LENGTH, RIVALS
 
+_GPU_SHARE = 0.9  #: of a GPU's memory, for all engines
+
 
 @dataclass(frozen=True)
 class Step:
@@ -36,22 +38,26 @@ class Step:
         return cls(time.perf_counter(), time.process_time())
 
 
-def serve_steps(directory: Path, largest: int, pipe: Connection) -> None:
+def serve_steps(directory: Path, largest: int, engines: int, pipe: Connection) -> None:
     """Body of an engine's process: decode what comes through the pipe until it is closed.
 
     vLLM runs within this process: with processes of its own, one of them would spin for as long as another computes.
     """
+    import torch
     from vllm import LLM, SamplingParams
 
-    engine = LLM(str(directory), dtype="bfloat16", max_model_len=LENGTH, max_num_seqs=largest).llm_engine
+    settings: dict[str, Any] = {"dtype": "bfloat16", "max_model_len": LENGTH, "max_num_seqs": largest}
+    if torch.cuda.is_available():  # an engine alone would take the whole GPU
+        settings["gpu_memory_utilization"] = _GPU_SHARE / engines
+    engine = LLM(str(directory), **settings).llm_engine
     count = 0
     pipe.send(None)
     while (order := pipe.recv()) is not None:
         prompts, steps = order
-        settings = SamplingParams(temperature=0.0, max_tokens=steps + 1, ignore_eos=True, detokenize=False)
+        sampling = SamplingParams(temperature=0.0, max_tokens=steps + 1, ignore_eos=True, detokenize=False)
         for prompt in prompts:
             count += 1
-            engine.add_request(str(count), {"prompt_token_ids": prompt}, settings)
+            engine.add_request(str(count), {"prompt_token_ids": prompt}, sampling)
         first: set[str] = set()
         start = Step.now()
         while len(first) < len(prompts):
@@ -68,12 +74,13 @@ class Engine:
     Args:
         directory: of the model.
         largest: batch.
+        engines: that run at once.
     """
 
-    def __init__(self, directory: Path, largest: int) -> None:
+    def __init__(self, directory: Path, largest: int, engines: int) -> None:
         context = get_context("spawn")
         self._pipe, other = context.Pipe()
-        self._process = context.Process(target=serve_steps, args=(directory, largest, other))
+        self._process = context.Process(target=serve_steps, args=(directory, largest, engines, other))
         self._process.start()
         other.close()
         self._pipe.recv()
@@ -93,7 +100,7 @@ class Engine:
 def decode(args: argparse.Namespace, directories: dict[str, Path]) -> list[dict[str, Any]]:
     """Decode with all engines in turns; a row per batch size."""
     batches = [int(batch) for batch in args.batch.split(",")]
-    engines = {name: Engine(directory, max(batches)) for name, directory in directories.items()}
+    engines = {name: Engine(directory, max(batches), len(directories)) for name, directory in directories.items()}
     random, rows = np.random.default_rng(0), []
     for batch in batches:
         taken: dict[str, list[tuple[Step, Step]]] = {name: [] for name in engines}
