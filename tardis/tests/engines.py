@@ -36,7 +36,7 @@ needs_vllm = pytest.mark.skipif(
 )
 #: causal families of the table that vLLM 0.32 does not have
 NOT_SERVED = ["biogpt", "codegen", "mpt", "persimmon", "xglm", "ministral", "helium"]
-STACKED = replace(SETTINGS, predictor_bits=2, fold_bits=8, fallback_bits=4, reduction=0.6)
+STACKED = replace(SETTINGS, select="dynamic", predictor_bits=2, fold_bits=8, fallback_bits=4, reduction=0.6)
 BLOCKS = 3  # one between the first and the last
 MIXED = replace(STACKED, select="mixed", keep_above=0.1)
 STATIC = replace(STACKED, select="static", predictor_bits=None, reduction=0.6)

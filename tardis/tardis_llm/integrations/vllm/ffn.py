@@ -76,7 +76,8 @@ class ServedFFN(FoldState):
         neurons, ranks = rows // form.k, up.output_size // rows
         if form.kept and ranks > 1:
             raise UnsupportedModelError(
-                "a fold that keeps neurons is not shared among processes; serve it with --tensor-parallel-size 1."
+                "a fold that keeps neurons is not shared among processes; serve it with --tensor-parallel-size 1, or "
+                "fold with --select dynamic."
             )
         empty = FoldedWeights.empty(form, d, neurons, dtype, torch.get_default_device(), rows=d // ranks)
         super().__init__(empty)
