@@ -30,10 +30,9 @@ from gpu_layers import (
     Step,
     dense_step,
     ffn_step,
+    int4_linears,
     layers_of,
-    low_bit_linear,
     random_fold,
-    torch_int4_linear,
 )
 from gpu_models import models
 from gpu_timing import copy_bandwidth, graphed, milliseconds, timed
@@ -108,8 +107,7 @@ def rivals(shape: Shape, layers: Sequence[Layer]) -> dict[str, list[Step]]:
     """What folds are measured against: the same FFNs unfolded, in as many bits."""
     if dense := [dense_step(layer.dense) for layer in layers if layer.dense]:
         return {"dense": dense}
-    ways = {"dense": low_bit_linear, "dense of torch": torch_int4_linear}
-    return {name: [ffn_step(shape, linear) for _ in layers] for name, linear in ways.items()}
+    return {f"dense{name}": [ffn_step(shape, linear) for _ in layers] for name, linear in int4_linears().items()}
 
 
 def run_all(launches: Sequence[Launch]) -> None:

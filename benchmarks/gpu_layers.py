@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -138,6 +139,19 @@ def torch_int4_linear(rows: int, columns: int) -> Step:
     scale = torch.full((filled // _GROUP, rows), 12**0.5 / (16 * columns**0.5), dtype=BF16, device="cuda")
     scale_and_zero = torch.stack((scale, torch.zeros_like(scale)), dim=-1)
     return lambda x: torch.ops.aten._weight_int4pack_mm(F.pad(x, (0, filled - columns)), packed, _GROUP, scale_and_zero)
+
+
+@functools.cache
+def int4_linears() -> dict[str, Linear]:
+    """Products in 4 bits by what is added to their names: ours, and torch's, of which it says where a GPU lacks it."""
+    ways: dict[str, Linear] = {"": low_bit_linear}
+    try:
+        torch_int4_linear(8, _GROUP)(torch.zeros(1, _GROUP, dtype=BF16, device="cuda"))
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(f"torch's own int4 is left out, as it does not run here: {error}")
+        return ways
+    return ways | {" of torch": torch_int4_linear}
 
 
 def dense_step(dense: DenseFFN) -> Step:

@@ -16,9 +16,9 @@ from gpu_layers import (
     dense_linear,
     dense_step,
     ffn_step,
+    int4_linears,
     layers_of,
     low_bit_linear,
-    torch_int4_linear,
 )
 
 CONTEXT = 512  #: keys and values that attention reads for each token
@@ -63,6 +63,6 @@ def models(shape: Shape, count: int) -> Iterator[tuple[str, Step]]:
     yield "dense bf16", decoder(shape, [dense_step(layer.dense) for layer in layers if layer.dense], dense_linear)
     yield "folded bf16", decoder(shape, [layer.folded for layer in layers], dense_linear)
     del layers
-    for name, linear in {"dense int4": low_bit_linear, "dense int4 of torch": torch_int4_linear}.items():
-        yield name, decoder(shape, [ffn_step(shape, linear) for _ in range(count)], linear)
+    for name, linear in int4_linears().items():
+        yield f"dense int4{name}", decoder(shape, [ffn_step(shape, linear) for _ in range(count)], linear)
     yield "folded int4", decoder(shape, [layer.folded for layer in layers_of(shape, 4, count)], low_bit_linear)
