@@ -161,14 +161,13 @@ def _followed(state: State, table: Hot, choice: Choice) -> tuple[State, Warming]
 
     None if all samples are of one workload, of which more is known than when the table was made.
     """
-    samples = state.run.heat.samples
-    taken, answered = int(samples.taken[0]), float(table.holds(samples.newest(NEWEST)).mean())
-    began, least = choice.began, choice.answered - MOVED
+    samples, began, least = state.run.heat.samples, choice.began, choice.answered - MOVED
+    taken, answered = int(samples.taken[0]), _answered(table, state)
     learned = table.learner.answered(NEWEST)
     if answered < least and learned is not None and learned >= least:
         state.run.heat.skip()  # the model answered few of them
         report = Warming("the table has followed the accesses", table.held, choice.saved, moved=True)
-        return state.with_hot(replace(table.followed() or table, choice=begun_lately(choice, state.run))), report
+        return state.with_hot(replace(_learned(state, table, least), choice=begun_lately(choice, state.run))), report
     if answered < least:
         known, halfway = _recalled(state), (answered + choice.answered) / 2
         if known is not None:
@@ -180,6 +179,26 @@ def _followed(state: State, table: Hot, choice: Choice) -> tuple[State, Warming]
     if began == 0 or taken - began > len(samples.codes):
         return None
     return _tried_since(state, samples.newest(taken - began), answered)
+
+
+def _learned(state: State, table: Hot, least: float) -> Hot:
+    """The table as it has become by learning, with what was asked for again and again lately.
+
+    A code that has just given way to a new one would be learned again at its next miss, but not by what stays as it is
+    now. Where that is a very hot one, the copy answers less than `least` of the newest samples.
+    """
+    learned = table.followed() or table
+    if _answered(learned, state) >= least:
+        return learned
+    codes, counts = np.unique(state.run.heat.samples.newest(NEWEST), return_counts=True)
+    again = codes[counts > 1]
+    full = state.hot_table(np.concatenate([again, np.setdiff1d(learned.codes, again)]), len(learned.lines))
+    return learned if full is None else replace(learned, lines=full.lines, held=full.held)
+
+
+def _answered(table: Hot, state: State) -> float:
+    """The share of the newest samples that the table answers."""
+    return float(table.holds(state.run.heat.samples.newest(NEWEST)).mean())
 
 
 def _tried_since(state: State, since: Codes, answered: float) -> tuple[State, Warming]:

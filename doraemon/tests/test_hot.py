@@ -272,6 +272,24 @@ def test_a_table_follows_scattered_keys_that_move() -> None:
     assert index._state.run.hot is table
 
 
+def test_a_table_that_has_followed_has_the_hottest_key_even_if_that_has_just_given_way() -> None:
+    index, moved, asked = Index(KEYS), KEYS[::-1], zipf(400_000)
+    index.searchsorted(asked)
+    index.adapt()
+    followed = moved[np.searchsorted(KEYS, asked)]
+    index.searchsorted(followed)
+    lines = hot_of(index).learner.lines
+    codes, counts = np.unique(followed, return_counts=True)
+    hottest = codes[np.argmax(counts)]
+    held = lines["codes"] == hottest
+    assert held.any()
+    other = lines[~held.any(axis=1)][0]
+    lines["codes"][held], lines["found"][held] = other["codes"][0], other["found"][0]
+    report = index.adapt()
+    assert report.hot.reason == "the table has followed the accesses"
+    assert hot_of(index).holds(followed).mean() > 0.85
+
+
 def learned(table: Hot) -> Hot:
     """The table as it has become."""
     followed = table.followed()
