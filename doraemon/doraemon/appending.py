@@ -1,4 +1,4 @@
-"""Appending: keys above all others go behind the run, into room that a merge left there, and not into a delta.
+"""Appending: keys above all others go behind the run, into room that is left there, and not into a delta.
 
 A run and those that grow out of it share one room, of which each sees its part, and only the longest may take more. So
 appending copies nothing but what is new. The model's last bucket takes in the new keys at first; when they have become

@@ -3,10 +3,11 @@ the state before it."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike
 
 from .arrays import Codes, Ints, Mask, Values
 from .choosing import key_type_of
@@ -15,7 +16,7 @@ from .engine import Engine
 from .inputs import as_sequence
 from .keytype import KeyType
 from .run import Models, Run
-from .splicing import distinct, in_order
+from .splicing import SPARE, Room, copied, distinct, in_order
 from .state import REQUIRED, State
 from .texts import column_dtype
 from .values import array_of, as_values, values_like
@@ -26,8 +27,9 @@ def create(keys: ArrayLike, values: ArrayLike | None, dtype: DTypeLike | None, e
     of_column = column_dtype(keys)
     items: Any = as_sequence(keys) if of_column is None else keys  # of which no objects need to be made
     key_type = key_type_of(items, of_column if dtype is None else dtype, engine)
-    codes, sorted_values = _sorted(key_type, _admitted(key_type, items), values, engine)
-    return State.of(key_type, engine, Run.of(codes, sorted_values, engine, memory))
+    room = _sorted(key_type, _admitted(key_type, items), values, engine)
+    run = Run.of(*room.first(room.used), engine, memory)
+    return State.of(key_type, engine, replace(run, room=room))
 
 
 def insert(state: State, key: Any, value: Any) -> State:
@@ -155,29 +157,20 @@ def _admitted(key_type: KeyType, keys: ArrayLike) -> Codes:
     return codes
 
 
-def _sorted(
-    key_type: KeyType, codes: Codes, values: ArrayLike | None, engine: Engine
-) -> tuple[Codes, NDArray[Any] | None]:
+def _sorted(key_type: KeyType, codes: Codes, values: ArrayLike | None, engine: Engine) -> Room:
+    """Copies of codes and of a map's values in order, which no one else can change, and room for more behind them."""
+    count, spare = len(codes), len(codes) // SPARE
     if values is None:
-        return _sorted_copy(codes, key_type, engine), None
-    values = as_values(values, len(codes))
-    if _ascending(codes):
-        codes, values = _sorted_copy(codes, key_type, engine), values.copy()
-    else:
+        return Room((in_order(codes, engine, spare), None), count)
+    values = as_values(values, count)
+    if not _ascending(codes):
         order = np.argsort(codes, kind="stable")
         codes, values = codes[order], values[order]
     twice = codes[1:] == codes[:-1]
     if twice.any():
         key = key_type.decode_one(int(codes[int(np.argmax(twice))]))
         raise ValueError(f"key {key!r} occurs more than once: start from an empty map and extend() it, last one wins")
-    return codes, values
-
-
-def _sorted_copy(codes: Codes, key_type: KeyType, engine: Engine) -> Codes:
-    """Sorted codes that no one else can change: those of uint64 keys are the caller's keys themselves."""
-    if not _ascending(codes):
-        return in_order(codes, engine)
-    return codes.copy() if key_type.dtype == np.uint64 else codes
+    return Room((copied(codes, spare), copied(values, spare)), count)
 
 
 def _ascending(codes: Codes) -> bool:

@@ -25,11 +25,10 @@ from numpy.typing import NDArray
 from .arrays import ENTRY, FEW, SUMMARY, Codes, Ints, Mask, Values
 from .engine import Engine, native
 from .memory import pool
-from .splicing import Room, constant, flat, ranks_in, splice
+from .splicing import SPARE, Room, constant, flat, ranks_in, splice
 
 MAX_STAMP = 1 << 62
 FREE_COPIES = 1 << 20  #: that a saved delta may always add
-SPARE = 4  #: of the keys, how many times fewer a merge leaves room for
 WINDOW = 3  #: entries in a window on average, at most
 Count = Callable[
     [Codes], tuple[Ints, Ints]

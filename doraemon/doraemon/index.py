@@ -685,8 +685,8 @@ class Index(_Questions):
 
         Those of a multiset are sorted when they are first asked for, or have become many.
 
-        O(k log k + sqrt(k d)) amortised for k keys, O(k log k) above all others where a merge left room for them; and
-        from time to time a merge in O(n).
+        O(k log k + sqrt(k d)) amortised for k keys, O(k log k) above all others, for which there is room behind them;
+        and from time to time a merge in O(n).
 
         Raises:
             OverflowError: a value does not fit the values' dtype.

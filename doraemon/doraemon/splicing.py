@@ -13,6 +13,7 @@ from .engine import Engine, native
 from .memory import pool
 from .values import is_plain
 
+SPARE = 4  #: of the keys, how many times fewer a run leaves room for behind them
 LONG = 1024  #: codes from which on sorting them by their digits pays
 
 
@@ -77,13 +78,24 @@ def splice(old: NDArray[Any], at: Ints, new: NDArray[Any], engine: Engine, spare
     return whole
 
 
-def in_order(codes: Codes, engine: Engine) -> Codes:
-    """A copy of the codes in order. O(codes) with C."""
+def copied(items: NDArray[Any], spare: int) -> NDArray[Any]:
+    """A copy of the items, and `spare` more behind them, of memory that is not taken before it is written to."""
+    whole = pool.empty(len(items) + spare, items.dtype)
+    whole[: len(items)] = items
+    return whole
+
+
+def in_order(codes: Codes, engine: Engine, spare: int = 0) -> Codes:
+    """A copy of the codes in order, as by `copied`. O(codes) with C, or where they are in order."""
+    whole = copied(codes, spare)
+    ordered = whole[: len(codes)]
+    if (ordered[1:] >= ordered[:-1]).all():
+        return whole
     if engine == "numpy" or len(codes) < LONG:
-        return np.sort(codes)
-    ordered = codes.copy()
-    native.sort(ordered, pool.empty(len(codes), codes.dtype))
-    return ordered
+        ordered.sort()
+    else:
+        native.sort(ordered, pool.empty(len(codes), codes.dtype))
+    return whole
 
 
 def distinct(codes: Codes, engine: Engine) -> tuple[Codes, Ints]:

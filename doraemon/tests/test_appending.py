@@ -41,8 +41,11 @@ def check(index: Any, keys: Any) -> None:
 
 
 @pytest.mark.parametrize("is_map", [False, True], ids=["multiset", "map"])
-def test_appended_keys_go_behind_the_run(engine: str, is_map: bool) -> None:
-    index, keys = with_room(engine, is_map), np.arange(0, 40_000, 2)
+@pytest.mark.parametrize("order", [1, -1, None], ids=["made in order", "made of others", "merged"])
+def test_appended_keys_go_behind_the_run(engine: str, is_map: bool, order: int | None) -> None:
+    keys = np.arange(0, 40_000, 2)
+    given = keys[::order].copy()
+    index = Index(given, given if is_map else None, engine=engine) if order else with_room(engine, is_map)
     for first in range(40_000, 44_000, 1000):
         more = np.arange(first, first + 1000)
         index.extend(more[::-1], more[::-1] if is_map else None)
@@ -50,6 +53,8 @@ def test_appended_keys_go_behind_the_run(engine: str, is_map: bool) -> None:
         check(index, keys)
     assert index.explain().delta_entries == 0
     assert index.explain().run_keys == len(keys)
+    given[:] = 7  # what an index is made of stays the caller's
+    check(index, keys)
 
 
 def test_keys_among_the_others_and_copies_of_the_last_go_to_the_delta(engine: str) -> None:
