@@ -64,8 +64,10 @@ def lay_out_linears(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, ThroughKernels):
             module.freeze()
-            if owners[id(module._parameters["weight"])] == 1:
-                module.lay_out(module.weight.dtype)
+            weight = module._parameters["weight"]  # `module.weight` would be put back for it
+            assert weight is not None, "a linear layer has a weight"
+            if owners[id(weight)] == 1:
+                module.lay_out(weight.dtype)
         elif isinstance(module, LowBitLinear):
             module.lay_out(module.weight.dtype)
 
