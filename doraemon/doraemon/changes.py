@@ -16,7 +16,7 @@ from .engine import Engine
 from .inputs import as_sequence
 from .keytype import KeyType
 from .run import Models, Run
-from .splicing import SPARE, Room, copied, distinct, in_order
+from .splicing import SPARE, Room, ascending, copied, distinct, in_order
 from .state import REQUIRED, State
 from .texts import column_dtype
 from .values import array_of, as_values, values_like
@@ -163,7 +163,7 @@ def _sorted(key_type: KeyType, codes: Codes, values: ArrayLike | None, engine: E
     if values is None:
         return Room((in_order(codes, engine, spare), None), count)
     values = as_values(values, count)
-    if not _ascending(codes):
+    if not ascending(codes):
         order = np.argsort(codes, kind="stable")
         codes, values = codes[order], values[order]
     twice = codes[1:] == codes[:-1]
@@ -171,10 +171,6 @@ def _sorted(key_type: KeyType, codes: Codes, values: ArrayLike | None, engine: E
         key = key_type.decode_one(int(codes[int(np.argmax(twice))]))
         raise ValueError(f"key {key!r} occurs more than once: start from an empty map and extend() it, last one wins")
     return Room((copied(codes, spare), copied(values, spare)), count)
-
-
-def _ascending(codes: Codes) -> bool:
-    return bool((codes[1:] >= codes[:-1]).all())
 
 
 def _unique_last(codes: Codes) -> tuple[Codes, Ints]:

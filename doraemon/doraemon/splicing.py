@@ -85,11 +85,16 @@ def copied(items: NDArray[Any], spare: int) -> NDArray[Any]:
     return whole
 
 
+def ascending(codes: Codes) -> bool:
+    """Whether the codes are in order."""
+    return bool((codes[1:] >= codes[:-1]).all())
+
+
 def in_order(codes: Codes, engine: Engine, spare: int = 0) -> Codes:
     """A copy of the codes in order, as by `copied`. O(codes) with C, or where they are in order."""
     whole = copied(codes, spare)
     ordered = whole[: len(codes)]
-    if (ordered[1:] >= ordered[:-1]).all():
+    if ascending(ordered):
         return whole
     if engine == "numpy" or len(codes) < LONG:
         ordered.sort()

@@ -162,12 +162,12 @@ def _followed(state: State, table: Hot, choice: Choice) -> tuple[State, Warming]
     None if all samples are of one workload, of which more is known than when the table was made.
     """
     samples, began, least = state.run.heat.samples, choice.began, choice.answered - MOVED
-    taken, answered = int(samples.taken[0]), _answered(table, state)
+    taken, answered = int(samples.taken[0]), _answered(state, table)
     learned = table.learner.answered(NEWEST)
     if answered < least and learned is not None and learned >= least:
         state.run.heat.skip()  # the model answered few of them
         report = Warming("the table has followed the accesses", table.held, choice.saved, moved=True)
-        return state.with_hot(replace(_learned(state, table, least), choice=begun_lately(choice, state.run))), report
+        return state.with_hot(replace(_as_learned(state, table, least), choice=begun_lately(choice, state.run))), report
     if answered < least:
         known, halfway = _recalled(state), (answered + choice.answered) / 2
         if known is not None:
@@ -181,22 +181,22 @@ def _followed(state: State, table: Hot, choice: Choice) -> tuple[State, Warming]
     return _tried_since(state, samples.newest(taken - began), answered)
 
 
-def _learned(state: State, table: Hot, least: float) -> Hot:
+def _as_learned(state: State, table: Hot, least: float) -> Hot:
     """The table as it has become by learning, with what was asked for again and again lately.
 
     A code that has just given way to a new one would be learned again at its next miss, but not by what stays as it is
     now. Where that is a very hot one, the copy answers less than `least` of the newest samples.
     """
     learned = table.followed() or table
-    if _answered(learned, state) >= least:
+    if _answered(state, learned) >= least:
         return learned
     codes, counts = np.unique(state.run.heat.samples.newest(NEWEST), return_counts=True)
-    again = codes[counts > 1]
+    again = codes[np.argsort(-counts)][: np.count_nonzero(counts > 1)]
     full = state.hot_table(np.concatenate([again, np.setdiff1d(learned.codes, again)]), len(learned.lines))
     return learned if full is None else replace(learned, lines=full.lines, held=full.held)
 
 
-def _answered(table: Hot, state: State) -> float:
+def _answered(state: State, table: Hot) -> float:
     """The share of the newest samples that the table answers."""
     return float(table.holds(state.run.heat.samples.newest(NEWEST)).mean())
 
