@@ -5,7 +5,10 @@ from __future__ import annotations
 import ctypes
 import mmap
 import threading
+from collections.abc import Iterable
 from contextlib import suppress
+from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -33,23 +36,55 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_MMAP_THRESHOLD, 32 * _MIB)) and bool(mallopt(_TRIM_THRESHOLD, 256 * _MIB))
 
 
-def use_huge_pages(model: nn.Module) -> int:
-    """Move those weights of a model that are not small and on the CPU into huge pages; values and strides stay.
+def use_huge_pages(modules: Iterable[nn.Module]) -> int:
+    """Move those weights of modules that are not small and on the CPU into huge pages; values and strides stay.
 
-    Weights that were memory-mapped from files are copied, too, so the files are no longer needed.
+    Weights that were memory-mapped from files are copied, too, so the files are no longer needed. Parameters are
+    replaced, and not written over: a call that another thread runs meanwhile keeps those that it began with.
+
+    Args:
+        modules: the own parameters and buffers of each are moved; what modules share, they share afterwards.
 
     Returns:
         How many bytes were moved.
     """
     moved = 0
-    for tensor in [*model.parameters(), *model.buffers()]:
-        if not _gains(tensor):
+    for places in _places(modules):
+        tensors, name = places[0]
+        there = tensors[name]
+        if not _gains(there) or _ARENAS.hold(there):
             continue
-        transposed = tensor.dim() == 2 and not tensor.is_contiguous()  # W2 where it is laid out neuron by neuron
-        copy = contiguous_in_huge_pages(tensor.data.mT if transposed else tensor.data)
-        tensor.data = copy.mT if transposed else copy
-        moved += tensor.nbytes
+        copy = _in_huge_pages(there)
+        for tensors, name in places:
+            tensors[name] = copy
+        moved += copy.nbytes
     return moved
+
+
+def _places(modules: Iterable[nn.Module]) -> list[list[tuple[dict[str, Any], str]]]:
+    """Where modules keep each of their parameters and buffers: names in dictionaries of theirs, several if shared."""
+    found: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    for module in modules:
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    found.setdefault(id(tensor), []).append((tensors, name))
+    return list(found.values())
+
+
+def _in_huge_pages(tensor: Tensor) -> Tensor:
+    """A copy in huge pages with the strides of the tensor; of a parameter a parameter."""
+    transposed = tensor.dim() == 2 and not tensor.is_contiguous()  # W2 where it is laid out neuron by neuron
+    data = tensor.detach()
+    copy = contiguous_in_huge_pages(data.mT).mT if transposed else contiguous_in_huge_pages(data)
+    return replaced(tensor, copy) if isinstance(tensor, nn.Parameter) else copy
+
+
+def replaced(parameter: nn.Parameter, data: Tensor) -> nn.Parameter:
+    """A parameter with other data, and all else that one has that it takes the place of."""
+    new: nn.Parameter = torch.Tensor._make_subclass(type(parameter), data.detach(), parameter.requires_grad)
+    new.__dict__.update(parameter.__dict__)
+    return new
 
 
 def contiguous_in_huge_pages(tensor: Tensor) -> Tensor:
@@ -68,10 +103,11 @@ class _Arena:
     """Huge pages that tensors share. They are given back when none of the tensors is left that lie in them."""
 
     def __init__(self, size: int) -> None:
-        self._memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with suppress(OSError):  # the kernel has no huge pages; small ones do
-            self._memory.madvise(mmap.MADV_HUGEPAGE)
-        self._begin = -torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr() % _HUGE_PAGE
+            self.memory.madvise(mmap.MADV_HUGEPAGE)
+        self.address = torch.frombuffer(self.memory, dtype=torch.uint8).data_ptr()
+        self._begin = -self.address % _HUGE_PAGE
         self._end = self._begin + size
 
     @property
@@ -83,7 +119,7 @@ class _Arena:
         """[size] uint8 that begins at the start of a page, in a storage of its own; there must be so many left."""
         begin = self._begin
         self._begin += -(-size // _PAGE) * _PAGE
-        return torch.frombuffer(self._memory, dtype=torch.uint8, count=size, offset=begin)
+        return torch.frombuffer(self.memory, dtype=torch.uint8, count=size, offset=begin)
 
 
 class _Arenas:
@@ -92,15 +128,26 @@ class _Arenas:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._last: _Arena | None = None
+        self._memory: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()  # by address
 
     def room(self, size: int) -> Tensor:
         """[size] uint8 in memory that nothing else uses."""
         if size >= _LARGE:
-            return _Arena(size).room(size)
+            return self._new(size).room(size)
         with self._lock:
             if self._last is None or self._last.left < size:
-                self._last = _Arena(_SHARED)
+                self._last = self._new(_SHARED)
             return self._last.room(size)
+
+    def hold(self, tensor: Tensor) -> bool:
+        """Whether a tensor on the CPU lies in huge pages that were made here."""
+        at = tensor.data_ptr()
+        return any(begin <= at < begin + len(memory) for begin, memory in self._memory.items())
+
+    def _new(self, size: int) -> _Arena:
+        arena = _Arena(size)
+        self._memory[arena.address] = arena.memory
+        return arena
 
 
 _ARENAS = _Arenas()

@@ -36,11 +36,14 @@ def test_weights_that_move_keep_values_strides_and_ties():
     model = Weights()
     before = {name: (tensor.clone(), tensor.stride()) for name, tensor in model.state_dict().items()}
     small = model.small.data_ptr()
-    assert use_huge_pages(model) == model.large.nbytes + model.turned.nbytes + model.planes.nbytes
+    held, at = [model.large, model.planes], [model.large.data_ptr(), model.planes.data_ptr()]
+    assert use_huge_pages(model.modules()) == model.large.nbytes + model.turned.nbytes + model.planes.nbytes
+    assert [tensor.data_ptr() for tensor in held] == at, "a call that runs has these"
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name][0]) and tensor.stride() == before[name][1], name
     assert model.tied is model.large and model.small.data_ptr() == small
-    assert isinstance(model.large, nn.Parameter)
+    assert isinstance(model.large, nn.Parameter) and model.large.requires_grad
+    assert use_huge_pages(model.modules()) == 0, "all lie there already"
 
 
 def thp() -> bool:

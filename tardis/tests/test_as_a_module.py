@@ -428,6 +428,16 @@ def pool(workers: int) -> Iterator[Callable[..., list[Tensor]]]:
         yield lambda function, arguments: list(threads.map(function, arguments))
 
 
+@in_forms(["dense_prepared", "folded", "few_bits"])
+def test_preparing_moves_no_tensor_that_a_call_may_be_reading(family: str, form: str, model) -> None:
+    fresh = copy.deepcopy(model)
+    owned = [tensors for module in fresh.modules() for tensors in (module._parameters, module._buffers)]
+    held = [tensor for tensors in owned for tensor in tensors.values() if tensor is not None]
+    at = [(tensor.data_ptr(), tensor.stride()) for tensor in held]
+    prepare_decoding(fresh)
+    assert [(tensor.data_ptr(), tensor.stride()) for tensor in held] == at
+
+
 @in_forms(FORMS)
 def test_threads_share_a_model(family: str, form: str, model) -> None:
     prompts = [tokens(1, length) for length in (1, 3, 20, 7)]

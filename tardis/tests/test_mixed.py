@@ -16,7 +16,7 @@ from synthetic import correlated, random_ffn
 from torch import Tensor
 
 from tardis_llm import FoldConfig, fold
-from tardis_llm.calibration.tokens import Tokens
+from tardis_llm.calibration.tokens import Tokens, product
 from tardis_llm.checkpoint.format import read_format
 from tardis_llm.errors import CheckpointError, InvalidInputError
 from tardis_llm.evaluation.fix_rate import count_fixes, measured
@@ -25,7 +25,7 @@ from tardis_llm.families.sites import find_ffns
 from tardis_llm.ffn.accounting import planned
 from tardis_llm.ffn.weights import DenseFFN, FoldedWeights
 from tardis_llm.folding.fold import FoldQuality, Inputs, choose_ranges, predict
-from tardis_llm.folding.mixed import choose, fold_mixed, how_often
+from tardis_llm.folding.mixed import choose, fold_mixed
 from tardis_llm.folding.refit import fold_error, refit_layer
 from tardis_llm.folding.statistics import Statistics, outputs
 from tardis_llm.pipeline.session import selected
@@ -94,7 +94,8 @@ def test_what_is_fixed_most_is_kept_and_bytes_are_those_of_a_dynamic_fold(k: int
     ffn, given = random_ffn(D, H, k=k), inputs()
     predicted = predict(ffn, given, 2, CONFIG)
     choice = choose(ffn, given, predicted, 0.5, CONFIG)
-    often = how_often(ffn, predicted.predictor.dequantise(), choice.neurons, given.heldout)
+    v = product(given.heldout.x, predicted.predictor.dequantise(), ffn.b1)
+    often = choice.neurons.outside(v).float().mean(0)
     assert float(often[choice.kept].min()) >= float(often[choice.others].max())
     wanted = int((often > CONFIG.keep_above).sum())
     assert abs(len(choice.kept) - wanted) <= GROUP / 2

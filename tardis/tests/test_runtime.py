@@ -27,6 +27,7 @@ from tardis_llm.families.sites import FFNSite, find_ffns
 from tardis_llm.ffn.activations import ACTIVATIONS, activation
 from tardis_llm.ffn.weights import DenseFFN
 from tardis_llm.pipeline.session import sound_weights
+from tardis_llm.runtime.decoding import prepare_decoding
 from tardis_llm.runtime.modules import FoldedFFN
 from tardis_llm.runtime.placing import folded_ffns, install, uninstall
 from tardis_llm.runtime.reference import fixed_neurons, folded_ffn
@@ -175,6 +176,22 @@ def test_uninstalling_restores_the_dense_model_exactly(name: str) -> None:
     assert torch.equal(logits(model), dense)
     assert dict(model.named_modules()) == modules
     assert list(model.state_dict()) == list(state)
+
+
+@every_family
+def test_uninstalling_restores_a_model_that_was_prepared_and_nothing_is_kept_twice(name: str) -> None:
+    model = tiny_model(name)
+    dense, trained = logits(model), {name for name, part in model.named_parameters() if part.requires_grad}
+    sites = fold_sites(model)
+    prepare_decoding(model)
+    for site in sites:
+        for name, layer in site.linears.items():
+            assert layer.weight is model.get_submodule(name)._parameters["weight"]
+        uninstall(model, site)
+    assert {name for name, part in model.named_parameters() if part.requires_grad} >= trained & {
+        f"{name}.weight" for site in sites for name in site.linears
+    }
+    torch.testing.assert_close(logits(model), dense, rtol=1e-4, atol=1e-4)
 
 
 @every_family

@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..allocator import use_huge_pages
 from ..checkpoint.loading import dtype_name, load_dense, load_model
 from ..errors import InvalidInputError
 from ..families.sites import FFNSite
 from ..pipeline.linears import low_bit_copies
 from ..runtime.linears.placing import put_linears, through_kernels
 from ..runtime.modules import FoldedFFN
-from ..runtime.placing import folded_ffns, install, lay_out, uninstall
+from ..runtime.placing import folded_ffns, install, lay_out, move_into_huge_pages, uninstall
 from .shapes import RandomFold, random_folds, random_ids, random_linears
 
 FOLDED = "folded"
@@ -169,7 +168,7 @@ def lay_out_all(variants: Sequence[Variant]) -> None:
     for variant in variants:
         with variant.within():
             lay_out(variant.model)
-            use_huge_pages(variant.model)
+            move_into_huge_pages(variant.model)
 
 
 @contextmanager

@@ -116,7 +116,10 @@ class Neurons:
 
     def outside(self, v: Tensor) -> Tensor:
         """[tokens, h] bool: neurons out of their hot range by predicted v [tokens, k h]; NaN counts as out of it."""
-        tested = self.tested(v)
+        return self.excludes(self.tested(v))
+
+    def excludes(self, tested: Tensor) -> Tensor:
+        """[tokens, h] bool: what of `tested`, [tokens, h], is out of the hot range; NaN counts as out of it."""
         return ~((tested >= self.low.float()) & (tested <= self.high.float()))
 
     def _sloped(self, v: Tensor) -> Tensor:

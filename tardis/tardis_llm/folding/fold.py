@@ -9,6 +9,7 @@ plain FFNs; those with a gate have lines in two variables, and ranges of the pre
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -132,7 +133,7 @@ def predict(ffn: DenseFFN, inputs: Inputs, bits: int, config: FoldConfig) -> Any
     w_hat = predictor.dequantise()
     if ffn.k == 2:
         lines = _gated_lines(ffn, inputs.fit, w_hat)
-        return PredictedGated(predictor, lines, _scores(ffn, inputs.heldout, w_hat, lines))
+        return PredictedGated(predictor, lines, _scores(ffn, _products(ffn, inputs.heldout, w_hat), lines))
     mean, deviation = pre_activation_moments(inputs.fit_moments, w_hat, ffn.biases[0])
     fit, heldout = (BinnedMoments.around(ffn.activation, mean, deviation) for _ in range(2))
     for moments, tokens in ((fit, inputs.fit), (heldout, inputs.heldout)):
@@ -141,39 +142,60 @@ def predict(ffn: DenseFFN, inputs: Inputs, bits: int, config: FoldConfig) -> Any
     return Predicted(predictor, fit, heldout)
 
 
+@dataclass(frozen=True)
+class _Products:
+    """What the up-projections of some tokens are.
+
+    Attributes:
+        predicted: [tokens, k h] fp32, by the predictor.
+        exact: [tokens, k h] fp32, by W1.
+        weight: [tokens] of the tokens; None for 1.
+    """
+
+    predicted: Tensor
+    exact: Tensor
+    weight: Tensor | None
+
+
+def _products(ffn: DenseFFN, tokens: Tokens, w_hat: Tensor) -> Iterator[_Products]:
+    """Those of all tokens, in chunks."""
+    for some in tokens.chunks(len(ffn.w1)):
+        yield _Products(product(some.x, w_hat, ffn.b1), product(some.x, ffn.w1, ffn.b1), some.weight)
+
+
 def _gated_lines(ffn: DenseFFN, tokens: Tokens, w_hat: Tensor) -> Neurons:
     """The lines of gated neurons: of their outputs in what is predicted of gate and up. Their ranges are open.
 
     A neuron that is fixed does not need its line. So the lines are fitted anew to what the last ones leave inside a
     threshold, which has as many neurons outside as are fixed at most budgets.
     """
-    some = tokens.spread(_LINE_TOKENS)
-    lines = _fit_lines(ffn, some, w_hat, None)
+    seen = list(_products(ffn, tokens.spread(_LINE_TOKENS), w_hat))
+    lines = _fit_lines(ffn, seen, None)
     for _ in range(_LINE_ROUNDS):
-        inside = thresholds_at(lines, ffn.gain, _scores(ffn, some, w_hat, lines), _LINE_RATE)
-        lines = _fit_lines(ffn, some, w_hat, inside.neurons)
+        inside = thresholds_at(lines, ffn.gain, _scores(ffn, seen, lines), _LINE_RATE)
+        lines = _fit_lines(ffn, seen, inside.neurons)
     return lines
 
 
-def _fit_lines(ffn: DenseFFN, tokens: Tokens, w_hat: Tensor, ranges: Neurons | None) -> Neurons:
+def _fit_lines(ffn: DenseFFN, seen: Iterable[_Products], ranges: Neurons | None) -> Neurons:
     """Least-squares lines, with open ranges, over all tokens or those that are predicted inside `ranges`."""
-    moments = PairMoments.zeros(ffn.h, tokens.device)
-    for some in tokens.chunks(len(ffn.w1)):
-        v = product(some.x, w_hat, ffn.b1)
-        outputs = value(product(some.x, ffn.w1, ffn.b1), ffn.act, ffn.k)
-        moments.add(v, outputs, some.weight, None if ranges is None else ~ranges.outside(v))
+    device = ffn.w1.device
+    moments = PairMoments.zeros(ffn.h, device)
+    for some in seen:
+        inside = None if ranges is None else ~ranges.outside(some.predicted)
+        moments.add(some.predicted, value(some.exact, ffn.act, ffn.k), some.weight, inside)
     slope, offset = fit_gated_lines(moments)
-    everything = torch.full((ffn.h,), torch.inf, device=tokens.device)
+    everything = torch.full((ffn.h,), torch.inf, device=device)
     return Neurons(ffn.activation, -everything, everything, slope.float(), offset.float())
 
 
-def _scores(ffn: DenseFFN, tokens: Tokens, w_hat: Tensor, lines: Neurons) -> ScoreHistogram:
+def _scores(ffn: DenseFFN, seen: Iterable[_Products], lines: Neurons) -> ScoreHistogram:
     """How predicted scores are spread, and what leaving the neurons out costs by their score."""
     norm, found = ffn.gain.sqrt().float(), None
-    for some in tokens.chunks(len(ffn.w1)):
-        score = lines.score(product(some.x, w_hat, ffn.b1), norm)
-        error = lines.score(product(some.x, ffn.w1, ffn.b1), norm).square()
-        found = found or ScoreHistogram.around(float(score.mean()) or 1.0, tokens.device)
+    for some in seen:
+        score = lines.score(some.predicted, norm)
+        error = lines.score(some.exact, norm).square()
+        found = found or ScoreHistogram.around(float(score.mean()) or 1.0, score.device)
         found.add(score, error if some.weight is None else error * some.weight[:, None])
     assert found is not None, "there is at least one held-out token"
     return found

@@ -9,6 +9,7 @@ is still predicted, and so fixed, on text unlike the calibration text too.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,7 +21,7 @@ from ..ffn.accounting import cost, planned
 from ..ffn.neuron import Neurons
 from ..ffn.packed import PackedMatrix
 from ..ffn.weights import DenseFFN, FoldedWeights
-from .fold import AnyPredicted, FoldQuality, Inputs, choose_ranges, finished, without_fold
+from .fold import AnyPredicted, FoldQuality, Inputs, PredictedGated, choose_ranges, finished, without_fold
 from .kept import keep, up_bias
 from .stack import match_sizes
 from .statistics import fixing
@@ -75,14 +76,14 @@ def choose(ffn: DenseFFN, inputs: Inputs, predicted: AnyPredicted, fix_rate: flo
     Args:
         ffn, inputs, predicted, fix_rate, config: as of `fold_mixed`.
     """
-    bits, tokens = predicted.predictor.bits, inputs.heldout.spread(_TOKENS)
-    w_hat = predicted.predictor.dequantise()
+    bits = predicted.predictor.bits
     budget = planned(ffn, config.storage, bits).touched(fix_rate)
+    tested = _tested(ffn, predicted, inputs.heldout.spread(_TOKENS))
     low, high, best = 0.0, 1.0, None
     for _ in range(_BISECTIONS):
         rate = (low + high) / 2
         neurons = choose_ranges(ffn, predicted, rate, config).neurons
-        often = how_often(ffn, w_hat, neurons, tokens)
+        often = _how_often(neurons, tested)
         kept, others = _apart(often, config.keep_above, min(config.group_size, ffn.d))
         if _touched(ffn, bits, len(kept), float(often[others].mean()), config) <= budget:
             low, best = rate, Choice(neurons, kept, others)
@@ -94,19 +95,22 @@ def choose(ffn: DenseFFN, inputs: Inputs, predicted: AnyPredicted, fix_rate: flo
     return best
 
 
-def how_often(ffn: DenseFFN, w_hat: Tensor, neurons: Neurons, tokens: Tokens) -> Tensor:
+def _tested(ffn: DenseFFN, predicted: AnyPredicted, tokens: Tokens) -> list[Tensor]:
+    """What hot ranges are of, [tokens, h] in chunks: the same at every fix rate, as gated neurons keep their lines."""
+    w_hat = predicted.predictor.dequantise()
+    seen = (product(some.x, w_hat, ffn.b1) for some in tokens.chunks(len(ffn.w1)))
+    return [predicted.lines.tested(v) if isinstance(predicted, PredictedGated) else v for v in seen]
+
+
+def _how_often(neurons: Neurons, tested: Sequence[Tensor]) -> Tensor:
     """[h] share of the tokens in which each neuron is predicted out of its hot range.
 
     Args:
-        ffn: in fp32.
-        w_hat: [k h, d] its predictor, written out.
         neurons: their ranges.
-        tokens: inputs.
+        tested: what these are of, as `Neurons.tested` gives it, in chunks [tokens, h].
     """
-    count = torch.zeros(ffn.h, device=tokens.device)
-    for some in tokens.chunks(len(ffn.w1)):
-        count += neurons.outside(product(some.x, w_hat, ffn.b1)).sum(0)
-    return count / len(tokens.x)
+    count = torch.stack([neurons.excludes(some).sum(0) for some in tested]).sum(0)
+    return count / sum(map(len, tested))
 
 
 def _apart(often: Tensor, most: float, group: int) -> tuple[Tensor, Tensor]:

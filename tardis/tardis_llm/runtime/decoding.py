@@ -10,12 +10,11 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 from transformers import CompileConfig, PreTrainedModel
 
-from ..allocator import use_huge_pages
 from ..errors import InvalidInputError
 from ..families.table import has_alibi
 from .linears.dense import lay_out_linears
 from .linears.placing import put_linears, through_kernels
-from .placing import lay_out
+from .placing import lay_out, move_into_huge_pages
 
 #: how a step of decoding is compiled: as one graph, or not at all
 COMPILED = CompileConfig(fullgraph=True, dynamic=False, mode="default")
@@ -49,7 +48,7 @@ def prepare_decoding(model: PreTrainedModel) -> None:
     put_linears(model, through_kernels(model, ffn=True))
     lay_out_linears(model)
     lay_out(model)
-    use_huge_pages(model)
+    move_into_huge_pages(model)
 
 
 def compiled(model: PreTrainedModel) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..allocator import contiguous_in_huge_pages
+from ..allocator import contiguous_in_huge_pages, replaced, use_huge_pages
 from ..families.linear import follow_one_another, is_transposed, joined, one_below_the_other
 from ..families.sites import FFNSite, set_module
 from ..ffn.weights import DenseFFN, FoldedWeights
@@ -26,7 +26,8 @@ from .stored import Stored, changing_layout, refuse_training
 class KeptLinear(Stored):
     """The up projection of a folded FFN: keeps weights under their own names and passes its input on.
 
-    Its parameters are the dense layer's own, and frozen while they are here.
+    Its parameters are the dense layer's own, and frozen while they are here. Where they are laid out anew they are
+    replaced in both, and not written over: a call that another thread runs meanwhile keeps those that it began with.
 
     Args:
         linear: whose weights to keep.
@@ -42,6 +43,7 @@ class KeptLinear(Stored):
     def __init__(self, linear: nn.Module, stacked: bool) -> None:
         super().__init__()
         self.transposed = is_transposed(linear)
+        self.source = (linear,)  # in a tuple, so that it is not registered, and saved, too
         self._trained = [name for name, part in linear.named_parameters(recurse=False) if part.requires_grad]
         for name in ("weight", "bias"):
             self.register_parameter(name, getattr(linear, name))
@@ -65,7 +67,13 @@ class KeptLinear(Stored):
         with changing_layout():
             if not self.lies_by(neurons):  # no other thread was quicker
                 matrix = contiguous_in_huge_pages(self.matrix.transpose(0, neurons)).transpose(0, neurons)
-                self.weight.data = matrix.T if self.transposed else matrix
+                self.exchange("weight", matrix.T if self.transposed else matrix)
+
+    def exchange(self, name: str, data: Tensor) -> None:
+        """Other data for a parameter, here and in the dense layer."""
+        new = replaced(self.get_parameter(name), data)
+        for layer in (self, *self.source):
+            layer.register_parameter(name, new)
 
     def lies_by(self, neurons: int) -> bool:
         """Whether the numbers of each neuron are consecutive; see `lay_out`."""
@@ -73,11 +81,11 @@ class KeptLinear(Stored):
 
     def release(self, linear: nn.Module) -> None:
         """Give the parameters back to the dense layer as they were: set to train or not, and contiguous."""
-        for name in self._trained:
-            linear.get_parameter(name).requires_grad_()
         weight = linear.get_parameter("weight")
         if not weight.is_contiguous():  # strides choose the kernel, and so bits
-            weight.data = contiguous_in_huge_pages(weight.data)
+            linear.register_parameter("weight", replaced(weight, contiguous_in_huge_pages(weight.data)))
+        for name in self._trained:
+            linear.get_parameter(name).requires_grad_()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeptLinear:
         self.together = None  # the weight moves away from it
@@ -85,7 +93,7 @@ class KeptLinear(Stored):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "together": None}
+        return {**super().__getstate__(), "together": None, "source": ()}
 
     def forward(self, x: Tensor | None = None) -> Any:
         """x itself; without x, weight [out, in] and bias: see `FoldState.fetched`."""
@@ -161,12 +169,12 @@ def _put_behind_one_another(layers: list[KeptLinear]) -> None:
         sizes = [len(layer.matrix) for layer in layers]
         whole = contiguous_in_huge_pages(torch.cat([layer.matrix for layer in layers]))
         for layer, rows in zip(layers, whole.split(sizes), strict=True):
-            layer.weight.data = rows.T if layer.transposed else rows
+            layer.exchange("weight", rows.T if layer.transposed else rows)
         layers[0].together = whole
         biases = [layer.bias for layer in layers if layer.bias is not None]
         if len(biases) == len(layers):
-            for bias, some in zip(biases, torch.cat(biases).split(sizes), strict=True):
-                bias.data = some
+            for layer, some in zip(layers, torch.cat(biases).split(sizes), strict=True):
+                layer.exchange("bias", some)
 
 
 class FoldedDown(KeptLinear):
@@ -248,6 +256,14 @@ def lay_out(model: nn.Module) -> None:
             module.parts.lay_out()
         if isinstance(module, FoldedFFN):
             module.lay_out(module.fold.bias.dtype)
+
+
+def move_into_huge_pages(model: nn.Module) -> None:
+    """Move a model's weights as `use_huge_pages` does, and those that dense layers share with folded FFNs along."""
+    modules = list(model.modules())
+    sources = [layer for kept in modules if isinstance(kept, KeptLinear) for layer in kept.source]
+    with changing_layout():
+        use_huge_pages([*modules, *sources])
 
 
 def folded_ffns(model: nn.Module) -> dict[str, FoldedFFN]:

@@ -221,7 +221,8 @@ class FoldState(Stored):
     def _own(self) -> list[Tensor]:
         """All tensors that it holds, as they lie."""
         found = [tensor for state in self._states for tensor in state.values() if tensor is not None]
-        return found + [part.layout.data for part, _ in self._parts if part.layout is not None]
+        layouts = [part.layout for part, _ in self._parts]  # each read once: another thread may put it back
+        return found + [layout.data for layout in layouts if layout is not None]
 
     def forget(self) -> None:
         """Let go of what is kept from call to call, which would keep alive the memory that tensors leave."""
