@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from sections.markdown import spread, table
+from tardis_llm.evaluation.tasks import Metric, TaskScore
 from tardis_llm.evaluation.turns import Ratio
 
 DENSE, FOLD = "dense", "tardis"
-QUALITY, SPEED = "equal_quality_{}.json", "equal_speed_{}_*.json"
+QUALITY, TASKS, SPEED = "equal_quality_{}.json", "equal_tasks_{}.json", "equal_speed_{}_*.json"
 
 ABOUT = """For each rival, the fold whose perplexity is no worse on a text, and of several such folds the fastest; the
 ratio of their decoding speeds is that of neighbouring runs, with its quartiles. Nothing is chosen but the folds'
@@ -46,6 +47,8 @@ def equal_parts(folder: Path) -> Iterator[str]:
         subject, quality = file.stem.removeprefix("equal_quality_"), _read(file)
         yield f"### {subject}"
         yield quality_table(quality)
+        if (path := folder / TASKS.format(subject)).exists():
+            yield tasks_table(_read(path))
         for path in sorted(folder.glob(SPEED.format(subject))):
             yield from speed_parts(quality["entries"], _read(path))
 
@@ -89,6 +92,32 @@ def quality_table(quality: dict[str, Any]) -> str:
         f"of {settings['window']}. {_calibrated(settings)}.\n\n"
         + table(["", *texts, "kept", "of the others fixed", "FFN bytes touched"], lines)
     )
+
+
+def tasks_table(found: dict[str, Any]) -> str:
+    """Accuracies of the dense model, and of every entry how much they are above or below, with the paired error."""
+    entries, settings = found["entries"], found["settings"]
+    scores = {name: {task: _score(task, some) for task, some in entry.items()} for name, entry in entries.items()}
+    dense = scores.pop(DENSE)
+    lines = [["dense, accuracy", *(Metric(score.value, score.standard_error).percent() for score in dense.values())]]
+    for name, own in scores.items():
+        cells = (_above(own[task], dense[task]) if task in own else "" for task in dense)
+        lines.append([_shown(name), *cells])
+    return (
+        f"Zero-shot accuracy by lm-eval in per cent, and its change against the dense model in points, each with its "
+        f"standard error, that of changes paired by item; {settings['items']:,} items of each task.\n\n"
+        + table(["", *(f"{task}, {score.metric}" for task, score in dense.items())], lines)
+    )
+
+
+def _score(task: str, found: dict[str, Any]) -> TaskScore:
+    correct = tuple(map(float, found["correct"]))
+    return TaskScore(task, found["metric"], found["value"], found["standard_error"], found["items"], correct=correct)
+
+
+def _above(score: TaskScore, dense: TaskScore) -> str:
+    change, error = score.difference(dense)
+    return f"{100 * change:+.1f} ± {100 * error:.1f}"
 
 
 def _calibrated(settings: dict[str, Any]) -> str:

@@ -73,6 +73,20 @@ def test_the_readme_has_quality_and_speed_in_one_table(folder: Path):
     assert row(table, "int4")[1:] == ["+0.049", "+0.095", "10.0"]
 
 
+def scored(correct: str) -> dict[str, Any]:
+    share = correct.count("1") / len(correct)
+    return {"metric": "acc", "value": share, "standard_error": 0.25, "items": len(correct), "correct": correct}
+
+
+def test_tasks_stand_with_their_change_paired_by_item(folder: Path):
+    entries = {"dense": {"piqa": scored("1100"), "lambada": scored("1010")}, "int4": {"piqa": scored("1000")}}
+    (folder / "equal_tasks_toy.json").write_text(json.dumps({"settings": {"items": 4}, "entries": entries}))
+    (table,) = [part for part in equal_parts(folder) if part.startswith("Zero-shot")]
+    assert row(table, "dense, accuracy")[1:] == ["50.0 ± 25.0", "50.0 ± 25.0"]
+    assert row(table, "int4")[1:] == ["-25.0 ± 25.0", ""]
+    assert "4 items of each task" in table
+
+
 def test_sections_without_results_are_left_out(tmp_path: Path):
     assert [*equal_parts(tmp_path), *llama_parts(tmp_path)] == []
 
