@@ -27,8 +27,10 @@ Inputs of our linear layers had 16 bits; with 8, as now, int4 of Qwen2.5-Coder-0
 By `benchmarks/equal_quality.py`."""
 
 FROM_A_FILE = """The dense weights of the real models were written out of a Q4_K_M file. So that file loses nothing
-against them, as no other form could: its row says how fast a fold is at no loss at all. llama.cpp's K types want rows
-of a multiple of 256 weights; these models' are 896 and 640 wide, and most of what is called Q3_K_M or Q2_K is Q4_0."""
+against them, as no other form could: its row says how fast a fold is at no loss at all."""
+
+K_TYPES = """llama.cpp's K types want rows of a multiple of 256 weights; these models' are 896 and 640 wide, and most of
+what is called Q3_K_M or Q2_K is Q4_0, with the head in 8 bits."""
 
 STAND_IN = """The sample is too small to be timed. In its place decodes Falcon-7B's shape with {layers} layers and
 random weights; its random folds have the sample's fix rates, and predictors of the sample's mean bits, rounded up."""
@@ -41,8 +43,11 @@ def equal_parts(folder: Path) -> Iterator[str]:
         return
     yield "## At equal quality"
     yield ABOUT
-    if any("q4_k_m" in _read(file)["entries"] for file in files):
+    entries = {name for file in files for name in _read(file)["entries"]}
+    if "q4_k_m" in entries:
         yield FROM_A_FILE
+    if {"q3_k_m", "q2_k"} & entries:
+        yield K_TYPES
     for file in files:
         subject, quality = file.stem.removeprefix("equal_quality_"), _read(file)
         yield f"### {subject}"
