@@ -83,9 +83,9 @@ def test_routes_that_only_tell_how_the_server_is_are_in_the_documentation():
 
 @pytest.fixture(scope="module")
 def server(sample_folded: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """The folded sample behind a key that is on the command line."""
-    log = tmp_path_factory.mktemp("access") / "log"
-    with running(start(sample_folded, log, "--api-key", KEY, *FEW)) as client:
+    """The folded sample behind a key that is on the command line; it stops when its streams have ended."""
+    log, patient = tmp_path_factory.mktemp("access") / "log", ("--shutdown-timeout", 300)
+    with running(start(sample_folded, log, "--api-key", KEY, *patient, *FEW)) as client:
         yield client
 
 
