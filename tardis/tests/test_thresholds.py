@@ -16,6 +16,7 @@ from tardis_llm.folding.fold import (
     Inputs,
     _fit_lines,
     _gated_lines,
+    _products,
     _scores,
     choose_ranges,
     error_curve,
@@ -173,10 +174,10 @@ def test_lines_are_of_the_outputs_that_fixing_leaves_to_them() -> None:
     """Rounds within a threshold leave less error inside it than lines that have to suit all outputs."""
     ffn, inputs = random_ffn(D, H, "silu", k=2), gated_inputs()
     predictor = quantise(ffn.w1, 4, 12).dequantise()
-    every = _fit_lines(ffn, inputs.fit, predictor, None)
+    every = _fit_lines(ffn, _products(ffn, inputs.fit, predictor), None)
     left = []
     for lines in (every, _gated_lines(ffn, inputs.fit, predictor)):
-        scores = _scores(ffn, inputs.heldout, predictor, lines)
+        scores = _scores(ffn, _products(ffn, inputs.heldout, predictor), lines)
         left.append(thresholds_at(lines, ffn.gain, scores, 0.25).error(scores))
     assert left[1] < 0.95 * left[0], left
 
