@@ -132,9 +132,9 @@ class _Arenas:
 
     def room(self, size: int) -> Tensor:
         """[size] uint8 in memory that nothing else uses."""
-        if size >= _LARGE:
-            return self._new(size).room(size)
         with self._lock:
+            if size >= _LARGE:
+                return self._new(size).room(size)
             if self._last is None or self._last.left < size:
                 self._last = self._new(_SHARED)
             return self._last.room(size)
@@ -142,7 +142,8 @@ class _Arenas:
     def hold(self, tensor: Tensor) -> bool:
         """Whether a tensor on the CPU lies in huge pages that were made here."""
         at = tensor.data_ptr()
-        return any(begin <= at < begin + len(memory) for begin, memory in self._memory.items())
+        with self._lock:
+            return any(begin <= at < begin + len(memory) for begin, memory in self._memory.items())
 
     def _new(self, size: int) -> _Arena:
         arena = _Arena(size)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -192,6 +194,16 @@ def test_uninstalling_restores_a_model_that_was_prepared_and_nothing_is_kept_twi
         f"{name}.weight" for site in sites for name in site.linears
     }
     torch.testing.assert_close(logits(model), dense, rtol=1e-4, atol=1e-4)
+
+
+def test_a_folded_model_holds_no_dense_layers() -> None:
+    model = tiny_model("gpt2")
+    layers = [weakref.ref(layer) for site in fold_sites(model) for layer in site.linears.values()]
+    gc.collect()
+    assert [layer() for layer in layers] == [None] * len(layers)
+    before = logits(model)
+    prepare_decoding(model)
+    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
 
 
 @every_family

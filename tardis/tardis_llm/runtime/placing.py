@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class KeptLinear(Stored):
     def __init__(self, linear: nn.Module, stacked: bool) -> None:
         super().__init__()
         self.transposed = is_transposed(linear)
-        self.source = (linear,)  # in a tuple, so that it is not registered, and saved, too
+        self._dense: ref[nn.Module] | None = ref(linear)  # weakly: nothing else may need it, nor what it holds
         self._trained = [name for name, part in linear.named_parameters(recurse=False) if part.requires_grad]
         for name in ("weight", "bias"):
             self.register_parameter(name, getattr(linear, name))
@@ -72,8 +73,13 @@ class KeptLinear(Stored):
     def exchange(self, name: str, data: Tensor) -> None:
         """Other data for a parameter, here and in the dense layer."""
         new = replaced(self.get_parameter(name), data)
-        for layer in (self, *self.source):
+        for layer in filter(None, (self, self.dense)):
             layer.register_parameter(name, new)
+
+    @property
+    def dense(self) -> nn.Module | None:
+        """The dense layer, while something else holds it."""
+        return None if self._dense is None else self._dense()
 
     def lies_by(self, neurons: int) -> bool:
         """Whether the numbers of each neuron are consecutive; see `lay_out`."""
@@ -93,7 +99,7 @@ class KeptLinear(Stored):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "together": None, "source": ()}
+        return {**super().__getstate__(), "together": None, "_dense": None}
 
     def forward(self, x: Tensor | None = None) -> Any:
         """x itself; without x, weight [out, in] and bias: see `FoldState.fetched`."""
@@ -261,9 +267,9 @@ def lay_out(model: nn.Module) -> None:
 def move_into_huge_pages(model: nn.Module) -> None:
     """Move a model's weights as `use_huge_pages` does, and those that dense layers share with folded FFNs along."""
     modules = list(model.modules())
-    sources = [layer for kept in modules if isinstance(kept, KeptLinear) for layer in kept.source]
+    dense = [module.dense for module in modules if isinstance(module, KeptLinear)]
     with changing_layout():
-        use_huge_pages([*modules, *sources])
+        use_huge_pages([*modules, *filter(None, dense)])
 
 
 def folded_ffns(model: nn.Module) -> dict[str, FoldedFFN]:
