@@ -133,12 +133,12 @@ def quality(chosen: argparse.Namespace) -> None:
 
 
 def tasks(chosen: argparse.Namespace) -> None:
-    """Run what tasks were not run yet."""
+    """Run what tasks were not run yet, on the dense model too: changes are told against it, item by item."""
     judge, path = Judge(chosen.subject, chosen), chosen.results / f"equal_tasks_{chosen.subject}.json"
     length = judge.subject.length
     settings = {"window": length, "items": chosen.items, "calibration": chosen.calibration, "code": chosen.code}
     found = _known(path, settings)
-    for name in named(chosen):
+    for name in dict.fromkeys([DENSE, *named(chosen)]):
         scores = found["entries"].setdefault(name, {})
         missing = [task for task in chosen.tasks if task not in scores]
         model = judge.model(name) if missing else None

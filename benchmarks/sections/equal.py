@@ -30,7 +30,7 @@ FROM_A_FILE = """The dense weights of the real models were written out of a Q4_K
 against them, as no other form could: its row says how fast a fold is at no loss at all."""
 
 K_TYPES = """llama.cpp's K types want rows of a multiple of 256 weights; these models' are 896 and 640 wide, and most of
-what is called Q3_K_M or Q2_K is Q4_0, with the head in 8 bits."""
+what is called Q3_K_M or Q2_K is Q4_0. In Qwen2.5-Coder-0.5B's files the head has 8 bits."""
 
 STAND_IN = """The sample is too small to be timed. In its place decodes Falcon-7B's shape with {layers} layers and
 random weights; its random folds have the sample's fix rates, and predictors of the sample's mean bits, rounded up."""

@@ -167,7 +167,8 @@ def _gated_lines(ffn: DenseFFN, tokens: Tokens, w_hat: Tensor) -> Neurons:
     """The lines of gated neurons: of their outputs in what is predicted of gate and up. Their ranges are open.
 
     A neuron that is fixed does not need its line. So the lines are fitted anew to what the last ones leave inside a
-    threshold, which has as many neurons outside as are fixed at most budgets.
+    threshold, which has as many neurons outside as are fixed at most budgets. What the tokens give is kept for that:
+    two numbers of fp32 for each token and up-projection, 0.9 GB for 14,336 neurons.
     """
     seen = list(_products(ffn, tokens.spread(_LINE_TOKENS), w_hat))
     lines = _fit_lines(ffn, seen, None)
