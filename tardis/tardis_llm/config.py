@@ -16,9 +16,10 @@ Rounding = Literal["gptq", "nearest"]
 Target = Literal["stream", "dense", "own"]
 Split = Literal["loss", "uniform"]
 Select = Literal["dynamic", "static", "mixed"]
+Head = Literal["predicted", "whole"]
 
 #: version of the checkpoint format that this package writes, and the newest that it reads
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 #: bits per weight that a predictor may have
 PREDICTOR_BITS = (1, 2, 3, 4, 8)
 #: bits per weight that anything else may have: a fold, fallback weights, linear layers outside the FFNs
@@ -59,6 +60,10 @@ class FoldConfig:
         linear_bits: precision of the linear layers outside the FFNs and of lm_head, which may have 4 or 8 bits per
             weight; default: as they are.
         linear_group_size: inputs of these layers whose weights share one scale.
+        head: how lm_head is stored in few bits, with `linear_bits`: "predicted" for a predictor of half of these bits,
+            by which a token finds its greatest logits, about one of 50, and what that leaves of the weight in 4 bits,
+            with which these are computed; "whole" as all other linear layers. Of a predicted head half as many bytes
+            are read. Rounded to the nearest, it is always whole.
         rounding: how weights are rounded to few bits: "gptq" lets the weights not yet rounded make up for each error,
             "nearest" rounds every weight by itself.
         refit: solve the fold anew, by ridge regression on the outputs that fixing leaves to it.
@@ -102,6 +107,7 @@ class FoldConfig:
     remainder_bits: int | None = None
     linear_bits: int | None = None
     linear_group_size: int = 64
+    head: Head = "predicted"
     rounding: Rounding = "gptq"
     refit: bool = True
     damping: float | None = field(default=None, metadata=_PYTHON_ONLY)
@@ -125,7 +131,7 @@ class FoldConfig:
         for name, kind in (("split", Split), ("select", Select)):
             valid = getattr(self, name) in (None, *get_args(kind))
             self._require(name, valid, f"one of {', '.join(get_args(kind))} or None")
-        for name, kind in (("policy", Policy), ("rounding", Rounding), ("target", Target)):
+        for name, kind in (("policy", Policy), ("rounding", Rounding), ("target", Target), ("head", Head)):
             self._require(name, getattr(self, name) in get_args(kind), f"one of {', '.join(get_args(kind))}")
         self._require("predictor_bits", bits in allowed, f"one of {allowed}")
         for name in ("fold_bits", "fallback_bits", "linear_bits"):

@@ -29,7 +29,7 @@ from tardis_llm.families.sites import find_ffns
 from tardis_llm.pipeline.linears import Covariances, low_bit_copies, low_bit_copy, quantise_linears
 from tardis_llm.runtime.cpu.library import open_library
 from tardis_llm.runtime.linears.lowbit import BITS, LowBitLinear
-from tardis_llm.runtime.linears.placing import linear_layers, low_bit_linears, put_linears
+from tardis_llm.runtime.linears.placing import linear_layers, low_bit_linears, predicted_heads, put_linears
 
 #: [out, in]: odd ones, one number, several blocks of every kernel
 SHAPES = [(70, 200), (257, 33), (1, 1), (64, 128), (40, 1100)]
@@ -68,7 +68,7 @@ def deviation(found: Tensor, expected: Tensor) -> float:
 def quantised(name: str, bits: int) -> tuple[PreTrainedModel, FoldReport]:
     """A tiny model, folded, its other linear layers in few bits."""
     model = tiny_model(name)
-    return model, fold(model, text(), dataclasses.replace(SETTINGS, linear_bits=bits))
+    return model, fold(model, text(), dataclasses.replace(SETTINGS, linear_bits=bits, head="whole"))
 
 
 @pytest.fixture
@@ -272,7 +272,8 @@ def test_the_command_line_folds_inspects_evaluates_and_generates(
     assert json.loads(tardis("inspect", directory, "--json").out)["linears"]["bits"] == 8
     assert "perplexity" in tardis("eval", directory, "--text", tiny_text).out
     assert tardis("generate", directory, "a text").code == 0
-    assert len(low_bit_linears(AutoModelForCausalLM.from_pretrained(directory))) == 5
+    loaded = AutoModelForCausalLM.from_pretrained(directory)
+    assert (len(low_bit_linears(loaded)), list(predicted_heads(loaded))) == (4, ["lm_head"])
 
 
 def test_linears_in_bf16_are_refused_for_another_dtype(fold: Callable[..., Result]):

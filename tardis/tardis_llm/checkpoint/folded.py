@@ -22,9 +22,10 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from ..errors import CheckpointError, InvalidInputError
 from ..files import read_json, write_json
 from ..report import FoldReport
-from ..runtime.linears.placing import low_bit_linears
+from ..runtime.linears.head import PredictedHead
+from ..runtime.linears.placing import low_bit_linears, predicted_heads
 from ..runtime.placing import folded_ffns
-from .format import METHOD, PREFIX, CheckpointConfig
+from .format import METHOD, PREFIX, CheckpointConfig, HeadFormat
 from .manifest import write_manifest
 from .saving import CONFIG, STAGING, publish, save_model, save_tokenizer, shard_bytes
 
@@ -103,10 +104,19 @@ def mark_folded(model: PreTrainedModel, calibration: dict[str, Any]) -> None:
     found = low_bit_linears(model)
     linears, sizes = {name: layer.bits for name, layer in found.items()}, [layer.group_size for layer in found.values()]
     config = CheckpointConfig(
-        layers=formats, calibration=calibration, linears=linears, linear_group_size=max(sizes, default=None)
+        layers=formats,
+        calibration=calibration,
+        linears=linears,
+        linear_group_size=max(sizes, default=None),
+        head=_described(predicted_heads(model)),
     )
     model.config.quantization_config = config
     model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
+
+
+def _described(heads: dict[str, PredictedHead]) -> dict[str, Any] | None:
+    """How config.json describes the head of a model, if it has a predictor."""
+    return next((vars(HeadFormat(name, *head.bits, head.top)) for name, head in heads.items()), None)
 
 
 def save_marked(

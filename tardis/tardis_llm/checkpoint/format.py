@@ -24,6 +24,42 @@ OLD_LINEARS = 3
 _UPDATE = "update TARDIS (pip install -U tardis-llm), or fold again"
 
 
+@dataclass(frozen=True)
+class HeadFormat:
+    """How a head with a predictor is stored, beside the inputs that share a scale, which are as in all linear layers.
+
+    Attributes:
+        name: of the head in the model.
+        predictor_bits, remainder_bits: per weight.
+        top: says which logits are computed with all bits: see `PredictedHead`.
+
+    Raises:
+        CheckpointError: a field has a value that it cannot have.
+    """
+
+    name: str
+    predictor_bits: int
+    remainder_bits: int
+    top: int
+
+    def __post_init__(self) -> None:
+        _require(isinstance(self.name, str), "the head's name", self.name, "text")
+        for key in ("predictor_bits", "remainder_bits"):
+            bits = getattr(self, key)
+            _require(_whole(bits) and bits in PREDICTOR_BITS, f"{key} of the head", bits, _one_of(PREDICTOR_BITS))
+        _require(_whole(self.top) and self.top >= 1, "top of the head", self.top, "a number from 1")
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> HeadFormat:
+        """The format from its fields in config.json; raises CheckpointError for others."""
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise CheckpointError(
+                f"config.json describes the head in a way that this version does not know ({error}); {_UPDATE}."
+            ) from error
+
+
 @dataclass
 class CheckpointConfig(QuantizationConfigMixin):
     """What a folded checkpoint says of itself: `quantization_config` in its config.json.
@@ -34,6 +70,7 @@ class CheckpointConfig(QuantizationConfigMixin):
         calibration: what the fold was calibrated on.
         linears: bits per weight of the linear layers outside the FFNs that are stored in few bits, by their full names.
         linear_group_size: inputs of these layers that share one scale; None up to format version 3, see `old_linears`.
+        head: the fields of `HeadFormat`, if the head has a predictor.
         crossover: up to how many tokens at once folds are faster than dense FFNs; None if that was not measured.
         quant_method: always "tardis".
 
@@ -46,6 +83,7 @@ class CheckpointConfig(QuantizationConfigMixin):
     calibration: dict[str, Any] = field(default_factory=dict)
     linears: dict[str, int] = field(default_factory=dict)
     linear_group_size: int | None = None
+    head: dict[str, Any] | None = None
     crossover: int | None = None
     quant_method: str = METHOD
 
@@ -71,6 +109,8 @@ class CheckpointConfig(QuantizationConfigMixin):
         size, sized = self.linear_group_size, bool(self.linears) and version > OLD_LINEARS
         fits = size is not None and _whole(size) and size > 0 if sized else size is None
         _require(fits, "linear_group_size", size, "a positive number" if sized else "null")
+        _require(self.head is None or (sized and isinstance(self.head, dict)), "head", self.head, "an object or null")
+        self.head_format()
         self.formats()
 
     @classmethod
@@ -96,6 +136,14 @@ class CheckpointConfig(QuantizationConfigMixin):
         """What transformers calls to read `quantization_config`; raises CheckpointError as `read` does."""
         config = cls.read(config_dict)
         return (config, kwargs) if return_unused_kwargs else config
+
+    def head_format(self) -> HeadFormat | None:
+        """How the head is stored, if it has a predictor.
+
+        Raises:
+            CheckpointError: a field is missing or unknown, or has a value that it cannot have.
+        """
+        return None if self.head is None else HeadFormat.read(self.head)
 
     def formats(self) -> dict[str, FoldFormat]:
         """The format of each folded FFN by its name."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import CheckpointError, TardisError
@@ -16,10 +17,10 @@ from ..families.sites import FFNSite, find_ffns
 from ..ffn.activations import kind
 from ..ffn.weights import FoldedWeights, FoldFormat
 from ..runtime.linears.lowbit import check_bits
-from ..runtime.linears.placing import empty_like, linear_layers, put_linears, untie_head
+from ..runtime.linears.placing import empty_head_like, empty_like, linear_layers, put_linears, untie_head
 from ..runtime.modules import FoldedFFN
 from ..runtime.placing import install
-from .format import CheckpointConfig, stock_name
+from .format import CheckpointConfig, HeadFormat, stock_name
 from .names import resolve_name
 from .old_linears import OldLinear
 
@@ -82,6 +83,8 @@ def install_empty_layers(model: PreTrainedModel, settings: CheckpointConfig) -> 
         install(model, sites[name], FoldedFFN(empty))
     for name, bits in settings.linears.items():
         _install_empty_linear(model, name, bits, settings.linear_group_size)
+    if (head := settings.head_format()) and settings.linear_group_size:
+        _install_empty_head(model, head, settings.linear_group_size)
     untie_head(model)
 
 
@@ -129,15 +132,32 @@ def _check_fits(name: str, layer: FoldFormat, site: FFNSite) -> None:
 
 def _install_empty_linear(model: PreTrainedModel, name: str, bits: int, group_size: int | None) -> None:
     """Replace a linear layer by an empty low-bit one; do nothing for a layer of a head that the model lacks."""
+    for found, layer in _stored_layer(model, name, bits):
+        check_bits(bits)
+        empty = OldLinear(layer, bits) if group_size is None else empty_like(layer, bits, group_size)
+        put_linears(model, {found: empty})
+
+
+def _install_empty_head(model: PreTrainedModel, form: HeadFormat, group_size: int) -> None:
+    """Replace the head by an empty one with a predictor; do nothing where the model lacks it."""
+    for found, layer in _stored_layer(model, form.name, form.predictor_bits):
+        bits = form.predictor_bits, form.remainder_bits
+        put_linears(model, {found: empty_head_like(layer, bits, group_size, form.top)})
+
+
+def _stored_layer(model: PreTrainedModel, name: str, bits: int) -> list[tuple[str, nn.Module]]:
+    """Name and module of the dense linear layer that a checkpoint stores in few bits; none for a head's without it.
+
+    Raises:
+        CheckpointError: the model lacks another one.
+    """
     dense = linear_layers(model)
     found = resolve_name(model, name, dense)
     if found is None and model.base_model is model and not name.startswith(f"{model.base_model_prefix}."):
-        return
+        return []
     if found is None:
         raise CheckpointError(
             f"config.json stores {name} in {bits} bits, and this model has no such linear layer; copy config.json "
             "anew, or fold again."
         )
-    check_bits(bits)
-    layer = dense[found]
-    put_linears(model, {found: OldLinear(layer, bits) if group_size is None else empty_like(layer, bits, group_size)})
+    return [(found, dense[found])]

@@ -22,8 +22,9 @@ from ..errors import InvalidInputError
 from ..families.sites import FFNSite, find_ffns
 from ..families.table import vocabulary
 from ..ffn.weights import DenseFFN, FoldedWeights, FoldFormat, Storage, written_out
+from ..runtime.linears.head import REMAINDER_BITS, PredictedHead, top_of
 from ..runtime.linears.lowbit import GROUP_SIZE, LowBitLinear
-from ..runtime.linears.placing import empty_like, linear_layers
+from ..runtime.linears.placing import empty_head_like, empty_like, linear_layers
 from ..runtime.modules import FoldedFFN
 
 
@@ -212,6 +213,22 @@ def random_linears(model: PreTrainedModel, bits: int, *, ffn: bool = False) -> d
             if key in layers[name].format_tensors:
                 _randomise(key, tensor, generator)
     return layers
+
+
+@torch.no_grad()
+def random_head(model: PreTrainedModel, bits: int) -> dict[str, PredictedHead]:
+    """A random head with a predictor of half of these bits, by the name of a model's head, which is dense."""
+    head = model.get_output_embeddings()
+    names = [name for name, layer in linear_layers(model).items() if layer is head]
+    made = {
+        name: empty_head_like(head, (bits // 2, REMAINDER_BITS), GROUP_SIZE, top_of(head.weight.shape[0]))
+        for name in names
+    }
+    generator = torch.Generator().manual_seed(6)
+    for part in (part for each in made.values() for part in (each.predictor, each.remainder)):
+        for key, tensor in part.state_dict().items():
+            _randomise(key, tensor, generator)
+    return made
 
 
 def random_ids(model: PreTrainedModel, batch: int, tokens: int, seed: int) -> Tensor:

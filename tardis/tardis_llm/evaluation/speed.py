@@ -14,6 +14,7 @@ from ..checkpoint.loading import dtype_name
 from ..errors import InvalidInputError
 from ..ffn.weights import nbytes
 from ..report import Progress
+from ..runtime.linears.head import PredictedHead
 from ..runtime.linears.lowbit import LowBitLinear
 from ..runtime.modules import FoldedFFN
 from ..runtime.placing import FoldedDown, GatedFFN, KeptLinear, Parts, folded_ffns
@@ -208,6 +209,8 @@ def step_bytes(model: PreTrainedModel, share: float = 0.0) -> float:
             return _ffn_bytes(module.parts, share)
         if isinstance(module, LowBitLinear):
             return module.nbytes
+        if isinstance(module, PredictedHead):
+            return module.touched
         total = 0.0
         for parameter in module.parameters(recurse=False):
             embedding = isinstance(module, nn.Embedding) and (head is None or module.weight is not head.weight)

@@ -22,7 +22,7 @@ from ..pipeline.linears import low_bit_copies
 from ..runtime.linears.placing import put_linears, through_kernels
 from ..runtime.modules import FoldedFFN
 from ..runtime.placing import folded_ffns, install, lay_out, move_into_huge_pages, uninstall
-from .shapes import RandomFold, random_folds, random_ids, random_linears
+from .shapes import RandomFold, random_folds, random_head, random_ids, random_linears
 
 FOLDED = "folded"
 #: bits per weight of the rivals that have few
@@ -94,7 +94,8 @@ def random_rival(name: str, model: PreTrainedModel) -> Variant:
 def random_variant(model: PreTrainedModel, fold: RandomFold) -> Variant:
     """A random fold of a model with random weights."""
     folds = list(random_folds(model, fold))
-    return folded_variant(model, folds, random_linears(model, fold.linear_bits) if fold.linear_bits else None)
+    bits = fold.linear_bits
+    return folded_variant(model, folds, {**random_linears(model, bits), **random_head(model, bits)} if bits else None)
 
 
 def variants_of_checkpoint(folded_model: str, against: Sequence[str], dtype: str | None) -> list[Variant]:

@@ -18,6 +18,7 @@ from ..families.sites import named_blocks
 from ..ffn.packed import PackedMatrix
 from ..folding.rounding import quantise
 from ..report import LinearsReport
+from ..runtime.linears.head import REMAINDER_BITS, PredictedHead, top_of
 from ..runtime.linears.lowbit import GROUP_SIZE, LowBitLinear, check_bits
 from ..runtime.linears.placing import linear_layers, put_linears, untie_head
 from .session import Session, advance_to
@@ -56,7 +57,7 @@ def quantise_linears(
 
 
 def _report(
-    model: PreTrainedModel, bits: int, before: Collection[nn.Module], after: Collection[LowBitLinear]
+    model: PreTrainedModel, bits: int, before: Collection[nn.Module], after: Collection[LowBitLinear | PredictedHead]
 ) -> LinearsReport:
     """The figures of layers before and after they were stored in few bits."""
     embeddings = {module.weight.data_ptr() for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -98,11 +99,40 @@ def low_bit_copy(layer: nn.Module, bits: int, group_size: int, covariance: Tenso
     Raises:
         InvalidInputError: the weight is not finite.
     """
-    weight, bias = weight_of(layer).detach(), bias_of(layer)
+    weight = weight_of(layer).detach()
     parts = [quantise(rows.float(), bits, group_size, covariance) for rows in weight.split(_ROWS)]
+    return LowBitLinear(_joined(parts), _bias(layer), weight.dtype)
+
+
+def predicted_head(layer: nn.Module, bits: int, group_size: int, covariance: Tensor) -> PredictedHead:
+    """A head whose predictor has half of `bits`, at the places of the errors that its inputs can best bear.
+
+    Args:
+        layer: dense.
+        bits: of the other linear layers.
+        group_size: as for `low_bit_copy`.
+        covariance: [in, in] second moments of the inputs. Without, two bits predict little: see `low_bit_copy`.
+
+    Raises:
+        InvalidInputError: the weight is not finite.
+    """
+    weight = weight_of(layer).detach()
+    predictors, remainders = list[PackedMatrix](), list[PackedMatrix]()
+    for rows in weight.split(_ROWS):
+        predictors.append(quantise(rows.float(), bits // 2, group_size, covariance))
+        remainders.append(quantise(rows.float() - predictors[-1].dequantise(), REMAINDER_BITS, group_size))
+    return PredictedHead(_joined(predictors), _joined(remainders), _bias(layer), top_of(len(weight)), weight.dtype)
+
+
+def _joined(parts: list[PackedMatrix]) -> PackedMatrix:
+    """One matrix of the rows of all."""
     planes, scale = (torch.cat([getattr(part, name) for part in parts]) for name in ("planes", "scale"))
-    matrix = PackedMatrix(planes, scale, parts[0].columns, parts[0].group_size)
-    return LowBitLinear(matrix, None if bias is None else bias.detach().clone(), weight.dtype)
+    return PackedMatrix(planes, scale, parts[0].columns, parts[0].group_size)
+
+
+def _bias(layer: nn.Module) -> Tensor | None:
+    bias = bias_of(layer)
+    return None if bias is None else bias.detach().clone()
 
 
 class LinearRounding:
@@ -113,12 +143,14 @@ class LinearRounding:
         bits: 4 or 8.
         group_size: inputs that share a scale.
         spread: whether rounding errors are spread by the inputs' covariance; otherwise inputs are not looked at.
+        predicted: whether the head gets a predictor, if errors are spread.
     """
 
-    def __init__(self, model: PreTrainedModel, bits: int, group_size: int, spread: bool) -> None:
+    def __init__(self, model: PreTrainedModel, bits: int, group_size: int, spread: bool, predicted: bool) -> None:
         self._model, self._bits, self._group_size, self._spread = model, bits, group_size, spread
+        self._predicted = predicted
         self._left, self._before = dict(linear_layers(model)), list[nn.Module]()
-        self._after: list[LowBitLinear] = []
+        self._after: list[LowBitLinear | PredictedHead] = []
 
     @classmethod
     def of(cls, session: Session) -> LinearRounding:
@@ -126,7 +158,7 @@ class LinearRounding:
         config = session.config
         assert config.linear_bits is not None, "it is asked for"
         spread = config.rounding == "gptq" and config.sequential
-        return cls(session.model, config.linear_bits, config.linear_group_size, spread)
+        return cls(session.model, config.linear_bits, config.linear_group_size, spread, config.head == "predicted")
 
     def round_block(self, index: int, stream: Stream) -> None:
         """Store the layers of a block in few bits, before whose stream of calibration tokens stands."""
@@ -136,7 +168,7 @@ class LinearRounding:
             if layers and self._spread:
                 stream.visit()
         for name, layer in layers.items():
-            self._exchange(name, layer, seen.of(name))
+            self._exchange(name, low_bit_copy(layer, self._bits, self._group_size, seen.of(name)))
 
     def finish(self, stream: Stream) -> LinearsReport:
         """Store all other layers in few bits, the head by its inputs: `stream` goes behind the last block for them."""
@@ -148,12 +180,14 @@ class LinearRounding:
                 with Covariances({name: layer}) as seen:
                     stream.visit_head()
                 covariance = seen.of(name)
-            self._exchange(name, layer, covariance)
+            if self._predicted and covariance is not None:
+                self._exchange(name, predicted_head(layer, self._bits, self._group_size, covariance))
+            else:
+                self._exchange(name, low_bit_copy(layer, self._bits, self._group_size, covariance))
         untie_head(self._model)
         return _report(self._model, self._bits, self._before, self._after)
 
-    def _exchange(self, name: str, layer: nn.Module, covariance: Tensor | None) -> None:
-        made = low_bit_copy(layer, self._bits, self._group_size, covariance)
+    def _exchange(self, name: str, made: LowBitLinear | PredictedHead) -> None:
         put_linears(self._model, {name: made})
         self._before.append(self._left.pop(name))
         self._after.append(made)

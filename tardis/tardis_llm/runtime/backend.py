@@ -15,6 +15,7 @@ import os
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InvalidInputError
@@ -22,6 +23,7 @@ from ..ffn.neuron import value
 from ..ffn.packed import PackedMatrix
 from ..ffn.weights import DenseFFN, FoldedWeights, Layout, Matrix
 from .cpu.backend import CpuBackend
+from .cpu.operands import HEAD_ROWS
 from .reference import ReferenceBackend
 from .triton.backend import TritonBackend
 
@@ -80,6 +82,9 @@ class Backend(Protocol):
 
     def linear(self, x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor | None:
         """x W^T + bias, [..., out] in the dtype of x [..., in]; None where it cannot multiply with this matrix."""
+
+    def head(self, x: Tensor, predictor: Matrix, remainder: Matrix, bias: Tensor | None, top: int) -> Tensor | None:
+        """Logits [..., out] as `predicted_head` has them; None where it has no kernel for them."""
 
 
 REFERENCE = ReferenceBackend()
@@ -153,6 +158,27 @@ def linear(x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
     weight = matrix if isinstance(matrix, Tensor) else None
     y = backend_for(x, weight, bias).linear(x, matrix, bias)
     return REFERENCE.linear(x, matrix, bias) if y is None else y
+
+
+def predicted_head(x: Tensor, predictor: Matrix, remainder: Matrix, bias: Tensor | None, top: int) -> Tensor:
+    """Logits [..., out] in the dtype of x, of which the greatest are computed with the remainder, too.
+
+    Args:
+        x: [..., in].
+        predictor: [out, in], by which all are computed.
+        remainder: what it leaves of the weight.
+        bias: [out] or None.
+        top: the logits that are computed with both are no less than the `top`-th of the greatest of `HEAD_ROWS`
+            consecutive ones.
+    """
+    y = backend_for(x, bias).head(x, predictor, remainder, bias, top)
+    if y is not None:
+        return y
+    predicted = linear(x, predictor, bias)
+    filled = F.pad(predicted, (0, -predicted.shape[-1] % HEAD_ROWS), value=-torch.inf)
+    greatest = filled.unflatten(-1, (-1, HEAD_ROWS)).amax(-1)
+    least = greatest.topk(min(top, greatest.shape[-1])).values[..., -1:]
+    return torch.where(predicted >= least, predicted + linear(x, remainder, None), predicted)
 
 
 def dense_ffn(x: Tensor, dense: DenseFFN) -> Tensor:

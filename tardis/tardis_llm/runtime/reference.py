@@ -142,3 +142,6 @@ class ReferenceBackend:
         """x W^T + bias, [..., out] for x [..., in]."""
         weight = matrix if isinstance(matrix, Tensor) else written_out(matrix).to(x.dtype)
         return F.linear(x, weight, bias)
+
+    def head(self, x: Tensor, predictor: Matrix, remainder: Matrix, bias: Tensor | None, top: int) -> None:
+        """Logits by two products: there is no kernel of its own for them."""

@@ -22,7 +22,7 @@ from ...checkpoint.format import METHOD, CheckpointConfig
 from ...errors import CheckpointError
 from ...ffn.weights import FoldFormat
 from ...runtime.prefill import CROSSOVER
-from .linears import LaidOutMethod, LowBitMethod
+from .linears import LaidOutMethod, LowBitMethod, head_method
 from .names import LinearForm, Projections, block_index, check_served, linear_form
 
 
@@ -90,6 +90,8 @@ class TardisConfig(QuantizationConfig):
             return None
         if self._projections.empty(prefix):
             return NoWeightMethod()
+        if self.linear_form and isinstance(layer, ParallelLMHead):
+            return head_method(self.linear_form, prefix)
         if self.linear_form and self._projections.in_few_bits(prefix):
             return LowBitMethod(self.linear_form, prefix)
         return LaidOutMethod() if isinstance(layer, LinearBase) else None

@@ -26,6 +26,7 @@ from ...errors import CheckpointError
 from ...ffn.packed import PackedMatrix, pack, unpack
 from ...ffn.weights import Layout
 from ...runtime.backend import lay_out, linear
+from ...runtime.linears.head import PredictedHead
 from ...runtime.linears.lowbit import LowBitLinear
 from ...runtime.operators import library
 from .names import LinearForm
@@ -132,6 +133,61 @@ class LowBitMethod(LinearMethodBase):
         return y if bias is None else y + bias
 
 
+class PredictedHeadMethod(LinearMethodBase):
+    """The head with a predictor, or a rank's share of it, which finds the greatest of its own logits.
+
+    Args:
+        form: of all layers in few bits.
+    """
+
+    head: PredictedHead
+
+    def __init__(self, form: LinearForm) -> None:
+        self._form = form
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **attributes: Any,
+    ) -> None:
+        """Give a layer `planes` and `scale` without content for predictor and remainder, shaped for a rank's share."""
+        form, outputs, device = self._form.head, sum(output_partition_sizes), torch.get_default_device()
+        assert form is not None, "the head has a predictor"
+        bits, top = (form.predictor_bits, form.remainder_bits), -(-form.top * outputs // output_size)
+        size = self._form.group_size
+        self.head = PredictedHead.empty((outputs, input_size), None, bits, size, top, params_dtype, device)
+        for name in _PARTS:
+            part = nn.Module()
+            for key in ("planes", "scale"):
+                tensor = nn.Parameter(self.head.get_buffer(f"{name}.{key}"), requires_grad=False)
+                part.register_parameter(key, tensor)
+                set_weight_attrs(tensor, {"output_dim": 0, **attributes})
+            layer.add_module(name, part)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Take planes and scales from the layer, so that they can be put into the kernel's order."""
+        for name in _PARTS:
+            delattr(layer, name)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Logits [..., outputs] for x [..., inputs]."""
+        y: Tensor = self.head(x)
+        return y if bias is None else y + bias
+
+
+_PARTS = ("predictor", "remainder")
+
+
+def head_method(form: LinearForm, name: str) -> LowBitMethod | PredictedHeadMethod:
+    """The method of the head `name` in few bits."""
+    return PredictedHeadMethod(form) if form.head else LowBitMethod(form, name)
+
+
 def share_of_inputs(layer: LowBitLinear, first: int, count: int) -> LowBitLinear:
     """A layer for `count` of a layer's inputs from number `first` on, where groups end unless there is only one."""
     codes = unpack(layer.planes, layer.in_features)[:, first : first + count]
@@ -166,9 +222,9 @@ def install_head(model: nn.Module, form: LinearForm) -> None:
     if not hasattr(model, "lm_head"):
         _part_head(model)
     for name, head in model.named_modules():
-        if isinstance(head, ParallelLMHead) and not isinstance(head.quant_method, LowBitMethod):
+        if isinstance(head, ParallelLMHead) and not isinstance(head.quant_method, LowBitMethod | PredictedHeadMethod):
             del head.weight
-            head.quant_method = LowBitMethod(form, name)
+            head.quant_method = head_method(form, name)
             head.quant_method.create_weights(
                 head,
                 head.input_size_per_partition,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ...checkpoint.format import OLD_LINEARS, PREFIX, CheckpointConfig, stock_name
+from ...checkpoint.format import OLD_LINEARS, PREFIX, CheckpointConfig, HeadFormat, stock_name
 from ...errors import CheckpointError, UnsupportedModelError
 from ...families.table import FAMILIES, NAMED, Family, family_of
 from ...runtime.linears.lowbit import check_bits
@@ -87,10 +87,11 @@ def up_projection(family: Family) -> str:
 
 
 class LinearForm(NamedTuple):
-    """How the linear layers of a checkpoint are stored in few bits."""
+    """How the linear layers of a checkpoint are stored in few bits, and the head, if it has a predictor."""
 
     bits: int
     group_size: int
+    head: HeadFormat | None = None
 
 
 def linear_form(checkpoint: CheckpointConfig) -> LinearForm | None:
@@ -114,7 +115,7 @@ def linear_form(checkpoint: CheckpointConfig) -> LinearForm | None:
             "Load it with transformers (import tardis_llm first), and save_pretrained it anew."
         )
     check_bits(bits[0])
-    return LinearForm(bits[0], size)
+    return LinearForm(bits[0], size, checkpoint.head_format())
 
 
 class Projections:

@@ -15,7 +15,7 @@ from ...errors import CheckpointError
 from .ffn import ServedFFN
 
 _MARK = ".tardis."
-_HEAD = ("lm_head.planes", "lm_head.scale")
+_HEAD = {f"lm_head.{part}{key}" for part in ("", "predictor.", "remainder.") for key in ("planes", "scale")}
 
 
 class FoldLoader:

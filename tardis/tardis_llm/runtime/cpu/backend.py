@@ -20,7 +20,7 @@ from .code_rows import CodeRows
 from .library import ISAS, available, can_be_code_rows, can_be_in_panels, kernels, loaded
 from .operators import ACTIVATION_BITS, DTYPES, batches, check_inputs, multiplies, readable
 from .panels import Panels
-from .structures import FFN, Activation, Batch, Matrix, Vector
+from .structures import FFN, Activation, Batch, Head, Matrix, Vector
 
 _SAMPLED = 16  # tokens of a prompt on which fixed neurons are counted
 
@@ -159,4 +159,19 @@ class CpuBackend:
                 return None
             transposed = not matrix.is_contiguous()
             y = run(rows, matrix.T if transposed else matrix, bias, transposed=transposed)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def head(
+        self, x: Tensor, predictor: AnyMatrix, remainder: AnyMatrix, bias: Tensor | None, top: int
+    ) -> Tensor | None:
+        """Logits [..., out] as `predicted_head` of the backends has them; None for matrices that lie otherwise."""
+        if not isinstance(predictor, PackedMatrix | Panels) or not isinstance(remainder, PackedMatrix):
+            return None
+        if not (readable(predictor, x.dtype) and readable(remainder, x.dtype)):
+            return None
+        rows, head = x.reshape(-1, x.shape[-1]).contiguous(), Head.of(predictor, remainder, bias, top)
+        check_inputs(rows, predictor.columns)
+        y = rows.new_empty(len(rows), len(remainder.planes))
+        for batch in batches(rows, y, ACTIVATION_BITS):
+            loaded().head(head, batch)
         return y.view(*x.shape[:-1], y.shape[-1])

@@ -22,6 +22,7 @@ std::string name_of() {
     else if constexpr (std::is_same_v<T, TardisBatch>) return "TardisBatch";
     else if constexpr (std::is_same_v<T, TardisActivation>) return "TardisActivation";
     else if constexpr (std::is_same_v<T, TardisFFN>) return "TardisFFN";
+    else if constexpr (std::is_same_v<T, TardisHead>) return "TardisHead";
     else if constexpr (std::is_same_v<T, TardisRows>) return "TardisRows";
     else if constexpr (std::is_same_v<T, TardisOperation>) return "TardisOperation";
     else if constexpr (std::is_void_v<T>) return "void";
@@ -51,6 +52,7 @@ std::string described() {
 
     NUMBER(kMaxTokens) NUMBER(kMaxBits) NUMBER(kBlockColumns)
     NUMBER(kPanelRows) NUMBER(kBf16Together) NUMBER(kFp16Together) NUMBER(kLineBytes)
+    NUMBER(kHeadRows)
 
     NUMBER(TARDIS_NONE) NUMBER(TARDIS_BF16) NUMBER(TARDIS_FP16) NUMBER(TARDIS_FP32) NUMBER(TARDIS_LOW_BIT)
     NUMBER(TARDIS_BF16_PANELS) NUMBER(TARDIS_FP16_PANELS) NUMBER(TARDIS_LOW_BIT_PANELS) NUMBER(TARDIS_CODE_ROWS)
@@ -61,7 +63,7 @@ std::string described() {
     NUMBER(TARDIS_SILU) NUMBER(TARDIS_RELU) NUMBER(TARDIS_RELU2) NUMBER(TARDIS_XIELU)
 
     NUMBER(TARDIS_NORM) NUMBER(TARDIS_PRODUCTS) NUMBER(TARDIS_TURN) NUMBER(TARDIS_ATTEND) NUMBER(TARDIS_ADD)
-    NUMBER(TARDIS_GATE) NUMBER(TARDIS_FOLDED)
+    NUMBER(TARDIS_GATE) NUMBER(TARDIS_FOLDED) NUMBER(TARDIS_HEAD)
 
     STRUCTURE(TardisMatrix)
     FIELD(TardisMatrix, data) FIELD(TardisMatrix, scale) FIELD(TardisMatrix, rows) FIELD(TardisMatrix, columns)
@@ -85,6 +87,9 @@ std::string described() {
     FIELD(TardisFFN, bias) FIELD(TardisFFN, b1) FIELD(TardisFFN, low) FIELD(TardisFFN, high)
     FIELD(TardisFFN, slope) FIELD(TardisFFN, offset) FIELD(TardisFFN, activation) FIELD(TardisFFN, k)
     FIELD(TardisFFN, activation_bits)
+
+    STRUCTURE(TardisHead)
+    FIELD(TardisHead, predictor) FIELD(TardisHead, remainder) FIELD(TardisHead, bias) FIELD(TardisHead, top)
 
     STRUCTURE(TardisRows)
     FIELD(TardisRows, data) FIELD(TardisRows, stride)
@@ -113,7 +118,7 @@ std::string described() {
     FUNCTION(tardis_supports) FUNCTION(tardis_use) FUNCTION(tardis_isa) FUNCTION(tardis_use_openmp)
     FUNCTION(tardis_has_gemm) FUNCTION(tardis_has_low_bit_gemm) FUNCTION(tardis_can_be_in_panels)
     FUNCTION(tardis_can_be_code_rows)
-    FUNCTION(tardis_linear) FUNCTION(tardis_gemm) FUNCTION(tardis_fixed) FUNCTION(tardis_folded_ffn)
+    FUNCTION(tardis_linear) FUNCTION(tardis_head) FUNCTION(tardis_gemm) FUNCTION(tardis_fixed) FUNCTION(tardis_folded_ffn)
     FUNCTION(tardis_has_exact_ffn) FUNCTION(tardis_exact_ffn) FUNCTION(tardis_step)
     FUNCTION(tardis_read)
     return lines;

@@ -103,6 +103,13 @@ bool is_valid(const TardisFFN& ffn, const TardisBatch& batch) {
     return predictor && fold && up && apart && added;
 }
 
+bool is_valid(const TardisHead& head, const TardisBatch& batch) {
+    const TardisMatrix &first = head.predictor, &rest = head.remainder;
+    const bool fit = first.rows == rest.rows && first.columns == rest.columns;
+    const bool low_bit = is_low_bit(first) && rest.type == TARDIS_LOW_BIT;
+    return fit && low_bit && is_valid(first) && is_valid(rest) && can_multiply(first, batch) && head.top >= 1;
+}
+
 bool is_valid(const TardisOperation& op, const TardisBatch& batch, int64_t position) {
     if (!op.x.data || op.width < 1 || (op.kind != TARDIS_ADD && !op.of)) return false;
     switch (op.kind) {
@@ -121,12 +128,17 @@ bool is_valid(const TardisOperation& op, const TardisBatch& batch, int64_t posit
             const int64_t d = predicts ? ffn.predictor.columns : ffn.kept_up.columns;
             return op.y.data && contiguous && is_valid(ffn, batch) && d == op.width;
         }
+        case TARDIS_HEAD: {
+            const auto& head = *static_cast<const TardisHead*>(op.of);
+            const bool contiguous = op.x.stride == op.width && op.y.stride == head.predictor.rows;
+            return op.y.data && contiguous && is_valid(head, batch) && head.predictor.columns == op.width;
+        }
         case TARDIS_ATTEND: {
             const auto& a = *static_cast<const TardisAttention*>(op.of);
             const bool sizes = a.size >= 1 && a.size <= kMaxHead && a.groups >= 1 && a.heads % a.groups == 0;
             return op.y.data && sizes && a.heads * a.size == op.width && position < a.capacity;
         }
-        default: return op.y.data && op.kind >= TARDIS_NORM && op.kind <= TARDIS_FOLDED;
+        default: return op.y.data && op.kind >= TARDIS_NORM && op.kind <= TARDIS_HEAD;
     }
 }
 
@@ -161,6 +173,11 @@ void tardis_use_openmp(void* parallel) { use_openmp(reinterpret_cast<OpenMP>(par
 int32_t tardis_linear(const TardisMatrix* weight, const TardisVector* bias, const TardisBatch* batch) {
     if (!is_valid(*weight) || !is_valid(*batch) || !can_multiply(*weight, *batch)) return TARDIS_BAD_ARGUMENT;
     return guarded([&] { linear(*weight, *bias, *batch); });
+}
+
+int32_t tardis_head(const TardisHead* of, const TardisBatch* batch) {
+    if (!is_valid(*batch) || !is_valid(*of, *batch)) return TARDIS_BAD_ARGUMENT;
+    return guarded([&] { head(*of, *batch); });
 }
 
 int32_t tardis_has_gemm() { return kernels().bf16.gemm != nullptr; }

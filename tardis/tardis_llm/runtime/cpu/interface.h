@@ -30,6 +30,7 @@ constexpr int64_t kMaxBits = 8;  // of a code
 constexpr int64_t kBlockColumns = 512;  // of planes
 constexpr int64_t kPanelRows = 32;
 constexpr int64_t kBf16Together = 2, kFp16Together = 1;  // columns of a row that lie side by side in a panel
+constexpr int64_t kHeadRows = 32;  // of a head whose greatest logit is looked at first
 constexpr int64_t kLineBytes = 4;  // of a row's codes that lie side by side in a panel
 
 }  // namespace tardis
@@ -116,6 +117,14 @@ struct TardisFFN {
                                    // kept neurons, and 8 where it is a predictor that only selects
 };
 
+// The linear layer that gives logits. What the predictor leaves of its weight is multiplied for the greatest of each
+// token alone: for those that are no less than the `top`-th of the greatest of kHeadRows consecutive ones.
+struct TardisHead {
+    TardisMatrix predictor, remainder;  // [vocabulary, d], low-bit; the second not in panels
+    TardisVector bias;
+    int64_t top;  // 1 or more
+};
+
 // A row of numbers for each token, in the type of the batch; the next row begins `stride` numbers behind.
 struct TardisRows {
     void* data;
@@ -132,6 +141,7 @@ enum TardisOperationKind : int32_t {
     TARDIS_ADD,       // nothing: y = x + other
     TARDIS_GATE,      // TardisActivation: y = activation(x), times other if there is one
     TARDIS_FOLDED,    // TardisFFN: y is its output; both are contiguous
+    TARDIS_HEAD,      // TardisHead: y are its logits; both are contiguous
 };
 
 struct TardisNorm {
@@ -183,6 +193,8 @@ void tardis_use_openmp(void* parallel);
 
 // y = x W^T + bias.
 int32_t tardis_linear(const TardisMatrix* weight, const TardisVector* bias, const TardisBatch* batch);
+// y = x W^T + bias by the predictor, and by both matrices where it is among the greatest.
+int32_t tardis_head(const TardisHead* head, const TardisBatch* batch);
 // y = x W^T + bias for any number of tokens, all in bf16 or all in fp16; y = x W + bias if `transposed`. In bf16 the
 // number of inputs is even. TARDIS_BAD_ARGUMENT unless `tardis_has_gemm`. With codes in panels, in bf16, where
 // `tardis_has_low_bit_gemm`.

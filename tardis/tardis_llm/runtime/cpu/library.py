@@ -22,9 +22,9 @@ from ...errors import InvalidInputError, KernelsError, TardisError
 from ...ffn.activations import KINDS
 from ...ffn.packed import BLOCK_COLUMNS, PackedMatrix
 from .description import check, declare, described, layout_of, sources_of
-from .operands import MAX_BITS
+from .operands import HEAD_ROWS, MAX_BITS
 from .panels import LINE_BYTES, ROWS, TOGETHER
-from .structures import FFN, OPERATIONS, STRUCTURES, Batch, Matrix, Type, Vector
+from .structures import FFN, OPERATIONS, STRUCTURES, Batch, Head, Matrix, Type, Vector
 
 #: tokens of the largest batch
 MAX_TOKENS = 64
@@ -92,6 +92,10 @@ class Kernels:
         """y = x W^T + bias."""
         _done(self._library.tardis_linear(byref(weight), byref(bias), byref(batch)), "linear")
 
+    def head(self, head: Head, batch: Batch) -> None:
+        """y: the logits, of which the greatest have all bits of their rows."""
+        _done(self._library.tardis_head(byref(head), byref(batch)), "head")
+
     @property
     def has_gemm(self) -> bool:
         """Whether the instruction set in use has what `gemm` needs."""
@@ -149,6 +153,7 @@ def _stated() -> dict[str, str]:
         "kBf16Together": TOGETHER[torch.bfloat16],
         "kFp16Together": TOGETHER[torch.float16],
         "kLineBytes": LINE_BYTES,
+        "kHeadRows": HEAD_ROWS,
     }
     for names in (Type.__members__, _STATUSES, ISAS, KINDS, OPERATIONS):
         constants |= {f"TARDIS_{name.upper()}": number for number, name in enumerate(names)}

@@ -17,6 +17,8 @@ from .panels import ROWS, TOGETHER, Panels, data_shape
 
 #: of a code
 MAX_BITS = 8
+#: of a head whose greatest logit is looked at first
+HEAD_ROWS = 32
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 

@@ -161,11 +161,14 @@ void gate(const TardisActivation& of, const TardisOperation& op, const TardisBat
 
 }  // namespace
 
-bool reads_weights(const TardisOperation& op) { return op.kind == TARDIS_PRODUCTS || op.kind == TARDIS_FOLDED; }
+bool reads_weights(const TardisOperation& op) {
+    return op.kind == TARDIS_PRODUCTS || op.kind == TARDIS_FOLDED || op.kind == TARDIS_HEAD;
+}
 
 Stretch first_read(const TardisOperation& op, const TardisBatch& batch, int thread) {
     if (op.kind == TARDIS_FOLDED)
         return first_of_folded(*static_cast<const TardisFFN*>(op.of), batch, thread, kFetched);
+    if (op.kind == TARDIS_HEAD) return first_of_head(*static_cast<const TardisHead*>(op.of), batch, thread, kFetched);
     const auto* all = static_cast<const TardisProduct*>(op.of);
     const Split split(all, op.count, batch.threads);
     const auto [i, begin, end] = split.task(std::min(thread * split.tasks / split.threads, split.tasks - 1));
@@ -180,6 +183,7 @@ void run(const TardisOperation& op, const TardisBatch& batch, int64_t position) 
         case TARDIS_ATTEND: return attend(*static_cast<const TardisAttention*>(op.of), op, batch, position);
         case TARDIS_ADD: return add(op, batch);
         case TARDIS_GATE: return gate(*static_cast<const TardisActivation*>(op.of), op, batch);
+        case TARDIS_HEAD: return head(*static_cast<const TardisHead*>(op.of), batch);
         default: return folded_ffn(*static_cast<const TardisFFN*>(op.of), batch);
     }
 }

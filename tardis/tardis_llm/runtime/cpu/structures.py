@@ -127,6 +127,17 @@ class FFN(ctypes.Structure):
     )
 
 
+class Head(ctypes.Structure):
+    """`TardisHead` of interface.h: the linear layer that gives logits, by predictor and remainder."""
+
+    _fields_ = (("predictor", Matrix), ("remainder", Matrix), ("bias", Vector), ("top", ctypes.c_int64))
+
+    @classmethod
+    def of(cls, predictor: PackedMatrix | Panels, remainder: PackedMatrix, bias: Tensor | None, top: int) -> Head:
+        """Points to both matrices and the bias, which must stay alive; raises TardisError as `check_matrix`."""
+        return cls(Matrix.of(predictor), Matrix.of(remainder), Vector.of(bias, len(remainder.planes)), top)
+
+
 class Rows(ctypes.Structure):
     """`TardisRows` of interface.h: a row for each token."""
 
@@ -196,5 +207,5 @@ class Operation(ctypes.Structure):
 
 
 #: what `TardisOperationKind` of interface.h counts
-OPERATIONS = ("norm", "products", "turn", "attend", "add", "gate", "folded")
-STRUCTURES = (Matrix, Vector, Batch, Activation, FFN, Rows, Norm, Product, Turn, Attention, Operation)
+OPERATIONS = ("norm", "products", "turn", "attend", "add", "gate", "folded", "head")
+STRUCTURES = (Matrix, Vector, Batch, Activation, FFN, Head, Rows, Norm, Product, Turn, Attention, Operation)

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from ...families.linear import is_transposed, turned
 from ..backend import linear
 from ..stored import LaidOut, refuse_training
+from .head import PredictedHead
 from .lowbit import LowBitLinear
 
 _PREPARED = (
@@ -68,7 +69,7 @@ def lay_out_linears(model: nn.Module) -> None:
             assert weight is not None, "a linear layer has a weight"
             if owners[id(weight)] == 1:
                 module.lay_out(weight.dtype)
-        elif isinstance(module, LowBitLinear):
+        elif isinstance(module, LowBitLinear | PredictedHead):
             module.lay_out(module.weight.dtype)
 
 

@@ -16,6 +16,7 @@ from ...families.sites import ffn_linear_names, set_module
 from ..cpu.library import available
 from ..stored import Stored
 from .dense import ThroughKernels, kernel_linear
+from .head import PredictedHead
 from .lowbit import LowBitLinear
 
 
@@ -49,6 +50,11 @@ def low_bit_linears(model: nn.Module) -> dict[str, LowBitLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LowBitLinear)}
 
 
+def predicted_heads(model: nn.Module) -> dict[str, PredictedHead]:
+    """The head of a model by its name, if it has a predictor: one, or none."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PredictedHead)}
+
+
 def untie_head(model: PreTrainedModel) -> None:
     """Tell transformers that the head no longer shares the embedding's weight, if it was stored in few bits.
 
@@ -78,3 +84,10 @@ def empty_like(layer: nn.Module, bits: int, group_size: int) -> LowBitLinear:
     weight = weight_of(layer)
     shape = weight.shape[0], weight.shape[1]
     return LowBitLinear.empty(shape, bias_of(layer), bits, group_size, weight.dtype, weight.device)
+
+
+def empty_head_like(layer: nn.Module, bits: tuple[int, int], group_size: int, top: int) -> PredictedHead:
+    """A head without content, of the shape of a dense layer, whose bias it takes; see `PredictedHead.empty`."""
+    weight = weight_of(layer)
+    shape = weight.shape[0], weight.shape[1]
+    return PredictedHead.empty(shape, bias_of(layer), bits, group_size, top, weight.dtype, weight.device)

@@ -18,15 +18,18 @@ from ...families.sites import named_blocks
 from ...families.steps import STEPS
 from ...families.table import Family, family_of
 from ...ffn.activations import identify
+from ...ffn.packed import PackedMatrix
 from ...ffn.weights import Matrix as AnyMatrix
 from ..cpu.backend import CpuFFN
 from ..cpu.library import loaded
 from ..cpu.operators import ACTIVATION_BITS, readable
+from ..cpu.panels import Panels
 from ..cpu.structures import (
     OPERATIONS,
     Activation,
     Attention,
     Batch,
+    Head,
     Matrix,
     Norm,
     Operation,
@@ -37,6 +40,7 @@ from ..cpu.structures import (
 )
 from ..kept import KeptFFN
 from ..linears.dense import ThroughKernels
+from ..linears.head import PredictedHead
 from ..linears.lowbit import LowBitLinear
 from ..modules import FoldedFFN
 from ..placing import FoldedDown, GatedFFN
@@ -142,7 +146,10 @@ class Program:
         if head is None:
             raise NotWholeError(f"{type(model).__name__} has no head.")
         self._logits = self._rows(_outputs(head))
-        self._products([head], read, [self._logits])
+        if isinstance(head, PredictedHead):
+            self._predicted_head(head, read)
+        else:
+            self._products([head], read, [self._logits])
 
     def _attend(self, block: nn.Module, read: Tensor, given: Tensor) -> None:
         """Attention of a block, from the stream to `given`; what it reads stays in `read`."""
@@ -258,6 +265,15 @@ class Program:
             product.weight, product.bias, product.y = Matrix.of(matrix), Vector.of(bias, y.shape[1]), y.data_ptr()  # type: ignore[arg-type]
         self._operation("products", products, x, None, outputs[0], len(layers))
 
+    def _predicted_head(self, head: PredictedHead, x: Tensor) -> None:
+        predictor, remainder = head.prepared(x)
+        if not (isinstance(predictor, PackedMatrix | Panels) and isinstance(remainder, PackedMatrix)):
+            raise NotWholeError("the kernels do not read the weights of the head as they lie.")
+        self._kept += [predictor, remainder, head.bias]
+        for part in (head.predictor, head.remainder):
+            self._watch(part, part._buffers, "planes")
+        self._operation("head", Head.of(predictor, remainder, head.bias, head.top), x, None, self._logits)
+
     def _matrix(self, layer: nn.Module) -> tuple[AnyMatrix, Tensor | None]:
         """The weight of a linear layer as the kernels read it, and its bias."""
         if isinstance(layer, LowBitLinear):
@@ -337,7 +353,7 @@ def _inputs(layer: nn.Module) -> int:
 def _sizes(layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, Conv1D):
         return layer.nf, layer.nx
-    if isinstance(layer, nn.Linear | LowBitLinear):
+    if isinstance(layer, nn.Linear | LowBitLinear | PredictedHead):
         return layer.out_features, layer.in_features
     raise NotWholeError(f"a {type(layer).__name__} of it is no linear layer.")
 

@@ -180,3 +180,6 @@ class TritonBackend:
             return F.linear(x, matrix, bias)
         tokens = x.reshape(-1, x.shape[-1]).contiguous()
         return product(tokens, readable(matrix), bias).view(*x.shape[:-1], -1)
+
+    def head(self, x: Tensor, predictor: Matrix, remainder: Matrix, bias: Tensor | None, top: int) -> None:
+        """Logits by two products: there is no kernel of its own for them."""
