@@ -12,33 +12,36 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import real_models
-from equal_subjects import HEAD_BITS, SUBJECTS
+from equal_subjects import HEAD_BITS, OURS, PREDICTED, SUBJECTS
 from llama_library import quantised
 from tardis_llm import FoldConfig, fold, save_folded
 from tardis_llm.baselines import apply_baseline
 from tardis_llm.calibration.inputs import ids_of
 from tardis_llm.calibration.text import Windows
 from tardis_llm.evaluation.methods import FOLDS
-from tardis_llm.pipeline.linears import Covariances, low_bit_copy
+from tardis_llm.pipeline.linears import Covariances, low_bit_copy, predicted_head
 from tardis_llm.runtime.linears.lowbit import GROUP_SIZE
 from tardis_llm.runtime.linears.placing import linear_layers, put_linears
 
 _HEAD_TOKENS = 8_192  # calibration tokens that the head is rounded by
 
 
-def rounded(model: PreTrainedModel, bits: int, calibration: Windows) -> PreTrainedModel:
-    """A dense model with every linear layer rounded by GPTQ, in place: those of the blocks to `bits`, the head to 4.
+def rounded(model: PreTrainedModel, name: str, calibration: Windows) -> PreTrainedModel:
+    """A dense model with every linear layer rounded by GPTQ, in place, as `OURS` has them; the head to 4 bits.
 
     Those of the blocks have zero points, which the format that decodes lacks: a little in the rival's favour.
     """
-    apply_baseline(f"gptq{bits}-g{GROUP_SIZE}", model, calibration, scope="all")
+    apply_baseline(f"gptq{OURS[name]}-g{GROUP_SIZE}", model, calibration, scope="all")
     head = model.get_output_embeddings()
-    name = next(name for name, module in model.named_modules() if module is head)
+    place = next(place for place, module in model.named_modules() if module is head)
     ids = ids_of(calibration.fit)
-    with torch.no_grad(), Covariances({name: head}) as seen:
+    with torch.no_grad(), Covariances({place: head}) as seen:
         for window in ids[: max(1, _HEAD_TOKENS // ids.shape[1])]:
             model(input_ids=window[None], use_cache=False)
-    put_linears(model, {name: low_bit_copy(head, HEAD_BITS, GROUP_SIZE, seen.of(name))})
+    moments = seen.of(place)
+    assert moments is not None, "the head was run"
+    made = (predicted_head if name == PREDICTED else low_bit_copy)(head, HEAD_BITS, GROUP_SIZE, moments)
+    put_linears(model, {place: made})
     return model
 
 

@@ -11,6 +11,7 @@ decodes, whole: every linear layer is in few bits, attention and head included.
     tardis-mixed-int4@R     the same, but the neurons that would be fixed most often are always computed
     tardis-static-int4@R    the same, but the neurons that are computed exactly are the same for every token
     int4, int3        by our own kernels; rounded by GPTQ, the head in int4
+    int4-head         int4 whose head has a predictor, as folds have
     q4_k_m            the file that the dense weights were written out of, which therefore loses nothing
     q4_0, q3_k_m, q2_k and q4_0-pure    files that llama.cpp's own quantiser makes of the same weights, see
                       `llama_library.py`; `pure` has the head, too, in the type that gives the file its name
@@ -80,7 +81,7 @@ class Judge:
         if name == DENSE:
             return self.subject.load()[0]
         if name in OURS:
-            return rounded(self.subject.load()[0], OURS[name], self.calibration)
+            return rounded(self.subject.load()[0], name, self.calibration)
         if name.startswith(tuple(KINDS)):
             model = load_model(str(self._fold(name)))
             lay_out(model)  # as for decoding

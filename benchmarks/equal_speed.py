@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import real_models
 from equal_models import gguf_file
-from equal_subjects import DENSE, HEAD_BITS, KINDS, OURS, SUBJECTS, Subject
+from equal_subjects import DENSE, HEAD_BITS, KINDS, OURS, PREDICTED, SUBJECTS, Subject
 from llama_cpp import bytes_of, file_of_shape, measured_on, model_of_shape, taken_in_turns
 from llama_library import Llama
 from tardis_llm.checkpoint.loading import load_model
-from tardis_llm.evaluation.shapes import RandomFold, random_linears
+from tardis_llm.evaluation.shapes import RandomFold, random_head, random_linears
 from tardis_llm.evaluation.variants import Variant, loaded_variants, random_rival, random_variant, rival, swapped
 from tardis_llm.files import read_json, write_json
 from tardis_llm.runtime.linears.placing import linear_layers
@@ -89,8 +90,11 @@ def _dense(name: str, model: PreTrainedModel, real: bool) -> Variant:
         return (rival if real else random_rival)(name, model)
     head = model.get_output_embeddings()
     outside = {key: layer for key, layer in linear_layers(model).items() if layer is head}
-    others = random_linears(model, OURS[name], ffn=True)
-    others |= {key: layer for key, layer in random_linears(model, HEAD_BITS).items() if key in outside}
+    others: dict[str, nn.Module] = {**random_linears(model, OURS[name], ffn=True)}
+    if name == PREDICTED:
+        others |= random_head(model, HEAD_BITS)
+    else:
+        others |= {key: layer for key, layer in random_linears(model, HEAD_BITS).items() if key in outside}
     return Variant(name, model, lambda: swapped(model, others))
 
 

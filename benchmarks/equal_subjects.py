@@ -14,10 +14,11 @@ from tardis_llm.config import Select
 from tardis_llm.sample import model_dir
 
 DENSE = "dense"
+PREDICTED = "int4-head"  #: int4 whose head has a predictor
 #: kinds of folds, by what is computed exactly
 KINDS: dict[str, Select] = {"tardis-int4": "dynamic", "tardis-mixed-int4": "mixed", "tardis-static-int4": "static"}
-OURS = {"int4": 4, "int3": 3}  #: bits of the linear layers in the blocks
-HEAD_BITS = 4  #: of the head of `OURS`
+OURS = {"int4": 4, PREDICTED: 4, "int3": 3}  #: bits of the linear layers in the blocks
+HEAD_BITS = 4  #: of the head of `OURS`; half of them in that of `PREDICTED`
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,10 @@ from tardis_llm.allocator import keep_freed_memory
 from tardis_llm.checkpoint.loading import load_model
 from tardis_llm.evaluation.decoder import Decoder
 from tardis_llm.evaluation.machine import cpu_name, read_bandwidth
-from tardis_llm.evaluation.shapes import SHAPES, RandomFold, shaped_model
+from tardis_llm.evaluation.shapes import SHAPES, RandomFold, random_head, random_linears, shaped_model
 from tardis_llm.evaluation.speed import step_bytes
 from tardis_llm.evaluation.turns import Ratio, take_turns
-from tardis_llm.evaluation.variants import Variant, lay_out_all, loaded_variants, random_rival, random_variant
+from tardis_llm.evaluation.variants import Variant, lay_out_all, loaded_variants, random_rival, random_variant, swapped
 from tardis_llm.families.sites import layer_lists, set_module
 from tardis_llm.files import write_json
 from tardis_llm.runtime.cpu.library import loaded
@@ -79,6 +79,8 @@ def variants_of_shape(
     """
     model = model_of_shape(shape, layers)
     yield "int4", random_rival("int4", model)
+    predicted = {**random_linears(model, 4, ffn=True), **random_head(model, 4)}
+    yield "int4, head predicted", Variant("int4-head", model, lambda: swapped(model, predicted))
     for rate in rates:
         yield f"folded, {rate:.0%} fixed", random_variant(model, RandomFold(2, 4, 4, 4, rate))
     for kept, rate in mixed:

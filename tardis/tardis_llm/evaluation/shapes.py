@@ -219,16 +219,14 @@ def random_linears(model: PreTrainedModel, bits: int, *, ffn: bool = False) -> d
 def random_head(model: PreTrainedModel, bits: int) -> dict[str, PredictedHead]:
     """A random head with a predictor of half of these bits, by the name of a model's head, which is dense."""
     head = model.get_output_embeddings()
-    names = [name for name, layer in linear_layers(model).items() if layer is head]
-    made = {
-        name: empty_head_like(head, (bits // 2, REMAINDER_BITS), GROUP_SIZE, top_of(head.weight.shape[0]))
-        for name in names
-    }
+    (name,) = (name for name, layer in linear_layers(model).items() if layer is head)
+    made = empty_head_like(head, (bits // 2, REMAINDER_BITS), GROUP_SIZE, top_of(len(head.weight)))
     generator = torch.Generator().manual_seed(6)
-    for part in (part for each in made.values() for part in (each.predictor, each.remainder)):
+    for part in (made.predictor, made.remainder):
         for key, tensor in part.state_dict().items():
             _randomise(key, tensor, generator)
-    return made
+    made.remainder.scale /= 2**REMAINDER_BITS  # what a predictor leaves lies between two of its levels
+    return {name: made}
 
 
 def random_ids(model: PreTrainedModel, batch: int, tokens: int, seed: int) -> Tensor:

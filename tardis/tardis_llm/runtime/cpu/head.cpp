@@ -1,8 +1,8 @@
 // The head of a model that predicts its logits in few bits, and computes only the greatest with all bits:
 //
 //   1. the predictor gives all logits, and the greatest of every kHeadRows;
-//   2. of each token, the rows are found whose logits are no less than the `top`-th of these;
-//   3. what the predictor leaves of these rows is added.
+//   2. the `top`-th of these is found, of each token;
+//   3. for rows whose logits are no less, what the predictor leaves is added.
 #include "ffn.h"
 
 #include "dispatch.h"
@@ -18,6 +18,7 @@ namespace tardis {
 namespace {
 
 constexpr int64_t kTokens = 8;  // whose logits are kept at once
+constexpr int64_t kCorrected = 128 * kHeadRows;  // rows of a task of corrections
 constexpr int64_t kBins = 256;  // of numbers that are put in order
 constexpr int64_t kLanes = 8;   // of maxima, which compilers keep in vector registers
 constexpr float kLeast = -std::numeric_limits<float>::infinity();
@@ -32,10 +33,9 @@ int64_t rows_of_task(const TardisHead& head, int threads) {
 }
 
 // Of one token.
-struct Chosen {
-    Numbers<float> logits, greatest, sorted;  // of all rows, and of every kHeadRows, also in another order
-    Numbers<int32_t> rows;
-    int64_t count;
+struct Logits {
+    Numbers<float> all, greatest, sorted;  // of all rows, and of every kHeadRows, also in another order
+    float least;  // of those that are computed with all bits
 };
 
 // Without those that are NaN.
@@ -70,29 +70,32 @@ public:
     Head(const TardisHead& head, const TardisBatch& batch)
         : head_(head), batch_(batch), rows_(head.predictor.rows), threads_(threads_of(head, batch)),
           inputs_(batch, head.predictor.columns), x_(inputs_.for_matrix(head.predictor, batch.activation_bits)),
-          rest_x_(inputs_.for_matrix(head.remainder, batch.activation_bits)), chosen_(kept()) {
+          rest_x_(inputs_.for_matrix(head.remainder, batch.activation_bits)), logits_(kept()) {
         for (int64_t t = 0; t < std::min(kTokens, batch.tokens); ++t) {
-            grow(chosen_[t].logits, rows_), grow(chosen_[t].rows, rows_);
-            grow(chosen_[t].greatest, blocks(rows_, kHeadRows)), grow(chosen_[t].sorted, blocks(rows_, kHeadRows));
+            grow(logits_[t].all, rows_);
+            grow(logits_[t].greatest, blocks(rows_, kHeadRows)), grow(logits_[t].sorted, blocks(rows_, kHeadRows));
         }
     }
 
     void run() {
-        const int64_t block = rows_of_task(head_, threads_), parts = blocks(head_.top, kBlockRows);
+        const int64_t block = rows_of_task(head_, threads_), parts = blocks(rows_, kCorrected);
         for (int64_t first = 0; first < batch_.tokens; first += kTokens) {
             const int64_t tokens = std::min(kTokens, batch_.tokens - first);
             parallel(threads_, blocks(rows_, block), [&](int64_t task) {
                 predict(first, tokens, task * block, std::min((task + 1) * block, rows_));
             });
-            parallel(threads_, tokens, [&](int64_t t) { choose(chosen_[t]); });
-            parallel(threads_, tokens * parts, [&](int64_t task) { correct(first, task / parts, task % parts, parts); });
+            parallel(threads_, tokens, [&](int64_t t) { find_least(logits_[t]); });
+            parallel(threads_, tokens * parts, [&](int64_t task) {
+                const int64_t begin = task % parts * kCorrected;
+                correct(first, task / parts, begin, std::min(begin + kCorrected, rows_));
+            });
         }
     }
 
 private:
     // The memory is the thread's, who uses it again.
-    static Chosen* kept() {
-        static thread_local Chosen all[kTokens];
+    static Logits* kept() {
+        static thread_local Logits all[kTokens];
         return all;
     }
 
@@ -105,41 +108,38 @@ private:
         product_of(head_.predictor)(head_.predictor, {nullptr, begin, end, rows_}, x, out);
         const Widened bias(head_.bias, begin, end);
         for (int64_t t = 0; t < tokens; ++t) {
-            float *own = out + t * kBlockRows, *logits = &chosen_[t].logits[begin];
+            float *own = out + t * kBlockRows, *logits = &logits_[t].all[begin];
             for (int64_t i = 0; i < end - begin; ++i) logits[i] = own[i] + bias.at[i];
             for (int64_t i = begin; i < end; i += kHeadRows)
-                chosen_[t].greatest[i / kHeadRows] = greatest(logits + i - begin, std::min(kHeadRows, end - i));
+                logits_[t].greatest[i / kHeadRows] = greatest(logits + i - begin, std::min(kHeadRows, end - i));
             store(batch_, (first + t) * rows_ + begin, logits, end - begin);
         }
     }
 
-    // The rows of a token whose logits are no less than the `top`-th of those that are the greatest of kHeadRows.
-    void choose(Chosen& of) {
-        const int64_t parts = blocks(rows_, kHeadRows);
-        const float least = greatest(of.greatest.data(), parts, std::min(head_.top, parts), of.sorted.data());
-        float low[kHeadRows], high[kHeadRows];
-        std::fill(low, low + kHeadRows, kLeast), std::fill(high, high + kHeadRows, std::nextafter(least, kLeast));
-        of.count = 0;
-        for (int64_t part = 0; part < parts; ++part) {
-            if (!(of.greatest[part] >= least)) continue;
-            const int64_t begin = part * kHeadRows, some = std::min(kHeadRows, rows_ - begin);
-            uint64_t left = kernels().outside(&of.logits[begin], low, high, some);
-            for (; left; left &= left - 1) of.rows[of.count++] = static_cast<int32_t>(begin + __builtin_ctzll(left));
-        }
+    void find_least(Logits& of) const {
+        const int64_t count = blocks(rows_, kHeadRows);
+        of.least = greatest(of.greatest.data(), count, std::min(head_.top, count), of.sorted.data());
     }
 
-    // Part number `part` of a token's greatest logits.
-    void correct(int64_t first, int64_t t, int64_t part, int64_t parts) {
-        const Chosen& of = chosen_[t];
+    // Adds what the predictor leaves to a token's greatest logits among rows begin..end-1, kCorrected at most.
+    void correct(int64_t first, int64_t t, int64_t begin, int64_t end) {
+        const Logits& of = logits_[t];
         const Input x = of_token(rest_x_, first + t);
-        const int64_t last = (part + 1) * of.count / parts;
-        float out[kBlockRows];
-        for (int64_t begin = part * of.count / parts; begin < last; begin += kBlockRows) {
-            const int64_t end = std::min(begin + kBlockRows, last);
-            product_of(head_.remainder)(head_.remainder, {of.rows.data(), begin, end, of.count}, x, out);
-            for (int64_t i = begin; i < end; ++i) {
-                const float logit = of.logits[of.rows[i]] + out[i - begin];
-                store(batch_, (first + t) * rows_ + of.rows[i], &logit, 1);
+        float low[kHeadRows], high[kHeadRows], out[kBlockRows];
+        std::fill(low, low + kHeadRows, kLeast), std::fill(high, high + kHeadRows, std::nextafter(of.least, kLeast));
+        int32_t rows[kCorrected];
+        int64_t count = 0;
+        for (int64_t i = begin; i < end; i += kHeadRows) {
+            if (!(of.greatest[i / kHeadRows] >= of.least)) continue;
+            uint64_t left = kernels().outside(&of.all[i], low, high, std::min(kHeadRows, end - i));
+            for (; left; left &= left - 1) rows[count++] = static_cast<int32_t>(i + __builtin_ctzll(left));
+        }
+        for (int64_t from = 0; from < count; from += kBlockRows) {
+            const int64_t to = std::min(from + kBlockRows, count);
+            product_of(head_.remainder)(head_.remainder, {rows, from, to, count}, x, out);
+            for (int64_t i = from; i < to; ++i) {
+                const float logit = of.all[rows[i]] + out[i - from];
+                store(batch_, (first + t) * rows_ + rows[i], &logit, 1);
             }
         }
     }
@@ -150,7 +150,7 @@ private:
     const int threads_;
     Inputs inputs_;
     const Input &x_, &rest_x_;
-    Chosen* const chosen_;
+    Logits* const logits_;
 };
 
 }  // namespace
