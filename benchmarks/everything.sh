@@ -54,6 +54,7 @@ PARTS=(
   "4|1|benchmarks/ffn_kernels.py --batch 1,8 --output $OUT/kernels-1.json"
   "4|2|benchmarks/ffn_kernels.py --batch 1,8 --output $OUT/kernels-2.json"
   "15|2|benchmarks/linears.py --output $OUT/linears.json"
+  "15|2|benchmarks/heads.py qwen2.5-coder-0.5b"
   "2|2|benchmarks/step.py"
   "12|1|benchmarks/packed.py $SAMPLE $TEXT $EVAL"
   "15|1|benchmarks/prefill.py $SAMPLE $TEXT $EVAL"

@@ -296,3 +296,23 @@ def test_a_config_that_describes_another_one_is_refused(saved: Path, change: dic
 def test_resizing_the_vocabulary_is_refused():
     with pytest.raises(InvalidInputError, match="the head of this model is stored in few bits"):
         folded("gpt2")[0].resize_token_embeddings(17)
+
+
+# ---- what it costs
+
+
+def test_the_benchmark_judges_heads_by_the_losses_of_their_logits(monkeypatch: pytest.MonkeyPatch):
+    import heads
+
+    monkeypatch.setattr(heads, "_ROUNDS", 2)
+    monkeypatch.setattr(heads, "_FLUSHED", 10)
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    made, windows = heads.heads_of(model, tokens(6, 32)), tokens(3, 32)
+    found = heads.losses(model, made, windows)
+    own = model(windows).logits[:, :-1].float().flatten(0, 1)
+    torch.testing.assert_close(found["dense"], F.cross_entropy(own, windows[:, 1:].flatten(), reduction="none"))
+    lost = {name: float((each - found["dense"]).abs().mean()) for name, each in found.items()}
+    assert 0 == lost["dense"] < lost["int8"] < lost["int4"]
+    assert lost["int8, predicted"] < lost["int4, predicted"]
+    assert {name: len(each) for name, each in heads.seconds(made, 64).items()} == dict.fromkeys(made, 2)
+    assert heads._bytes(made["int4, predicted"]) < heads._bytes(made["int4"]) < heads._bytes(made["dense"])

@@ -17,7 +17,7 @@
 namespace tardis {
 namespace {
 
-constexpr int64_t kTokens = 8;  // whose logits are kept at once
+constexpr int64_t kTokens = 16;  // whose logits are kept at once
 constexpr int64_t kCorrected = 128 * kHeadRows;  // rows of a task of corrections
 constexpr int64_t kBins = 256;  // of numbers that are put in order
 constexpr int64_t kLanes = 8;   // of maxima, which compilers keep in vector registers
