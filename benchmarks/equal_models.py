@@ -38,9 +38,7 @@ def rounded(model: PreTrainedModel, name: str, calibration: Windows) -> PreTrain
     with torch.no_grad(), Covariances({place: head}) as seen:
         for window in ids[: max(1, _HEAD_TOKENS // ids.shape[1])]:
             model(input_ids=window[None], use_cache=False)
-    moments = seen.of(place)
-    assert moments is not None, "the head was run"
-    made = (predicted_head if name == PREDICTED else low_bit_copy)(head, HEAD_BITS, GROUP_SIZE, moments)
+    made = (predicted_head if name == PREDICTED else low_bit_copy)(head, HEAD_BITS, GROUP_SIZE, seen.of(place))
     put_linears(model, {place: made})
     return model
 

@@ -22,6 +22,8 @@ from tardis_llm.checkpoint.loading import load_model
 from tardis_llm.evaluation.shapes import RandomFold, random_head, random_linears
 from tardis_llm.evaluation.variants import Variant, loaded_variants, random_rival, random_variant, rival, swapped
 from tardis_llm.files import read_json, write_json
+from tardis_llm.pipeline.linears import low_bit_copies, predicted_head
+from tardis_llm.runtime.linears.lowbit import GROUP_SIZE
 from tardis_llm.runtime.linears.placing import linear_layers
 
 SHAPE = "falcon-7b"  #: what stands in for the sample where speed is measured
@@ -88,6 +90,11 @@ def _dense(name: str, model: PreTrainedModel, real: bool) -> Variant:
     """A dense model in few bits, which are random where rounding takes long, or is not for so few; it decodes alike."""
     if name == "int4":  # a real model with random weights may be too wild for its steps to be run whole
         return (rival if real else random_rival)(name, model)
+    if name == PREDICTED and real:
+        layers: dict[str, nn.Module] = {**low_bit_copies(model, HEAD_BITS, ffn=True)}
+        head = next(key for key, layer in linear_layers(model).items() if layer is model.get_output_embeddings())
+        layers[head] = predicted_head(model.get_output_embeddings(), HEAD_BITS, GROUP_SIZE)
+        return Variant(name, model, lambda: swapped(model, layers))
     head = model.get_output_embeddings()
     outside = {key: layer for key, layer in linear_layers(model).items() if layer is head}
     others: dict[str, nn.Module] = {**random_linears(model, OURS[name], ffn=True)}

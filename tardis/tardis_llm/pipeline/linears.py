@@ -104,14 +104,14 @@ def low_bit_copy(layer: nn.Module, bits: int, group_size: int, covariance: Tenso
     return LowBitLinear(_joined(parts), _bias(layer), weight.dtype)
 
 
-def predicted_head(layer: nn.Module, bits: int, group_size: int, covariance: Tensor) -> PredictedHead:
+def predicted_head(layer: nn.Module, bits: int, group_size: int, covariance: Tensor | None = None) -> PredictedHead:
     """A head whose predictor has half of `bits`, at the places of the errors that its inputs can best bear.
 
     Args:
         layer: dense.
         bits: of the other linear layers.
         group_size: as for `low_bit_copy`.
-        covariance: [in, in] second moments of the inputs. Without, two bits predict little: see `low_bit_copy`.
+        covariance: as for `low_bit_copy`; without, two bits predict little.
 
     Raises:
         InvalidInputError: the weight is not finite.
