@@ -281,6 +281,7 @@ def test_a_missing_tensor_is_an_error_and_never_random(saved: Path, lost: str):
         ({"predictor_bits": 5}, "predictor_bits of the head is 5"),
         ({"remainder_bits": True}, "remainder_bits"),
         ({"top": 0}, "top of the head is 0"),
+        ({"top": 2**64}, "top of the head"),
         ({"more": 1}, "does not know"),
         ({"predictor_bits": 4}, r"lm_head\.predictor\.planes"),
     ],

@@ -47,7 +47,8 @@ class HeadFormat:
         for key in ("predictor_bits", "remainder_bits"):
             bits = getattr(self, key)
             _require(_whole(bits) and bits in PREDICTOR_BITS, f"{key} of the head", bits, _one_of(PREDICTOR_BITS))
-        _require(_whole(self.top) and self.top >= 1, "top of the head", self.top, "a number from 1")
+        fits = _whole(self.top) and 1 <= self.top < 2**31
+        _require(fits, "top of the head", self.top, "a number from 1")
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> HeadFormat:
