@@ -92,12 +92,13 @@ def test_a_model_in_q4_0_has_16_levels_a_block(tiny_dir: Path):
     assert max(len(row.unique()) for row in blocks) <= 16
 
 
-def test_rounding_every_layer_keeps_the_model_near(tiny_dir: Path):
+@pytest.mark.parametrize("name", ["int4", "int4-head"])
+def test_rounding_every_layer_keeps_the_model_near(name: str, tiny_dir: Path):
     dense = load_dense(str(tiny_dir), "bfloat16")
     windows = split_windows(random_ids(dense, 64, 32, seed=0).flatten(), 32, 0.125)
     ids = random_ids(dense, 2, 16, seed=1)
     with torch.no_grad():
         before = dense(input_ids=ids).logits.float()
-        after = rounded(load_dense(str(tiny_dir), "bfloat16"), 4, windows)(input_ids=ids).logits.float()
+        after = rounded(load_dense(str(tiny_dir), "bfloat16"), name, windows)(input_ids=ids).logits.float()
     error = (after - before).square().mean() / before.var()
     assert 0 < float(error) < 0.1
