@@ -19,8 +19,8 @@ QUALITY, TASKS, SPEED = "equal_quality_{}.json", "equal_tasks_{}.json", "equal_s
 ABOUT = """For each rival, the fold whose perplexity is no worse on a text, and of several such folds the fastest; the
 ratio of their decoding speeds is that of neighbouring runs, with its quartiles. Nothing is chosen but the folds'
 budgets. What is judged is what decodes: every linear layer is in few bits, attention and head included. `int4` and
-`int3` are the model by our own kernels, rounded by GPTQ, the head in int4, which in `int4-head` and in folds since format
-version 7 has a predictor (the one with 85% fewer bytes here); three bits are read from bit planes, not
+`int3` are the model by our own kernels, rounded by GPTQ, the head in int4, which in `int4-head` and in folds since
+format version 7 has a predictor (the one with 85% fewer bytes here); three bits are read from bit planes, not
 from panels, so that `int3` is smaller than `int4` and slower. Files of llama.cpp are made by its own
 quantiser, without an importance matrix, out of the same weights; `pure` has the head, too, in the type of the name.
 Perplexities of files are of their weights written out and judged by us; those by llama.cpp's own logits stand beside.
