@@ -22,7 +22,7 @@ from tardis_llm.runtime.modules import FoldedFFN
 BUILT = open_library()
 needs_kernels = pytest.mark.skipif(BUILT is None, reason="the kernels are not built")
 #: instruction sets whose kernels lay matrices out so
-OWN = ("avx2", "avxvnni")
+OWN = ("avx2", "avxvnni", "avx512bw")
 
 
 def random_codes(rows: int, columns: int, bits: int, group_size: int, has_zero: bool = True) -> PackedMatrix:

@@ -23,7 +23,7 @@ from synthetic import correlated, stored_fold
 from torch import Tensor, nn
 from torch._inductor import config as inductor
 from torch.fx import GraphModule
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from tardis_llm.errors import InvalidInputError
 from tardis_llm.evaluation.decoder import Decoder
@@ -216,13 +216,13 @@ def test_compiled_steps_begin_behind_the_prompt_each_time(
 def record(decoder: Decoder) -> list[list[list[int]]]:
     """The tokens that enter each step from now on."""
     seen: list[list[list[int]]] = []
-    step = decoder._step
+    following = decoder._following
 
-    def watched(**arguments: Any) -> Any:
-        seen.append(arguments["input_ids"].tolist())
-        return step(**arguments)
+    def watched(ids: Tensor, cache: Cache) -> Tensor:
+        seen.append(ids.tolist())
+        return following(ids, cache)
 
-    decoder._step = watched
+    decoder._following = watched
     return seen
 
 

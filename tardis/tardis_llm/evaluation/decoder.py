@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +13,7 @@ from transformers import Cache, PreTrainedModel, StaticCache
 from ..errors import InvalidInputError
 from ..runtime.decoding import compile_errors_explained, compiled_call
 from ..runtime.stepping.forward import Steps, cache_for
+from ..runtime.stepping.sampling import greedy, last_logits
 
 
 class Decoder:
@@ -35,12 +35,13 @@ class Decoder:
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, prompt: Tensor, compiled: int | None = None) -> None:
         self.model = model
-        self._step: Callable[..., Any] = Steps(model, model) if compiled is None else compiled_call(model)
+        self._steps = Steps(model, model)
+        self._following = self._steps.following if compiled is None else _by(compiled_call(model))
         cache: Cache | None = cache_for(model)
         if compiled is not None:
             cache = _static_cache(model, prompt.shape[1] + compiled)
         start = time.perf_counter()
-        output = model(input_ids=prompt, past_key_values=cache, use_cache=True, **_last_logits(model))
+        output = model(input_ids=prompt, past_key_values=cache, use_cache=True, **last_logits(model))
         self.prefill = time.perf_counter() - start
         self.cache = output.past_key_values
         self.first = greedy(output.logits)
@@ -48,41 +49,42 @@ class Decoder:
     @property
     def why_not(self) -> str:
         """Why steps do not run whole by the kernels; "" if they do, are compiled, or there was none yet."""
-        return self._step.why_not if isinstance(self._step, Steps) else ""
+        return self._steps.why_not
 
     @torch.no_grad()
     def seconds(self, steps: int) -> float:
         """Seconds per step over `steps` greedy steps, behind a step that does not count; see `warm_up`."""
         self.warm_up()
         start = time.perf_counter()
-        self._decode(steps, self._step)
+        self._decode(steps, self._following)
         return (time.perf_counter() - start) / steps
 
     @torch.no_grad()
     def warm_up(self) -> None:
         """Run one step: it may compile the graph, and put weights in order that another variant left in its own."""
         with compile_errors_explained():
-            self._decode(1, self._step)
+            self._decode(1, self._following)
 
     @torch.no_grad()
     def step_eagerly(self) -> None:
         """Run one step in eager mode, where hooks see what happens."""
-        self._decode(1, self.model)
+        self._decode(1, _by(self.model))
 
-    def _decode(self, steps: int, step: Callable[..., Any]) -> None:
+    def _decode(self, steps: int, following: Callable[[Tensor, Cache], Tensor]) -> None:
         ids = self.first
         for _ in range(steps):
-            output = step(input_ids=ids, past_key_values=self.cache, use_cache=True)
-            ids = greedy(output.logits)
+            ids = greedy(following(ids, self.cache))
         _cut(self.cache, steps)
 
 
-def greedy(logits: Tensor) -> Tensor:
-    """[batch, 1] the likeliest next tokens by logits [batch, tokens, vocabulary], as `generate` takes them.
+def _by(forward: Callable[..., Any]) -> Callable[[Tensor, Cache], Tensor]:
+    """What gives logits [batch, 1, vocabulary] by tokens [batch, 1] and a cache, through a model's forward."""
 
-    In fp32, as there: torch looks through 150,000 numbers in bf16 four times as long.
-    """
-    return logits[:, -1:].float().argmax(-1)
+    def following(ids: Tensor, cache: Cache) -> Tensor:
+        logits: Tensor = forward(input_ids=ids, past_key_values=cache, use_cache=True).logits
+        return logits
+
+    return following
 
 
 def _static_cache(model: PreTrainedModel, tokens: int) -> StaticCache:
@@ -102,8 +104,3 @@ def _cut(cache: Cache, tokens: int) -> None:
             layer.cumulative_length.sub_(tokens)
     else:
         cache.crop(-tokens)
-
-
-def _last_logits(model: PreTrainedModel) -> dict[str, Any]:
-    """The argument that keeps a prompt's logits to its last token, where the model has it."""
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}

@@ -17,7 +17,7 @@ from ..config import check_seed
 from ..errors import InvalidInputError
 from ..families.table import family_of, kind_of
 from ..runtime.decoding import compile_errors_explained, compiled
-from ..runtime.stepping.forward import cache_for, stepping
+from ..runtime.stepping.forward import stepping
 
 _AT_ONCE = 8  # windows of speech
 _COLDEST = 1e-3  # a temperature by which scores can be divided
@@ -95,16 +95,12 @@ def generate(
     plain = copy.copy(model)  # shares everything but this attribute
     plain.generation_config = _ends(model, tokenizer)
     ids = ids.to(model.device)
-    with _own_generator(model.device, seed), torch.no_grad(), compile_errors_explained(), stepping(plain):
-        out = plain.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=count,
-            streamer=streamer,
-            tokenizer=tokenizer,
-            **sampling,
-            **(compiled(model) if compile else {"past_key_values": cache_for(model)}),
-        )
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": count, "tokenizer": tokenizer, **sampling}
+    with _own_generator(model.device, seed), torch.no_grad(), compile_errors_explained(), stepping(plain) as steps:
+        if compile:
+            out = plain.generate(ids, streamer=streamer, **settings, **compiled(model))
+        else:
+            out = steps.generate(ids, streamer=streamer, **settings)
     text: str = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     return text
 

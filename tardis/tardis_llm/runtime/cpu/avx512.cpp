@@ -18,7 +18,11 @@ Table table_of(const Dense& bf16, const Dense& fp16, const Dense& f32, const Low
 
 // Tables are made when first asked for: this code must not run on other processors.
 const tardis::Table* tardis::avx512bw_table() {
-    static const Table table = table_of(avx512bw::kBf16, avx512bw::kFp16, avx512bw::kF32, avx512bw::kLowBit);
+    static const Table table = [] {
+        Table made = table_of(avx512bw::kBf16, avx512bw::kFp16, avx512bw::kF32, avx512bw::kLowBit);
+        made.code_rows = true;
+        return made;
+    }();
     return &table;
 }
 

@@ -34,9 +34,11 @@ private:
     static constexpr int kColumns = 8 * kLineBytes / B;
     static constexpr int64_t kLine = 64 * kPanelVectors;
     static constexpr int64_t kAhead = B == 8 ? 3072 : 4096;  // bytes from what is multiplied to what is asked for
+    template <int T, int P>
+    static constexpr bool kInPairs = T * H == 1 && B < 8 && !kQuickBytes;
     // Of a token: a product waits for the one before it in the same sum.
     template <int T, int P>
-    static constexpr int kSums = T * P * H <= 2 && B < 8 ? 2 : 1;
+    static constexpr int kSums = T * P * H <= 2 && B < 8 && !kInPairs<T, P> ? 2 : 1;
     template <int T, int P>
     using Sums = __m512i[T * H][P * kPanelVectors][kSums<T, P>];
 
@@ -80,25 +82,55 @@ private:
             prefetch_far(from + ahead);
             line[v] = _mm512_load_si512(from);
         });
+        if constexpr (kInPairs<T, P>) add_pairs<P>(line, values, dot);
+        else add_codes<T, P>(line, values, dot);
+    }
+
+    template <int T, int P>
+    TARDIS_INLINE void add_codes(const __m512i (&line)[P * kPanelVectors], const int8_t* values, Sums<T, P>& dot) const {
         each<8 / B>([&](auto q) TARDIS_INLINE {
             __m512i code[P * kPanelVectors];
-            each<P * kPanelVectors>([&](auto v) TARDIS_INLINE {
-                if constexpr (B == 8) code[v] = line[v];
-                else if constexpr (q == 0) code[v] = _mm512_and_si512(line[v], _mm512_set1_epi8((1 << B) - 1));
-                else code[v] = bits_of_bytes<q * B, B>(line[v]);
-            });
+            each<P * kPanelVectors>([&](auto v) TARDIS_INLINE { code[v] = code_of<q>(line[v]); });
             __m512i x;
             each<T * H * P * kPanelVectors>([&](auto i) TARDIS_INLINE {
                 constexpr int n = i / (P * kPanelVectors), v = i % (P * kPanelVectors);
-                if constexpr (v == 0) {
-                    int32_t four;
-                    memcpy(&four, values + n * q_.stride + 4 * q, sizeof four);
-                    x = _mm512_set1_epi32(four);
-                }
+                if constexpr (v == 0) x = four_values(values + n * q_.stride + 4 * q);
                 __m512i& sum = dot[n][v][q % kSums<T, P>];
                 sum = add_dot<B>(sum, code[v], x);
             });
         });
+    }
+
+    // Without VNNI: the products of a line, two at a time, add up in 16 bits, which they fit: of 1, 2 and 4 bits there
+    // are 8, 4 and 2 times two, of 127 * (2^B - 1) each at most.
+    template <int P>
+    TARDIS_INLINE void add_pairs(const __m512i (&line)[P * kPanelVectors], const int8_t* values, Sums<1, P>& dot) const {
+        __m512i pairs[P * kPanelVectors];
+        each<8 / B>([&](auto q) TARDIS_INLINE {
+            const __m512i x = four_values(values + 4 * q);
+            each<P * kPanelVectors>([&](auto v) TARDIS_INLINE {
+                const __m512i two = _mm512_maddubs_epi16(code_of<q>(line[v]), x);
+                if constexpr (q == 0) pairs[v] = two;
+                else pairs[v] = _mm512_add_epi16(pairs[v], two);
+            });
+        });
+        each<P * kPanelVectors>([&](auto v) TARDIS_INLINE {
+            const __m512i four = _mm512_madd_epi16(pairs[v], _mm512_set1_epi16(1));
+            dot[0][v][0] = _mm512_add_epi32(dot[0][v][0], four);
+        });
+    }
+
+    template <int q>
+    TARDIS_INLINE static __m512i code_of(__m512i line) {
+        if constexpr (B == 8) return line;
+        else if constexpr (q == 0) return _mm512_and_si512(line, _mm512_set1_epi8((1 << B) - 1));
+        else return bits_of_bytes<q * B, B>(line);
+    }
+
+    TARDIS_INLINE static __m512i four_values(const int8_t* values) {
+        int32_t four;
+        memcpy(&four, values, sizeof four);
+        return _mm512_set1_epi32(four);
     }
 
     template <int t, int T, int P>

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ...families.sites import running
@@ -18,6 +19,7 @@ from ..backend import backend_for
 from ..cpu.backend import CpuBackend
 from .cache import GrowingCache
 from .program import NotWholeError, Program
+from .sampling import sample, with_stop_strings
 
 _SEQUENCES = 16  # beyond, products are bound by arithmetic, and other kernels are faster
 _PASSED_ON = ("position_ids", "use_cache", "logits_to_keep", "return_dict")  # which say nothing that changes a step
@@ -54,13 +56,58 @@ class Steps:
         cache: Any = kwargs.get("past_key_values")
         if args or self.why_not or not self._is_step(ids, cache, kwargs):
             return self._forward(*args, **kwargs)
+        logits = self._whole(ids, cache, kwargs)
+        if logits is None:
+            return self._forward(**kwargs)
+        return CausalLMOutputWithPast(logits=logits.clone(), past_key_values=cache)
+
+    def following(self, ids: Tensor, cache: Cache) -> Tensor:
+        """Logits [batch, 1, vocabulary] behind one more token [batch, 1] of each sequence; the cache grows by it.
+
+        They are those of `__call__` for the same tokens and cache; the next step overwrites them.
+        """
+        step = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
+        whole = not self.why_not and self._is_step(ids, cache, step)
+        logits = self._whole(ids, cache, step) if whole else None
+        return self._forward(**step).logits if logits is None else logits
+
+    def generate(
+        self,
+        ids: Tensor,
+        streamer: BaseStreamer | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **settings: Any,
+    ) -> Tensor:
+        """Token ids [batch, length]: those of the model's own `generate`, sooner, for greedy choice and for sampling.
+
+        Args:
+            ids: [batch, tokens] token ids of prompts of one length.
+            streamer: told of tokens as they come.
+            tokenizer: of the model; needed where strings end a text.
+            settings: other arguments of `generate`.
+
+        Raises:
+            InvalidInputError: for beams, padding, records of each step, and what else needs `generate` itself, or
+                strings are to end a text and there is no tokenizer.
+
+        Example:
+            >>> with stepping(model) as steps:
+            ...     steps.generate(ids, max_new_tokens=64)
+        """
+        settings.setdefault("past_key_values", cache_for(self._model) or DynamicCache(config=self._model.config))
+        loop = functools.partial(sample, following=self.following, streamer=streamer)
+        model, settings = with_stop_strings(self._model, tokenizer, settings)
+        return model.generate(ids, streamer=streamer, custom_generate=loop, **settings)
+
+    def _whole(self, ids: Tensor, cache: GrowingCache, kwargs: dict[str, Any]) -> Tensor | None:
+        """Logits [batch, 1, vocabulary] of a step that runs whole; None where it does not."""
         try:
             logits = self._logits(ids, cache, kwargs)
         except NotWholeError as reason:
             self.why_not = str(reason)
-            return self._forward(**kwargs)
+            return None
         self.count += 1
-        return CausalLMOutputWithPast(logits=logits.clone(), past_key_values=cache)
+        return logits
 
     def _is_step(self, ids: Any, cache: Any, kwargs: dict[str, Any]) -> bool:
         if not isinstance(cache, GrowingCache) or not isinstance(ids, Tensor) or torch.is_grad_enabled():

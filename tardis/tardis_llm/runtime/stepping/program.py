@@ -82,7 +82,8 @@ class Program:
         with torch.no_grad():
             self._build(batch)
         self._found = [place[name] for place, name in self._sources]
-        self._versions = [_version(found) for found in self._found]
+        self._counted = [found for found in self._found if isinstance(found, Tensor) and not found.is_inference()]
+        self._versions = [found._version for found in self._counted]
         self._array = (Operation * len(self._operations))(*self._operations)
 
     @property
@@ -94,7 +95,7 @@ class Program:
         """Whether it is for so many sequences, and all that it reads is what it was made of."""
         found = [place.get(name) for place, name in self._sources]  # in every step: so it is quick
         same = batch == self._batch and all(map(operator.is_, found, self._found))
-        return same and list(map(_version, found)) == self._versions
+        return same and [tensor._version for tensor in self._counted] == self._versions
 
     def run(self, hidden: Tensor, cache: GrowingCache) -> Tensor:
         """Logits [batch, 1, vocabulary], which the next call overwrites; the cache grows by a token.
@@ -325,11 +326,6 @@ class Program:
             turn.turned = cosine.shape[1]
             turn.cosine, turn.sine = (Vector.of(part.view(-1), part.numel()) for part in (cosine, sine))
         self._tables, self._positions = tables, positions
-
-
-def _version(source: Any) -> int:
-    """How often a tensor was changed in place; 0 where that is not counted."""
-    return source._version if isinstance(source, Tensor) and not source.is_inference() else 0
 
 
 def _part(module: nn.Module, path: str) -> nn.Module:
