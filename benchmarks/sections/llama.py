@@ -12,8 +12,9 @@ from sections.markdown import spread, table
 ABOUT = """Shapes with random weights: llama.cpp with everything in Q4_0 (or the file named), ours with everything in
 int4, dense and folded. The shares of fixed neurons are chosen; those that equal quality asks for are in the section
 before. Ratios are of neighbouring runs, with their quartiles. By `benchmarks/llama_cpp.py`; what says "by node" was
-measured through node-llama-cpp, which costs small models much, and not through llama.cpp's own library. On all
-processors but that of family 25, model 1, inputs of our linear layers had 16 bits, and have 8 now."""
+measured through node-llama-cpp, which costs small models much, and not through llama.cpp's own library. On
+processors other than those of family 25, model 1, and of family 6, model 85, inputs of our linear layers had 16 bits,
+and have 8 now."""
 
 
 def llama_parts(folder: Path) -> Iterator[str]:
