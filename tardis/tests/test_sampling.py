@@ -150,6 +150,9 @@ def test_steps_run_whole_but_the_first_token_of_the_prompt() -> None:
         ({"return_dict_in_generate": True}, "a record of each step"),
         ({"attention_mask": torch.tensor([[0, *[1] * 8]] * 2)}, "padding"),
         ({"prompt_lookup_num_tokens": 2}, "guesses by the prompt"),
+        ({"position_ids": torch.arange(1, 10)[None]}, "other positions"),
+        ({"inputs_embeds": torch.zeros(2, 9, 64)}, "inputs_embeds"),
+        ({"assistant_model": tiny_model("llama")}, "drafts"),
     ],
 )
 def test_what_it_lacks_is_refused(settings: dict[str, Any], named: str) -> None:

@@ -13,6 +13,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ...errors import InvalidInputError
 from ...families.sites import running
 from ...families.steps import STEPS
 from ..backend import backend_for
@@ -87,13 +88,15 @@ class Steps:
             settings: other arguments of `generate`.
 
         Raises:
-            InvalidInputError: for beams, padding, records of each step, and what else needs `generate` itself, or
-                strings are to end a text and there is no tokenizer.
+            InvalidInputError: for beams, padding, drafts by another model, records of each step, and what else needs
+                `generate` itself; or strings are to end a text and there is no tokenizer.
 
         Example:
             >>> with stepping(model) as steps:
             ...     steps.generate(ids, max_new_tokens=64)
         """
+        if settings.get("assistant_model") is not None:
+            raise InvalidInputError("the short loop around steps has no drafts; call the model's own generate.")
         settings.setdefault("past_key_values", cache_for(self._model) or DynamicCache(config=self._model.config))
         loop = functools.partial(sample, following=self.following, streamer=streamer)
         model, settings = with_stop_strings(self._model, tokenizer, settings)

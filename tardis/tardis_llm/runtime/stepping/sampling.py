@@ -26,6 +26,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from ...errors import InvalidInputError
 
+#: arguments of a forward that `sample` knows, or that say nothing which changes a step
+_KNOWN = {"past_key_values", "attention_mask", "position_ids", "logits_to_keep", "use_cache"}
 _AS_INTEGERS = (torch.bfloat16, torch.float16)  # which numpy finds the greatest of faster, or at all
 
 
@@ -73,7 +75,7 @@ def sample(
     Raises:
         InvalidInputError: `generate` was asked for what this loop does not do.
     """
-    _check(generation_config, inputs)
+    _check(generation_config, inputs, input_ids.shape[1])
     ends = _Ends(stopping_criteria, generation_config, len(input_ids))
     cache, ids = inputs["past_key_values"], input_ids
     unread = ids[:, cache.get_seq_length() :]
@@ -128,15 +130,16 @@ def _without_strings(config: GenerationConfig) -> tuple[GenerationConfig, list[A
     return without, [config.stop_strings]
 
 
-def _check(config: GenerationConfig, inputs: dict[str, Any]) -> None:
-    """Raise InvalidInputError for what `generate` of transformers does and `sample` does not."""
-    mask: Any = inputs.get("attention_mask")
+def _check(config: GenerationConfig, inputs: dict[str, Any], length: int) -> None:
+    """Raise InvalidInputError for what `generate` of transformers does and `sample` does not, with so long prompts."""
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     asked = {
         "beams": (config.num_beams or 1) > 1,
         "a record of each step": bool(config.return_dict_in_generate),
         "guesses by the prompt": bool(config.prompt_lookup_num_tokens),
-        "embeddings for a prompt": inputs.get("inputs_embeds") is not None,
         "padding": mask is not None and not bool(mask.all()),
+        "other positions": positions is not None and bool((positions[..., -1] != length - 1).any()),
+        **{name: value is not None for name, value in inputs.items() if name not in _KNOWN},
     }
     found = [name for name, wanted in asked.items() if wanted]
     if found:
