@@ -1,6 +1,6 @@
 """Choose tokens one after the other, with as little around the steps as can be.
 
-Where a step takes a few milliseconds, the loop of transformers around it is a fourth of a token's time: it calls some
+Where a step takes some milliseconds, the loop of transformers around it is a tenth of a token's time: it calls about a
 hundred small operations, and the weights that a step reads have put the code of each out of the caches.
 """
 
@@ -108,26 +108,26 @@ def with_stop_strings(
     Raises:
         InvalidInputError: there are such strings, and no tokenizer.
     """
-    plain, settings = copy.copy(model), dict(settings)  # shares everything but this attribute
-    strings = [settings.pop("stop_strings", None)]
-    plain.generation_config, strings[1:] = _without_strings(model.generation_config)
-    if settings.get("generation_config") is not None:
-        settings["generation_config"], own = _without_strings(settings["generation_config"])
-        strings[1:1] = own
-    wanted = next((each for each in strings if each), None)
-    if wanted is None:
+    plain, settings = copy.copy(model), dict(settings)  # the copy shares all but its configuration
+    own, given = model.generation_config, settings.get("generation_config")
+    plain.generation_config = _without_strings(own)
+    if given is not None:
+        settings["generation_config"] = _without_strings(given)
+    asked = (settings.pop("stop_strings", None), given and given.stop_strings, own.stop_strings)
+    strings = next((each for each in asked if each), None)
+    if strings is None:
         return plain, settings
     if tokenizer is None:
-        raise InvalidInputError(f"the strings {wanted} are to end a text; give the model's tokenizer as well.")
-    criteria = [*(settings.get("stopping_criteria") or []), StopStringCriteria(tokenizer, wanted)]
+        raise InvalidInputError(f"the strings {strings} are to end a text; give the model's tokenizer as well.")
+    criteria = [*(settings.get("stopping_criteria") or []), StopStringCriteria(tokenizer, strings)]
     return plain, {**settings, "stopping_criteria": StoppingCriteriaList(criteria)}
 
 
-def _without_strings(config: GenerationConfig) -> tuple[GenerationConfig, list[Any]]:
-    """The same settings without strings that end a text, and these."""
+def _without_strings(config: GenerationConfig) -> GenerationConfig:
+    """The same settings without strings that end a text."""
     without = copy.copy(config)
     without.stop_strings = None
-    return without, [config.stop_strings]
+    return without
 
 
 def _check(config: GenerationConfig, inputs: dict[str, Any], length: int) -> None:
@@ -175,7 +175,7 @@ class _Ends:
         if self._others:
             ended = [a or b for a, b in zip(ended, self._others(ids, None).tolist(), strict=True)]
         self._ended = [a or b for a, b in zip(self._ended, ended, strict=True)]
-        return all(self._ended) or ids.shape[1] == self._length
+        return all(self._ended) or (self._length is not None and ids.shape[1] >= self._length)
 
 
 def _chosen(logits: Tensor, ids: Tensor, processors: LogitsProcessorList, drawn: bool) -> Tensor:
