@@ -158,12 +158,13 @@ def prepared_linear(kernels: Kernels, lies: Matrix) -> Callable[[Tensor], Tensor
 
 
 def folded_variant(name: str, folded: FoldedWeights, dense: DenseFFN) -> Variant:
-    """A folded FFN by the kernels."""
+    """A folded FFN by the kernels, its matrices laid out as for decoding."""
     weights = folded.beside(dense)
     assert isinstance(weights.fold, Tensor | PackedMatrix), "a random fold is not laid out"
     assert isinstance(weights.predictor, PackedMatrix), "a random predictor is not laid out"
     fold, predictor = (lay_out(part, torch.bfloat16) or part for part in (weights.fold, weights.predictor))
-    run = CpuFFN(replace(weights, fold=fold, predictor=predictor))
+    rows = lay_out(weights.down, torch.bfloat16, by_rows=True) if isinstance(weights.down, PackedMatrix) else None
+    run = CpuFFN(replace(weights, fold=fold, predictor=predictor, down=rows or weights.down))
     return Variant(name, run, lambda x: round(weights.touched(float(run.fixed(x).any(0).float().mean()))))
 
 
