@@ -14,6 +14,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def table(variant: Variant, position: int, rounds: int) -> list[tuple[str, float
             kinds["the whole step"].append(_seconds(whole))
             kinds["a token"].append(_seconds(decoded))
             for kind, generate in ways.items():
-                kinds[kind].append(_seconds(lambda: generate(_LONG)) - _seconds(lambda: generate(_SHORT)))  # noqa: B023
+                kinds[kind].append(_seconds(partial(generate, _LONG)) - _seconds(partial(generate, _SHORT)))
     if steps.why_not:
         raise RuntimeError(f"steps do not run whole: {steps.why_not}")
     medians = {kind: _MS * statistics.median(seconds) for kind, seconds in kinds.items()}

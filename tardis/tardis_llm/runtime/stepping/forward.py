@@ -20,10 +20,9 @@ from ..backend import backend_for
 from ..cpu.backend import CpuBackend
 from .cache import GrowingCache
 from .program import NotWholeError, Program
-from .sampling import sample, with_stop_strings
+from .sampling import KNOWN, sample, with_stop_strings
 
 _SEQUENCES = 16  # beyond, products are bound by arithmetic, and other kernels are faster
-_PASSED_ON = ("position_ids", "use_cache", "logits_to_keep", "return_dict")  # which say nothing that changes a step
 #: by how much logits may differ, of their spread; in folded FFNs, neurons next to a bound of theirs may go either way
 _ALIKE, _ALIKE_FOLDED = 0.1, 0.3
 
@@ -119,7 +118,7 @@ class Steps:
             return False
         if ids.shape[1] != 1 or len(ids) > _SEQUENCES or not cache.get_seq_length():
             return False
-        known = {"input_ids", "past_key_values", "attention_mask", *_PASSED_ON}
+        known = {"input_ids", "return_dict", *KNOWN}
         if any(value is not None and value is not False for name, value in kwargs.items() if name not in known):
             return False
         positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
