@@ -48,7 +48,7 @@ class HeadFormat:
             bits = getattr(self, key)
             _require(_whole(bits) and bits in PREDICTOR_BITS, f"{key} of the head", bits, _one_of(PREDICTOR_BITS))
         fits = _whole(self.top) and 1 <= self.top < 2**31
-        _require(fits, "top of the head", self.top, "a number from 1")
+        _require(fits, "top of the head", self.top, "a number from 1 to 2^31 - 1")
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> HeadFormat:
