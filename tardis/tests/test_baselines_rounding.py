@@ -14,7 +14,7 @@ from tardis_llm.baselines.gptq import quantise_gptq
 from tardis_llm.baselines.pruning import prune_magnitude, prune_sparsegpt, prune_wanda, removed
 from tardis_llm.baselines.rtn import Grid, fit_grid, round_to_nearest
 from tardis_llm.errors import InvalidInputError
-from tardis_llm.folding.sweep import inverse_factor, sweep
+from tardis_llm.folding.sweep import by_columns, inverse_factor, sweep
 
 widths = st.sampled_from((2, 3, 4, 8))
 seeds = st.integers(0, 1000)
@@ -65,14 +65,15 @@ def test_the_width_of_a_block_does_not_change_the_sweep(width: int):
         return rule
 
     expected = naive_sweep(w, inverse_factor(H), mask)
-    swept = sweep(w, H, width, given_mask([0]))
+    swept = sweep(w, H, width, by_columns(given_mask([0])))
     torch.testing.assert_close(swept.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_sweep_that_changes_nothing_gives_the_matrix_back_and_leaves_it_alone():
     w = normal(9, 4).T  # not contiguous, and its transpose is
     before = w.clone()
-    assert torch.equal(sweep(w, hessian_of(9), 4, lambda start, columns, diagonal: lambda j, column: column), before)
+    unchanged = by_columns(lambda start, columns, diagonal: lambda j, column: column)
+    assert torch.equal(sweep(w, hessian_of(9), 4, unchanged), before)
     prune_sparsegpt(w, hessian_of(9), 0.5)
     assert torch.equal(w, before)
 
@@ -121,7 +122,7 @@ def test_weights_of_dead_inputs_go():
     H = 2 / 80 * x.T @ x
     for new in (
         prune_sparsegpt(normal(5, 12), H, 0.3),
-        sweep(normal(5, 12), H, 4, lambda *_: lambda j, column: column),
+        sweep(normal(5, 12), H, 4, by_columns(lambda *_: lambda j, column: column)),
     ):
         assert torch.equal(new[:, [3, 7]], torch.zeros(5, 2))
         assert bool(torch.isfinite(new).all())
@@ -224,7 +225,8 @@ def test_the_sweep_alone_can_be_worse_than_plain_rounding_and_then_is_not_taken(
     for seed in range(20):
         w, H = normal(5, 12, seed=seed), hessian_of(12, seed, tokens=30)
         order, grid, swept = H.diagonal().argsort(descending=True), fit_grid(w, 3), torch.empty_like(w)
-        put = sweep(w[:, order], H[order][:, order], 16, lambda *_, grid=grid: lambda j, column: grid.nearest(column))
+        replace = by_columns(lambda *_, grid=grid: lambda j, column: grid.nearest(column))
+        put = sweep(w[:, order], H[order][:, order], 16, replace)
         swept[:, order] = put
         plain, new = round_to_nearest(w, 3, 16), quantise_gptq(w, H, 3, 16)
         worse = error(w, swept, H) > error(w, plain, H)

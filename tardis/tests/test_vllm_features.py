@@ -193,7 +193,8 @@ import json, sys
 from vllm import LLM, SamplingParams
 
 if __name__ == "__main__":
-    llm = LLM(sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=96, tensor_parallel_size=2)
+    llm = LLM(sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=96, tensor_parallel_size=2,
+              num_gpu_blocks_override=64)
     settings = SamplingParams(max_tokens=16, ignore_eos=True, temperature=0.0)
     calls = [[{"prompt_token_ids": ids} for ids in prompts] for prompts in json.loads(sys.argv[2])]
     outputs = [output for prompts in calls for output in llm.generate(prompts, settings, use_tqdm=False)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..folding.sweep import Replace, sweep
+from ..folding.sweep import Replace, by_columns, sweep
 from .rtn import fit_grid, round_to_nearest
 
 _BLOCK = 128  # columns rounded before the rest of the matrix is updated
@@ -36,7 +36,7 @@ def quantise_gptq(w: Tensor, hessian: Tensor, bits: int, group: int) -> Tensor:
         return lambda j, column: grids[groups[start + j]].nearest(column)
 
     swept = torch.empty_like(w)
-    swept[:, order] = sweep(w[:, order], hessian[order][:, order], _BLOCK, rule)
+    swept[:, order] = sweep(w[:, order], hessian[order][:, order], _BLOCK, by_columns(rule))
     nearest = round_to_nearest(w, bits, group)
     return torch.where(_worse(swept - w, nearest - w, hessian)[:, None], nearest, swept)
 

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..folding.sweep import Replace, sweep
+from ..folding.sweep import Replace, by_columns, sweep
 
 _POWER = 0.5  # of the inputs' norms, in RIA
 _BLOCK = 128  # columns whose mask SparseGPT chooses together
@@ -99,4 +99,4 @@ def prune_sparsegpt(w: Tensor, hessian: Tensor, sparsity: float, block: int = _B
         mask = smallest((columns / diagonal[:, None]).square(), removed(columns.numel(), sparsity))
         return lambda j, column: column.masked_fill(mask[j], 0)
 
-    return sweep(w, hessian, block, rule)
+    return sweep(w, hessian, block, by_columns(rule))

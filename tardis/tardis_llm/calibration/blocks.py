@@ -25,6 +25,7 @@ from transformers.utils import ModelOutput
 from ..errors import InvalidInputError, UnsupportedModelError
 from ..families.sites import FFNSite, block_at, encoder_blocks, layer_lists, named_blocks, only_layer
 from ..families.table import sound_of
+from ..precision import quick_products
 from .inputs import Speech, TextOrSpeech, ids_of, model_arguments
 
 _JUST_ADDED = 1e-3  # of what was added: the rounding of bf16 leaves 1e-5 of it, and a norm half
@@ -308,7 +309,8 @@ def _forward(model: PreTrainedModel, inputs: TextOrSpeech, attention_mask: Tenso
     """Call the model, without its recording hidden states or attention."""
     mask = {} if attention_mask is None else {"attention_mask": attention_mask.to(model.device)}
     arguments = model_arguments(inputs, model.device)
-    output: ModelOutput = model(**arguments, **mask, use_cache=False, **_NO_RECORDS)
+    with quick_products():
+        output: ModelOutput = model(**arguments, **mask, use_cache=False, **_NO_RECORDS)
     return output
 
 

@@ -17,14 +17,13 @@ from transformers import PreTrainedModel
 
 from ..errors import DeviceMemoryError
 from ..families.sites import named_blocks, running, without_blocks
-from ..precision import quick_products
 
 
 @contextmanager
 def computing_on(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
     """Within the context, a model computes on a device, where one of its blocks is at a time: the last one called.
 
-    In the end all of it is back where it was. On a CPU that lacks the arithmetic of its dtype, products are in fp32.
+    In the end all of it is back where it was.
 
     Args:
         model: on one device.
@@ -34,7 +33,7 @@ def computing_on(model: PreTrainedModel, device: torch.device) -> Iterator[None]
         DeviceMemoryError: the memory of the device is full.
     """
     home = model.device
-    with _explaining(device), quick_products():
+    with _explaining(device):
         if home == device:
             yield
             return

@@ -81,7 +81,8 @@ def _relative_gradients(model: PreTrainedModel, sites: Sequence[FFNSite], window
             )
             hooks.enter_context(running(block, again))
         ids = window.to(model.device)
-        logits = model(input_ids=ids[None], use_cache=False, return_dict=True).logits[0]
+        with quick_products():
+            logits = model(input_ids=ids[None], use_cache=False, return_dict=True).logits[0]
         loss = F.cross_entropy(logits[:-1].float(), ids[1:], reduction="sum")
         first = tuple(probes)  # blocks that are computed again have others
         gradients = torch.autograd.grad(loss, first)

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ..errors import InvalidInputError
 from ..ffn.packed import ROWS_AT_ONCE, PackedMatrix, expand_scale, midpoint, pack
-from .sweep import Replace, dead_inputs, sweep
+from .columns import BLOCK, round_columns
+from .sweep import dead_inputs, sweep
 
 _SCALE_CANDIDATES = 40  # scales tried per group, between a fifth of the largest weight and all of it
 _LEAST_SCALE = 2.0**-24  # the least positive fp16, so that nothing is divided by zero
-_BLOCK = 128  # columns rounded before the rest of the matrix is updated
 _ROUNDS, _PASSES = 2, 2  # of fitting scales and codes to each other, and over all columns in each
 _DAMPING = 0.2  # of the mean diagonal of the inputs' second moments: other texts have other moments
 _SCALE_DAMPING, _MOST_CHANGE = 1e-3, 0.5  # of scales fitted to levels: penalty, and relative change
@@ -102,27 +102,23 @@ def _nearest(w: Tensor, scale: Tensor, bits: int, zero: float) -> Tensor:
     return (w / scale + zero).round().clamp(0, 2**bits - 1).to(torch.uint8)
 
 
-def _at_level(w: Tensor, scale: Tensor, bits: int, zero: float) -> Tensor:
-    """The levels that `_nearest` has codes of."""
-    return (w / scale).add_(zero).round_().clamp_(0, 2**bits - 1).sub_(zero).mul_(scale)
-
-
 def _gptq(w: Tensor, scale: Tensor, bits: int, covariance: Tensor, zero: float) -> Tensor:
     """Codes [h, d] uint8, column by column, each error carried to the columns after it.
 
     Columns of large inputs come first, while all others are left to make up for their errors.
     """
     order = covariance.diagonal().argsort(descending=True, stable=True)
-    rows = scale.T[order]  # [d, h], as the sweep has its columns
+    rows = scale.T[order].contiguous()  # [d, h], as the sweep has its columns
 
-    def rule(start: int, block: Tensor, diagonal: Tensor) -> Replace:
-        def replace(j: int, column: Tensor) -> Tensor:
-            return _at_level(column, rows[start + j], bits, zero)
-
-        return replace
+    def replace(start: int, block: Tensor, factor: Tensor) -> Tensor:
+        own = factor.diagonal()[:, None]
+        at = slice(start, start + len(block))
+        levels, change = round_columns(block, None, rows[at], -factor / own, 2**bits - 1, zero)
+        block.copy_(levels)
+        return change.div_(-own)
 
     put = torch.empty_like(w)
-    put[:, order] = sweep(w[:, order], covariance[order][:, order], _BLOCK, rule)
+    put[:, order] = sweep(w[:, order], covariance[order][:, order], BLOCK, replace)
     # what no token of the calibration text had, another text may have
     return _nearest(torch.where(dead_inputs(covariance), w, put), scale, bits, zero)
 
@@ -137,17 +133,15 @@ def _descend(w: Tensor, codes: Tensor, scale: Tensor, bits: int, covariance: Ten
         bits, covariance, zero: as for `quantise`, and the code of 0.
     """
     columns = scale.T.contiguous()  # transposed, so that a column lies together
-    put = (codes.T.float() - zero) * columns  # [d, h]
+    put = (codes.T.contiguous() - zero) * columns  # [d, h]
     slope = covariance @ (w.T - put)
-    for start in [*range(0, len(put), _BLOCK)] * _PASSES:
-        at = slice(start, start + _BLOCK)
-        before, block, within = put[at].clone(), slope[at].clone(), covariance[at, at]
+    for start in [*range(0, len(put), BLOCK)] * _PASSES:
+        at = slice(start, start + BLOCK)
+        within = covariance[at, at]
         curvature = within.diagonal().clamp_min(1e-30)
-        for now, own, left, row, least in zip(put[at], columns[at], block, within, curvature, strict=True):
-            best = _at_level(now + left / least, own, bits, zero)
-            block.addr_(row, best - now, alpha=-1)
-            now.copy_(best)
-        slope.addmm_(covariance[:, at], put[at] - before, alpha=-1)
+        best = put[at] + slope[at] / curvature[:, None]  # of each column, if all others stayed
+        put[at], change = round_columns(best, put[at], columns[at], within / curvature, 2**bits - 1, zero)
+        slope.addmm_(covariance[:, at], change, alpha=-1)
     return _nearest(put, columns, bits, zero).T.contiguous()
 
 

@@ -20,6 +20,9 @@ _DAMPING = 0.01  # of the mean diagonal
 Replace = Callable[[int, Tensor], Tensor]
 #: looks at the block that starts at a column: W^T [width, out] as updated by then, and its part [width] of U's diagonal
 Rule = Callable[[int, Tensor, Tensor], Replace]
+#: replaces the block that starts at a column, W^T [width, out], in place; given its part [width, width] of U, returns
+#: the errors `err` [width, out]
+Block = Callable[[int, Tensor, Tensor], Tensor]
 
 
 def dead_inputs(hessian: Tensor) -> Tensor:
@@ -40,15 +43,14 @@ def inverse_factor(hessian: Tensor) -> Tensor:
     return torch.linalg.cholesky(inverse, upper=True).float()
 
 
-def sweep(w: Tensor, hessian: Tensor, width: int, rule: Rule) -> Tensor:
+def sweep(w: Tensor, hessian: Tensor, width: int, replace: Block) -> Tensor:
     """Replace the columns of w from left to right, each error carried to the columns after it.
 
     Args:
         w: [out, in] fp32; it stays as it is.
         hessian: [in, in], H before damping.
-        width: columns of a block; `rule` is asked when the sweep reaches one, and the rest of the matrix is updated
-            when it leaves it.
-        rule: what to put for the columns of a block.
+        width: columns of a block; the rest of the matrix is updated when the sweep leaves it.
+        replace: what replaces a block; see `by_columns`.
 
     Returns:
         [out, in] fp32, what was put.
@@ -59,17 +61,21 @@ def sweep(w: Tensor, hessian: Tensor, width: int, rule: Rule) -> Tensor:
     for start in range(0, len(rest), width):
         end = min(start + width, len(rest))
         block, within = rest[start:end], factor[start:end, start:end]
-        errors = _sweep_block(block, within, rule(start, block, within.diagonal()))
+        errors = replace(start, block, within)
         rest[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
     return rest.T.contiguous()
 
 
-def _sweep_block(block: Tensor, factor: Tensor, replace: Replace) -> Tensor:
-    """Replace the rows of a block [width, out] in place; returns their scaled errors [width, out]."""
-    errors = torch.empty_like(block)
-    for j, column in enumerate(block):
-        put = replace(j, column)
-        errors[j] = (column - put) / factor[j, j]
-        column.copy_(put)
-        block[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
-    return errors
+def by_columns(rule: Rule) -> Block:
+    """Replaces the columns of a block one after the other, by a rule that is asked when the sweep reaches the block."""
+
+    def swept(start: int, block: Tensor, factor: Tensor) -> Tensor:
+        replace, errors = rule(start, block, factor.diagonal()), torch.empty_like(block)
+        for j, column in enumerate(block):
+            put = replace(j, column)
+            errors[j] = (column - put) / factor[j, j]
+            column.copy_(put)
+            block[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
+        return errors
+
+    return swept

@@ -22,8 +22,11 @@ from ..errors import InvalidInputError
 from ..ffn.neuron import value
 from ..ffn.packed import PackedMatrix
 from ..ffn.weights import DenseFFN, FoldedWeights, Layout, Matrix
+from ..folding import columns
 from .cpu.backend import CpuBackend
+from .cpu.library import open_library
 from .cpu.operands import HEAD_ROWS
+from .cpu.structures import Rounding
 from .reference import ReferenceBackend
 from .triton.backend import TritonBackend
 
@@ -184,3 +187,20 @@ def predicted_head(x: Tensor, predictor: Matrix, remainder: Matrix, bias: Tensor
 def dense_ffn(x: Tensor, dense: DenseFFN) -> Tensor:
     """Outputs [..., d] of an FFN that is not folded, for inputs x [..., d] in the dtype of x."""
     return linear(value(linear(x, dense.w1, dense.b1), dense.act, dense.k), dense.w2, dense.b2)
+
+
+def _round_columns(
+    target: Tensor, base: Tensor | None, scale: Tensor, factor: Tensor, top: int, zero: float
+) -> columns.Rounded:
+    """`folding.columns.round_columns` in main memory: by the kernels where there are some, which gives the same."""
+    library = open_library() if _kernels_wanted() else None
+    if library is None:
+        return columns.by_torch(target, base, scale, factor, top, zero)
+    levels = target.clone(memory_format=torch.contiguous_format)
+    change = torch.empty_like(levels)
+    base, scale, factor = (part if part is None else part.contiguous() for part in (base, scale, factor))
+    library.round_columns(Rounding.of(levels, base, scale, factor, change, top, zero))
+    return columns.Rounded(levels, change)
+
+
+columns.library.impl("round_columns", _round_columns, "CPU")

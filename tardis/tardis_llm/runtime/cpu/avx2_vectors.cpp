@@ -100,5 +100,9 @@ void tardis::avx2::widen(const TardisVector& v, int64_t begin, int64_t count, fl
     ::tardis::widen(v, begin, count, out);
 }
 
+void tardis::avx2::round_columns(const TardisRounding& r, int64_t begin, int64_t end) {
+    ::tardis::round_columns(r, begin, end);
+}
+
 void tardis::avx2::set_vectors(Table& table) { ::tardis::set_vectors(table); }
 #endif

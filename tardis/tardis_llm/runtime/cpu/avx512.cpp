@@ -10,6 +10,7 @@ Table table_of(const Dense& bf16, const Dense& fp16, const Dense& f32, const Low
     return {
         bf16, fp16, f32, low_bit.planes, low_bit.panels, nullptr, low_bit.add, avx2::add_code_rows,
         widen_avx512, store_avx512, outside_avx512, activate_avx512, largest_avx512, round_avx512,
+        avx2::round_columns,
     };
 }
 

@@ -23,6 +23,7 @@ std::string name_of() {
     else if constexpr (std::is_same_v<T, TardisActivation>) return "TardisActivation";
     else if constexpr (std::is_same_v<T, TardisFFN>) return "TardisFFN";
     else if constexpr (std::is_same_v<T, TardisHead>) return "TardisHead";
+    else if constexpr (std::is_same_v<T, TardisRounding>) return "TardisRounding";
     else if constexpr (std::is_same_v<T, TardisRows>) return "TardisRows";
     else if constexpr (std::is_same_v<T, TardisOperation>) return "TardisOperation";
     else if constexpr (std::is_void_v<T>) return "void";
@@ -52,7 +53,7 @@ std::string described() {
 
     NUMBER(kMaxTokens) NUMBER(kMaxBits) NUMBER(kBlockColumns)
     NUMBER(kPanelRows) NUMBER(kBf16Together) NUMBER(kFp16Together) NUMBER(kLineBytes)
-    NUMBER(kHeadRows)
+    NUMBER(kHeadRows) NUMBER(kRoundedColumns)
 
     NUMBER(TARDIS_NONE) NUMBER(TARDIS_BF16) NUMBER(TARDIS_FP16) NUMBER(TARDIS_FP32) NUMBER(TARDIS_LOW_BIT)
     NUMBER(TARDIS_BF16_PANELS) NUMBER(TARDIS_FP16_PANELS) NUMBER(TARDIS_LOW_BIT_PANELS) NUMBER(TARDIS_CODE_ROWS)
@@ -91,6 +92,11 @@ std::string described() {
     STRUCTURE(TardisHead)
     FIELD(TardisHead, predictor) FIELD(TardisHead, remainder) FIELD(TardisHead, bias) FIELD(TardisHead, top)
 
+    STRUCTURE(TardisRounding)
+    FIELD(TardisRounding, target) FIELD(TardisRounding, base) FIELD(TardisRounding, scale)
+    FIELD(TardisRounding, factor) FIELD(TardisRounding, change) FIELD(TardisRounding, rows)
+    FIELD(TardisRounding, columns) FIELD(TardisRounding, top) FIELD(TardisRounding, zero)
+
     STRUCTURE(TardisRows)
     FIELD(TardisRows, data) FIELD(TardisRows, stride)
 
@@ -120,7 +126,7 @@ std::string described() {
     FUNCTION(tardis_can_be_code_rows)
     FUNCTION(tardis_linear) FUNCTION(tardis_head) FUNCTION(tardis_gemm) FUNCTION(tardis_fixed) FUNCTION(tardis_folded_ffn)
     FUNCTION(tardis_has_exact_ffn) FUNCTION(tardis_exact_ffn) FUNCTION(tardis_step)
-    FUNCTION(tardis_read)
+    FUNCTION(tardis_round_columns) FUNCTION(tardis_read)
     return lines;
 }
 

@@ -1,4 +1,4 @@
-// Products and the folded FFN of batches that have been checked.
+// Products, rounding, and the folded FFN of batches that have been checked.
 #pragma once
 #include "interface.h"
 #include "threads.h"
@@ -10,6 +10,7 @@ void gemm(const TardisMatrix& weight, bool transposed, const TardisVector& bias,
 void fixed(const TardisFFN& ffn, const TardisBatch& batch);
 void folded_ffn(const TardisFFN& ffn, const TardisBatch& batch);
 void head(const TardisHead& head, const TardisBatch& batch);
+void round_columns(const TardisRounding& rounding, int threads);
 // What a thread of a team reads first of a folded FFN, or of a head, no more than so many bytes.
 Stretch first_of_folded(const TardisFFN& ffn, const TardisBatch& batch, int thread, int64_t most);
 Stretch first_of_head(const TardisHead& head, const TardisBatch& batch, int thread, int64_t most);

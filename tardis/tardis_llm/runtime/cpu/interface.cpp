@@ -244,6 +244,14 @@ int32_t tardis_step(const TardisOperation* operations, int64_t count, const Tard
     return status;
 }
 
+int32_t tardis_round_columns(const TardisRounding* rounding, int32_t threads) {
+    const TardisRounding& r = *rounding;
+    const bool given = r.target && r.scale && r.factor && r.change;
+    if (!given || r.rows < 0 || r.columns < 1 || r.columns > kRoundedColumns) return TARDIS_BAD_ARGUMENT;
+    round_columns(r, threads);
+    return TARDIS_OK;
+}
+
 uint64_t tardis_read(const uint64_t* data, int64_t words, int32_t threads) {
     constexpr int64_t kBlock = 1 << 17, kAhead = 2048;
     std::atomic<uint64_t> total{0};

@@ -32,6 +32,7 @@ constexpr int64_t kPanelRows = 32;
 constexpr int64_t kBf16Together = 2, kFp16Together = 1;  // columns of a row that lie side by side in a panel
 constexpr int64_t kHeadRows = 32;  // of a head whose greatest logit is looked at first
 constexpr int64_t kLineBytes = 4;  // of a row's codes that lie side by side in a panel
+constexpr int64_t kRoundedColumns = 128;  // at most, in one call
 
 }  // namespace tardis
 
@@ -123,6 +124,19 @@ struct TardisHead {
     TardisMatrix predictor, remainder;  // [vocabulary, d], low-bit; the second not in panels
     TardisVector bias;
     int64_t top;  // 1 or more
+};
+
+// Columns of weights [rows, columns] that are rounded one after the other, while those behind make up for each: with
+// target j at the nearest level, change j = level j - base j, and target k -= factor[j, k] change j for k > j. All are
+// fp32, and but for the factor [columns, rows].
+struct TardisRounding {
+    float* target;        // afterwards the levels
+    const float* base;    // null: each target as it is when its turn comes
+    const float* scale;   // of each weight, not 0
+    const float* factor;  // [columns, columns]
+    float* change;        // what is left in it
+    int64_t rows, columns;
+    float top, zero;      // the greatest code, and that of 0
 };
 
 // A row of numbers for each token, in the type of the batch; the next row begins `stride` numbers behind.
@@ -220,6 +234,8 @@ int32_t tardis_has_exact_ffn(const TardisFFN* ffn);
 // One token more for each sequence of a batch, all at the same position: the operations one after the other. Of the
 // batch all is read but x and y.
 int32_t tardis_step(const TardisOperation* operations, int64_t count, const TardisBatch* batch, int64_t position);
+// See TardisRounding.
+int32_t tardis_round_columns(const TardisRounding* rounding, int32_t threads);
 // Sum of the 64-bit words at `data`, read by `threads`: what the memory's read bandwidth is measured with.
 uint64_t tardis_read(const uint64_t* data, int64_t words, int32_t threads);
 }

@@ -156,6 +156,9 @@ using Largest = float (*)(const float* x, int64_t count);
 // fits 32 bits.
 using Round = int64_t (*)(const float* x, int64_t count, float inverse, int8_t* first, int8_t* second);
 
+// For the weights of rows begin..end-1; see `TardisRounding`.
+using RoundColumns = void (*)(const TardisRounding&, int64_t begin, int64_t end);
+
 inline bool in_panels(const TardisMatrix& m) {
     return m.type == TARDIS_BF16_PANELS || m.type == TARDIS_FP16_PANELS || m.type == TARDIS_LOW_BIT_PANELS;
 }
@@ -184,6 +187,7 @@ struct Table {
     Activate activate;
     Largest largest;
     Round round;
+    RoundColumns round_columns;
     SumGemm sum_gemm = nullptr;  // null where there is none, as the next one
     DownGemm down_gemm = nullptr;
     int64_t panel_tokens = kGemmTokens;  // that a `PanelGemm` gets at once, at most

@@ -21,10 +21,11 @@ from torch import Tensor
 from ...errors import InvalidInputError, KernelsError, TardisError
 from ...ffn.activations import KINDS
 from ...ffn.packed import BLOCK_COLUMNS, PackedMatrix
+from ...folding.columns import BLOCK
 from .description import check, declare, described, layout_of, sources_of
 from .operands import HEAD_ROWS, MAX_BITS
 from .panels import LINE_BYTES, ROWS, TOGETHER
-from .structures import FFN, OPERATIONS, STRUCTURES, Batch, Head, Matrix, Type, Vector
+from .structures import FFN, OPERATIONS, STRUCTURES, Batch, Head, Matrix, Rounding, Type, Vector
 
 #: tokens of the largest batch
 MAX_TOKENS = 64
@@ -138,6 +139,10 @@ class Kernels:
         """The operations of an array one after the other, for one token more of each sequence at this position."""
         _done(self._library.tardis_step(operations, len(operations), byref(batch), position), "step")
 
+    def round_columns(self, rounding: Rounding) -> None:
+        """Round columns one after the other, while those behind make up for each."""
+        _done(self._library.tardis_round_columns(byref(rounding), torch.get_num_threads()), "round_columns")
+
     def read(self, data: Tensor) -> int:
         """Read a contiguous tensor with all of torch's threads and add up its 64-bit words."""
         return int(self._library.tardis_read(data.data_ptr(), data.nbytes // 8, torch.get_num_threads()))
@@ -154,6 +159,7 @@ def _stated() -> dict[str, str]:
         "kFp16Together": TOGETHER[torch.float16],
         "kLineBytes": LINE_BYTES,
         "kHeadRows": HEAD_ROWS,
+        "kRoundedColumns": BLOCK,
     }
     for names in (Type.__members__, _STATUSES, ISAS, KINDS, OPERATIONS):
         constants |= {f"TARDIS_{name.upper()}": number for number, name in enumerate(names)}

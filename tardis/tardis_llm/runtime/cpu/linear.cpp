@@ -1,4 +1,4 @@
-// Products with one matrix.
+// Products with one matrix, and its rounding.
 #include "ffn.h"
 
 #include "tasks.h"
@@ -45,6 +45,13 @@ void gemm(const TardisMatrix& weight, bool transposed, const TardisVector& bias,
                 store(batch, (first + t) * outputs + range.begin, out + t * step, b, range.end - range.begin);
         });
     }
+}
+
+void round_columns(const TardisRounding& rounding, int threads) {
+    parallel(threads, blocks(rounding.rows, kBlockRows), [&](int64_t task) {
+        const int64_t begin = task * kBlockRows;
+        kernels().round_columns(rounding, begin, std::min(begin + kBlockRows, rounding.rows));
+    });
 }
 
 }  // namespace tardis

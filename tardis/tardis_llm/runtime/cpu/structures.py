@@ -138,6 +138,29 @@ class Head(ctypes.Structure):
         return cls(Matrix.of(predictor), Matrix.of(remainder), Vector.of(bias, len(remainder.planes)), top)
 
 
+class Rounding(ctypes.Structure):
+    """`TardisRounding` of interface.h: columns that are rounded one after the other."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("target", "base", "scale", "factor", "change")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns")),
+        *((name, ctypes.c_float) for name in ("top", "zero")),
+    )
+
+    @classmethod
+    def of(
+        cls, target: Tensor, base: Tensor | None, scale: Tensor, factor: Tensor, change: Tensor, top: int, zero: float
+    ) -> Rounding:
+        """Points to tensors [columns, rows], and the factor, which must stay alive; TardisError as `check_tensor`."""
+        columns, rows = target.shape
+        for name, tensor in (("target", target), ("base", base), ("scale", scale), ("change", change)):
+            if tensor is not None:
+                check_tensor(name, tensor, (torch.float32,), (columns, rows))
+        check_tensor("factor", factor, (torch.float32,), (columns, columns))
+        places = (None if tensor is None else tensor.data_ptr() for tensor in (target, base, scale, factor, change))
+        return cls(*places, rows, columns, top, zero)
+
+
 class Rows(ctypes.Structure):
     """`TardisRows` of interface.h: a row for each token."""
 
@@ -208,4 +231,4 @@ class Operation(ctypes.Structure):
 
 #: what `TardisOperationKind` of interface.h counts
 OPERATIONS = ("norm", "products", "turn", "attend", "add", "gate", "folded", "head")
-STRUCTURES = (Matrix, Vector, Batch, Activation, FFN, Head, Rows, Norm, Product, Turn, Attention, Operation)
+STRUCTURES = (Matrix, Vector, Batch, Activation, FFN, Head, Rounding, Rows, Norm, Product, Turn, Attention, Operation)
