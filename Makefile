@@ -14,7 +14,7 @@ TORCH_INDEX ?=
 # Threads that spin while they wait make small operations many times slower when another program wants the cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: venv venv-vllm demo test test-long test-vllm lint docs bench wheels test-wheels
+.PHONY: venv venv-vllm demo test test-long test-vllm test-vllm-long lint docs bench wheels test-wheels
 venv: $(VENV)/.complete
 
 # A change of the kernels' sources builds them anew; without a C++ compiler they are left out.
@@ -36,8 +36,10 @@ test: venv
 	$(PYTEST) -c $(INDEX) doraemon/tests doraemon/doraemon
 
 # What takes long and seldom fails: every family where `make test` has some, compilers, and processes of their own.
+# SHARE="--splits 4 --group 1" runs the first quarter of it.
+SHARE ?=
 test-long: venv
-	$(PYTEST) -m long tardis/tests
+	$(PYTEST) $(SHARE) -m long tardis/tests
 
 # vLLM's CPU build with everything that it needs and nothing of CUDA; on a machine with a GPU, `pip install vllm` instead.
 venv-vllm: $(VENV_VLLM)/.complete
@@ -49,8 +51,13 @@ $(VENV_VLLM)/.complete: $(CONFIG) tardis/constraints.txt tardis/requirements-vll
 	touch $@
 
 # Two files at a time: an engine takes gigabytes, and tests of one file share a server.
+PYTEST_VLLM = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN_VLLM)/python -m pytest -q -n 2 --dist loadfile
+TESTS_VLLM = tardis/tests/test_serve.py tardis/tests/test_vllm_*.py
 test-vllm: venv-vllm
-	OMP_NUM_THREADS=1 $(BIN_VLLM)/python -m pytest -q -n 2 --dist loadfile tardis/tests/test_serve.py tardis/tests/test_vllm_*.py
+	$(PYTEST_VLLM) -m "not long" $(TESTS_VLLM)
+
+test-vllm-long: venv-vllm
+	$(PYTEST_VLLM) $(SHARE) -m long $(TESTS_VLLM)
 
 lint: venv
 	$(BIN)/ruff check --config $(CONFIG) --exclude benchmarks/doraemon tardis benchmarks docs examples

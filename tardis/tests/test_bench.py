@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import Result, assert_refused
 from folds import folds_at_random
+from marks import long
 from models import LAYERS, tiny_model, tiny_tokenizer, tokens
 from transformers import AutoConfig, PreTrainedModel
 
@@ -324,6 +325,7 @@ def test_a_checkpoint_is_measured_and_records_its_crossover(
     assert_refused(tardis("bench", folded_dir, *few, "--against", "int8"), "--against MODEL,int8")
 
 
+@long
 def test_prompts_are_of_the_text_that_is_given(
     tardis: Callable[..., Result], hub: str, tiny_gpt2: tuple[Path, PreTrainedModel], tmp_path: Path
 ):

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import Result, assert_refused
+from marks import long
 from models import LAYERS, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -179,7 +180,14 @@ def test_too_little_space_is_found_before_the_work_starts(
     assert "Free space, or choose another -o" in result.err
 
 
-@pytest.mark.parametrize("arguments", [(), ("--fold-dtype", "int8", "--fallback", "int8"), ("--memory-limit", "0")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param((), marks=long),
+        ("--fold-dtype", "int8", "--fallback", "int8"),
+        pytest.param(("--memory-limit", "0"), marks=long),
+    ],
+)
 def test_the_space_asked_for_is_what_the_fold_takes(
     fold: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
 ):

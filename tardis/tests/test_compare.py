@@ -15,6 +15,7 @@ import torch
 from conftest import Result, assert_refused
 from folds import SETTINGS, text
 from harness_data import write_items
+from marks import long
 from models import LAYERS, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
@@ -76,6 +77,7 @@ def labelled(measured: list[Cell], label: str) -> Cell:
     return next(cell for cell in measured if cell.method.label == label)
 
 
+@long
 def test_the_dense_model_is_its_own_measure(measured: list[Cell]):
     dense = measured[0]
     found = Row.of(dense, dense)
@@ -173,6 +175,7 @@ def test_finished_cells_are_read_back_as_they_were(tmp_path: Path):
         assert one.as_dict() == other.as_dict()
 
 
+@long
 def test_an_interrupted_comparison_keeps_its_cells_and_goes_on_with_the_fold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -206,6 +209,7 @@ def test_another_comparison_does_not_go_into_the_same_directory(tmp_path: Path):
         comparison(tmp_path, record={"what": {"is": "other"}})
 
 
+@long
 def test_with_all_matrices_in_scope_the_attention_of_a_fold_counts_as_read(tmp_path: Path):
     ffn = cells(comparison(tmp_path / "ffn"), "tardis,rtn8")
     both = cells(comparison(tmp_path / "all", scope="all"), "tardis,rtn8")

@@ -65,6 +65,7 @@ def alike(one: Any, other: Any) -> bool:
     return bool(other == (pytest.approx(one, rel=1e-5) if isinstance(one, float) else one))
 
 
+@long
 @pytest.mark.parametrize("config", ["plain", "stacked"])
 @pytest.mark.parametrize("name", mostly_long(MODELS, [QUICK]))
 def test_a_fold_on_another_device_is_the_same(name: str, config: str, quick: Any) -> None:
@@ -72,10 +73,12 @@ def test_a_fold_on_another_device_is_the_same(name: str, config: str, quick: Any
     assert found["differing"][name][config] == []
 
 
+@long
 def test_one_block_at_a_time_is_on_the_device(quick: Any) -> None:
     assert quick["crowd"] == 1
 
 
+@long
 @pytest.mark.parametrize("mistake", ["tokens stay on the CPU", "numbers of bins are on the CPU"])
 def test_tensors_that_stay_behind_are_found(mistake: str, quick: Any) -> None:
     assert "tensors of two devices" in quick["mistakes"][mistake]

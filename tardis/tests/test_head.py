@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from folds import SETTINGS, logits, text
-from marks import in_turns
+from marks import in_turns, mostly_long
 from models import FAMILY_NAMES, tiny_model, tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -77,9 +77,11 @@ def specified(head: PredictedHead, x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(exact, predicted + rest, predicted), exact
 
 
-@pytest.mark.parametrize(("shape", "count"), in_turns(SHAPES, [1, 3, 9, 100], every=2))
+@pytest.mark.parametrize(("shape", "count"), in_turns(SHAPES, [1, 3, 9, 100]))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("bits", "group"), [(4, 64), (4, 32), (8, 128), (8, 10_000)])
+@pytest.mark.parametrize(
+    ("bits", "group"), mostly_long([(4, 64), (4, 32), (8, 128), (8, 10_000)], [(4, 32), (8, 10_000)])
+)
 def test_logits_are_those_specified(
     bits: int, group: int, dtype: torch.dtype, count: int, shape: tuple[int, int], isa: str
 ):
@@ -205,7 +207,7 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(("name", "bits"), in_turns(FAMILY_NAMES, [4, 8], every=6))
+@pytest.mark.parametrize(("name", "bits"), in_turns(FAMILY_NAMES, [4, 8], every=20))
 def test_folded_models_have_one_and_load_as_they_were_saved(name: str, bits: int, tmp_path: Path):
     model, report = folded(name, bits)
     ((place, head),) = predicted_heads(model).items()

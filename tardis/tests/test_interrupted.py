@@ -256,6 +256,7 @@ def interrupted(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+@long
 def test_layers_of_a_finished_fold_are_cleared_and_those_of_another_stay(
     fold: Callable[..., Result], tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -289,6 +290,7 @@ class Killed(BaseException):
     """Stands in for the end of the process."""
 
 
+@long
 def test_layers_whose_fold_is_not_known_are_never_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     expected, _ = folded_tiny("gpt2")
     fold_model(tiny_model("gpt2", seed=1), text(), SETTINGS, tmp_path / "kept")

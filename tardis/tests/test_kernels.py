@@ -453,7 +453,7 @@ def test_results_are_the_same_each_time_and_close_for_any_number_of_threads(
     assert all(float((y - results[0]).abs().max() / y.abs().max()) < bound for y in results)
 
 
-@pytest.mark.parametrize("tokens", mostly_long([5, 9, 64], [5, 64]))  # 64 find more than wait for their products
+@pytest.mark.parametrize("tokens", mostly_long([5, 9, 64], [64]))  # 64 find more than wait for their products
 @every_fold
 def test_what_a_token_gets_does_not_depend_on_its_batch(isa: str, storage: Storage, k: int, tokens: int) -> None:
     folded, dense = stored_fold(72, 2900, storage, torch.float32, k=k)

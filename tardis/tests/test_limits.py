@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import QUICK_TINY, Result, assert_refused
 from folds import SETTINGS
+from marks import long
 from models import CAUSAL_NAMES, ENCODER_NAMES, FAMILY_NAMES, POSITIONS, VOCAB, tiny_model, tiny_tokenizer, tokens
 from transformers import PreTrainedTokenizerBase
 
@@ -82,6 +83,7 @@ def short(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
     return request.param, tmp_path / "model"
 
 
+@long
 def test_commands_stay_within_the_positions(
     tardis: Tardis, short: tuple[str, Path], tiny_text: Path, tmp_path: Path
 ) -> None:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from marks import mostly_long
 from models import tokens
 from mutations import damage_text, edit_bytes, edit_files, edit_header, edit_index, edit_json, edit_sizes
 from quick_folds import save_quick
@@ -79,7 +80,7 @@ def mutate(directory: Path, kind: str, draw: object, recorded: bool) -> None:
         edit_files(directory, draw)
 
 
-@pytest.mark.parametrize("way", ["load_model", "from_pretrained"])
+@pytest.mark.parametrize("way", mostly_long(["load_model", "from_pretrained"], ["from_pretrained"]))
 @settings(
     max_examples=CASES or 25,
     derandomize=not CASES,

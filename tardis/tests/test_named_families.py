@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import QUICK_TINY, Result, assert_refused
 from folds import SETTINGS, logits, text
-from marks import mostly_long
+from marks import long, mostly_long
 from models import END, HEADS, HIDDEN, INTERMEDIATE, LAYERS, POSITIONS, VOCAB, randomise, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
@@ -134,6 +134,7 @@ def test_a_named_model_decodes_prepared_and_compiled() -> None:
     assert compiled(model)["cache_implementation"] == "static"
 
 
+@long
 def test_an_interrupted_fold_resumes_with_the_same_family_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(stage: str, done: int, total: int) -> None:
         if (stage, done) == ("folding layers", 1):
@@ -154,6 +155,7 @@ def test_an_interrupted_fold_resumes_with_the_same_family_only(tmp_path: Path, m
     assert torch.equal(logits(model), logits(whole))
 
 
+@long
 def test_the_table_may_be_overruled_and_folds_by_it_say_nothing_of_families(tmp_path: Path) -> None:
     model, known = tiny_model("gpt2"), tiny_model("gpt2")
     report = fold(known, text(), SETTINGS)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from folds import SETTINGS, text
+from marks import mostly_long
 from models import LAYERS, tiny_model, tokens
 from synthetic import correlated, fallback, generator, half_fixed, neuron_major, normal, packed, random_ffn
 from torch import Tensor, nn
@@ -288,7 +289,10 @@ def test_a_weight_that_two_modules_share_stays_as_it_lies() -> None:
 @needs_panels
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [("gpt2", torch.bfloat16), ("falcon", torch.bfloat16), ("opt", torch.bfloat16), ("opt", torch.float16)],
+    mostly_long(
+        [("gpt2", torch.bfloat16), ("falcon", torch.bfloat16), ("opt", torch.bfloat16), ("opt", torch.float16)],
+        [("falcon", torch.bfloat16), ("opt", torch.float16)],
+    ),
 )
 @torch.no_grad()
 def test_a_model_that_is_prepared_for_decoding_keeps_its_probabilities_and_its_folds(

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from folds import folded_tiny
+from marks import long
 from models import ENCODER_NAMES, END, LAYERS, begun_tokenizer, tiny_model, tiny_tokenizer, tokens
 
 from tardis_llm import sample
@@ -99,6 +100,7 @@ def test_less_than_two_windows_of_text_are_too_few():
         token_perplexity(tiny_model("gpt2"), tokens(1, 16))
 
 
+@long
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared models and texts beside the repository are missing")
 def test_the_shared_sample_has_the_perplexity_of_its_card():
     # the whole file gives 83.24 +- 0.76, as the card says, in a minute; its first 64 windows give 85.81

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from folds import SETTINGS, folded_tiny, text
-from marks import mostly_long
+from marks import long, mostly_long
 from models import FAMILY_NAMES, LAYERS, LAYOUTS, tiny_model
 from transformers import PreTrainedModel
 
@@ -56,6 +56,7 @@ def test_noise_in_a_probe_does_not_make_a_layer_free():
     assert [probe.loss_increase for probe in probes] == pytest.approx([0.002, 0.02, 0.05])
 
 
+@long
 def test_refit_and_error_ranges_each_beat_the_published_recipe():
     alike = {"weigh": False}  # tokens count alike in the error here
     paper = folded_error(policy="coverage", refit=False, **alike)
@@ -114,6 +115,7 @@ def test_hidden_states_on_disk_give_the_same_fold(tmp_path: Path):
     assert all(torch.equal(state[name], value) for name, value in in_memory.state_dict().items())
 
 
+@long
 def test_the_size_of_a_batch_hardly_changes_the_fold():
     one, many = tiny_model("gpt2"), tiny_model("gpt2")
     first = fold(one, text(), dataclasses.replace(SETTINGS, batch_tokens=96))  # more than kernels take
@@ -256,7 +258,7 @@ def test_settings_that_a_gated_ffn_cannot_have_are_refused() -> None:
         dataclasses.replace(SETTINGS, remainder_bits=3)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", mostly_long(["gpt2", "llama"], ["llama"]))
 def test_the_outputs_wanted_are_chosen(name: str) -> None:
     """The first fold, behind nothing that was folded, is the same; those behind it are not."""
     assert SETTINGS.target == "stream"

@@ -18,6 +18,7 @@ import torch
 from conftest import Result, assert_refused
 from folds import SETTINGS as FOLDING
 from folds import folded_tiny, logits, text
+from marks import mostly_long
 from models import END, LAYERS, tiny_model, tiny_tokenizer, tokens
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
@@ -175,7 +176,12 @@ def test_wrong_settings_are_saved_with_a_warning(tmp_path: Path, monkeypatch: py
         save_folded(model, report, tmp_path)
 
 
-@pytest.mark.parametrize("settings", [{"stop_strings": ["User:"], "temperature": 0.9}, {"num_return_sequences": 2}])
+@pytest.mark.parametrize(
+    "settings",
+    mostly_long(
+        [{"stop_strings": ["User:"], "temperature": 0.9}, {"num_return_sequences": 2}], [{"num_return_sequences": 2}]
+    ),
+)
 def test_a_fold_ends_well_whatever_is_set_for_generation(
     fold: Callable[..., Result], tardis: Tardis, settings: dict, tiny_dir: Path, tmp_path: Path
 ):

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from folds import text
+from marks import mostly_long
 from models import tiny_model
 from torch import Tensor
 
@@ -22,7 +23,7 @@ LENGTH = 6
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+@pytest.mark.parametrize("name", mostly_long(["gpt2", "gemma2"], ["gpt2"]))
 def test_importance_is_that_of_small_changes_of_the_output(name: str) -> None:
     model = tiny_model(name).double()
     sites, ids = find_ffns(model), torch.randint(2, 256, (1, LENGTH), generator=torch.Generator().manual_seed(2))

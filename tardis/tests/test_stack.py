@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import Result, assert_refused
 from folds import SETTINGS, assert_resumes, folded_tiny, logits
-from marks import mostly_long
+from marks import long, mostly_long
 from models import tiny_model
 from safetensors.torch import load_file
 from synthetic import correlated, fallback, fitted, forward, normal, random_ffn, stored_fold
@@ -156,7 +156,7 @@ def test_more_bits_leave_less_error() -> None:
     assert sorted(errors, reverse=True) == errors
 
 
-@pytest.mark.parametrize("name", mostly_long(["gpt2", "opt", "falcon"], ["gpt2", "opt"]))
+@pytest.mark.parametrize("name", mostly_long(["gpt2", "opt", "falcon"], ["opt"]))
 def test_a_stacked_model_reads_and_keeps_what_it_reports(name: str) -> None:
     model = tiny_model(name)
     dense = sum(tensor.nbytes for key, tensor in model.state_dict().items() if "fc" in key or "mlp" in key)
@@ -194,10 +194,13 @@ def test_an_interrupted_stacked_fold_resumes_to_the_same_bytes(tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [
-        *(("gpt2", STACKED), ("opt", STACKED)),
-        *(("gpt2", replace(SETTINGS, fold_bits=4)), ("opt", replace(SETTINGS, fallback_bits=8))),
-    ],
+    mostly_long(
+        [
+            *(("gpt2", STACKED), ("opt", STACKED)),
+            *(("gpt2", replace(SETTINGS, fold_bits=4)), ("opt", replace(SETTINGS, fallback_bits=8))),
+        ],
+        [("opt", STACKED), ("gpt2", replace(SETTINGS, fold_bits=4))],
+    ),
 )
 def test_stacked_folds_load_as_they_were_saved(name: str, settings: FoldConfig, tmp_path: Path) -> None:
     model, report = folded_tiny(name, settings)
@@ -210,6 +213,7 @@ def test_stacked_folds_load_as_they_were_saved(name: str, settings: FoldConfig, 
     assert settings.fallback_bits is None or 0 <= ffn - report.resident <= max(down_biases, 3 * 64 * 4)
 
 
+@long
 def test_the_command_line_makes_stacked_checkpoints(
     tardis: Callable[..., Result], fold: Callable[..., Result], tiny_text: Path, tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from marks import mostly_long
 from models import tiny_model, tokens
 from synthetic import correlated, edited, stored_fold
 from torch import Tensor
@@ -140,7 +141,7 @@ def test_another_format_shape_or_device_is_refused_and_nothing_changes() -> None
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt"])
+@pytest.mark.parametrize("name", mostly_long(["gpt2", "opt"], ["gpt2"]))
 @torch.no_grad()
 def test_a_model_decodes_on_with_another_fold(name: str) -> None:
     from folds import SETTINGS, text

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from marks import mostly_long
+from marks import long, mostly_long
 from models import tiny_model, tokens
 from synthetic import NAMES, correlated, folded_with, neuron_major, normal, packed, random_ffn, stored_fold
 from torch import Tensor
@@ -105,7 +105,7 @@ def test_the_first_part_of_three_bits_is_that_of_two() -> None:
 # ---- products ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("bits", mostly_long(range(1, 9), [2, 4, 5, 8]))
 @pytest.mark.parametrize(("count", "columns", "group_size"), [(1, 600, 64), (1, 41, 7), (1, 1100, 256), (3, 259, 100)])
 def test_low_bit_products(interpreter: None, bits: int, count: int, columns: int, group_size: int) -> None:
     matrix = packed(5, columns, bits, group_size)
@@ -210,7 +210,7 @@ def test_nan_counts_as_out_of_range(interpreter: None) -> None:
     assert prepared(folded, neuron_major(ffn), FP32).fixed(x).all(1).tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("count", [1, 40, 70])
+@pytest.mark.parametrize("count", mostly_long([1, 40, 70], [40]))
 def test_every_neuron_is_computed_by_the_weights_in_few_bits(interpreter: None, count: int) -> None:
     folded, dense = stored_fold(72, 131, UNEVEN, FP32, k=2)
     ffn, x = prepared(folded, dense, FP32), correlated(count, 72)
@@ -218,6 +218,7 @@ def test_every_neuron_is_computed_by_the_weights_in_few_bits(interpreter: None, 
     assert_near(ffn.exact(x, dense.b2), folded.beside(dense).exact(x, dense.b2), BOUNDS[FP32])
 
 
+@long
 def test_results_are_the_same_each_time(interpreter: None) -> None:
     folded, dense = stored_fold(72, 131, STACKED, BF16)
     ffn, x = prepared(folded, dense, BF16), correlated(3, 72).to(BF16)
@@ -265,6 +266,7 @@ def test_a_model_computes_as_by_the_reference_and_keeps_its_weights(
     torch.testing.assert_close(model(ids).logits, logits, rtol=1e-4, atol=1e-4)
 
 
+@long
 @torch.no_grad()
 def test_what_is_stored_in_few_bits_is_laid_out_at_the_first_call_and_put_back_when_it_is_saved(chosen: None) -> None:
     folded, dense = stored_fold(72, 131, STACKED, FP32)

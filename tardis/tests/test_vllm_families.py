@@ -22,6 +22,7 @@ from engines import (
     save_tiny,
 )
 from folds import SETTINGS
+from marks import mostly_long
 from models import CAUSAL_NAMES, guide_families, tiny_config, tiny_model, tokens
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -65,6 +66,34 @@ LINEARS = {
 }
 #: folded in blocks 0 and 2, all else in few bits
 ALL_IN_FEW_BITS = ["opt", "llama_biased"]
+IN_PART = (0, 2)
+
+
+class Wanted(NamedTuple):
+    """A fold of a tiny model, and how far apart logits of vLLM and transformers may be."""
+
+    name: str
+    settings: FoldConfig = SETTINGS
+    linear_bits: int | None = None
+    apart: float = 0.02
+
+
+FOLDS = {
+    **{name: Wanted(name) for name in SERVED},
+    **{f"{name} in few bits": Wanted(name, STACKED) for name in IN_FEW_BITS},
+    # in 4 bits their outputs and so the logits are bf16, whose last bit differs with the processor and the batch
+    **{
+        f"{name} with linears": Wanted(name, SETTINGS, bits, 0.25 if bits == 4 else 0.02)
+        for name, bits in LINEARS.items()
+    },
+    "gpt2 in part": Wanted("gpt2", replace(SETTINGS, layers=IN_PART)),
+    **{f"{name} all in few bits": Wanted(name, replace(STACKED, layers=IN_PART), 8) for name in ALL_IN_FEW_BITS},
+}
+#: vLLM's own classes and its Transformers backend, gated and not, in each way of storing
+QUICK = [
+    *("gpt2", "falcon_alibi", "llama_biased", "phi3", "olmo2", "gpt2 in few bits", "glm in few bits"),
+    *("falcon_new_decoder with linears", "gemma2 with linears", "gpt2 in part", "llama_biased all in few bits"),
+]
 
 
 class Made(NamedTuple):
@@ -75,18 +104,16 @@ class Made(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
-    """Folds by name, all of them before vLLM's first engine: that changes the classes of transformers which it uses."""
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
+    """`FOLDS` that tests of this run ask for as `key`.
+
+    All of them are made before vLLM's first engine: that changes the classes of transformers which it uses.
+    """
+    callspecs = (getattr(item, "callspec", None) for item in request.session.items)
+    keys = dict.fromkeys(spec.params["key"] for spec in callspecs if spec and "key" in spec.params)
     folds = {}
-    partial = replace(SETTINGS, layers=(0, 2))
-    wanted: list[tuple[str, str, FoldConfig, int | None]] = [
-        *((name, name, SETTINGS, None) for name in SERVED),
-        *((f"{name} in few bits", name, STACKED, None) for name in IN_FEW_BITS),
-        *((f"{name} with linears", name, SETTINGS, bits) for name, bits in LINEARS.items()),
-        ("gpt2 in part", "gpt2", partial, None),
-        *((f"{name} all in few bits", name, replace(STACKED, layers=(0, 2)), 8) for name in ALL_IN_FEW_BITS),
-    ]
-    for key, name, settings, bits in wanted:
+    for key in keys:
+        name, settings, bits, _ = FOLDS[key]
         directory = tmp_path_factory.mktemp("made")
         folds[key] = Made(directory, generated(save_tiny(name, directory, settings, bits), tokens(3, 20), 16))
     return folds
@@ -98,29 +125,9 @@ def assert_served(made: Made, apart: float = 0.02) -> None:
         assert_same_text(complete(llm, tokens(3, 20), 16), made.text, apart)
 
 
-@pytest.mark.parametrize("name", SERVED)
-def test_folds_generate_as_in_transformers(name: str, made: dict[str, Made]):
-    assert_served(made[name])
-
-
-@pytest.mark.parametrize("name", IN_FEW_BITS)
-def test_folds_and_fallback_weights_in_few_bits_generate_as_in_transformers(name: str, made: dict[str, Made]):
-    assert_served(made[f"{name} in few bits"])
-
-
-@pytest.mark.parametrize("name", LINEARS)
-def test_linear_layers_in_few_bits_generate_as_in_transformers(name: str, made: dict[str, Made]):
-    # in 4 bits their outputs and so the logits are bf16, whose last bit differs with the processor and the batch
-    assert_served(made[f"{name} with linears"], apart=0.25 if LINEARS[name] == 4 else 0.02)
-
-
-@pytest.mark.parametrize("name", ALL_IN_FEW_BITS)
-def test_ffns_that_are_not_folded_in_few_bits_beside_others(name: str, made: dict[str, Made]):
-    assert_served(made[f"{name} all in few bits"])
-
-
-def test_blocks_that_are_not_folded_stay_dense(made: dict[str, Made]):
-    assert_served(made["gpt2 in part"])
+@pytest.mark.parametrize("key", mostly_long(FOLDS, QUICK))
+def test_folds_generate_as_in_transformers(key: str, made: dict[str, Made]):
+    assert_served(made[key], FOLDS[key].apart)
 
 
 def test_with_every_neuron_fixed_it_is_the_dense_model(copy: Path):
@@ -159,7 +166,7 @@ def test_in_halves_the_probabilities_are_those_of_transformers(
             assert got == pytest.approx(float(wanted[at - 1, row[at]]), abs=apart)
 
 
-@pytest.mark.parametrize("name", NOT_SERVED)
+@pytest.mark.parametrize("name", mostly_long(NOT_SERVED, ["mpt"]))
 def test_a_family_that_vllm_lacks_is_refused_by_name(name: str, tmp_path: Path):
     model = save_tiny(name, tmp_path)
     (tmp_path / "model.safetensors").unlink()  # it is refused before weights are read

@@ -25,6 +25,7 @@ from engines import (
     save_tiny,
 )
 from folds import SETTINGS
+from marks import in_turns, long, mostly_long
 from models import tokens
 from transformers import PreTrainedModel
 
@@ -90,8 +91,7 @@ def coarse(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 
 # three requests are decoded in folded calls, five in dense ones where that is up to the number of tokens
-@pytest.mark.parametrize("requests", [3, 5])
-@pytest.mark.parametrize("prefill", ["folded", "exact", "auto"])
+@pytest.mark.parametrize(("requests", "prefill"), in_turns([5, 3], ["auto", "folded", "exact"], every=2))
 def test_prompts_go_where_they_go_in_transformers(prefill: Prefill, requests: int, coarse: Tiny):
     directory, model = coarse
     ids = tokens(requests, 12)
@@ -146,15 +146,21 @@ def test_prompts_whose_beginning_is_in_the_cache(tiny_gpt2: Tiny):
     assert list(output.outputs[0].token_ids) == greedy(model, other, 12)[0]
 
 
-@pytest.mark.parametrize(
-    ("name", "settings", "linear_bits"),
-    [
-        *(("gpt2", SETTINGS, None), ("gpt2", STACKED, 4), ("llama_biased", SETTINGS, None), ("gemma2", STACKED, 8)),
-        *(("gpt2", STATIC, None), ("llama_biased", STATIC, 8), ("gpt2", MIXED, 8), ("llama_biased", MIXED, None)),
-    ],
-    ids=["dense", "few bits", "gated", "gated in few bits", "static", "gated static", "mixed", "gated mixed"],
-)
-def test_compiled_by_torch(name: str, settings: FoldConfig, linear_bits: int | None, tmp_path: Path):
+COMPILED: dict[str, tuple[str, FoldConfig, int | None]] = {
+    "dense": ("gpt2", SETTINGS, None),
+    "few bits": ("gpt2", STACKED, 4),
+    "gated": ("llama_biased", SETTINGS, None),
+    "gated in few bits": ("gemma2", STACKED, 8),
+    "static": ("gpt2", STATIC, None),
+    "gated static": ("llama_biased", STATIC, 8),
+    "mixed": ("gpt2", MIXED, 8),
+    "gated mixed": ("llama_biased", MIXED, None),
+}
+
+
+@pytest.mark.parametrize("kind", mostly_long(COMPILED, ["dense", "gated in few bits"]))
+def test_compiled_by_torch(kind: str, tmp_path: Path):
+    name, settings, linear_bits = COMPILED[kind]
     model = save_tiny(name, tmp_path, settings, linear_bits)
     ids = tokens(3, 20)
     with engine(tmp_path, enforce_eager=False) as llm:
@@ -208,12 +214,15 @@ if __name__ == "__main__":
 # The third and fourth are gated: a process has its share of the gates and of the ups
 @pytest.mark.parametrize(
     ("name", "settings", "linear_bits", "together"),
-    [
-        ("falcon_alibi", SETTINGS, None, 1),
-        ("falcon_new_decoder", STACKED, 8, 3),
-        ("llama_biased", SETTINGS, None, 1),
-        ("gemma2", STACKED, 8, 3),
-    ],
+    mostly_long(
+        [
+            ("falcon_alibi", SETTINGS, None, 1),
+            ("falcon_new_decoder", STACKED, 8, 3),
+            ("llama_biased", SETTINGS, None, 1),
+            ("gemma2", STACKED, 8, 3),
+        ],
+        [("gemma2", STACKED, 8, 3)],
+    ),
 )
 def test_neurons_shared_among_two_processes(
     name: str, settings: FoldConfig, linear_bits: int | None, together: int, tmp_path: Path
@@ -253,7 +262,7 @@ def test_a_share_of_the_inputs_is_that_of_the_weight(columns: int, group_size: i
         assert torch.equal(part.dequantise(), whole.dequantise()[:, first : first + columns // 2])
 
 
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+@pytest.mark.parametrize("eager", [True, pytest.param(False, marks=long)], ids=["eager", "compiled"])
 def test_folds_are_exchanged_between_requests(eager: bool, tmp_path: Path):
     model, ids = save_tiny("gpt2", tmp_path), tokens(2, 20)
     folds = {name: ffn.weights for name, ffn in folded_ffns(model).items()}

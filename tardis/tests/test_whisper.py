@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Result, assert_refused
+from marks import long
 from models import END, record, tiny_model, tokens
 from safetensors.torch import load_file, save_file
 from speech import (
@@ -204,12 +205,14 @@ def test_encoder_and_decoder_fold_within_the_budget_and_load_as_saved(tmp_path: 
     assert torch.equal(logits(loaded), logits(model))
 
 
+@long
 def test_blocks_of_both_lists_may_be_chosen_and_the_decoder_alone_is_folded():
     model = tiny_whisper()
     fold(model, features(), replace(SETTINGS, layers=(1, ENCODER_LAYERS + 1)))
     assert list(folded_ffns(model)) == [PREFIXES[1], PREFIXES[ENCODER_LAYERS + 1]]
 
 
+@long
 def test_a_resumed_fold_has_the_same_layers(tmp_path: Path):
     first = fold(tiny_whisper(), features(), SETTINGS, tmp_path)
     assert fold(tiny_whisper(), features(), SETTINGS, tmp_path, resume=True).layers == first.layers

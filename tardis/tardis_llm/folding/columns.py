@@ -1,7 +1,7 @@
-"""Round columns one after the other, while those behind make up for each: the loop that rounding spends its time in.
+"""Round columns one after the other, while those behind make up for each.
 
-It is an operator of torch, because the loop costs little but when it is compiled, and compiled kernels are the runtime's,
-of which nothing here knows: `runtime.backend` gives the operator a kernel for the CPU. Elsewhere it runs `by_torch`.
+The loop is an operator of torch, so that it can be compiled: kernels are the runtime's, of which nothing here knows,
+and `runtime.backend` gives the operator one for the CPU. Elsewhere it runs `by_torch`.
 """
 
 from __future__ import annotations

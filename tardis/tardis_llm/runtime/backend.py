@@ -198,8 +198,9 @@ def _round_columns(
         return columns.by_torch(target, base, scale, factor, top, zero)
     levels = target.clone(memory_format=torch.contiguous_format)
     change = torch.empty_like(levels)
-    base, scale, factor = (part if part is None else part.contiguous() for part in (base, scale, factor))
-    library.round_columns(Rounding.of(levels, base, scale, factor, change, top, zero))
+    own = None if base is None else base.contiguous()
+    operands = levels, own, scale.contiguous(), factor.contiguous(), change
+    library.round_columns(Rounding.of(*operands, top, zero))
     return columns.Rounded(levels, change)
 
 
