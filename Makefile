@@ -76,11 +76,12 @@ docs: venv
 bench: venv
 	$(BIN)/python benchmarks $(RUN)
 
-# Source distributions in dist/, and the wheels built from them.
+# Source distributions and wheels in dist/.
 wheels: venv
 	rm -rf dist
-	$(BIN)/python -m build --outdir dist tardis
-	$(BIN)/python -m build --outdir dist doraemon
+	$(BIN)/python -m build --sdist --wheel --outdir dist tardis
+	$(BIN)/python -m build --sdist --wheel --outdir dist doraemon
+	.ci/check-sources
 
 # The wheels as a newcomer has them: in an environment of their own, in a folder without the sources.
 test-wheels: wheels

@@ -79,7 +79,7 @@ DECODERS = [name for name in LAYOUTS if name not in ENCODER_NAMES]
 
 def in_forms(forms: Iterable[str], families: Iterable[str] = LAYOUTS) -> pytest.MarkDecorator:
     """A test of every family in each of these forms; the families take turns in those that are not long."""
-    return pytest.mark.parametrize(("family", "form"), in_turns(families, list(forms)))
+    return pytest.mark.parametrize(("family", "form"), in_turns(families, list(forms), every=6))
 
 
 @cache

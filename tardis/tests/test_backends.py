@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from marks import in_turns
 from synthetic import neuron_major, normal
 
 from tardis_llm.ffn.weights import DenseFFN, FoldedWeights, FoldFormat
@@ -67,8 +68,7 @@ def random_fold(
     ("fallback_bits", "fold_bits", "remainder_bits"),
     [(None, None, None), (4, 8, None), (2, None, None), (None, 4, None), (4, 4, 3)],
 )
-@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("gated", "dtype"), in_turns([False, True], DTYPES, every=2))
 def test_a_folded_ffn(
     backend: Backend,
     dtype: torch.dtype,
