@@ -19,11 +19,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from doraemon.model import build
 from inputs import Keys, make_keys, make_queries
 from timing import Row, in_turns, keep, ratios, seconds_of, show, spread, spreads
 
 from doraemon import Index
+from doraemon.model import build
 
 SMALL = 4_000_000  #: keys up to which what takes long is timed as well
 ASKED = 4_000_000  #: queries that are made at once

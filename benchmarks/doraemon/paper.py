@@ -24,12 +24,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from doraemon.model import build
 from inputs import Keys, make_keys, make_queries
 from numpy.typing import NDArray
 from timing import Row, in_turns, keep, seconds_of, show, spread
 
 from doraemon import Index
+from doraemon.model import build
 
 Floats = NDArray[np.float64]
 Root = Callable[[Floats], Floats]  #: scaled keys to [0, 1]

@@ -25,11 +25,11 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from doraemon.hot import Hot, no_learner
 from inputs import Keys, make_keys, make_queries
 from timing import Row, in_turns, keep, ratios, seconds_of, show, spread, spreads
 
 from doraemon import Index
+from doraemon.hot import Hot, no_learner
 
 BATCH, SINGLE, SEEN = 1_000_000, 20_000, 4
 QUERIES = ["uniform", "90/10", "99/1", "zipf 1.1, endless", "zipf 1.1", "zipf 1.3"]
