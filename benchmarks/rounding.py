@@ -66,7 +66,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     found = {name: seconds(shape, options.rounds) for name, shape in SHAPES.items()}
-    table = Table("matrix", "[out, in]", "kernels, s", "torch, s", "torch / kernels (of rounds)")
+    table = Table("matrix", r"\[out, in]", "kernels, s", "torch, s", "torch / kernels (of rounds)")
     for name, times in found.items():
         ratios = [slow / quick for slow, quick in zip(times["torch"], times["kernels"], strict=True)]
         middle = {by: f"{statistics.median(each):.3f}" for by, each in times.items()}
