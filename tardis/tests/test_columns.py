@@ -1,4 +1,4 @@
-"""Rounding column by column: the kernels do what the loop in torch is specified to do, bit for bit."""
+"""Rounding column by column: the kernels do what the loop in torch does, but for the rounding of sums."""
 
 from __future__ import annotations
 

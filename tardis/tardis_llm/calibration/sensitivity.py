@@ -8,7 +8,7 @@ all tokens behind it. How much it counts is measured: by the gradient of the los
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
@@ -92,8 +92,8 @@ def _relative_gradients(model: PreTrainedModel, sites: Sequence[FFNSite], window
 
 
 def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Of a block's forward, and of that on the way back, which no context around both reaches."""
-    return quick_products(), quick_products()
+    """Of a block's forward, which has those around the model's, and of that on the way back, which has none."""
+    return nullcontext(), quick_products()
 
 
 def _mean_square(x: Tensor) -> Tensor:

@@ -192,7 +192,7 @@ def dense_ffn(x: Tensor, dense: DenseFFN) -> Tensor:
 def _round_columns(
     target: Tensor, base: Tensor | None, scale: Tensor, factor: Tensor, top: int, zero: float
 ) -> columns.Rounded:
-    """`folding.columns.round_columns` in main memory: by the kernels where there are some, which gives the same."""
+    """`folding.columns.round_columns` in main memory: by the kernels where there are some."""
     library = open_library() if _kernels_wanted() else None
     if library is None:
         return columns.by_torch(target, base, scale, factor, top, zero)
